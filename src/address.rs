@@ -1,0 +1,202 @@
+//! Socket addresses of the three families a stream can have, and how they are written.
+//!
+//! The kernel's `sockaddr_storage` takes 128 bytes; a connection keeps its peer's address for its
+//! whole life, so [`Address`] is the small form of it.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{SocketAddrAny, SocketAddrUnix};
+use socket2::SockAddr;
+
+/// What is left of `sun_path` (108 bytes, unix(7)) beside the NUL that ends a path or begins an
+/// abstract name.
+const UNIX_NAME_MAX: usize = 107;
+
+/// One end of a stream socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// IPv4 or IPv6.
+    Inet(SocketAddr),
+    /// A Unix socket; `None` is a client that never bound a name.
+    Unix(Option<Box<UnixName>>),
+    /// A virtual machine's socket, vsock(7).
+    Vsock {
+        /// Context identifier.
+        cid: u32,
+        /// Port.
+        port: u32,
+    },
+}
+
+impl Address {
+    /// The kernel's form. Fails for an unnamed Unix socket, which cannot be bound or connected to.
+    pub fn to_sockaddr(&self) -> io::Result<SockAddr> {
+        match self {
+            Self::Inet(address) => Ok((*address).into()),
+            Self::Unix(Some(name)) => name.to_sockaddr(),
+            Self::Unix(None) => Err(io::ErrorKind::AddrNotAvailable.into()),
+            Self::Vsock { cid, port } => Ok(SockAddr::vsock(*cid, *port)),
+        }
+    }
+
+    /// Reads the kernel's form. An address of another family is taken for an unnamed one.
+    pub fn from_sockaddr(address: &SockAddr) -> Self {
+        if let Some(inet) = address.as_socket() {
+            Self::Inet(inet)
+        } else if let Some((cid, port)) = address.as_vsock_address() {
+            Self::Vsock { cid, port }
+        } else if let Some(path) = address.as_pathname() {
+            Self::Unix(Some(Box::new(UnixName::Path(path.into()))))
+        } else if let Some(name) = address.as_abstract_namespace() {
+            Self::Unix(Some(Box::new(UnixName::Abstract(name.into()))))
+        } else {
+            Self::Unix(None)
+        }
+    }
+
+    /// Reads what accept4(2) gave; `None` for a family it can't tell (vsock).
+    pub fn from_accepted(address: Option<SocketAddrAny>) -> Option<Self> {
+        let Some(address) = address else {
+            return Some(Self::Unix(None));
+        };
+        if let Ok(inet) = SocketAddr::try_from(address.clone()) {
+            return Some(Self::Inet(inet));
+        }
+        let unix = SocketAddrUnix::try_from(address).ok()?;
+        Some(Self::Unix(if let Some(path) = unix.path() {
+            Some(Box::new(UnixName::Path(PathBuf::from(
+                std::ffi::OsString::from_vec(path.to_bytes().to_vec()),
+            ))))
+        } else {
+            unix.abstract_name()
+                .map(|name| Box::new(UnixName::Abstract(name.to_vec())))
+        }))
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // A dual-stack listener's IPv4 client, as everybody writes it.
+            Self::Inet(address) => {
+                SocketAddr::new(address.ip().to_canonical(), address.port()).fmt(f)
+            }
+            Self::Unix(Some(name)) => name.fmt(f),
+            Self::Unix(None) => f.write_str("unix"),
+            Self::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
+        }
+    }
+}
+
+/// The name of a Unix socket: 1 to 107 bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UnixName {
+    /// In the file system.
+    Path(PathBuf),
+    /// In the network namespace's abstract names; without the leading NUL, written as `@`.
+    Abstract(Vec<u8>),
+}
+
+impl UnixName {
+    /// Reads `/path` or `@abstract`; `None` for anything that begins otherwise.
+    ///
+    /// # Errors
+    /// What is wrong with the name, in words: too long for the kernel, empty, or with a NUL.
+    pub fn parse(text: &str) -> Option<Result<Self, String>> {
+        let (name, built) = match text.as_bytes() {
+            [b'/', ..] => (text, Self::Path(text.into())),
+            [b'@', rest @ ..] => (&text[1..], Self::Abstract(rest.into())),
+            _ => return None,
+        };
+        Some(if name.is_empty() {
+            Err("the abstract name is empty".into())
+        } else if name.len() > UNIX_NAME_MAX {
+            Err(format!(
+                "the name has {} bytes, a Unix socket's can have {UNIX_NAME_MAX}",
+                name.len()
+            ))
+        } else if name.contains('\0') {
+            Err("the name contains a NUL byte".into())
+        } else {
+            Ok(built)
+        })
+    }
+
+    /// The path of a socket in the file system.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Path(path) => Some(path),
+            Self::Abstract(_) => None,
+        }
+    }
+
+    fn to_sockaddr(&self) -> io::Result<SockAddr> {
+        match self {
+            Self::Path(path) => SockAddr::unix(path),
+            Self::Abstract(name) => {
+                let mut path = vec![0];
+                path.extend(name);
+                SockAddr::unix(std::ffi::OsStr::from_bytes(&path))
+            }
+        }
+    }
+}
+
+impl fmt::Display for UnixName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Abstract(name) => write!(f, "@{}", String::from_utf8_lossy(name)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unix_names_are_held_to_the_kernels_limit() {
+        let longest = format!("/{}", "x".repeat(106));
+        assert!(UnixName::parse(&longest).unwrap().is_ok());
+        assert!(UnixName::parse(&format!("{longest}x")).unwrap().is_err());
+        assert!(
+            UnixName::parse(&format!("@{}", "x".repeat(107)))
+                .unwrap()
+                .is_ok()
+        );
+        assert!(
+            UnixName::parse(&format!("@{}", "x".repeat(108)))
+                .unwrap()
+                .is_err()
+        );
+        assert!(UnixName::parse("@").unwrap().is_err());
+        assert!(UnixName::parse("localhost:80").is_none());
+    }
+
+    #[test]
+    fn the_kernels_form_reads_back() {
+        for text in ["/run/a.sock", "@name"] {
+            let name = UnixName::parse(text).unwrap().unwrap();
+            let address = Address::Unix(Some(Box::new(name)));
+            let again = Address::from_sockaddr(&address.to_sockaddr().unwrap());
+            assert_eq!(again, address);
+            assert_eq!(again.to_string(), text);
+        }
+        let vsock = Address::Vsock { cid: 3, port: 80 };
+        assert_eq!(Address::from_sockaddr(&vsock.to_sockaddr().unwrap()), vsock);
+        assert_eq!(vsock.to_string(), "vsock:3:80");
+    }
+
+    #[test]
+    fn a_dual_stack_client_is_written_as_ipv4() {
+        let address = Address::Inet("[::ffff:127.0.0.1]:80".parse().unwrap());
+        assert_eq!(address.to_string(), "127.0.0.1:80");
+    }
+}

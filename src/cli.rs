@@ -1,0 +1,422 @@
+//! The command line: upstream's options first, as upstream reads them, into a finished [`Config`].
+//!
+//! Parsing ends here: after a `Config` exists no string is interpreted again.
+
+#![forbid(unsafe_code)]
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use clap::error::{ContextKind, ErrorKind};
+use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
+
+use crate::listen::ListenAddress;
+use crate::logging::LogLevel;
+use crate::proxy_header::ProxyProtocol;
+use crate::target::Target;
+use crate::timespan::TimeSpan;
+
+/// systemd-socket-proxyd's own options; a prefix that is unambiguous among these means the same
+/// here, whatever options are added beside them.
+const UPSTREAM_OPTIONS: [&str; 5] = [
+    "connections-max",
+    "exit-idle-time",
+    "proxy-protocol",
+    "help",
+    "version",
+];
+
+/// Everything the command line says, read and checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The backend.
+    pub target: Target,
+    /// Sockets to open; none when systemd passes them.
+    pub listen: Vec<ListenAddress>,
+    /// The exact cap on connections, dialled ones included.
+    pub connections_max: NonZeroU32,
+    /// Exit after this long without a connection.
+    pub exit_idle_time: TimeSpan,
+    /// For one attempt to reach one address.
+    pub connect_timeout: TimeSpan,
+    /// The header that tells the backend who the client is.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// What is logged; from `--log-level=`, or else `$SYSTEMD_LOG_LEVEL`.
+    pub log_level: LogLevel,
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Request {
+    /// Serve.
+    Serve(Box<Config>),
+    /// Print this on standard output and exit with success.
+    Print(String),
+}
+
+impl Config {
+    /// Reads the arguments, the program's name first.
+    ///
+    /// # Errors
+    /// One line for standard error that names the option and the value.
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
+        let arguments = match Arguments::read(args) {
+            Ok(arguments) => arguments,
+            Err(error) => {
+                return match error.kind() {
+                    ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                        Ok(Request::Print(error.to_string()))
+                    }
+                    _ => Err(explain(&error)),
+                };
+            }
+        };
+        let mut targets = arguments.target;
+        let target = match (targets.pop(), targets.is_empty()) {
+            (None, _) => return Err("Not enough parameters.".into()),
+            (Some(_), false) => return Err("Too many parameters.".into()),
+            (Some(target), true) => target,
+        };
+        let connections_max = match parse_unsigned(&arguments.connections_max) {
+            Some(count) => NonZeroU32::new(count).ok_or("Connection limit is too low.")?,
+            None => return Err(failed("connections-max", &arguments.connections_max)),
+        };
+        let connect_timeout = parse_span("connect-timeout", arguments.connect_timeout)?;
+        if connect_timeout == TimeSpan::new(Duration::ZERO) {
+            return Err("--connect-timeout= must be longer than 0.".into());
+        }
+        Ok(Request::Serve(Box::new(Self {
+            target: Target::parse(&target)
+                .map_err(|error| format!("Invalid target \"{target}\": {error}."))?,
+            listen: arguments
+                .listen
+                .iter()
+                .map(|address| {
+                    ListenAddress::parse(address)
+                        .map_err(|error| format!("Invalid --listen={address}: {error}."))
+                })
+                .collect::<Result<_, _>>()?,
+            connections_max,
+            exit_idle_time: parse_span("exit-idle-time", arguments.exit_idle_time)?,
+            connect_timeout,
+            proxy_protocol: arguments
+                .proxy_protocol
+                .map(|version| {
+                    ProxyProtocol::parse(&version)
+                        .ok_or_else(|| failed("proxy-protocol", version) + " (only v1 is known)")
+                })
+                .transpose()?,
+            log_level: match arguments.log_level {
+                Some(level) => LogLevel::parse(&level).ok_or_else(|| failed("log-level", level))?,
+                None => LogLevel::from_environment(),
+            },
+        })))
+    }
+}
+
+const HELP: &str = "\
+socket-proxyd [OPTION...] TARGET
+
+Carry each connection on a listening socket to TARGET: HOST:PORT, HOST (port
+80), /path, @abstract or vsock:CID:PORT.
+
+Sockets:
+     --listen=ADDRESS        Open PORT, HOST:PORT, [V6]:PORT, /path or @abstract
+                             (default: the sockets that systemd passes)
+  -c --connections-max=N     Close connections above this number (default: 256)
+     --exit-idle-time=TIME   Exit when without a connection for this duration
+
+Backend:
+     --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
+     --proxy-protocol=v1     Tell TARGET the client's address
+
+Other:
+     --log-level=LEVEL       err, warning, notice, info (default) or debug
+  -h --help                  Show this help
+     --version               Show the version
+
+TIME is a span as in systemd.time(7): 30s, 5min 20s, infinity.
+See the socket-proxyd(8) man page for details.
+";
+
+/// The command line as clap takes it apart, in the order of `--help`.
+///
+/// Values stay strings until [`Config::parse`], so that messages can be upstream's.
+#[derive(Debug, Parser)]
+#[command(
+    name = "socket-proxyd",
+    version,
+    override_help = HELP,
+    disable_help_flag = true,
+    disable_version_flag = true,
+    args_override_self = true,
+    infer_long_args = true
+)]
+struct Arguments {
+    target: Vec<String>,
+    #[arg(long, action = ArgAction::Append, allow_hyphen_values = true)]
+    listen: Vec<String>,
+    #[arg(short, long, default_value = "256", allow_hyphen_values = true)]
+    connections_max: String,
+    #[arg(long, allow_hyphen_values = true)]
+    exit_idle_time: Option<String>,
+    #[arg(long, default_value = "10s", allow_hyphen_values = true)]
+    connect_timeout: Option<String>,
+    #[arg(long, allow_hyphen_values = true)]
+    proxy_protocol: Option<String>,
+    #[arg(long, allow_hyphen_values = true)]
+    log_level: Option<String>,
+    #[arg(short, long, action = ArgAction::HelpShort)]
+    help: Option<bool>,
+    #[arg(long, action = ArgAction::Version)]
+    version: Option<bool>,
+}
+
+impl Arguments {
+    fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let command = Self::command();
+        let args = spell_out_upstream_prefixes(&command, args);
+        Self::from_arg_matches(&command.try_get_matches_from(args)?)
+    }
+}
+
+/// Replaces each prefix of an upstream option by the whole name, before clap sees more options
+/// that begin the same way (`--conn=5`).
+fn spell_out_upstream_prefixes(
+    command: &clap::Command,
+    args: impl IntoIterator<Item = OsString>,
+) -> Vec<OsString> {
+    let mut options_ended = false;
+    let spell_out = |arg: OsString| {
+        if options_ended {
+            return arg;
+        }
+        let Some(option) = arg.to_str().and_then(|arg| arg.strip_prefix("--")) else {
+            return arg;
+        };
+        let (name, value) = match option.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (option, None),
+        };
+        options_ended = option.is_empty();
+        if name.is_empty()
+            || command
+                .get_arguments()
+                .any(|known| known.get_long() == Some(name))
+        {
+            return arg;
+        }
+        let mut meant = UPSTREAM_OPTIONS
+            .iter()
+            .filter(|known| known.starts_with(name));
+        match (meant.next(), meant.next(), value) {
+            (Some(known), None, Some(value)) => format!("--{known}={value}").into(),
+            (Some(known), None, None) => format!("--{known}").into(),
+            _ => arg,
+        }
+    };
+    args.into_iter().map(spell_out).collect()
+}
+
+/// One line for what clap refuses, in getopt's words, which administrators know.
+fn explain(error: &clap::Error) -> String {
+    let text = |kind| match error.get(kind) {
+        Some(value) => value.to_string(),
+        None => String::new(),
+    };
+    // clap names an option together with its value: `--listen <ADDRESS>`.
+    let argument = text(ContextKind::InvalidArg);
+    let option = argument
+        .split_whitespace()
+        .find(|word| word.starts_with("--"))
+        .unwrap_or(&argument);
+    match error.kind() {
+        ErrorKind::UnknownArgument => {
+            format!("socket-proxyd: unrecognized option '{argument}'")
+        }
+        ErrorKind::InvalidValue | ErrorKind::WrongNumberOfValues | ErrorKind::TooFewValues => {
+            format!("socket-proxyd: option '{option}' requires an argument")
+        }
+        ErrorKind::TooManyValues => {
+            format!("socket-proxyd: option '{option}' doesn't allow an argument")
+        }
+        ErrorKind::InvalidUtf8 => "socket-proxyd: an argument is not valid UTF-8".into(),
+        _ => {
+            let message = error.to_string();
+            let line = message.lines().next().unwrap_or_default();
+            format!("socket-proxyd: {}", line.trim_start_matches("error: "))
+        }
+    }
+}
+
+fn failed(option: &str, value: impl Display) -> String {
+    format!("Failed to parse --{option}= argument: {value}")
+}
+
+fn parse_span(option: &str, value: Option<String>) -> Result<TimeSpan, String> {
+    match value {
+        Some(value) => TimeSpan::parse(&value).ok_or_else(|| failed(option, value)),
+        None => Ok(TimeSpan::INFINITY),
+    }
+}
+
+/// A number as systemd's `safe_atou` reads it: leading white space, a plus sign, and the bases
+/// that `0x`, `0o`, `0b` and a leading zero name.
+fn parse_unsigned(text: &str) -> Option<u32> {
+    let text = text.trim_start_matches([' ', '\t', '\n', '\r']);
+    let (negative, text) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let base = |prefix: [&str; 2]| prefix.iter().find_map(|prefix| text.strip_prefix(prefix));
+    let (digits, radix) = if let Some(digits) = base(["0x", "0X"]) {
+        (digits, 16)
+    } else if let Some(digits) = base(["0o", "0O"]) {
+        (digits, 8)
+    } else if let Some(digits) = base(["0b", "0B"]) {
+        (digits, 2)
+    } else if text.len() > 1 && text.starts_with('0') {
+        (&text[1..], 8)
+    } else {
+        (text, 10)
+    };
+    // from_str_radix would take another sign here.
+    if !digits.chars().all(|digit| digit.is_digit(radix)) {
+        return None;
+    }
+    u32::from_str_radix(digits, radix)
+        .ok()
+        .filter(|number| !negative || *number == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Config, String> {
+        let args = std::iter::once("socket-proxyd").chain(args.iter().copied());
+        match Config::parse(args.map(OsString::from))? {
+            Request::Serve(config) => Ok(*config),
+            Request::Print(text) => Err(text),
+        }
+    }
+
+    fn connections_max(args: &[&str]) -> Result<u32, String> {
+        parse(args).map(|config| config.connections_max.get())
+    }
+
+    #[test]
+    fn clap_finds_no_fault() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_a_screen_and_names_every_option() {
+        let help = parse(&["--help"]).unwrap_err();
+        assert!(help.lines().count() <= 24, "{help}");
+        for line in help.lines() {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
+        let mut listed: Vec<&str> = help
+            .split(|c: char| c != '-' && !c.is_ascii_alphanumeric())
+            .filter_map(|word| word.strip_prefix("--"))
+            .filter(|word| !word.is_empty())
+            .collect();
+        let command = Arguments::command();
+        let mut known: Vec<&str> = command
+            .get_arguments()
+            .filter_map(|arg| arg.get_long())
+            .collect();
+        listed.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(listed, known);
+    }
+
+    #[test]
+    fn prefixes_are_resolved_among_upstreams_options_first() {
+        for conn in ["--conn=5", "--connections-m=5", "--c=5", "-c5"] {
+            assert_eq!(connections_max(&[conn, "x"]), Ok(5), "{conn}");
+        }
+        assert_eq!(connections_max(&["--conn", "5", "x"]), Ok(5));
+        let config = parse(&["--connect-t=3", "x"]).unwrap();
+        assert_eq!(config.connect_timeout.to_string(), "3s");
+        assert!(parse(&["--", "--conn=5"]).is_ok(), "a target after --");
+    }
+
+    #[test]
+    fn the_last_of_a_repeated_option_wins() {
+        assert_eq!(
+            connections_max(&["-c", "5", "x", "--connections-max=7"]),
+            Ok(7)
+        );
+        assert_eq!(
+            parse(&["--listen=1", "--listen=2", "x"])
+                .unwrap()
+                .listen
+                .len(),
+            2
+        );
+    }
+
+    #[test]
+    fn numbers_are_read_as_systemd_reads_them() {
+        for (text, number) in [
+            ("0x10", Some(16)),
+            ("010", Some(8)),
+            ("0o17", Some(15)),
+            ("0b101", Some(5)),
+            ("+5", Some(5)),
+            (" 5", Some(5)),
+            ("4294967295", Some(u32::MAX)),
+            ("4294967296", None),
+            ("-1", None),
+            ("-0", Some(0)),
+            ("", None),
+            ("5 ", None),
+            ("09", None),
+            ("+-5", None),
+            ("0x", None),
+        ] {
+            assert_eq!(parse_unsigned(text), number, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn messages_are_upstreams() {
+        for (args, message) in [
+            (&[][..], "Not enough parameters."),
+            (&["a", "b"], "Too many parameters."),
+            (&["-c", "0", "x"], "Connection limit is too low."),
+            (
+                &["-c", "-1", "x"],
+                "Failed to parse --connections-max= argument: -1",
+            ),
+            (
+                &["--exit-idle-time=foo", "x"],
+                "Failed to parse --exit-idle-time= argument: foo",
+            ),
+            (
+                &["--foo", "x"],
+                "socket-proxyd: unrecognized option '--foo'",
+            ),
+            (&["-x"], "socket-proxyd: unrecognized option '-x'"),
+            (
+                &["-c"],
+                "socket-proxyd: option '--connections-max' requires an argument",
+            ),
+            (
+                &["--help=3"],
+                "socket-proxyd: option '--help' doesn't allow an argument",
+            ),
+            (
+                &["--listen=99999", "x"],
+                "Invalid --listen=99999: port 99999 is above 65535.",
+            ),
+            (&[""], "Invalid target \"\": the host is empty."),
+        ] {
+            assert_eq!(parse(args).unwrap_err(), message, "{args:?}");
+        }
+    }
+}

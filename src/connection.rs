@@ -1,0 +1,102 @@
+//! The life of a connection: dial, header, forward, outcome.
+
+#![forbid(unsafe_code)]
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::time::Instant;
+
+use crate::address::Address;
+use crate::admission::Permit;
+use crate::descriptors::Reserved;
+use crate::dial::Dialer;
+use crate::forward::{Pair, Shared, Side};
+use crate::listen::Listener;
+use crate::logging::RateLimit;
+use crate::proxy_header::ProxyProtocol;
+use crate::socket::Socket;
+
+static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
+
+/// What all connections have in common.
+#[derive(Debug)]
+pub struct Route {
+    /// The way to the backend.
+    pub dialer: Dialer,
+    /// The header it expects.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// The forwarder's buffer and pipes.
+    pub shared: Rc<Shared>,
+}
+
+/// Somebody who was accepted and admitted.
+#[derive(Debug)]
+pub struct Client {
+    /// Where they are.
+    pub socket: Socket,
+    /// Who they are.
+    pub address: Address,
+    /// Where they came in.
+    pub listener: Rc<Listener>,
+    /// Their place under the cap.
+    pub permit: Permit,
+    /// Their descriptors.
+    pub reserved: Reserved,
+}
+
+/// Serves a client until the connection is over, and logs how it was.
+///
+/// Dropped before that, it resets both sides.
+pub async fn serve(client: Client, route: Rc<Route>) {
+    let start = Instant::now();
+    let Client {
+        socket,
+        address,
+        listener,
+        permit,
+        reserved,
+    } = client;
+    // Boxed: what dialling needs is gone when the connection stands, which may be for days.
+    let backend = match Box::pin(route.dialer.dial()).await {
+        Ok(backend) => backend,
+        Err(error) => {
+            if let Some(suppressed) = UNREACHABLE.pass() {
+                tracing::warn!(client = %address, listener = %listener, "{error}{suppressed}");
+            }
+            return socket.close();
+        }
+    };
+    let header = match route.proxy_protocol {
+        Some(version) => {
+            let reached = socket.local_address();
+            version.header(&address, &reached.unwrap_or(Address::Unix(None)))
+        }
+        None => Vec::new(),
+    };
+    let pair = Pair::new(socket, backend, header, Rc::clone(&route.shared));
+    let Ok(closed) = pair.run().await else {
+        return;
+    };
+    drop((permit, reserved));
+    tracing::debug!(
+        client = %address,
+        listener = %listener,
+        backend = %route.dialer.target(),
+        bytes_from_client = closed.from_client,
+        bytes_from_backend = closed.from_backend,
+        duration_usec = start.elapsed().as_micros() as u64,
+        "{}", outcome(closed.fault)
+    );
+}
+
+fn outcome(fault: Option<(Side, Errno)>) -> String {
+    let (side, errno) = match fault {
+        None => return "Connection closed".into(),
+        Some((Side::Client, errno)) => ("client", errno),
+        Some((Side::Backend, errno)) => ("backend", errno),
+    };
+    let words = crate::dial::in_words(&errno.into());
+    format!("Connection ended by the {side}: {words}")
+}

@@ -1,0 +1,166 @@
+//! How many descriptors there are, and who may have them.
+//!
+//! Nobody is accepted before the backend's descriptor is in sight: a client that waits in the
+//! kernel's backlog loses nothing, one that was accepted and dropped does. So `RLIMIT_NOFILE` is
+//! divided once, at start, and what a connection may take is counted.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// A client's and its backend's.
+const PER_CONNECTION: u32 = 2;
+
+/// What a lookup opens while it runs: sockets to two name servers, a file of the system's, and one
+/// more for the name service modules.
+const PER_LOOKUP: usize = 4;
+
+/// Lookups at a time when descriptors abound. Each is a thread, too.
+const LOOKUPS_MAX: usize = 256;
+
+/// Pipes when descriptors abound.
+const PIPES_MAX: usize = 512;
+
+/// For the notification socket, the journal's, and the moment in which a newcomer is refused.
+const RESERVE: usize = 6;
+
+/// What start-up opens at most, beside the listeners: counted only when descriptors are few.
+const OPEN_AT_START: usize = 64;
+
+/// The descriptors a process may have, divided among their uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Division {
+    /// Connections at a time.
+    pub connections: usize,
+    /// Name lookups at a time; 0 when the target needs none.
+    pub lookups: usize,
+    /// Pipes at a time.
+    pub pipes: usize,
+}
+
+impl Division {
+    /// Divides `limit` descriptors of which `open` are taken. Connections come first, up to
+    /// `connections_max`; pipes get what is left, and at least a small part.
+    pub fn new(limit: usize, open: usize, connections_max: usize, by_name: bool) -> Self {
+        let free = limit.saturating_sub(open + RESERVE);
+        let lookups = if by_name {
+            (free / 32).clamp(1, LOOKUPS_MAX)
+        } else {
+            0
+        };
+        let free = free.saturating_sub(lookups * PER_LOOKUP);
+        let for_connections = connections_max.saturating_mul(PER_CONNECTION as usize);
+        let pipes = (free.saturating_sub(for_connections) / 2)
+            .max(free / 16)
+            .min(PIPES_MAX);
+        Self {
+            connections: free.saturating_sub(pipes * 2) / PER_CONNECTION as usize,
+            lookups,
+            pipes,
+        }
+    }
+
+    /// Divides what this process has, after raising its soft limit to the hard one.
+    ///
+    /// # Errors
+    /// When there is not room for a single connection.
+    pub fn of_this_process(connections_max: u32, by_name: bool) -> Result<Self, String> {
+        let limit = raise_limit();
+        let connections_max = connections_max as usize;
+        let plenty = OPEN_AT_START
+            + RESERVE
+            + LOOKUPS_MAX * PER_LOOKUP
+            + PIPES_MAX * 2
+            + connections_max.saturating_mul(2);
+        let open = if limit >= plenty {
+            OPEN_AT_START
+        } else {
+            open_now().unwrap_or(OPEN_AT_START)
+        };
+        let division = Self::new(limit, open, connections_max, by_name);
+        if division.connections == 0 {
+            return Err(format!(
+                "RLIMIT_NOFILE={limit} leaves no room for a connection; raise LimitNOFILE=."
+            ));
+        }
+        Ok(division)
+    }
+}
+
+/// The descriptors that connections may take, counted.
+#[derive(Debug)]
+pub struct Descriptors(Arc<Semaphore>);
+
+/// A connection's two descriptors, given back when it is dropped.
+#[derive(Debug)]
+pub struct Reserved(#[expect(dead_code, reason = "held, not read")] OwnedSemaphorePermit);
+
+impl Descriptors {
+    /// Room for this many connections.
+    pub fn new(connections: usize) -> Self {
+        Self(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)).into())
+    }
+
+    /// Two descriptors, if there are any left.
+    pub fn try_reserve(&self) -> Option<Reserved> {
+        Arc::clone(&self.0).try_acquire_owned().ok().map(Reserved)
+    }
+
+    /// Waits for two descriptors.
+    pub async fn reserve(&self) -> Reserved {
+        let reserved = Arc::clone(&self.0).acquire_owned().await;
+        Reserved(reserved.expect("the semaphore is never closed"))
+    }
+}
+
+/// Raises the soft limit to the hard one and says what it is now.
+fn raise_limit() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    let limit = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(error) => {
+            tracing::debug!("Failed to raise RLIMIT_NOFILE, ignoring: {error}");
+            limit.current
+        }
+    };
+    limit.map_or(usize::MAX, |limit| limit as usize)
+}
+
+fn open_now() -> io::Result<usize> {
+    Ok(std::fs::read_dir("/proc/self/fd")?.count())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_come_first_and_the_sum_fits() {
+        for limit in [0, 20, 40, 64, 256, 1024, 20_000, 524_288] {
+            for open in [8, 16, 64] {
+                for connections_max in [1, 256, 4096, u32::MAX as usize] {
+                    for by_name in [false, true] {
+                        let it = Division::new(limit, open, connections_max, by_name);
+                        let sum = it.connections * 2 + it.pipes * 2 + it.lookups * PER_LOOKUP;
+                        if it.connections > 0 {
+                            assert!(sum + open + RESERVE <= limit, "{limit} {open} {it:?}");
+                        }
+                    }
+                }
+            }
+        }
+        let small = Division::new(40, 10, 256, false);
+        assert_eq!((small.connections, small.pipes), (11, 1));
+        let roomy = Division::new(20_000, 16, 4096, false);
+        assert!(roomy.connections >= 4096);
+        assert_eq!(roomy.pipes, PIPES_MAX);
+    }
+}

@@ -1,0 +1,170 @@
+//! A target to a connected socket: every address in turn, each with its own time limit.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use socket2::{Domain, SockAddr, Type};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+
+use crate::address::Address;
+use crate::logging::RateLimit;
+use crate::resolve::{ResolveError, resolve};
+use crate::socket::{Family, Socket, set_nodelay_or_warn};
+use crate::target::Target;
+use crate::timespan::TimeSpan;
+
+/// Between two attempts at a backend whose backlog is full, at first and at most.
+const RETRY_FIRST: Duration = Duration::from_millis(5);
+const RETRY_MAX: Duration = Duration::from_millis(100);
+
+static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+
+/// Connects to one target, again and again.
+#[derive(Debug)]
+pub struct Dialer {
+    target: Target,
+    connect_timeout: TimeSpan,
+    lookups: Semaphore,
+}
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub enum DialError {
+    /// The name has no address.
+    Resolve(ResolveError),
+    /// None of the addresses answered; the last one and its error.
+    Connect(Address, io::Error),
+}
+
+impl fmt::Display for DialError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Resolve(error) => error.fmt(f),
+            Self::Connect(address, error) => {
+                let error = in_words(error);
+                write!(f, "Failed to connect to remote host: {address}: {error}")
+            }
+        }
+    }
+}
+
+impl Dialer {
+    /// `connect_timeout` is for each address; at most `lookups_max` lookups run at a time.
+    pub fn new(target: Target, connect_timeout: TimeSpan, lookups_max: usize) -> Self {
+        Self {
+            target,
+            connect_timeout,
+            lookups: Semaphore::new(lookups_max),
+        }
+    }
+
+    /// The target, for messages.
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// Looks the target up, and tries each of its addresses until one answers.
+    pub async fn dial(&self) -> Result<Socket, DialError> {
+        let name = match &self.target {
+            Target::Address(address) => return self.try_address(address).await,
+            Target::Name(name) => name,
+        };
+        let lookup = self.lookups.acquire().await;
+        let addresses = resolve(name).await.map_err(DialError::Resolve)?;
+        drop(lookup);
+        let mut failed = None;
+        for address in addresses {
+            match self.try_address(&Address::Inet(address)).await {
+                Ok(socket) => return Ok(socket),
+                Err(error) => {
+                    tracing::debug!("{error}, trying the next address");
+                    failed = Some(error);
+                }
+            }
+        }
+        Err(failed.expect("a name that resolves has an address"))
+    }
+
+    async fn try_address(&self, address: &Address) -> Result<Socket, DialError> {
+        let connected = match self.connect_timeout.finite() {
+            Some(limit) => timeout(limit, connect(address))
+                .await
+                .unwrap_or_else(|_| Err(Errno::TIMEDOUT.into())),
+            None => connect(address).await,
+        };
+        connected.map_err(|error| DialError::Connect(address.clone(), error))
+    }
+}
+
+/// Connects to one address; waits for a Unix backend's backlog, and for descriptors and memory.
+async fn connect(address: &Address) -> io::Result<Socket> {
+    let sockaddr = address.to_sockaddr()?;
+    let mut pause = RETRY_FIRST;
+    loop {
+        match try_connect(address, &sockaddr).await {
+            Ok(socket) => return Ok(socket),
+            Err(error) => match Errno::from_io_error(&error) {
+                Some(Errno::AGAIN) => {}
+                Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                    if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
+                        tracing::warn!(
+                            "Failed to open a socket to the backend, trying again: {}{suppressed}",
+                            in_words(&error)
+                        );
+                    }
+                }
+                _ => return Err(error),
+            },
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(RETRY_MAX);
+    }
+}
+
+async fn try_connect(address: &Address, sockaddr: &SockAddr) -> io::Result<Socket> {
+    let family = match address {
+        Address::Inet(_) => Family::Tcp,
+        Address::Unix(_) => Family::Unix,
+        Address::Vsock { .. } => Family::Vsock,
+    };
+    let domain = Domain::from(i32::from(sockaddr.family()));
+    let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), None)?;
+    if family == Family::Tcp {
+        set_nodelay_or_warn(&socket);
+    }
+    let connected = socket.connect(sockaddr);
+    let in_progress = match connected {
+        Ok(()) => false,
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => true,
+        Err(error) => return Err(error),
+    };
+    let socket = Socket::register(socket.into(), family)?;
+    if in_progress {
+        socket.connected().await?;
+    }
+    // When nobody listens on a port of the ephemeral range, connecting to it again and again ends
+    // in getting that very port as the local one, and TCP connects it to itself. (ip-sysctl: the
+    // range begins above the privileged ports.) Dropping it resets it, so that no TIME_WAIT keeps
+    // the backend from its port.
+    if let Address::Inet(peer) = address
+        && peer.port() >= 1024
+        && socket.local_address()? == *address
+    {
+        return Err(Errno::CONNREFUSED.into());
+    }
+    Ok(socket)
+}
+
+/// The error without Rust's "(os error N)".
+pub fn in_words(error: &io::Error) -> String {
+    let words = error.to_string();
+    match words.split_once(" (os error") {
+        Some((words, _)) => words.into(),
+        None => words,
+    }
+}

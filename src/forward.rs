@@ -1,0 +1,619 @@
+//! Both directions of a connection: bytes, half-close, reset.
+//!
+//! # Theory of operation
+//!
+//! A [`Pair`] is two *ends* (the client's socket and the backend's) and two *flows*, one from each
+//! end to the other. All state is in the struct and none in a future, so that a pair can be left
+//! at any time without losing what it holds. [`Pair::run`] alternates between two steps:
+//!
+//! - **turn**: each flow moves what can be moved without waiting, what it holds first. System calls
+//!   are tried at once and only wait after `EAGAIN`;
+//! - **wait**: for an edge on any socket that a flow is stuck on, or that would otherwise not be
+//!   looked at.
+//!
+//! ## How bytes move
+//!
+//! - *Copying*, through one buffer a thread: `recv` and `send`. A receive that comes short leaves
+//!   the socket empty, so there is no third call: a request and its answer are two receives and two
+//!   sends.
+//! - *Splicing*, once a flow filled the whole buffer [`BULKY_AFTER`] times in a row: socket to pipe,
+//!   pipe to socket, half the CPU of copying. The pipe comes from the thread's pool for the turn
+//!   and goes back when it is empty; a flow that turns quiet goes back to copying. Where no pipe is
+//!   to be had, copying carries on.
+//!
+//! What the sink did not take is *held*: copied bytes in a buffer made for them, spliced bytes in
+//! the pipe. A flow that holds bytes does not read, so that each flow's memory is bounded and the
+//! kernel's flow control reaches the sender. An idle connection holds nothing but two descriptors.
+//!
+//! ## How a flow ends
+//!
+//! | state | means | the sink sees |
+//! |---|---|---|
+//! | `Open` | bytes may come | |
+//! | `Ended` | the source's FIN was passed on after its last byte | FIN |
+//! | `SourceReset` | the source was reset; what it sent before was delivered | a reset |
+//! | `SinkGone` | the sink takes no more; `lost` if bytes of the source stay undelivered | |
+//!
+//! The flows end one by one: a failed write lets the other direction drain, and a FIN lets it live
+//! on until it ends too. When both are over, each end is closed, or *reset* if its counterpart was
+//! reset or its own bytes were lost. A reset overtakes bytes in flight, so it waits until the peer's
+//! kernel has acknowledged them all: an answer followed by a reset arrives whole. Once an end was
+//! reset, a receiver that makes no progress for [`LINGER`] is not waited for.
+//!
+//! An end that no flow reads from (its flow ended, or holds bytes for a stalled reader) is watched
+//! for EPOLLHUP, so that a peer that died is noticed although nothing is asked of it.
+//!
+//! Kernel facts this rests on: recv(2) and splice(2) give what was queued before a reset, then
+//! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` ends as if by a
+//! FIN; after a FIN, a reset makes `send` fail with `EPIPE` instead.
+
+#![forbid(unsafe_code)]
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::pipe::{Pipe, PipePool};
+use crate::socket::{Family, Socket};
+
+/// How long a receiver may make no progress after its counterpart was reset.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
+/// comes as a short read.
+const COPY_SIZE: usize = 32 * 1024;
+
+/// Full buffers in a row that make a flow bulky.
+const BULKY_AFTER: u8 = 2;
+
+/// Bytes between two empty sockets below which a bulky flow counts as quiet again.
+const QUIET_BELOW: usize = COPY_SIZE;
+
+/// Bytes a flow moves before other connections get their turn.
+const TURN: usize = 1024 * 1024;
+
+/// What the connections of one thread share.
+#[derive(Debug)]
+pub struct Shared {
+    buffer: RefCell<Box<[u8]>>,
+    pipes: PipePool,
+    carried: Cell<u64>,
+}
+
+impl Shared {
+    /// `pipes_max` bounds the pipes, two descriptors each.
+    pub fn new(pipes_max: usize) -> Self {
+        Self {
+            buffer: RefCell::new(vec![0; COPY_SIZE].into()),
+            pipes: PipePool::new(pipes_max),
+            carried: Cell::new(0),
+        }
+    }
+
+    /// Bytes delivered so far, both directions of all connections.
+    pub fn carried(&self) -> u64 {
+        self.carried.get()
+    }
+
+    /// Pipes in existence.
+    pub fn pipes_in_use(&self) -> usize {
+        self.pipes.in_use()
+    }
+}
+
+/// One of the two sides of a connection; also the flow that starts there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Who connected to us.
+    Client,
+    /// Whom we connected to.
+    Backend,
+}
+
+const SIDES: [Side; 2] = [Side::Client, Side::Backend];
+
+impl Side {
+    const fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Backend,
+            Self::Backend => Self::Client,
+        }
+    }
+}
+
+/// How a connection was, once it is over.
+#[derive(Debug)]
+pub struct Closed {
+    /// Bytes delivered to the backend.
+    pub from_client: u64,
+    /// Bytes delivered to the client.
+    pub from_backend: u64,
+    /// The side that ended it otherwise than by closing, and what the kernel said of it.
+    pub fault: Option<(Side, Errno)>,
+}
+
+/// Two connected sockets and the bytes between them.
+#[derive(Debug)]
+pub struct Pair {
+    ends: [End; 2],
+    flows: [Flow; 2],
+    shared: Rc<Shared>,
+    fault: Option<(Side, Errno)>,
+}
+
+impl Pair {
+    /// Joins two sockets; `preface` goes to the backend ahead of the client's bytes, in one write.
+    pub fn new(client: Socket, backend: Socket, preface: Vec<u8>, shared: Rc<Shared>) -> Self {
+        let mut flows = [Flow::default(), Flow::default()];
+        if !preface.is_empty() {
+            flows[Side::Client as usize].held = Held::Copied {
+                bytes: preface,
+                sent: 0,
+            };
+        }
+        Self {
+            ends: [End::new(client), End::new(backend)],
+            flows,
+            shared,
+            fault: None,
+        }
+    }
+
+    /// Carries bytes until both directions are over, and closes both sockets.
+    ///
+    /// # Errors
+    /// Only the event loop's own, when it is being shut down.
+    pub async fn run(mut self) -> io::Result<Closed> {
+        while !self.is_over() {
+            match self.turn() {
+                Turn::Stuck if self.is_over() => break,
+                Turn::Stuck if self.ends.iter().any(|end| end.reset) => {
+                    if !self.wait_while_it_moves().await? {
+                        break;
+                    }
+                }
+                Turn::Stuck => self.wait().await?,
+                Turn::More => tokio::task::yield_now().await,
+            }
+        }
+        Ok(self.finish().await)
+    }
+
+    fn is_over(&self) -> bool {
+        self.flows.iter().all(|flow| flow.state != State::Open)
+    }
+
+    fn turn(&mut self) -> Turn {
+        let mut turn = Turn::Stuck;
+        for side in SIDES {
+            if self.advance(side) == Turn::More {
+                turn = Turn::More;
+            }
+        }
+        turn
+    }
+
+    /// Moves what the flow from `side` can move.
+    fn advance(&mut self, side: Side) -> Turn {
+        let [client, backend] = &mut self.ends;
+        let (source, sink) = match side {
+            Side::Client => (client, backend),
+            Side::Backend => (backend, client),
+        };
+        let flow = &mut self.flows[side as usize];
+        let before = flow.delivered;
+        let mut turn = Turn::Stuck;
+        while flow.state == State::Open {
+            if flow.delivered - before >= TURN as u64 {
+                turn = Turn::More;
+                break;
+            }
+            match flow.step(source, sink, &self.shared) {
+                Ok(Step::Moved) => {}
+                Ok(Step::Stuck) => break,
+                Ok(Step::End) if source.reset => flow.state = State::SourceReset,
+                Ok(Step::End) => {
+                    flow.state = State::Ended;
+                    // When the other flow is over too, close() sends the FIN.
+                    if self.flows[side.other() as usize].state == State::Open {
+                        // Fails only where the sink was reset, which its own flow will see.
+                        let _ = sink.socket.shutdown_write();
+                    }
+                    break;
+                }
+                Err(Fault::Source(errno)) => {
+                    self.fault = self.fault.or(Some((side, errno)));
+                    source.reset = true;
+                    flow.state = State::SourceReset;
+                    self.flows[side.other() as usize].sink_is_gone(true);
+                    break;
+                }
+                Err(Fault::Sink(errno)) => {
+                    self.fault = self.fault.or(Some((side.other(), errno)));
+                    // EPIPE comes after a FIN, or from a Unix peer that only stopped reading: the
+                    // sink's own bytes end as they end. Any other error was taken from the socket
+                    // here, and its flow would take the missing rest for a FIN.
+                    sink.reset |= errno != Errno::PIPE;
+                    flow.sink_is_gone(true);
+                }
+            }
+        }
+        self.shared
+            .carried
+            .set(self.shared.carried.get() + flow_delivered(&self.flows, side) - before);
+        turn
+    }
+
+    /// Waits until a turn can do something.
+    async fn wait(&mut self) -> io::Result<()> {
+        poll_fn(|cx| self.poll_edges(cx)).await
+    }
+
+    fn poll_edges(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut edge = false;
+        for side in SIDES {
+            let end = &mut self.ends[side as usize];
+            let from = &self.flows[side as usize];
+            let reads = from.state == State::Open && from.held.is_nothing();
+            let to = &mut self.flows[side.other() as usize];
+            if reads && let Poll::Ready(ready) = end.socket.poll_readable(cx) {
+                ready?;
+                end.readable = true;
+                edge = true;
+            }
+            if !to.held.is_nothing() {
+                if let Poll::Ready(ready) = end.socket.poll_writable(cx) {
+                    ready?;
+                    end.writable = true;
+                    edge = true;
+                }
+            } else if !reads
+                && to.state == State::Open
+                && let Poll::Ready(ready) = end.socket.poll_hung_up(cx)
+            {
+                ready?;
+                // A Unix peer that closed after all it was sent lost nothing.
+                let lost = end.socket.family() != Family::Unix;
+                to.sink_is_gone(lost);
+                edge = true;
+            }
+        }
+        if edge {
+            Poll::Ready(Ok(()))
+        } else {
+            Poll::Pending
+        }
+    }
+
+    /// Waits, but not for a receiver that takes nothing for [`LINGER`].
+    async fn wait_while_it_moves(&mut self) -> io::Result<bool> {
+        let mut left = self.undelivered();
+        loop {
+            if let Ok(waited) = timeout(LINGER, self.wait()).await {
+                return waited.map(|()| true);
+            }
+            let now = self.undelivered();
+            if now == left {
+                return Ok(false);
+            }
+            left = now;
+        }
+    }
+
+    fn undelivered(&self) -> [usize; 2] {
+        [0, 1].map(|end| self.ends[end].socket.unacknowledged())
+    }
+
+    /// Both flows are over: the ends get theirs.
+    async fn finish(self) -> Closed {
+        let [from_client, from_backend] = self.flows;
+        let closed = Closed {
+            from_client: from_client.delivered,
+            from_backend: from_backend.delivered,
+            fault: self.fault,
+        };
+        let [client, backend] = self.ends;
+        client.finish(from_client.state, from_backend.state).await;
+        backend.finish(from_backend.state, from_client.state).await;
+        closed
+    }
+}
+
+fn flow_delivered(flows: &[Flow; 2], side: Side) -> u64 {
+    flows[side as usize].delivered
+}
+
+/// A socket, and what is known of it between two edges.
+#[derive(Debug)]
+struct End {
+    socket: Socket,
+    /// Worth reading from: no receive came short since the last edge.
+    readable: bool,
+    /// Worth writing to: no send came short since the last edge.
+    writable: bool,
+    /// The peer reset the connection, or it failed: an end of its bytes is not a FIN.
+    reset: bool,
+}
+
+impl End {
+    fn new(socket: Socket) -> Self {
+        Self {
+            socket,
+            readable: true,
+            writable: true,
+            reset: false,
+        }
+    }
+
+    /// Closes or resets, given how the flow from here and the flow to here ended.
+    async fn finish(self, from: State, to: State) {
+        if from == State::Ended && to == State::Ended {
+            // Both FINs are known, nothing can come that would make the kernel send a reset.
+            self.socket.close();
+            return;
+        }
+        // A reset, or bytes that come and are not read, would overtake what is on its way.
+        if !self.reset && matches!(to, State::Ended | State::SourceReset) {
+            delivered(&self.socket).await;
+        }
+        let bytes_were_lost = from == State::SinkGone { lost: true };
+        if bytes_were_lost || matches!(to, State::SourceReset | State::Open) {
+            self.socket.reset();
+        } else {
+            // If bytes have come that nobody will read, the kernel makes it a reset by itself.
+            self.socket.close();
+        }
+    }
+}
+
+/// Waits until the peer's kernel has acknowledged everything, or takes no more.
+///
+/// The kernel has no event for it. The first look is nearly always enough.
+async fn delivered(socket: &Socket) {
+    let mut left = socket.unacknowledged();
+    let mut moved = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    while left > 0 && !socket.has_failed() && moved.elapsed() < LINGER {
+        sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(100));
+        let now = socket.unacknowledged();
+        if now < left {
+            left = now;
+            moved = Instant::now();
+        }
+    }
+}
+
+/// One direction.
+#[derive(Debug, Default)]
+struct Flow {
+    state: State,
+    held: Held,
+    mode: Mode,
+    /// Bytes the sink took.
+    delivered: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Open,
+    Ended,
+    SourceReset,
+    SinkGone {
+        lost: bool,
+    },
+}
+
+/// Bytes taken from the source that the sink has not taken yet.
+#[derive(Debug, Default)]
+enum Held {
+    #[default]
+    Nothing,
+    Copied {
+        bytes: Vec<u8>,
+        sent: usize,
+    },
+    Piped(Pipe),
+}
+
+impl Held {
+    fn is_nothing(&self) -> bool {
+        matches!(self, Self::Nothing)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Mode {
+    /// `full` buffers came in a row.
+    Copy { full: u8 },
+    /// `bytes` came since the source was last empty.
+    Splice { bytes: usize },
+    /// The source can't be spliced from.
+    CopyOnly,
+}
+
+impl Default for Mode {
+    fn default() -> Self {
+        Self::Copy { full: 0 }
+    }
+}
+
+/// What came of a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Nothing can be done before the next edge.
+    Stuck,
+    /// There was more to do than one turn may.
+    More,
+}
+
+/// What came of a step.
+enum Step {
+    Moved,
+    Stuck,
+    /// The source's bytes are at their end, and all of them are with the sink.
+    End,
+}
+
+/// A socket that failed, and how.
+enum Fault {
+    Source(Errno),
+    Sink(Errno),
+}
+
+impl Flow {
+    /// Sends what is held, or else moves one bufferful or pipeful.
+    fn step(&mut self, source: &mut End, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
+        if !self.held.is_nothing() {
+            return self.send_held(sink, shared);
+        }
+        if !source.readable {
+            return Ok(Step::Stuck);
+        }
+        if let Mode::Splice { bytes } = self.mode
+            && let Some(pipe) = shared.pipes.take()
+        {
+            return self.splice(bytes, pipe, source, sink, shared);
+        }
+        self.copy(source, sink, shared)
+    }
+
+    fn copy(&mut self, source: &mut End, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
+        let mut buffer = shared.buffer.borrow_mut();
+        let received = match source.socket.receive(&mut buffer) {
+            Ok(received) => received,
+            Err(Errno::AGAIN) => {
+                source.readable = false;
+                return Ok(Step::Stuck);
+            }
+            Err(Errno::INTR) => return Ok(Step::Moved),
+            Err(errno) => return Err(Fault::Source(errno)),
+        };
+        if received.bytes == 0 {
+            return Ok(Step::End);
+        }
+        source.readable = !received.drained;
+        if let Mode::Copy { full } = self.mode {
+            self.mode = match full + 1 {
+                _ if received.bytes < buffer.len() => Mode::Copy { full: 0 },
+                BULKY_AFTER => Mode::Splice { bytes: 0 },
+                full => Mode::Copy { full },
+            };
+        }
+        let bytes = &buffer[..received.bytes];
+        let sent = self.sent(sink.socket.send(bytes), sink)?;
+        if sent < bytes.len() {
+            sink.writable = false;
+            self.held = Held::Copied {
+                bytes: bytes[sent..].to_vec(),
+                sent: 0,
+            };
+        }
+        Ok(Step::Moved)
+    }
+
+    fn splice(
+        &mut self,
+        before: usize,
+        mut pipe: Pipe,
+        source: &mut End,
+        sink: &mut End,
+        shared: &Shared,
+    ) -> Result<Step, Fault> {
+        match pipe.fill(&source.socket) {
+            Ok(0) => {
+                shared.pipes.give_back(pipe);
+                return Ok(Step::End);
+            }
+            Ok(bytes) => {
+                self.mode = Mode::Splice {
+                    bytes: before + bytes,
+                }
+            }
+            Err(errno) => {
+                shared.pipes.give_back(pipe);
+                return match errno {
+                    Errno::AGAIN => {
+                        source.readable = false;
+                        self.mode = if before < QUIET_BELOW {
+                            Mode::Copy { full: 0 }
+                        } else {
+                            Mode::Splice { bytes: 0 }
+                        };
+                        Ok(Step::Stuck)
+                    }
+                    Errno::INTR => Ok(Step::Moved),
+                    Errno::INVAL => {
+                        self.mode = Mode::CopyOnly;
+                        Ok(Step::Moved)
+                    }
+                    errno => Err(Fault::Source(errno)),
+                };
+            }
+        }
+        self.held = Held::Piped(pipe);
+        self.send_held(sink, shared)
+    }
+
+    fn send_held(&mut self, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
+        while sink.writable {
+            let left = match &mut self.held {
+                Held::Nothing => return Ok(Step::Moved),
+                Held::Copied { bytes, sent } => {
+                    let result = sink.socket.send(&bytes[*sent..]);
+                    if let Ok(now) = result {
+                        *sent += now;
+                    }
+                    let left = bytes.len() - *sent;
+                    self.sent(result, sink)?;
+                    left
+                }
+                Held::Piped(pipe) => {
+                    let result = pipe.drain(&sink.socket);
+                    let left = pipe.filled();
+                    self.sent(result, sink)?;
+                    left
+                }
+            };
+            if left == 0 {
+                if let Held::Piped(pipe) = std::mem::take(&mut self.held) {
+                    shared.pipes.give_back(pipe);
+                }
+                return Ok(Step::Moved);
+            }
+        }
+        Ok(Step::Stuck)
+    }
+
+    /// Accounts for a write to the sink; a full sink took nothing.
+    fn sent(&mut self, result: Result<usize, Errno>, sink: &mut End) -> Result<usize, Fault> {
+        match result {
+            Ok(bytes) => {
+                self.delivered += bytes as u64;
+                Ok(bytes)
+            }
+            Err(Errno::AGAIN) => {
+                sink.writable = false;
+                Ok(0)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(errno) => Err(Fault::Sink(errno)),
+        }
+    }
+
+    /// Nothing more can be delivered; what is held never will be. A pipe with bytes in it is closed.
+    fn sink_is_gone(&mut self, lost: bool) {
+        if self.state == State::Open {
+            let lost = lost || !self.held.is_nothing();
+            self.state = State::SinkGone { lost };
+            self.held = Held::Nothing;
+        }
+    }
+}

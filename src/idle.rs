@@ -1,0 +1,64 @@
+//! When to exit for want of connections.
+
+#![forbid(unsafe_code)]
+
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::admission::Load;
+use crate::timespan::TimeSpan;
+
+/// Waits until there has been no connection for `span`, counted from now or from the end of the
+/// last one.
+pub async fn idle_for(span: TimeSpan, load: &mut watch::Receiver<Load>) {
+    let Some(span) = span.finite() else {
+        return std::future::pending().await;
+    };
+    loop {
+        if load.wait_for(|load| load.open == 0).await.is_err() {
+            return;
+        }
+        tokio::select! {
+            // A connection that came and went within one look counts, too.
+            _ = load.changed() => {}
+            () = sleep(span) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+    use std::time::Duration;
+
+    use tokio::time::{Instant, advance};
+
+    use super::*;
+    use crate::admission::Admission;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_time_counts_from_the_end_of_the_last_connection() {
+        let admission = Admission::new(NonZeroU32::MIN);
+        let mut load = admission.watch();
+        let start = Instant::now();
+        let connections = async {
+            advance(MINUTE / 2).await;
+            let permit = admission.admit();
+            advance(MINUTE * 5).await;
+            drop(permit);
+        };
+        let ((), ()) = tokio::join!(idle_for(TimeSpan::new(MINUTE), &mut load), connections);
+        let idle = start.elapsed();
+        assert!(idle >= MINUTE * 13 / 2 && idle < MINUTE * 7, "{idle:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_time_counts_from_the_start() {
+        let admission = Admission::new(NonZeroU32::MIN);
+        let start = Instant::now();
+        idle_for(TimeSpan::new(MINUTE), &mut admission.watch()).await;
+        assert!(start.elapsed() >= MINUTE);
+    }
+}

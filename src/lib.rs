@@ -1,0 +1,56 @@
+//! A listening socket from systemd, or one opened here, and each connection on it carried to a TCP
+//! or Unix backend by splice(2).
+//!
+//! # The map
+//!
+//! Values move forward by ownership, in the order in which a connection lives; no stage calls back
+//! into an earlier one:
+//!
+//! ```text
+//! Inherited -> Listener -> Client -> + Permit -> + backend -> + header -> Pair -> Closed
+//! activation   listen      listen    admission   dial         proxy_header forward
+//! ```
+//!
+//! Two functions know the order: [`service::run`], the life of the process, and
+//! [`connection::serve`], the life of a connection.
+//!
+//! The modules below stand in that order: what the command line says, the process, a connection on
+//! its way, and what all of them lean on. The leaves ([`timespan`], [`address`], [`target`],
+//! [`proxy_header`], [`pipe`], [`activation`]) know nothing of the product.
+//!
+//! - Parsing ends in [`cli`]: after a [`cli::Config`] exists no string is interpreted again.
+//! - Counting is dropping: a [`admission::Permit`] lives from accept to close. Publishing is one
+//!   watch, which feeds the idle timer and `STATUS=`.
+//! - A [`socket::Socket`] that is dropped instead of closed is reset: whatever ends a connection
+//!   early (a signal, a panic), its peers don't take it for whole.
+//! - Unsafe code stands in [`socket`] and [`activation`], and nowhere else.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("socket-proxyd needs Linux: splice(2), epoll(7) and systemd");
+
+// What the command line says.
+pub mod cli;
+pub mod target;
+pub mod timespan;
+
+// The life of the process.
+pub mod service;
+
+// The life of a connection.
+pub mod activation;
+pub mod listen;
+pub mod admission;
+pub mod connection;
+pub mod resolve;
+pub mod dial;
+pub mod proxy_header;
+pub mod forward;
+pub mod pipe;
+pub mod socket;
+
+// What they lean on.
+pub mod address;
+pub mod descriptors;
+pub mod idle;
+pub mod logging;
+pub mod notify;

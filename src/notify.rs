@@ -1,0 +1,206 @@
+//! What systemd is told: READY, STATUS, STOPPING, WATCHDOG (sd_notify(3)).
+//!
+//! Nothing here blocks the event loop: the socket is non-blocking, a status that does not fit is
+//! left out, and only READY and STOPPING are tried again.
+
+#![forbid(unsafe_code)]
+
+use std::env;
+use std::fmt;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
+
+use crate::admission::Load;
+use crate::forward::Shared;
+
+/// Tries again while systemd does not take a message that matters, this often and this far apart.
+const RETRIES: usize = 50;
+const RETRY_AFTER: Duration = Duration::from_millis(20);
+
+/// Between two `STATUS=` messages.
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Between two looks at the bytes while connections stay as they are.
+const BYTES_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The service manager, or nobody.
+#[derive(Debug)]
+pub struct Notifier(Option<(UnixDatagram, SocketAddr)>);
+
+impl Notifier {
+    /// Connects to `$NOTIFY_SOCKET`, a path or an abstract name.
+    pub fn from_environment() -> Self {
+        let Some(name) = env::var_os("NOTIFY_SOCKET") else {
+            return Self(None);
+        };
+        let open = || -> io::Result<_> {
+            let address = match name.as_bytes() {
+                [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+                _ => SocketAddr::from_pathname(&name)?,
+            };
+            let socket = UnixDatagram::unbound()?;
+            socket.set_nonblocking(true)?;
+            Ok((socket, address))
+        };
+        Self(
+            open()
+                .inspect_err(|error| {
+                    tracing::warn!("Failed to use NOTIFY_SOCKET={name:?}, ignoring: {error}");
+                })
+                .ok(),
+        )
+    }
+
+    /// Sends once; what systemd does not take at once is lost.
+    pub fn try_send(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
+        let Some((socket, address)) = &self.0 else {
+            return Ok(());
+        };
+        let lines: String = states.iter().map(|state| format!("{state}\n")).collect();
+        socket.send_to_addr(lines.as_bytes(), address).map(drop)
+    }
+
+    /// Sends, and tries again for a second.
+    pub async fn send(&self, states: &[NotifyState<'_>]) {
+        for _ in 0..RETRIES {
+            match self.try_send(states) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    sleep(RETRY_AFTER).await;
+                }
+                Err(error) => {
+                    tracing::warn!("Failed to notify systemd, ignoring: {error}");
+                    return;
+                }
+                Ok(()) => return,
+            }
+        }
+        tracing::warn!("Failed to notify systemd, ignoring: it takes no messages");
+    }
+
+    /// Answers the watchdog at twice the rate it asks for, for ever.
+    pub async fn feed_watchdog(&self) {
+        let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
+            return std::future::pending().await;
+        };
+        loop {
+            let _ = self.try_send(&[NotifyState::Watchdog]);
+            sleep(limit / 2).await;
+        }
+    }
+
+    /// Keeps `STATUS=` current, for ever: after a change of the load, and now and then while bytes
+    /// flow, at most once a second.
+    pub async fn publish_status(&self, mut load: watch::Receiver<Load>, max: u32, shared: &Shared) {
+        if self.0.is_none() {
+            return std::future::pending().await;
+        }
+        let mut said = String::new();
+        let mut next = Instant::now();
+        loop {
+            let open = load.borrow_and_update().open;
+            if open > 0 {
+                tokio::select! {
+                    _ = load.changed() => {}
+                    () = sleep(BYTES_INTERVAL) => {}
+                }
+            } else if load.changed().await.is_err() {
+                return;
+            }
+            tokio::time::sleep_until(next).await;
+            next = Instant::now() + STATUS_INTERVAL;
+            let status = Status {
+                load: *load.borrow_and_update(),
+                max,
+                carried: shared.carried(),
+            }
+            .to_string();
+            if status != said && self.try_send(&[NotifyState::Status(&status)]).is_ok() {
+                said = status;
+            }
+        }
+    }
+}
+
+/// `2 connections of 256, 120 served, 1.2 GiB`.
+struct Status {
+    load: Load,
+    max: u32,
+    carried: u64,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Load {
+            open,
+            served,
+            refused,
+        } = self.load;
+        let plural = if open == 1 { "" } else { "s" };
+        write!(
+            f,
+            "{open} connection{plural} of {}, {served} served, ",
+            self.max
+        )?;
+        if refused > 0 {
+            write!(f, "{refused} refused, ")?;
+        }
+        write_bytes(f, self.carried)
+    }
+}
+
+fn write_bytes(f: &mut fmt::Formatter<'_>, bytes: u64) -> fmt::Result {
+    let mut amount = bytes as f64;
+    let mut units = ["KiB", "MiB", "GiB", "TiB", "PiB"].iter();
+    let mut unit = None;
+    while amount >= 1024.0
+        && let Some(next) = units.next()
+    {
+        amount /= 1024.0;
+        unit = Some(next);
+    }
+    match unit {
+        Some(unit) => write!(f, "{amount:.1} {unit}"),
+        None => write!(f, "{bytes} bytes"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_says_what_goes_on() {
+        let status = |open, served, refused, carried| {
+            let load = Load {
+                open,
+                served,
+                refused,
+            };
+            Status {
+                load,
+                max: 256,
+                carried,
+            }
+            .to_string()
+        };
+        assert_eq!(
+            status(2, 120, 0, 1_288_490_189),
+            "2 connections of 256, 120 served, 1.2 GiB"
+        );
+        assert_eq!(
+            status(1, 0, 3, 64),
+            "1 connection of 256, 0 served, 3 refused, 64 bytes"
+        );
+        assert_eq!(
+            status(0, 1, 0, 1536),
+            "0 connections of 256, 1 served, 1.5 KiB"
+        );
+    }
+}

@@ -1,0 +1,169 @@
+//! Pipes for splice(2), and the bounded pool they come from.
+//!
+//! Invariants: a pipe is filled only when it is empty, so that `EAGAIN` from [`Pipe::fill`] always
+//! means an empty socket, never full slots (small segments fill a pipe's slots long before its
+//! bytes); and only an empty pipe returns to the pool.
+
+#![forbid(unsafe_code)]
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, SpliceFlags};
+use tokio::time::Instant;
+
+use crate::socket::Socket;
+
+/// What is asked for, in bytes.
+const PIPE_SIZE: usize = 256 * 1024;
+
+/// A new pipe's size as long as the user's quota lasts (pipe(7)). Smaller ones, 4 or 8 KiB, are
+/// what `pipe-user-pages-soft` leaves, and cost more than copying.
+const SMALLEST_USEFUL: usize = 64 * 1024;
+
+/// How long to copy before asking the kernel again, after it refused a pipe.
+const SCARCE: Duration = Duration::from_secs(1);
+
+/// Empty pipes kept for the next bulky flow.
+const IDLE_MAX: usize = 32;
+
+/// A pipe, and how much is in it.
+#[derive(Debug)]
+pub struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+    size: usize,
+    filled: usize,
+    /// Counts the pipes of a pool by being held.
+    _counted: Rc<()>,
+}
+
+impl Pipe {
+    /// Moves what the socket has into the pipe, which must be empty: up to the pipe's size, or
+    /// fewer when its slots are full. 0 is the end of the stream.
+    pub fn fill(&mut self, from: &Socket) -> Result<usize, Errno> {
+        debug_assert_eq!(self.filled, 0, "EAGAIN would be ambiguous");
+        self.filled = rustix::pipe::splice(from, None, &self.write, None, self.size, FLAGS)?;
+        Ok(self.filled)
+    }
+
+    /// Moves what the socket takes out of the pipe.
+    ///
+    /// Exactly what is in it is asked for: a larger length would make the kernel hold the last
+    /// segment back for more.
+    pub fn drain(&mut self, to: &Socket) -> Result<usize, Errno> {
+        let moved = rustix::pipe::splice(&self.read, None, to, None, self.filled, FLAGS)?;
+        self.filled -= moved;
+        Ok(moved)
+    }
+
+    /// Bytes in the pipe.
+    pub fn filled(&self) -> usize {
+        self.filled
+    }
+}
+
+/// The pipes of one thread.
+#[derive(Debug)]
+pub struct PipePool {
+    idle: RefCell<Vec<Pipe>>,
+    counted: Rc<()>,
+    max: usize,
+    scarce_until: Cell<Option<Instant>>,
+}
+
+impl PipePool {
+    /// A pool that makes at most `max` pipes, two descriptors each, when they are needed.
+    pub fn new(max: usize) -> Self {
+        Self {
+            idle: RefCell::default(),
+            counted: Rc::new(()),
+            max,
+            scarce_until: Cell::new(None),
+        }
+    }
+
+    /// An empty pipe, or `None` when the limit, the descriptors or the user's quota of pipe memory
+    /// are used up: then the caller copies.
+    pub fn take(&self) -> Option<Pipe> {
+        if let Some(pipe) = self.idle.borrow_mut().pop() {
+            return Some(pipe);
+        }
+        if self.in_use() >= self.max {
+            return None;
+        }
+        if let Some(until) = self.scarce_until.get() {
+            if Instant::now() < until {
+                return None;
+            }
+            self.scarce_until.set(None);
+        }
+        let pipe = self.create();
+        if pipe.is_none() {
+            self.scarce_until.set(Some(Instant::now() + SCARCE));
+        }
+        pipe
+    }
+
+    /// Takes a pipe back; one with bytes in it is closed instead.
+    pub fn give_back(&self, pipe: Pipe) {
+        let mut idle = self.idle.borrow_mut();
+        if pipe.filled == 0 && idle.len() < IDLE_MAX {
+            idle.push(pipe);
+        }
+    }
+
+    /// Pipes in existence, idle ones included.
+    pub fn in_use(&self) -> usize {
+        Rc::strong_count(&self.counted) - 1
+    }
+
+    fn create(&self) -> Option<Pipe> {
+        let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
+        let (read, write) = rustix::pipe::pipe_with(flags).ok()?;
+        let size = rustix::pipe::fcntl_setpipe_size(&write, PIPE_SIZE)
+            .or_else(|_| rustix::pipe::fcntl_getpipe_size(&write))
+            .ok()?;
+        (size >= SMALLEST_USEFUL).then(|| Pipe {
+            read,
+            write,
+            size,
+            filled: 0,
+            _counted: Rc::clone(&self.counted),
+        })
+    }
+}
+
+const FLAGS: SpliceFlags = SpliceFlags::NONBLOCK.union(SpliceFlags::MOVE);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pool_is_bounded() {
+        let pool = PipePool::new(2);
+        let pipes = (pool.take().unwrap(), pool.take().unwrap());
+        assert!(pool.take().is_none());
+        pool.give_back(pipes.0);
+        assert_eq!(pool.in_use(), 2);
+        assert!(pool.take().is_some());
+    }
+
+    #[test]
+    fn a_pipe_with_bytes_in_it_never_returns() {
+        let pool = PipePool::new(1);
+        let mut pipe = pool.take().unwrap();
+        pipe.filled = rustix::io::write(&pipe.write, b"left over").unwrap();
+        pool.give_back(pipe);
+        assert_eq!(pool.in_use(), 0);
+        let fresh = pool.take().unwrap();
+        assert_eq!(
+            rustix::io::read(&fresh.read, &mut [0; 9]),
+            Err(Errno::AGAIN)
+        );
+    }
+}

@@ -1,0 +1,70 @@
+//! Names to addresses, by the system's resolver.
+//!
+//! getaddrinfo(3) blocks for as long as name servers let it, so each lookup runs on a thread of the
+//! runtime's blocking pool, and holds up nobody but its own connection; at the end of the process
+//! it is left behind.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use dns_lookup::{AddrInfoHints, LookupError, SockType, getaddrinfo};
+
+use crate::target::HostPort;
+
+/// Why there is no address.
+#[derive(Debug)]
+pub struct ResolveError {
+    name: String,
+    reason: String,
+}
+
+impl fmt::Display for ResolveError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Failed to resolve host: {}: {}", self.name, self.reason)
+    }
+}
+
+/// Every stream address of a name, in the resolver's order (gai.conf(5)), at least one.
+pub async fn resolve(name: &HostPort) -> Result<Vec<SocketAddr>, ResolveError> {
+    let failed = |reason| ResolveError {
+        name: name.to_string(),
+        reason,
+    };
+    let (host, port) = (name.host.clone(), name.port.to_string());
+    let addresses = tokio::task::spawn_blocking(move || look_up(&host, &port))
+        .await
+        .map_err(|_| failed("the lookup was given up".into()))?
+        .map_err(failed)?;
+    if addresses.is_empty() {
+        return Err(failed("it has no address".into()));
+    }
+    Ok(addresses)
+}
+
+fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, String> {
+    let hints = AddrInfoHints {
+        socktype: SockType::Stream.into(),
+        ..AddrInfoHints::default()
+    };
+    let found = getaddrinfo(Some(host), Some(port), Some(hints)).map_err(|error| reason(&error))?;
+    let mut addresses = Vec::new();
+    // An address of a family we don't know is no reason to miss the others.
+    for address in found.flatten().map(|found| found.sockaddr) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    Ok(addresses)
+}
+
+/// gai_strerror(3)'s words.
+fn reason(error: &LookupError) -> String {
+    let error = std::io::Error::from(LookupError::new(error.error_num()));
+    let words = error.to_string();
+    match words.rsplit_once(": ") {
+        Some((_, words)) => words.into(),
+        None => words,
+    }
+}

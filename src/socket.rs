@@ -1,0 +1,243 @@
+//! The one socket type: a connected stream of any family, non-blocking, registered once.
+//!
+//! splice(2) needs a descriptor and readiness, and activation hands over sockets of any family, so
+//! there is one concrete type and no enum of streams.
+//!
+//! **A socket that is dropped without [`Socket::close`] is reset.** A connection that ends in any
+//! other way than by its own ends (a signal, a panic, a failure) must not look whole to its peers.
+//!
+//! One of the two files with unsafe code (the other is `activation`).
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, sockopt};
+use socket2::SockRef;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::address::Address;
+
+/// The families a stream socket can have here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4 or IPv6.
+    Tcp,
+    /// AF_UNIX.
+    Unix,
+    /// AF_VSOCK.
+    Vsock,
+}
+
+impl Family {
+    /// The family of an open socket, or `None` if it is not one of ours.
+    pub fn of(fd: impl AsFd) -> io::Result<Option<Self>> {
+        use rustix::net::AddressFamily;
+        Ok(match sockopt::socket_domain(fd)? {
+            AddressFamily::INET | AddressFamily::INET6 => Some(Self::Tcp),
+            AddressFamily::UNIX => Some(Self::Unix),
+            AddressFamily::VSOCK => Some(Self::Vsock),
+            _ => None,
+        })
+    }
+}
+
+/// Hands a descriptor to the event loop: one `epoll_ctl`, edge-triggered.
+///
+/// # Errors
+/// epoll_ctl(2)'s; the descriptor is closed then.
+pub fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd gives the same open descriptor from as_raw_fd() for as long as it lives,
+    // and the AsyncFd owns it.
+    let registered = unsafe { AsyncFd::register_with_interest(fd, interest) };
+    Ok(registered?)
+}
+
+/// A connected stream socket.
+#[derive(Debug)]
+pub struct Socket {
+    io: AsyncFd<OwnedFd>,
+    family: Family,
+    /// Whether both ends agreed that the connection is over.
+    closes_cleanly: bool,
+}
+
+/// What a [`Socket::receive`] brought.
+#[derive(Clone, Copy, Debug)]
+pub struct Received {
+    /// 0 is the end of the peer's bytes.
+    pub bytes: usize,
+    /// Nothing is left in the socket: the next readiness comes with an edge.
+    pub drained: bool,
+}
+
+impl Socket {
+    /// Takes a socket that is already non-blocking.
+    pub fn register(fd: OwnedFd, family: Family) -> io::Result<Self> {
+        Ok(Self {
+            io: register(fd, Interest::READABLE | Interest::WRITABLE)?,
+            family,
+            closes_cleanly: false,
+        })
+    }
+
+    /// The family.
+    pub fn family(&self) -> Family {
+        self.family
+    }
+
+    /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet.
+    pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
+        let room = buffer.len();
+        if self.family != Family::Unix {
+            let (bytes, _) = rustix::net::recv(&self.io, buffer, RecvFlags::empty())?;
+            return Ok(Received {
+                bytes,
+                drained: bytes < room,
+            });
+        }
+        // A Unix socket ends a receive early, with more bytes behind, where a message carried
+        // descriptors or credentials. They can't be handed on, but their loss shows as CTRUNC, and
+        // tells such a short read from an empty socket.
+        let received = rustix::net::recvmsg(
+            &self.io,
+            &mut [io::IoSliceMut::new(buffer)],
+            &mut RecvAncillaryBuffer::default(),
+            RecvFlags::empty(),
+        )?;
+        let ended_early = received.flags.contains(ReturnFlags::CTRUNC);
+        Ok(Received {
+            bytes: received.bytes,
+            drained: received.bytes < room && !ended_early,
+        })
+    }
+
+    /// Sends what the kernel takes of `bytes` at once.
+    pub fn send(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        rustix::net::send(&self.io, bytes, SendFlags::NOSIGNAL)
+    }
+
+    /// Passes on the end of the other side's bytes.
+    pub fn shutdown_write(&self) -> io::Result<()> {
+        SockRef::from(&self.io).shutdown(Shutdown::Write)
+    }
+
+    /// Waits for an edge that says bytes, or their end, may be there.
+    ///
+    /// The readiness is cleared before the caller reads: whatever arrives after that makes a new
+    /// edge. The end of the stream is never cleared, so a read that came short with the peer's FIN
+    /// already behind it is followed by another.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.io.poll_read_ready(cx))?.clear_ready();
+        Poll::Ready(Ok(()))
+    }
+
+    /// Waits for an edge that says the kernel may take bytes, or never will again.
+    pub fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.io.poll_write_ready(cx))?.clear_ready();
+        Poll::Ready(Ok(()))
+    }
+
+    /// Waits until the peer is gone altogether: reset, or, on a Unix socket, closed.
+    ///
+    /// The kernel says EPOLLHUP; on TCP it also does when both directions were shut down, so this
+    /// is only to be asked of a socket whose sending side is open.
+    pub fn poll_hung_up(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.io.poll_write_ready(cx))?;
+            if guard.ready().is_write_closed() {
+                return Poll::Ready(Ok(()));
+            }
+            guard.clear_ready();
+        }
+    }
+
+    /// Waits for the outcome of a connect(2) that is in progress.
+    pub async fn connected(&self) -> io::Result<()> {
+        self.io.writable().await?.retain_ready();
+        match SockRef::from(&self.io).take_error()? {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// The address of this side.
+    pub fn local_address(&self) -> io::Result<Address> {
+        Ok(Address::from_sockaddr(
+            &SockRef::from(&self.io).local_addr()?,
+        ))
+    }
+
+    /// Bytes sent that the peer's kernel has not acknowledged (TCP); 0 on the other families, where
+    /// what was sent stays readable whatever happens to this side.
+    pub fn unacknowledged(&self) -> usize {
+        if self.family != Family::Tcp {
+            return 0;
+        }
+        // SAFETY: TIOCOUTQ, which is SIOCOUTQ on a TCP socket, writes one int (tcp(7)).
+        let bytes = unsafe {
+            let request = rustix::ioctl::Getter::<TIOCOUTQ, i32>::new();
+            rustix::ioctl::ioctl(&self.io, request)
+        };
+        bytes.map_or(0, |bytes| bytes.max(0) as usize)
+    }
+
+    /// Whether an error waits on the socket: the peer reset it, or can't be reached any more.
+    pub fn has_failed(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.io, PollFlags::empty())];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().contains(PollFlags::ERR)
+    }
+
+    /// Closes without a reset: everything sent is still delivered by the kernel.
+    pub fn close(mut self) {
+        self.closes_cleanly = true;
+    }
+
+    /// Closes; a TCP peer sees a reset, and bytes it has not acknowledged are lost.
+    pub fn reset(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if !self.closes_cleanly && self.family == Family::Tcp {
+            // tcp(7): closing with a linger time of zero sends RST instead of FIN.
+            let _ = sockopt::set_socket_linger(&self.io, Some(Duration::ZERO));
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.io.as_fd()
+    }
+}
+
+/// Without it about 40 ms are lost to the delayed acknowledgement on some patterns of requests. An
+/// accepted socket inherits it from its listener.
+pub fn set_nodelay_or_warn(fd: impl AsFd) {
+    if let Err(error) = sockopt::set_tcp_nodelay(fd, true) {
+        tracing::debug!("Failed to set TCP_NODELAY, ignoring: {error}");
+    }
+}
+
+/// From asm-generic/ioctls.h; the same on every architecture Rust supports Linux on but the
+/// MIPS, PowerPC and SPARC families.
+#[cfg(not(any(
+    target_arch = "mips",
+    target_arch = "mips64",
+    target_arch = "powerpc",
+    target_arch = "powerpc64",
+    target_arch = "sparc64"
+)))]
+const TIOCOUTQ: rustix::ioctl::Opcode = 0x5411;

@@ -1,0 +1,244 @@
+//! Where connections go: `HOST:PORT`, `/path`, `@abstract`, `vsock:CID:PORT`.
+//!
+//! What can be known to be wrong is refused here, at start; names are looked up for each
+//! connection, in `resolve`.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use crate::address::{Address, UnixName};
+
+/// The port of a `HOST` without one, as in systemd-socket-proxyd(8).
+const DEFAULT_PORT: &str = "80";
+
+/// The backend as the command line names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// An address that needs no resolver.
+    Address(Address),
+    /// Anything for getaddrinfo(3).
+    Name(HostPort),
+}
+
+impl Target {
+    /// Reads a TARGET argument.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words that follow "Invalid target ...:".
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if let Some(name) = UnixName::parse(text) {
+            return Ok(Self::Address(Address::Unix(Some(Box::new(name?)))));
+        }
+        if let Some(vsock) = parse_vsock(text) {
+            return Ok(Self::Address(vsock?));
+        }
+        let host_port = HostPort::parse(text, Some(DEFAULT_PORT))?;
+        if host_port.port == Port::Number(0) {
+            return Err("no backend can be reached at port 0".into());
+        }
+        Ok(match host_port.literal() {
+            Some(address) => Self::Address(Address::Inet(address)),
+            None => Self::Name(host_port),
+        })
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Name(host_port) => host_port.fmt(f),
+        }
+    }
+}
+
+/// A host and a port, neither of them looked up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPort {
+    /// A name or an address; not empty, no brackets.
+    pub host: String,
+    /// A number or a service name.
+    pub port: Port,
+}
+
+/// A TCP port as written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// 0 to 65535.
+    Number(u16),
+    /// A name from services(5).
+    Service(String),
+}
+
+impl HostPort {
+    /// Reads `HOST:PORT`, split at the last colon, or `[V6]:PORT`; with a default port also `HOST`
+    /// and `[V6]`.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(text: &str, default_port: Option<&str>) -> Result<Self, String> {
+        let (host, port) = if let Some(rest) = text.strip_prefix('[') {
+            let (host, rest) = rest.split_once(']').ok_or("there is no ] after the [")?;
+            if !is_ipv6(host) {
+                return Err(format!("\"{host}\" is not an IPv6 address"));
+            }
+            match rest.strip_prefix(':') {
+                Some(port) => (host, Some(port)),
+                None if rest.is_empty() => (host, None),
+                None => return Err("after ] there can only be :PORT".into()),
+            }
+        } else if let Some((host, port)) = text.rsplit_once(':') {
+            if host.contains(':') && !is_ipv6(host) {
+                return Err(format!(
+                    "\"{host}\" is neither a name nor an address (an IPv6 address without a port \
+                     is written [{text}])"
+                ));
+            }
+            (host, Some(port))
+        } else {
+            (text, None)
+        };
+        if host.is_empty() {
+            return Err("the host is empty".into());
+        }
+        if host.contains('\0') {
+            return Err("the host contains a NUL byte".into());
+        }
+        let port = port.or(default_port).ok_or("there is no port")?;
+        Ok(Self {
+            host: host.into(),
+            port: Port::parse(port)?,
+        })
+    }
+
+    /// The address, when the host is one and the port a number.
+    pub fn literal(&self) -> Option<SocketAddr> {
+        let Port::Number(port) = self.port else {
+            return None;
+        };
+        let host: IpAddr = self.host.parse().ok()?;
+        Some(SocketAddr::new(host, port))
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl Port {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("the port is empty".into());
+        }
+        if text.contains('\0') {
+            return Err("the port contains a NUL byte".into());
+        }
+        if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return text
+                .parse()
+                .map(Self::Number)
+                .map_err(|_| format!("port {text} is above 65535"));
+        }
+        Ok(Self::Service(text.into()))
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Service(name) => name.fmt(f),
+        }
+    }
+}
+
+/// `vsock:CID:PORT`, as ListenStream= in systemd.socket(5) has it. `vsock:80` stays what it is
+/// upstream, a host named vsock.
+fn parse_vsock(text: &str) -> Option<Result<Address, String>> {
+    let (cid, port) = text.strip_prefix("vsock:")?.split_once(':')?;
+    Some(match (cid.parse(), port.parse()) {
+        (Ok(cid), Ok(port)) => Ok(Address::Vsock { cid, port }),
+        (Err(_), _) => Err(format!("\"{cid}\" is not a vsock CID (0 to 4294967295)")),
+        (_, Err(_)) => Err(format!("\"{port}\" is not a vsock port (0 to 4294967295)")),
+    })
+}
+
+/// An IPv6 address, possibly with a scope (`fe80::1%eth0`), which only getaddrinfo can read.
+fn is_ipv6(host: &str) -> bool {
+    let address = host.split_once('%').map_or(host, |(address, _)| address);
+    address.parse::<Ipv6Addr>().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_read_and_print() {
+        for (text, printed) in [
+            ("localhost:80", "localhost:80"),
+            ("localhost", "localhost:80"),
+            ("localhost:postgresql", "localhost:postgresql"),
+            ("127.0.0.1:8080", "127.0.0.1:8080"),
+            ("127.0.0.1:http", "127.0.0.1:http"),
+            ("[::1]:80", "[::1]:80"),
+            ("[::1]", "[::1]:80"),
+            ("::1:80", "[::1]:80"),
+            ("fe80::1%lo:80", "[fe80::1%lo]:80"),
+            ("[fe80::1%lo]:80", "[fe80::1%lo]:80"),
+            ("/run/a=b.sock", "/run/a=b.sock"),
+            ("@name", "@name"),
+            ("vsock:3:80", "vsock:3:80"),
+            ("vsock:80", "vsock:80"),
+        ] {
+            assert_eq!(Target::parse(text).unwrap().to_string(), printed, "{text}");
+        }
+    }
+
+    #[test]
+    fn only_literal_addresses_go_without_the_resolver() {
+        for (text, literal) in [
+            ("127.0.0.1:80", true),
+            ("[::1]:80", true),
+            ("127.0.0.1:http", false),
+            ("127.1:80", false),
+            ("fe80::1%lo:80", false),
+            ("localhost:80", false),
+        ] {
+            let target = Target::parse(text).unwrap();
+            assert_eq!(matches!(target, Target::Address(_)), literal, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_can_be_known_to_be_wrong_is_refused() {
+        for text in [
+            "",
+            ":80",
+            "localhost:",
+            "localhost:99999",
+            "localhost:0",
+            "::1",
+            "a:b:80",
+            "[::1",
+            "[::1]80",
+            "[localhost]:80",
+            "[]:80",
+            "@",
+            "vsock::80",
+            "vsock:x:80",
+            "vsock:3:4294967296",
+        ] {
+            assert!(Target::parse(text).is_err(), "{text}");
+        }
+        assert!(Target::parse(&format!("/{}", "x".repeat(107))).is_err());
+    }
+}
