@@ -27,12 +27,7 @@ pub unsafe fn take_inherited() -> Result<Vec<Inherited>, String> {
     // Read apart from the descriptors: names that were meant for another process are no error.
     let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
     let fds = sd_notify::listen_fds().map(Vec::from_iter);
-    for name in [
-        "LISTEN_PID",
-        "LISTEN_PIDFDID",
-        "LISTEN_FDS",
-        "LISTEN_FDNAMES",
-    ] {
+    for name in ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
         #[expect(clippy::disallowed_methods, reason = "the one place where it is safe")]
         // SAFETY: the caller promises that there is no other thread.
         unsafe {

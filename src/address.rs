@@ -70,12 +70,11 @@ impl Address {
         }
         let unix = SocketAddrUnix::try_from(address).ok()?;
         Some(Self::Unix(if let Some(path) = unix.path() {
-            Some(Box::new(UnixName::Path(PathBuf::from(
-                std::ffi::OsString::from_vec(path.to_bytes().to_vec()),
-            ))))
+            Some(Box::new(UnixName::Path(PathBuf::from(std::ffi::OsString::from_vec(
+                path.to_bytes().to_vec(),
+            )))))
         } else {
-            unix.abstract_name()
-                .map(|name| Box::new(UnixName::Abstract(name.to_vec())))
+            unix.abstract_name().map(|name| Box::new(UnixName::Abstract(name.to_vec())))
         }))
     }
 }
@@ -166,16 +165,8 @@ mod tests {
         let longest = format!("/{}", "x".repeat(106));
         assert!(UnixName::parse(&longest).unwrap().is_ok());
         assert!(UnixName::parse(&format!("{longest}x")).unwrap().is_err());
-        assert!(
-            UnixName::parse(&format!("@{}", "x".repeat(107)))
-                .unwrap()
-                .is_ok()
-        );
-        assert!(
-            UnixName::parse(&format!("@{}", "x".repeat(108)))
-                .unwrap()
-                .is_err()
-        );
+        assert!(UnixName::parse(&format!("@{}", "x".repeat(107))).unwrap().is_ok());
+        assert!(UnixName::parse(&format!("@{}", "x".repeat(108))).unwrap().is_err());
         assert!(UnixName::parse("@").unwrap().is_err());
         assert!(UnixName::parse("localhost:80").is_none());
     }

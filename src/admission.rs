@@ -34,10 +34,7 @@ pub struct Permit(watch::Sender<Load>);
 impl Admission {
     /// Admits at most `max` connections at a time.
     pub fn new(max: NonZeroU32) -> Self {
-        Self {
-            max,
-            load: watch::Sender::default(),
-        }
+        Self { max, load: watch::Sender::default() }
     }
 
     /// A place for a newcomer, or `None` at the cap.

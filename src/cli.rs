@@ -20,13 +20,8 @@ use crate::timespan::TimeSpan;
 
 /// systemd-socket-proxyd's own options; a prefix that is unambiguous among these means the same
 /// here, whatever options are added beside them.
-const UPSTREAM_OPTIONS: [&str; 5] = [
-    "connections-max",
-    "exit-idle-time",
-    "proxy-protocol",
-    "help",
-    "version",
-];
+const UPSTREAM_OPTIONS: [&str; 5] =
+    ["connections-max", "exit-idle-time", "proxy-protocol", "help", "version"];
 
 /// Everything the command line says, read and checked.
 #[derive(Clone, Debug)]
@@ -201,16 +196,10 @@ fn spell_out_upstream_prefixes(
             None => (option, None),
         };
         options_ended = option.is_empty();
-        if name.is_empty()
-            || command
-                .get_arguments()
-                .any(|known| known.get_long() == Some(name))
-        {
+        if name.is_empty() || command.get_arguments().any(|known| known.get_long() == Some(name)) {
             return arg;
         }
-        let mut meant = UPSTREAM_OPTIONS
-            .iter()
-            .filter(|known| known.starts_with(name));
+        let mut meant = UPSTREAM_OPTIONS.iter().filter(|known| known.starts_with(name));
         match (meant.next(), meant.next(), value) {
             (Some(known), None, Some(value)) => format!("--{known}={value}").into(),
             (Some(known), None, None) => format!("--{known}").into(),
@@ -228,10 +217,8 @@ fn explain(error: &clap::Error) -> String {
     };
     // clap names an option together with its value: `--listen <ADDRESS>`.
     let argument = text(ContextKind::InvalidArg);
-    let option = argument
-        .split_whitespace()
-        .find(|word| word.starts_with("--"))
-        .unwrap_or(&argument);
+    let option =
+        argument.split_whitespace().find(|word| word.starts_with("--")).unwrap_or(&argument);
     match error.kind() {
         ErrorKind::UnknownArgument => {
             format!("socket-proxyd: unrecognized option '{argument}'")
@@ -286,9 +273,7 @@ fn parse_unsigned(text: &str) -> Option<u32> {
     if !digits.chars().all(|digit| digit.is_digit(radix)) {
         return None;
     }
-    u32::from_str_radix(digits, radix)
-        .ok()
-        .filter(|number| !negative || *number == 0)
+    u32::from_str_radix(digits, radix).ok().filter(|number| !negative || *number == 0)
 }
 
 #[cfg(test)]
@@ -325,10 +310,8 @@ mod tests {
             .filter(|word| !word.is_empty())
             .collect();
         let command = Arguments::command();
-        let mut known: Vec<&str> = command
-            .get_arguments()
-            .filter_map(|arg| arg.get_long())
-            .collect();
+        let mut known: Vec<&str> =
+            command.get_arguments().filter_map(|arg| arg.get_long()).collect();
         listed.sort_unstable();
         known.sort_unstable();
         assert_eq!(listed, known);
@@ -347,17 +330,8 @@ mod tests {
 
     #[test]
     fn the_last_of_a_repeated_option_wins() {
-        assert_eq!(
-            connections_max(&["-c", "5", "x", "--connections-max=7"]),
-            Ok(7)
-        );
-        assert_eq!(
-            parse(&["--listen=1", "--listen=2", "x"])
-                .unwrap()
-                .listen
-                .len(),
-            2
-        );
+        assert_eq!(connections_max(&["-c", "5", "x", "--connections-max=7"]), Ok(7));
+        assert_eq!(parse(&["--listen=1", "--listen=2", "x"]).unwrap().listen.len(), 2);
     }
 
     #[test]
@@ -389,31 +363,13 @@ mod tests {
             (&[][..], "Not enough parameters."),
             (&["a", "b"], "Too many parameters."),
             (&["-c", "0", "x"], "Connection limit is too low."),
-            (
-                &["-c", "-1", "x"],
-                "Failed to parse --connections-max= argument: -1",
-            ),
-            (
-                &["--exit-idle-time=foo", "x"],
-                "Failed to parse --exit-idle-time= argument: foo",
-            ),
-            (
-                &["--foo", "x"],
-                "socket-proxyd: unrecognized option '--foo'",
-            ),
+            (&["-c", "-1", "x"], "Failed to parse --connections-max= argument: -1"),
+            (&["--exit-idle-time=foo", "x"], "Failed to parse --exit-idle-time= argument: foo"),
+            (&["--foo", "x"], "socket-proxyd: unrecognized option '--foo'"),
             (&["-x"], "socket-proxyd: unrecognized option '-x'"),
-            (
-                &["-c"],
-                "socket-proxyd: option '--connections-max' requires an argument",
-            ),
-            (
-                &["--help=3"],
-                "socket-proxyd: option '--help' doesn't allow an argument",
-            ),
-            (
-                &["--listen=99999", "x"],
-                "Invalid --listen=99999: port 99999 is above 65535.",
-            ),
+            (&["-c"], "socket-proxyd: option '--connections-max' requires an argument"),
+            (&["--help=3"], "socket-proxyd: option '--help' doesn't allow an argument"),
+            (&["--listen=99999", "x"], "Invalid --listen=99999: port 99999 is above 65535."),
             (&[""], "Invalid target \"\": the host is empty."),
         ] {
             assert_eq!(parse(args).unwrap_err(), message, "{args:?}");

@@ -51,13 +51,7 @@ pub struct Client {
 /// Dropped before that, it resets both sides.
 pub async fn serve(client: Client, route: Rc<Route>) {
     let start = Instant::now();
-    let Client {
-        socket,
-        address,
-        listener,
-        permit,
-        reserved,
-    } = client;
+    let Client { socket, address, listener, permit, reserved } = client;
     // Boxed: what dialling needs is gone when the connection stands, which may be for days.
     let backend = match Box::pin(route.dialer.dial()).await {
         Ok(backend) => backend,

@@ -47,16 +47,10 @@ impl Division {
     /// `connections_max`; pipes get what is left, and at least a small part.
     pub fn new(limit: usize, open: usize, connections_max: usize, by_name: bool) -> Self {
         let free = limit.saturating_sub(open + RESERVE);
-        let lookups = if by_name {
-            (free / 32).clamp(1, LOOKUPS_MAX)
-        } else {
-            0
-        };
+        let lookups = if by_name { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
         let for_connections = connections_max.saturating_mul(PER_CONNECTION as usize);
-        let pipes = (free.saturating_sub(for_connections) / 2)
-            .max(free / 16)
-            .min(PIPES_MAX);
+        let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
         Self {
             connections: free.saturating_sub(pipes * 2) / PER_CONNECTION as usize,
             lookups,
@@ -76,11 +70,8 @@ impl Division {
             + LOOKUPS_MAX * PER_LOOKUP
             + PIPES_MAX * 2
             + connections_max.saturating_mul(2);
-        let open = if limit >= plenty {
-            OPEN_AT_START
-        } else {
-            open_now().unwrap_or(OPEN_AT_START)
-        };
+        let open =
+            if limit >= plenty { OPEN_AT_START } else { open_now().unwrap_or(OPEN_AT_START) };
         let division = Self::new(limit, open, connections_max, by_name);
         if division.connections == 0 {
             return Err(format!(
@@ -120,10 +111,7 @@ impl Descriptors {
 /// Raises the soft limit to the hard one and says what it is now.
 fn raise_limit() -> usize {
     let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     let limit = match setrlimit(Resource::Nofile, raised) {
         Ok(()) => limit.maximum,
         Err(error) => {

@@ -56,11 +56,7 @@ impl fmt::Display for DialError {
 impl Dialer {
     /// `connect_timeout` is for each address; at most `lookups_max` lookups run at a time.
     pub fn new(target: Target, connect_timeout: TimeSpan, lookups_max: usize) -> Self {
-        Self {
-            target,
-            connect_timeout,
-            lookups: Semaphore::new(lookups_max),
-        }
+        Self { target, connect_timeout, lookups: Semaphore::new(lookups_max) }
     }
 
     /// The target, for messages.

@@ -152,17 +152,9 @@ impl Pair {
     pub fn new(client: Socket, backend: Socket, preface: Vec<u8>, shared: Rc<Shared>) -> Self {
         let mut flows = [Flow::default(), Flow::default()];
         if !preface.is_empty() {
-            flows[Side::Client as usize].held = Held::Copied {
-                bytes: preface,
-                sent: 0,
-            };
+            flows[Side::Client as usize].held = Held::Copied { bytes: preface, sent: 0 };
         }
-        Self {
-            ends: [End::new(client), End::new(backend)],
-            flows,
-            shared,
-            fault: None,
-        }
+        Self { ends: [End::new(client), End::new(backend)], flows, shared, fault: None }
     }
 
     /// Carries bytes until both directions are over, and closes both sockets.
@@ -284,11 +276,7 @@ impl Pair {
                 edge = true;
             }
         }
-        if edge {
-            Poll::Ready(Ok(()))
-        } else {
-            Poll::Pending
-        }
+        if edge { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
     /// Waits, but not for a receiver that takes nothing for [`LINGER`].
@@ -343,12 +331,7 @@ struct End {
 
 impl End {
     fn new(socket: Socket) -> Self {
-        Self {
-            socket,
-            readable: true,
-            writable: true,
-            reset: false,
-        }
+        Self { socket, readable: true, writable: true, reset: false }
     }
 
     /// Closes or resets, given how the flow from here and the flow to here ended.
@@ -511,10 +494,7 @@ impl Flow {
         let sent = self.sent(sink.socket.send(bytes), sink)?;
         if sent < bytes.len() {
             sink.writable = false;
-            self.held = Held::Copied {
-                bytes: bytes[sent..].to_vec(),
-                sent: 0,
-            };
+            self.held = Held::Copied { bytes: bytes[sent..].to_vec(), sent: 0 };
         }
         Ok(Step::Moved)
     }
@@ -532,11 +512,7 @@ impl Flow {
                 shared.pipes.give_back(pipe);
                 return Ok(Step::End);
             }
-            Ok(bytes) => {
-                self.mode = Mode::Splice {
-                    bytes: before + bytes,
-                }
-            }
+            Ok(bytes) => self.mode = Mode::Splice { bytes: before + bytes },
             Err(errno) => {
                 shared.pipes.give_back(pipe);
                 return match errno {

@@ -59,9 +59,7 @@ impl ListenAddress {
             return Ok(Self::Unix(name?));
         }
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-            let port = text
-                .parse()
-                .map_err(|_| format!("port {text} is above 65535"))?;
+            let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
             return Ok(Self::Any(port));
         }
         HostPort::parse(text, None).map(Self::Host)
@@ -97,11 +95,9 @@ impl Listener {
     /// systemd-socket-proxyd's words for what is not a listening stream socket.
     pub fn adopt(inherited: Inherited) -> Result<Self, String> {
         let Inherited { fd, name } = inherited;
-        let usable =
-            || -> io::Result<bool> {
-                Ok(sockopt::socket_type(&fd)? == SocketType::STREAM
-                    && sockopt::socket_acceptconn(&fd)?)
-            };
+        let usable = || -> io::Result<bool> {
+            Ok(sockopt::socket_type(&fd)? == SocketType::STREAM && sockopt::socket_acceptconn(&fd)?)
+        };
         if !usable().unwrap_or(false) {
             return Err("Passed in socket is not a stream socket.".into());
         }
@@ -138,13 +134,7 @@ impl Listener {
             set_nodelay_or_warn(&fd);
         }
         let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
-        Ok(Self {
-            io: register(fd, Interest::READABLE)?,
-            family,
-            address,
-            name,
-            _file: file,
-        })
+        Ok(Self { io: register(fd, Interest::READABLE)?, family, address, name, _file: file })
     }
 
     /// Waits for a client and accepts it, once there are descriptors for it and its backend.
@@ -218,10 +208,7 @@ impl Listener {
     /// Whether somebody waits to be accepted at this moment.
     pub fn has_queued(&self) -> bool {
         let mut fds = [PollFd::new(&self.io, PollFlags::IN)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         matches!(poll(&mut fds, Some(&now)), Ok(1..))
     }
 }
@@ -337,10 +324,7 @@ struct SocketFile {
 
 impl SocketFile {
     fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            identity: identity(path)?,
-            path: path.into(),
-        })
+        Ok(Self { identity: identity(path)?, path: path.into() })
     }
 }
 

@@ -79,10 +79,7 @@ impl Logging {
             sender: OnceLock::new(),
             dropped: Arc::default(),
         });
-        let logger = Logger {
-            level: level.0,
-            queue: Arc::clone(&queue),
-        };
+        let logger = Logger { level: level.0, queue: Arc::clone(&queue) };
         // Fails only when a test has set another: then that one stays.
         let _ = tracing::subscriber::set_global_default(logger);
         std::panic::set_hook(Box::new(|panic| {
@@ -114,11 +111,7 @@ pub struct RateLimit {
 impl RateLimit {
     /// At most `burst` messages an `interval`.
     pub const fn new(burst: u32, interval: Duration) -> Self {
-        Self {
-            burst,
-            interval,
-            state: Mutex::new(None),
-        }
+        Self { burst, interval, state: Mutex::new(None) }
     }
 
     /// Whether to log now; if so, how many were held back since the last time.
@@ -215,9 +208,7 @@ impl Queue {
                 .ok()
                 .map(|_| sender)
         });
-        let sent = sender
-            .as_ref()
-            .map(|sender| sender.try_send(Item::Line(line)));
+        let sent = sender.as_ref().map(|sender| sender.try_send(Item::Line(line)));
         if !matches!(sent, Some(Ok(()))) {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
@@ -242,10 +233,7 @@ fn write_lines(form: Form, lines: &Receiver<Item>, dropped: &AtomicU64) {
                 let lost = dropped.swap(0, Ordering::Relaxed);
                 if lost > 0 {
                     let text = format!("{lost} log lines were dropped, their reader was stuck.");
-                    let line = Line {
-                        text,
-                        fields: Vec::new(),
-                    };
+                    let line = Line { text, fields: Vec::new() };
                     let _ = write(&line.render(form, Level::WARN));
                 }
             }
@@ -271,8 +259,7 @@ impl Subscriber for Logger {
     fn event(&self, event: &Event<'_>) {
         let mut line = Line::default();
         event.record(&mut line);
-        self.queue
-            .push(line.render(self.queue.form, *event.metadata().level()));
+        self.queue.push(line.render(self.queue.form, *event.metadata().level()));
     }
 
     // No span is ever enabled.
@@ -356,10 +343,8 @@ mod tests {
 
     #[test]
     fn a_line_stays_one_line_in_each_form() {
-        let line = Line {
-            text: "cut\noff".into(),
-            fields: vec![("client", "a\nPRIORITY=0".into())],
-        };
+        let line =
+            Line { text: "cut\noff".into(), fields: vec![("client", "a\nPRIORITY=0".into())] };
         let render = |form| String::from_utf8(line.render(form, Level::WARN)).unwrap();
         assert_eq!(render(Form::Plain), "cut off client=a PRIORITY=0\n");
         assert_eq!(render(Form::Prefixed), "<4>cut off client=a PRIORITY=0\n");

@@ -115,12 +115,8 @@ impl Notifier {
             }
             tokio::time::sleep_until(next).await;
             next = Instant::now() + STATUS_INTERVAL;
-            let status = Status {
-                load: *load.borrow_and_update(),
-                max,
-                carried: shared.carried(),
-            }
-            .to_string();
+            let status = Status { load: *load.borrow_and_update(), max, carried: shared.carried() }
+                .to_string();
             if status != said && self.try_send(&[NotifyState::Status(&status)]).is_ok() {
                 said = status;
             }
@@ -137,17 +133,9 @@ struct Status {
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Load {
-            open,
-            served,
-            refused,
-        } = self.load;
+        let Load { open, served, refused } = self.load;
         let plural = if open == 1 { "" } else { "s" };
-        write!(
-            f,
-            "{open} connection{plural} of {}, {served} served, ",
-            self.max
-        )?;
+        write!(f, "{open} connection{plural} of {}, {served} served, ", self.max)?;
         if refused > 0 {
             write!(f, "{refused} refused, ")?;
         }
@@ -178,29 +166,11 @@ mod tests {
     #[test]
     fn status_says_what_goes_on() {
         let status = |open, served, refused, carried| {
-            let load = Load {
-                open,
-                served,
-                refused,
-            };
-            Status {
-                load,
-                max: 256,
-                carried,
-            }
-            .to_string()
+            let load = Load { open, served, refused };
+            Status { load, max: 256, carried }.to_string()
         };
-        assert_eq!(
-            status(2, 120, 0, 1_288_490_189),
-            "2 connections of 256, 120 served, 1.2 GiB"
-        );
-        assert_eq!(
-            status(1, 0, 3, 64),
-            "1 connection of 256, 0 served, 3 refused, 64 bytes"
-        );
-        assert_eq!(
-            status(0, 1, 0, 1536),
-            "0 connections of 256, 1 served, 1.5 KiB"
-        );
+        assert_eq!(status(2, 120, 0, 1_288_490_189), "2 connections of 256, 120 served, 1.2 GiB");
+        assert_eq!(status(1, 0, 3, 64), "1 connection of 256, 0 served, 3 refused, 64 bytes");
+        assert_eq!(status(0, 1, 0, 1536), "0 connections of 256, 1 served, 1.5 KiB");
     }
 }

@@ -78,12 +78,7 @@ pub struct PipePool {
 impl PipePool {
     /// A pool that makes at most `max` pipes, two descriptors each, when they are needed.
     pub fn new(max: usize) -> Self {
-        Self {
-            idle: RefCell::default(),
-            counted: Rc::new(()),
-            max,
-            scarce_until: Cell::new(None),
-        }
+        Self { idle: RefCell::default(), counted: Rc::new(()), max, scarce_until: Cell::new(None) }
     }
 
     /// An empty pipe, or `None` when the limit, the descriptors or the user's quota of pipe memory
@@ -161,9 +156,6 @@ mod tests {
         pool.give_back(pipe);
         assert_eq!(pool.in_use(), 0);
         let fresh = pool.take().unwrap();
-        assert_eq!(
-            rustix::io::read(&fresh.read, &mut [0; 9]),
-            Err(Errno::AGAIN)
-        );
+        assert_eq!(rustix::io::read(&fresh.read, &mut [0; 9]), Err(Errno::AGAIN));
     }
 }

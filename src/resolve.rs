@@ -28,10 +28,7 @@ impl fmt::Display for ResolveError {
 
 /// Every stream address of a name, in the resolver's order (gai.conf(5)), at least one.
 pub async fn resolve(name: &HostPort) -> Result<Vec<SocketAddr>, ResolveError> {
-    let failed = |reason| ResolveError {
-        name: name.to_string(),
-        reason,
-    };
+    let failed = |reason| ResolveError { name: name.to_string(), reason };
     let (host, port) = (name.host.clone(), name.port.to_string());
     let addresses = tokio::task::spawn_blocking(move || look_up(&host, &port))
         .await
@@ -44,10 +41,7 @@ pub async fn resolve(name: &HostPort) -> Result<Vec<SocketAddr>, ResolveError> {
 }
 
 fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, String> {
-    let hints = AddrInfoHints {
-        socktype: SockType::Stream.into(),
-        ..AddrInfoHints::default()
-    };
+    let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
     let found = getaddrinfo(Some(host), Some(port), Some(hints)).map_err(|error| reason(&error))?;
     let mut addresses = Vec::new();
     // An address of a family we don't know is no reason to miss the others.

@@ -79,14 +79,9 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
     }
 
     let serving = async {
-        let ready = [
-            NotifyState::Ready,
-            NotifyState::Status("Processing requests..."),
-        ];
+        let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
         notifier.send(&ready).await;
-        notifier
-            .publish_status(admission.watch(), connections_max, &shared)
-            .await;
+        notifier.publish_status(admission.watch(), connections_max, &shared).await;
     };
     let idle = async {
         let mut load = admission.watch();
@@ -105,10 +100,7 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         Some(ended) = entrances.join_next() => Err(why(ended)),
         () = async { tokio::join!(serving, notifier.feed_watchdog()); } => Ok(()),
     };
-    let stopping = [
-        NotifyState::Stopping,
-        NotifyState::Status("Shutting down..."),
-    ];
+    let stopping = [NotifyState::Stopping, NotifyState::Status("Shutting down...")];
     notifier.send(&stopping).await;
     result
 }
@@ -121,15 +113,13 @@ async fn listeners(
     let mut listeners = Vec::new();
     match (addresses.is_empty(), inherited.is_empty()) {
         (true, true) => {
-            return Err(
-                "Didn't get any sockets passed in. (Start it from a .socket unit, or \
+            return Err("Didn't get any sockets passed in. (Start it from a .socket unit, or \
                         open one with --listen=ADDRESS.)"
-                    .into(),
-            );
+                .into());
         }
         (false, false) => {
             return Err(
-                "Got sockets passed in and --listen= as well; one of them has to go.".into(),
+                "Got sockets passed in and --listen= as well; one of them has to go.".into()
             );
         }
         (true, false) => {
@@ -173,13 +163,7 @@ async fn admit(
             continue;
         };
         let listener = Rc::clone(&listener);
-        let client = Client {
-            socket,
-            address,
-            listener,
-            permit,
-            reserved,
-        };
+        let client = Client { socket, address, listener, permit, reserved };
         tokio::task::spawn_local(serve(client, Rc::clone(&route)));
     }
 }

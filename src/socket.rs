@@ -95,10 +95,7 @@ impl Socket {
         let room = buffer.len();
         if self.family != Family::Unix {
             let (bytes, _) = rustix::net::recv(&self.io, buffer, RecvFlags::empty())?;
-            return Ok(Received {
-                bytes,
-                drained: bytes < room,
-            });
+            return Ok(Received { bytes, drained: bytes < room });
         }
         // A Unix socket ends a receive early, with more bytes behind, where a message carried
         // descriptors or credentials. They can't be handed on, but their loss shows as CTRUNC, and
@@ -110,10 +107,7 @@ impl Socket {
             RecvFlags::empty(),
         )?;
         let ended_early = received.flags.contains(ReturnFlags::CTRUNC);
-        Ok(Received {
-            bytes: received.bytes,
-            drained: received.bytes < room && !ended_early,
-        })
+        Ok(Received { bytes: received.bytes, drained: received.bytes < room && !ended_early })
     }
 
     /// Sends what the kernel takes of `bytes` at once.
@@ -167,9 +161,7 @@ impl Socket {
 
     /// The address of this side.
     pub fn local_address(&self) -> io::Result<Address> {
-        Ok(Address::from_sockaddr(
-            &SockRef::from(&self.io).local_addr()?,
-        ))
+        Ok(Address::from_sockaddr(&SockRef::from(&self.io).local_addr()?))
     }
 
     /// Bytes sent that the peer's kernel has not acknowledged (TCP); 0 on the other families, where
@@ -190,10 +182,7 @@ impl Socket {
     pub fn has_failed(&self) -> bool {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let mut fds = [PollFd::new(&self.io, PollFlags::empty())];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().contains(PollFlags::ERR)
     }
 

@@ -107,10 +107,7 @@ impl HostPort {
             return Err("the host contains a NUL byte".into());
         }
         let port = port.or(default_port).ok_or("there is no port")?;
-        Ok(Self {
-            host: host.into(),
-            port: Port::parse(port)?,
-        })
+        Ok(Self { host: host.into(), port: Port::parse(port)? })
     }
 
     /// The address, when the host is one and the port a number.

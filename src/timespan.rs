@@ -141,10 +141,7 @@ fn parse_part(text: &str) -> Option<(u64, &str)> {
 }
 
 fn digits(text: &str) -> (&str, &str) {
-    text.split_at(
-        text.find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len()),
-    )
+    text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
 }
 
 fn add(a: u64, b: u64) -> Option<u64> {

@@ -1,1 +1,877 @@
-fn main() {}
+//! One suite for every program that does this job: ours and the originals, side by side.
+//!
+//! Each case runs against ours, against the installed systemd-socket-proxyd, and against the newest
+//! one where `make test` has put it. A case that an original fails says so, with the words in which
+//! it fails: a case that passes there after all, or fails otherwise, fails the suite.
+//!
+//! `PROXY_UNDER_TEST=/path/to/program` runs the cases against that program alone.
+
+mod support;
+
+use std::env;
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::panic::{self, AssertUnwindSafe};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use rustix::process::Signal;
+use sha2::{Digest, Sha256};
+use socket2::{Domain, Socket, Type};
+use support::*;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// A program under test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Subject {
+    Ours,
+    /// Debian 12's.
+    Old,
+    /// 262 or later.
+    New,
+    /// `$PROXY_UNDER_TEST`, expected to pass everything.
+    Named,
+}
+
+impl Subject {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Ours => "ours",
+            Self::Old => "systemd-252",
+            Self::New => "systemd-262",
+            Self::Named => "named",
+        }
+    }
+
+    fn path(self) -> Option<PathBuf> {
+        let path: PathBuf = match self {
+            Self::Ours => OURS.into(),
+            Self::Old => "/lib/systemd/systemd-socket-proxyd".into(),
+            Self::New => env::var_os("NEWEST_ORIGINAL")?.into(),
+            Self::Named => env::var_os("PROXY_UNDER_TEST")?.into(),
+        };
+        path.exists().then_some(path)
+    }
+}
+
+use Expected::{FailsOn, OnlyOurs, Shared};
+
+/// What a case expects of the originals.
+#[derive(Clone, Copy)]
+enum Expected {
+    /// Every program passes.
+    Shared,
+    /// These fail, with these words in the failure.
+    FailsOn(&'static [Subject], &'static str),
+    /// Only ours has what the case is about; the originals fail, with these words.
+    OnlyOurs(&'static str),
+}
+
+struct Case {
+    name: String,
+    expected: Expected,
+    test: Box<dyn Fn(&Path) + Send + Sync>,
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // The cases measure CPU and count descriptors; two at a time keeps two cores busy.
+    arguments.test_threads = arguments.test_threads.or(Some(2));
+    panic::set_hook(Box::new(|_| {}));
+    let in_ci = env::var_os("CI").is_some();
+    let mut trials = Vec::new();
+    let subjects = match Subject::Named.path() {
+        Some(_) => vec![Subject::Named],
+        None => vec![Subject::Ours, Subject::Old, Subject::New],
+    };
+    for subject in subjects {
+        let Some(path) = subject.path() else {
+            let missing = format!("{}: all cases", subject.name());
+            eprintln!("SKIPPED: {} is not installed; `make test` installs it", subject.name());
+            let trial = Trial::test(missing, || Err("the program is not installed".into()));
+            trials.push(trial.with_ignored_flag(!in_ci));
+            continue;
+        };
+        for case in cases() {
+            let path = path.clone();
+            let name = format!("{}: {}", subject.name(), case.name);
+            trials.push(Trial::test(name, move || judge(subject, &path, &case)));
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn judge(subject: Subject, path: &Path, case: &Case) -> Result<(), Failed> {
+    let failure = panic::catch_unwind(AssertUnwindSafe(|| (case.test)(path))).err().map(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()))
+            .unwrap_or_default()
+    });
+    let expected = match case.expected {
+        FailsOn(subjects, words) if subjects.contains(&subject) => Some(words),
+        OnlyOurs(words) if matches!(subject, Subject::Old | Subject::New) => Some(words),
+        _ => None,
+    };
+    match (failure, expected) {
+        (None, None) => Ok(()),
+        (Some(failure), Some(words)) if failure.contains(words) => Ok(()),
+        (Some(failure), None) => Err(failure.into()),
+        (Some(failure), Some(words)) => {
+            Err(format!("expected to fail here with {words:?}, but failed with: {failure}").into())
+        }
+        (None, Some(words)) => {
+            Err(format!("expected to fail here with {words:?}, but passed; mend the table").into())
+        }
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut case = |name: &str, expected, test: fn(&Path)| {
+        let (name, test) = (name.to_string(), Box::new(test));
+        cases.push(Case { name, expected, test });
+    };
+
+    case("messages of wrong command lines", Shared, wrong_command_lines);
+    case("help and version", Shared, help_and_version);
+    case("numbers and time spans are accepted", Shared, accepted_values);
+    case("sockets meant for another process", Shared, other_pid);
+    case("a datagram socket is refused", Shared, datagram_socket);
+    case("several sockets, one target", Shared, several_sockets);
+    let silent = FailsOn(&[Subject::Old], "a notification comes");
+    case("notifications", silent, notifications);
+    case("watchdog", Shared, watchdog);
+    case("idle exit after the last connection", Shared, idle_exit);
+    case("the last of repeated options wins", Shared, repeated_options);
+    case("an unreachable backend is said, and is nobody's end", Shared, unreachable);
+    case("a name is resolved", Shared, name_is_resolved);
+    case("::1:80 is split at the last colon", Shared, last_colon);
+    case("an abstract socket", Shared, abstract_socket);
+
+    let one_more = FailsOn(&[Subject::Old], "was served above the cap");
+    case("the cap is exact", one_more, exact_cap);
+    case("a refused connection is said in these words", Shared, refusal_is_said);
+    case("idle exit without any connection", OnlyOurs("the program exits"), idle_from_start);
+    case("[::1]:80", OnlyOurs("the echo backend answers"), brackets);
+    case("every address of a name", OnlyOurs("only one address was tried"), every_address);
+    case("a full Unix backlog", OnlyOurs("the echo backend answers"), full_backlog);
+    case("what can be known to be wrong is refused", OnlyOurs("started"), wrong_at_start);
+    case("reset by the client", OnlyOurs("not a reset: Ok"), |program| reset_by(program, true));
+    case("reset by the backend", OnlyOurs("not a reset: Ok"), |program| reset_by(program, false));
+    case("SIGTERM stops and resets", OnlyOurs("the last notification"), terminate);
+    case("PROXY v1", FailsOn(&[Subject::Old], "the option is unknown"), proxy_v1);
+    let as_ipv6 = OnlyOurs("instead of TCP4");
+    case("PROXY v1 of a dual-stack client", as_ipv6, proxy_v1_dual_stack);
+    case(
+        "60 KB and a close with the upload unread",
+        FailsOn(&[Subject::Old], "of 60000"),
+        early_answer,
+    );
+    case("4,000 idle clients, 20,000 descriptors", OnlyOurs("of 4000"), idle_clients);
+    case("60 clients, 40 descriptors", OnlyOurs("dropped"), few_descriptors);
+    case("--listen", OnlyOurs("no line with \"Listening"), own_listeners);
+    case("--listen and passed sockets", OnlyOurs("as well"), both_kinds_of_sockets);
+    case("a stuck log is nobody's business", OnlyOurs("Failed to parse"), stuck_log);
+
+    for pair @ (front, back) in PAIRS {
+        let mut case = |name, expected, test: fn(&Path, (Family, Family))| {
+            let name = format!("{name}, {front:?} to {back:?}");
+            let test = Box::new(move |program: &Path| test(program, pair));
+            cases.push(Case { name, expected, test });
+        };
+        case("64 KiB there and back", Shared, there_and_back);
+        case("12 clients, random sizes and pauses", Shared, random_clients);
+        let reply_lost = FailsOn(&[Subject::Old], "the reply after the half-close");
+        case("the client ends first", reply_lost, client_ends_first);
+        let upload_lost = FailsOn(&[Subject::Old], "the upload after the half-close");
+        case("the backend ends first", upload_lost, backend_ends_first);
+    }
+    cases
+}
+
+// The command line.
+
+fn wrong_command_lines(program: &Path) {
+    for (args, message) in [
+        (&[][..], "Not enough parameters."),
+        (&["a", "b"], "Too many parameters."),
+        (&["-c", "0", "x"], "Connection limit is too low."),
+        (&["-c", "-1", "x"], "Failed to parse --connections-max= argument: -1"),
+        (&["-c", "", "x"], "Failed to parse --connections-max= argument: "),
+        (&["-c", "09", "x"], "Failed to parse --connections-max= argument: 09"),
+        (&["-c4294967296", "x"], "Failed to parse --connections-max= argument: 4294967296"),
+        (&["--conn=x", "y"], "Failed to parse --connections-max= argument: x"),
+        (&["--e=x", "y"], "Failed to parse --exit-idle-time= argument: x"),
+        (&["x", "--exit-idle-time=-5s"], "Failed to parse --exit-idle-time= argument: -5s"),
+        (&["--exit-idle-time", "3.s", "x"], "Failed to parse --exit-idle-time= argument: 3.s"),
+        (&["--foo", "x"], "unrecognized option '--foo'"),
+        (&["--exit-idle-time"], "option '--exit-idle-time' requires an argument"),
+        (&["--help=3"], "option '--help' doesn't allow an argument"),
+        (&["x"], "Didn't get any sockets passed in."),
+        (&["--", "x"], "Didn't get any sockets passed in."),
+    ] {
+        let (code, stdout, stderr) = run(&program.into(), args);
+        assert_eq!(code, Some(1), "{args:?}: {stderr}");
+        assert!(stderr.contains(message), "{args:?}: {stderr}");
+        assert_eq!((stderr.lines().count(), &*stdout), (1, ""), "{args:?}: one line: {stderr}");
+    }
+}
+
+fn help_and_version(program: &Path) {
+    for help in ["--help", "-h", "--he"] {
+        let (code, stdout, stderr) = run(&program.into(), &[help]);
+        assert_eq!(code, Some(0), "{help}: {stderr}");
+        assert!(stdout.contains("--connections-max=") && stdout.lines().count() <= 24, "{stdout}");
+    }
+    for version in ["--version", "--vers"] {
+        assert_eq!(run(&program.into(), &[version]).0, Some(0), "{version}");
+    }
+}
+
+fn accepted_values(program: &Path) {
+    let backend = echo_backend(Family::Tcp);
+    for args in [
+        &["-c", "0x10"][..],
+        &["-c010"],
+        &["--connections-max=+5"],
+        &["--connections-max", "4294967295"],
+        &["--conn= 5"],
+        &["--exit-idle-time=1.5"],
+        &["--exit-idle-time=5min 20s"],
+        &["--exit-idle-time", "1M"],
+        &["--exit-idle-time=infinity"],
+        &["--exit=.5h"],
+        &["--"],
+    ] {
+        let front = Endpoint::new(Family::Tcp);
+        let launch = Launch::new(program).args(args).arg(&backend.target).listener(&front);
+        let _proxy = launch.start();
+        echoes(&mut front.connect());
+    }
+}
+
+fn repeated_options(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let args = ["-c", "0x1", "--connections-max=8", &backend.target, "--conn=9"];
+    let _proxy = Launch::new(program).args(args).listener(&front).start();
+    let mut clients: Vec<_> = (0..5).map(|_| front.connect()).collect();
+    clients.iter_mut().for_each(echoes);
+}
+
+fn wrong_at_start(program: &Path) {
+    let long = format!("/{}", "x".repeat(107));
+    for target in ["", ":80", "localhost:99999", "localhost:", "::1", "[::1", "@", &long] {
+        let front = Endpoint::new(Family::Tcp);
+        let mut manager = Manager::new();
+        let mut proxy = Launch::new(program)
+            .arg(target)
+            .listener(&front)
+            .env("NOTIFY_SOCKET", manager.path.display())
+            .start();
+        let ready = thread::spawn(move || manager.next());
+        let ended = poll_until(Instant::now() + PATIENCE, || {
+            (ready.is_finished() || !proxy.is_running()).then(|| !proxy.is_running())
+        });
+        assert_eq!(ended, Some(true), "started with the target {target:?}");
+        assert_eq!(proxy.wait().code(), Some(1));
+        let stderr = proxy.lines.all();
+        assert!(stderr.contains(&format!("Invalid target {target:?}")), "{stderr}");
+    }
+}
+
+// Sockets and the service manager.
+
+fn other_pid(program: &Path) {
+    let front = Endpoint::new(Family::Tcp);
+    let launch = Launch::new(program).arg("x").listener(&front).other_pid();
+    let mut proxy = launch.env("LISTEN_FDNAMES", "somebody-elses").start();
+    assert_eq!(proxy.wait().code(), Some(1));
+    let stderr = proxy.lines.all();
+    assert!(stderr.contains("Didn't get any sockets passed in."), "{stderr}");
+}
+
+fn datagram_socket(program: &Path) {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut proxy = Launch::new(program).arg("127.0.0.1:80").socket(&socket).start();
+    assert_eq!(proxy.wait().code(), Some(1));
+    let stderr = proxy.lines.all();
+    assert!(stderr.contains("Passed in socket is not a stream socket."), "{stderr}");
+}
+
+fn several_sockets(program: &Path) {
+    let fronts = [Family::Tcp, Family::Unix, Family::Tcp].map(Endpoint::new);
+    let backend = echo_backend(Family::Unix);
+    let mut launch = Launch::new(program).arg(&backend.target);
+    for front in &fronts {
+        launch = launch.listener(front);
+    }
+    let _proxy = launch.start();
+    for front in &fronts {
+        echoes(&mut front.connect());
+    }
+}
+
+fn notifications(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut manager = Manager::new();
+    let mut proxy = Launch::new(program)
+        .args(["--exit-idle-time=100ms", &backend.target])
+        .listener(&front)
+        .env("NOTIFY_SOCKET", manager.path.display())
+        .start();
+    let mut client = front.connect();
+    assert_eq!(manager.next(), "READY=1");
+    assert_eq!(manager.next(), "STATUS=Processing requests...");
+    echoes(&mut client);
+    drop(client);
+    manager.wait_for("STOPPING=1");
+    manager.wait_for("STATUS=Shutting down...");
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+fn watchdog(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut manager = Manager::new();
+    let _proxy = Launch::new(program)
+        .arg(&backend.target)
+        .listener(&front)
+        .env("NOTIFY_SOCKET", manager.path.display())
+        .env("WATCHDOG_USEC", 200_000)
+        .start();
+    for _ in 0..3 {
+        manager.wait_for("WATCHDOG=1");
+    }
+    echoes(&mut front.connect());
+}
+
+fn idle_exit(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let args = ["--exit-idle-time=200ms", &backend.target];
+    let mut proxy = Launch::new(program).args(args).listener(&front).start();
+    let mut client = front.connect();
+    echoes(&mut client);
+    pause(Duration::from_millis(500));
+    assert!(proxy.is_running(), "a connection is no idleness");
+    echoes(&mut client);
+    drop(client);
+    assert_eq!(proxy.wait().code(), Some(0));
+    // As systemd would: the socket stays, and the next client starts the next process.
+    let mut client = front.connect();
+    let args = ["--exit-idle-time=200ms", &backend.target];
+    let _proxy = Launch::new(program).args(args).listener(&front).start();
+    echoes(&mut client);
+}
+
+fn idle_from_start(program: &Path) {
+    let front = Endpoint::new(Family::Tcp);
+    let args = ["--exit-idle-time=200ms", "127.0.0.1:80"];
+    let mut proxy = Launch::new(program).args(args).listener(&front).start();
+    let deadline = Instant::now() + Duration::from_secs(3);
+    let status = poll_until(deadline, || proxy.child.try_wait().unwrap());
+    assert_eq!(status.expect("the program exits").code(), Some(0));
+}
+
+fn terminate(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let mut manager = Manager::new();
+    let mut proxy = Launch::new(program)
+        .arg(&backend.target)
+        .listener(&front)
+        .env("NOTIFY_SOCKET", manager.path.display())
+        .start();
+    let mut client = front.connect();
+    let mut server = backend.accept();
+    server.write_all(b"half of a download").unwrap();
+    client.read_exact(&mut [0; 18]).unwrap();
+    proxy.signal(Signal::TERM);
+    proxy.wait();
+    let (_, end) = read_all(&mut client);
+    let last = {
+        // A mark behind whatever the program said.
+        let mark = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        mark.send_to(b"MARK=1", &manager.path).unwrap();
+        let mut last = String::new();
+        loop {
+            match manager.next() {
+                mark if mark == "MARK=1" => break last,
+                next => last = next,
+            }
+        }
+    };
+    assert_eq!(last, "STATUS=Shutting down...", "the last notification");
+    assert!(is_reset(&end), "not a reset: {end:?}");
+    let (_, end) = read_all(&mut server);
+    assert!(is_reset(&end), "not a reset: {end:?}");
+}
+
+// Targets.
+
+fn unreachable(program: &Path) {
+    let front = Endpoint::new(Family::Tcp);
+    let target = format!("127.0.0.1:{}", free_port());
+    let mut proxy = Launch::new(program).arg(target).listener(&front).start();
+    for _ in 0..3 {
+        let (bytes, _) = read_all(&mut front.connect());
+        assert!(bytes.is_empty());
+    }
+    assert!(proxy.is_running());
+    let line = proxy.lines.wait_for("Failed to connect to remote host");
+    assert!(line.contains("Connection refused"), "{line}");
+}
+
+fn name_is_resolved(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let target = format!("localhost:{}", backend.port());
+    let _proxy = Launch::new(program).arg(target).listener(&front).start();
+    echoes(&mut front.connect());
+}
+
+fn every_address(program: &Path) {
+    // The backend is first at the one address, then at the other: who tries only one fails once.
+    let port = reach_by_name(program, "127.0.0.1:0");
+    reach_by_name(program, &format!("127.0.0.9:{port}"));
+}
+
+fn reach_by_name(program: &Path, address: &str) -> u16 {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::tcp(address, 16));
+    let directory = tempfile::TempDir::new().unwrap();
+    let hosts = directory.path().join("hosts");
+    std::fs::write(&hosts, "127.0.0.1 two-faced\n127.0.0.9 two-faced\n").unwrap();
+    let port = backend.port();
+    let launch = Launch::new(program).arg(format!("two-faced:{port}"));
+    let _proxy = launch.listener(&front).hosts(hosts).start();
+    let mut client = front.connect();
+    client.write_all(b"which one?").unwrap();
+    backend.socket.set_nonblocking(true).unwrap();
+    let found =
+        poll_until(Instant::now() + Duration::from_secs(5), || backend.socket.accept().ok());
+    assert!(found.is_some(), "only one address was tried");
+    port
+}
+
+fn ipv6_backend() -> Endpoint {
+    let backend = Endpoint::tcp("[::1]:0", 16);
+    serve(&backend, echo);
+    backend
+}
+
+fn last_colon(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), ipv6_backend());
+    let target = format!("::1:{}", backend.port());
+    let _proxy = Launch::new(program).arg(target).listener(&front).start();
+    echoes(&mut front.connect());
+}
+
+fn brackets(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), ipv6_backend());
+    let target = format!("[::1]:{}", backend.port());
+    let _proxy = Launch::new(program).arg(target).listener(&front).start();
+    echoes(&mut front.connect());
+}
+
+fn abstract_socket(program: &Path) {
+    let name = format!("socket-proxyd-test-{}", front_port_as_name());
+    let address = socket2::SockAddr::unix(format!("\0{name}")).unwrap();
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    socket.bind(&address).unwrap();
+    socket.listen(16).unwrap();
+    let handle = socket.try_clone().unwrap();
+    thread::spawn(move || echo(handle.accept().unwrap().0));
+    let front = Endpoint::new(Family::Unix);
+    let _proxy = Launch::new(program).arg(format!("@{name}")).listener(&front).start();
+    echoes(&mut front.connect());
+}
+
+/// Something that no other test has at this moment.
+fn front_port_as_name() -> String {
+    format!("{}-{}", std::process::id(), free_port())
+}
+
+fn full_backlog(program: &Path) {
+    let front = Endpoint::new(Family::Tcp);
+    let backend = Endpoint::with_backlog(Family::Unix, 0);
+    let fill = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).unwrap();
+    fill.connect(&backend.address).unwrap();
+    let probe = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).unwrap();
+    let full = probe.connect(&backend.address).unwrap_err();
+    assert_eq!(full.kind(), ErrorKind::WouldBlock, "the backlog is not full");
+    let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let mut client = front.connect();
+    client.write_all(b"patience").unwrap();
+    // The proxy has met the full backlog once it has accepted the client and slept over it.
+    let busy =
+        poll_until(Instant::now() + PATIENCE, || (proxy.cpu() > Duration::ZERO).then_some(()));
+    busy.unwrap();
+    pause(Duration::from_millis(300));
+    serve(&backend, echo);
+    echoes_after(&mut client, b"patience");
+}
+
+fn echoes_after(client: &mut Socket, sent: &[u8]) {
+    let mut answer = vec![0; sent.len()];
+    client.read_exact(&mut answer).expect("the echo backend answers");
+    assert_eq!(answer, sent);
+}
+
+fn proxy_v1(program: &Path) {
+    for (address, protocol) in [("127.0.0.1", "TCP4"), ("::1", "TCP6")] {
+        let front = Endpoint::tcp(&std::net::SocketAddr::new(ip(address), 0).to_string(), 16);
+        has_proxy_header(program, &front, address, protocol);
+    }
+    let (front, backend) = (Endpoint::new(Family::Unix), Endpoint::new(Family::Unix));
+    let args = ["--proxy-protocol=v1", &backend.target];
+    let _proxy = Launch::new(program).args(args).listener(&front).start();
+    let client = front.connect();
+    client.shutdown(Shutdown::Write).unwrap();
+    let (bytes, _) = read_all(&mut backend.accept());
+    assert_eq!(bytes, b"PROXY UNKNOWN\r\n");
+}
+
+fn proxy_v1_dual_stack(program: &Path) {
+    has_proxy_header(program, &Endpoint::tcp("[::]:0", 16), "127.0.0.1", "TCP4");
+}
+
+fn has_proxy_header(program: &Path, front: &Endpoint, address: &str, protocol: &str) {
+    let backend = Endpoint::new(Family::Tcp);
+    let args = ["--proxy-protocol=v1", &backend.target];
+    let mut proxy = Launch::new(program).args(args).listener(front).start();
+    let mut client = connect(&std::net::SocketAddr::new(ip(address), front.port()).into());
+    client.write_all(b"first bytes").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    backend.socket.set_nonblocking(true).unwrap();
+    let accepted = poll_until(Instant::now() + PATIENCE, || {
+        assert!(
+            proxy.is_running(),
+            "the option is unknown, no header instead of {protocol}: {}",
+            proxy.lines.all()
+        );
+        backend.socket.accept().ok()
+    });
+    let (mut server, _) = accepted.expect("a connection to the backend");
+    server.set_nonblocking(false).unwrap();
+    let (bytes, _) = read_all(&mut server);
+    let source = client.local_addr().unwrap().as_socket().unwrap();
+    let (source, source_port, port) = (source.ip(), source.port(), front.port());
+    let expected =
+        format!("PROXY {protocol} {source} {address} {source_port} {port}\r\nfirst bytes");
+    let bytes = String::from_utf8(bytes).unwrap();
+    assert!(bytes == expected, "{bytes} instead of {protocol}");
+}
+
+fn ip(text: &str) -> std::net::IpAddr {
+    text.parse().unwrap()
+}
+
+// Forwarding.
+
+fn there_and_back(program: &Path, (front, back): (Family, Family)) {
+    let (front, backend) = (Endpoint::new(front), echo_backend(back));
+    let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let mut client = front.connect();
+    let message = noise(1, 64 * 1024);
+    assert!(exchange(&mut client, &message).unwrap() == message);
+    echoes(&mut client);
+}
+
+fn random_clients(program: &Path, (front, back): (Family, Family)) {
+    let (front, backend) = (Endpoint::new(front), echo_backend(back));
+    let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    thread::scope(|scope| {
+        for seed in 0..12 {
+            let client = front.connect();
+            scope.spawn(move || random_client(client, seed));
+        }
+    });
+}
+
+/// Sends up to 9 MB in pieces of all sizes with pauses, and compares what comes back.
+fn random_client(client: Socket, seed: u64) {
+    let dice = noise(seed, 4096);
+    let die = |at: usize| usize::from(dice[at % 4096]) << 8 | usize::from(dice[(at + 1) % 4096]);
+    let length = (die(0) * 144).min(9_000_000);
+    let message = noise(seed + 100, length);
+    let mut reader = client.try_clone().unwrap();
+    let expected = Sha256::digest(&message);
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let (mut sent, mut at) = (0, 2);
+            while sent < message.len() {
+                let piece = 1 + die(at) % [1, 100, 5000, 70_000][die(at + 2) % 4];
+                let piece = piece.min(message.len() - sent);
+                (&client).write_all(&message[sent..sent + piece]).unwrap();
+                sent += piece;
+                at += 4;
+                if die(at) % 16 == 0 {
+                    pause(Duration::from_micros((die(at + 1) % 2000) as u64));
+                }
+            }
+        });
+        let mut digest = Sha256::new();
+        let mut buffer = vec![0; 100_000];
+        let (mut left, mut at) = (length, 1);
+        while left > 0 {
+            let room = (1 + die(at) % buffer.len()).min(left);
+            at += 3;
+            let bytes = reader.read(&mut buffer[..room]).expect("no error before the end");
+            assert!(bytes > 0, "the end came {left} bytes early");
+            digest.update(&buffer[..bytes]);
+            left -= bytes;
+        }
+        assert!(digest.finalize() == expected, "the bytes of client {seed} differ");
+    });
+}
+
+fn client_ends_first(program: &Path, (front, back): (Family, Family)) {
+    let (front, backend) = (Endpoint::new(front), Endpoint::new(back));
+    let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let mut client = front.connect();
+    client.write_all(b"question").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut server = backend.accept();
+    assert_eq!(read_all(&mut server).0, b"question");
+    let answer = noise(2, 300_000);
+    let _ = server.write_all(&answer);
+    drop(server);
+    let (received, end) = read_all(&mut client);
+    assert!(received == answer, "the reply after the half-close: {} bytes", received.len());
+    end.unwrap();
+}
+
+fn backend_ends_first(program: &Path, (front, back): (Family, Family)) {
+    let (front, backend) = (Endpoint::new(front), Endpoint::new(back));
+    let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let mut client = front.connect();
+    let mut server = backend.accept();
+    server.write_all(b"greeting").unwrap();
+    server.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_all(&mut client).0, b"greeting");
+    let upload = noise(3, 300_000);
+    let _ = client.write_all(&upload);
+    drop(client);
+    let (received, end) = read_all(&mut server);
+    assert!(received == upload, "the upload after the half-close: {} bytes", received.len());
+    end.unwrap();
+}
+
+fn reset_by(program: &Path, the_client: bool) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let client = front.connect();
+    let server = backend.accept();
+    let (mut one, mut other) = if the_client { (client, server) } else { (server, client) };
+    let last_words = noise(4, 100_000);
+    one.write_all(&last_words).unwrap();
+    let mut read = vec![0; last_words.len()];
+    other.read_exact(&mut read).unwrap();
+    assert!(read == last_words);
+    reset(one);
+    let (_, end) = read_all(&mut other);
+    assert!(is_reset(&end), "not a reset: {end:?}");
+}
+
+fn early_answer(program: &Path) {
+    for round in 0..10 {
+        let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+        let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+        let mut client = front.connect();
+        let mut server = backend.accept();
+        let mut uploader = client.try_clone().unwrap();
+        // Ends with the proxy at the latest.
+        thread::spawn(move || while uploader.write_all(&[b'u'; 10_000]).is_ok() {});
+        let answer = noise(round, 60_000);
+        server.read_exact(&mut [0; 10_000]).unwrap();
+        server.write_all(&answer).unwrap();
+        drop(server);
+        let (received, _) = read_all(&mut client);
+        assert!(received == answer, "{} of 60000 bytes arrived", received.len());
+    }
+}
+
+// Limits.
+
+fn exact_cap(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let args = ["--connections-max=2", &backend.target];
+    let _proxy = Launch::new(program).args(args).listener(&front).start();
+    let mut first = front.connect();
+    echoes(&mut first);
+    let mut second = front.connect();
+    echoes(&mut second);
+    let mut third = front.connect();
+    let answer = exchange(&mut third, b"me too?");
+    assert!(answer.is_err(), "a third was served above the cap of 2");
+    drop(first);
+    let deadline = Instant::now() + PATIENCE;
+    let served = poll_until(deadline, || exchange(&mut front.connect(), b"now?").ok());
+    served.expect("a place that came free is given away");
+    echoes(&mut second);
+}
+
+fn refusal_is_said(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let args = ["-c1", &backend.target];
+    let proxy = Launch::new(program).args(args).listener(&front).start();
+    let mut clients: Vec<_> = (0..4).map(|_| front.connect()).collect();
+    echoes(&mut clients[0]);
+    proxy.lines.wait_for("Hit connection limit, refusing connection.");
+}
+
+fn idle_clients(program: &Path) {
+    const CLIENTS: usize = 4000;
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let args = ["--connections-max=4096", &backend.target];
+    let proxy = Launch::new(program).args(args).descriptors(20_000).listener(&front).start();
+    echo_many(&backend);
+    let before = poll_until(Instant::now() + PATIENCE, || {
+        Some(proxy.descriptors()).filter(|&count| count > 4)
+    });
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
+    let served = clients.iter_mut().filter_map(|client| {
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        exchange(client, b"still there?").ok()
+    });
+    let served = served.count();
+    assert_eq!(served, CLIENTS, "{served} of 4000 were served");
+    let descriptors = proxy.descriptors() - before.unwrap();
+    assert!(descriptors <= 2 * CLIENTS + 16, "{descriptors} descriptors of 4000 clients");
+}
+
+/// One thread for thousands of clients that speak one after the other.
+fn echo_many(backend: &Endpoint) {
+    let listener = backend.socket.try_clone().unwrap();
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            listener.set_nonblocking(true).unwrap();
+            let listener = tokio::net::TcpListener::from_std(listener.into()).unwrap();
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut buffer = [0; 256];
+                    while stream.readable().await.is_ok() {
+                        match stream.try_read(&mut buffer) {
+                            Ok(0) => break,
+                            Ok(bytes) => drop(stream.try_write(&buffer[..bytes])),
+                            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                            Err(_) => break,
+                        }
+                    }
+                });
+            }
+        });
+    });
+}
+
+fn few_descriptors(program: &Path) {
+    const CLIENTS: usize = 60;
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let proxy = Launch::new(program).arg(&backend.target).descriptors(40).listener(&front).start();
+    let mut waiting: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
+    for client in &mut waiting {
+        client.write_all(b"here!").unwrap();
+        client.set_nonblocking(true).unwrap();
+    }
+    let mut served = Vec::new();
+    let mut measured = false;
+    while !waiting.is_empty() {
+        let mut answered = Vec::new();
+        let found = poll_until(Instant::now() + Duration::from_secs(5), || {
+            waiting.retain_mut(|client| match client.read(&mut [0; 5]) {
+                Ok(5) => {
+                    answered.push(client.try_clone().unwrap());
+                    false
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => true,
+                other => panic!("a client was dropped: {other:?}"),
+            });
+            (!answered.is_empty()).then_some(())
+        });
+        found.expect("somebody who waits is served when others leave, and none is dropped");
+        served.append(&mut answered);
+        if !measured {
+            measured = true;
+            let before = proxy.cpu();
+            pause(Duration::from_secs(2));
+            let cpu = proxy.cpu() - before;
+            assert!(cpu < Duration::from_millis(100), "{cpu:?} of CPU in 2 s, none is dropped");
+            let logged = proxy.lines.count("descriptors");
+            assert!(logged <= 1, "{logged} warnings");
+            // Those who were served stay as long as the others wait, and are still served.
+            for client in &mut served {
+                client.set_nonblocking(false).unwrap();
+                echoes(client);
+                client.set_nonblocking(true).unwrap();
+            }
+        }
+        served.clear();
+    }
+}
+
+// Ours alone.
+
+fn own_listeners(program: &Path) {
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("front");
+    let name = format!("@socket-proxyd-front-{}", front_port_as_name());
+    let backend = echo_backend(Family::Unix);
+    let mut proxy = Launch::new(program)
+        .args(["--listen=127.0.0.1:0", "--listen=0", "--listen=[::1]:0"])
+        .arg(format!("--listen={}", path.display()))
+        .arg(format!("--listen={name}"))
+        .arg(&backend.target)
+        .start();
+    for host in ["127.0.0.1", "[::]", "[::1]"] {
+        let line = proxy.lines.wait_for(&format!("Listening on {host}:"));
+        let address = line.split("Listening on ").nth(1).unwrap().trim_end_matches('.');
+        let address: std::net::SocketAddr = address.parse().unwrap();
+        echoes(&mut connect(&address.into()));
+        if host == "[::]" {
+            let ipv4 = std::net::SocketAddr::new([127, 0, 0, 1].into(), address.port());
+            echoes(&mut connect(&ipv4.into()));
+        }
+    }
+    proxy.lines.wait_for(&format!("Listening on {name}."));
+    echoes(&mut connect(&socket2::SockAddr::unix(&path).unwrap()));
+    echoes(&mut connect(&socket2::SockAddr::unix(name.replace('@', "\0")).unwrap()));
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert!(!path.exists(), "the socket file stayed");
+}
+
+fn both_kinds_of_sockets(program: &Path) {
+    let front = Endpoint::new(Family::Tcp);
+    let args = ["--listen=127.0.0.1:0", "127.0.0.1:80"];
+    let mut proxy = Launch::new(program).args(args).listener(&front).start();
+    assert_eq!(proxy.wait().code(), Some(1));
+    let stderr = proxy.lines.all();
+    assert!(stderr.contains("--listen= as well"), "passed and opened sockets as well: {stderr}");
+}
+
+fn stuck_log(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut proxy = Launch::new(program)
+        .args(["--log-level=debug", &backend.target])
+        .listener(&front)
+        .stderr_unread()
+        .start();
+    if !proxy.is_running() {
+        panic!("Failed to parse");
+    }
+    // Far more lines than the pipe and the queue hold.
+    for _ in 0..3000 {
+        let mut client = front.connect();
+        let answered = exchange(&mut client, b"is the log read?");
+        assert!(answered.is_ok(), "Failed to parse --log-level, or waits for its log");
+    }
+    proxy.lines.collect(proxy.unread_stderr.take().unwrap());
+    let deadline = Instant::now() + PATIENCE;
+    let said = poll_until(deadline, || {
+        let _ = exchange(&mut front.connect(), b"one more line");
+        (proxy.lines.count("log lines were dropped") > 0).then_some(())
+    });
+    said.expect("the number of dropped lines is logged");
+}

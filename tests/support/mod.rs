@@ -1,0 +1,491 @@
+//! What the tests share: sockets of either family, backends, and the program under test.
+//!
+//! Nothing here waits a fixed time. [`PATIENCE`] only turns a hang into a failure.
+#![allow(dead_code, unreachable_pub, reason = "each test crate uses its own part")]
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+/// Longer than anything takes that works.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The two families that both originals know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Tcp,
+    Unix,
+}
+
+/// Each pair of a listener's and a backend's family.
+pub const PAIRS: [(Family, Family); 4] = [
+    (Family::Tcp, Family::Tcp),
+    (Family::Tcp, Family::Unix),
+    (Family::Unix, Family::Tcp),
+    (Family::Unix, Family::Unix),
+];
+
+/// A listening socket, and its name as a target is written.
+pub struct Endpoint {
+    pub socket: Socket,
+    pub target: String,
+    pub address: SockAddr,
+    _directory: Option<TempDir>,
+}
+
+impl Endpoint {
+    pub fn new(family: Family) -> Self {
+        Self::with_backlog(family, 4096)
+    }
+
+    pub fn with_backlog(family: Family, backlog: i32) -> Self {
+        match family {
+            Family::Tcp => Self::tcp("127.0.0.1:0", backlog),
+            Family::Unix => {
+                let directory = TempDir::new().unwrap();
+                let path = directory.path().join("socket");
+                let address = SockAddr::unix(&path).unwrap();
+                let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+                socket.bind(&address).unwrap();
+                socket.listen(backlog).unwrap();
+                Self {
+                    socket,
+                    target: path.to_str().unwrap().into(),
+                    address,
+                    _directory: Some(directory),
+                }
+            }
+        }
+    }
+
+    pub fn tcp(address: &str, backlog: i32) -> Self {
+        let address: std::net::SocketAddr = address.parse().unwrap();
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+        if address.is_ipv6() {
+            socket.set_only_v6(false).unwrap();
+        }
+        socket.bind(&address.into()).unwrap();
+        socket.listen(backlog).unwrap();
+        let address = socket.local_addr().unwrap();
+        Self { socket, target: address.as_socket().unwrap().to_string(), address, _directory: None }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.address.as_socket().unwrap().port()
+    }
+
+    pub fn connect(&self) -> Socket {
+        connect(&self.address)
+    }
+
+    pub fn accept(&self) -> Socket {
+        self.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (socket, _) = self.socket.accept().expect("somebody connects to the backend");
+        patient(socket)
+    }
+}
+
+pub fn connect(address: &SockAddr) -> Socket {
+    let socket = Socket::new(address.domain(), Type::STREAM, None).unwrap();
+    socket.connect(address).expect("the listener has a backlog");
+    patient(socket)
+}
+
+fn patient(socket: Socket) -> Socket {
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_write_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// Two connected sockets of a family.
+pub fn socket_pair(family: Family) -> (Socket, Socket) {
+    match family {
+        Family::Tcp => {
+            let listener = Endpoint::new(family);
+            let near = listener.connect();
+            near.set_tcp_nodelay(true).unwrap();
+            (near, listener.accept())
+        }
+        Family::Unix => {
+            let (near, far) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+            (patient(near), patient(far))
+        }
+    }
+}
+
+/// Serves each connection on a thread of its own, for as long as the test process lives.
+pub fn serve(endpoint: &Endpoint, handler: impl Fn(Socket) + Send + Sync + 'static) {
+    let listener = endpoint.socket.try_clone().unwrap();
+    let handler = Arc::new(handler);
+    thread::spawn(move || {
+        while let Ok((socket, _)) = listener.accept() {
+            let handler = Arc::clone(&handler);
+            thread::spawn(move || handler(patient(socket)));
+        }
+    });
+}
+
+/// A backend that sends back what it gets, and the end of it.
+pub fn echo(mut socket: Socket) {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(bytes) if socket.write_all(&buffer[..bytes]).is_ok() => {}
+            _ => return,
+        }
+    }
+    let _ = socket.shutdown(Shutdown::Write);
+}
+
+pub fn echo_backend(family: Family) -> Endpoint {
+    let endpoint = Endpoint::new(family);
+    serve(&endpoint, echo);
+    endpoint
+}
+
+/// Sends and reads back the same number of bytes.
+pub fn exchange(socket: &mut Socket, message: &[u8]) -> std::io::Result<Vec<u8>> {
+    socket.write_all(message)?;
+    let mut answer = vec![0; message.len()];
+    socket.read_exact(&mut answer)?;
+    Ok(answer)
+}
+
+pub fn echoes(socket: &mut Socket) {
+    let answer = exchange(socket, b"are you there?").expect("the echo backend answers");
+    assert_eq!(answer, b"are you there?");
+}
+
+/// Reads until the end: the bytes, and whether the end was a clean one.
+pub fn read_all(socket: &mut Socket) -> (Vec<u8>, std::io::Result<()>) {
+    let mut bytes = Vec::new();
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => return (bytes, Ok(())),
+            Ok(more) => bytes.extend(&buffer[..more]),
+            Err(error) => return (bytes, Err(error)),
+        }
+    }
+}
+
+pub fn is_reset(end: &std::io::Result<()>) -> bool {
+    matches!(end, Err(error) if error.kind() == ErrorKind::ConnectionReset)
+}
+
+/// Makes the close of a TCP socket a reset.
+pub fn reset(socket: Socket) {
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+/// Bytes that don't repeat soon, the same for the same seed.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(2).wrapping_add(1);
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// A program that is started with sockets, as systemd does it.
+pub struct Launch {
+    program: PathBuf,
+    args: Vec<String>,
+    sockets: Vec<OwnedFd>,
+    env: Vec<(&'static str, String)>,
+    before_exec: String,
+    hosts: Option<PathBuf>,
+    read_stderr: bool,
+}
+
+impl Launch {
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        Self {
+            program: program.into(),
+            args: Vec::new(),
+            sockets: Vec::new(),
+            env: Vec::new(),
+            before_exec: "export LISTEN_PID=$$".into(),
+            hosts: None,
+            read_stderr: true,
+        }
+    }
+
+    pub fn arg(mut self, arg: impl ToString) -> Self {
+        self.args.push(arg.to_string());
+        self
+    }
+
+    pub fn args<T: ToString>(mut self, args: impl IntoIterator<Item = T>) -> Self {
+        self.args.extend(args.into_iter().map(|arg| arg.to_string()));
+        self
+    }
+
+    pub fn env(mut self, name: &'static str, value: impl ToString) -> Self {
+        self.env.push((name, value.to_string()));
+        self
+    }
+
+    /// Passes a socket on.
+    pub fn socket(mut self, socket: &impl AsFd) -> Self {
+        self.sockets.push(socket.as_fd().try_clone_to_owned().unwrap());
+        self
+    }
+
+    pub fn listener(self, endpoint: &Endpoint) -> Self {
+        self.socket(&endpoint.socket)
+    }
+
+    /// Sets both limits on descriptors.
+    pub fn descriptors(mut self, limit: usize) -> Self {
+        self.before_exec = format!("ulimit -n {limit} && {}", self.before_exec);
+        self
+    }
+
+    /// Passes sockets that are meant for somebody else.
+    pub fn other_pid(mut self) -> Self {
+        self.before_exec = "export LISTEN_PID=1".into();
+        self
+    }
+
+    /// Gives the program an /etc/hosts of its own, in a mount namespace; needs root.
+    pub fn hosts(mut self, hosts: PathBuf) -> Self {
+        assert!(rustix::process::geteuid().is_root(), "this test needs root");
+        self.hosts = Some(hosts);
+        self
+    }
+
+    /// Leaves standard error unread.
+    pub fn stderr_unread(mut self) -> Self {
+        self.read_stderr = false;
+        self
+    }
+
+    pub fn start(self) -> Running {
+        // The shell knows its pid before it becomes the program.
+        let script = format!("{} && exec \"$0\" \"$@\"", self.before_exec);
+        let mut command = match &self.hosts {
+            None => {
+                let mut command = Command::new("/bin/sh");
+                command.arg("-c").arg(script);
+                command
+            }
+            // Together or not at all: the mount is for the namespace.
+            Some(hosts) => {
+                let mount = format!("mount --bind {} /etc/hosts", hosts.display());
+                let mut command = Command::new("unshare");
+                command.args(["--mount", "/bin/sh", "-c"]);
+                command.arg(format!("{mount} && {script}"));
+                command
+            }
+        };
+        command.arg(&self.program).args(&self.args);
+        for name in ["NOTIFY_SOCKET", "JOURNAL_STREAM", "SYSTEMD_EXEC_PID", "WATCHDOG_USEC"] {
+            command.env_remove(name);
+        }
+        if !self.sockets.is_empty() {
+            command.env("LISTEN_FDS", self.sockets.len().to_string());
+        }
+        command.envs(self.env);
+        let mappings = self.sockets.into_iter().zip(3..);
+        let mappings = mappings.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
+        command.fd_mappings(mappings.collect()).unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let lines = Lines::default();
+        let stderr = child.stderr.take().unwrap();
+        let unread = if self.read_stderr {
+            lines.collect(stderr);
+            None
+        } else {
+            Some(stderr)
+        };
+        Running { child, lines, unread_stderr: unread }
+    }
+}
+
+/// A started program; killed when it is dropped.
+pub struct Running {
+    pub child: Child,
+    pub lines: Lines,
+    pub unread_stderr: Option<std::process::ChildStderr>,
+}
+
+impl Running {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        poll_until(deadline, || self.child.try_wait().unwrap()).expect("the program exits")
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Descriptors that are open now.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    /// On-CPU time of all threads so far.
+    pub fn cpu(&self) -> Duration {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let nanos = tasks.filter_map(|task| {
+            let text = fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+            text.split(' ').next()?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(nanos.sum())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a program to its end, without sockets.
+pub fn run(program: &PathBuf, args: &[&str]) -> (Option<i32>, String, String) {
+    let mut running = Launch::new(program).args(args).start();
+    let status = running.wait();
+    let mut stdout = String::new();
+    running.child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+    (status.code(), stdout, running.lines.all())
+}
+
+/// Lines that a program has written to standard error.
+#[derive(Clone, Default)]
+pub struct Lines(Arc<(Mutex<(Vec<String>, bool)>, Condvar)>);
+
+impl Lines {
+    pub fn collect(&self, stderr: impl Read + Send + 'static) {
+        let this = self.clone();
+        thread::spawn(move || {
+            let (state, changed) = &*this.0;
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                state.lock().unwrap().0.push(line);
+                changed.notify_all();
+            }
+            state.lock().unwrap().1 = true;
+            changed.notify_all();
+        });
+    }
+
+    /// Waits for a line that contains `text`.
+    pub fn wait_for(&self, text: &str) -> String {
+        let (state, changed) = &*self.0;
+        let mut state = state.lock().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(line) = state.0.iter().find(|line| line.contains(text)) {
+                return line.clone();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!state.1 && !left.is_zero(), "no line with {text:?} in {:?}", state.0);
+            state = changed.wait_timeout(state, left).unwrap().0;
+        }
+    }
+
+    /// Everything, once the program has closed its standard error.
+    pub fn all(&self) -> String {
+        let (state, changed) = &*self.0;
+        let state = state.lock().unwrap();
+        let state = changed.wait_timeout_while(state, PATIENCE, |state| !state.1).unwrap().0;
+        state.0.join("\n")
+    }
+
+    pub fn count(&self, text: &str) -> usize {
+        self.0.0.lock().unwrap().0.iter().filter(|line| line.contains(text)).count()
+    }
+}
+
+/// Plays systemd's side of sd_notify(3).
+pub struct Manager {
+    socket: UnixDatagram,
+    pub path: PathBuf,
+    seen: VecDeque<String>,
+    _directory: TempDir,
+}
+
+impl Manager {
+    pub fn new() -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { socket, path, seen: VecDeque::new(), _directory: directory }
+    }
+
+    /// The next assignment, one of those that come in a message.
+    pub fn next(&mut self) -> String {
+        while self.seen.is_empty() {
+            let mut buffer = [0; 4096];
+            let bytes = self.socket.recv(&mut buffer).expect("a notification comes");
+            let text = String::from_utf8(buffer[..bytes].to_vec()).unwrap();
+            self.seen.extend(text.lines().map(String::from));
+        }
+        self.seen.pop_front().unwrap()
+    }
+
+    /// Skips assignments until one that begins so.
+    pub fn wait_for(&mut self, start: &str) -> String {
+        loop {
+            let next = self.next();
+            if next.starts_with(start) {
+                return next;
+            }
+        }
+    }
+}
+
+/// Looks again and again until `look` gives something, or the deadline is over. Only for what has
+/// no event: another process's descriptors, CPU time or end.
+pub fn poll_until<T>(deadline: Instant, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    loop {
+        if let Some(found) = look() {
+            return Some(found);
+        }
+        if Instant::now() > deadline {
+            return None;
+        }
+        pause(Duration::from_millis(2));
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "between two looks, and to measure over a time")]
+pub fn pause(time: Duration) {
+    thread::sleep(time);
+}
+
+/// A TCP port on which nobody listens now.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
