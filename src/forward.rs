@@ -165,7 +165,7 @@ impl Pair {
         while !self.is_over() {
             match self.turn() {
                 Turn::Stuck if self.is_over() => break,
-                Turn::Stuck if self.ends.iter().any(|end| end.reset) => {
+                Turn::Stuck if self.ends.iter().any(|end| end.gone) => {
                     if !self.wait_while_it_moves().await? {
                         break;
                     }
@@ -222,6 +222,7 @@ impl Pair {
                 Err(Fault::Source(errno)) => {
                     self.fault = self.fault.or(Some((side, errno)));
                     source.reset = true;
+                    source.gone = true;
                     flow.state = State::SourceReset;
                     self.flows[side.other() as usize].sink_is_gone(true);
                     break;
@@ -232,6 +233,7 @@ impl Pair {
                     // sink's own bytes end as they end. Any other error was taken from the socket
                     // here, and its flow would take the missing rest for a FIN.
                     sink.reset |= errno != Errno::PIPE;
+                    sink.gone |= sink.reset || sink.socket.family() != Family::Unix;
                     flow.sink_is_gone(true);
                 }
             }
@@ -270,9 +272,9 @@ impl Pair {
                 && let Poll::Ready(ready) = end.socket.poll_hung_up(cx)
             {
                 ready?;
-                // A Unix peer that closed after all it was sent lost nothing.
-                let lost = end.socket.family() != Family::Unix;
-                to.sink_is_gone(lost);
+                // A Unix peer may just have closed, after it read all it was sent.
+                end.gone |= end.socket.family() != Family::Unix;
+                to.sink_is_gone(end.gone);
                 edge = true;
             }
         }
@@ -325,13 +327,16 @@ struct End {
     readable: bool,
     /// Worth writing to: no send came short since the last edge.
     writable: bool,
-    /// The peer reset the connection, or it failed: an end of its bytes is not a FIN.
+    /// An end of its bytes is not a FIN: the error that says so has been taken from the socket.
     reset: bool,
+    /// The peer reset the connection, or it failed: what is left for its counterpart is waited for
+    /// only as long as it moves.
+    gone: bool,
 }
 
 impl End {
     fn new(socket: Socket) -> Self {
-        Self { socket, readable: true, writable: true, reset: false }
+        Self { socket, readable: true, writable: true, reset: false, gone: false }
     }
 
     /// Closes or resets, given how the flow from here and the flow to here ended.
@@ -342,7 +347,7 @@ impl End {
             return;
         }
         // A reset, or bytes that come and are not read, would overtake what is on its way.
-        if !self.reset && matches!(to, State::Ended | State::SourceReset) {
+        if !self.gone && matches!(to, State::Ended | State::SourceReset) {
             delivered(&self.socket).await;
         }
         let bytes_were_lost = from == State::SinkGone { lost: true };

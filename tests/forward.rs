@@ -1,0 +1,467 @@
+//! The forwarder on real sockets: every pair of families, and each test with the ends swapped.
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use sha2::{Digest, Sha256};
+use socket_proxyd::forward::{Closed, Pair, Shared};
+use socket_proxyd::socket;
+use socket2::Socket;
+use support::*;
+use tokio::time::Instant;
+
+/// A pair of sockets with the forwarder in between: what `near` sends, `far` receives.
+struct Carried {
+    near: Socket,
+    far: Socket,
+    families: (Family, Family),
+    forwarder: JoinHandle<Outcome>,
+}
+
+struct Outcome {
+    closed: Closed,
+    pipes: usize,
+}
+
+impl Carried {
+    fn new(near: Family, far: Family, swapped: bool) -> Self {
+        Self::with(near, far, swapped, 8, Vec::new())
+    }
+
+    /// When `swapped`, `near` is the backend.
+    fn with(near: Family, far: Family, swapped: bool, pipes_max: usize, preface: Vec<u8>) -> Self {
+        let (near_outer, near_inner) = socket_pair(near);
+        let (far_outer, far_inner) = socket_pair(far);
+        let ours = |socket: Socket, family| {
+            socket.set_nonblocking(true).unwrap();
+            let family = match family {
+                Family::Tcp => socket::Family::Tcp,
+                Family::Unix => socket::Family::Unix,
+            };
+            socket::Socket::register(socket.into(), family).unwrap()
+        };
+        let forwarder = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .start_paused(pipes_max == PAUSED)
+                .build_local(Default::default())
+                .unwrap();
+            runtime.block_on(async {
+                let shared = Rc::new(Shared::new(pipes_max));
+                let (near, far) = (ours(near_inner, near), ours(far_inner, far));
+                let (client, backend) = if swapped { (far, near) } else { (near, far) };
+                let pair = Pair::new(client, backend, preface, Rc::clone(&shared));
+                let closed = pair.run().await.unwrap();
+                assert_eq!(shared.carried(), closed.from_client + closed.from_backend);
+                Outcome { closed, pipes: shared.pipes_in_use() }
+            })
+        });
+        Self { near: near_outer, far: far_outer, families: (near, far), forwarder }
+    }
+
+    /// Waits until the forwarder has taken everything that `near` sent.
+    fn taken(&self) {
+        taken(&self.near);
+    }
+}
+
+/// A number of pipes that also stops tokio's clock, which then jumps to the next timer whenever
+/// nothing else happens.
+const PAUSED: usize = 3;
+
+fn taken(socket: &Socket) {
+    let deadline = Instant::now() + PATIENCE;
+    let empty = || {
+        // SIOCOUTQ: on TCP what the peer's kernel has not got, on Unix what its program has not.
+        // SAFETY: the request writes one int.
+        let bytes: i32 = unsafe {
+            let request = rustix::ioctl::Getter::<0x5411, i32>::new();
+            rustix::ioctl::ioctl(socket, request).unwrap()
+        };
+        (bytes == 0).then_some(())
+    };
+    poll_until(deadline, empty).expect("the forwarder takes what was sent");
+}
+
+/// Runs a test on every pair of families, each end being the client once.
+fn everywhere(test: impl Fn(Carried)) {
+    for (near, far) in PAIRS {
+        for swapped in [false, true] {
+            eprintln!("{near:?} to {far:?}, swapped: {swapped}");
+            test(Carried::new(near, far, swapped));
+        }
+    }
+}
+
+fn delivered(outcome: &Outcome) -> u64 {
+    outcome.closed.from_client + outcome.closed.from_backend
+}
+
+#[test]
+fn single_bytes() {
+    everywhere(|mut it| {
+        let message = noise(1, 3000);
+        let expected = message.clone();
+        let mut near = it.near.try_clone().unwrap();
+        let writer = thread::spawn(move || {
+            message.iter().for_each(|byte| near.write_all(&[*byte]).unwrap());
+            near.shutdown(Shutdown::Write).unwrap();
+        });
+        let (received, end) = read_all(&mut it.far);
+        end.unwrap();
+        assert!(received == expected);
+        writer.join().unwrap();
+        drop((it.near, it.far));
+        let outcome = it.forwarder.join().unwrap();
+        assert_eq!((delivered(&outcome), outcome.pipes), (3000, 0), "no pipe for single bytes");
+    });
+}
+
+#[test]
+fn hundreds_of_megabytes_each_way_at_once() {
+    const PIECE: usize = 1 << 20;
+    let piece = noise(2, PIECE);
+    let rounds = 128;
+    let expected = {
+        let mut digest = Sha256::new();
+        (0..rounds).for_each(|_| digest.update(&piece));
+        digest.finalize()
+    };
+    for (near, far) in PAIRS {
+        let it = Carried::new(near, far, false);
+        thread::scope(|scope| {
+            for socket in [&it.near, &it.far] {
+                let (mut writer, mut reader) =
+                    (socket.try_clone().unwrap(), socket.try_clone().unwrap());
+                let piece = &piece;
+                scope.spawn(move || {
+                    (0..rounds).for_each(|_| writer.write_all(piece).unwrap());
+                    writer.shutdown(Shutdown::Write).unwrap();
+                });
+                scope.spawn(move || {
+                    let mut digest = Sha256::new();
+                    let mut buffer = vec![0; 300_000];
+                    loop {
+                        match reader.read(&mut buffer).unwrap() {
+                            0 => break,
+                            bytes => digest.update(&buffer[..bytes]),
+                        }
+                    }
+                    assert!(digest.finalize() == expected);
+                });
+            }
+        });
+        let outcome = it.forwarder.join().unwrap();
+        assert_eq!(delivered(&outcome), 2 * (rounds * PIECE) as u64);
+        assert!(outcome.pipes > 0, "that much is spliced");
+    }
+}
+
+#[test]
+fn without_pipes_copying_carries_on() {
+    for (near, far) in PAIRS {
+        let mut it = Carried::with(near, far, false, 0, Vec::new());
+        let message = noise(3, 20_000_000);
+        let expected = Sha256::digest(&message);
+        let mut near = it.near.try_clone().unwrap();
+        let writer = thread::spawn(move || {
+            near.write_all(&message).unwrap();
+            near.shutdown(Shutdown::Write).unwrap();
+        });
+        assert!(Sha256::digest(read_all(&mut it.far).0) == expected);
+        writer.join().unwrap();
+        it.far.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(it.forwarder.join().unwrap().pipes, 0);
+    }
+}
+
+#[test]
+fn a_stalled_reader_stalls_its_own_direction_only() {
+    everywhere(|mut it| {
+        it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        let chunk = noise(4, 100_000);
+        let mut sent = Vec::new();
+        loop {
+            match it.near.write(&chunk) {
+                Ok(bytes) => sent.extend(&chunk[..bytes]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+            assert!(sent.len() < 100_000_000, "nothing holds the sender back");
+        }
+        // Far does not read, and yet is heard.
+        for _ in 0..100 {
+            it.far.write_all(b"the other way").unwrap();
+            let mut heard = [0; 13];
+            it.near.read_exact(&mut heard).unwrap();
+            assert_eq!(&heard, b"the other way");
+        }
+        it.near.shutdown(Shutdown::Write).unwrap();
+        let (received, end) = read_all(&mut it.far);
+        end.unwrap();
+        assert!(received == sent, "{} of {}", received.len(), sent.len());
+        drop(it.far);
+        it.forwarder.join().unwrap();
+    });
+}
+
+#[test]
+fn half_close_lets_the_other_direction_live() {
+    everywhere(|mut it| {
+        it.near.write_all(b"that was all").unwrap();
+        it.near.shutdown(Shutdown::Write).unwrap();
+        let (received, end) = read_all(&mut it.far);
+        end.unwrap();
+        assert_eq!(received, b"that was all");
+        for round in 0..20 {
+            let answer = noise(round, 50_000);
+            it.far.write_all(&answer).unwrap();
+            let mut received = vec![0; answer.len()];
+            it.near.read_exact(&mut received).unwrap();
+            assert!(received == answer);
+        }
+        it.far.shutdown(Shutdown::Write).unwrap();
+        let (received, end) = read_all(&mut it.near);
+        end.unwrap();
+        assert!(received.is_empty());
+        let outcome = it.forwarder.join().unwrap();
+        assert!(outcome.closed.fault.is_none());
+    });
+}
+
+/// On TCP a reset; on Unix the nearest thing: a close with something unread.
+fn abort(it: &mut Carried) {
+    if it.families.0 == Family::Tcp {
+        it.near.set_linger(Some(Duration::ZERO)).unwrap();
+    } else {
+        it.far.write_all(b"never read").unwrap();
+        taken(&it.far);
+        // Taken by the forwarder; now it has to be in near's queue.
+        it.near.recv_peek_all(10);
+    }
+}
+
+trait PeekAll {
+    fn recv_peek_all(&self, bytes: usize);
+}
+
+impl PeekAll for Socket {
+    fn recv_peek_all(&self, bytes: usize) {
+        let mut buffer = vec![std::mem::MaybeUninit::new(0); bytes];
+        let there = || (self.peek(&mut buffer).unwrap() == bytes).then_some(());
+        poll_until(Instant::now() + PATIENCE, there).expect("the bytes come");
+    }
+}
+
+/// What follows a reset: all that was sent before it, then a reset where the family has one.
+fn ends_in_reset(socket: &mut Socket, family: Family, expected: &[u8]) {
+    let (received, end) = read_all(socket);
+    assert!(received == expected, "{} of {} bytes", received.len(), expected.len());
+    assert!(family == Family::Unix || is_reset(&end), "a clean end: {end:?}");
+}
+
+#[test]
+fn reset_before_any_byte() {
+    everywhere(|mut it| {
+        abort(&mut it);
+        drop(it.near);
+        ends_in_reset(&mut it.far, it.families.1, b"");
+        assert!(it.forwarder.join().unwrap().closed.fault.is_some());
+    });
+}
+
+#[test]
+fn reset_after_bytes_that_nobody_has_read_yet() {
+    everywhere(|mut it| {
+        // More than a buffer, less than the kernel's queues hold.
+        let message = noise(5, 100_000);
+        it.near.write_all(&message).unwrap();
+        it.taken();
+        abort(&mut it);
+        drop(it.near);
+        ends_in_reset(&mut it.far, it.families.1, &message);
+        it.forwarder.join().unwrap();
+    });
+}
+
+#[test]
+fn reset_while_the_reader_is_stalled() {
+    for (near, far) in PAIRS {
+        if near != Family::Tcp {
+            // A Unix sender whose bytes don't fit can't say that they were taken.
+            continue;
+        }
+        for swapped in [false, true] {
+            let mut it = Carried::new(near, far, swapped);
+            it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+            let mut sent = Vec::new();
+            let chunk = noise(6, 100_000);
+            while let Ok(bytes) = it.near.write(&chunk) {
+                sent.extend(&chunk[..bytes]);
+            }
+            // What the forwarder's kernel has acknowledged is the sender's no more; the rest of the
+            // sender's queue goes with the reset.
+            abort(&mut it);
+            drop(it.near);
+            let (received, end) = read_all(&mut it.far);
+            assert!(received.len() > 200_000 && sent.starts_with(&received));
+            assert!(far == Family::Unix || is_reset(&end), "a clean end: {end:?}");
+            it.forwarder.join().unwrap();
+        }
+    }
+}
+
+#[test]
+fn reset_after_its_own_half_close() {
+    everywhere(|mut it| {
+        it.near.write_all(b"question").unwrap();
+        it.near.shutdown(Shutdown::Write).unwrap();
+        let (received, end) = read_all(&mut it.far);
+        end.unwrap();
+        assert_eq!(received, b"question");
+        // Nobody reads from near any more, and far is silent: it is noticed all the same.
+        abort(&mut it);
+        drop(it.near);
+        it.forwarder.join().unwrap();
+        // Far's next bytes meet nobody.
+        let deadline = Instant::now() + PATIENCE;
+        let failed = || it.far.write_all(b"answer").err();
+        poll_until(deadline, failed).expect("far is told that nobody listens");
+    });
+}
+
+#[test]
+fn reset_after_the_others_half_close() {
+    everywhere(|mut it| {
+        it.far.shutdown(Shutdown::Write).unwrap();
+        assert!(read_all(&mut it.near).0.is_empty());
+        let message = noise(7, 100_000);
+        it.near.write_all(&message).unwrap();
+        it.taken();
+        if it.families.0 == Family::Tcp {
+            reset(it.near);
+            ends_in_reset(&mut it.far, it.families.1, &message);
+        } else {
+            drop(it.near);
+            assert!(read_all(&mut it.far).0 == message);
+        }
+        it.forwarder.join().unwrap();
+    });
+}
+
+#[test]
+fn a_server_that_answers_and_closes_with_the_upload_unread() {
+    everywhere(|mut it| {
+        let answer = noise(8, 60_000);
+        let mut uploader = it.far.try_clone().unwrap();
+        let upload = thread::spawn(move || while uploader.write_all(&[b'u'; 10_000]).is_ok() {});
+        it.near.read_exact(&mut [0; 10_000]).unwrap();
+        it.near.write_all(&answer).unwrap();
+        drop(it.near);
+        let (received, _) = read_all(&mut it.far);
+        assert!(received == answer, "{} bytes", received.len());
+        upload.join().unwrap();
+        drop(it.far);
+        it.forwarder.join().unwrap();
+    });
+}
+
+#[test]
+fn a_failed_write_lets_the_other_direction_drain() {
+    // Only a Unix peer can stop reading without stopping to speak.
+    for far in [Family::Tcp, Family::Unix] {
+        for swapped in [false, true] {
+            let mut it = Carried::new(Family::Unix, far, swapped);
+            it.near.shutdown(Shutdown::Read).unwrap();
+            it.far.write_all(b"to deaf ears").unwrap();
+            taken(&it.far);
+            for round in 0..20 {
+                let answer = noise(round, 50_000);
+                it.near.write_all(&answer).unwrap();
+                let mut received = vec![0; answer.len()];
+                it.far.read_exact(&mut received).unwrap();
+                assert!(received == answer);
+            }
+            drop(it.near);
+            ends_in_reset(&mut it.far, Family::Unix, b"");
+            assert!(it.forwarder.join().unwrap().closed.fault.is_some());
+        }
+    }
+}
+
+#[test]
+fn a_unix_client_that_closes_is_not_waited_for() {
+    for far in [Family::Tcp, Family::Unix] {
+        for swapped in [false, true] {
+            let mut it = Carried::new(Family::Unix, far, swapped);
+            it.near.write_all(b"for your information").unwrap();
+            drop(it.near);
+            let (received, end) = read_all(&mut it.far);
+            end.unwrap();
+            assert_eq!(received, b"for your information");
+            // Far says nothing and closes nothing.
+            let outcome = it.forwarder.join().unwrap();
+            assert!(outcome.closed.fault.is_none());
+        }
+    }
+}
+
+#[test]
+fn a_stalled_reader_is_not_waited_for_ever_after_a_reset() {
+    for far in [Family::Tcp, Family::Unix] {
+        let mut it = Carried::with(Family::Tcp, far, false, PAUSED, Vec::new());
+        it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        while it.near.write(&[0; 100_000]).is_ok() {}
+        reset(it.near);
+        // Far never reads; the clock is stopped and jumps, so this does not take LINGER.
+        it.forwarder.join().unwrap();
+    }
+}
+
+#[test]
+fn the_preface_goes_first_and_in_one_write() {
+    for back in [Family::Tcp, Family::Unix] {
+        let preface = b"PROXY UNKNOWN\r\n".to_vec();
+        let mut it = Carried::with(Family::Unix, back, false, 8, preface.clone());
+        it.far.recv_peek_all(preface.len());
+        it.near.write_all(b"hello").unwrap();
+        it.near.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(read_all(&mut it.far).0, b"PROXY UNKNOWN\r\nhello");
+        drop(it.far);
+        it.forwarder.join().unwrap();
+    }
+}
+
+#[test]
+fn bytes_that_carry_descriptors_arrive_without_them() {
+    // A receive ends early at a message with descriptors: what is behind it must not wait for an
+    // edge that never comes.
+    for far in [Family::Tcp, Family::Unix] {
+        for swapped in [false, true] {
+            let mut it = Carried::new(Family::Unix, far, swapped);
+            for round in 0..50 {
+                let fds = [it.near.as_fd()];
+                let mut space =
+                    [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut ancillary = SendAncillaryBuffer::new(&mut space);
+                assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+                let bytes = std::io::IoSlice::new(b"with");
+                let flags = SendFlags::empty();
+                rustix::net::sendmsg(&it.near, &[bytes], &mut ancillary, flags).unwrap();
+                it.near.write_all(b"without").unwrap();
+                let mut received = [0; 11];
+                it.far.read_exact(&mut received).unwrap_or_else(|error| panic!("{round}: {error}"));
+                assert_eq!(&received, b"withwithout");
+            }
+            drop((it.near, it.far));
+            it.forwarder.join().unwrap();
+        }
+    }
+}
