@@ -1,1 +1,409 @@
-fn main() {}
+//! A real systemd, in a container of its own: units that were written for systemd-socket-proxyd,
+//! the shipped units, the journal, names.
+//!
+//! Needs root and systemd-nspawn, and says so when it is skipped; in CI it is not.
+
+#[path = "support/container.rs"]
+mod container;
+mod support;
+
+use std::env;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, UdpSocket};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use container::Container;
+use libtest_mimic::{Arguments, Trial};
+use socket2::Socket;
+use support::*;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// Where Debian has systemd-socket-proxyd; in the container it is ours.
+const IN_ITS_PLACE: &str = "/usr/lib/systemd/systemd-socket-proxyd";
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = arguments.test_threads.or(Some(2));
+    if let Some(missing) = Container::missing() {
+        eprintln!("SKIPPED: the tests in a real systemd need {missing}");
+        let in_ci = env::var_os("CI").is_some();
+        return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    }
+    let tests: [(&str, fn(&Container)); 9] = [
+        ("time spans are systemd's", time_spans),
+        ("shipped units are verified without a word", units_verify),
+        ("a unit written for systemd-socket-proxyd", drop_in),
+        ("the aptly bridge", aptly),
+        ("an application and its proxy in a network of their own", isolated),
+        ("the journal has fields", journal),
+        ("a service name for a port", service_name),
+        ("a slow resolver holds up only its own connection", slow_resolver),
+        ("an ephemeral port nobody listens on", self_connection),
+    ];
+    if arguments.list {
+        let list = tests.iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
+        return libtest_mimic::run(&arguments, list).exit_code();
+    }
+    let units = ["aptly-api.service", "aptly-proxy.socket", "aptly-proxy.service"].map(|unit| {
+        let place = format!("/etc/systemd/system/{unit}");
+        (format!("units/{unit}"), place)
+    });
+    let isolated = ["app.service", "proxy.socket", "proxy.service"].map(|unit| {
+        let place = format!("/etc/systemd/system/isolated-{unit}");
+        (format!("units/isolated/isolated-{unit}"), place)
+    });
+    let units: Vec<_> = units.into_iter().chain(isolated).collect();
+    let mut files = vec![(OURS.into(), "/usr/bin/socket-proxyd"), (OURS.into(), IN_ITS_PLACE)];
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/");
+    files.extend(units.iter().map(|(from, to)| (format!("{root}{from}").into(), to.as_str())));
+    let container = Arc::new(Container::boot(&files));
+    container.run(&["useradd", "--system", "aptly"]);
+
+    let trials = tests.map(|(name, test)| {
+        let container = Arc::clone(&container);
+        Trial::test(name, move || {
+            test(&container);
+            Ok(())
+        })
+    });
+    let conclusion = libtest_mimic::run(&arguments, trials.into());
+    drop(container);
+    conclusion.exit_code()
+}
+
+fn time_spans(_: &Container) {
+    use socket_proxyd::timespan::TimeSpan;
+    let numbers = ["", "5", "0", "007", "+12", "99999", "1844674407370955161", "-1"];
+    let fractions = ["", ".", ".5", ".0000005", ".999999999999"];
+    let units = ["", "s", " sec", "ms", "us", "m", " min", "h", "d", "w", "M", "y", "months", "ns"];
+    let tails = ["", " 3s", "4", " infinity", ".5"];
+    let dice = noise(9, 4 * 400);
+    let drawn = dice.chunks(4).map(|die| {
+        let pick = |words: &[&'static str], at: usize| words[usize::from(die[at]) % words.len()];
+        [pick(&numbers, 0), pick(&fractions, 1), pick(&units, 2), pick(&tails, 3)].concat()
+    });
+    let chosen =
+        [" infinity ", "infinity", "584541y", "584542y", "5 .5", "12.34.56", "", " ", "5mins"];
+    for text in chosen.into_iter().map(String::from).chain(drawn) {
+        let output = Command::new("systemd-analyze").args(["timespan", "--", &text]).output();
+        let output = output.unwrap();
+        // "Original: ...", then "      μs: 5000000"; the largest number is infinity.
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        let systemds = output.status.success().then(|| {
+            let micros = stdout.lines().find_map(|line| line.trim().strip_prefix("μs: "));
+            micros.unwrap().parse::<u64>().unwrap()
+        });
+        let ours = TimeSpan::parse(&text).map(|span| {
+            span.finite().map_or(u64::MAX, |span| u64::try_from(span.as_micros()).unwrap())
+        });
+        assert_eq!(ours, systemds, "{text:?}");
+    }
+}
+
+fn units_verify(container: &Container) {
+    let units = container.run(&[
+        "sh",
+        "-c",
+        "ls /etc/systemd/system/aptly-* /etc/systemd/system/isolated-*",
+    ]);
+    assert_eq!(units.lines().count(), 6);
+    for unit in units.lines() {
+        let output = container.output(&["systemd-analyze", "verify", "--man=no", unit]);
+        let words = [output.stdout, output.stderr].concat();
+        assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
+        assert!(output.status.success());
+    }
+}
+
+fn drop_in(container: &Container) {
+    const FRONT: u16 = 7100;
+    let front = SocketAddr::from(([127, 0, 0, 1], FRONT));
+    let backend = container.inside(|| {
+        let backend = Endpoint::tcp("127.0.0.1:7101", 16);
+        serve(&backend, echo);
+        backend
+    });
+    container.start_units(&[
+        (
+            "drop-in.service",
+            &format!(
+                "[Unit]\nRequires=drop-in.socket\nAfter=drop-in.socket\n\
+                 [Service]\nType=notify\nDynamicUser=yes\nPrivateTmp=yes\n\
+                 ExecStart={IN_ITS_PLACE} --connections-max=1 --exit-idle-time=1s {}\n",
+                backend.target
+            ),
+        ),
+        ("drop-in.socket", &format!("[Socket]\nListenStream={front}\n")),
+    ]);
+    let connect = || container.inside(|| connect(&front.into()));
+
+    let mut first = connect();
+    echoes(&mut first);
+    let message = noise(1, 64 * 1024);
+    assert!(exchange(&mut first, &message).unwrap() == message);
+    let service = container.show("drop-in.service");
+    assert_eq!(service["ActiveState"], "active", "Type=notify: READY=1 came");
+    let process = service["MainPID"].clone();
+    let user = container.run(&["stat", "-c", "%U", &format!("/proc/{process}")]);
+    assert_eq!(user.trim(), "drop-in", "DynamicUser=");
+    container.wait_for("drop-in.service", "StatusText", "1 connection of 1, 0 served, 128.0 KiB");
+
+    let mut second = connect();
+    assert!(exchange(&mut second, b"me too?").is_err(), "a second was served above the cap of 1");
+    drop(first);
+    let deadline = Instant::now() + PATIENCE;
+    let served = poll_until(deadline, || exchange(&mut connect(), b"now?").ok());
+    served.expect("served once the first has left");
+
+    container.wait_for("drop-in.service", "ActiveState", "inactive");
+    let service = container.show("drop-in.service");
+    assert_eq!((&*service["Result"], &*service["ExecMainStatus"]), ("success", "0"));
+    container.wait_for("drop-in.socket", "SubState", "listening");
+    echoes(&mut connect());
+    let again = container.show("drop-in.service");
+    assert_ne!(again["MainPID"], process, "another process");
+    container.run(&["systemctl", "stop", "drop-in.socket", "drop-in.service"]);
+    assert_eq!(container.show("drop-in.service")["Result"], "success");
+}
+
+fn aptly(container: &Container) {
+    let api = "http://127.0.0.1:8080/api";
+    container.run(&["systemctl", "start", "aptly-proxy.socket"]);
+    // A package of more than 1 MB, of bytes that don't compress.
+    let build = "mkdir -p /tmp/pkg/DEBIAN /tmp/pkg/usr/share/bulky && cd /tmp && \
+        head -c 1500000 /dev/urandom >pkg/usr/share/bulky/bytes && \
+        printf 'Package: bulky\\nVersion: 1.0\\nArchitecture: all\\nMaintainer: nobody <nobody@example.org>\\nDescription: bytes\\n' >pkg/DEBIAN/control && \
+        dpkg-deb --build pkg bulky_1.0_all.deb >/dev/null && stat -c %s bulky_1.0_all.deb";
+    let size: u64 = container.run(&["sh", "-c", build]).trim().parse().unwrap();
+    assert!(size > 1_000_000);
+    let curl = |words: &[&str]| {
+        container.run(&[&["curl", "-sS", "--fail-with-body", "--max-time", "60"], words].concat())
+    };
+    // aptly is still starting: its socket is not there, and a client is closed. (Holding it until
+    // then is --backend-wait's business.)
+    let deadline = Instant::now() + PATIENCE;
+    let url = format!("{api}/version");
+    let up = poll_until(deadline, || {
+        let output = container.output(&["curl", "-sf", "--max-time", "10", &url]);
+        output.status.success().then_some(())
+    });
+    up.expect("aptly comes up");
+    let version = curl(&[&url]);
+    assert!(version.contains("\"Version\":\"1."), "{version}");
+    let json = "Content-Type: application/json";
+    let created = curl(&["-H", json, "-d", r#"{"Name": "bridge"}"#, &format!("{api}/repos")]);
+    assert!(created.contains("\"Name\":\"bridge\""), "{created}");
+    let file = "file=@/tmp/bulky_1.0_all.deb";
+    let uploaded = curl(&["-F", file, &format!("{api}/files/incoming")]);
+    assert!(uploaded.contains("incoming/bulky_1.0_all.deb"), "{uploaded}");
+    let added = curl(&["-X", "POST", &format!("{api}/repos/bridge/file/incoming")]);
+    assert!(added.contains("bulky_1.0_all added"), "{added}");
+    let listed = curl(&[&format!("{api}/repos/bridge/packages")]);
+    assert!(listed.contains("bulky 1.0"), "{listed}");
+    let details = curl(&[&format!("{api}/repos/bridge/packages?format=details")]);
+    assert!(details.contains(&format!("\"Size\":\"{size}\"")), "{details}");
+
+    let service = container.show("aptly-proxy.service");
+    assert!(service["StatusText"].contains("served"), "{}", service["StatusText"]);
+    assert_ne!(service["User"], "root");
+}
+
+fn isolated(container: &Container) {
+    container.run(&["systemctl", "start", "isolated-proxy.socket"]);
+    let deadline = Instant::now() + PATIENCE;
+    let version = poll_until(deadline, || {
+        let url = "http://127.0.0.1:8081/api/version";
+        let output = container.output(&["curl", "-sf", "--max-time", "10", url]);
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    });
+    assert!(version.expect("the application answers").contains("Version"));
+    // Only through the proxy: the application's port 8080 is not the machine's, where the other
+    // test's bridge may listen.
+    let pid = &container.show("isolated-app.service")["MainPID"];
+    let own = container.run(&["readlink", &format!("/proc/{pid}/ns/net")]);
+    assert_ne!(own, container.run(&["readlink", "/proc/1/ns/net"]));
+    let proxy = &container.show("isolated-proxy.service")["MainPID"];
+    assert_eq!(own, container.run(&["readlink", &format!("/proc/{proxy}/ns/net")]));
+}
+
+fn journal(container: &Container) {
+    let unit = |name: &str, target: &str| {
+        format!(
+            "[Service]\nType=notify\nDynamicUser=yes\nSockets={name}.socket\n\
+             ExecStart={IN_ITS_PLACE} --log-level=debug {target}\n"
+        )
+    };
+    let backend = container.inside(|| {
+        let backend = Endpoint::tcp("127.0.0.1:7201", 16);
+        serve(&backend, echo);
+        backend
+    });
+    container.start_units(&[
+        ("good.service", &unit("good", &backend.target)),
+        ("bad.service", &unit("bad", "127.0.0.1:7202")),
+        ("bad.socket", "[Socket]\nListenStream=127.0.0.1:7204\nFileDescriptorName=wrong-way\n"),
+        ("good.socket", "[Socket]\nListenStream=127.0.0.1:7203\nFileDescriptorName=way-in\n"),
+    ]);
+    container.run(&["systemctl", "start", "bad.socket"]);
+    let connect = |port| {
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        container.inside(|| connect(&address.into()))
+    };
+    let mut client = connect(7203);
+    echoes(&mut client);
+    let name = client.local_addr().unwrap().as_socket().unwrap().to_string();
+    drop(client);
+    let entry = |unit: &str, message: &str| {
+        let deadline = Instant::now() + PATIENCE;
+        let found = poll_until(deadline, || {
+            let lines = container.run(&["journalctl", "-u", unit, "-o", "json", "--no-pager"]);
+            lines.lines().find(|line| line.contains(message)).map(String::from)
+        });
+        found.unwrap_or_else(|| panic!("no {message:?} in the journal of {unit}"))
+    };
+    let closed = entry("good.service", "Connection closed");
+    for field in [
+        &format!("\"CLIENT\":\"{name}\""),
+        "\"LISTENER\":\"way-in (127.0.0.1:7203)\"",
+        "\"BACKEND\":\"127.0.0.1:7201\"",
+        "\"BYTES_FROM_CLIENT\":\"14\"",
+        "\"BYTES_FROM_BACKEND\":\"14\"",
+        "\"DURATION_USEC\":\"",
+        "\"PRIORITY\":\"7\"",
+        "\"SYSLOG_IDENTIFIER\":\"socket-proxyd\"",
+    ] {
+        assert!(closed.contains(field), "no {field} in {closed}");
+    }
+    assert_eq!(read_all(&mut connect(7204)).0, b"");
+    let failed = entry("bad.service", "Failed to connect to remote host");
+    for field in
+        ["\"PRIORITY\":\"4\"", "\"LISTENER\":\"wrong-way (127.0.0.1:7204)\"", "Connection refused"]
+    {
+        assert!(failed.contains(field), "no {field} in {failed}");
+    }
+
+    // A kernel without vsock, or a sandbox: the connection's error, not the start's.
+    container.start_units(&[
+        (
+            "vsock.service",
+            &(unit("vsock", "vsock:3:80") + "RestrictAddressFamilies=AF_UNIX AF_INET\n"),
+        ),
+        ("vsock.socket", "[Socket]\nListenStream=127.0.0.1:7205\n"),
+    ]);
+    assert_eq!(read_all(&mut connect(7205)).0, b"");
+    let failed = entry("vsock.service", "Failed to connect to remote host: vsock:3:80");
+    assert!(failed.contains("Address family not supported by protocol"), "{failed}");
+    assert_eq!(container.show("vsock.service")["ActiveState"], "active");
+}
+
+fn service_name(container: &Container) {
+    let _backend = container.inside(|| {
+        let backend = Endpoint::tcp("127.0.0.1:5432", 16);
+        serve(&backend, echo);
+        backend
+    });
+    container.start_units(&[
+        (
+            "named.service",
+            &format!("[Service]\nType=notify\nExecStart={IN_ITS_PLACE} localhost:postgresql\n"),
+        ),
+        ("named.socket", "[Socket]\nListenStream=127.0.0.1:7300\n"),
+    ]);
+    let front = SocketAddr::from(([127, 0, 0, 1], 7300));
+    echoes(&mut container.inside(|| connect(&front.into())));
+}
+
+fn slow_resolver(container: &Container) {
+    let server = container.inside(|| {
+        let backend = Endpoint::tcp("127.0.0.1:7401", 16);
+        serve(&backend, echo);
+        UdpSocket::bind("127.0.0.1:53").unwrap()
+    });
+    thread::spawn(move || answer_names(&server));
+    container.write("/etc/resolv.conf", "nameserver 127.0.0.1\noptions timeout:30 attempts:1\n");
+    container.write("/etc/nsswitch.conf", "hosts: files dns\nservices: files\n");
+    container.start_units(&[
+        (
+            "slow.service",
+            &format!("[Service]\nType=notify\nExecStart={IN_ITS_PLACE} backend.test:7401\n"),
+        ),
+        ("slow.socket", "[Socket]\nListenStream=127.0.0.1:7400\n"),
+    ]);
+    let front = SocketAddr::from(([127, 0, 0, 1], 7400));
+    // The name server swallows the first lookup and answers the others.
+    let mut stuck = container.inside(|| connect(&front.into()));
+    stuck.write_all(b"hello?").unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let asked = poll_until(deadline, || QUESTIONS.load(Ordering::SeqCst).ge(&2).then_some(()));
+    asked.expect("the first lookup is under way");
+    let mut quick = container.inside(|| connect(&front.into()));
+    echoes(&mut quick);
+    stuck.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    let waiting = stuck.read(&mut [0; 6]).unwrap_err();
+    assert_eq!(waiting.kind(), ErrorKind::WouldBlock, "the stuck one is still held");
+    // The thread in getaddrinfo() has most of its 30 s before it.
+    let start = Instant::now();
+    container.run(&["systemctl", "stop", "slow.socket", "slow.service"]);
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(9), "the stop took {took:?}");
+    assert_eq!(container.show("slow.service")["Result"], "success");
+}
+
+/// Questions the name server has seen.
+static QUESTIONS: AtomicUsize = AtomicUsize::new(0);
+
+/// A name server that never answers the first lookup (an A and an AAAA question), and to all others
+/// says 127.0.0.1.
+fn answer_names(server: &UdpSocket) {
+    let mut packet = [0; 512];
+    while let Ok((length, client)) = server.recv_from(&mut packet) {
+        if QUESTIONS.fetch_add(1, Ordering::SeqCst) < 2 {
+            continue;
+        }
+        let question = &packet[..length];
+        let wants_ipv4 = question[12..].windows(4).any(|end| end == [0, 1, 0, 1]);
+        let mut answer = question[..length].to_vec();
+        // A response, recursion available, without error (RFC 1035, 4.1.1).
+        answer[2] = 0x81;
+        answer[3] = 0x80;
+        // No additional records: the question's EDNS is cut off with them.
+        answer[10..12].fill(0);
+        let end = 12 + question[12..].iter().position(|&byte| byte == 0).unwrap() + 5;
+        answer.truncate(end);
+        if wants_ipv4 {
+            answer[7] = 1;
+            // The question's name, type A, class IN, one minute, four bytes.
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1]);
+        }
+        let _ = server.send_to(&answer, client);
+    }
+}
+
+fn self_connection(container: &Container) {
+    // Two ports to choose from, and nobody on the target: every second attempt gets the target's
+    // own port, and TCP connects it to itself.
+    const TARGET: u16 = 40_000;
+    container.start_units(&[
+        (
+            "itself.service",
+            &format!(
+                "[Service]\nType=notify\nPrivateNetwork=yes\nExecStart={IN_ITS_PLACE} 127.0.0.1:{TARGET}\n\
+                 ExecStartPre=/sbin/sysctl -qw net.ipv4.ip_local_port_range=\"{TARGET} 40003\"\n"
+            ),
+        ),
+        ("itself.socket", "[Socket]\nListenStream=127.0.0.1:7500\nBacklog=512\n"),
+    ]);
+    let front = SocketAddr::from(([127, 0, 0, 1], 7500));
+    for _ in 0..200 {
+        let mut client: Socket = container.inside(|| connect(&front.into()));
+        let answer = exchange(&mut client, b"is it me?");
+        assert!(answer.is_err(), "a client was echoed its own bytes");
+    }
+    assert_eq!(container.show("itself.service")["ActiveState"], "active");
+}

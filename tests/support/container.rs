@@ -1,0 +1,169 @@
+//! A real systemd in a container of its own: an overlay of this machine's root, a private network,
+//! a private /tmp and /run. All of it is gone with the process.
+#![allow(dead_code, unreachable_pub, reason = "as in the rest of the support")]
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use crate::support::{PATIENCE, poll_until};
+
+/// A booted container; killed when it is dropped.
+pub struct Container {
+    nspawn: Child,
+    leader: u32,
+    _directory: TempDir,
+}
+
+/// Runs in a mount namespace of its own, so that no mount outlives it: $1 the empty directory, the
+/// rest pairs of a file and the place it is copied to in the container.
+const BOOT: &str = r#"
+set -e
+base=$1; name=$2; shift 2
+mount -t tmpfs tmpfs "$base"
+mkdir "$base/upper" "$base/work" "$base/root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work" "$base/root"
+# What this machine has enabled is no business of the tests.
+rm -rf "$base"/root/etc/systemd/system/*.wants
+while [ $# -gt 0 ]; do
+    mkdir -p "$base/root$(dirname "$2")"
+    cp --remove-destination "$1" "$base/root$2"
+    shift 2
+done
+exec systemd-nspawn -q -D "$base/root" -b --register=no --keep-unit --console=pipe -M "$name" \
+    --private-network --tmpfs=/tmp --link-journal=no
+"#;
+
+impl Container {
+    /// What is missing to run one, if anything is.
+    pub fn missing() -> Option<&'static str> {
+        if !rustix::process::geteuid().is_root() {
+            return Some("root");
+        }
+        let nspawn = Command::new("systemd-nspawn").arg("--version").output();
+        nspawn.is_err().then_some("systemd-nspawn (Debian: systemd-container)")
+    }
+
+    /// Boots with files copied in. To be called on the main thread: the container ends with the
+    /// thread that started it.
+    pub fn boot(files: &[(PathBuf, &str)]) -> Self {
+        let directory = TempDir::new_in("/var/tmp").unwrap();
+        let name = format!("socket-proxyd-{}", std::process::id());
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "unshare", "--mount", "/bin/sh", "-c", BOOT, "sh"]);
+        command.arg(directory.path()).arg(name);
+        for (from, to) in files {
+            command.arg(from).arg(to);
+        }
+        let log = File::create(directory.path().with_extension("log")).unwrap();
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let mut nspawn = command.spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(120);
+        let children = format!("/proc/{0}/task/{0}/children", nspawn.id());
+        let booted = poll_until(deadline, || {
+            if let Some(status) = nspawn.try_wait().unwrap() {
+                let log = fs::read_to_string(directory.path().with_extension("log"));
+                panic!("the container did not boot, {status}: {}", log.unwrap_or_default());
+            }
+            let leader: u32 = fs::read_to_string(&children).ok()?.trim().parse().ok()?;
+            let state = enter(leader).args(["systemctl", "is-system-running", "--wait"]).output();
+            let state = String::from_utf8(state.ok()?.stdout).ok()?;
+            ["running", "degraded"].contains(&state.trim()).then_some(leader)
+        });
+        let leader = booted.expect("systemd boots");
+        let _ = fs::remove_file(directory.path().with_extension("log"));
+        Self { nspawn, leader, _directory: directory }
+    }
+
+    /// A command inside.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = enter(self.leader);
+        command.arg(program);
+        command
+    }
+
+    /// Runs a command inside, and gives what it printed.
+    pub fn output(&self, words: &[&str]) -> Output {
+        enter(self.leader).args(words).stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// Runs a command that has to succeed, and gives its standard output.
+    pub fn run(&self, words: &[&str]) -> String {
+        let output = self.output(words);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{words:?}: {}, {stderr}", output.status);
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Writes a file inside.
+    pub fn write(&self, path: &str, text: &str) {
+        let mut command = enter(self.leader);
+        command.args(["sh", "-c", "mkdir -p \"$(dirname \"$0\")\" && cat >\"$0\"", path]);
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        assert!(child.wait().unwrap().success(), "{path}");
+    }
+
+    /// Writes units and starts the last one.
+    pub fn start_units(&self, units: &[(&str, &str)]) {
+        for (name, text) in units {
+            self.write(&format!("/run/systemd/system/{name}"), text);
+        }
+        self.run(&["systemctl", "daemon-reload"]);
+        if let Some((name, _)) = units.last() {
+            self.run(&["systemctl", "start", name]);
+        }
+    }
+
+    /// Properties of a unit.
+    pub fn show(&self, unit: &str) -> HashMap<String, String> {
+        let text = self.run(&["systemctl", "show", unit]);
+        let pairs = text.lines().filter_map(|line| line.split_once('='));
+        pairs.map(|(name, value)| (name.into(), value.into())).collect()
+    }
+
+    /// Waits until a property of a unit is `value`.
+    pub fn wait_for(&self, unit: &str, property: &str, value: &str) {
+        let mut last = String::new();
+        let reached = poll_until(Instant::now() + PATIENCE, || {
+            last = self.show(unit).remove(property).unwrap_or_default();
+            (last == value).then_some(())
+        });
+        assert!(reached.is_some(), "{unit}: {property} is {last:?} and not {value:?}");
+    }
+
+    /// Runs `work` on a thread whose sockets are the container's.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(format!("/proc/{}/ns/net", self.leader)).unwrap();
+        thread::scope(|scope| {
+            let work = scope.spawn(|| {
+                let network = Some(LinkNameSpaceType::Network);
+                move_into_link_name_space(namespace.as_fd(), network).unwrap();
+                work()
+            });
+            work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let _ = self.nspawn.kill();
+        let _ = self.nspawn.wait();
+    }
+}
+
+fn enter(leader: u32) -> Command {
+    let mut command = Command::new("nsenter");
+    command.args(["-t", &leader.to_string(), "-a", "--"]);
+    command
+}
