@@ -212,8 +212,8 @@ impl Pair {
                 Ok(Step::End) if source.reset => flow.state = State::SourceReset,
                 Ok(Step::End) => {
                     flow.state = State::Ended;
-                    // When the other flow is over too, close() sends the FIN.
-                    if self.flows[side.other() as usize].state == State::Open {
+                    // When the other flow has ended too, close() sends the FIN.
+                    if self.flows[side.other() as usize].state != State::Ended {
                         // Fails only where the sink was reset, which its own flow will see.
                         let _ = sink.socket.shutdown_write();
                     }
