@@ -1,0 +1,49 @@
+# The front door: see README.md.
+
+PREFIX ?= /usr
+DESTDIR ?=
+CARGO ?= cargo
+INSTALL ?= install
+
+NEWEST = $(CURDIR)/target/newest-original
+
+.PHONY: build demo test check fmt clippy doc man deny install clean
+
+build:
+	$(CARGO) build --release --locked
+
+# The main job, shown: a Unix-socket service behind a TCP port.
+demo: build
+	examples/demo target/release/socket-proxyd
+
+# Installs what the tests need (as root, or by sudo) and runs them all.
+test:
+	tests/prepare $(NEWEST)
+	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd $(CARGO) test --locked
+
+check: fmt clippy doc man deny
+
+fmt:
+	$(CARGO) fmt --check
+
+clippy:
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+doc:
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+# The page renders without a word.
+man:
+	test -z "$$(groff -man -ww -Tutf8 -z man/socket-proxyd.8 2>&1 | tee /dev/stderr)"
+
+# Licences, sources and duplicates; the advisories need a network that CI may not have.
+deny:
+	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+	$(CARGO) deny --locked --log-level error check bans licenses sources
+
+install: build
+	$(INSTALL) -D -m 755 target/release/socket-proxyd $(DESTDIR)$(PREFIX)/bin/socket-proxyd
+	$(INSTALL) -D -m 644 man/socket-proxyd.8 $(DESTDIR)$(PREFIX)/share/man/man8/socket-proxyd.8
+
+clean:
+	$(CARGO) clean
