@@ -164,6 +164,7 @@ impl Drop for Container {
 
 fn enter(leader: u32) -> Command {
     let mut command = Command::new("nsenter");
-    command.args(["-t", &leader.to_string(), "-a", "--"]);
+    // The root, too: it is not that of the mount namespace when this runs in a chroot.
+    command.args(["-t", &leader.to_string(), "-a", "--root", "--wd", "--"]);
     command
 }
