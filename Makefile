@@ -30,7 +30,8 @@ clippy:
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 doc:
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" \
+	    $(CARGO) doc --locked --no-deps --document-private-items
 
 # The page renders without a word.
 man:

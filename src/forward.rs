@@ -198,7 +198,12 @@ impl Pair {
             Side::Client => (client, backend),
             Side::Backend => (backend, client),
         };
-        let flow = &mut self.flows[side as usize];
+        let [from_client, from_backend] = &mut self.flows;
+        let (flow, opposite) = match side {
+            Side::Client => (from_client, from_backend),
+            Side::Backend => (from_backend, from_client),
+        };
+        let sink_side = side.other();
         let before = flow.delivered;
         let mut turn = Turn::Stuck;
         while flow.state == State::Open {
@@ -213,22 +218,22 @@ impl Pair {
                 Ok(Step::End) => {
                     flow.state = State::Ended;
                     // When the other flow has ended too, close() sends the FIN.
-                    if self.flows[side.other() as usize].state != State::Ended {
+                    if opposite.state != State::Ended {
                         // Fails only where the sink was reset, which its own flow will see.
                         let _ = sink.socket.shutdown_write();
                     }
                     break;
                 }
                 Err(Fault::Source(errno)) => {
-                    self.fault = self.fault.or(Some((side, errno)));
+                    self.fault.get_or_insert((side, errno));
                     source.reset = true;
                     source.gone = true;
                     flow.state = State::SourceReset;
-                    self.flows[side.other() as usize].sink_is_gone(true);
+                    opposite.sink_is_gone(true);
                     break;
                 }
                 Err(Fault::Sink(errno)) => {
-                    self.fault = self.fault.or(Some((side.other(), errno)));
+                    self.fault.get_or_insert((sink_side, errno));
                     // EPIPE comes after a FIN, or from a Unix peer that only stopped reading: the
                     // sink's own bytes end as they end. Any other error was taken from the socket
                     // here, and its flow would take the missing rest for a FIN.
@@ -238,9 +243,8 @@ impl Pair {
                 }
             }
         }
-        self.shared
-            .carried
-            .set(self.shared.carried.get() + flow_delivered(&self.flows, side) - before);
+        let carried = self.shared.carried.get();
+        self.shared.carried.set(carried + flow.delivered - before);
         turn
     }
 
@@ -313,10 +317,6 @@ impl Pair {
         backend.finish(from_backend.state, from_client.state).await;
         closed
     }
-}
-
-fn flow_delivered(flows: &[Flow; 2], side: Side) -> u64 {
-    flows[side as usize].delivered
 }
 
 /// A socket, and what is known of it between two edges.

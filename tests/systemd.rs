@@ -27,6 +27,8 @@ const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 /// Where Debian has systemd-socket-proxyd; in the container it is ours.
 const IN_ITS_PLACE: &str = "/usr/lib/systemd/systemd-socket-proxyd";
 
+type Test = (&'static str, fn(&Container));
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = arguments.test_threads.or(Some(2));
@@ -35,7 +37,7 @@ fn main() -> ExitCode {
         let in_ci = env::var_os("CI").is_some();
         return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
-    let tests: [(&str, fn(&Container)); 9] = [
+    let tests: [Test; 9] = [
         ("time spans are systemd's", time_spans),
         ("shipped units are verified without a word", units_verify),
         ("a unit written for systemd-socket-proxyd", drop_in),

@@ -23,6 +23,14 @@ use tokio::time::Instant;
 /// Longer than anything takes that works.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Thousands of clients and their backends are this process's descriptors, too.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    setrlimit(Resource::Nofile, raised).unwrap();
+}
+
 /// The two families that both originals know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -383,7 +391,13 @@ pub fn run(program: &PathBuf, args: &[&str]) -> (Option<i32>, String, String) {
 
 /// Lines that a program has written to standard error.
 #[derive(Clone, Default)]
-pub struct Lines(Arc<(Mutex<(Vec<String>, bool)>, Condvar)>);
+pub struct Lines(Arc<(Mutex<Collected>, Condvar)>);
+
+#[derive(Default)]
+struct Collected {
+    lines: Vec<String>,
+    ended: bool,
+}
 
 impl Lines {
     pub fn collect(&self, stderr: impl Read + Send + 'static) {
@@ -391,10 +405,10 @@ impl Lines {
         thread::spawn(move || {
             let (state, changed) = &*this.0;
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                state.lock().unwrap().0.push(line);
+                state.lock().unwrap().lines.push(line);
                 changed.notify_all();
             }
-            state.lock().unwrap().1 = true;
+            state.lock().unwrap().ended = true;
             changed.notify_all();
         });
     }
@@ -405,11 +419,11 @@ impl Lines {
         let mut state = state.lock().unwrap();
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(line) = state.0.iter().find(|line| line.contains(text)) {
+            if let Some(line) = state.lines.iter().find(|line| line.contains(text)) {
                 return line.clone();
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!state.1 && !left.is_zero(), "no line with {text:?} in {:?}", state.0);
+            assert!(!state.ended && !left.is_zero(), "no line with {text:?} in {:?}", state.lines);
             state = changed.wait_timeout(state, left).unwrap().0;
         }
     }
@@ -418,12 +432,12 @@ impl Lines {
     pub fn all(&self) -> String {
         let (state, changed) = &*self.0;
         let state = state.lock().unwrap();
-        let state = changed.wait_timeout_while(state, PATIENCE, |state| !state.1).unwrap().0;
-        state.0.join("\n")
+        let state = changed.wait_timeout_while(state, PATIENCE, |state| !state.ended).unwrap().0;
+        state.lines.join("\n")
     }
 
     pub fn count(&self, text: &str) -> usize {
-        self.0.0.lock().unwrap().0.iter().filter(|line| line.contains(text)).count()
+        self.0.0.lock().unwrap().lines.iter().filter(|line| line.contains(text)).count()
     }
 }
 
