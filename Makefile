@@ -7,7 +7,7 @@ INSTALL ?= install
 
 NEWEST = $(CURDIR)/target/newest-original
 
-.PHONY: build demo test check fmt clippy doc man deny install clean
+.PHONY: build demo test check bench fmt clippy doc man deny install clean
 
 build:
 	$(CARGO) build --release --locked
@@ -21,7 +21,11 @@ test:
 	tests/prepare $(NEWEST)
 	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd $(CARGO) test --locked
 
-check: fmt clippy doc man deny
+check: fmt clippy doc man deny bench
+
+# Once and short, so that it can't rot; in full: cargo bench.
+bench:
+	$(CARGO) bench --locked -- --quick
 
 fmt:
 	$(CARGO) fmt --check

@@ -65,11 +65,8 @@ impl Division {
     pub fn of_this_process(connections_max: u32, by_name: bool) -> Result<Self, String> {
         let limit = raise_limit();
         let connections_max = connections_max as usize;
-        let plenty = OPEN_AT_START
-            + RESERVE
-            + LOOKUPS_MAX * PER_LOOKUP
-            + PIPES_MAX * 2
-            + connections_max.saturating_mul(2);
+        let beside = OPEN_AT_START + RESERVE + LOOKUPS_MAX * PER_LOOKUP + PIPES_MAX * 2;
+        let plenty = connections_max.saturating_mul(PER_CONNECTION as usize).saturating_add(beside);
         let open =
             if limit >= plenty { OPEN_AT_START } else { open_now().unwrap_or(OPEN_AT_START) };
         let division = Self::new(limit, open, connections_max, by_name);

@@ -55,7 +55,12 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let notifier = Notifier::from_environment();
 
-    let listeners = listeners(&config.listen, inherited).await?;
+    // A name to listen on may take its time; a signal must not.
+    let listeners = tokio::select! {
+        listeners = listeners(&config.listen, inherited) => listeners?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     let connections_max = config.connections_max.get();
     let by_name = matches!(config.target, Target::Name(_));
     let division = Division::of_this_process(connections_max, by_name)?;

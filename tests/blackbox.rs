@@ -179,6 +179,10 @@ fn cases() -> Vec<Case> {
     );
     case("4,000 idle clients, 20,000 descriptors", OnlyOurs("of 4000"), idle_clients);
     case("60 clients, 40 descriptors", OnlyOurs("dropped"), few_descriptors);
+    let not_raised = FailsOn(&[Subject::Old], "the echo backend answers");
+    case("the soft limit on descriptors is raised", not_raised, soft_limit);
+    case("quiet connections hold no pipes", OnlyOurs("held by 20 quiet"), quiet_after_bulk);
+    case("a client queued at the idle deadline", Shared, queued_at_the_deadline);
     case("--listen", OnlyOurs("no line with \"Listening"), own_listeners);
     case("--listen and passed sockets", OnlyOurs("as well"), both_kinds_of_sockets);
     case("a stuck log is nobody's business", OnlyOurs("Failed to parse"), stuck_log);
@@ -379,6 +383,21 @@ fn idle_from_start(program: &Path) {
     let deadline = Instant::now() + Duration::from_secs(3);
     let status = poll_until(deadline, || proxy.child.try_wait().unwrap());
     assert_eq!(status.expect("the program exits").code(), Some(0));
+}
+
+fn queued_at_the_deadline(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let args = ["--exit-idle-time=300ms", &backend.target];
+    let mut proxy = Launch::new(program).args(args).listener(&front).start();
+    echoes(&mut front.connect());
+    // Stopped over the deadline, it wakes up to an expired timer and a queued client at once.
+    proxy.signal(Signal::STOP);
+    pause(Duration::from_millis(500));
+    let mut client = front.connect();
+    proxy.signal(Signal::CONT);
+    echoes(&mut client);
+    drop(client);
+    assert_eq!(proxy.wait().code(), Some(0));
 }
 
 fn terminate(program: &Path) {
@@ -814,6 +833,37 @@ fn few_descriptors(program: &Path) {
         }
         served.clear();
     }
+}
+
+fn soft_limit(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let launch = Launch::new(program).arg(&backend.target).soft_descriptors(40);
+    let _proxy = launch.listener(&front).start();
+    let mut clients: Vec<_> = (0..60).map(|_| front.connect()).collect();
+    clients.iter_mut().for_each(echoes);
+}
+
+fn quiet_after_bulk(program: &Path) {
+    const CLIENTS: usize = 20;
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let mut first = front.connect();
+    echoes(&mut first);
+    let before = proxy.descriptors();
+    let message = noise(5, 4_000_000);
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
+    for client in &mut clients {
+        let mut writer = client.try_clone().unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| writer.write_all(&message).unwrap());
+            let mut answer = vec![0; message.len()];
+            client.read_exact(&mut answer).unwrap();
+            assert!(answer == message);
+        });
+    }
+    let held = proxy.descriptors() - before;
+    // One pipe for each direction of the one that was busy stays in the pool.
+    assert!(held <= 2 * CLIENTS + 4, "{held} descriptors held by 20 quiet connections");
 }
 
 // Ours alone.

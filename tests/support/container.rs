@@ -19,7 +19,8 @@ use crate::support::{PATIENCE, poll_until};
 
 /// A booted container; killed when it is dropped.
 pub struct Container {
-    nspawn: Child,
+    outermost: Child,
+    /// The container's first process, as this namespace counts it.
     leader: u32,
     _directory: TempDir,
 }
@@ -58,30 +59,35 @@ impl Container {
     pub fn boot(files: &[(PathBuf, &str)]) -> Self {
         let directory = TempDir::new_in("/var/tmp").unwrap();
         let name = format!("socket-proxyd-{}", std::process::id());
+        // Killing nspawn leaves the container behind. So both are in a PID namespace, whose end is
+        // the end of all in it: when this thread dies, so does unshare, and with it its child, the
+        // namespace's first process.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "unshare", "--mount", "/bin/sh", "-c", BOOT, "sh"]);
+        command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork"]);
+        command.args(["--kill-child", "--mount-proc", "/bin/sh", "-c", BOOT, "sh"]);
         command.arg(directory.path()).arg(name);
         for (from, to) in files {
             command.arg(from).arg(to);
         }
-        let log = File::create(directory.path().with_extension("log")).unwrap();
-        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        let mut nspawn = command.spawn().unwrap();
+        // The directory itself will lie below a mount that only the namespace sees.
+        let log = directory.path().join("log");
+        let file = File::create(&log).unwrap();
+        command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file);
+        let mut this =
+            Self { outermost: command.spawn().unwrap(), leader: 0, _directory: directory };
         let deadline = Instant::now() + Duration::from_secs(120);
-        let children = format!("/proc/{0}/task/{0}/children", nspawn.id());
         let booted = poll_until(deadline, || {
-            if let Some(status) = nspawn.try_wait().unwrap() {
-                let log = fs::read_to_string(directory.path().with_extension("log"));
-                panic!("the container did not boot, {status}: {}", log.unwrap_or_default());
+            if let Some(status) = this.outermost.try_wait().unwrap() {
+                let log = fs::read_to_string(&log).unwrap_or_default();
+                panic!("the container did not boot, {status}: {log}");
             }
-            let leader: u32 = fs::read_to_string(&children).ok()?.trim().parse().ok()?;
+            let leader = child_of(child_of(this.outermost.id())?)?;
             let state = enter(leader).args(["systemctl", "is-system-running", "--wait"]).output();
             let state = String::from_utf8(state.ok()?.stdout).ok()?;
             ["running", "degraded"].contains(&state.trim()).then_some(leader)
         });
-        let leader = booted.expect("systemd boots");
-        let _ = fs::remove_file(directory.path().with_extension("log"));
-        Self { nspawn, leader, _directory: directory }
+        this.leader = booted.expect("systemd boots");
+        this
     }
 
     /// A command inside.
@@ -157,9 +163,13 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let _ = self.nspawn.kill();
-        let _ = self.nspawn.wait();
+        let _ = self.outermost.kill();
+        let _ = self.outermost.wait();
     }
+}
+
+fn child_of(pid: u32) -> Option<u32> {
+    fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?.trim().parse().ok()
 }
 
 fn enter(leader: u32) -> Command {

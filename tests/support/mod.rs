@@ -269,6 +269,12 @@ impl Launch {
         self
     }
 
+    /// Sets the soft limit on descriptors, below the hard one.
+    pub fn soft_descriptors(mut self, limit: usize) -> Self {
+        self.before_exec = format!("ulimit -S -n {limit} && {}", self.before_exec);
+        self
+    }
+
     /// Passes sockets that are meant for somebody else.
     pub fn other_pid(mut self) -> Self {
         self.before_exec = "export LISTEN_PID=1".into();
