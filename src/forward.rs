@@ -41,7 +41,8 @@
 //! reset, a receiver that makes no progress for [`LINGER`] is not waited for.
 //!
 //! An end that no flow reads from (its flow ended, or holds bytes for a stalled reader) is watched
-//! for EPOLLHUP, so that a peer that died is noticed although nothing is asked of it.
+//! for EPOLLHUP, so that a peer that died is noticed although nothing is asked of it; where that
+//! could also mean two FINs, it is looked at every [`LINGER`].
 //!
 //! Kernel facts this rests on: recv(2) and splice(2) give what was queued before a reset, then
 //! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` ends as if by a
@@ -63,7 +64,7 @@ use crate::pipe::{Pipe, PipePool};
 use crate::socket::{Family, Socket};
 
 /// How long a receiver may make no progress after its counterpart was reset.
-const LINGER: Duration = Duration::from_secs(30);
+const LINGER: Duration = Duration::from_secs(60);
 
 /// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
 /// comes as a short read.
@@ -165,8 +166,8 @@ impl Pair {
         while !self.is_over() {
             match self.turn() {
                 Turn::Stuck if self.is_over() => break,
-                Turn::Stuck if self.ends.iter().any(|end| end.gone) => {
-                    if !self.wait_while_it_moves().await? {
+                Turn::Stuck if self.is_stalled() => {
+                    if !self.wait_for_the_stalled().await? {
                         break;
                     }
                 }
@@ -285,15 +286,27 @@ impl Pair {
         if edge { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
-    /// Waits, but not for a receiver that takes nothing for [`LINGER`].
-    async fn wait_while_it_moves(&mut self) -> io::Result<bool> {
+    /// Whether the only thing that can happen is that a receiver takes what is held for it.
+    fn is_stalled(&self) -> bool {
+        let holds = self.flows.iter().any(|flow| !flow.held.is_nothing());
+        holds && self.flows.iter().any(|flow| flow.state != State::Open)
+    }
+
+    /// Waits; but once the sender is gone, not for a receiver that takes nothing for [`LINGER`].
+    ///
+    /// Here the sender is not read from, and EPOLLHUP would not tell its reset from two FINs.
+    async fn wait_for_the_stalled(&mut self) -> io::Result<bool> {
         let mut left = self.undelivered();
         loop {
             if let Ok(waited) = timeout(LINGER, self.wait()).await {
                 return waited.map(|()| true);
             }
+            let was_gone = self.ends.iter().any(|end| end.gone);
+            for end in &mut self.ends {
+                end.gone |= end.socket.has_failed();
+            }
             let now = self.undelivered();
-            if now == left {
+            if was_gone && now == left {
                 return Ok(false);
             }
             left = now;
@@ -301,7 +314,7 @@ impl Pair {
     }
 
     fn undelivered(&self) -> [usize; 2] {
-        [0, 1].map(|end| self.ends[end].socket.unacknowledged())
+        [0, 1].map(|end| self.ends[end].socket.unsent())
     }
 
     /// Both flows are over: the ends get theirs.
@@ -313,8 +326,10 @@ impl Pair {
             fault: self.fault,
         };
         let [client, backend] = self.ends;
-        client.finish(from_client.state, from_backend.state).await;
-        backend.finish(from_backend.state, from_client.state).await;
+        tokio::join!(
+            client.finish(from_client.state, from_backend.state),
+            backend.finish(from_backend.state, from_client.state),
+        );
         closed
     }
 }
@@ -364,13 +379,17 @@ impl End {
 ///
 /// The kernel has no event for it. The first look is nearly always enough.
 async fn delivered(socket: &Socket) {
-    let mut left = socket.unacknowledged();
+    if socket.family() == Family::Unix {
+        // What was sent stays readable, whatever happens to this side.
+        return;
+    }
+    let mut left = socket.unsent();
     let mut moved = Instant::now();
     let mut pause = Duration::from_millis(1);
     while left > 0 && !socket.has_failed() && moved.elapsed() < LINGER {
         sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(100));
-        let now = socket.unacknowledged();
+        let now = socket.unsent();
         if now < left {
             left = now;
             moved = Instant::now();
@@ -423,7 +442,7 @@ enum Mode {
     Copy { full: u8 },
     /// `bytes` came since the source was last empty.
     Splice { bytes: usize },
-    /// The source can't be spliced from.
+    /// The source can't be spliced from, or sends urgent data.
     CopyOnly,
 }
 
@@ -498,7 +517,6 @@ impl Flow {
         let bytes = &buffer[..received.bytes];
         let sent = self.sent(sink.socket.send(bytes), sink)?;
         if sent < bytes.len() {
-            sink.writable = false;
             self.held = Held::Copied { bytes: bytes[sent..].to_vec(), sent: 0 };
         }
         Ok(Step::Moved)
@@ -512,7 +530,13 @@ impl Flow {
         sink: &mut End,
         shared: &Shared,
     ) -> Result<Step, Fault> {
-        match pipe.fill(&source.socket) {
+        let filled = pipe.fill(&source.socket);
+        if matches!(filled, Ok(0) | Err(Errno::AGAIN)) && source.socket.has_urgent_data() {
+            shared.pipes.give_back(pipe);
+            self.mode = Mode::CopyOnly;
+            return Ok(Step::Moved);
+        }
+        match filled {
             Ok(0) => {
                 shared.pipes.give_back(pipe);
                 return Ok(Step::End);

@@ -1,8 +1,8 @@
 //! Pipes for splice(2), and the bounded pool they come from.
 //!
-//! Invariants: a pipe is filled only when it is empty, so that `EAGAIN` from [`Pipe::fill`] always
-//! means an empty socket, never full slots (small segments fill a pipe's slots long before its
-//! bytes); and only an empty pipe returns to the pool.
+//! Invariants: a pipe is filled only when it is empty, so that `EAGAIN` from [`Pipe::fill`] never
+//! means full slots (small segments fill a pipe's slots long before its bytes), but an empty socket
+//! or urgent data; and only an empty pipe returns to the pool.
 
 #![forbid(unsafe_code)]
 
@@ -43,7 +43,7 @@ pub struct Pipe {
 
 impl Pipe {
     /// Moves what the socket has into the pipe, which must be empty: up to the pipe's size, or
-    /// fewer when its slots are full. 0 is the end of the stream.
+    /// fewer when its slots are full. 0 is the end of the stream, or urgent data in front of it.
     pub fn fill(&mut self, from: &Socket) -> Result<usize, Errno> {
         debug_assert_eq!(self.filled, 0, "EAGAIN would be ambiguous");
         self.filled = rustix::pipe::splice(from, None, &self.write, None, self.size, FLAGS)?;

@@ -8,10 +8,13 @@
 //!
 //! One of the two files with unsafe code (the other is `activation`).
 
+use std::cell::Cell;
+use std::future::Future;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::task::{Context, Poll, ready};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -62,6 +65,8 @@ pub fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>>
 pub struct Socket {
     io: AsyncFd<OwnedFd>,
     family: Family,
+    /// Urgent data was seen: see [`Socket::has_urgent_data`].
+    urgent: Cell<bool>,
     /// Whether both ends agreed that the connection is over.
     closes_cleanly: bool,
 }
@@ -79,8 +84,9 @@ impl Socket {
     /// Takes a socket that is already non-blocking.
     pub fn register(fd: OwnedFd, family: Family) -> io::Result<Self> {
         Ok(Self {
-            io: register(fd, Interest::READABLE | Interest::WRITABLE)?,
+            io: register(fd, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)?,
             family,
+            urgent: Cell::new(false),
             closes_cleanly: false,
         })
     }
@@ -93,21 +99,44 @@ impl Socket {
     /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
         let room = buffer.len();
-        if self.family != Family::Unix {
-            let (bytes, _) = rustix::net::recv(&self.io, buffer, RecvFlags::empty())?;
-            return Ok(Received { bytes, drained: bytes < room });
+        let (bytes, ended_early) = if self.family == Family::Unix {
+            // A Unix socket ends a receive early, with more bytes behind, where a message carried
+            // descriptors or credentials. They can't be handed on, but their loss shows as CTRUNC.
+            let received = rustix::net::recvmsg(
+                &self.io,
+                &mut [io::IoSliceMut::new(buffer)],
+                &mut RecvAncillaryBuffer::default(),
+                RecvFlags::empty(),
+            )?;
+            (received.bytes, received.flags.contains(ReturnFlags::CTRUNC))
+        } else {
+            (rustix::net::recv(&self.io, buffer, RecvFlags::empty())?.0, false)
+        };
+        let drained = bytes < room && !ended_early && !self.has_urgent_data();
+        Ok(Received { bytes, drained })
+    }
+
+    /// Whether the peer ever sent urgent data (EPOLLPRI; tcp(7), "Sockets API").
+    ///
+    /// Receiving stops in front of it as if the socket were empty, and splice(2) never gets past
+    /// it, not even to a FIN. So from then on a short receive says nothing, and only receiving
+    /// goes. The urgent byte itself is made a byte like any other.
+    pub fn has_urgent_data(&self) -> bool {
+        // The first look is one load; it takes the end of the stream for urgent data.
+        if !self.urgent.get()
+            && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
+            && self.is_priority()
+        {
+            self.urgent.set(true);
+            set_oobinline_or_warn(&self.io);
         }
-        // A Unix socket ends a receive early, with more bytes behind, where a message carried
-        // descriptors or credentials. They can't be handed on, but their loss shows as CTRUNC, and
-        // tells such a short read from an empty socket.
-        let received = rustix::net::recvmsg(
-            &self.io,
-            &mut [io::IoSliceMut::new(buffer)],
-            &mut RecvAncillaryBuffer::default(),
-            RecvFlags::empty(),
-        )?;
-        let ended_early = received.flags.contains(ReturnFlags::CTRUNC);
-        Ok(Received { bytes: received.bytes, drained: received.bytes < room && !ended_early })
+        self.urgent.get()
+    }
+
+    fn is_priority(&self) -> bool {
+        let mut cx = Context::from_waker(Waker::noop());
+        let guard = pin!(self.io.ready(Interest::PRIORITY)).poll(&mut cx);
+        matches!(guard, Poll::Ready(Ok(guard)) if guard.ready().is_priority())
     }
 
     /// Sends what the kernel takes of `bytes` at once.
@@ -127,6 +156,7 @@ impl Socket {
     /// already behind it is followed by another.
     pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.io.poll_read_ready(cx))?.clear_ready();
+        self.has_urgent_data();
         Poll::Ready(Ok(()))
     }
 
@@ -164,18 +194,22 @@ impl Socket {
         Ok(Address::from_sockaddr(&SockRef::from(&self.io).local_addr()?))
     }
 
-    /// Bytes sent that the peer's kernel has not acknowledged (TCP); 0 on the other families, where
-    /// what was sent stays readable whatever happens to this side.
-    pub fn unacknowledged(&self) -> usize {
-        if self.family != Family::Tcp {
-            return 0;
-        }
-        // SAFETY: TIOCOUTQ, which is SIOCOUTQ on a TCP socket, writes one int (tcp(7)).
+    /// Bytes sent that are still on this side: on TCP those that the peer's kernel has not
+    /// acknowledged, on Unix those that its program has not received.
+    pub fn unsent(&self) -> usize {
+        // SAFETY: TIOCOUTQ, which is SIOCOUTQ on a socket, writes one int (tcp(7), unix(7)).
         let bytes = unsafe {
             let request = rustix::ioctl::Getter::<TIOCOUTQ, i32>::new();
             rustix::ioctl::ioctl(&self.io, request)
         };
         bytes.map_or(0, |bytes| bytes.max(0) as usize)
+    }
+
+    /// Whether bytes have come that a Unix peer, now gone, wanted delivered. What a TCP peer sent
+    /// before its reset is not waited for.
+    pub fn has_unread(&self) -> bool {
+        self.family == Family::Unix
+            && rustix::io::ioctl_fionread(&self.io).is_ok_and(|bytes| bytes > 0)
     }
 
     /// Whether an error waits on the socket: the peer reset it, or can't be reached any more.
@@ -217,6 +251,13 @@ impl AsFd for Socket {
 pub fn set_nodelay_or_warn(fd: impl AsFd) {
     if let Err(error) = sockopt::set_tcp_nodelay(fd, true) {
         tracing::debug!("Failed to set TCP_NODELAY, ignoring: {error}");
+    }
+}
+
+/// Makes urgent data ordinary: out of line its byte would be lost. An accepted socket inherits it.
+pub fn set_oobinline_or_warn(fd: impl AsFd) {
+    if let Err(error) = sockopt::set_socket_oobinline(fd, true) {
+        tracing::debug!("Failed to set SO_OOBINLINE, ignoring: {error}");
     }
 }
 

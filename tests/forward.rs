@@ -459,6 +459,50 @@ fn a_stalled_reader_is_not_waited_for_ever_after_a_reset() {
 }
 
 #[test]
+fn urgent_data_stops_nobody() {
+    // A receive ends early in front of it, and splice never gets past it. All of it is queued
+    // before the forwarder starts, so that no further edge helps.
+    for (far, bulky) in [(Family::Tcp, false), (Family::Unix, false), (Family::Tcp, true)] {
+        for swapped in [false, true] {
+            let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
+            let mut near = pairs[0].0.try_clone().unwrap();
+            let before = noise(10, if bulky { 90_000 } else { 5 });
+            near.write_all(&before).unwrap();
+            near.send_out_of_band(b"!").unwrap();
+            near.write_all(b"world").unwrap();
+            taken(&near);
+            let mut it = Carried::join((Family::Tcp, far), pairs, swapped, 8, Vec::new());
+            let mut received = vec![0; before.len() + 6];
+            it.far.read_exact(&mut received).expect("what is behind the urgent byte comes, too");
+            assert!(received.starts_with(&before) && received.ends_with(b"!world"));
+            // And what comes later, spliced until then, with a FIN behind it.
+            let more = noise(11, 150_000);
+            near.write_all(&more).unwrap();
+            near.send_out_of_band(b"?").unwrap();
+            near.write_all(b"end").unwrap();
+            near.shutdown(Shutdown::Write).unwrap();
+            let (received, end) = read_all(&mut it.far);
+            end.unwrap();
+            assert!(received.starts_with(&more) && received.ends_with(b"?end"), "bytes are lost");
+            drop((near, it.near, it.far));
+            it.forwarder.join().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
+    let mut it = Carried::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
+    it.far.shutdown(Shutdown::Write).unwrap();
+    assert!(read_all(&mut it.near).0.is_empty());
+    it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    while it.near.write(&[0; 100_000]).is_ok() {}
+    reset(it.near);
+    // Far never reads; the clock is stopped and jumps.
+    it.forwarder.join().unwrap();
+}
+
+#[test]
 fn the_preface_goes_first_and_in_one_write() {
     for back in [Family::Tcp, Family::Unix] {
         let preface = b"PROXY UNKNOWN\r\n".to_vec();
