@@ -34,7 +34,7 @@ pub unsafe fn take_inherited() -> Result<Vec<Inherited>, String> {
             env::remove_var(name);
         }
     }
-    let fds = fds.map_err(|error| format!("Failed to take over passed sockets: {error}."))?;
+    let fds = fds.map_err(|error| format!("Failed to receive sockets from parent: {error}."))?;
     let mut names = names.split(':');
     Ok(fds
         .into_iter()

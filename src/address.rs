@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -70,7 +71,7 @@ impl Address {
         }
         let unix = SocketAddrUnix::try_from(address).ok()?;
         Some(Self::Unix(if let Some(path) = unix.path() {
-            Some(Box::new(UnixName::Path(PathBuf::from(std::ffi::OsString::from_vec(
+            Some(Box::new(UnixName::Path(PathBuf::from(OsString::from_vec(
                 path.to_bytes().to_vec(),
             )))))
         } else {
@@ -107,10 +108,10 @@ impl UnixName {
     ///
     /// # Errors
     /// What is wrong with the name, in words: too long for the kernel, empty, or with a NUL.
-    pub fn parse(text: &str) -> Option<Result<Self, String>> {
+    pub fn parse(text: &OsStr) -> Option<Result<Self, String>> {
         let (name, built) = match text.as_bytes() {
-            [b'/', ..] => (text, Self::Path(text.into())),
-            [b'@', rest @ ..] => (&text[1..], Self::Abstract(rest.into())),
+            path @ [b'/', ..] => (path, Self::Path(text.into())),
+            [b'@', name @ ..] => (name, Self::Abstract(name.into())),
             _ => return None,
         };
         Some(if name.is_empty() {
@@ -120,7 +121,7 @@ impl UnixName {
                 "the name has {} bytes, a Unix socket's can have {UNIX_NAME_MAX}",
                 name.len()
             ))
-        } else if name.contains('\0') {
+        } else if name.contains(&0) {
             Err("the name contains a NUL byte".into())
         } else {
             Ok(built)
@@ -141,7 +142,7 @@ impl UnixName {
             Self::Abstract(name) => {
                 let mut path = vec![0];
                 path.extend(name);
-                SockAddr::unix(std::ffi::OsStr::from_bytes(&path))
+                SockAddr::unix(OsStr::from_bytes(&path))
             }
         }
     }
@@ -162,19 +163,21 @@ mod tests {
 
     #[test]
     fn unix_names_are_held_to_the_kernels_limit() {
+        let parse = |text: &str| UnixName::parse(OsStr::new(text));
         let longest = format!("/{}", "x".repeat(106));
-        assert!(UnixName::parse(&longest).unwrap().is_ok());
-        assert!(UnixName::parse(&format!("{longest}x")).unwrap().is_err());
-        assert!(UnixName::parse(&format!("@{}", "x".repeat(107))).unwrap().is_ok());
-        assert!(UnixName::parse(&format!("@{}", "x".repeat(108))).unwrap().is_err());
-        assert!(UnixName::parse("@").unwrap().is_err());
-        assert!(UnixName::parse("localhost:80").is_none());
+        assert!(parse(&longest).unwrap().is_ok());
+        assert!(parse(&format!("{longest}x")).unwrap().is_err());
+        assert!(parse(&format!("@{}", "x".repeat(107))).unwrap().is_ok());
+        assert!(parse(&format!("@{}", "x".repeat(108))).unwrap().is_err());
+        assert!(parse("@").unwrap().is_err());
+        assert!(parse("localhost:80").is_none());
+        assert!(UnixName::parse(OsStr::from_bytes(b"/not/\xff/utf-8")).unwrap().is_ok());
     }
 
     #[test]
     fn the_kernels_form_reads_back() {
         for text in ["/run/a.sock", "@name"] {
-            let name = UnixName::parse(text).unwrap().unwrap();
+            let name = UnixName::parse(OsStr::new(text)).unwrap().unwrap();
             let address = Address::Unix(Some(Box::new(name)));
             let again = Address::from_sockaddr(&address.to_sockaddr().unwrap());
             assert_eq!(again, address);

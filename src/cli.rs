@@ -4,11 +4,12 @@
 
 #![forbid(unsafe_code)]
 
-use std::ffi::OsString;
-use std::fmt::Display;
+use std::error::Error;
+use std::ffi::{OsStr, OsString};
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::{ContextKind, ErrorKind};
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
@@ -74,39 +75,14 @@ impl Config {
             (Some(_), false) => return Err("Too many parameters.".into()),
             (Some(target), true) => target,
         };
-        let connections_max = match parse_unsigned(&arguments.connections_max) {
-            Some(count) => NonZeroU32::new(count).ok_or("Connection limit is too low.")?,
-            None => return Err(failed("connections-max", &arguments.connections_max)),
-        };
-        let connect_timeout = parse_span("connect-timeout", arguments.connect_timeout)?;
-        if connect_timeout == TimeSpan::new(Duration::ZERO) {
-            return Err("--connect-timeout= must be longer than 0.".into());
-        }
         Ok(Request::Serve(Box::new(Self {
-            target: Target::parse(&target)
-                .map_err(|error| format!("Invalid target \"{target}\": {error}."))?,
-            listen: arguments
-                .listen
-                .iter()
-                .map(|address| {
-                    ListenAddress::parse(address)
-                        .map_err(|error| format!("Invalid --listen={address}: {error}."))
-                })
-                .collect::<Result<_, _>>()?,
-            connections_max,
-            exit_idle_time: parse_span("exit-idle-time", arguments.exit_idle_time)?,
-            connect_timeout,
-            proxy_protocol: arguments
-                .proxy_protocol
-                .map(|version| {
-                    ProxyProtocol::parse(&version)
-                        .ok_or_else(|| failed("proxy-protocol", version) + " (only v1 is known)")
-                })
-                .transpose()?,
-            log_level: match arguments.log_level {
-                Some(level) => LogLevel::parse(&level).ok_or_else(|| failed("log-level", level))?,
-                None => LogLevel::from_environment(),
-            },
+            target,
+            listen: arguments.listen,
+            connections_max: arguments.connections_max,
+            exit_idle_time: arguments.exit_idle_time,
+            connect_timeout: arguments.connect_timeout,
+            proxy_protocol: arguments.proxy_protocol,
+            log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
         })))
     }
 }
@@ -138,7 +114,7 @@ See the socket-proxyd(8) man page for details.
 
 /// The command line as clap takes it apart, in the order of `--help`.
 ///
-/// Values stay strings until [`Config::parse`], so that messages can be upstream's.
+/// Each value is read as it comes, so that the first mistake is the one that is said, as upstream.
 #[derive(Debug, Parser)]
 #[command(
     name = "socket-proxyd",
@@ -146,23 +122,25 @@ See the socket-proxyd(8) man page for details.
     override_help = HELP,
     disable_help_flag = true,
     disable_version_flag = true,
-    args_override_self = true,
-    infer_long_args = true
+    args_override_self = true
 )]
 struct Arguments {
-    target: Vec<String>,
-    #[arg(long, action = ArgAction::Append, allow_hyphen_values = true)]
-    listen: Vec<String>,
-    #[arg(short, long, default_value = "256", allow_hyphen_values = true)]
-    connections_max: String,
-    #[arg(long, allow_hyphen_values = true)]
-    exit_idle_time: Option<String>,
-    #[arg(long, default_value = "10s", allow_hyphen_values = true)]
-    connect_timeout: Option<String>,
-    #[arg(long, allow_hyphen_values = true)]
-    proxy_protocol: Option<String>,
-    #[arg(long, allow_hyphen_values = true)]
-    log_level: Option<String>,
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| read_target(&text)))]
+    target: Vec<Target>,
+    #[arg(long, action = ArgAction::Append)]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| read_listen(&text)))]
+    listen: Vec<ListenAddress>,
+    #[arg(short, long, default_value = "256", value_parser = read_connections_max)]
+    connections_max: NonZeroU32,
+    #[arg(long, default_value = "infinity")]
+    #[arg(value_parser = |text: &str| read_span("exit-idle-time", text))]
+    exit_idle_time: TimeSpan,
+    #[arg(long, default_value = "10s", value_parser = read_connect_timeout)]
+    connect_timeout: TimeSpan,
+    #[arg(long, value_parser = read_proxy_protocol)]
+    proxy_protocol: Option<ProxyProtocol>,
+    #[arg(long, value_parser = read_log_level)]
+    log_level: Option<LogLevel>,
     #[arg(short, long, action = ArgAction::HelpShort)]
     help: Option<bool>,
     #[arg(long, action = ArgAction::Version)]
@@ -172,41 +150,78 @@ struct Arguments {
 impl Arguments {
     fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let command = Self::command();
-        let args = spell_out_upstream_prefixes(&command, args);
+        let args = spell_out(&command, args);
         Self::from_arg_matches(&command.try_get_matches_from(args)?)
     }
 }
 
-/// Replaces each prefix of an upstream option by the whole name, before clap sees more options
-/// that begin the same way (`--conn=5`).
-fn spell_out_upstream_prefixes(
-    command: &clap::Command,
-    args: impl IntoIterator<Item = OsString>,
-) -> Vec<OsString> {
-    let mut options_ended = false;
-    let spell_out = |arg: OsString| {
-        if options_ended {
-            return arg;
-        }
-        let Some(option) = arg.to_str().and_then(|arg| arg.strip_prefix("--")) else {
-            return arg;
+/// Writes each option as `--name=value`, as getopt_long(3) understands it with upstream's options:
+/// before clap sees more options that begin the same way (`--conn=5`), or takes an `=` away (`-c=5`
+/// gives `-c` the value `=5`).
+fn spell_out(command: &clap::Command, args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut args = args.into_iter();
+    let mut spelled: Vec<OsString> = args.next().into_iter().collect();
+    while let Some(arg) = args.next() {
+        let Some(text) = arg.to_str() else {
+            spelled.push(arg);
+            continue;
+        };
+        let option = match text.strip_prefix("--") {
+            Some("") => {
+                spelled.push(arg);
+                break;
+            }
+            Some(option) => option,
+            None => match text.strip_prefix("-c") {
+                Some("") => "connections-max",
+                Some(value) => {
+                    spelled.push(format!("--connections-max={value}").into());
+                    continue;
+                }
+                None => {
+                    spelled.push(arg);
+                    continue;
+                }
+            },
         };
         let (name, value) = match option.split_once('=') {
-            Some((name, value)) => (name, Some(value)),
+            Some((name, value)) => (name, Some(OsString::from(value))),
             None => (option, None),
         };
-        options_ended = option.is_empty();
-        if name.is_empty() || command.get_arguments().any(|known| known.get_long() == Some(name)) {
-            return arg;
+        let name = whole_name(command, name);
+        let value = value.or_else(|| takes_value(command, name).then(|| args.next()).flatten());
+        let mut whole = OsString::from(format!("--{name}"));
+        if let Some(value) = value {
+            whole.push("=");
+            whole.push(value);
         }
-        let mut meant = UPSTREAM_OPTIONS.iter().filter(|known| known.starts_with(name));
-        match (meant.next(), meant.next(), value) {
-            (Some(known), None, Some(value)) => format!("--{known}={value}").into(),
-            (Some(known), None, None) => format!("--{known}").into(),
-            _ => arg,
-        }
-    };
-    args.into_iter().map(spell_out).collect()
+        spelled.push(whole);
+    }
+    spelled.extend(args);
+    spelled
+}
+
+/// The upstream option that a prefix means, or else the only one of ours.
+fn whole_name<'a>(command: &'a clap::Command, name: &'a str) -> &'a str {
+    let ours = || command.get_arguments().filter_map(|option| option.get_long());
+    if ours().any(|known| known == name) {
+        return name;
+    }
+    let only =
+        |mut meant: Box<dyn Iterator<Item = &'a str> + 'a>| match (meant.next(), meant.next()) {
+            (Some(known), None) => Some(known),
+            _ => None,
+        };
+    let begins_so = move |known: &&str| known.starts_with(name);
+    only(Box::new(UPSTREAM_OPTIONS.into_iter().filter(begins_so)))
+        .or_else(|| only(Box::new(ours().filter(begins_so))))
+        .unwrap_or(name)
+}
+
+fn takes_value(command: &clap::Command, name: &str) -> bool {
+    let mut options = command.get_arguments();
+    let option = options.find(|option| option.get_long() == Some(name));
+    option.is_some_and(|option| option.get_action().takes_values())
 }
 
 /// One line for what clap refuses, in getopt's words, which administrators know.
@@ -220,6 +235,10 @@ fn explain(error: &clap::Error) -> String {
     let option =
         argument.split_whitespace().find(|word| word.starts_with("--")).unwrap_or(&argument);
     match error.kind() {
+        ErrorKind::ValueValidation => match error.source() {
+            Some(message) => message.to_string(),
+            None => error.to_string(),
+        },
         ErrorKind::UnknownArgument => {
             format!("socket-proxyd: unrecognized option '{argument}'")
         }
@@ -238,15 +257,43 @@ fn explain(error: &clap::Error) -> String {
     }
 }
 
-fn failed(option: &str, value: impl Display) -> String {
-    format!("Failed to parse --{option}= argument: {value}")
+fn read_target(text: &OsStr) -> Result<Target, String> {
+    Target::parse(text).map_err(|error| format!("Invalid target {text:?}: {error}."))
 }
 
-fn parse_span(option: &str, value: Option<String>) -> Result<TimeSpan, String> {
-    match value {
-        Some(value) => TimeSpan::parse(&value).ok_or_else(|| failed(option, value)),
+fn read_listen(text: &OsStr) -> Result<ListenAddress, String> {
+    ListenAddress::parse(text)
+        .map_err(|error| format!("Invalid --listen={}: {error}.", text.display()))
+}
+
+fn read_connections_max(text: &str) -> Result<NonZeroU32, String> {
+    let count = parse_unsigned(text).ok_or_else(|| failed("connections-max", text))?;
+    NonZeroU32::new(count).ok_or_else(|| "Connection limit is too low.".into())
+}
+
+fn read_span(option: &str, text: &str) -> Result<TimeSpan, String> {
+    TimeSpan::parse(text).ok_or_else(|| failed(option, text))
+}
+
+fn read_connect_timeout(text: &str) -> Result<TimeSpan, String> {
+    match read_span("connect-timeout", text)?.finite() {
+        Some(Duration::ZERO) => Err("--connect-timeout= has to be longer than 0.".into()),
+        Some(span) => Ok(TimeSpan::new(span)),
         None => Ok(TimeSpan::INFINITY),
     }
+}
+
+fn read_proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
+    ProxyProtocol::parse(text).ok_or_else(|| failed("proxy-protocol", text) + " (v1 is known)")
+}
+
+fn read_log_level(text: &str) -> Result<LogLevel, String> {
+    let levels = " (err, warning, notice, info or debug)";
+    LogLevel::parse(text).ok_or_else(|| failed("log-level", text) + levels)
+}
+
+fn failed(option: &str, value: &str) -> String {
+    format!("Failed to parse --{option}= argument: {value}")
 }
 
 /// A number as systemd's `safe_atou` reads it: leading white space, a plus sign, and the bases
@@ -363,6 +410,11 @@ mod tests {
             (&[][..], "Not enough parameters."),
             (&["a", "b"], "Too many parameters."),
             (&["-c", "0", "x"], "Connection limit is too low."),
+            (&["-c=5", "x"], "Failed to parse --connections-max= argument: =5"),
+            (&["-c", "0", "--help"], "Connection limit is too low."),
+            (&["-cx", "-c5", "x"], "Failed to parse --connections-max= argument: x"),
+            (&["--c", "--he"], "Failed to parse --connections-max= argument: --he"),
+            (&["--connect-t=x", "y"], "Failed to parse --connect-timeout= argument: x"),
             (&["-c", "-1", "x"], "Failed to parse --connections-max= argument: -1"),
             (&["--exit-idle-time=foo", "x"], "Failed to parse --exit-idle-time= argument: foo"),
             (&["--foo", "x"], "socket-proxyd: unrecognized option '--foo'"),

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use crate::descriptors::Reserved;
 use crate::dial::Dialer;
 use crate::forward::{Pair, Shared, Side};
 use crate::listen::Listener;
-use crate::logging::RateLimit;
+use crate::logging::{RateLimit, in_words};
 use crate::proxy_header::ProxyProtocol;
 use crate::socket::Socket;
 
@@ -52,15 +53,31 @@ pub struct Client {
 pub async fn serve(client: Client, route: Rc<Route>) {
     let start = Instant::now();
     let Client { socket, address, listener, permit, reserved } = client;
+    let log = |outcome: &str, from_client: u64, from_backend: u64| {
+        tracing::debug!(
+            client = %address,
+            listener = %listener,
+            backend = %route.dialer.target(),
+            bytes_from_client = from_client,
+            bytes_from_backend = from_backend,
+            duration_usec = start.elapsed().as_micros() as u64,
+            "{outcome}"
+        );
+    };
     // Boxed: what dialling needs is gone when the connection stands, which may be for days.
-    let backend = match Box::pin(route.dialer.dial()).await {
-        Ok(backend) => backend,
-        Err(error) => {
-            if let Some(suppressed) = UNREACHABLE.pass() {
-                tracing::warn!(client = %address, listener = %listener, "{error}{suppressed}");
+    let backend = tokio::select! {
+        biased;
+        dialled = Box::pin(route.dialer.dial()) => match dialled {
+            Ok(backend) => backend,
+            Err(error) => {
+                if let Some(suppressed) = UNREACHABLE.pass() {
+                    tracing::warn!(client = %address, listener = %listener, "{error}{suppressed}");
+                }
+                socket.close();
+                return log("Connection closed, there is no backend", 0, 0);
             }
-            return socket.close();
-        }
+        },
+        () = left(&socket) => return log("Connection closed, the client has left", 0, 0),
     };
     let header = match route.proxy_protocol {
         Some(version) => {
@@ -74,15 +91,16 @@ pub async fn serve(client: Client, route: Rc<Route>) {
         return;
     };
     drop((permit, reserved));
-    tracing::debug!(
-        client = %address,
-        listener = %listener,
-        backend = %route.dialer.target(),
-        bytes_from_client = closed.from_client,
-        bytes_from_backend = closed.from_backend,
-        duration_usec = start.elapsed().as_micros() as u64,
-        "{}", outcome(closed.fault)
-    );
+    log(&outcome(closed.fault), closed.from_client, closed.from_backend);
+}
+
+/// Waits until the client of a dial has gone: reset, or a Unix client that closed and left nothing
+/// to deliver. (A FIN says only that it waits for its answer.)
+async fn left(client: &Socket) {
+    let gone = poll_fn(|cx| client.poll_hung_up(cx)).await.is_ok();
+    if !gone || client.has_unread() {
+        std::future::pending().await
+    }
 }
 
 fn outcome(fault: Option<(Side, Errno)>) -> String {
@@ -91,6 +109,6 @@ fn outcome(fault: Option<(Side, Errno)>) -> String {
         Some((Side::Client, errno)) => ("client", errno),
         Some((Side::Backend, errno)) => ("backend", errno),
     };
-    let words = crate::dial::in_words(&errno.into());
+    let words = in_words(&errno.into());
     format!("Connection ended by the {side}: {words}")
 }

@@ -44,12 +44,14 @@ pub struct Division {
 
 impl Division {
     /// Divides `limit` descriptors of which `open` are taken. Connections come first, up to
-    /// `connections_max`; pipes get what is left, and at least a small part.
+    /// `connections_max` and the one that is accepted to be refused; pipes get what is left, and at
+    /// least a small part.
     pub fn new(limit: usize, open: usize, connections_max: usize, by_name: bool) -> Self {
         let free = limit.saturating_sub(open + RESERVE);
         let lookups = if by_name { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
-        let for_connections = connections_max.saturating_mul(PER_CONNECTION as usize);
+        let for_connections =
+            connections_max.saturating_add(1).saturating_mul(PER_CONNECTION as usize);
         let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
         Self {
             connections: free.saturating_sub(pipes * 2) / PER_CONNECTION as usize,
@@ -135,6 +137,9 @@ mod tests {
                     for by_name in [false, true] {
                         let it = Division::new(limit, open, connections_max, by_name);
                         let sum = it.connections * 2 + it.pipes * 2 + it.lookups * PER_LOOKUP;
+                        if it.pipes > 1.max(limit / 16) {
+                            assert!(it.connections > connections_max, "nobody is refused");
+                        }
                         if it.connections > 0 {
                             assert!(sum + open + RESERVE <= limit, "{limit} {open} {it:?}");
                         }

@@ -2,8 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -12,7 +14,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
 use crate::address::Address;
-use crate::logging::RateLimit;
+use crate::logging::{RateLimit, in_words};
 use crate::resolve::{ResolveError, resolve};
 use crate::socket::{Family, Socket, set_nodelay_or_warn};
 use crate::target::Target;
@@ -22,6 +24,7 @@ use crate::timespan::TimeSpan;
 const RETRY_FIRST: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_millis(100);
 
+static LOOKUPS_BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// Connects to one target, again and again.
@@ -70,7 +73,15 @@ impl Dialer {
             Target::Address(address) => return self.try_address(address).await,
             Target::Name(name) => name,
         };
-        let lookup = self.lookups.acquire().await;
+        let lookup = match self.lookups.try_acquire() {
+            Ok(lookup) => Ok(lookup),
+            Err(_) => {
+                if let Some(suppressed) = LOOKUPS_BUSY.pass() {
+                    tracing::warn!("The resolver is slow, lookups have to wait.{suppressed}");
+                }
+                self.lookups.acquire().await
+            }
+        };
         let addresses = resolve(name).await.map_err(DialError::Resolve)?;
         drop(lookup);
         let mut failed = None;
@@ -87,35 +98,44 @@ impl Dialer {
     }
 
     async fn try_address(&self, address: &Address) -> Result<Socket, DialError> {
+        // What kept us waiting says more than that time is up.
+        let obstacle = RefCell::new(None);
+        let attempt = connect(address, &obstacle);
         let connected = match self.connect_timeout.finite() {
-            Some(limit) => timeout(limit, connect(address))
-                .await
-                .unwrap_or_else(|_| Err(Errno::TIMEDOUT.into())),
-            None => connect(address).await,
+            Some(limit) => timeout(limit, attempt).await.unwrap_or_else(|_| {
+                let timed_out = || io::Error::from(Errno::TIMEDOUT);
+                Err(obstacle.take().unwrap_or_else(timed_out))
+            }),
+            None => attempt.await,
         };
         connected.map_err(|error| DialError::Connect(address.clone(), error))
     }
 }
 
-/// Connects to one address; waits for a Unix backend's backlog, and for descriptors and memory.
-async fn connect(address: &Address) -> io::Result<Socket> {
+/// Connects to one address; waits for a Unix backend's backlog, and for descriptors and memory, and
+/// leaves a note of what it waits for.
+async fn connect(address: &Address, obstacle: &RefCell<Option<io::Error>>) -> io::Result<Socket> {
     let sockaddr = address.to_sockaddr()?;
     let mut pause = RETRY_FIRST;
     loop {
         match try_connect(address, &sockaddr).await {
             Ok(socket) => return Ok(socket),
-            Err(error) => match Errno::from_io_error(&error) {
-                Some(Errno::AGAIN) => {}
-                Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                    if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
-                        tracing::warn!(
-                            "Failed to open a socket to the backend, trying again: {}{suppressed}",
-                            in_words(&error)
-                        );
+            Err(error) => {
+                match Errno::from_io_error(&error) {
+                    Some(Errno::AGAIN) => {}
+                    Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                        if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
+                            tracing::error!(
+                                "Failed to open a socket to the backend, trying again: \
+                                 {}{suppressed}",
+                                in_words(&error)
+                            );
+                        }
                     }
+                    _ => return Err(error),
                 }
-                _ => return Err(error),
-            },
+                obstacle.replace(Some(error));
+            }
         }
         sleep(pause).await;
         pause = (pause * 2).min(RETRY_MAX);
@@ -143,24 +163,20 @@ async fn try_connect(address: &Address, sockaddr: &SockAddr) -> io::Result<Socke
     if in_progress {
         socket.connected().await?;
     }
-    // When nobody listens on a port of the ephemeral range, connecting to it again and again ends
-    // in getting that very port as the local one, and TCP connects it to itself. (ip-sysctl: the
-    // range begins above the privileged ports.) Dropping it resets it, so that no TIME_WAIT keeps
-    // the backend from its port.
-    if let Address::Inet(peer) = address
-        && peer.port() >= 1024
-        && socket.local_address()? == *address
+    if let Address::Inet(target) = address
+        && let Address::Inet(local) = socket.local_address()?
+        && is_itself(*target, local)
     {
+        // Dropping it resets it, so that no TIME_WAIT keeps the backend from its port.
         return Err(Errno::CONNREFUSED.into());
     }
     Ok(socket)
 }
 
-/// The error without Rust's "(os error N)".
-pub fn in_words(error: &io::Error) -> String {
-    let words = error.to_string();
-    match words.split_once(" (os error") {
-        Some((words, _)) => words.into(),
-        None => words,
-    }
+/// When nobody listens on a port of the ephemeral range, connecting to it again and again ends in
+/// getting that very port as the local one, and TCP connects it to itself. The unspecified address
+/// is the loopback one to connect(2).
+fn is_itself(target: SocketAddr, local: SocketAddr) -> bool {
+    let (to, from) = (target.ip().to_canonical(), local.ip().to_canonical());
+    target.port() == local.port() && (to == from || to.is_unspecified())
 }

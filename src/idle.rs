@@ -19,7 +19,9 @@ pub async fn idle_for(span: TimeSpan, load: &mut watch::Receiver<Load>) {
             return;
         }
         tokio::select! {
-            // A connection that came and went within one look counts, too.
+            biased;
+            // First: who has just been admitted is not to be cut off by a timer that expired in
+            // the same moment. A connection that came and went within one look counts, too.
             _ = load.changed() => {}
             () = sleep(span) => return,
         }
@@ -52,6 +54,20 @@ mod tests {
         let ((), ()) = tokio::join!(idle_for(TimeSpan::new(MINUTE), &mut load), connections);
         let idle = start.elapsed();
         assert!(idle >= MINUTE * 13 / 2 && idle < MINUTE * 7, "{idle:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_admitted_as_the_time_runs_out_is_not_cut_off() {
+        for _ in 0..100 {
+            let admission = Admission::new(NonZeroU32::MIN);
+            let mut load = admission.watch();
+            let mut idle = std::pin::pin!(idle_for(TimeSpan::new(MINUTE), &mut load));
+            assert!(tokio::time::timeout(MINUTE / 2, &mut idle).await.is_err());
+            let permit = admission.admit();
+            advance(MINUTE).await;
+            assert!(tokio::time::timeout(MINUTE, &mut idle).await.is_err());
+            drop(permit);
+        }
     }
 
     #[tokio::test(start_paused = true)]

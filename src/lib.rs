@@ -23,7 +23,8 @@
 //!   watch, which feeds the idle timer and `STATUS=`.
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: whatever ends a connection
 //!   early (a signal, a panic), its peers don't take it for whole.
-//! - Unsafe code stands in [`socket`] and [`activation`], and nowhere else.
+//! - Unsafe code stands in [`socket`] and [`activation`], and nowhere else but in the one call of
+//!   the latter in `main`.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("socket-proxyd needs Linux: splice(2), epoll(7) and systemd");

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
@@ -18,15 +19,15 @@ use rustix::net::{SocketFlags, SocketType, acceptfrom_with, sockopt};
 use socket2::{Domain, SockAddr, SockRef, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::coop::consume_budget;
 use tokio::time::sleep;
 
 use crate::activation::Inherited;
 use crate::address::{Address, UnixName};
 use crate::descriptors::{Descriptors, Reserved};
-use crate::dial::in_words;
-use crate::logging::RateLimit;
+use crate::logging::{RateLimit, in_words};
 use crate::resolve::resolve;
-use crate::socket::{Family, Socket, register, set_nodelay_or_warn};
+use crate::socket::{Family, Socket, register, set_nodelay_or_warn, set_oobinline_or_warn};
 use crate::target::{HostPort, Port};
 
 /// The kernel lowers it to net.core.somaxconn.
@@ -34,6 +35,10 @@ const BACKLOG: i32 = 4096;
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// How long to wait for another process that is just opening a socket in the same directory.
+const LOCK_ATTEMPTS: usize = 50;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 static OUT_OF_DESCRIPTORS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
@@ -54,10 +59,11 @@ impl ListenAddress {
     ///
     /// # Errors
     /// What is wrong with it, in words.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    pub fn parse(text: &OsStr) -> Result<Self, String> {
         if let Some(name) = UnixName::parse(text) {
             return Ok(Self::Unix(name?));
         }
+        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
             let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
             return Ok(Self::Any(port));
@@ -114,7 +120,7 @@ impl Listener {
         let failed =
             |error: io::Error| format!("Failed to listen on {address}: {}.", in_words(&error));
         Ok(match address {
-            ListenAddress::Unix(name) => vec![open_unix(name).map_err(failed)?],
+            ListenAddress::Unix(name) => vec![open_unix(name).await.map_err(failed)?],
             ListenAddress::Any(port) => vec![open_any(*port).map_err(failed)?],
             ListenAddress::Host(host) => {
                 let addresses = match host.literal() {
@@ -132,6 +138,7 @@ impl Listener {
         if family == Family::Tcp {
             // Inherited by what it accepts: once, instead of once a connection.
             set_nodelay_or_warn(&fd);
+            set_oobinline_or_warn(&fd);
         }
         let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
         Ok(Self { io: register(fd, Interest::READABLE)?, family, address, name, _file: file })
@@ -146,6 +153,8 @@ impl Listener {
         descriptors: &Descriptors,
     ) -> io::Result<(Socket, Address, Reserved)> {
         loop {
+            // Lets others run however many are queued: accepting alone never waits.
+            consume_budget().await;
             let mut ready = self.io.readable().await?;
             let reserved = match descriptors.try_reserve() {
                 Some(reserved) => reserved,
@@ -170,7 +179,9 @@ impl Listener {
                 Err(errno @ (Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::FAULT)) => {
                     return Err(errno.into());
                 }
-                Err(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
+                Err(errno) if is_the_newcomers(errno) => continue,
+                // Out of something, or forbidden by somebody (EPERM, EACCES): that may pass.
+                Err(errno) => {
                     if let Some(suppressed) = ACCEPT_FAILED.pass() {
                         let error = in_words(&errno.into());
                         tracing::warn!(
@@ -182,8 +193,6 @@ impl Listener {
                     sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
-                // accept(2): errors of the new socket, which went away while it was queued.
-                Err(_) => continue,
             };
             let address = match Address::from_accepted(address) {
                 Some(address) => address,
@@ -221,6 +230,25 @@ impl fmt::Display for Listener {
             None => self.address.fmt(f),
         }
     }
+}
+
+/// accept(2): errors of the new socket, which went away while it was queued. The next one may be
+/// there already.
+fn is_the_newcomers(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::CONNABORTED
+            | Errno::INTR
+            | Errno::PROTO
+            | Errno::NOPROTOOPT
+            | Errno::NETDOWN
+            | Errno::NETUNREACH
+            | Errno::HOSTDOWN
+            | Errno::HOSTUNREACH
+            | Errno::NONET
+            | Errno::OPNOTSUPP
+            | Errno::TIMEDOUT
+    )
 }
 
 fn open_any(port: u16) -> io::Result<Listener> {
@@ -271,7 +299,7 @@ fn open_inet(address: SocketAddr) -> io::Result<Listener> {
     Listener::from_fd(socket.into(), None, None)
 }
 
-fn open_unix(name: &UnixName) -> io::Result<Listener> {
+async fn open_unix(name: &UnixName) -> io::Result<Listener> {
     let address = Address::Unix(Some(Box::new(name.clone()))).to_sockaddr()?;
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
     let Some(path) = name.path() else {
@@ -281,7 +309,10 @@ fn open_unix(name: &UnixName) -> io::Result<Listener> {
     };
     // Held from the look at a stale file until we listen: two that start at once can't each take
     // the other's fresh socket for a stale one.
-    let _lock = path.parent().and_then(lock_directory);
+    let _lock = match path.parent() {
+        Some(directory) => lock_directory(directory).await,
+        None => None,
+    };
     match socket.bind(&address) {
         Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRINUSE) => {
             if !is_stale(path, &address)? {
@@ -297,10 +328,17 @@ fn open_unix(name: &UnixName) -> io::Result<Listener> {
     Listener::from_fd(socket.into(), None, Some(file))
 }
 
-fn lock_directory(directory: &Path) -> Option<File> {
+/// Locks a directory, unless somebody else holds on to it: anybody who can read it can.
+async fn lock_directory(directory: &Path) -> Option<File> {
     let directory = File::open(directory).ok()?;
-    flock(directory.as_fd(), FlockOperation::LockExclusive).ok()?;
-    Some(directory)
+    for _ in 0..LOCK_ATTEMPTS {
+        match flock(directory.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Some(directory),
+            Err(Errno::WOULDBLOCK) => sleep(LOCK_PAUSE).await,
+            Err(_) => return None,
+        }
+    }
+    None
 }
 
 /// A socket file on which nobody listens.
@@ -348,10 +386,10 @@ mod tests {
     #[test]
     fn listen_addresses_read_and_print() {
         for text in ["8080", "localhost:8080", "[::1]:8080", "/run/a.sock", "@a"] {
-            assert_eq!(ListenAddress::parse(text).unwrap().to_string(), text);
+            assert_eq!(ListenAddress::parse(OsStr::new(text)).unwrap().to_string(), text);
         }
         for text in ["", "99999", "localhost", "[::1]", ":80", "@"] {
-            assert!(ListenAddress::parse(text).is_err(), "{text}");
+            assert!(ListenAddress::parse(OsStr::new(text)).is_err(), "{text}");
         }
     }
 
@@ -359,7 +397,7 @@ mod tests {
     async fn only_a_stale_socket_file_is_replaced_and_only_our_own_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let address = ListenAddress::parse(path.to_str().unwrap()).unwrap();
+        let address = ListenAddress::parse(path.as_os_str()).unwrap();
         let open = || Listener::open(&address);
 
         let first = open().await.unwrap();

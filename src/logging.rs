@@ -2,7 +2,7 @@
 //!
 //! **Logging never waits.** A line goes into a bounded queue and a thread of its own, started with
 //! the first line, writes it. When the reader of standard error or the journal is stuck, lines are
-//! dropped and counted, and the count is the first thing said once it moves again.
+//! dropped and counted, and the count is said once it moves again.
 //!
 //! tracing's five levels stand for syslog(3)'s: error is `err`, warn `warning`, info `notice` and
 //! `info`, debug and trace `debug`. There are no spans: an event carries the fields it needs.
@@ -26,10 +26,19 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
+/// An error without Rust's "(os error N)".
+pub fn in_words(error: &io::Error) -> String {
+    let words = error.to_string();
+    match words.split_once(" (os error") {
+        Some((words, _)) => words.into(),
+        None => words,
+    }
+}
+
 /// Lines that may wait for their reader.
 const QUEUE_MAX: usize = 1024;
 
-/// Bytes of a line.
+/// Characters of a line or a field.
 const LINE_MAX: usize = 2048;
 
 /// How long the end of the process waits for the last lines.
@@ -91,7 +100,7 @@ impl Logging {
 
 impl Drop for Logging {
     fn drop(&mut self) {
-        if let Some(Some(sender)) = self.0.sender.get() {
+        if let Some(sender) = self.0.sender.get() {
             let (done, written) = sync_channel(1);
             if sender.try_send(Item::Flush(done)).is_ok() {
                 let _ = written.recv_timeout(FLUSH);
@@ -188,7 +197,8 @@ fn is_journal_stream() -> bool {
 #[derive(Debug)]
 struct Queue {
     form: Form,
-    sender: OnceLock<Option<SyncSender<Item>>>,
+    /// To the writing thread, once there is one.
+    sender: OnceLock<SyncSender<Item>>,
     dropped: Arc<AtomicU64>,
 }
 
@@ -199,45 +209,55 @@ enum Item {
 
 impl Queue {
     fn push(&self, line: Vec<u8>) {
-        let sender = self.sender.get_or_init(|| {
-            let (sender, lines) = sync_channel(QUEUE_MAX);
-            let (form, dropped) = (self.form, Arc::clone(&self.dropped));
-            std::thread::Builder::new()
-                .name("log".into())
-                .spawn(move || write_lines(form, &lines, &dropped))
-                .ok()
-                .map(|_| sender)
-        });
-        let sent = sender.as_ref().map(|sender| sender.try_send(Item::Line(line)));
-        if !matches!(sent, Some(Ok(()))) {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+        if let Some(sender) = self.sender()
+            && sender.try_send(Item::Line(line)).is_ok()
+        {
+            return;
         }
+        self.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Starts the thread with the first line, and tries again with the next where it can't be had.
+    fn sender(&self) -> Option<&SyncSender<Item>> {
+        if self.sender.get().is_none() {
+            let (sender, items) = sync_channel(QUEUE_MAX);
+            let (form, dropped) = (self.form, Arc::clone(&self.dropped));
+            let writer = std::thread::Builder::new().name("log".into());
+            writer.spawn(move || write_items(form, &items, &dropped)).ok()?;
+            // Another thread may have been quicker; then this one's writer ends by itself.
+            let _ = self.sender.set(sender);
+        }
+        self.sender.get()
     }
 }
 
 /// The thread that may wait.
-fn write_lines(form: Form, lines: &Receiver<Item>, dropped: &AtomicU64) {
+fn write_items(form: Form, items: &Receiver<Item>, dropped: &AtomicU64) {
     let journal = UnixDatagram::unbound();
-    let write = |line: &[u8]| match (form, &journal) {
-        (Form::Journal, Ok(journal)) => journal.send_to(line, JOURNAL_SOCKET).map(drop),
-        _ => io::stderr().write_all(line),
-    };
-    for item in lines {
-        match item {
-            Item::Flush(done) => drop(done),
-            Item::Line(line) => {
-                if write(&line).is_err() {
-                    dropped.fetch_add(1, Ordering::Relaxed);
-                    continue;
-                }
-                let lost = dropped.swap(0, Ordering::Relaxed);
-                if lost > 0 {
-                    let text = format!("{lost} log lines were dropped, their reader was stuck.");
-                    let line = Line { text, fields: Vec::new() };
-                    let _ = write(&line.render(form, Level::WARN));
-                }
-            }
+    let write = |line: &[u8]| {
+        let written = match (form, &journal) {
+            (Form::Journal, Ok(journal)) => journal.send_to(line, JOURNAL_SOCKET).map(drop),
+            _ => io::stderr().write_all(line),
+        };
+        if written.is_err() {
+            dropped.fetch_add(1, Ordering::Relaxed);
         }
+    };
+    for item in items {
+        let flushed = match item {
+            Item::Line(line) => {
+                write(&line);
+                None
+            }
+            Item::Flush(done) => Some(done),
+        };
+        // Whatever was dropped, it was while this thread waited for the reader.
+        let lost = dropped.swap(0, Ordering::Relaxed);
+        if lost > 0 {
+            let text = format!("{lost} log lines were dropped, their reader was stuck.");
+            write(&Line { text, fields: Vec::new() }.render(form, Level::WARN));
+        }
+        drop(flushed);
     }
 }
 

@@ -90,7 +90,7 @@ impl Notifier {
             return std::future::pending().await;
         };
         loop {
-            let _ = self.try_send(&[NotifyState::Watchdog]);
+            self.send(&[NotifyState::Watchdog]).await;
             sleep(limit / 2).await;
         }
     }

@@ -7,7 +7,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
-use tokio::runtime::LocalRuntime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -17,11 +16,11 @@ use crate::admission::Admission;
 use crate::cli::Config;
 use crate::connection::{Client, Route, serve};
 use crate::descriptors::{Descriptors, Division};
-use crate::dial::{Dialer, in_words};
+use crate::dial::Dialer;
 use crate::forward::Shared;
 use crate::idle::idle_for;
 use crate::listen::{ListenAddress, Listener};
-use crate::logging::RateLimit;
+use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
 use crate::target::Target;
 
@@ -40,13 +39,9 @@ pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         .build_local(Default::default())
         .map_err(|error| format!("Failed to start the event loop: {error}."))?;
     let result = runtime.block_on(live(config, inherited));
-    end(runtime);
-    result
-}
-
-/// Drops what is left, which resets it, and leaves behind the lookups that still run.
-fn end(runtime: LocalRuntime) {
+    // Drops what is left, which resets it, and leaves behind the lookups that still run.
     runtime.shutdown_background();
+    result
 }
 
 async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
@@ -92,7 +87,8 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         let mut load = admission.watch();
         loop {
             idle_for(config.exit_idle_time, &mut load).await;
-            if !listeners.iter().any(|listener| listener.has_queued()) {
+            let queued = listeners.iter().any(|listener| listener.has_queued());
+            if !queued && load.borrow().open == 0 {
                 break;
             }
             let _ = timeout(LAST_CLIENT, load.changed()).await;
@@ -105,6 +101,12 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         Some(ended) = entrances.join_next() => Err(why(ended)),
         () = async { tokio::join!(serving, notifier.feed_watchdog()); } => Ok(()),
     };
+    // From here on newcomers wait in the kernel, for the next process.
+    entrances.shutdown().await;
+    let open = admission.watch().borrow().open;
+    if open > 0 {
+        tracing::info!("Stopping, resetting open connections: {open}.");
+    }
     let stopping = [NotifyState::Stopping, NotifyState::Status("Shutting down...")];
     notifier.send(&stopping).await;
     result

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -27,10 +28,11 @@ impl Target {
     ///
     /// # Errors
     /// What is wrong with it, in words that follow "Invalid target ...:".
-    pub fn parse(text: &str) -> Result<Self, String> {
+    pub fn parse(text: &OsStr) -> Result<Self, String> {
         if let Some(name) = UnixName::parse(text) {
             return Ok(Self::Address(Address::Unix(Some(Box::new(name?)))));
         }
+        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
         if let Some(vsock) = parse_vsock(text) {
             return Ok(Self::Address(vsock?));
         }
@@ -178,6 +180,10 @@ fn is_ipv6(host: &str) -> bool {
 mod tests {
     use super::*;
 
+    fn parse(text: &str) -> Result<Target, String> {
+        Target::parse(OsStr::new(text))
+    }
+
     #[test]
     fn targets_read_and_print() {
         for (text, printed) in [
@@ -196,7 +202,7 @@ mod tests {
             ("vsock:3:80", "vsock:3:80"),
             ("vsock:80", "vsock:80"),
         ] {
-            assert_eq!(Target::parse(text).unwrap().to_string(), printed, "{text}");
+            assert_eq!(parse(text).unwrap().to_string(), printed, "{text}");
         }
     }
 
@@ -210,7 +216,7 @@ mod tests {
             ("fe80::1%lo:80", false),
             ("localhost:80", false),
         ] {
-            let target = Target::parse(text).unwrap();
+            let target = parse(text).unwrap();
             assert_eq!(matches!(target, Target::Address(_)), literal, "{text}");
         }
     }
@@ -234,8 +240,8 @@ mod tests {
             "vsock:x:80",
             "vsock:3:4294967296",
         ] {
-            assert!(Target::parse(text).is_err(), "{text}");
+            assert!(parse(text).is_err(), "{text}");
         }
-        assert!(Target::parse(&format!("/{}", "x".repeat(107))).is_err());
+        assert!(parse(&format!("/{}", "x".repeat(107))).is_err());
     }
 }

@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         let in_ci = env::var_os("CI").is_some();
         return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
-    let tests: [Test; 9] = [
+    let tests: [Test; 10] = [
         ("time spans are systemd's", time_spans),
         ("shipped units are verified without a word", units_verify),
         ("a unit written for systemd-socket-proxyd", drop_in),
@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         ("the journal has fields", journal),
         ("a service name for a port", service_name),
         ("a slow resolver holds up only its own connection", slow_resolver),
+        ("accept(2) is forbidden", forbidden_accept),
         ("an ephemeral port nobody listens on", self_connection),
     ];
     if arguments.list {
@@ -64,6 +65,8 @@ fn main() -> ExitCode {
     let mut files = vec![(OURS.into(), "/usr/bin/socket-proxyd"), (OURS.into(), IN_ITS_PLACE)];
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/");
     files.extend(units.iter().map(|(from, to)| (format!("{root}{from}").into(), to.as_str())));
+    let page = format!("{root}man/socket-proxyd.8").into();
+    files.push((page, "/usr/share/man/man8/socket-proxyd.8"));
     let container = Arc::new(Container::boot(&files));
     container.run(&["useradd", "--system", "aptly"]);
 
@@ -116,7 +119,7 @@ fn units_verify(container: &Container) {
     ]);
     assert_eq!(units.lines().count(), 6);
     for unit in units.lines() {
-        let output = container.output(&["systemd-analyze", "verify", "--man=no", unit]);
+        let output = container.output(&["systemd-analyze", "verify", unit]);
         let words = [output.stdout, output.stderr].concat();
         assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
         assert!(output.status.success());
@@ -157,7 +160,8 @@ fn drop_in(container: &Container) {
     container.wait_for("drop-in.service", "StatusText", "1 connection of 1, 0 served, 128.0 KiB");
 
     let mut second = connect();
-    assert!(exchange(&mut second, b"me too?").is_err(), "a second was served above the cap of 1");
+    let refused = exchange(&mut second, b"me too?").expect_err("served above the cap of 1");
+    assert_ne!(refused.kind(), ErrorKind::WouldBlock, "left to wait above the cap of 1");
     drop(first);
     let deadline = Instant::now() + PATIENCE;
     let served = poll_until(deadline, || exchange(&mut connect(), b"now?").ok());
@@ -391,16 +395,51 @@ fn answer_names(server: &UdpSocket) {
     }
 }
 
+fn forbidden_accept(container: &Container) {
+    container.start_units(&[
+        (
+            "forbidden.service",
+            &format!(
+                "[Service]\nType=notify\nSystemCallFilter=~accept4\nSystemCallErrorNumber=EPERM\n\
+                 ExecStart={IN_ITS_PLACE} 127.0.0.1:1\n"
+            ),
+        ),
+        ("forbidden.socket", "[Socket]\nListenStream=127.0.0.1:7600\n"),
+    ]);
+    let front = SocketAddr::from(([127, 0, 0, 1], 7600));
+    let _client: Socket = container.inside(|| connect(&front.into()));
+    container.wait_for("forbidden.service", "ActiveState", "active");
+    let process = container.show("forbidden.service")["MainPID"].clone();
+    let cpu = || -> u64 {
+        let times = container.run(&["cat", &format!("/proc/{process}/schedstat")]);
+        times.split(' ').next().unwrap().parse().unwrap()
+    };
+    let before = cpu();
+    pause(Duration::from_secs(1));
+    let spent = Duration::from_nanos(cpu() - before);
+    assert!(spent < Duration::from_millis(50), "{spent:?} of CPU in 1 s: a busy loop");
+    let journal = container.run(&["journalctl", "-u", "forbidden.service", "--no-pager"]);
+    let warnings = journal.lines().filter(|line| line.contains("Failed to accept")).count();
+    assert_eq!(warnings, 1, "{journal}");
+    container.run(&["systemctl", "stop", "forbidden.socket", "forbidden.service"]);
+    assert_eq!(container.show("forbidden.service")["Result"], "success");
+}
+
 fn self_connection(container: &Container) {
     // Two ports to choose from, and nobody on the target: every second attempt gets the target's
     // own port, and TCP connects it to itself.
-    const TARGET: u16 = 40_000;
+    for target in ["127.0.0.1:40000", "[::1]:40000", "0.0.0.0:40000", "[::]:40000"] {
+        connects_to_itself(container, target);
+    }
+}
+
+fn connects_to_itself(container: &Container, target: &str) {
     container.start_units(&[
         (
             "itself.service",
             &format!(
-                "[Service]\nType=notify\nPrivateNetwork=yes\nExecStart={IN_ITS_PLACE} 127.0.0.1:{TARGET}\n\
-                 ExecStartPre=/sbin/sysctl -qw net.ipv4.ip_local_port_range=\"{TARGET} 40003\"\n"
+                "[Service]\nType=notify\nPrivateNetwork=yes\nExecStart={IN_ITS_PLACE} {target}\n\
+                 ExecStartPre=/sbin/sysctl -qw net.ipv4.ip_local_port_range=\"40000 40003\"\n"
             ),
         ),
         ("itself.socket", "[Socket]\nListenStream=127.0.0.1:7500\nBacklog=512\n"),
@@ -409,7 +448,8 @@ fn self_connection(container: &Container) {
     for _ in 0..200 {
         let mut client: Socket = container.inside(|| connect(&front.into()));
         let answer = exchange(&mut client, b"is it me?");
-        assert!(answer.is_err(), "a client was echoed its own bytes");
+        assert!(answer.is_err(), "a client was echoed its own bytes by {target}");
     }
     assert_eq!(container.show("itself.service")["ActiveState"], "active");
+    container.run(&["systemctl", "stop", "itself.socket", "itself.service"]);
 }

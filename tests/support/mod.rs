@@ -269,6 +269,12 @@ impl Launch {
         self
     }
 
+    /// As if systemd itself had started the program.
+    pub fn under_systemd(mut self) -> Self {
+        self.before_exec = format!("export SYSTEMD_EXEC_PID=$$ && {}", self.before_exec);
+        self
+    }
+
     /// Sets the soft limit on descriptors, below the hard one.
     pub fn soft_descriptors(mut self, limit: usize) -> Self {
         self.before_exec = format!("ulimit -S -n {limit} && {}", self.before_exec);
