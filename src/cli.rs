@@ -13,8 +13,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::{ContextKind, ErrorKind};
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
-use crate::listen::ListenAddress;
 use crate::logging::LogLevel;
+use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
 use crate::target::Target;
 use crate::timespan::TimeSpan;

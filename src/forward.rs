@@ -16,7 +16,7 @@
 //! - *Copying*, through one buffer a thread: `recv` and `send`. A receive that comes short leaves
 //!   the socket empty, so there is no third call: a request and its answer are two receives and two
 //!   sends.
-//! - *Splicing*, once a flow filled the whole buffer [`BULKY_AFTER`] times in a row: socket to pipe,
+//! - *Splicing*, once a flow filled the whole buffer several times in a row: socket to pipe,
 //!   pipe to socket, half the CPU of copying. The pipe comes from the thread's pool for the turn
 //!   and goes back when it is empty; a flow that turns quiet goes back to copying. Where no pipe is
 //!   to be had, copying carries on.
@@ -50,7 +50,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
@@ -60,53 +59,14 @@ use std::time::Duration;
 use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::pipe::{Pipe, PipePool};
+use crate::flow::{End, Fault, Flow, Held, Shared, State, Step};
 use crate::socket::{Family, Socket};
 
 /// How long a receiver may make no progress after its counterpart was reset.
 const LINGER: Duration = Duration::from_secs(60);
 
-/// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
-/// comes as a short read.
-const COPY_SIZE: usize = 32 * 1024;
-
-/// Full buffers in a row that make a flow bulky.
-const BULKY_AFTER: u8 = 2;
-
-/// Bytes between two empty sockets below which a bulky flow counts as quiet again.
-const QUIET_BELOW: usize = COPY_SIZE;
-
 /// Bytes a flow moves before other connections get their turn.
 const TURN: usize = 1024 * 1024;
-
-/// What the connections of one thread share.
-#[derive(Debug)]
-pub struct Shared {
-    buffer: RefCell<Box<[u8]>>,
-    pipes: PipePool,
-    carried: Cell<u64>,
-}
-
-impl Shared {
-    /// `pipes_max` bounds the pipes, two descriptors each.
-    pub fn new(pipes_max: usize) -> Self {
-        Self {
-            buffer: RefCell::new(vec![0; COPY_SIZE].into()),
-            pipes: PipePool::new(pipes_max),
-            carried: Cell::new(0),
-        }
-    }
-
-    /// Bytes delivered so far, both directions of all connections.
-    pub fn carried(&self) -> u64 {
-        self.carried.get()
-    }
-
-    /// Pipes in existence.
-    pub fn pipes_in_use(&self) -> usize {
-        self.pipes.in_use()
-    }
-}
 
 /// One of the two sides of a connection; also the flow that starts there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -244,8 +204,7 @@ impl Pair {
                 }
             }
         }
-        let carried = self.shared.carried.get();
-        self.shared.carried.set(carried + flow.delivered - before);
+        self.shared.carry(flow.delivered - before);
         turn
     }
 
@@ -327,51 +286,30 @@ impl Pair {
         };
         let [client, backend] = self.ends;
         tokio::join!(
-            client.finish(from_client.state, from_backend.state),
-            backend.finish(from_backend.state, from_client.state),
+            finish(client, from_client.state, from_backend.state),
+            finish(backend, from_backend.state, from_client.state),
         );
         closed
     }
 }
 
-/// A socket, and what is known of it between two edges.
-#[derive(Debug)]
-struct End {
-    socket: Socket,
-    /// Worth reading from: no receive came short since the last edge.
-    readable: bool,
-    /// Worth writing to: no send came short since the last edge.
-    writable: bool,
-    /// An end of its bytes is not a FIN: the error that says so has been taken from the socket.
-    reset: bool,
-    /// The peer reset the connection, or it failed: what is left for its counterpart is waited for
-    /// only as long as it moves.
-    gone: bool,
-}
-
-impl End {
-    fn new(socket: Socket) -> Self {
-        Self { socket, readable: true, writable: true, reset: false, gone: false }
+/// Closes or resets, given how the flow from here and the flow to here ended.
+async fn finish(end: End, from: State, to: State) {
+    if from == State::Ended && to == State::Ended {
+        // Both FINs are known, nothing can come that would make the kernel send a reset.
+        end.socket.close();
+        return;
     }
-
-    /// Closes or resets, given how the flow from here and the flow to here ended.
-    async fn finish(self, from: State, to: State) {
-        if from == State::Ended && to == State::Ended {
-            // Both FINs are known, nothing can come that would make the kernel send a reset.
-            self.socket.close();
-            return;
-        }
-        // A reset, or bytes that come and are not read, would overtake what is on its way.
-        if !self.gone && matches!(to, State::Ended | State::SourceReset) {
-            delivered(&self.socket).await;
-        }
-        let bytes_were_lost = from == State::SinkGone { lost: true };
-        if bytes_were_lost || matches!(to, State::SourceReset | State::Open) {
-            self.socket.reset();
-        } else {
-            // If bytes have come that nobody will read, the kernel makes it a reset by itself.
-            self.socket.close();
-        }
+    // A reset, or bytes that come and are not read, would overtake what is on its way.
+    if !end.gone && matches!(to, State::Ended | State::SourceReset) {
+        delivered(&end.socket).await;
+    }
+    let bytes_were_lost = from == State::SinkGone { lost: true };
+    if bytes_were_lost || matches!(to, State::SourceReset | State::Open) {
+        end.socket.reset();
+    } else {
+        // If bytes have come that nobody will read, the kernel makes it a reset by itend.
+        end.socket.close();
     }
 }
 
@@ -397,61 +335,6 @@ async fn delivered(socket: &Socket) {
     }
 }
 
-/// One direction.
-#[derive(Debug, Default)]
-struct Flow {
-    state: State,
-    held: Held,
-    mode: Mode,
-    /// Bytes the sink took.
-    delivered: u64,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum State {
-    #[default]
-    Open,
-    Ended,
-    SourceReset,
-    SinkGone {
-        lost: bool,
-    },
-}
-
-/// Bytes taken from the source that the sink has not taken yet.
-#[derive(Debug, Default)]
-enum Held {
-    #[default]
-    Nothing,
-    Copied {
-        bytes: Vec<u8>,
-        sent: usize,
-    },
-    Piped(Pipe),
-}
-
-impl Held {
-    fn is_nothing(&self) -> bool {
-        matches!(self, Self::Nothing)
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Mode {
-    /// `full` buffers came in a row.
-    Copy { full: u8 },
-    /// `bytes` came since the source was last empty.
-    Splice { bytes: usize },
-    /// The source can't be spliced from, or sends urgent data.
-    CopyOnly,
-}
-
-impl Default for Mode {
-    fn default() -> Self {
-        Self::Copy { full: 0 }
-    }
-}
-
 /// What came of a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
@@ -459,166 +342,4 @@ enum Turn {
     Stuck,
     /// There was more to do than one turn may.
     More,
-}
-
-/// What came of a step.
-enum Step {
-    Moved,
-    Stuck,
-    /// The source's bytes are at their end, and all of them are with the sink.
-    End,
-}
-
-/// A socket that failed, and how.
-enum Fault {
-    Source(Errno),
-    Sink(Errno),
-}
-
-impl Flow {
-    /// Sends what is held, or else moves one bufferful or pipeful.
-    fn step(&mut self, source: &mut End, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
-        if !self.held.is_nothing() {
-            return self.send_held(sink, shared);
-        }
-        if !source.readable {
-            return Ok(Step::Stuck);
-        }
-        if let Mode::Splice { bytes } = self.mode
-            && let Some(pipe) = shared.pipes.take()
-        {
-            return self.splice(bytes, pipe, source, sink, shared);
-        }
-        self.copy(source, sink, shared)
-    }
-
-    fn copy(&mut self, source: &mut End, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
-        let mut buffer = shared.buffer.borrow_mut();
-        let received = match source.socket.receive(&mut buffer) {
-            Ok(received) => received,
-            Err(Errno::AGAIN) => {
-                source.readable = false;
-                return Ok(Step::Stuck);
-            }
-            Err(Errno::INTR) => return Ok(Step::Moved),
-            Err(errno) => return Err(Fault::Source(errno)),
-        };
-        if received.bytes == 0 {
-            return Ok(Step::End);
-        }
-        source.readable = !received.drained;
-        if let Mode::Copy { full } = self.mode {
-            self.mode = match full + 1 {
-                _ if received.bytes < buffer.len() => Mode::Copy { full: 0 },
-                BULKY_AFTER => Mode::Splice { bytes: 0 },
-                full => Mode::Copy { full },
-            };
-        }
-        let bytes = &buffer[..received.bytes];
-        let sent = self.sent(sink.socket.send(bytes), sink)?;
-        if sent < bytes.len() {
-            self.held = Held::Copied { bytes: bytes[sent..].to_vec(), sent: 0 };
-        }
-        Ok(Step::Moved)
-    }
-
-    fn splice(
-        &mut self,
-        before: usize,
-        mut pipe: Pipe,
-        source: &mut End,
-        sink: &mut End,
-        shared: &Shared,
-    ) -> Result<Step, Fault> {
-        let filled = pipe.fill(&source.socket);
-        if matches!(filled, Ok(0) | Err(Errno::AGAIN)) && source.socket.has_urgent_data() {
-            shared.pipes.give_back(pipe);
-            self.mode = Mode::CopyOnly;
-            return Ok(Step::Moved);
-        }
-        match filled {
-            Ok(0) => {
-                shared.pipes.give_back(pipe);
-                return Ok(Step::End);
-            }
-            Ok(bytes) => self.mode = Mode::Splice { bytes: before + bytes },
-            Err(errno) => {
-                shared.pipes.give_back(pipe);
-                return match errno {
-                    Errno::AGAIN => {
-                        source.readable = false;
-                        self.mode = if before < QUIET_BELOW {
-                            Mode::Copy { full: 0 }
-                        } else {
-                            Mode::Splice { bytes: 0 }
-                        };
-                        Ok(Step::Stuck)
-                    }
-                    Errno::INTR => Ok(Step::Moved),
-                    Errno::INVAL => {
-                        self.mode = Mode::CopyOnly;
-                        Ok(Step::Moved)
-                    }
-                    errno => Err(Fault::Source(errno)),
-                };
-            }
-        }
-        self.held = Held::Piped(pipe);
-        self.send_held(sink, shared)
-    }
-
-    fn send_held(&mut self, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
-        while sink.writable {
-            let left = match &mut self.held {
-                Held::Nothing => return Ok(Step::Moved),
-                Held::Copied { bytes, sent } => {
-                    let result = sink.socket.send(&bytes[*sent..]);
-                    if let Ok(now) = result {
-                        *sent += now;
-                    }
-                    let left = bytes.len() - *sent;
-                    self.sent(result, sink)?;
-                    left
-                }
-                Held::Piped(pipe) => {
-                    let result = pipe.drain(&sink.socket);
-                    let left = pipe.filled();
-                    self.sent(result, sink)?;
-                    left
-                }
-            };
-            if left == 0 {
-                if let Held::Piped(pipe) = std::mem::take(&mut self.held) {
-                    shared.pipes.give_back(pipe);
-                }
-                return Ok(Step::Moved);
-            }
-        }
-        Ok(Step::Stuck)
-    }
-
-    /// Accounts for a write to the sink; a full sink took nothing.
-    fn sent(&mut self, result: Result<usize, Errno>, sink: &mut End) -> Result<usize, Fault> {
-        match result {
-            Ok(bytes) => {
-                self.delivered += bytes as u64;
-                Ok(bytes)
-            }
-            Err(Errno::AGAIN) => {
-                sink.writable = false;
-                Ok(0)
-            }
-            Err(Errno::INTR) => Ok(0),
-            Err(errno) => Err(Fault::Sink(errno)),
-        }
-    }
-
-    /// Nothing more can be delivered; what is held never will be. A pipe with bytes in it is closed.
-    fn sink_is_gone(&mut self, lost: bool) {
-        if self.state == State::Open {
-            let lost = lost || !self.held.is_nothing();
-            self.state = State::SinkGone { lost };
-            self.held = Held::Nothing;
-        }
-    }
 }

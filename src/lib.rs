@@ -9,6 +9,7 @@
 //! ```text
 //! Inherited -> Listener -> Client -> + Permit -> + backend -> + header -> Pair -> Closed
 //! activation   listen      listen    admission   dial         proxy_header forward
+//!   or open                                                               flow, pipe
 //! ```
 //!
 //! Two functions know the order: [`service::run`], the life of the process, and
@@ -39,6 +40,7 @@ pub mod service;
 
 // The life of a connection.
 pub mod activation;
+pub mod open;
 pub mod listen;
 pub mod admission;
 pub mod connection;
@@ -46,6 +48,7 @@ pub mod resolve;
 pub mod dial;
 pub mod proxy_header;
 pub mod forward;
+pub mod flow;
 pub mod pipe;
 pub mod socket;
 

@@ -1,86 +1,35 @@
-//! Listeners: passed by systemd or opened here, and the way a client comes in.
+//! Listeners, passed by systemd or opened in `open`, and the way a client comes in.
 
 #![forbid(unsafe_code)]
 
-use std::ffi::OsStr;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, SocketType, acceptfrom_with, sockopt};
-use socket2::{Domain, SockAddr, SockRef, Type};
+use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::coop::consume_budget;
 use tokio::time::sleep;
 
 use crate::activation::Inherited;
-use crate::address::{Address, UnixName};
+use crate::address::Address;
 use crate::descriptors::{Descriptors, Reserved};
 use crate::logging::{RateLimit, in_words};
-use crate::resolve::resolve;
 use crate::socket::{Family, Socket, register, set_nodelay_or_warn, set_oobinline_or_warn};
-use crate::target::{HostPort, Port};
-
-/// The kernel lowers it to net.core.somaxconn.
-const BACKLOG: i32 = 4096;
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// How long to wait for another process that is just opening a socket in the same directory.
-const LOCK_ATTEMPTS: usize = 50;
-const LOCK_PAUSE: Duration = Duration::from_millis(20);
-
 static OUT_OF_DESCRIPTORS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
-
-/// The value of `--listen=`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ListenAddress {
-    /// A port on every address of the machine, IPv6 and IPv4, as `ListenStream=PORT` has it.
-    Any(u16),
-    /// A port on each address of a host.
-    Host(HostPort),
-    /// A Unix socket.
-    Unix(UnixName),
-}
-
-impl ListenAddress {
-    /// Reads `PORT`, `HOST:PORT`, `[V6]:PORT`, `/path` or `@abstract`.
-    ///
-    /// # Errors
-    /// What is wrong with it, in words.
-    pub fn parse(text: &OsStr) -> Result<Self, String> {
-        if let Some(name) = UnixName::parse(text) {
-            return Ok(Self::Unix(name?));
-        }
-        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
-        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-            let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
-            return Ok(Self::Any(port));
-        }
-        HostPort::parse(text, None).map(Self::Host)
-    }
-}
-
-impl fmt::Display for ListenAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Any(port) => port.fmt(f),
-            Self::Host(host_port) => host_port.fmt(f),
-            Self::Unix(name) => name.fmt(f),
-        }
-    }
-}
 
 /// A listening stream socket.
 #[derive(Debug)]
@@ -112,27 +61,12 @@ impl Listener {
             .map_err(|error| format!("Failed to use passed socket {name}: {}.", in_words(&error)))
     }
 
-    /// Opens what `--listen=` asks for: one socket, or one for each address of a host.
-    ///
-    /// # Errors
-    /// One line that names the address.
-    pub async fn open(address: &ListenAddress) -> Result<Vec<Self>, String> {
-        let failed =
-            |error: io::Error| format!("Failed to listen on {address}: {}.", in_words(&error));
-        Ok(match address {
-            ListenAddress::Unix(name) => vec![open_unix(name).await.map_err(failed)?],
-            ListenAddress::Any(port) => vec![open_any(*port).map_err(failed)?],
-            ListenAddress::Host(host) => {
-                let addresses = match host.literal() {
-                    Some(address) => vec![address],
-                    None => resolve(host).await.map_err(|error| format!("{error}."))?,
-                };
-                open_each(host, &addresses).map_err(failed)?
-            }
-        })
-    }
-
-    fn from_fd(fd: OwnedFd, name: Option<String>, file: Option<SocketFile>) -> io::Result<Self> {
+    /// Takes a listening socket; `file` goes when the listener does.
+    pub(crate) fn from_fd(
+        fd: OwnedFd,
+        name: Option<String>,
+        file: Option<SocketFile>,
+    ) -> io::Result<Self> {
         let family = Family::of(&fd)?.ok_or(Errno::AFNOSUPPORT)?;
         rustix::io::ioctl_fionbio(&fd, true)?;
         if family == Family::Tcp {
@@ -251,117 +185,16 @@ fn is_the_newcomers(errno: Errno) -> bool {
     )
 }
 
-fn open_any(port: u16) -> io::Result<Listener> {
-    // A kernel without IPv6 still has a port to offer.
-    open_inet((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|error| {
-        match Errno::from_io_error(&error) {
-            Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => {
-                open_inet((Ipv4Addr::UNSPECIFIED, port).into())
-            }
-            _ => Err(error),
-        }
-    })
-}
-
-/// One listener an address; addresses that this machine does not have (`localhost` may be `::1`
-/// where IPv6 is off) are left out as long as one is left.
-fn open_each(host: &HostPort, addresses: &[SocketAddr]) -> io::Result<Vec<Listener>> {
-    let mut listeners = Vec::new();
-    let mut missing = None;
-    for &address in addresses {
-        match open_inet(address) {
-            Ok(listener) => listeners.push(listener),
-            Err(error) => match Errno::from_io_error(&error) {
-                Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => missing = Some(error),
-                _ => return Err(error),
-            },
-        }
-        // Any free port is one port: the next address would get another.
-        if host.port == Port::Number(0) && !listeners.is_empty() {
-            break;
-        }
-    }
-    match missing {
-        Some(error) if listeners.is_empty() => Err(error),
-        _ => Ok(listeners),
-    }
-}
-
-fn open_inet(address: SocketAddr) -> io::Result<Listener> {
-    let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    // A restart must not wait for the last connections' TIME_WAIT.
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        socket.set_only_v6(!address.ip().is_unspecified())?;
-    }
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Listener::from_fd(socket.into(), None, None)
-}
-
-async fn open_unix(name: &UnixName) -> io::Result<Listener> {
-    let address = Address::Unix(Some(Box::new(name.clone()))).to_sockaddr()?;
-    let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    let Some(path) = name.path() else {
-        socket.bind(&address)?;
-        socket.listen(BACKLOG)?;
-        return Listener::from_fd(socket.into(), None, None);
-    };
-    // Held from the look at a stale file until we listen: two that start at once can't each take
-    // the other's fresh socket for a stale one.
-    let _lock = match path.parent() {
-        Some(directory) => lock_directory(directory).await,
-        None => None,
-    };
-    match socket.bind(&address) {
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRINUSE) => {
-            if !is_stale(path, &address)? {
-                return Err(error);
-            }
-            fs::remove_file(path)?;
-            socket.bind(&address)?;
-        }
-        bound => bound?,
-    }
-    let file = SocketFile::of(path)?;
-    socket.listen(BACKLOG)?;
-    Listener::from_fd(socket.into(), None, Some(file))
-}
-
-/// Locks a directory, unless somebody else holds on to it: anybody who can read it can.
-async fn lock_directory(directory: &Path) -> Option<File> {
-    let directory = File::open(directory).ok()?;
-    for _ in 0..LOCK_ATTEMPTS {
-        match flock(directory.as_fd(), FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Some(directory),
-            Err(Errno::WOULDBLOCK) => sleep(LOCK_PAUSE).await,
-            Err(_) => return None,
-        }
-    }
-    None
-}
-
-/// A socket file on which nobody listens.
-fn is_stale(path: &Path, address: &SockAddr) -> io::Result<bool> {
-    if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return Ok(false);
-    }
-    let probe = socket2::Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-    Ok(match probe.connect(address) {
-        Err(error) => Errno::from_io_error(&error) == Some(Errno::CONNREFUSED),
-        Ok(()) => false,
-    })
-}
-
 /// A socket file made here: removed at the end, unless somebody has put another in its place.
 #[derive(Debug)]
-struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
 }
 
 impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
+    /// Notes which file it is.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
         Ok(Self { identity: identity(path)?, path: path.into() })
     }
 }
@@ -377,46 +210,4 @@ impl Drop for SocketFile {
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn listen_addresses_read_and_print() {
-        for text in ["8080", "localhost:8080", "[::1]:8080", "/run/a.sock", "@a"] {
-            assert_eq!(ListenAddress::parse(OsStr::new(text)).unwrap().to_string(), text);
-        }
-        for text in ["", "99999", "localhost", "[::1]", ":80", "@"] {
-            assert!(ListenAddress::parse(OsStr::new(text)).is_err(), "{text}");
-        }
-    }
-
-    #[tokio::test]
-    async fn only_a_stale_socket_file_is_replaced_and_only_our_own_removed() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("socket");
-        let address = ListenAddress::parse(path.as_os_str()).unwrap();
-        let open = || Listener::open(&address);
-
-        let first = open().await.unwrap();
-        let error = open().await.unwrap_err();
-        assert!(error.contains("Address already in use"), "{error}");
-
-        fs::rename(&path, directory.path().join("moved")).unwrap();
-        let second = open().await.unwrap();
-        drop(first);
-        assert!(path.exists(), "the second's file went with the first");
-        drop(second);
-        assert!(!path.exists(), "its own file stayed");
-
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert!(path.exists(), "std leaves a stale file");
-        drop(open().await.unwrap());
-
-        fs::write(&path, "not a socket").unwrap();
-        assert!(open().await.is_err());
-        assert!(path.exists());
-    }
 }

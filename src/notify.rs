@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use crate::admission::Load;
-use crate::forward::Shared;
+use crate::flow::Shared;
 
 /// Tries again while systemd does not take a message that matters, this often and this far apart.
 const RETRIES: usize = 50;

@@ -17,11 +17,12 @@ use crate::cli::Config;
 use crate::connection::{Client, Route, serve};
 use crate::descriptors::{Descriptors, Division};
 use crate::dial::Dialer;
-use crate::forward::Shared;
+use crate::flow::Shared;
 use crate::idle::idle_for;
-use crate::listen::{ListenAddress, Listener};
+use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
+use crate::open::{ListenAddress, open};
 use crate::target::Target;
 
 /// How long a client that is queued at the moment of the idle exit has to be accepted.
@@ -136,7 +137,7 @@ async fn listeners(
         }
         (false, true) => {
             for address in addresses {
-                for listener in Listener::open(address).await? {
+                for listener in open(address).await? {
                     tracing::info!("Listening on {listener}.");
                     listeners.push(Rc::new(listener));
                 }

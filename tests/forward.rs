@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::{Digest, Sha256};
-use socket_proxyd::forward::{Closed, Pair, Shared};
+use socket_proxyd::flow::Shared;
+use socket_proxyd::forward::{Closed, Pair};
 use socket_proxyd::socket;
 use socket2::Socket;
 use support::*;

@@ -1,0 +1,299 @@
+//! One direction of a connection: what it holds, and how it moves bytes.
+//!
+//! The theory of operation is at the top of `forward`.
+
+#![forbid(unsafe_code)]
+
+use std::cell::{Cell, RefCell};
+
+use rustix::io::Errno;
+
+use crate::pipe::{Pipe, PipePool};
+use crate::socket::Socket;
+
+/// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
+/// comes as a short read.
+const COPY_SIZE: usize = 32 * 1024;
+
+/// Full buffers in a row that make a flow bulky.
+const BULKY_AFTER: u8 = 2;
+
+/// Bytes between two empty sockets below which a bulky flow counts as quiet again.
+const QUIET_BELOW: usize = COPY_SIZE;
+
+/// What the connections of one thread share.
+#[derive(Debug)]
+pub struct Shared {
+    buffer: RefCell<Box<[u8]>>,
+    pipes: PipePool,
+    carried: Cell<u64>,
+}
+
+impl Shared {
+    /// `pipes_max` bounds the pipes, two descriptors each.
+    pub fn new(pipes_max: usize) -> Self {
+        Self {
+            buffer: RefCell::new(vec![0; COPY_SIZE].into()),
+            pipes: PipePool::new(pipes_max),
+            carried: Cell::new(0),
+        }
+    }
+
+    /// Bytes delivered so far, both directions of all connections.
+    pub fn carried(&self) -> u64 {
+        self.carried.get()
+    }
+
+    /// Counts bytes as delivered.
+    pub(crate) fn carry(&self, bytes: u64) {
+        self.carried.set(self.carried.get() + bytes);
+    }
+
+    /// Pipes in existence.
+    pub fn pipes_in_use(&self) -> usize {
+        self.pipes.in_use()
+    }
+}
+
+/// A socket, and what is known of it between two edges.
+#[derive(Debug)]
+pub(crate) struct End {
+    pub(crate) socket: Socket,
+    /// Worth reading from: no receive came short since the last edge.
+    pub(crate) readable: bool,
+    /// Worth writing to: no send came short since the last edge.
+    pub(crate) writable: bool,
+    /// An end of its bytes is not a FIN: the error that says so has been taken from the socket.
+    pub(crate) reset: bool,
+    /// The peer reset the connection, or it failed: what is left for its counterpart is waited for
+    /// only as long as it moves.
+    pub(crate) gone: bool,
+}
+
+impl End {
+    pub(crate) fn new(socket: Socket) -> Self {
+        Self { socket, readable: true, writable: true, reset: false, gone: false }
+    }
+}
+
+/// One direction.
+#[derive(Debug, Default)]
+pub(crate) struct Flow {
+    pub(crate) state: State,
+    pub(crate) held: Held,
+    mode: Mode,
+    /// Bytes the sink took.
+    pub(crate) delivered: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum State {
+    #[default]
+    Open,
+    Ended,
+    SourceReset,
+    SinkGone {
+        lost: bool,
+    },
+}
+
+/// Bytes taken from the source that the sink has not taken yet.
+#[derive(Debug, Default)]
+pub(crate) enum Held {
+    #[default]
+    Nothing,
+    Copied {
+        bytes: Vec<u8>,
+        sent: usize,
+    },
+    Piped(Pipe),
+}
+
+impl Held {
+    pub(crate) fn is_nothing(&self) -> bool {
+        matches!(self, Self::Nothing)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Mode {
+    /// `full` buffers came in a row.
+    Copy { full: u8 },
+    /// `bytes` came since the source was last empty.
+    Splice { bytes: usize },
+    /// The source can't be spliced from, or sends urgent data.
+    CopyOnly,
+}
+
+impl Default for Mode {
+    fn default() -> Self {
+        Self::Copy { full: 0 }
+    }
+}
+
+/// What came of a step.
+pub(crate) enum Step {
+    Moved,
+    Stuck,
+    /// The source's bytes are at their end, and all of them are with the sink.
+    End,
+}
+
+/// A socket that failed, and how.
+pub(crate) enum Fault {
+    Source(Errno),
+    Sink(Errno),
+}
+
+impl Flow {
+    /// Sends what is held, or else moves one bufferful or pipeful.
+    pub(crate) fn step(
+        &mut self,
+        source: &mut End,
+        sink: &mut End,
+        shared: &Shared,
+    ) -> Result<Step, Fault> {
+        if !self.held.is_nothing() {
+            return self.send_held(sink, shared);
+        }
+        if !source.readable {
+            return Ok(Step::Stuck);
+        }
+        if let Mode::Splice { bytes } = self.mode
+            && let Some(pipe) = shared.pipes.take()
+        {
+            return self.splice(bytes, pipe, source, sink, shared);
+        }
+        self.copy(source, sink, shared)
+    }
+
+    fn copy(&mut self, source: &mut End, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
+        let mut buffer = shared.buffer.borrow_mut();
+        let received = match source.socket.receive(&mut buffer) {
+            Ok(received) => received,
+            Err(Errno::AGAIN) => {
+                source.readable = false;
+                return Ok(Step::Stuck);
+            }
+            Err(Errno::INTR) => return Ok(Step::Moved),
+            Err(errno) => return Err(Fault::Source(errno)),
+        };
+        if received.bytes == 0 {
+            return Ok(Step::End);
+        }
+        source.readable = !received.drained;
+        if let Mode::Copy { full } = self.mode {
+            self.mode = match full + 1 {
+                _ if received.bytes < buffer.len() => Mode::Copy { full: 0 },
+                BULKY_AFTER => Mode::Splice { bytes: 0 },
+                full => Mode::Copy { full },
+            };
+        }
+        let bytes = &buffer[..received.bytes];
+        let sent = self.sent(sink.socket.send(bytes), sink)?;
+        if sent < bytes.len() {
+            self.held = Held::Copied { bytes: bytes[sent..].to_vec(), sent: 0 };
+        }
+        Ok(Step::Moved)
+    }
+
+    fn splice(
+        &mut self,
+        before: usize,
+        mut pipe: Pipe,
+        source: &mut End,
+        sink: &mut End,
+        shared: &Shared,
+    ) -> Result<Step, Fault> {
+        let filled = pipe.fill(&source.socket);
+        if matches!(filled, Ok(0) | Err(Errno::AGAIN)) && source.socket.has_urgent_data() {
+            shared.pipes.give_back(pipe);
+            self.mode = Mode::CopyOnly;
+            return Ok(Step::Moved);
+        }
+        match filled {
+            Ok(0) => {
+                shared.pipes.give_back(pipe);
+                return Ok(Step::End);
+            }
+            Ok(bytes) => self.mode = Mode::Splice { bytes: before + bytes },
+            Err(errno) => {
+                shared.pipes.give_back(pipe);
+                return match errno {
+                    Errno::AGAIN => {
+                        source.readable = false;
+                        self.mode = if before < QUIET_BELOW {
+                            Mode::Copy { full: 0 }
+                        } else {
+                            Mode::Splice { bytes: 0 }
+                        };
+                        Ok(Step::Stuck)
+                    }
+                    Errno::INTR => Ok(Step::Moved),
+                    Errno::INVAL => {
+                        self.mode = Mode::CopyOnly;
+                        Ok(Step::Moved)
+                    }
+                    errno => Err(Fault::Source(errno)),
+                };
+            }
+        }
+        self.held = Held::Piped(pipe);
+        self.send_held(sink, shared)
+    }
+
+    fn send_held(&mut self, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
+        while sink.writable {
+            let left = match &mut self.held {
+                Held::Nothing => return Ok(Step::Moved),
+                Held::Copied { bytes, sent } => {
+                    let result = sink.socket.send(&bytes[*sent..]);
+                    if let Ok(now) = result {
+                        *sent += now;
+                    }
+                    let left = bytes.len() - *sent;
+                    self.sent(result, sink)?;
+                    left
+                }
+                Held::Piped(pipe) => {
+                    let result = pipe.drain(&sink.socket);
+                    let left = pipe.filled();
+                    self.sent(result, sink)?;
+                    left
+                }
+            };
+            if left == 0 {
+                if let Held::Piped(pipe) = std::mem::take(&mut self.held) {
+                    shared.pipes.give_back(pipe);
+                }
+                return Ok(Step::Moved);
+            }
+        }
+        Ok(Step::Stuck)
+    }
+
+    /// Accounts for a write to the sink; a full sink took nothing.
+    fn sent(&mut self, result: Result<usize, Errno>, sink: &mut End) -> Result<usize, Fault> {
+        match result {
+            Ok(bytes) => {
+                self.delivered += bytes as u64;
+                Ok(bytes)
+            }
+            Err(Errno::AGAIN) => {
+                sink.writable = false;
+                Ok(0)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(errno) => Err(Fault::Sink(errno)),
+        }
+    }
+
+    /// Nothing more can be delivered; what is held never will be. A pipe with bytes in it is closed.
+    pub(crate) fn sink_is_gone(&mut self, lost: bool) {
+        if self.state == State::Open {
+            let lost = lost || !self.held.is_nothing();
+            self.state = State::SinkGone { lost };
+            self.held = Held::Nothing;
+        }
+    }
+}
