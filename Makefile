@@ -1,10 +1,12 @@
 # The front door: see README.md.
 
+# The shipped units say /usr/bin.
 PREFIX ?= /usr
 DESTDIR ?=
 CARGO ?= cargo
 INSTALL ?= install
 
+TARGET = $(or $(CARGO_TARGET_DIR),target)
 NEWEST = $(CURDIR)/target/newest-original
 
 .PHONY: build demo test check bench fmt clippy doc man deny install clean
@@ -14,7 +16,7 @@ build:
 
 # The main job, shown: a Unix-socket service behind a TCP port.
 demo: build
-	examples/demo target/release/socket-proxyd
+	examples/demo $(TARGET)/release/socket-proxyd
 
 # Installs what the tests need (as root, or by sudo) and runs them all.
 test:
@@ -46,8 +48,10 @@ deny:
 	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --locked --log-level error check bans licenses sources
 
-install: build
-	$(INSTALL) -D -m 755 target/release/socket-proxyd $(DESTDIR)$(PREFIX)/bin/socket-proxyd
+# After `make`, which needs no root.
+install:
+	@test -x $(TARGET)/release/socket-proxyd || { echo "Run make first." >&2; exit 1; }
+	$(INSTALL) -D -m 755 $(TARGET)/release/socket-proxyd $(DESTDIR)$(PREFIX)/bin/socket-proxyd
 	$(INSTALL) -D -m 644 man/socket-proxyd.8 $(DESTDIR)$(PREFIX)/share/man/man8/socket-proxyd.8
 
 clean:

@@ -72,7 +72,12 @@ pub async fn serve(client: Client, route: Rc<Route>) {
             Ok(backend) => backend,
             Err(error) => {
                 if let Some(suppressed) = UNREACHABLE.pass() {
-                    tracing::warn!(client = %address, listener = %listener, "{error}{suppressed}");
+                    tracing::warn!(
+                        client = %address,
+                        listener = %listener,
+                        backend = %route.dialer.target(),
+                        "{error}{suppressed}"
+                    );
                 }
                 socket.close();
                 return log("Connection closed, there is no backend", 0, 0);
@@ -87,6 +92,7 @@ pub async fn serve(client: Client, route: Rc<Route>) {
         }
         None => Vec::new(),
     };
+    tracing::debug!(client = %address, listener = %listener, "Connection established");
     let pair = Pair::new(socket, backend, header, Rc::clone(&route.shared));
     let Ok(closed) = pair.run().await else {
         return;

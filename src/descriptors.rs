@@ -74,7 +74,8 @@ impl Division {
         let division = Self::new(limit, open, connections_max, by_name);
         if division.connections == 0 {
             return Err(format!(
-                "RLIMIT_NOFILE={limit} leaves no room for a connection; raise LimitNOFILE=."
+                "RLIMIT_NOFILE={limit} leaves no room for a connection; raise LimitNOFILE= \
+                 (ulimit -n)."
             ));
         }
         Ok(division)

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -32,7 +33,7 @@ static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 pub struct Dialer {
     target: Target,
     connect_timeout: TimeSpan,
-    lookups: Semaphore,
+    lookups: Arc<Semaphore>,
 }
 
 /// Why there is no connection.
@@ -49,8 +50,11 @@ impl fmt::Display for DialError {
         match self {
             Self::Resolve(error) => error.fmt(f),
             Self::Connect(address, error) => {
-                let error = in_words(error);
-                write!(f, "Failed to connect to remote host: {address}: {error}")
+                write!(f, "Failed to connect to remote host: {address}: {}", in_words(error))?;
+                if Errno::from_io_error(error) == Some(Errno::AGAIN) {
+                    f.write_str(" (its backlog is full)")?;
+                }
+                Ok(())
             }
         }
     }
@@ -59,7 +63,7 @@ impl fmt::Display for DialError {
 impl Dialer {
     /// `connect_timeout` is for each address; at most `lookups_max` lookups run at a time.
     pub fn new(target: Target, connect_timeout: TimeSpan, lookups_max: usize) -> Self {
-        Self { target, connect_timeout, lookups: Semaphore::new(lookups_max) }
+        Self { target, connect_timeout, lookups: Semaphore::new(lookups_max).into() }
     }
 
     /// The target, for messages.
@@ -73,17 +77,13 @@ impl Dialer {
             Target::Address(address) => return self.try_address(address).await,
             Target::Name(name) => name,
         };
-        let lookup = match self.lookups.try_acquire() {
-            Ok(lookup) => Ok(lookup),
-            Err(_) => {
-                if let Some(suppressed) = LOOKUPS_BUSY.pass() {
-                    tracing::warn!("The resolver is slow, lookups have to wait.{suppressed}");
-                }
-                self.lookups.acquire().await
-            }
-        };
-        let addresses = resolve(name).await.map_err(DialError::Resolve)?;
-        drop(lookup);
+        if self.lookups.available_permits() == 0
+            && let Some(suppressed) = LOOKUPS_BUSY.pass()
+        {
+            tracing::warn!("The resolver is slow, lookups have to wait.{suppressed}");
+        }
+        let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
+        let addresses = resolve(name, permit).await.map_err(DialError::Resolve)?;
         let mut failed = None;
         for address in addresses {
             match self.try_address(&Address::Inet(address)).await {

@@ -91,7 +91,7 @@ impl Side {
 /// How a connection was, once it is over.
 #[derive(Debug)]
 pub struct Closed {
-    /// Bytes delivered to the backend.
+    /// Bytes of the client's that were delivered to the backend; the preface is not among them.
     pub from_client: u64,
     /// Bytes delivered to the client.
     pub from_backend: u64,
@@ -105,6 +105,7 @@ pub struct Pair {
     ends: [End; 2],
     flows: [Flow; 2],
     shared: Rc<Shared>,
+    preface: u64,
     fault: Option<(Side, Errno)>,
 }
 
@@ -112,10 +113,17 @@ impl Pair {
     /// Joins two sockets; `preface` goes to the backend ahead of the client's bytes, in one write.
     pub fn new(client: Socket, backend: Socket, preface: Vec<u8>, shared: Rc<Shared>) -> Self {
         let mut flows = [Flow::default(), Flow::default()];
+        let preface_len = preface.len() as u64;
         if !preface.is_empty() {
             flows[Side::Client as usize].held = Held::Copied { bytes: preface, sent: 0 };
         }
-        Self { ends: [End::new(client), End::new(backend)], flows, shared, fault: None }
+        Self {
+            ends: [End::new(client), End::new(backend)],
+            flows,
+            shared,
+            preface: preface_len,
+            fault: None,
+        }
     }
 
     /// Carries bytes until both directions are over, and closes both sockets.
@@ -280,7 +288,7 @@ impl Pair {
     async fn finish(self) -> Closed {
         let [from_client, from_backend] = self.flows;
         let closed = Closed {
-            from_client: from_client.delivered,
+            from_client: from_client.delivered.saturating_sub(self.preface),
             from_backend: from_backend.delivered,
             fault: self.fault,
         };

@@ -81,7 +81,9 @@ pub async fn open(address: &ListenAddress) -> Result<Vec<Listener>, String> {
         ListenAddress::Host(host) => {
             let addresses = match host.literal() {
                 Some(address) => vec![address],
-                None => resolve(host).await.map_err(|error| format!("{error}."))?,
+                None => resolve(host, None)
+                    .await
+                    .map_err(|error| format!("Failed to listen on {address}: {error}."))?,
             };
             open_each(host, &addresses).map_err(failed)?
         }
@@ -181,7 +183,7 @@ async fn lock_directory(directory: &Path) -> Option<File> {
 /// A socket file on which nobody listens.
 fn is_stale(path: &Path, address: &SockAddr) -> io::Result<bool> {
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return Ok(false);
+        return Err(io::Error::other("it exists and is not a socket"));
     }
     let probe = socket2::Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
     Ok(match probe.connect(address) {

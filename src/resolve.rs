@@ -9,7 +9,8 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use dns_lookup::{AddrInfoHints, LookupError, SockType, getaddrinfo};
+use dns_lookup::{AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::target::HostPort;
 
@@ -27,13 +28,20 @@ impl fmt::Display for ResolveError {
 }
 
 /// Every stream address of a name, in the resolver's order (gai.conf(5)), at least one.
-pub async fn resolve(name: &HostPort) -> Result<Vec<SocketAddr>, ResolveError> {
+///
+/// `permit` is kept until the resolver has answered, also when nobody waits for it any more.
+pub async fn resolve(
+    name: &HostPort,
+    permit: Option<OwnedSemaphorePermit>,
+) -> Result<Vec<SocketAddr>, ResolveError> {
     let failed = |reason| ResolveError { name: name.to_string(), reason };
     let (host, port) = (name.host.clone(), name.port.to_string());
-    let addresses = tokio::task::spawn_blocking(move || look_up(&host, &port))
-        .await
-        .map_err(|_| failed("the lookup was given up".into()))?
-        .map_err(failed)?;
+    let lookup = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        look_up(&host, &port)
+    });
+    let addresses =
+        lookup.await.map_err(|_| failed("the lookup was given up".into()))?.map_err(failed)?;
     if addresses.is_empty() {
         return Err(failed("it has no address".into()));
     }
@@ -53,8 +61,11 @@ fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, String> {
     Ok(addresses)
 }
 
-/// gai_strerror(3)'s words.
+/// gai_strerror(3)'s words, but for the one that says nothing of its cause.
 fn reason(error: &LookupError) -> String {
+    if matches!(error.kind(), LookupErrorKind::Service) {
+        return "the port is not in services(5)".into();
+    }
     let error = std::io::Error::from(LookupError::new(error.error_num()));
     let words = error.to_string();
     match words.rsplit_once(": ") {

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -49,13 +50,20 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
     let failed = |error: io::Error| format!("Failed to wait for signals: {}.", in_words(&error));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
+    let mut stop = pin!(async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    });
     let notifier = Notifier::from_environment();
 
     // A name to listen on may take its time; a signal must not.
     let listeners = tokio::select! {
         listeners = listeners(&config.listen, inherited) => listeners?,
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
+        () = &mut stop => return Ok(()),
     };
     let connections_max = config.connections_max.get();
     let by_name = matches!(config.target, Target::Name(_));
@@ -68,6 +76,9 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         shared: Rc::clone(&shared),
     });
 
+    for listener in &listeners {
+        tracing::debug!("Serving {listener}.");
+    }
     let descriptors = Rc::new(Descriptors::new(division.connections));
     let mut entrances = JoinSet::new();
     for listener in &listeners {
@@ -96,8 +107,7 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         }
     };
     let result = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        () = stop => Ok(()),
         () = idle => Ok(()),
         Some(ended) = entrances.join_next() => Err(why(ended)),
         () = async { tokio::join!(serving, notifier.feed_watchdog()); } => Ok(()),

@@ -93,10 +93,11 @@ impl HostPort {
             }
         } else if let Some((host, port)) = text.rsplit_once(':') {
             if host.contains(':') && !is_ipv6(host) {
-                return Err(format!(
-                    "\"{host}\" is neither a name nor an address (an IPv6 address without a port \
-                     is written [{text}])"
-                ));
+                return Err(if is_ipv6(text) {
+                    format!("an IPv6 address is written [{text}] or [{text}]:PORT")
+                } else {
+                    format!("\"{host}\" is neither a name nor an address")
+                });
             }
             (host, Some(port))
         } else {
@@ -107,6 +108,13 @@ impl HostPort {
         }
         if host.contains('\0') {
             return Err("the host contains a NUL byte".into());
+        }
+        if host.contains('/') {
+            return Err("no host has a slash in its name, and a path begins with one".into());
+        }
+        if host == "*" {
+            // getaddrinfo(3) takes it for the loopback address.
+            return Err("* is no host; every address is --listen=PORT".into());
         }
         let port = port.or(default_port).ok_or("there is no port")?;
         Ok(Self { host: host.into(), port: Port::parse(port)? })
@@ -231,6 +239,10 @@ mod tests {
             "localhost:0",
             "::1",
             "a:b:80",
+            "*:80",
+            "./socket",
+            "http://localhost:80",
+            "2001:db8::1",
             "[::1",
             "[::1]80",
             "[localhost]:80",

@@ -171,7 +171,8 @@ fn cases() -> Vec<Case> {
     case("reset by the client", OnlyOurs("not a reset: Ok"), |program| reset_by(program, true));
     case("reset by the backend", OnlyOurs("not a reset: Ok"), |program| reset_by(program, false));
     case("SIGTERM stops and resets", OnlyOurs("the last notification"), terminate);
-    case("SIGINT stops", OnlyOurs("killed by a signal"), interrupt);
+    case("SIGINT stops", OnlyOurs("killed by a signal"), |it| stops_on(it, Signal::INT));
+    case("SIGHUP stops", OnlyOurs("killed by a signal"), |it| stops_on(it, Signal::HUP));
     case("STATUS once a second", OnlyOurs("a notification comes"), status_rate);
     case("who hangs up is not news", Shared, silent_about_peers);
     case("lines have a priority under systemd", OnlyOurs("no line with"), prefixed_lines);
@@ -447,7 +448,7 @@ fn terminate(program: &Path) {
     assert!(is_reset(&end), "not a reset: {end:?}");
 }
 
-fn interrupt(program: &Path) {
+fn stops_on(program: &Path, signal: Signal) {
     let front = Endpoint::new(Family::Tcp);
     let mut manager = Manager::new();
     let mut proxy = Launch::new(program)
@@ -455,9 +456,8 @@ fn interrupt(program: &Path) {
         .listener(&front)
         .env("NOTIFY_SOCKET", manager.path.display())
         .start();
-    if front_is_served(&front) {
-        proxy.signal(Signal::INT);
-    }
+    assert!(front_is_served(&front));
+    proxy.signal(signal);
     assert_eq!(proxy.wait().code(), Some(0), "killed by a signal");
     manager.wait_for("STOPPING=1");
 }

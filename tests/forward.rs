@@ -68,9 +68,11 @@ impl Carried {
                 let shared = Rc::new(Shared::new(pipes_max));
                 let (near, far) = (ours(near_inner, near), ours(far_inner, far));
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
+                let preface_len = preface.len() as u64;
                 let pair = Pair::new(client, backend, preface, Rc::clone(&shared));
                 let closed = pair.run().await.unwrap();
-                assert_eq!(shared.carried(), closed.from_client + closed.from_backend);
+                let delivered = preface_len + closed.from_client + closed.from_backend;
+                assert_eq!(shared.carried(), delivered);
                 Outcome { closed, pipes: shared.pipes_in_use() }
             })
         });
