@@ -41,7 +41,8 @@ doc:
 
 # The page renders without a word.
 man:
-	test -z "$$(groff -man -ww -Tutf8 -z man/socket-proxyd.8 2>&1 | tee /dev/stderr)"
+	@words=$$(groff -man -ww -Tutf8 -z man/socket-proxyd.8 2>&1); \
+	    test -z "$$words" || { echo "$$words"; exit 1; }
 
 # Licences, sources and duplicates; the advisories need a network that CI may not have.
 deny:
