@@ -35,6 +35,8 @@ pub struct Config {
     pub connections_max: NonZeroU32,
     /// Exit after this long without a connection.
     pub exit_idle_time: TimeSpan,
+    /// How long a client is held while the backend is not up yet.
+    pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
     pub connect_timeout: TimeSpan,
     /// The header that tells the backend who the client is.
@@ -80,6 +82,7 @@ impl Config {
             listen: arguments.listen,
             connections_max: arguments.connections_max,
             exit_idle_time: arguments.exit_idle_time,
+            backend_wait: arguments.backend_wait,
             connect_timeout: arguments.connect_timeout,
             proxy_protocol: arguments.proxy_protocol,
             log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
@@ -100,6 +103,7 @@ Sockets:
      --exit-idle-time=TIME   Exit when without a connection for this duration
 
 Backend:
+     --backend-wait=TIME     Hold clients while TARGET is not up yet (default: 0)
      --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
      --proxy-protocol=v1     Tell TARGET the client's address
 
@@ -135,6 +139,9 @@ struct Arguments {
     #[arg(long, default_value = "infinity")]
     #[arg(value_parser = |text: &str| read_span("exit-idle-time", text))]
     exit_idle_time: TimeSpan,
+    #[arg(long, default_value = "0")]
+    #[arg(value_parser = |text: &str| read_span("backend-wait", text))]
+    backend_wait: TimeSpan,
     #[arg(long, default_value = "10s", value_parser = read_connect_timeout)]
     connect_timeout: TimeSpan,
     #[arg(long, value_parser = read_proxy_protocol)]

@@ -7,18 +7,21 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use crate::address::Address;
 use crate::admission::Permit;
 use crate::descriptors::Reserved;
-use crate::dial::Dialer;
 use crate::flow::Shared;
 use crate::forward::{Pair, Side};
+use crate::hold::Backend;
 use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
 use crate::proxy_header::ProxyProtocol;
 use crate::socket::Socket;
+
+/// How long the last bytes of a Unix client that has closed wait for a backend.
+const LAST_WORDS: Duration = Duration::from_millis(800);
 
 static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 
@@ -26,7 +29,7 @@ static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 #[derive(Debug)]
 pub struct Route {
     /// The way to the backend.
-    pub dialer: Dialer,
+    pub backend: Rc<Backend>,
     /// The header it expects.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The forwarder's buffer and pipes.
@@ -58,7 +61,7 @@ pub async fn serve(client: Client, route: Rc<Route>) {
         tracing::debug!(
             client = %address,
             listener = %listener,
-            backend = %route.dialer.target(),
+            backend = %route.backend.dialer.target(),
             bytes_from_client = from_client,
             bytes_from_backend = from_backend,
             duration_usec = start.elapsed().as_micros() as u64,
@@ -68,14 +71,14 @@ pub async fn serve(client: Client, route: Rc<Route>) {
     // Boxed: what dialling needs is gone when the connection stands, which may be for days.
     let backend = tokio::select! {
         biased;
-        dialled = Box::pin(route.dialer.dial()) => match dialled {
+        dialled = Box::pin(route.backend.connect()) => match dialled {
             Ok(backend) => backend,
             Err(error) => {
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
                         client = %address,
                         listener = %listener,
-                        backend = %route.dialer.target(),
+                        backend = %route.backend.dialer.target(),
                         "{error}{suppressed}"
                     );
                 }
@@ -101,12 +104,15 @@ pub async fn serve(client: Client, route: Rc<Route>) {
     log(&outcome(closed.fault), closed.from_client, closed.from_backend);
 }
 
-/// Waits until the client of a dial has gone: reset, or a Unix client that closed and left nothing
-/// to deliver. (A FIN says only that it waits for its answer.)
+/// Waits until the client of a dial has gone: reset, or a Unix client that closed. (A FIN says only
+/// that it waits for its answer.)
 async fn left(client: &Socket) {
     let gone = poll_fn(|cx| client.poll_hung_up(cx)).await.is_ok();
-    if !gone || client.has_unread() {
+    if !gone {
         std::future::pending().await
+    }
+    if client.has_unread() {
+        sleep(LAST_WORDS).await;
     }
 }
 

@@ -36,6 +36,13 @@ pub struct Dialer {
     lookups: Arc<Semaphore>,
 }
 
+/// What to do about a Unix backend's full backlog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backlog {
+    Wait,
+    Fail,
+}
+
 /// Why there is no connection.
 #[derive(Debug)]
 pub enum DialError {
@@ -60,6 +67,31 @@ impl fmt::Display for DialError {
     }
 }
 
+impl DialError {
+    /// Whether the backend may just not be up yet; a name that does not exist, or a sandbox's
+    /// prohibition (EPERM), is not mended by time.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Resolve(error) => error.is_temporary(),
+            Self::Connect(_, error) => matches!(
+                Errno::from_io_error(error),
+                Some(
+                    Errno::CONNREFUSED
+                        | Errno::NOENT
+                        | Errno::AGAIN
+                        | Errno::ACCESS
+                        | Errno::NETUNREACH
+                        | Errno::HOSTUNREACH
+                        | Errno::ADDRNOTAVAIL
+                        | Errno::TIMEDOUT
+                        // The backend came up and went down in the middle of it.
+                        | Errno::CONNRESET
+                )
+            ),
+        }
+    }
+}
+
 impl Dialer {
     /// `connect_timeout` is for each address; at most `lookups_max` lookups run at a time.
     pub fn new(target: Target, connect_timeout: TimeSpan, lookups_max: usize) -> Self {
@@ -71,10 +103,20 @@ impl Dialer {
         &self.target
     }
 
-    /// Looks the target up, and tries each of its addresses until one answers.
+    /// Looks the target up, and tries each of its addresses until one answers; a full backlog is
+    /// tried again until the connect timeout is over.
     pub async fn dial(&self) -> Result<Socket, DialError> {
+        self.dial_all(Backlog::Wait).await
+    }
+
+    /// The same, for somebody who tries again by himself: a full backlog fails at once.
+    pub async fn dial_once(&self) -> Result<Socket, DialError> {
+        self.dial_all(Backlog::Fail).await
+    }
+
+    async fn dial_all(&self, backlog: Backlog) -> Result<Socket, DialError> {
         let name = match &self.target {
-            Target::Address(address) => return self.try_address(address).await,
+            Target::Address(address) => return self.try_address(address, backlog).await,
             Target::Name(name) => name,
         };
         if self.lookups.available_permits() == 0
@@ -86,7 +128,7 @@ impl Dialer {
         let addresses = resolve(name, permit).await.map_err(DialError::Resolve)?;
         let mut failed = None;
         for address in addresses {
-            match self.try_address(&Address::Inet(address)).await {
+            match self.try_address(&Address::Inet(address), backlog).await {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
                     tracing::debug!("{error}, trying the next address");
@@ -97,10 +139,10 @@ impl Dialer {
         Err(failed.expect("a name that resolves has an address"))
     }
 
-    async fn try_address(&self, address: &Address) -> Result<Socket, DialError> {
+    async fn try_address(&self, address: &Address, backlog: Backlog) -> Result<Socket, DialError> {
         // What kept us waiting says more than that time is up.
         let obstacle = RefCell::new(None);
-        let attempt = connect(address, &obstacle);
+        let attempt = connect(address, backlog, &obstacle);
         let connected = match self.connect_timeout.finite() {
             Some(limit) => timeout(limit, attempt).await.unwrap_or_else(|_| {
                 let timed_out = || io::Error::from(Errno::TIMEDOUT);
@@ -114,7 +156,11 @@ impl Dialer {
 
 /// Connects to one address; waits for a Unix backend's backlog, and for descriptors and memory, and
 /// leaves a note of what it waits for.
-async fn connect(address: &Address, obstacle: &RefCell<Option<io::Error>>) -> io::Result<Socket> {
+async fn connect(
+    address: &Address,
+    backlog: Backlog,
+    obstacle: &RefCell<Option<io::Error>>,
+) -> io::Result<Socket> {
     let sockaddr = address.to_sockaddr()?;
     let mut pause = RETRY_FIRST;
     loop {
@@ -122,7 +168,7 @@ async fn connect(address: &Address, obstacle: &RefCell<Option<io::Error>>) -> io
             Ok(socket) => return Ok(socket),
             Err(error) => {
                 match Errno::from_io_error(&error) {
-                    Some(Errno::AGAIN) => {}
+                    Some(Errno::AGAIN) if backlog == Backlog::Wait => {}
                     Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                         if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
                             tracing::error!(

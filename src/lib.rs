@@ -46,6 +46,7 @@ pub mod admission;
 pub mod connection;
 pub mod resolve;
 pub mod dial;
+pub mod hold;
 pub mod proxy_header;
 pub mod forward;
 pub mod flow;

@@ -19,6 +19,14 @@ use crate::target::HostPort;
 pub struct ResolveError {
     name: String,
     reason: String,
+    temporary: bool,
+}
+
+impl ResolveError {
+    /// Whether the resolver itself expects another answer later (EAI_AGAIN).
+    pub fn is_temporary(&self) -> bool {
+        self.temporary
+    }
 }
 
 impl fmt::Display for ResolveError {
@@ -34,23 +42,27 @@ pub async fn resolve(
     name: &HostPort,
     permit: Option<OwnedSemaphorePermit>,
 ) -> Result<Vec<SocketAddr>, ResolveError> {
-    let failed = |reason| ResolveError { name: name.to_string(), reason };
+    let failed = |(reason, temporary)| ResolveError { name: name.to_string(), reason, temporary };
     let (host, port) = (name.host.clone(), name.port.to_string());
     let lookup = tokio::task::spawn_blocking(move || {
         let _permit = permit;
         look_up(&host, &port)
     });
-    let addresses =
-        lookup.await.map_err(|_| failed("the lookup was given up".into()))?.map_err(failed)?;
+    let addresses = lookup
+        .await
+        .map_err(|_| failed(("the lookup was given up".into(), false)))?
+        .map_err(failed)?;
     if addresses.is_empty() {
-        return Err(failed("it has no address".into()));
+        return Err(failed(("it has no address".into(), false)));
     }
     Ok(addresses)
 }
 
-fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, String> {
+/// The addresses, or why there are none and whether that is temporary.
+fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, (String, bool)> {
     let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
-    let found = getaddrinfo(Some(host), Some(port), Some(hints)).map_err(|error| reason(&error))?;
+    let found = getaddrinfo(Some(host), Some(port), Some(hints))
+        .map_err(|error| (reason(&error), matches!(error.kind(), LookupErrorKind::Again)))?;
     let mut addresses = Vec::new();
     // An address of a family we don't know is no reason to miss the others.
     for address in found.flatten().map(|found| found.sockaddr) {

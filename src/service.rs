@@ -19,6 +19,7 @@ use crate::connection::{Client, Route, serve};
 use crate::descriptors::{Descriptors, Division};
 use crate::dial::Dialer;
 use crate::flow::Shared;
+use crate::hold::Backend;
 use crate::idle::idle_for;
 use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
@@ -70,8 +71,9 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
     let division = Division::of_this_process(connections_max, by_name)?;
     let admission = Admission::new(config.connections_max);
     let shared = Rc::new(Shared::new(division.pipes));
+    let dialer = Dialer::new(config.target, config.connect_timeout, division.lookups);
     let route = Rc::new(Route {
-        dialer: Dialer::new(config.target, config.connect_timeout, division.lookups),
+        backend: Rc::new(Backend::new(dialer, config.backend_wait)),
         proxy_protocol: config.proxy_protocol,
         shared: Rc::clone(&shared),
     });

@@ -198,6 +198,20 @@ fn cases() -> Vec<Case> {
     case("--listen and passed sockets", OnlyOurs("as well"), both_kinds_of_sockets);
     case("a stuck log is nobody's business", OnlyOurs("Failed to parse"), stuck_log);
 
+    let unknown = OnlyOurs("unrecognized option");
+    case("held until a TCP backend is up", unknown, |it| held_until_up(it, Family::Tcp));
+    case("held until a Unix backend is up", unknown, |it| held_until_up(it, Family::Unix));
+    case("a backend that never comes", unknown, never_up);
+    case("200 held clients, one prober", unknown, one_prober);
+    case("a held client that leaves gives its place back", unknown, held_client_leaves);
+    case("a held client that has half-closed is served", unknown, held_half_closed);
+    case("what time can't mend ends at once", unknown, not_mended_by_time);
+    if rustix::process::geteuid().is_root() {
+        case("held until the backend's socket may be used", unknown, held_until_permitted);
+    } else {
+        eprintln!("SKIPPED: held until the backend's socket may be used: needs root");
+    }
+
     for pair @ (front, back) in PAIRS {
         let mut case = |name, expected, test: fn(&Path, (Family, Family))| {
             let name = format!("{name}, {front:?} to {back:?}");
@@ -1057,6 +1071,197 @@ fn quiet_after_bulk(program: &Path) {
     let held = proxy.descriptors() - before;
     // One pipe for each direction of the one that was busy stays in the pool.
     assert!(held <= 2 * CLIENTS + 4, "{held} descriptors held by 20 quiet connections");
+}
+
+// Waiting for the backend.
+
+/// An address of either family where nobody listens yet.
+fn absent_backend(family: Family) -> (socket2::SockAddr, String, tempfile::TempDir) {
+    let directory = tempfile::TempDir::new().unwrap();
+    let (address, target) = match family {
+        Family::Tcp => {
+            let address = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
+            (address.into(), address.to_string())
+        }
+        Family::Unix => {
+            let path = directory.path().join("backend");
+            (socket2::SockAddr::unix(&path).unwrap(), path.to_str().unwrap().into())
+        }
+    };
+    (address, target, directory)
+}
+
+fn come_up(address: &socket2::SockAddr) -> Socket {
+    let socket = Socket::new(address.domain(), Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(address).unwrap();
+    socket.listen(4096).unwrap();
+    socket
+}
+
+fn started(launch: Launch) -> Running {
+    let mut manager = Manager::new();
+    let mut proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+    let ready = thread::spawn(move || {
+        manager.wait_for("READY=1");
+        manager
+    });
+    poll_until(Instant::now() + PATIENCE, || {
+        if !proxy.is_running() {
+            panic!("{}", proxy.lines.all());
+        }
+        ready.is_finished().then_some(())
+    });
+    proxy
+}
+
+fn held_until_up(program: &Path, family: Family) {
+    let front = Endpoint::new(Family::Tcp);
+    let (address, target, _directory) = absent_backend(family);
+    let args = ["--backend-wait=30s", &target];
+    let proxy = started(Launch::new(program).args(args).listener(&front));
+    let mut client = front.connect();
+    client.write_all(b"patience").unwrap();
+    let said = proxy.lines.wait_for("holding clients for up to 30s");
+    assert!(said.contains("Failed to connect to remote host"), "{said}");
+    pause(Duration::from_secs(1));
+    let listener = come_up(&address);
+    let up = Instant::now();
+    // A backend that serves one connection in its life: the prober's is not wasted.
+    let served = thread::spawn(move || echo(listener.accept().unwrap().0));
+    echoes_after(&mut client, b"patience");
+    let noticed = up.elapsed();
+    assert!(noticed < Duration::from_millis(600), "noticed after {noticed:?}");
+    drop(client);
+    served.join().unwrap();
+}
+
+fn held_until_permitted(program: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    };
+    let front = Endpoint::new(Family::Tcp);
+    let (address, target, directory) = absent_backend(Family::Unix);
+    mode(directory.path(), 0o755);
+    let listener = come_up(&address);
+    mode(Path::new(&target), 0o600);
+    thread::spawn(move || {
+        while let Ok((socket, _)) = listener.accept() {
+            thread::spawn(move || echo(socket));
+        }
+    });
+    // Where an unprivileged user may execute it.
+    let copy = directory.path().join("program");
+    std::fs::copy(program, &copy).unwrap();
+    mode(&copy, 0o755);
+    let args = ["--backend-wait=30s", &target];
+    let proxy = started(Launch::new(&copy).args(args).listener(&front).unprivileged());
+    let mut client = front.connect();
+    client.write_all(b"patience").unwrap();
+    let said = proxy.lines.wait_for("holding clients");
+    assert!(said.contains("Permission denied"), "{said}");
+    pause(Duration::from_secs(1));
+    mode(Path::new(&target), 0o666);
+    let permitted = Instant::now();
+    echoes_after(&mut client, b"patience");
+    let noticed = permitted.elapsed();
+    assert!(noticed < Duration::from_millis(600), "noticed after {noticed:?}");
+}
+
+fn never_up(program: &Path) {
+    let front = Endpoint::new(Family::Tcp);
+    let (_, target, _directory) = absent_backend(Family::Tcp);
+    let args = ["--backend-wait=2s", &target];
+    let proxy = started(Launch::new(program).args(args).listener(&front));
+    for _ in 0..2 {
+        let start = Instant::now();
+        let (bytes, end) = read_all(&mut front.connect());
+        end.unwrap();
+        assert!(bytes.is_empty());
+        let held = start.elapsed();
+        let bounds = Duration::from_millis(1500)..Duration::from_millis(3500);
+        assert!(bounds.contains(&held), "closed after {held:?}");
+    }
+    let said = proxy.lines.wait_for("Connection refused, for 2s");
+    assert!(said.contains("Failed to connect to remote host"), "{said}");
+}
+
+fn one_prober(program: &Path) {
+    const CLIENTS: usize = 200;
+    let front = Endpoint::new(Family::Tcp);
+    let (address, target, _directory) = absent_backend(Family::Unix);
+    let args = ["--backend-wait=30s", &target];
+    let proxy = started(Launch::new(program).args(args).listener(&front));
+    let before = proxy.cpu();
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
+    for client in &mut clients {
+        client.write_all(b"patience").unwrap();
+    }
+    pause(Duration::from_secs(2));
+    let spent = proxy.cpu() - before;
+    assert!(spent < Duration::from_millis(100), "{spent:?} of CPU in the wait");
+    assert_eq!(proxy.lines.count("holding clients"), 1, "said once");
+    let listener = come_up(&address);
+    thread::spawn(move || {
+        while let Ok((socket, _)) = listener.accept() {
+            thread::spawn(move || echo(socket));
+        }
+    });
+    for client in &mut clients {
+        echoes_after(client, b"patience");
+    }
+}
+
+fn held_client_leaves(program: &Path) {
+    for family in [Family::Tcp, Family::Unix] {
+        let front = Endpoint::new(family);
+        let (_, target, _directory) = absent_backend(Family::Tcp);
+        let args = ["--backend-wait=1h", "--log-level=debug", "-c1", &target];
+        let proxy = started(Launch::new(program).args(args).listener(&front));
+        let mut client = front.connect();
+        client.write_all(b"hello?").unwrap();
+        proxy.lines.wait_for("holding clients");
+        let left = Instant::now();
+        match family {
+            Family::Tcp => reset(client),
+            Family::Unix => drop(client),
+        }
+        proxy.lines.wait_for("the client has left");
+        assert!(left.elapsed() < Duration::from_secs(3), "its place is held");
+        // The next one gets the place, and is held in turn.
+        let next = front.connect();
+        next.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let waiting = (&next).read(&mut [0]).expect_err("refused");
+        assert_eq!(waiting.kind(), ErrorKind::WouldBlock);
+    }
+}
+
+fn held_half_closed(program: &Path) {
+    let front = Endpoint::new(Family::Tcp);
+    let (address, target, _directory) = absent_backend(Family::Tcp);
+    let args = ["--backend-wait=30s", &target];
+    let proxy = started(Launch::new(program).args(args).listener(&front));
+    let mut client = front.connect();
+    client.write_all(b"that was all").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    proxy.lines.wait_for("holding clients");
+    pause(Duration::from_millis(500));
+    let listener = come_up(&address);
+    thread::spawn(move || echo(listener.accept().unwrap().0));
+    let (answer, end) = read_all(&mut client);
+    end.unwrap();
+    assert_eq!(answer, b"that was all");
+}
+
+fn not_mended_by_time(program: &Path) {
+    let front = Endpoint::new(Family::Tcp);
+    let args = ["--backend-wait=1h", "localhost:no-such-service"];
+    let proxy = started(Launch::new(program).args(args).listener(&front));
+    let (bytes, end) = read_all(&mut front.connect());
+    end.unwrap();
+    assert!(bytes.is_empty());
+    proxy.lines.wait_for("Failed to resolve host: localhost:no-such-service");
 }
 
 // Ours alone.

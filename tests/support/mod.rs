@@ -222,6 +222,7 @@ pub struct Launch {
     env: Vec<(&'static str, String)>,
     before_exec: String,
     hosts: Option<PathBuf>,
+    exec: &'static str,
     read_stderr: bool,
 }
 
@@ -234,6 +235,7 @@ impl Launch {
             env: Vec::new(),
             before_exec: "export LISTEN_PID=$$".into(),
             hosts: None,
+            exec: "exec",
             read_stderr: true,
         }
     }
@@ -275,6 +277,12 @@ impl Launch {
         self
     }
 
+    /// Runs the program as nobody; needs root.
+    pub fn unprivileged(mut self) -> Self {
+        self.exec = "exec setpriv --reuid 65534 --regid 65534 --clear-groups";
+        self
+    }
+
     /// Sets the soft limit on descriptors, below the hard one.
     pub fn soft_descriptors(mut self, limit: usize) -> Self {
         self.before_exec = format!("ulimit -S -n {limit} && {}", self.before_exec);
@@ -302,7 +310,7 @@ impl Launch {
 
     pub fn start(self) -> Running {
         // The shell knows its pid before it becomes the program.
-        let script = format!("{} && exec \"$0\" \"$@\"", self.before_exec);
+        let script = format!("{} && {} \"$0\" \"$@\"", self.before_exec, self.exec);
         let mut command = match &self.hosts {
             None => {
                 let mut command = Command::new("/bin/sh");
