@@ -103,7 +103,7 @@ Sockets:
      --exit-idle-time=TIME   Exit when without a connection for this duration
 
 Backend:
-     --backend-wait=TIME     Hold clients while TARGET is not up yet (default: 0)
+     --backend-wait=TIME     Hold clients while TARGET is not up (default: 0)
      --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
      --proxy-protocol=v1     Tell TARGET the client's address
 
