@@ -4,25 +4,20 @@
 
 #![forbid(unsafe_code)]
 
-use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::num::NonZeroU32;
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::error::{ContextKind, ErrorKind};
+use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
+use crate::getopt::{explain, spell_out};
 use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
-
-/// systemd-socket-proxyd's own options; a prefix that is unambiguous among these means the same
-/// here, whatever options are added beside them.
-const UPSTREAM_OPTIONS: [&str; 5] =
-    ["connections-max", "exit-idle-time", "proxy-protocol", "help", "version"];
 
 /// Everything the command line says, read and checked.
 #[derive(Clone, Debug)]
@@ -159,108 +154,6 @@ impl Arguments {
         let command = Self::command();
         let args = spell_out(&command, args);
         Self::from_arg_matches(&command.try_get_matches_from(args)?)
-    }
-}
-
-/// Writes each option as `--name=value`, as getopt_long(3) understands it with upstream's options:
-/// before clap sees more options that begin the same way (`--conn=5`), or takes an `=` away (`-c=5`
-/// gives `-c` the value `=5`).
-fn spell_out(command: &clap::Command, args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let mut args = args.into_iter();
-    let mut spelled: Vec<OsString> = args.next().into_iter().collect();
-    while let Some(arg) = args.next() {
-        let Some(text) = arg.to_str() else {
-            spelled.push(arg);
-            continue;
-        };
-        let option = match text.strip_prefix("--") {
-            Some("") => {
-                spelled.push(arg);
-                break;
-            }
-            Some(option) => option,
-            None => match text.strip_prefix("-c") {
-                Some("") => "connections-max",
-                Some(value) => {
-                    spelled.push(format!("--connections-max={value}").into());
-                    continue;
-                }
-                None => {
-                    spelled.push(arg);
-                    continue;
-                }
-            },
-        };
-        let (name, value) = match option.split_once('=') {
-            Some((name, value)) => (name, Some(OsString::from(value))),
-            None => (option, None),
-        };
-        let name = whole_name(command, name);
-        let value = value.or_else(|| takes_value(command, name).then(|| args.next()).flatten());
-        let mut whole = OsString::from(format!("--{name}"));
-        if let Some(value) = value {
-            whole.push("=");
-            whole.push(value);
-        }
-        spelled.push(whole);
-    }
-    spelled.extend(args);
-    spelled
-}
-
-/// The upstream option that a prefix means, or else the only one of ours.
-fn whole_name<'a>(command: &'a clap::Command, name: &'a str) -> &'a str {
-    let ours = || command.get_arguments().filter_map(|option| option.get_long());
-    if ours().any(|known| known == name) {
-        return name;
-    }
-    let only =
-        |mut meant: Box<dyn Iterator<Item = &'a str> + 'a>| match (meant.next(), meant.next()) {
-            (Some(known), None) => Some(known),
-            _ => None,
-        };
-    let begins_so = move |known: &&str| known.starts_with(name);
-    only(Box::new(UPSTREAM_OPTIONS.into_iter().filter(begins_so)))
-        .or_else(|| only(Box::new(ours().filter(begins_so))))
-        .unwrap_or(name)
-}
-
-fn takes_value(command: &clap::Command, name: &str) -> bool {
-    let mut options = command.get_arguments();
-    let option = options.find(|option| option.get_long() == Some(name));
-    option.is_some_and(|option| option.get_action().takes_values())
-}
-
-/// One line for what clap refuses, in getopt's words, which administrators know.
-fn explain(error: &clap::Error) -> String {
-    let text = |kind| match error.get(kind) {
-        Some(value) => value.to_string(),
-        None => String::new(),
-    };
-    // clap names an option together with its value: `--listen <ADDRESS>`.
-    let argument = text(ContextKind::InvalidArg);
-    let option =
-        argument.split_whitespace().find(|word| word.starts_with("--")).unwrap_or(&argument);
-    match error.kind() {
-        ErrorKind::ValueValidation => match error.source() {
-            Some(message) => message.to_string(),
-            None => error.to_string(),
-        },
-        ErrorKind::UnknownArgument => {
-            format!("socket-proxyd: unrecognized option '{argument}'")
-        }
-        ErrorKind::InvalidValue | ErrorKind::WrongNumberOfValues | ErrorKind::TooFewValues => {
-            format!("socket-proxyd: option '{option}' requires an argument")
-        }
-        ErrorKind::TooManyValues => {
-            format!("socket-proxyd: option '{option}' doesn't allow an argument")
-        }
-        ErrorKind::InvalidUtf8 => "socket-proxyd: an argument is not valid UTF-8".into(),
-        _ => {
-            let message = error.to_string();
-            let line = message.lines().next().unwrap_or_default();
-            format!("socket-proxyd: {}", line.trim_start_matches("error: "))
-        }
     }
 }
 
