@@ -86,7 +86,7 @@ pub async fn serve(client: Client, route: Rc<Route>) {
                 return log("Connection closed, there is no backend", 0, 0);
             }
         },
-        () = left(&socket) => return log("Connection closed, the client has left", 0, 0),
+        () = left(&socket, route.backend.holds()) => return log("Connection closed, the client has left", 0, 0),
     };
     let header = match route.proxy_protocol {
         Some(version) => {
@@ -105,13 +105,15 @@ pub async fn serve(client: Client, route: Rc<Route>) {
 }
 
 /// Waits until the client of a dial has gone: reset, or a Unix client that closed. (A FIN says only
-/// that it waits for its answer.)
-async fn left(client: &Socket) {
+/// that it waits for its answer.) Its last bytes wait for the backend, but where clients are held,
+/// which may be for long, not for long.
+async fn left(client: &Socket, held: bool) {
     let gone = poll_fn(|cx| client.poll_hung_up(cx)).await.is_ok();
-    if !gone {
+    let unread = client.has_unread();
+    if !gone || (unread && !held) {
         std::future::pending().await
     }
-    if client.has_unread() {
+    if unread {
         sleep(LAST_WORDS).await;
     }
 }

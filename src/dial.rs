@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use crate::address::Address;
 use crate::logging::{RateLimit, in_words};
 use crate::resolve::{ResolveError, resolve};
-use crate::socket::{Family, Socket, set_nodelay_or_warn};
+use crate::socket::{Family, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 
@@ -126,13 +126,16 @@ impl Dialer {
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
         let addresses = resolve(name, permit).await.map_err(DialError::Resolve)?;
-        let mut failed = None;
+        let mut failed: Option<DialError> = None;
         for address in addresses {
             match self.try_address(&Address::Inet(address), backlog).await {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
                     tracing::debug!("{error}, trying the next address");
-                    failed = Some(error);
+                    // An address of a family that is not to be had says nothing of the others.
+                    if error.may_pass() || !failed.as_ref().is_some_and(DialError::may_pass) {
+                        failed = Some(error);
+                    }
                 }
             }
         }
@@ -198,6 +201,7 @@ async fn try_connect(address: &Address, sockaddr: &SockAddr) -> io::Result<Socke
     let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), None)?;
     if family == Family::Tcp {
         set_nodelay_or_warn(&socket);
+        set_oobinline_or_warn(&socket);
     }
     let connected = socket.connect(sockaddr);
     let in_progress = match connected {

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::dial::Dialer;
+use crate::logging::RateLimit;
 use crate::socket::Socket;
 use crate::timespan::TimeSpan;
 
@@ -22,6 +23,9 @@ use crate::timespan::TimeSpan;
 /// immediate.
 const PROBE_FIRST: Duration = Duration::from_millis(5);
 const PROBE_MAX: Duration = Duration::from_millis(100);
+
+/// Waits that begin one after the other need not each be said.
+static HOLDING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
 
 /// Farther away than any client waits.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
@@ -44,25 +48,36 @@ impl Backend {
         Self { dialer, wait, probe: RefCell::default(), reached: RefCell::default() }
     }
 
+    /// Whether clients are held at all.
+    pub fn holds(&self) -> bool {
+        self.wait != TimeSpan::new(Duration::ZERO)
+    }
+
     /// Connects, now or as soon as the backend is up.
     ///
     /// # Errors
     /// In words, what stood in the way: something that time can't mend, or the last obstacle when
     /// the time is over.
     pub async fn connect(self: &Rc<Self>) -> Result<Socket, String> {
-        if self.wait == TimeSpan::new(Duration::ZERO) {
+        if !self.holds() {
             return self.dialer.dial().await.map_err(|error| error.to_string());
         }
         let deadline = Instant::now() + self.wait.finite().unwrap_or(FOREVER).min(FOREVER);
         loop {
-            let probe = self.probe.borrow().clone();
-            let probe = match probe {
+            let probe = match self.current_probe() {
                 Some(probe) => probe,
                 None => match timeout_at(deadline, self.dialer.dial_once()).await {
                     Ok(Ok(socket)) => return Ok(socket),
                     Ok(Err(error)) if error.may_pass() => self.start_probing(&error.to_string()),
                     Ok(Err(error)) => return Err(error.to_string()),
-                    Err(_) => return Err(format!("Failed to connect within {}.", self.wait)),
+                    Err(_) => {
+                        let target = self.dialer.target();
+                        let obstacle = "Connection timed out, for";
+                        let wait = self.wait;
+                        return Err(format!(
+                            "Failed to connect to remote host: {target}: {obstacle} {wait}"
+                        ));
+                    }
                 },
             };
             let mut ended = probe.clone();
@@ -79,15 +94,23 @@ impl Backend {
 
     /// Starts the prober, or joins one that somebody else has started meanwhile.
     fn start_probing(self: &Rc<Self>, obstacle: &str) -> watch::Receiver<String> {
-        let mut probe = self.probe.borrow_mut();
-        if let Some(probe) = &*probe {
-            return probe.clone();
+        if let Some(probe) = self.current_probe() {
+            return probe;
         }
-        tracing::info!("{obstacle}, holding clients for up to {}.", self.wait);
+        if let Some(suppressed) = HOLDING.pass() {
+            let wait = self.wait;
+            tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
+        }
         let (sender, receiver) = watch::channel(obstacle.to_string());
-        *probe = Some(receiver.clone());
+        self.probe.replace(Some(receiver.clone()));
         tokio::task::spawn_local(Rc::clone(self).probe(sender));
         receiver
+    }
+
+    /// The running prober's last word; none of one that has ended, however it did.
+    fn current_probe(&self) -> Option<watch::Receiver<String>> {
+        let probe = self.probe.borrow();
+        probe.clone().filter(|probe| probe.has_changed().is_ok())
     }
 
     async fn probe(self: Rc<Self>, obstacle: watch::Sender<String>) {
@@ -95,7 +118,7 @@ impl Backend {
         loop {
             sleep(pause).await;
             pause = (pause * 2).clamp(PROBE_FIRST, PROBE_MAX);
-            // One receiver is the backend's own.
+            // One receiver is the one that is kept for those who come.
             if obstacle.receiver_count() <= 1 {
                 break;
             }
@@ -113,6 +136,5 @@ impl Backend {
                 }
             }
         }
-        self.probe.take();
     }
 }

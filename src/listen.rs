@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -39,6 +40,9 @@ pub struct Listener {
     address: Address,
     /// `FileDescriptorName=` of a passed socket.
     name: Option<String>,
+    /// Whether all are accepted who had connected before the options of this socket were set:
+    /// a connection inherits them when its handshake is complete, not when it is accepted.
+    inherits: Cell<bool>,
     /// The socket file made here.
     _file: Option<SocketFile>,
 }
@@ -71,11 +75,17 @@ impl Listener {
         rustix::io::ioctl_fionbio(&fd, true)?;
         if family == Family::Tcp {
             // Inherited by what it accepts: once, instead of once a connection.
-            set_nodelay_or_warn(&fd);
-            set_oobinline_or_warn(&fd);
+            set_options(&fd);
         }
         let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
-        Ok(Self { io: register(fd, Interest::READABLE)?, family, address, name, _file: file })
+        Ok(Self {
+            io: register(fd, Interest::READABLE)?,
+            family,
+            address,
+            name,
+            inherits: Cell::new(false),
+            _file: file,
+        })
     }
 
     /// Waits for a client and accepts it, once there are descriptors for it and its backend.
@@ -107,6 +117,7 @@ impl Listener {
             let (fd, address) = match acceptfrom_with(&self.io, flags) {
                 Ok(accepted) => accepted,
                 Err(Errno::AGAIN) => {
+                    self.inherits.set(true);
                     ready.clear_ready();
                     continue;
                 }
@@ -135,6 +146,9 @@ impl Listener {
                     Err(_) => continue,
                 },
             };
+            if !self.inherits.get() && self.family == Family::Tcp {
+                set_options(&fd);
+            }
             match Socket::register(fd, self.family) {
                 Ok(socket) => return Ok((socket, address, reserved)),
                 Err(error) => {
@@ -164,6 +178,11 @@ impl fmt::Display for Listener {
             None => self.address.fmt(f),
         }
     }
+}
+
+fn set_options(fd: &OwnedFd) {
+    set_nodelay_or_warn(fd);
+    set_oobinline_or_warn(fd);
 }
 
 /// accept(2): errors of the new socket, which went away while it was queued. The next one may be

@@ -1,8 +1,7 @@
 //! Names to addresses, by the system's resolver.
 //!
-//! getaddrinfo(3) blocks for as long as name servers let it, so each lookup runs on a thread of the
-//! runtime's blocking pool, and holds up nobody but its own connection; at the end of the process
-//! it is left behind.
+//! getaddrinfo(3) blocks for as long as name servers let it, so each lookup runs on a thread of its
+//! own, and holds up nobody but its own connection; at the end of the process it is left behind.
 
 #![forbid(unsafe_code)]
 
@@ -10,8 +9,9 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use dns_lookup::{AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
+use crate::logging::in_words;
 use crate::target::HostPort;
 
 /// Why there is no address.
@@ -44,11 +44,17 @@ pub async fn resolve(
 ) -> Result<Vec<SocketAddr>, ResolveError> {
     let failed = |(reason, temporary)| ResolveError { name: name.to_string(), reason, temporary };
     let (host, port) = (name.host.clone(), name.port.to_string());
-    let lookup = tokio::task::spawn_blocking(move || {
+    let (answer, answered) = oneshot::channel();
+    let lookup = move || {
         let _permit = permit;
-        look_up(&host, &port)
-    });
-    let addresses = lookup
+        // Nobody may be waiting any more.
+        let _ = answer.send(look_up(&host, &port));
+    };
+    std::thread::Builder::new()
+        .name("resolve".into())
+        .spawn(lookup)
+        .map_err(|error| failed((format!("no thread to ask: {}", in_words(&error)), true)))?;
+    let addresses = answered
         .await
         .map_err(|_| failed(("the lookup was given up".into(), false)))?
         .map_err(failed)?;

@@ -194,6 +194,12 @@ fn cases() -> Vec<Case> {
     case("the soft limit on descriptors is raised", not_raised, soft_limit);
     case("quiet connections hold no pipes", OnlyOurs("held by 20 quiet"), quiet_after_bulk);
     case("a client queued at the idle deadline", Shared, queued_at_the_deadline);
+    if rustix::process::geteuid().is_root() {
+        let unset = OnlyOurs("no TCP_NODELAY");
+        case("TCP_NODELAY on both sides, also of who came early", unset, no_delay);
+    } else {
+        eprintln!("SKIPPED: TCP_NODELAY on both sides: needs root, to look into the program");
+    }
     case("--listen", OnlyOurs("no line with \"Listening"), own_listeners);
     case("--listen and passed sockets", OnlyOurs("as well"), both_kinds_of_sockets);
     case("a stuck log is nobody's business", OnlyOurs("Failed to parse"), stuck_log);
@@ -1073,6 +1079,31 @@ fn quiet_after_bulk(program: &Path) {
     assert!(held <= 2 * CLIENTS + 4, "{held} descriptors held by 20 quiet connections");
 }
 
+fn no_delay(program: &Path) {
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let early = front.connect();
+    let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let first = backend.accept();
+    let late = front.connect();
+    let second = backend.accept();
+    let process = pidfd_open(Pid::from_child(&proxy.child), PidfdFlags::empty()).unwrap();
+    let mut connections = 0;
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", proxy.pid())).unwrap() {
+        let number = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
+        let Ok(fd) = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) else {
+            continue;
+        };
+        let socket = Socket::from(fd);
+        if socket.peer_addr().is_ok_and(|peer| peer.is_ipv4()) {
+            connections += 1;
+            assert!(socket.tcp_nodelay().unwrap(), "no TCP_NODELAY on {socket:?}");
+        }
+    }
+    assert_eq!(connections, 4, "connections looked at");
+    drop((early, late, first, second));
+}
+
 // Waiting for the backend.
 
 /// An address of either family where nobody listens yet.
@@ -1141,6 +1172,8 @@ fn held_until_permitted(program: &Path) {
     let mode = |path: &Path, mode| {
         std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
     };
+    let (_, _, stderr) = run(&program.into(), &["--backend-wait=30s", "x"]);
+    assert!(!stderr.contains("unrecognized option"), "{stderr}");
     let front = Endpoint::new(Family::Tcp);
     let (address, target, directory) = absent_backend(Family::Unix);
     mode(directory.path(), 0o755);

@@ -494,6 +494,23 @@ fn urgent_data_stops_nobody() {
 }
 
 #[test]
+fn urgent_data_may_come_first() {
+    // As the listener and the dialler set it, before anything can have been received.
+    let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
+    pairs[0].1.set_out_of_band_inline(true).unwrap();
+    let near = pairs[0].0.try_clone().unwrap();
+    near.send_out_of_band(b"!").unwrap();
+    (&near).write_all(b"world").unwrap();
+    taken(&near);
+    let mut it = Carried::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
+    let mut received = [0; 6];
+    it.far.read_exact(&mut received).unwrap();
+    assert_eq!(&received, b"!world");
+    drop((near, it.near, it.far));
+    it.forwarder.join().unwrap();
+}
+
+#[test]
 fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
     let mut it = Carried::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
     it.far.shutdown(Shutdown::Write).unwrap();

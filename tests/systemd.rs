@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         let in_ci = env::var_os("CI").is_some();
         return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
-    let tests: [Test; 10] = [
+    let tests: [Test; 11] = [
         ("time spans are systemd's", time_spans),
         ("shipped units are verified without a word", units_verify),
         ("a unit written for systemd-socket-proxyd", drop_in),
@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         ("the journal has fields", journal),
         ("a service name for a port", service_name),
         ("a slow resolver holds up only its own connection", slow_resolver),
+        ("a family that is not to be had", missing_family),
         ("accept(2) is forbidden", forbidden_accept),
         ("an ephemeral port nobody listens on", self_connection),
     ];
@@ -379,6 +380,38 @@ fn answer_names(server: &UdpSocket) {
         }
         let _ = server.send_to(&answer, client);
     }
+}
+
+fn missing_family(container: &Container) {
+    // One address is not up yet, the other never will be: the client is held all the same.
+    container.write("/etc/hosts", "127.0.0.1 localhost mixed\n::1 mixed\n");
+    container.start_units(&[
+        (
+            "mixed.service",
+            &format!(
+                "[Service]\nType=notify\nRestrictAddressFamilies=AF_UNIX AF_INET\n\
+                 ExecStart={IN_ITS_PLACE} --backend-wait=30s mixed:7701\n"
+            ),
+        ),
+        ("mixed.socket", "[Socket]\nListenStream=127.0.0.1:7700\n"),
+    ]);
+    let front = SocketAddr::from(([127, 0, 0, 1], 7700));
+    let mut client: Socket = container.inside(|| connect(&front.into()));
+    client.write_all(b"are you there?").unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let held = poll_until(deadline, || {
+        let journal = container.run(&["journalctl", "-u", "mixed.service", "--no-pager"]);
+        journal.contains("Connection refused, holding clients").then_some(())
+    });
+    held.expect("the client is held");
+    let _backend = container.inside(|| {
+        let backend = Endpoint::tcp("127.0.0.1:7701", 16);
+        serve(&backend, echo);
+        backend
+    });
+    let mut answer = [0; 14];
+    client.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"are you there?");
 }
 
 fn forbidden_accept(container: &Container) {
