@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::dial::Dialer;
@@ -36,16 +37,24 @@ pub struct Backend {
     /// The way to a backend that is.
     pub dialer: Dialer,
     wait: TimeSpan,
-    /// While a prober runs: what kept it from the backend the last time. It closes with the prober.
-    probe: RefCell<Option<watch::Receiver<String>>>,
-    /// What the prober reached.
+    /// Closes with the prober; nothing is ever sent, so that a failed probe wakes nobody.
+    probe: RefCell<Option<watch::Receiver<()>>>,
+    /// What kept the prober from the backend the last time.
+    obstacle: RefCell<String>,
+    /// What the prober reached, for the first to take it.
     reached: RefCell<Option<Socket>>,
 }
 
 impl Backend {
     /// `wait` is how long a client is held; with zero it is not.
     pub fn new(dialer: Dialer, wait: TimeSpan) -> Self {
-        Self { dialer, wait, probe: RefCell::default(), reached: RefCell::default() }
+        Self {
+            dialer,
+            wait,
+            probe: RefCell::default(),
+            obstacle: RefCell::default(),
+            reached: RefCell::default(),
+        }
     }
 
     /// Whether clients are held at all.
@@ -64,11 +73,11 @@ impl Backend {
         }
         let deadline = Instant::now() + self.wait.finite().unwrap_or(FOREVER).min(FOREVER);
         loop {
-            let probe = match self.current_probe() {
+            let mut probe = match self.current_probe() {
                 Some(probe) => probe,
                 None => match timeout_at(deadline, self.dialer.dial_once()).await {
                     Ok(Ok(socket)) => return Ok(socket),
-                    Ok(Err(error)) if error.may_pass() => self.start_probing(&error.to_string()),
+                    Ok(Err(error)) if error.may_pass() => self.start_probing(error.to_string()),
                     Ok(Err(error)) => return Err(error.to_string()),
                     Err(_) => {
                         let target = self.dialer.target();
@@ -80,11 +89,8 @@ impl Backend {
                     }
                 },
             };
-            let mut ended = probe.clone();
-            let wait = async { while ended.changed().await.is_ok() {} };
-            if timeout_at(deadline, wait).await.is_err() {
-                let obstacle = probe.borrow();
-                return Err(format!("{}, for {}", *obstacle, self.wait));
+            if timeout_at(deadline, probe.changed()).await.is_err() {
+                return Err(format!("{}, for {}", self.obstacle.borrow(), self.wait));
             }
             if let Some(socket) = self.reached.take() {
                 return Ok(socket);
@@ -93,7 +99,7 @@ impl Backend {
     }
 
     /// Starts the prober, or joins one that somebody else has started meanwhile.
-    fn start_probing(self: &Rc<Self>, obstacle: &str) -> watch::Receiver<String> {
+    fn start_probing(self: &Rc<Self>, obstacle: String) -> watch::Receiver<()> {
         if let Some(probe) = self.current_probe() {
             return probe;
         }
@@ -101,40 +107,43 @@ impl Backend {
             let wait = self.wait;
             tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
         }
-        let (sender, receiver) = watch::channel(obstacle.to_string());
+        self.obstacle.replace(obstacle);
+        let (sender, receiver) = watch::channel(());
         self.probe.replace(Some(receiver.clone()));
         tokio::task::spawn_local(Rc::clone(self).probe(sender));
         receiver
     }
 
-    /// The running prober's last word; none of one that has ended, however it did.
-    fn current_probe(&self) -> Option<watch::Receiver<String>> {
+    /// The running prober; none that has ended, however it did.
+    fn current_probe(&self) -> Option<watch::Receiver<()>> {
         let probe = self.probe.borrow();
         probe.clone().filter(|probe| probe.has_changed().is_ok())
     }
 
-    async fn probe(self: Rc<Self>, obstacle: watch::Sender<String>) {
+    async fn probe(self: Rc<Self>, probing: watch::Sender<()>) {
         let mut pause = Duration::ZERO;
         loop {
             sleep(pause).await;
             pause = (pause * 2).clamp(PROBE_FIRST, PROBE_MAX);
             // One receiver is the one that is kept for those who come.
-            if obstacle.receiver_count() <= 1 {
-                break;
+            if probing.receiver_count() <= 1 {
+                return;
             }
             match self.dialer.dial_once().await {
                 Err(error) if error.may_pass() => {
-                    obstacle.send_replace(error.to_string());
+                    self.obstacle.replace(error.to_string());
                 }
                 // Whoever waits will meet any other error, too.
-                Err(_) => break,
+                Err(_) => return,
                 Ok(socket) => {
-                    if obstacle.receiver_count() > 1 {
-                        self.reached.replace(Some(socket));
-                    }
+                    self.reached.replace(Some(socket));
                     break;
                 }
             }
         }
+        // Lets all go. If they have left meanwhile, the connection is not kept for anybody.
+        drop(probing);
+        yield_now().await;
+        self.reached.take();
     }
 }
