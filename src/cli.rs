@@ -225,6 +225,8 @@ fn parse_unsigned(text: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn parse(args: &[&str]) -> Result<Config, String> {
@@ -251,17 +253,27 @@ mod tests {
         for line in help.lines() {
             assert!(line.chars().count() <= 80, "{line}");
         }
-        let mut listed: Vec<&str> = help
-            .split(|c: char| c != '-' && !c.is_ascii_alphanumeric())
-            .filter_map(|word| word.strip_prefix("--"))
-            .filter(|word| !word.is_empty())
-            .collect();
+        assert_eq!(options_in(&help), known_options());
+    }
+
+    #[test]
+    fn the_manual_has_every_option_and_no_other() {
+        let manual = include_str!("../man/socket-proxyd.8").replace("\\-", "-");
+        assert_eq!(options_in(&manual), known_options());
+    }
+
+    fn options_in(text: &str) -> BTreeSet<String> {
+        text.split(|c: char| c != '-' && !c.is_ascii_alphanumeric())
+            // In the manual a change of font may stand right in front.
+            .filter_map(|word| word.split_once("--"))
+            .map(|(_, name)| name.to_string())
+            .filter(|name| !name.is_empty())
+            .collect()
+    }
+
+    fn known_options() -> BTreeSet<String> {
         let command = Arguments::command();
-        let mut known: Vec<&str> =
-            command.get_arguments().filter_map(|arg| arg.get_long()).collect();
-        listed.sort_unstable();
-        known.sort_unstable();
-        assert_eq!(listed, known);
+        command.get_arguments().filter_map(|arg| arg.get_long()).map(String::from).collect()
     }
 
     #[test]
