@@ -200,6 +200,12 @@ fn cases() -> Vec<Case> {
     } else {
         eprintln!("SKIPPED: TCP_NODELAY on both sides: needs root, to look into the program");
     }
+    if rustix::process::geteuid().is_root() {
+        let spliced = OnlyOurs("ends of pipes");
+        case("an unprivileged user's pipes are used up", spliced, pipes_used_up);
+    } else {
+        eprintln!("SKIPPED: an unprivileged user's pipes are used up: needs root");
+    }
     case("--listen", OnlyOurs("no line with \"Listening"), own_listeners);
     case("--listen and passed sockets", OnlyOurs("as well"), both_kinds_of_sockets);
     case("a stuck log is nobody's business", OnlyOurs("Failed to parse"), stuck_log);
@@ -1077,6 +1083,44 @@ fn quiet_after_bulk(program: &Path) {
     let held = proxy.descriptors() - before;
     // One pipe for each direction of the one that was busy stays in the pool.
     assert!(held <= 2 * CLIENTS + 4, "{held} descriptors held by 20 quiet connections");
+}
+
+fn pipes_used_up(program: &Path) {
+    // Somebody else has spent the user's pipe-user-pages-soft (pipe(7); 1024 pipes of 16 pages):
+    // what a new pipe gets is not worth splicing through, and copying carries on.
+    let spend = "for (1..1100) { pipe($r, $w) or die; push @pipes, $r, $w; undef $r; undef $w } \
+                 print STDERR \"spent\\n\"; sleep";
+    let hog = Launch::new("/usr/bin/perl").args(["-e", spend]).descriptors(4096).unprivileged();
+    let hog = hog.start();
+    hog.lines.wait_for("spent");
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let directory = tempfile::TempDir::new().unwrap();
+    let copy = executable_by_all(program, &directory);
+    let launch = Launch::new(&copy).arg(&backend.target).listener(&front).unprivileged();
+    let proxy = launch.start();
+    let mut client = front.connect();
+    let before = proxy.pipes();
+    let message = noise(12, 20_000_000);
+    let mut writer = client.try_clone().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| writer.write_all(&message).unwrap());
+        let mut answer = vec![0; message.len()];
+        client.read_exact(&mut answer).unwrap();
+        assert!(answer == message);
+    });
+    // Tried and given up; a pipe that was used would be in the pool.
+    let kept = proxy.pipes().saturating_sub(before);
+    assert_eq!(kept, 0, "ends of pipes while there is no quota for them");
+}
+
+/// A copy of the program where an unprivileged user may execute it.
+fn executable_by_all(program: &Path, directory: &tempfile::TempDir) -> PathBuf {
+    let mode = || std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    let copy = directory.path().join("program");
+    std::fs::copy(program, &copy).unwrap();
+    std::fs::set_permissions(&copy, mode()).unwrap();
+    std::fs::set_permissions(directory.path(), mode()).unwrap();
+    copy
 }
 
 fn no_delay(program: &Path) {

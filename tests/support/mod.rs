@@ -382,6 +382,13 @@ impl Running {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
+    /// Ends of pipes that are open now, those it was started with among them.
+    pub fn pipes(&self) -> usize {
+        let links = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let links = links.filter_map(|link| fs::read_link(link.ok()?.path()).ok());
+        links.filter(|link| link.to_string_lossy().starts_with("pipe:")).count()
+    }
+
     /// On-CPU time of all threads so far.
     pub fn cpu(&self) -> Duration {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
