@@ -86,7 +86,9 @@ pub async fn serve(client: Client, route: Rc<Route>) {
                 return log("Connection closed, there is no backend", 0, 0);
             }
         },
-        () = left(&socket, route.backend.holds()) => return log("Connection closed, the client has left", 0, 0),
+        () = left(&socket, route.backend.holds()) => {
+            return log("Connection closed, the client has left", 0, 0);
+        }
     };
     let header = match route.proxy_protocol {
         Some(version) => {

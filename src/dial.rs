@@ -48,7 +48,7 @@ enum Backlog {
 pub enum DialError {
     /// The name has no address.
     Resolve(ResolveError),
-    /// None of the addresses answered; the last one and its error.
+    /// None of the addresses answered: the last one that may yet, or else the last, and its error.
     Connect(Address, io::Error),
 }
 

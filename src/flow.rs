@@ -288,7 +288,7 @@ impl Flow {
         }
     }
 
-    /// Nothing more can be delivered; what is held never will be. A pipe with bytes in it is closed.
+    /// Nothing more can be delivered; what is held never will be, and its pipe is closed.
     pub(crate) fn sink_is_gone(&mut self, lost: bool) {
         if self.state == State::Open {
             let lost = lost || !self.held.is_nothing();

@@ -36,9 +36,9 @@
 //!
 //! The flows end one by one: a failed write lets the other direction drain, and a FIN lets it live
 //! on until it ends too. When both are over, each end is closed, or *reset* if its counterpart was
-//! reset or its own bytes were lost. A reset overtakes bytes in flight, so it waits until the peer's
-//! kernel has acknowledged them all: an answer followed by a reset arrives whole. Once an end was
-//! reset, a receiver that makes no progress for [`LINGER`] is not waited for.
+//! reset or its own bytes were lost. A reset overtakes bytes in flight, so it waits until the
+//! peer's kernel has acknowledged them all: an answer followed by a reset arrives whole. Once an
+//! end was reset, a receiver that makes no progress for [`LINGER`] is not waited for.
 //!
 //! An end that no flow reads from (its flow ended, or holds bytes for a stalled reader) is watched
 //! for EPOLLHUP, so that a peer that died is noticed although nothing is asked of it; where that
@@ -316,7 +316,7 @@ async fn finish(end: End, from: State, to: State) {
     if bytes_were_lost || matches!(to, State::SourceReset | State::Open) {
         end.socket.reset();
     } else {
-        // If bytes have come that nobody will read, the kernel makes it a reset by itend.
+        // If bytes have come that nobody will read, the kernel makes it a reset by itself.
         end.socket.close();
     }
 }

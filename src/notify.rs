@@ -1,7 +1,7 @@
 //! What systemd is told: READY, STATUS, STOPPING, WATCHDOG (sd_notify(3)).
 //!
-//! Nothing here blocks the event loop: the socket is non-blocking, a status that does not fit is
-//! left out, and only READY and STOPPING are tried again.
+//! Nothing here blocks the event loop: the socket is non-blocking, and what systemd does not take
+//! at once is tried again for a second, but for a status that goes on changing, which is left out.
 
 #![forbid(unsafe_code)]
 

@@ -699,7 +699,7 @@ fn brackets(program: &Path) {
 }
 
 fn abstract_socket(program: &Path) {
-    let name = format!("socket-proxyd-test-{}", front_port_as_name());
+    let name = format!("socket-proxyd-test-{}", unique_name());
     let address = socket2::SockAddr::unix(format!("\0{name}")).unwrap();
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
     socket.bind(&address).unwrap();
@@ -712,7 +712,7 @@ fn abstract_socket(program: &Path) {
 }
 
 /// Something that no other test has at this moment.
-fn front_port_as_name() -> String {
+fn unique_name() -> String {
     format!("{}-{}", std::process::id(), free_port())
 }
 
@@ -1220,18 +1220,10 @@ fn held_until_permitted(program: &Path) {
     assert!(!stderr.contains("unrecognized option"), "{stderr}");
     let front = Endpoint::new(Family::Tcp);
     let (address, target, directory) = absent_backend(Family::Unix);
-    mode(directory.path(), 0o755);
     let listener = come_up(&address);
     mode(Path::new(&target), 0o600);
-    thread::spawn(move || {
-        while let Ok((socket, _)) = listener.accept() {
-            thread::spawn(move || echo(socket));
-        }
-    });
-    // Where an unprivileged user may execute it.
-    let copy = directory.path().join("program");
-    std::fs::copy(program, &copy).unwrap();
-    mode(&copy, 0o755);
+    serve_on(listener, echo);
+    let copy = executable_by_all(program, &directory);
     let args = ["--backend-wait=30s", &target];
     let proxy = started(Launch::new(&copy).args(args).listener(&front).unprivileged());
     let mut client = front.connect();
@@ -1280,11 +1272,7 @@ fn one_prober(program: &Path) {
     assert!(spent < Duration::from_millis(100), "{spent:?} of CPU in the wait");
     assert_eq!(proxy.lines.count("holding clients"), 1, "said once");
     let listener = come_up(&address);
-    thread::spawn(move || {
-        while let Ok((socket, _)) = listener.accept() {
-            thread::spawn(move || echo(socket));
-        }
-    });
+    serve_on(listener, echo);
     for client in &mut clients {
         echoes_after(client, b"patience");
     }
@@ -1346,7 +1334,7 @@ fn not_mended_by_time(program: &Path) {
 fn own_listeners(program: &Path) {
     let directory = tempfile::TempDir::new().unwrap();
     let path = directory.path().join("front");
-    let name = format!("@socket-proxyd-front-{}", front_port_as_name());
+    let name = format!("@socket-proxyd-front-{}", unique_name());
     let backend = echo_backend(Family::Unix);
     let mut proxy = Launch::new(program)
         .args(["--listen=127.0.0.1:0", "--listen=0", "--listen=[::1]:0"])

@@ -257,20 +257,15 @@ fn abort(it: &mut Carried) {
         it.far.write_all(b"never read").unwrap();
         taken(&it.far);
         // Taken by the forwarder; now it has to be in near's queue.
-        it.near.recv_peek_all(10);
+        peek_all(&it.near, 10);
     }
 }
 
-trait PeekAll {
-    fn recv_peek_all(&self, bytes: usize);
-}
-
-impl PeekAll for Socket {
-    fn recv_peek_all(&self, bytes: usize) {
-        let mut buffer = vec![std::mem::MaybeUninit::new(0); bytes];
-        let there = || (self.peek(&mut buffer).unwrap() == bytes).then_some(());
-        poll_until(Instant::now() + PATIENCE, there).expect("the bytes come");
-    }
+/// Waits until so many bytes are there, and leaves them.
+fn peek_all(socket: &Socket, bytes: usize) {
+    let mut buffer = vec![std::mem::MaybeUninit::new(0); bytes];
+    let there = || (socket.peek(&mut buffer).unwrap() == bytes).then_some(());
+    poll_until(Instant::now() + PATIENCE, there).expect("the bytes come");
 }
 
 /// What follows a reset: all that was sent before it, then a reset where the family has one.
@@ -527,7 +522,7 @@ fn the_preface_goes_first_and_in_one_write() {
     for back in [Family::Tcp, Family::Unix] {
         let preface = b"PROXY UNKNOWN\r\n".to_vec();
         let mut it = Carried::with(Family::Unix, back, false, 8, preface.clone());
-        it.far.recv_peek_all(preface.len());
+        peek_all(&it.far, preface.len());
         it.near.write_all(b"hello").unwrap();
         it.near.shutdown(Shutdown::Write).unwrap();
         assert_eq!(read_all(&mut it.far).0, b"PROXY UNKNOWN\r\nhello");

@@ -90,13 +90,6 @@ impl Container {
         this
     }
 
-    /// A command inside.
-    pub fn command(&self, program: &str) -> Command {
-        let mut command = enter(self.leader);
-        command.arg(program);
-        command
-    }
-
     /// Runs a command inside, and gives what it printed.
     pub fn output(&self, words: &[&str]) -> Output {
         enter(self.leader).args(words).stdin(Stdio::null()).output().unwrap()

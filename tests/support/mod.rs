@@ -1,6 +1,7 @@
 //! What the tests share: sockets of either family, backends, and the program under test.
 //!
-//! Nothing here waits a fixed time. [`PATIENCE`] only turns a hang into a failure.
+//! Tests wait for events, and [`PATIENCE`] only turns a hang into a failure. A [`pause`] is for what
+//! is a span of time itself: a deadline to outlast, CPU to be measured over.
 #![allow(dead_code, unreachable_pub, reason = "each test crate uses its own part")]
 
 use std::collections::VecDeque;
@@ -136,7 +137,10 @@ pub fn socket_pair(family: Family) -> (Socket, Socket) {
 
 /// Serves each connection on a thread of its own, for as long as the test process lives.
 pub fn serve(endpoint: &Endpoint, handler: impl Fn(Socket) + Send + Sync + 'static) {
-    let listener = endpoint.socket.try_clone().unwrap();
+    serve_on(endpoint.socket.try_clone().unwrap(), handler);
+}
+
+pub fn serve_on(listener: Socket, handler: impl Fn(Socket) + Send + Sync + 'static) {
     let handler = Arc::new(handler);
     thread::spawn(move || {
         while let Ok((socket, _)) = listener.accept() {
