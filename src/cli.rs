@@ -12,10 +12,12 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
-use crate::getopt::{explain, spell_out};
+use crate::command::CommandLine;
+use crate::getopt::{Spelled, explain, spell_out};
 use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
+use crate::ready::Ready;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 
@@ -30,6 +32,8 @@ pub struct Config {
     pub connections_max: NonZeroU32,
     /// Exit after this long without a connection.
     pub exit_idle_time: TimeSpan,
+    /// What serves the target, if it is ours to start and stop.
+    pub application: Option<Application>,
     /// How long a client is held while the backend is not up yet.
     pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
@@ -38,6 +42,17 @@ pub struct Config {
     pub proxy_protocol: Option<ProxyProtocol>,
     /// What is logged; from `--log-level=`, or else `$SYSTEMD_LOG_LEVEL`.
     pub log_level: LogLevel,
+}
+
+/// An application that runs only while somebody uses it.
+#[derive(Clone, Debug)]
+pub struct Application {
+    /// COMMAND and its arguments.
+    pub command: CommandLine,
+    /// How it is known to be ready.
+    pub ready: Ready,
+    /// It is stopped after this long without a connection.
+    pub stop_idle_time: TimeSpan,
 }
 
 /// What the command line asks for.
@@ -55,8 +70,8 @@ impl Config {
     /// # Errors
     /// One line for standard error that names the option and the value.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
-        let arguments = match Arguments::read(args) {
-            Ok(arguments) => arguments,
+        let (arguments, command) = match Arguments::read(args) {
+            Ok(read) => read,
             Err(error) => {
                 return match error.kind() {
                     ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
@@ -69,15 +84,49 @@ impl Config {
         let mut targets = arguments.target;
         let target = match (targets.pop(), targets.is_empty()) {
             (None, _) => return Err("Not enough parameters.".into()),
+            (Some(_), false) if command.is_some() => {
+                return Err("Too many parameters: one COMMAND serves one TARGET, write \
+                            TARGET -- COMMAND [ARG...]."
+                    .into());
+            }
             (Some(_), false) => return Err("Too many parameters.".into()),
             (Some(target), true) => target,
+        };
+        let application = match command {
+            Some(words) => Some(Application {
+                command: CommandLine::find(words)?,
+                ready: arguments.ready.unwrap_or(Ready::Connect),
+                stop_idle_time: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
+            }),
+            None => {
+                let given = [
+                    ("ready", arguments.ready.is_some()),
+                    ("stop-idle-time", arguments.stop_idle_time.is_some()),
+                ];
+                if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
+                    return Err(format!(
+                        "--{option}= is about a COMMAND, and there is none; write \
+                         TARGET -- COMMAND [ARG...]."
+                    ));
+                }
+                None
+            }
+        };
+        let backend_wait = match (arguments.backend_wait, &application) {
+            (Some(wait), Some(_)) if wait.is_zero() => {
+                return Err("--backend-wait=0 leaves COMMAND no time to start.".into());
+            }
+            (Some(wait), _) => wait,
+            (None, Some(_)) => TimeSpan::new(COMMAND_WAIT),
+            (None, None) => TimeSpan::new(Duration::ZERO),
         };
         Ok(Request::Serve(Box::new(Self {
             target,
             listen: arguments.listen,
             connections_max: arguments.connections_max,
             exit_idle_time: arguments.exit_idle_time,
-            backend_wait: arguments.backend_wait,
+            application,
+            backend_wait,
             connect_timeout: arguments.connect_timeout,
             proxy_protocol: arguments.proxy_protocol,
             log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
@@ -85,22 +134,26 @@ impl Config {
     }
 }
 
+/// How long clients are held by default while COMMAND starts.
+const COMMAND_WAIT: Duration = Duration::from_secs(90);
+
 const HELP: &str = "\
-socket-proxyd [OPTION...] TARGET
+socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]]
 
 Carry each connection on a listening socket to TARGET: HOST:PORT, HOST (port
-80), /path, @abstract or vsock:CID:PORT.
+80), /path, @abstract or vsock:CID:PORT. COMMAND serves it while it is in use.
 
 Sockets:
-     --listen=ADDRESS        Open PORT, HOST:PORT, [V6]:PORT, /path or @abstract
-                             (default: the sockets that systemd passes)
+     --listen=ADDRESS        Open ADDRESS (default: the sockets systemd passes)
   -c --connections-max=N     Close connections above this number (default: 256)
      --exit-idle-time=TIME   Exit when without a connection for this duration
 
 Backend:
-     --backend-wait=TIME     Hold clients while TARGET is not up (default: 0)
+     --backend-wait=TIME     Wait for TARGET to be up (default: 0; COMMAND: 90s)
      --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
      --proxy-protocol=v1     Tell TARGET the client's address
+     --ready=connect|notify  COMMAND is up if TARGET answers, or it says so
+     --stop-idle-time=TIME   Stop COMMAND when without a connection for TIME
 
 Other:
      --log-level=LEVEL       err, warning, notice, info (default) or debug
@@ -134,13 +187,16 @@ struct Arguments {
     #[arg(long, default_value = "infinity")]
     #[arg(value_parser = |text: &str| read_span("exit-idle-time", text))]
     exit_idle_time: TimeSpan,
-    #[arg(long, default_value = "0")]
-    #[arg(value_parser = |text: &str| read_span("backend-wait", text))]
-    backend_wait: TimeSpan,
+    #[arg(long, value_parser = |text: &str| read_span("backend-wait", text))]
+    backend_wait: Option<TimeSpan>,
     #[arg(long, default_value = "10s", value_parser = read_connect_timeout)]
     connect_timeout: TimeSpan,
     #[arg(long, value_parser = read_proxy_protocol)]
     proxy_protocol: Option<ProxyProtocol>,
+    #[arg(long, value_parser = read_ready)]
+    ready: Option<Ready>,
+    #[arg(long, value_parser = |text: &str| read_span("stop-idle-time", text))]
+    stop_idle_time: Option<TimeSpan>,
     #[arg(long, value_parser = read_log_level)]
     log_level: Option<LogLevel>,
     #[arg(short, long, action = ArgAction::HelpShort)]
@@ -150,10 +206,13 @@ struct Arguments {
 }
 
 impl Arguments {
-    fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
-        let command = Self::command();
-        let args = spell_out(&command, args);
-        Self::from_arg_matches(&command.try_get_matches_from(args)?)
+    /// The arguments, and the words of COMMAND if there is a `--` for it.
+    fn read(
+        args: impl IntoIterator<Item = OsString>,
+    ) -> Result<(Self, Option<Vec<OsString>>), clap::Error> {
+        let parser = Self::command();
+        let Spelled { args, command } = spell_out(&parser, args);
+        Ok((Self::from_arg_matches(&parser.try_get_matches_from(args)?)?, command))
     }
 }
 
@@ -185,6 +244,10 @@ fn read_connect_timeout(text: &str) -> Result<TimeSpan, String> {
 
 fn read_proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
     ProxyProtocol::parse(text).ok_or_else(|| failed("proxy-protocol", text) + " (v1 is known)")
+}
+
+fn read_ready(text: &str) -> Result<Ready, String> {
+    Ready::parse(text).ok_or_else(|| failed("ready", text) + " (connect or notify)")
 }
 
 fn read_log_level(text: &str) -> Result<LogLevel, String> {

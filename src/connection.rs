@@ -11,10 +11,10 @@ use tokio::time::{Instant, sleep};
 
 use crate::address::Address;
 use crate::admission::Permit;
+use crate::backend::Backend;
 use crate::descriptors::Reserved;
 use crate::flow::Shared;
 use crate::forward::{Pair, Side};
-use crate::hold::Backend;
 use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
 use crate::proxy_header::ProxyProtocol;
@@ -29,7 +29,7 @@ static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 #[derive(Debug)]
 pub struct Route {
     /// The way to the backend.
-    pub backend: Rc<Backend>,
+    pub backend: Backend,
     /// The header it expects.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The forwarder's buffer and pipes.
@@ -61,7 +61,7 @@ pub async fn serve(client: Client, route: Rc<Route>) {
         tracing::debug!(
             client = %address,
             listener = %listener,
-            backend = %route.backend.dialer.target(),
+            backend = %route.backend.target(),
             bytes_from_client = from_client,
             bytes_from_backend = from_backend,
             duration_usec = start.elapsed().as_micros() as u64,
@@ -78,7 +78,7 @@ pub async fn serve(client: Client, route: Rc<Route>) {
                     tracing::warn!(
                         client = %address,
                         listener = %listener,
-                        backend = %route.backend.dialer.target(),
+                        backend = %route.backend.target(),
                         "{error}{suppressed}"
                     );
                 }

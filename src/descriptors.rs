@@ -28,6 +28,9 @@ const PIPES_MAX: usize = 512;
 /// For the notification socket, the journal's, and the moment in which a newcomer is refused.
 const RESERVE: usize = 6;
 
+/// For COMMAND: the sockets to its guard and from it, and what starting it opens for a moment.
+const FOR_COMMAND: usize = 12;
+
 /// What start-up opens at most, beside the listeners: counted only when descriptors are few.
 const OPEN_AT_START: usize = 64;
 
@@ -40,15 +43,27 @@ pub struct Division {
     pub lookups: usize,
     /// Pipes at a time.
     pub pipes: usize,
+    /// The soft limit as it was found, for COMMAND: above 1024, select(2) breaks.
+    pub inherited: Option<u64>,
+}
+
+/// What a process needs descriptors for, beside its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Uses {
+    /// Looking names up.
+    pub lookups: bool,
+    /// COMMAND.
+    pub command: bool,
 }
 
 impl Division {
     /// Divides `limit` descriptors of which `open` are taken. Connections come first, up to
     /// `connections_max` and the one that is accepted to be refused; pipes get what is left, and at
     /// least a small part.
-    pub fn new(limit: usize, open: usize, connections_max: usize, by_name: bool) -> Self {
-        let free = limit.saturating_sub(open + RESERVE);
-        let lookups = if by_name { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
+    pub fn new(limit: usize, open: usize, connections_max: usize, uses: Uses) -> Self {
+        let for_command = if uses.command { FOR_COMMAND } else { 0 };
+        let free = limit.saturating_sub(open + RESERVE + for_command);
+        let lookups = if uses.lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
         let for_connections =
             connections_max.saturating_add(1).saturating_mul(PER_CONNECTION as usize);
@@ -57,6 +72,7 @@ impl Division {
             connections: free.saturating_sub(pipes * 2) / PER_CONNECTION as usize,
             lookups,
             pipes,
+            inherited: None,
         }
     }
 
@@ -64,14 +80,16 @@ impl Division {
     ///
     /// # Errors
     /// When there is not room for a single connection.
-    pub fn of_this_process(connections_max: u32, by_name: bool) -> Result<Self, String> {
+    pub fn of_this_process(connections_max: u32, uses: Uses) -> Result<Self, String> {
+        let inherited = getrlimit(Resource::Nofile).current;
         let limit = raise_limit();
         let connections_max = connections_max as usize;
-        let beside = OPEN_AT_START + RESERVE + LOOKUPS_MAX * PER_LOOKUP + PIPES_MAX * 2;
+        let beside =
+            OPEN_AT_START + RESERVE + FOR_COMMAND + LOOKUPS_MAX * PER_LOOKUP + PIPES_MAX * 2;
         let plenty = connections_max.saturating_mul(PER_CONNECTION as usize).saturating_add(beside);
         let open =
             if limit >= plenty { OPEN_AT_START } else { open_now().unwrap_or(OPEN_AT_START) };
-        let division = Self::new(limit, open, connections_max, by_name);
+        let division = Self { inherited, ..Self::new(limit, open, connections_max, uses) };
         if division.connections == 0 {
             return Err(format!(
                 "RLIMIT_NOFILE={limit} leaves no room for a connection; raise LimitNOFILE= \
@@ -135,8 +153,9 @@ mod tests {
         for limit in [0, 20, 40, 64, 256, 1024, 20_000, 524_288] {
             for open in [8, 16, 64] {
                 for connections_max in [1, 256, 4096, u32::MAX as usize] {
-                    for by_name in [false, true] {
-                        let it = Division::new(limit, open, connections_max, by_name);
+                    for lookups in [false, true] {
+                        let uses = Uses { lookups, command: lookups };
+                        let it = Division::new(limit, open, connections_max, uses);
                         let sum = it.connections * 2 + it.pipes * 2 + it.lookups * PER_LOOKUP;
                         if it.pipes > 1.max(limit / 16) {
                             assert!(it.connections > connections_max, "nobody is refused");
@@ -148,9 +167,10 @@ mod tests {
                 }
             }
         }
-        let small = Division::new(40, 10, 256, false);
+        let uses = Uses { lookups: false, command: false };
+        let small = Division::new(40, 10, 256, uses);
         assert_eq!((small.connections, small.pipes), (11, 1));
-        let roomy = Division::new(20_000, 16, 4096, false);
+        let roomy = Division::new(20_000, 16, 4096, uses);
         assert!(roomy.connections >= 4096);
         assert_eq!(roomy.pipes, PIPES_MAX);
     }

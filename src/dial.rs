@@ -58,7 +58,7 @@ impl fmt::Display for DialError {
             Self::Resolve(error) => error.fmt(f),
             Self::Connect(address, error) => {
                 write!(f, "Failed to connect to remote host: {address}: {}", in_words(error))?;
-                if Errno::from_io_error(error) == Some(Errno::AGAIN) {
+                if self.is_full_backlog() {
                     f.write_str(" (its backlog is full)")?;
                 }
                 Ok(())
@@ -68,6 +68,11 @@ impl fmt::Display for DialError {
 }
 
 impl DialError {
+    /// Whether a Unix backend listens, and has no room for another client (EAGAIN).
+    pub fn is_full_backlog(&self) -> bool {
+        matches!(self, Self::Connect(_, error) if Errno::from_io_error(error) == Some(Errno::AGAIN))
+    }
+
     /// Whether the backend may just not be up yet; a name that does not exist, or a sandbox's
     /// prohibition (EPERM), is not mended by time.
     pub fn may_pass(&self) -> bool {

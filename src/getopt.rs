@@ -14,24 +14,44 @@ use clap::error::{ContextKind, ErrorKind};
 const UPSTREAM_OPTIONS: [&str; 5] =
     ["connections-max", "exit-idle-time", "proxy-protocol", "help", "version"];
 
+/// A command line as clap can read it.
+#[derive(Debug, Default)]
+pub(crate) struct Spelled {
+    /// Options and TARGETs.
+    pub(crate) args: Vec<OsString>,
+    /// What follows the `--` after a TARGET, if there is one.
+    pub(crate) command: Option<Vec<OsString>>,
+}
+
 /// Writes each option as `--name=value`, as getopt_long(3) understands it with upstream's options:
 /// before clap sees more options that begin the same way (`--conn=5`), or takes an `=` away (`-c=5`
 /// gives `-c` the value `=5`).
-pub(crate) fn spell_out(
-    command: &Command,
-    args: impl IntoIterator<Item = OsString>,
-) -> Vec<OsString> {
+///
+/// A `--` ends the options, as ever; after a TARGET it begins COMMAND.
+pub(crate) fn spell_out(command: &Command, args: impl IntoIterator<Item = OsString>) -> Spelled {
     let mut args = args.into_iter();
     let mut spelled: Vec<OsString> = args.next().into_iter().collect();
+    let mut has_target = false;
     while let Some(arg) = args.next() {
         let Some(text) = arg.to_str() else {
+            has_target = true;
             spelled.push(arg);
             continue;
         };
         let option = match text.strip_prefix("--") {
+            Some("") if has_target => {
+                return Spelled { args: spelled, command: Some(args.collect()) };
+            }
             Some("") => {
                 spelled.push(arg);
-                break;
+                let mut rest: Vec<_> = args.collect();
+                let command = rest.iter().position(|word| word == "--").map(|dashes| {
+                    let command = rest.split_off(dashes + 1);
+                    rest.pop();
+                    command
+                });
+                spelled.extend(rest);
+                return Spelled { args: spelled, command };
             }
             Some(option) => option,
             None => match text.strip_prefix("-c") {
@@ -41,6 +61,8 @@ pub(crate) fn spell_out(
                     continue;
                 }
                 None => {
+                    // A lone dash is no option to getopt(3).
+                    has_target |= text == "-" || !text.starts_with('-');
                     spelled.push(arg);
                     continue;
                 }
@@ -59,8 +81,7 @@ pub(crate) fn spell_out(
         }
         spelled.push(whole);
     }
-    spelled.extend(args);
-    spelled
+    Spelled { args: spelled, command: None }
 }
 
 /// The upstream option that a prefix means, or else the only one of ours.

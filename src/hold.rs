@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::yield_now;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::sleep;
 
-use crate::dial::Dialer;
+use crate::dial::{DialError, Dialer};
 use crate::logging::RateLimit;
 use crate::socket::Socket;
 use crate::timespan::TimeSpan;
@@ -28,25 +28,34 @@ const PROBE_MAX: Duration = Duration::from_millis(100);
 /// Waits that begin one after the other need not each be said.
 static HOLDING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
 
-/// Farther away than any client waits.
-const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+/// The pauses between probes, the first of them none.
+#[derive(Debug, Default)]
+pub struct Pauses(Duration);
 
-/// The way to a backend that may not be there yet.
+impl Pauses {
+    /// Waits for the moment of the next probe.
+    pub async fn next(&mut self) {
+        sleep(self.0).await;
+        self.0 = (self.0 * 2).clamp(PROBE_FIRST, PROBE_MAX);
+    }
+}
+
+/// Where clients are held.
 #[derive(Debug)]
-pub struct Backend {
-    /// The way to a backend that is.
+pub struct Hold {
+    /// The way to a backend that is up.
     pub dialer: Dialer,
     wait: TimeSpan,
     /// Closes with the prober; nothing is ever sent, so that a failed probe wakes nobody.
     probe: RefCell<Option<watch::Receiver<()>>>,
-    /// What kept the prober from the backend the last time.
-    obstacle: RefCell<String>,
-    /// What the prober reached, for the first to take it.
+    /// What stands between the clients and the backend, as far as it is known.
+    obstacle: RefCell<Option<String>>,
+    /// A connection that a probe has made, for the first to take it.
     reached: RefCell<Option<Socket>>,
 }
 
-impl Backend {
-    /// `wait` is how long a client is held; with zero it is not.
+impl Hold {
+    /// `wait` is how long clients are held, for messages.
     pub fn new(dialer: Dialer, wait: TimeSpan) -> Self {
         Self {
             dialer,
@@ -57,45 +66,47 @@ impl Backend {
         }
     }
 
-    /// Whether clients are held at all.
-    pub fn holds(&self) -> bool {
-        self.wait != TimeSpan::new(Duration::ZERO)
-    }
-
-    /// Connects, now or as soon as the backend is up.
+    /// Connects, now or as soon as the backend is up, however long that takes.
     ///
     /// # Errors
-    /// In words, what stood in the way: something that time can't mend, or the last obstacle when
-    /// the time is over.
-    pub async fn connect(self: &Rc<Self>) -> Result<Socket, String> {
-        if !self.holds() {
-            return self.dialer.dial().await.map_err(|error| error.to_string());
-        }
-        let deadline = Instant::now() + self.wait.finite().unwrap_or(FOREVER).min(FOREVER);
+    /// What time can't mend.
+    pub async fn connect(self: &Rc<Self>) -> Result<Socket, DialError> {
         loop {
-            let mut probe = match self.current_probe() {
-                Some(probe) => probe,
-                None => match timeout_at(deadline, self.dialer.dial_once()).await {
-                    Ok(Ok(socket)) => return Ok(socket),
-                    Ok(Err(error)) if error.may_pass() => self.start_probing(error.to_string()),
-                    Ok(Err(error)) => return Err(error.to_string()),
-                    Err(_) => {
-                        let target = self.dialer.target();
-                        let obstacle = "Connection timed out, for";
-                        let wait = self.wait;
-                        return Err(format!(
-                            "Failed to connect to remote host: {target}: {obstacle} {wait}"
-                        ));
-                    }
-                },
-            };
-            if timeout_at(deadline, probe.changed()).await.is_err() {
-                return Err(format!("{}, for {}", self.obstacle.borrow(), self.wait));
-            }
             if let Some(socket) = self.reached.take() {
                 return Ok(socket);
             }
+            let mut probe = match self.current_probe() {
+                Some(probe) => probe,
+                None => match self.dialer.dial_once().await {
+                    Err(error) if error.may_pass() => self.start_probing(error.to_string()),
+                    dialled => return dialled,
+                },
+            };
+            let _ = probe.changed().await;
         }
+    }
+
+    /// What stands between the clients and the backend.
+    pub fn obstacle(&self) -> String {
+        let obstacle = self.obstacle.borrow();
+        obstacle.clone().unwrap_or_else(|| {
+            let target = self.dialer.target();
+            format!("Failed to connect to remote host: {target}: Connection timed out")
+        })
+    }
+
+    /// Says what it is.
+    pub fn set_obstacle(&self, obstacle: String) {
+        self.obstacle.replace(Some(obstacle));
+    }
+
+    /// Gives a fresh connection to one of those who are let go now; if they have left meanwhile,
+    /// to nobody.
+    pub async fn offer(&self, socket: Socket) {
+        self.reached.replace(Some(socket));
+        self.obstacle.take();
+        yield_now().await;
+        self.reached.take();
     }
 
     /// Starts the prober, or joins one that somebody else has started meanwhile.
@@ -107,7 +118,7 @@ impl Backend {
             let wait = self.wait;
             tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
         }
-        self.obstacle.replace(obstacle);
+        self.set_obstacle(obstacle);
         let (sender, receiver) = watch::channel(());
         self.probe.replace(Some(receiver.clone()));
         tokio::task::spawn_local(Rc::clone(self).probe(sender));
@@ -121,29 +132,24 @@ impl Backend {
     }
 
     async fn probe(self: Rc<Self>, probing: watch::Sender<()>) {
-        let mut pause = Duration::ZERO;
+        let mut pauses = Pauses::default();
         loop {
-            sleep(pause).await;
-            pause = (pause * 2).clamp(PROBE_FIRST, PROBE_MAX);
+            pauses.next().await;
             // One receiver is the one that is kept for those who come.
             if probing.receiver_count() <= 1 {
-                return;
+                break;
             }
             match self.dialer.dial_once().await {
-                Err(error) if error.may_pass() => {
-                    self.obstacle.replace(error.to_string());
-                }
+                Err(error) if error.may_pass() => self.set_obstacle(error.to_string()),
                 // Whoever waits will meet any other error, too.
-                Err(_) => return,
+                Err(_) => break,
                 Ok(socket) => {
-                    self.reached.replace(Some(socket));
-                    break;
+                    // Lets all go.
+                    drop(probing);
+                    return self.offer(socket).await;
                 }
             }
         }
-        // Lets all go. If they have left meanwhile, the connection is not kept for anybody.
-        drop(probing);
-        yield_now().await;
-        self.reached.take();
+        self.obstacle.take();
     }
 }

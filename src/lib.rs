@@ -8,12 +8,13 @@
 //!
 //! ```text
 //! Inherited -> Listener -> Client -> + Permit -> + backend -> + header -> Pair -> Closed
-//! activation   listen      listen    admission   dial         proxy_header forward
-//!   or open                                                               flow, pipe
+//! activation   listen      listen    admission   backend      proxy_header forward
+//!   or open                                      hold, dial                flow, pipe
 //! ```
 //!
 //! Two functions know the order: [`service::run`], the life of the process, and
-//! [`connection::serve`], the life of a connection.
+//! [`connection::serve`], the life of a connection. Beside them COMMAND has a life of its own,
+//! [`application::Application::live`]; a connection only waits for its phases.
 //!
 //! The modules below stand in that order: what the command line says, the process, a connection on
 //! its way, and what all of them lean on. The leaves ([`timespan`], [`address`], [`target`],
@@ -35,9 +36,15 @@ pub mod cli;
 pub mod getopt;
 pub mod target;
 pub mod timespan;
+pub mod command;
 
 // The life of the process.
 pub mod service;
+
+// The life of COMMAND.
+pub mod application;
+pub mod ready;
+pub mod guard;
 
 // The life of a connection.
 pub mod activation;
@@ -45,9 +52,10 @@ pub mod open;
 pub mod listen;
 pub mod admission;
 pub mod connection;
-pub mod resolve;
-pub mod dial;
+pub mod backend;
 pub mod hold;
+pub mod dial;
+pub mod resolve;
 pub mod proxy_header;
 pub mod forward;
 pub mod flow;

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use crate::admission::Load;
+use crate::application::{Application, Phase};
 use crate::flow::Shared;
 
 /// Tries again while systemd does not take a message that matters, this often and this far apart.
@@ -95,28 +96,36 @@ impl Notifier {
         }
     }
 
-    /// Keeps `STATUS=` current, for ever: after a change of the load, and now and then while bytes
-    /// flow, at most once a second.
-    pub async fn publish_status(&self, mut load: watch::Receiver<Load>, max: u32, shared: &Shared) {
+    /// Keeps `STATUS=` current, for ever: after a change of the load or of the application, and now
+    /// and then while bytes flow, at most once a second.
+    pub async fn publish_status(
+        &self,
+        mut load: watch::Receiver<Load>,
+        max: u32,
+        shared: &Shared,
+        application: Option<&Application>,
+    ) {
         if self.0.is_none() {
             return std::future::pending().await;
         }
         let mut said = String::new();
         let mut next = Instant::now();
+        let mut phase = application.map(Application::watch);
         loop {
             let open = load.borrow_and_update().open;
-            if open > 0 {
-                tokio::select! {
-                    _ = load.changed() => {}
-                    () = sleep(BYTES_INTERVAL) => {}
-                }
-            } else if load.changed().await.is_err() {
-                return;
+            tokio::select! {
+                _ = load.changed() => {}
+                () = changed(&mut phase) => {}
+                () = sleep(BYTES_INTERVAL), if open > 0 => {}
             }
             tokio::time::sleep_until(next).await;
             next = Instant::now() + STATUS_INTERVAL;
-            let status = Status { load: *load.borrow_and_update(), max, carried: shared.carried() }
-                .to_string();
+            let application = application.zip(phase.as_mut()).map(|(application, phase)| {
+                (application.name().to_string(), *phase.borrow_and_update())
+            });
+            let load = *load.borrow_and_update();
+            let carried = shared.carried();
+            let status = Status { load, max, carried, application }.to_string();
             if status != said && self.try_send(&[NotifyState::Status(&status)]).is_ok() {
                 said = status;
             }
@@ -124,11 +133,23 @@ impl Notifier {
     }
 }
 
-/// `2 connections of 256, 120 served, 1.2 GiB`.
+/// Waits for another phase; for ever if there is no application.
+async fn changed(phase: &mut Option<watch::Receiver<Phase>>) {
+    let alive = match phase {
+        Some(phase) => phase.changed().await.is_ok(),
+        None => false,
+    };
+    if !alive {
+        std::future::pending().await
+    }
+}
+
+/// `2 connections of 256, 120 served, 1.2 GiB; webhook: running`.
 struct Status {
     load: Load,
     max: u32,
     carried: u64,
+    application: Option<(String, Phase)>,
 }
 
 impl fmt::Display for Status {
@@ -139,7 +160,11 @@ impl fmt::Display for Status {
         if refused > 0 {
             write!(f, "{refused} refused, ")?;
         }
-        write_bytes(f, self.carried)
+        write_bytes(f, self.carried)?;
+        match &self.application {
+            Some((name, phase)) => write!(f, "; {name}: {phase}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -167,10 +192,16 @@ mod tests {
     fn status_says_what_goes_on() {
         let status = |open, served, refused, carried| {
             let load = Load { open, served, refused };
-            Status { load, max: 256, carried }.to_string()
+            Status { load, max: 256, carried, application: None }.to_string()
         };
         assert_eq!(status(2, 120, 0, 1_288_490_189), "2 connections of 256, 120 served, 1.2 GiB");
         assert_eq!(status(1, 0, 3, 64), "1 connection of 256, 0 served, 3 refused, 64 bytes");
         assert_eq!(status(0, 1, 0, 1536), "0 connections of 256, 1 served, 1.5 KiB");
+        let application = Some(("webhook".to_string(), Phase::Failed(3)));
+        let status = Status { load: Load::default(), max: 1, carried: 0, application };
+        assert_eq!(
+            status.to_string(),
+            "0 connections of 1, 0 served, 0 bytes; webhook: failed to start 3 times in a row"
+        );
     }
 }

@@ -2,30 +2,32 @@
 
 #![forbid(unsafe_code)]
 
-use std::io;
-use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinSet;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::{JoinError, JoinSet, spawn_local};
 use tokio::time::timeout;
 
 use crate::activation::Inherited;
-use crate::admission::Admission;
+use crate::admission::{Admission, Load};
+use crate::application::Application;
+use crate::backend::Backend;
 use crate::cli::Config;
 use crate::connection::{Client, Route, serve};
-use crate::descriptors::{Descriptors, Division};
+use crate::descriptors::{Descriptors, Division, Uses};
 use crate::dial::Dialer;
 use crate::flow::Shared;
-use crate::hold::Backend;
+use crate::hold::Hold;
 use crate::idle::idle_for;
 use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
 use crate::open::{ListenAddress, open};
+use crate::ready::{NotifySocket, Ready};
 use crate::target::Target;
+use crate::timespan::TimeSpan;
 
 /// How long a client that is queued at the moment of the idle exit has to be accepted.
 const LAST_CLIENT: Duration = Duration::from_secs(1);
@@ -48,32 +50,35 @@ pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
 }
 
 async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
-    let failed = |error: io::Error| format!("Failed to wait for signals: {}.", in_words(&error));
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-    let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
-    let mut stop = pin!(async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    });
+    let mut signals = Signals::catch()?;
     let notifier = Notifier::from_environment();
 
     // A name to listen on may take its time; a signal must not.
     let listeners = tokio::select! {
         listeners = listeners(&config.listen, inherited) => listeners?,
-        () = &mut stop => return Ok(()),
+        () = signals.stop() => return Ok(()),
     };
     let connections_max = config.connections_max.get();
     let by_name = matches!(config.target, Target::Name(_));
-    let division = Division::of_this_process(connections_max, by_name)?;
+    let uses = Uses { lookups: by_name, command: config.application.is_some() };
+    let division = Division::of_this_process(connections_max, uses)?;
     let admission = Admission::new(config.connections_max);
     let shared = Rc::new(Shared::new(division.pipes));
     let dialer = Dialer::new(config.target, config.connect_timeout, division.lookups);
+    let hold = Rc::new(Hold::new(dialer, config.backend_wait));
+    let application = match config.application {
+        None => None,
+        Some(application) => {
+            let notify = match application.ready {
+                Ready::Connect => None,
+                Ready::Notify => Some(NotifySocket::open()?),
+            };
+            let (command, idle_time) = (application.command, application.stop_idle_time);
+            Some(Rc::new(Application::new(command, notify, idle_time, division.inherited)))
+        }
+    };
     let route = Rc::new(Route {
-        backend: Rc::new(Backend::new(dialer, config.backend_wait)),
+        backend: Backend::new(Rc::clone(&hold), config.backend_wait, application.clone()),
         proxy_protocol: config.proxy_protocol,
         shared: Rc::clone(&shared),
     });
@@ -91,38 +96,100 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
             Rc::clone(&route),
         ));
     }
+    let application_lives = async {
+        match &application {
+            Some(application) => {
+                spawn_local(Rc::clone(application).live(hold, admission.watch())).await
+            }
+            None => std::future::pending().await,
+        }
+    };
 
     let serving = async {
         let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
         notifier.send(&ready).await;
-        notifier.publish_status(admission.watch(), connections_max, &shared).await;
+        let load = admission.watch();
+        notifier.publish_status(load, connections_max, &shared, application.as_deref()).await;
     };
-    let idle = async {
-        let mut load = admission.watch();
-        loop {
-            idle_for(config.exit_idle_time, &mut load).await;
-            let queued = listeners.iter().any(|listener| listener.has_queued());
-            if !queued && load.borrow().open == 0 {
-                break;
-            }
-            let _ = timeout(LAST_CLIENT, load.changed()).await;
-        }
-    };
+    let idle = idle_exit(config.exit_idle_time, &admission, &listeners, application.as_deref());
     let result = tokio::select! {
-        () = stop => Ok(()),
+        () = signals.stop() => Ok(()),
         () = idle => Ok(()),
-        Some(ended) = entrances.join_next() => Err(why(ended)),
+        Some(ended) = entrances.join_next() => Err(ended.unwrap_or_else(internal)),
+        ended = application_lives => Err(ended.err().map_or_else(String::new, internal)),
         () = async { tokio::join!(serving, notifier.feed_watchdog()); } => Ok(()),
     };
     // From here on newcomers wait in the kernel, for the next process.
     entrances.shutdown().await;
+    let stopping = [NotifyState::Stopping, NotifyState::Status("Shutting down...")];
+    notifier.send(&stopping).await;
+    if let Some(application) = &application {
+        // It may end its connections in its own way; a second signal leaves it to its guard.
+        tokio::select! {
+            () = application.halt() => {}
+            () = signals.stop() => {}
+        }
+    }
     let open = admission.watch().borrow().open;
     if open > 0 {
         tracing::info!("Stopping, resetting open connections: {open}.");
     }
-    let stopping = [NotifyState::Stopping, NotifyState::Status("Shutting down...")];
-    notifier.send(&stopping).await;
     result
+}
+
+/// The signals that end the process.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn catch() -> Result<Self, String> {
+        let catch = |kind| {
+            signal(kind)
+                .map_err(|error| format!("Failed to wait for signals: {}.", in_words(&error)))
+        };
+        Ok(Self {
+            terminate: catch(SignalKind::terminate())?,
+            interrupt: catch(SignalKind::interrupt())?,
+            hangup: catch(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for the next of them.
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+            _ = self.hangup.recv() => {}
+        }
+    }
+}
+
+/// Waits until there has been no connection for `span`, nobody is queued, and the application is
+/// gone; a client that comes while it is being stopped calls the exit off.
+async fn idle_exit(
+    span: TimeSpan,
+    admission: &Admission,
+    listeners: &[Rc<Listener>],
+    application: Option<&Application>,
+) {
+    let mut load = admission.watch();
+    let nobody =
+        |load: &Load| load.open == 0 && !listeners.iter().any(|listener| listener.has_queued());
+    loop {
+        idle_for(span, &mut load).await;
+        if nobody(&load.borrow()) {
+            let Some(application) = application else { return };
+            application.halt().await;
+            if nobody(&load.borrow()) {
+                return;
+            }
+            application.resume();
+        }
+        let _ = timeout(LAST_CLIENT, load.changed()).await;
+    }
 }
 
 /// The sockets to serve: passed ones or opened ones.
@@ -184,10 +251,10 @@ async fn admit(
         };
         let listener = Rc::clone(&listener);
         let client = Client { socket, address, listener, permit, reserved };
-        tokio::task::spawn_local(serve(client, Rc::clone(&route)));
+        spawn_local(serve(client, Rc::clone(&route)));
     }
 }
 
-fn why(ended: Result<String, tokio::task::JoinError>) -> String {
-    ended.unwrap_or_else(|error| format!("Internal error: {error}."))
+fn internal(error: JoinError) -> String {
+    format!("Internal error: {error}.")
 }

@@ -84,6 +84,11 @@ impl TimeSpan {
         Self(Some(span))
     }
 
+    /// Whether it is no time at all.
+    pub fn is_zero(self) -> bool {
+        self.0 == Some(Duration::ZERO)
+    }
+
     /// How long, or `None` for ever.
     pub const fn finite(self) -> Option<Duration> {
         self.0

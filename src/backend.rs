@@ -1,0 +1,78 @@
+//! The way to the backend: at once, or held until it is up, or until COMMAND has started it.
+
+#![forbid(unsafe_code)]
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+
+use crate::application::Application;
+use crate::dial::{DialError, Dialer};
+use crate::hold::Hold;
+use crate::socket::Socket;
+use crate::target::Target;
+use crate::timespan::TimeSpan;
+
+/// Farther away than any client waits.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// What all clients are connected to.
+#[derive(Debug)]
+pub struct Backend {
+    hold: Rc<Hold>,
+    wait: TimeSpan,
+    application: Option<Rc<Application>>,
+}
+
+impl Backend {
+    /// `wait` is how long a client is held; with zero it is not, and there is no application.
+    pub fn new(hold: Rc<Hold>, wait: TimeSpan, application: Option<Rc<Application>>) -> Self {
+        Self { hold, wait, application }
+    }
+
+    /// Where it is, for messages.
+    pub fn target(&self) -> &Target {
+        self.dialer().target()
+    }
+
+    fn dialer(&self) -> &Dialer {
+        &self.hold.dialer
+    }
+
+    /// Whether clients are held at all.
+    pub fn holds(&self) -> bool {
+        !self.wait.is_zero()
+    }
+
+    /// Connects, now or as soon as the backend is up.
+    ///
+    /// # Errors
+    /// In words, what stood in the way: something that time can't mend, or the last obstacle when
+    /// the time is over.
+    pub async fn connect(&self) -> Result<Socket, String> {
+        if !self.holds() {
+            return self.dialer().dial().await.map_err(|error| error.to_string());
+        }
+        let deadline = Instant::now() + self.wait.finite().unwrap_or(FOREVER).min(FOREVER);
+        match timeout_at(deadline, self.held()).await {
+            Ok(connected) => connected.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("{}, for {}", self.hold.obstacle(), self.wait)),
+        }
+    }
+
+    async fn held(&self) -> Result<Socket, DialError> {
+        let Some(application) = &self.application else {
+            return self.hold.connect().await;
+        };
+        loop {
+            let mut run = application.ready().await;
+            tokio::select! {
+                biased;
+                // First: nobody is handed to one that is being stopped.
+                () = run.over() => {}
+                connected = self.hold.connect() => return connected,
+            }
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! COMMAND: started for the first client, stopped when nobody is left, and never left behind.
+//!
+//! The application is tests/support/app.pl: it needs its time to listen and to stop.
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use socket2::{SockAddr, Socket};
+use support::*;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+const APP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/app.pl");
+
+/// The proxy with an application behind it.
+struct Service {
+    proxy: Running,
+    front: SockAddr,
+    directory: TempDir,
+}
+
+impl Service {
+    fn start(family: Family, options: &[&str], settings: &[&str]) -> Self {
+        Self::start_as(family, options, &["perl", APP], settings, |launch| launch)
+    }
+
+    /// `program` gets the application's arguments: the target, the log, the settings.
+    fn start_as(
+        family: Family,
+        options: &[&str],
+        program: &[&str],
+        settings: &[&str],
+        launch: impl FnOnce(Launch) -> Launch,
+    ) -> Self {
+        let directory = TempDir::new().unwrap();
+        let (target, place) = match family {
+            Family::Tcp => {
+                let port = free_port().to_string();
+                (format!("127.0.0.1:{port}"), port)
+            }
+            Family::Unix => {
+                let path = directory.path().join("app").to_str().unwrap().to_string();
+                (path.clone(), path)
+            }
+        };
+        let front = Endpoint::new(Family::Tcp);
+        let log = directory.path().join("log");
+        fs::write(&log, "").unwrap();
+        let proxy = Launch::new(OURS)
+            .listener(&front)
+            .args(options)
+            .arg(&target)
+            .arg("--")
+            .args(program)
+            .args([&place, log.to_str().unwrap()])
+            .args(settings);
+        Self { proxy: launch(proxy).start(), front: front.address, directory }
+    }
+
+    fn connect(&self) -> Socket {
+        connect(&self.front)
+    }
+
+    /// The pid of who answers.
+    fn pid(&self) -> Pid {
+        pid(&mut self.connect())
+    }
+
+    /// The process between the proxy and the application.
+    fn guard(&self) -> Pid {
+        let path = format!("/proc/{0}/task/{0}/children", self.proxy.pid());
+        let child = fs::read_to_string(path).unwrap().trim().parse().expect("one child");
+        Pid::from_raw(child).unwrap()
+    }
+
+    /// Pids that the application has noted under a word.
+    fn noted(&self, word: &str) -> Vec<Pid> {
+        let log = fs::read_to_string(self.directory.path().join("log")).unwrap();
+        let pids = log.lines().filter_map(|line| line.strip_prefix(word)?.trim().parse().ok());
+        pids.map(|pid| Pid::from_raw(pid).unwrap()).collect()
+    }
+
+    fn wait_for_note(&self, word: &str) -> Pid {
+        let noted = || self.noted(word).last().copied();
+        poll_until(Instant::now() + PATIENCE, noted).unwrap_or_else(|| panic!("{word} is noted"))
+    }
+}
+
+fn ask(client: &mut Socket, question: &str) -> String {
+    client.write_all(format!("{question}\n").as_bytes()).unwrap();
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while client.read(&mut byte).expect("the application answers") == 1 && byte[0] != b'\n' {
+        answer.push(byte[0]);
+    }
+    String::from_utf8(answer).unwrap()
+}
+
+fn pid(client: &mut Socket) -> Pid {
+    let answer = ask(client, "pid");
+    Pid::from_raw(answer.parse().unwrap_or_else(|_| panic!("a pid, not {answer:?}"))).unwrap()
+}
+
+fn is_running(pid: Pid) -> bool {
+    test_kill_process(pid).is_ok()
+}
+
+/// Waits until it is gone; how long that took.
+fn wait_for_end(pid: Pid) -> Duration {
+    let start = Instant::now();
+    let gone = poll_until(start + PATIENCE, || (!is_running(pid)).then_some(()));
+    gone.expect("the process ends");
+    start.elapsed()
+}
+
+fn on_demand(family: Family) {
+    let service = Service::start(family, &["--stop-idle-time=1s"], &["up=1.5", "down=1.5"]);
+    pause(Duration::from_millis(300));
+    assert_eq!(service.noted("started"), [], "nothing runs before the first client");
+
+    let mut client = service.connect();
+    let first = pid(&mut client);
+    assert_eq!(service.noted("started"), [first]);
+    assert_eq!(pid(&mut service.connect()), first, "warm");
+    pause(Duration::from_secs(2));
+    assert_eq!(pid(&mut client), first, "in use for longer than the idle time");
+    let left = Instant::now();
+    drop(client);
+
+    // In the stop window it still listens, and answers whoever it is handed.
+    assert_eq!(service.wait_for_note("asked"), first);
+    let idle = left.elapsed();
+    assert!(idle > Duration::from_millis(900), "stopped after {idle:?}");
+    assert!(is_running(first));
+    let second = service.pid();
+    assert_ne!(second, first, "nobody is handed to the dying one");
+    assert!(!is_running(first));
+
+    kill_process(second, Signal::KILL).unwrap();
+    wait_for_end(second);
+    let third = service.pid();
+    assert_eq!(service.noted("started"), [first, second, third]);
+
+    let took = wait_for_end(third);
+    assert!(took < Duration::from_secs(3 * 4), "idle for {took:?} and still there");
+    assert_ne!(service.pid(), third);
+}
+
+#[test]
+fn on_demand_over_tcp() {
+    on_demand(Family::Tcp);
+}
+
+#[test]
+fn on_demand_over_unix() {
+    on_demand(Family::Unix);
+}
+
+#[test]
+fn a_killed_proxy_leaves_nothing_behind() {
+    // The application itself, one behind a script, and one with a child in a session of its own.
+    let script = ["sh", "-c", "perl \"$@\"; true", "sh", APP];
+    for (program, settings) in
+        [(&["perl", APP][..], &["down=1.5"][..]), (&script, &["down=1.5"]), (&script, &["stray=1"])]
+    {
+        let service = Service::start_as(Family::Tcp, &[], program, settings, |launch| launch);
+        let mut all = vec![service.pid()];
+        all.extend(service.noted("stray"));
+        assert_eq!(all.len(), if settings == ["stray=1"] { 2 } else { 1 });
+        service.proxy.signal(Signal::KILL);
+        for pid in all {
+            let took = wait_for_end(pid);
+            assert!(took < Duration::from_secs(3 * 5), "{program:?}: gone after {took:?}");
+        }
+    }
+}
+
+#[test]
+fn a_killed_proxy_takes_a_stubborn_application_with_it() {
+    let service = Service::start(Family::Tcp, &[], &["keep=1"]);
+    let app = service.pid();
+    service.proxy.signal(Signal::KILL);
+    let took = wait_for_end(app);
+    assert!(took < Duration::from_secs(3 * 5), "gone after {took:?}");
+}
+
+#[test]
+fn a_killed_guard_takes_the_application_with_it() {
+    let service = Service::start(Family::Tcp, &[], &["fork=1"]);
+    let mut client = service.connect();
+    let child = pid(&mut client);
+    kill_process(service.guard(), Signal::KILL).unwrap();
+    wait_for_end(child);
+    wait_for_end(service.noted("parent")[0]);
+    assert_ne!(service.pid(), child, "the next client starts it again");
+}
+
+#[test]
+fn a_stopped_proxy_waits_for_its_end() {
+    // To the proxy alone, as with KillMode=mixed, or to all processes of the unit.
+    for to_all in [false, true] {
+        let mut service = Service::start(Family::Tcp, &[], &["down=0.5"]);
+        let app = service.pid();
+        if to_all {
+            kill_process(app, Signal::TERM).unwrap();
+            kill_process(service.guard(), Signal::TERM).unwrap();
+        }
+        service.proxy.signal(Signal::TERM);
+        assert_eq!(service.proxy.wait().code(), Some(0));
+        assert!(!is_running(app), "the proxy has waited for it");
+        assert_eq!(service.noted("started"), [app]);
+        assert_eq!(service.noted("asked")[0], app);
+    }
+}
+
+#[test]
+fn what_does_not_stop_is_killed_with_its_group() {
+    let settings = ["keep=1", "fork=1"];
+    let service = Service::start(Family::Tcp, &["--stop-idle-time=100ms"], &settings);
+    let child = service.pid();
+    let parent = service.noted("parent")[0];
+    let line = service.proxy.lines.wait_for("Stopping perl");
+    assert!(line.contains("no connection for 100ms"), "{line}");
+    // A client in the window waits for the next one.
+    let second = service.pid();
+    assert!(!is_running(child) && !is_running(parent));
+    assert_ne!(second, child);
+}
+
+#[test]
+fn two_hundred_clients_start_one_process() {
+    raise_descriptor_limit();
+    for family in [Family::Tcp, Family::Unix] {
+        let service = Service::start(family, &[], &["up=2"]);
+        let mut clients: Vec<_> = (0..200).map(|_| service.connect()).collect();
+        for client in &mut clients {
+            client.write_all(b"pid\n").unwrap();
+        }
+        let first = service.wait_for_note("started");
+        let before = service.proxy.cpu();
+        pause(Duration::from_millis(1500));
+        let spent = service.proxy.cpu() - before;
+        assert!(spent < Duration::from_millis(100), "{spent:?} of CPU in the wait");
+        for client in &mut clients {
+            let mut answer = Vec::new();
+            let mut byte = [0];
+            while client.read(&mut byte).unwrap() == 1 && byte[0] != b'\n' {
+                answer.push(byte[0]);
+            }
+            assert_eq!(String::from_utf8(answer).unwrap(), first.as_raw_nonzero().to_string());
+        }
+        assert_eq!(service.noted("started"), [first]);
+    }
+}
+
+#[test]
+fn it_sees_nothing_of_the_proxys() {
+    let manager = Manager::new();
+    let service = Service::start_as(Family::Unix, &[], &["perl", APP], &[], |launch| {
+        let launch = launch.soft_descriptors(500).env("LISTEN_FDNAMES", "front");
+        launch.env("NOTIFY_SOCKET", manager.path.display()).env("WATCHDOG_USEC", 20_000_000)
+    });
+    let mut client = service.connect();
+    let environment = ask(&mut client, "environment");
+    for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC"] {
+        assert!(!environment.split(' ').any(|set| set == name), "{name} in {environment}");
+    }
+    assert!(environment.contains("PATH"), "{environment}");
+    assert_eq!(ask(&mut client, "stdin"), "/dev/null");
+    assert_eq!(ask(&mut client, "descriptors"), "500", "the soft limit is as it was");
+    let files = ask(&mut client, "files");
+    // Its listener and the client.
+    let sockets = files.split(' ').filter(|file| file.starts_with("socket:")).count();
+    assert_eq!(sockets, 2, "{files}");
+    assert!(!files.contains("anon_inode"), "{files}");
+    let link = |fd| fs::read_link(format!("/proc/{}/fd/{fd}", service.proxy.pid())).unwrap();
+    for fd in [1, 2] {
+        let theirs = link(fd).to_str().unwrap().to_string();
+        assert!(files.split(' ').any(|file| file == theirs), "{theirs} in {files}");
+    }
+}
+
+#[test]
+fn ready_when_it_says_so() {
+    for family in [Family::Tcp, Family::Unix] {
+        let service = Service::start(family, &["--ready=notify"], &["ready=0.7"]);
+        let mut clients: Vec<_> = (0..5).map(|_| service.connect()).collect();
+        let first = service.wait_for_note("started");
+        for client in &mut clients {
+            assert_eq!(pid(client), first, "and not \"not ready\"");
+        }
+        assert_ne!(ask(&mut clients[0], "notify"), "");
+    }
+}
+
+#[test]
+fn readiness_is_believed_of_its_own_only() {
+    let runtime = TempDir::new().unwrap();
+    let service = Service::start_as(
+        Family::Tcp,
+        &["--ready=notify", "--backend-wait=2s"],
+        &["perl", APP],
+        &["ready=600"],
+        |launch| launch.env("RUNTIME_DIRECTORY", runtime.path().display()),
+    );
+    let mut client = service.connect();
+    client.write_all(b"pid\n").unwrap();
+    service.wait_for_note("started");
+    let socket: PathBuf = fs::read_dir(runtime.path()).unwrap().next().unwrap().unwrap().path();
+    let stranger = UnixDatagram::unbound().unwrap();
+    stranger.send_to(b"READY=1", socket.join("notify")).unwrap();
+    let line = service.proxy.lines.wait_for("Ignoring READY=1");
+    assert!(line.contains(&std::process::id().to_string()), "{line}");
+    assert_eq!(read_all(&mut client).0, b"", "closed at the deadline, unserved");
+    service.proxy.signal(Signal::TERM);
+    let mut service = service;
+    service.proxy.wait();
+    assert_eq!(fs::read_dir(runtime.path()).unwrap().count(), 0, "nothing is left of the socket");
+}
+
+#[test]
+fn a_shell_script_says_it_is_ready() {
+    // systemd-notify(1) is another process, which has gone a moment later.
+    let script = format!("perl {APP} \"$@\" & sleep 0.3; setsid systemd-notify --ready; wait");
+    let program = ["sh", "-c", &script, "sh"];
+    let service = Service::start_as(Family::Tcp, &["--ready=notify"], &program, &[], |it| it);
+    let app = service.pid();
+    assert_eq!(service.noted("started"), [app]);
+}
+
+#[test]
+fn what_ends_before_it_is_ready_is_tried_again_ever_more_slowly() {
+    let mut manager = Manager::new();
+    let options = ["--backend-wait=2s", "--log-level=debug"];
+    let program = ["sh", "-c", "echo \"started $$\" >>\"$2\"; exit 3", "sh"];
+    let mut service = Service::start_as(Family::Tcp, &options, &program, &[], |launch| {
+        launch.env("NOTIFY_SOCKET", manager.path.display())
+    });
+    let start = Instant::now();
+    let mut client = service.connect();
+    assert_eq!(read_all(&mut client).0, b"");
+    let held = start.elapsed();
+    let slack = Duration::from_millis(3 * 500);
+    assert!(
+        held > Duration::from_millis(1500) && held < Duration::from_secs(2) + slack,
+        "{held:?}"
+    );
+    // At 0, 100, 300, 700 and 1500 ms, at the earliest.
+    let starts = service.noted("started").len();
+    assert!((2..=5).contains(&starts), "{starts} starts in 2 s");
+    service.proxy.lines.wait_for("sh has ended before it was ready (exit status: 3), failure 2 in");
+    let line = service.proxy.lines.wait_for(", for 2s");
+    assert!(line.contains("before it was ready"), "{line}");
+    let status = manager.wait_for("STATUS=0 connections");
+    assert!(status.contains("; sh: failed to start"), "{status}");
+    // With nobody waiting it is left alone.
+    pause(Duration::from_secs(1));
+    let starts = service.noted("started").len();
+    pause(Duration::from_secs(3));
+    assert_eq!(service.noted("started").len(), starts);
+    assert!(service.proxy.is_running());
+}
+
+#[test]
+fn a_target_somebody_else_serves_is_an_error() {
+    for family in [Family::Tcp, Family::Unix] {
+        let other = Endpoint::new(family);
+        let directory = TempDir::new().unwrap();
+        let log = directory.path().join("log");
+        let front = Endpoint::new(Family::Tcp);
+        let proxy = Launch::new(OURS)
+            .listener(&front)
+            .args(["--backend-wait=1s", &other.target, "--", "touch", log.to_str().unwrap()])
+            .start();
+        serve(&other, echo);
+        let mut client = front.connect();
+        client.write_all(b"who are you?").unwrap();
+        assert_eq!(read_all(&mut client).0, b"", "not served by a stranger");
+        let words = format!("Failed to start touch: somebody else serves {} already", other.target);
+        proxy.lines.wait_for(&words);
+        assert!(!log.exists(), "it was not started");
+    }
+}
+
+#[test]
+fn idle_exit_stops_it_first() {
+    let options = ["--exit-idle-time=500ms"];
+    let mut service = Service::start(Family::Tcp, &options, &["down=1.5"]);
+    let first = service.pid();
+    // Who comes while it is being stopped for the exit calls the exit off.
+    assert_eq!(service.wait_for_note("asked"), first);
+    let second = service.pid();
+    assert_ne!(second, first);
+    assert_eq!(service.proxy.wait().code(), Some(0));
+    assert!(!is_running(second));
+    assert_eq!(service.noted("asked"), [first, second]);
+}
+
+#[test]
+fn the_first_of_the_two_idle_times_acts() {
+    let options = ["--exit-idle-time=2s", "--stop-idle-time=200ms"];
+    let mut service = Service::start(Family::Tcp, &options, &[]);
+    let first = service.pid();
+    wait_for_end(first);
+    assert!(service.proxy.is_running(), "stopped, and the proxy lives on");
+    assert_eq!(service.proxy.wait().code(), Some(0));
+}
+
+#[test]
+fn a_second_signal_does_not_wait() {
+    let mut service = Service::start(Family::Tcp, &[], &["keep=1"]);
+    let app = service.pid();
+    service.proxy.signal(Signal::TERM);
+    pause(Duration::from_millis(500));
+    assert!(service.proxy.is_running() && is_running(app), "it is given its 10 s");
+    service.proxy.signal(Signal::INT);
+    assert_eq!(service.proxy.wait().code(), Some(0));
+    wait_for_end(app);
+}
+
+#[test]
+fn connections_of_one_that_dies_end() {
+    let service = Service::start(Family::Tcp, &[], &[]);
+    let mut client = service.connect();
+    let app = pid(&mut client);
+    let reader = thread::spawn(move || read_all(&mut client).0);
+    kill_process(app, Signal::KILL).unwrap();
+    assert_eq!(reader.join().unwrap(), b"");
+    let line = service.proxy.lines.wait_for("perl has ended");
+    assert!(line.contains("signal: 9 (SIGKILL)"), "{line}");
+    assert_eq!(service.noted("started"), [app], "nobody needs it now");
+}
+
+#[test]
+fn wrong_command_lines() {
+    let port = free_port().to_string();
+    let target = format!("127.0.0.1:{port}");
+    let listen = "--listen=127.0.0.1:0";
+    for (args, message) in [
+        (&["--stop-idle-time=1s", &target][..], "--stop-idle-time= is about a COMMAND"),
+        (&["--ready=connect", &target], "--ready= is about a COMMAND"),
+        (&["--ready=maybe", &target, "--", "sh"], "--ready= argument: maybe (connect or notify)"),
+        (&[&target, "--"], "There is no COMMAND after --; write TARGET -- COMMAND [ARG...]."),
+        (&[&target, "--", ""], "There is no COMMAND after --"),
+        (&["a", "b", "--", "sh"], "Too many parameters: one COMMAND serves one TARGET"),
+        (&["--", "a", "b"], "Too many parameters."),
+        (&["--backend-wait=0", &target, "--", "sh"], "--backend-wait=0 leaves COMMAND no time"),
+        (&[&target, "--", "no-such-thing"], "COMMAND \"no-such-thing\": it is nowhere in $PATH."),
+        (&[&target, "--", "/etc/passwd"], "COMMAND \"/etc/passwd\": it is not executable"),
+    ] {
+        let args: Vec<_> = [listen].iter().chain(args).copied().collect();
+        let (code, stdout, stderr) = run(&OURS.into(), &args);
+        assert_eq!((code, &*stdout), (Some(1), ""), "{args:?}: {stderr}");
+        assert!(stderr.contains(message) && stderr.lines().count() == 1, "{args:?}: {stderr}");
+    }
+    let (_, _, stderr) = run(&OURS.into(), &["--", &target, "--", "no-such-thing"]);
+    assert!(stderr.contains("no-such-thing"), "both kinds of --: {stderr}");
+}
+
+#[test]
+fn a_place_for_the_socket_is_asked_for() {
+    let front = Endpoint::new(Family::Tcp);
+    let mut proxy = Launch::new(OURS)
+        .listener(&front)
+        .args(["--ready=notify", "127.0.0.1:1", "--", "sh"])
+        .env("RUNTIME_DIRECTORY", "/no/such/place")
+        .start();
+    assert_eq!(proxy.wait().code(), Some(1));
+    let stderr = proxy.lines.all();
+    assert!(
+        stderr.contains("Failed to open a socket for --ready=notify in /no/such/place: No such")
+    );
+}
