@@ -8,6 +8,7 @@ INSTALL ?= install
 
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 NEWEST = $(CURDIR)/target/newest-original
+YAQ = $(CURDIR)/target/yaq
 
 .PHONY: build demo test check bench fmt clippy doc man deny install clean
 
@@ -20,7 +21,7 @@ demo: build
 
 # Installs what the tests need (as root, or by sudo) and runs them all.
 test:
-	tests/prepare $(NEWEST)
+	tests/prepare $(NEWEST) $(YAQ)
 	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd $(CARGO) test --locked
 
 check: fmt clippy doc man deny bench

@@ -1,5 +1,5 @@
 //! A real systemd, in a container of its own: units that were written for systemd-socket-proxyd,
-//! the shipped units, the journal, names.
+//! the journal, names. (The shipped units are in tests/units.rs.)
 //!
 //! Needs root and systemd-nspawn, and says so when it is skipped; in CI it is not.
 
@@ -37,12 +37,9 @@ fn main() -> ExitCode {
         let in_ci = env::var_os("CI").is_some();
         return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
-    let tests: [Test; 11] = [
+    let tests: [Test; 8] = [
         ("time spans are systemd's", time_spans),
-        ("shipped units are verified without a word", units_verify),
         ("a unit written for systemd-socket-proxyd", drop_in),
-        ("the aptly bridge", aptly),
-        ("an application and its proxy in a network of their own", isolated),
         ("the journal has fields", journal),
         ("a service name for a port", service_name),
         ("a slow resolver holds up only its own connection", slow_resolver),
@@ -54,22 +51,9 @@ fn main() -> ExitCode {
         let list = tests.iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
         return libtest_mimic::run(&arguments, list).exit_code();
     }
-    let units = ["aptly-api.service", "aptly-proxy.socket", "aptly-proxy.service"].map(|unit| {
-        let place = format!("/etc/systemd/system/{unit}");
-        (format!("units/{unit}"), place)
-    });
-    let isolated = ["app.service", "proxy.socket", "proxy.service"].map(|unit| {
-        let place = format!("/etc/systemd/system/isolated-{unit}");
-        (format!("units/isolated/isolated-{unit}"), place)
-    });
-    let units: Vec<_> = units.into_iter().chain(isolated).collect();
-    let mut files = vec![(OURS.into(), "/usr/bin/socket-proxyd"), (OURS.into(), IN_ITS_PLACE)];
-    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/");
-    files.extend(units.iter().map(|(from, to)| (format!("{root}{from}").into(), to.as_str())));
-    let page = format!("{root}man/socket-proxyd.8").into();
-    files.push((page, "/usr/share/man/man8/socket-proxyd.8"));
+    let mut files = Container::files();
+    files.push((OURS.into(), IN_ITS_PLACE.into()));
     let container = Arc::new(Container::boot(&files));
-    container.run(&["useradd", "--system", "aptly"]);
 
     let trials = tests.map(|(name, test)| {
         let container = Arc::clone(&container);
@@ -109,21 +93,6 @@ fn time_spans(_: &Container) {
             span.finite().map_or(u64::MAX, |span| u64::try_from(span.as_micros()).unwrap())
         });
         assert_eq!(ours, systemds, "{text:?}");
-    }
-}
-
-fn units_verify(container: &Container) {
-    let units = container.run(&[
-        "sh",
-        "-c",
-        "ls /etc/systemd/system/aptly-* /etc/systemd/system/isolated-*",
-    ]);
-    assert_eq!(units.lines().count(), 6);
-    for unit in units.lines() {
-        let output = container.output(&["systemd-analyze", "verify", unit]);
-        let words = [output.stdout, output.stderr].concat();
-        assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
-        assert!(output.status.success());
     }
 }
 
@@ -177,55 +146,6 @@ fn drop_in(container: &Container) {
     assert_ne!(again["MainPID"], process, "another process");
     container.run(&["systemctl", "stop", "drop-in.socket", "drop-in.service"]);
     assert_eq!(container.show("drop-in.service")["Result"], "success");
-}
-
-fn aptly(container: &Container) {
-    let api = "http://127.0.0.1:8080/api";
-    container.run(&["systemctl", "start", "aptly-proxy.socket"]);
-    // A package of more than 1 MB, of bytes that don't compress.
-    let build = "mkdir -p /tmp/pkg/DEBIAN /tmp/pkg/usr/share/bulky && cd /tmp && \
-        head -c 1500000 /dev/urandom >pkg/usr/share/bulky/bytes && \
-        printf 'Package: bulky\\nVersion: 1.0\\nArchitecture: all\\nMaintainer: nobody <nobody@example.org>\\nDescription: bytes\\n' >pkg/DEBIAN/control && \
-        dpkg-deb --build pkg bulky_1.0_all.deb >/dev/null && stat -c %s bulky_1.0_all.deb";
-    let size: u64 = container.run(&["sh", "-c", build]).trim().parse().unwrap();
-    assert!(size > 1_000_000);
-    let curl = |words: &[&str]| {
-        container.run(&[&["curl", "-sS", "--fail-with-body", "--max-time", "60"], words].concat())
-    };
-    // Cold: the client is there before the proxy, and the proxy before aptly.
-    let url = format!("{api}/version");
-    let version = curl(&[&url]);
-    assert!(version.contains("\"Version\":\"1."), "{version}");
-    let json = "Content-Type: application/json";
-    let created = curl(&["-H", json, "-d", r#"{"Name": "bridge"}"#, &format!("{api}/repos")]);
-    assert!(created.contains("\"Name\":\"bridge\""), "{created}");
-    let file = "file=@/tmp/bulky_1.0_all.deb";
-    let uploaded = curl(&["-F", file, &format!("{api}/files/incoming")]);
-    assert!(uploaded.contains("incoming/bulky_1.0_all.deb"), "{uploaded}");
-    let added = curl(&["-X", "POST", &format!("{api}/repos/bridge/file/incoming")]);
-    assert!(added.contains("bulky_1.0_all added"), "{added}");
-    let listed = curl(&[&format!("{api}/repos/bridge/packages")]);
-    assert!(listed.contains("bulky 1.0"), "{listed}");
-    let details = curl(&[&format!("{api}/repos/bridge/packages?format=details")]);
-    assert!(details.contains(&format!("\"Size\":\"{size}\"")), "{details}");
-
-    let service = container.show("aptly-proxy.service");
-    assert!(service["StatusText"].contains("served"), "{}", service["StatusText"]);
-    assert_ne!(service["User"], "root");
-}
-
-fn isolated(container: &Container) {
-    container.run(&["systemctl", "start", "isolated-proxy.socket"]);
-    let url = "http://127.0.0.1:8081/api/version";
-    let version = container.run(&["curl", "-sSf", "--max-time", "60", url]);
-    assert!(version.contains("Version"), "{version}");
-    // Only through the proxy: the application's port 8080 is not the machine's, where the other
-    // test's bridge may listen.
-    let pid = &container.show("isolated-app.service")["MainPID"];
-    let own = container.run(&["readlink", &format!("/proc/{pid}/ns/net")]);
-    assert_ne!(own, container.run(&["readlink", "/proc/1/ns/net"]));
-    let proxy = &container.show("isolated-proxy.service")["MainPID"];
-    assert_eq!(own, container.run(&["readlink", &format!("/proc/{proxy}/ns/net")]));
 }
 
 fn journal(container: &Container) {

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -37,7 +37,7 @@ mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work"
 rm -rf "$base"/root/etc/systemd/system/*.wants
 while [ $# -gt 0 ]; do
     mkdir -p "$base/root$(dirname "$2")"
-    cp --remove-destination "$1" "$base/root$2"
+    cp -rP --remove-destination "$1" "$base/root$2"
     shift 2
 done
 exec systemd-nspawn -q -D "$base/root" -b --register=no --keep-unit --console=pipe -M "$name" \
@@ -56,7 +56,7 @@ impl Container {
 
     /// Boots with files copied in. To be called on the main thread: the container ends with the
     /// thread that started it.
-    pub fn boot(files: &[(PathBuf, &str)]) -> Self {
+    pub fn boot(files: &[(PathBuf, String)]) -> Self {
         let directory = TempDir::new_in("/var/tmp").unwrap();
         let name = format!("socket-proxyd-{}", std::process::id());
         // Killing nspawn leaves the container behind. So both are in a PID namespace, whose end is
@@ -88,6 +88,28 @@ impl Container {
         });
         this.leader = booted.expect("systemd boots");
         this
+    }
+
+    /// The program, and everything in units/ in the place that its comments say.
+    pub fn files() -> Vec<(PathBuf, String)> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut files = vec![
+            (env!("CARGO_BIN_EXE_socket-proxyd").into(), "/usr/bin/socket-proxyd".into()),
+            (root.join("man/socket-proxyd.8"), "/usr/share/man/man8/socket-proxyd.8".into()),
+        ];
+        for set in fs::read_dir(root.join("units")).unwrap() {
+            for file in fs::read_dir(set.unwrap().path()).unwrap() {
+                let file = file.unwrap().path();
+                let name = file.file_name().unwrap().to_str().unwrap();
+                let directory = match file.extension().and_then(|it| it.to_str()) {
+                    Some("service" | "socket" | "d") => "/etc/systemd/system",
+                    Some("toml") => "/etc/yaqd",
+                    _ => "/usr/local/bin",
+                };
+                files.push((file.clone(), format!("{directory}/{name}")));
+            }
+        }
+        files
     }
 
     /// Runs a command inside, and gives what it printed.

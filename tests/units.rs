@@ -1,0 +1,408 @@
+//! The shipped units in a real systemd, each with the system it is for: cold, warm, stopped when
+//! idle, started again, killed and back.
+//!
+//! Needs root, systemd-nspawn and the systems (`make test` installs them), and says so when it is
+//! skipped; in CI it is not. The only change to the units: 10 idle minutes are 2 seconds.
+
+#[path = "support/container.rs"]
+mod container;
+mod support;
+
+use std::env;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread;
+
+use container::Container;
+use libtest_mimic::{Arguments, Trial};
+use support::*;
+use tokio::time::Instant;
+
+/// Where `make test` puts yaq.
+const YAQ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/yaq");
+
+type Test = (&'static str, fn(&Container));
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = arguments.test_threads.or(Some(2));
+    if let Some(missing) = missing() {
+        eprintln!(
+            "SKIPPED: the tests of the shipped units need {missing}; `make test` installs it"
+        );
+        let in_ci = env::var_os("CI").is_some();
+        return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    }
+    let tests: [Test; 9] = [
+        ("units are verified without a word", verify),
+        ("aptly", aptly),
+        ("webhook", webhook),
+        ("Radicale", radicale),
+        ("two yaq daemons", yaqd),
+        ("a program that a script starts", script),
+        ("on-demand-command", on_demand_command),
+        ("on-demand-service", on_demand_service),
+        ("an application and its proxy in a network of their own", isolated),
+    ];
+    if arguments.list {
+        let list = tests.iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
+        return libtest_mimic::run(&arguments, list).exit_code();
+    }
+    let mut files = Container::files();
+    files.push((YAQ.into(), "/opt/yaq".into()));
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/app.pl");
+    files.push((program, "/usr/local/lib/app.pl".into()));
+    let container = Arc::new(Container::boot(&files));
+    prepare(&container);
+
+    let trials = tests.map(|(name, test)| {
+        let container = Arc::clone(&container);
+        Trial::test(name, move || {
+            test(&container);
+            Ok(())
+        })
+    });
+    let conclusion = libtest_mimic::run(&arguments, trials.into());
+    drop(container);
+    conclusion.exit_code()
+}
+
+fn missing() -> Option<&'static str> {
+    let needed = [
+        ("/usr/bin/aptly", "aptly"),
+        ("/usr/bin/webhook", "webhook"),
+        ("/usr/bin/radicale", "radicale"),
+        (
+            concat!(env!("CARGO_MANIFEST_DIR"), "/target/yaq/bin/yaqc"),
+            "yaqd-core, yaqd-fakes, yaqc",
+        ),
+    ];
+    Container::missing().or_else(|| {
+        let missing = needed.into_iter().find(|(file, _)| !PathBuf::from(file).exists());
+        missing.map(|(_, name)| name)
+    })
+}
+
+fn prepare(container: &Container) {
+    container.run(&["useradd", "--system", "aptly"]);
+    let shorter = "cd /etc/systemd/system && grep -l idle-time=10min *.service | wc -l && \
+        sed -i s/idle-time=10min/idle-time=2s/ *.service";
+    assert_eq!(container.run(&["sh", "-c", shorter]).trim(), "8", "units with an idle time");
+    // The environment was made elsewhere.
+    let shebang = "sed -i '1s|^#!.*/bin/python.*|#!/opt/yaq/bin/python3|' /opt/yaq/bin/yaq*";
+    container.run(&["sh", "-c", shebang]);
+    container.write("/usr/local/bin/hook", "#!/bin/sh\necho \"Hello $1, from $(id -un).\"\n");
+    container.write(
+        "/etc/webhook.conf",
+        r#"[{"id": "hello", "execute-command": "/usr/local/bin/hook",
+             "include-command-output-in-response": true,
+             "pass-arguments-to-command": [{"source": "payload", "name": "name"}]}]"#,
+    );
+    // Who says which user it is, is; and the container can't look up "localhost".
+    let config = "[server]\nhosts = 127.0.0.1:5232\n[auth]\ntype = none\n";
+    container.write("/etc/radicale/config", config);
+    // Left to the administrator by Debian's package.
+    container.run(&["chown", "-R", "radicale:", "/var/lib/radicale"]);
+    container.write(
+        "/usr/local/bin/program",
+        "#!/bin/sh\nexec perl /usr/local/lib/app.pl \"$@\" up=5 down=1.5\n",
+    );
+    container.run(&["chmod", "755", "/usr/local/bin/hook", "/usr/local/bin/program"]);
+    container.run(&["systemctl", "daemon-reload"]);
+}
+
+/// A system in the hands of its units.
+struct System<'a> {
+    container: &'a Container,
+    socket: &'a str,
+    /// The proxy's unit.
+    proxy: &'a str,
+    /// The application's command line begins so.
+    application: &'a str,
+}
+
+impl System<'_> {
+    /// The application's processes.
+    fn processes(&self) -> Vec<String> {
+        let pattern = format!("^{}", self.application);
+        let output = self.container.output(&["pgrep", "-f", &pattern]).stdout;
+        String::from_utf8(output).unwrap().lines().map(String::from).collect()
+    }
+
+    /// From cold to killed and back. `request` is a client, which has to be answered.
+    fn lives(&self, request: impl Fn()) {
+        let Self { container, socket, .. } = self;
+        container.run(&["systemctl", "start", socket]);
+        assert_eq!(self.processes(), [""; 0], "nothing runs before the first client");
+        request();
+        let first = self.processes();
+        assert_ne!(first, [""; 0], "{} is not what runs", self.application);
+        request();
+        assert_eq!(self.processes(), first, "warm: the same process");
+        self.stops();
+        request();
+        let again = self.processes();
+        assert_ne!(again, first);
+        for process in &again {
+            container.run(&["kill", "-KILL", process]);
+        }
+        again.iter().for_each(|process| self.stops_being(process));
+        request();
+        assert_ne!(self.processes(), [""; 0]);
+        self.stops();
+        request();
+    }
+
+    /// Waits until nobody has used it for its time.
+    fn stops(&self) {
+        let stopped =
+            poll_until(Instant::now() + PATIENCE, || self.processes().is_empty().then_some(()));
+        stopped.unwrap_or_else(|| panic!("{} still runs", self.application));
+        let socket = self.container.show(self.socket);
+        assert!(["listening", "running"].contains(&&*socket["SubState"]), "{}", socket["SubState"]);
+        // Whatever was killed or stopped: no unit has failed.
+        assert_ne!(self.container.show(self.proxy)["ActiveState"], "failed");
+    }
+
+    /// Waits for the end of a process.
+    fn stops_being(&self, process: &str) {
+        let gone = poll_until(Instant::now() + PATIENCE, || {
+            (!self.processes().iter().any(|it| it == process)).then_some(())
+        });
+        gone.unwrap_or_else(|| panic!("process {process} still runs"));
+    }
+
+    /// Waits until the application is being stopped, and sends a request.
+    fn answers_in_the_stop_window(&self, request: impl Fn()) {
+        request();
+        let dying = self.processes();
+        let times = || {
+            let journal = self.container.run(&["journalctl", "-u", self.proxy, "--no-pager"]);
+            journal.matches("Stopping ").count()
+        };
+        let before = times();
+        let stopping = poll_until(Instant::now() + PATIENCE, || (times() > before).then_some(()));
+        stopping.expect("the proxy says that it stops the application");
+        request();
+        let next = self.processes();
+        assert!(!next.is_empty() && !dying.iter().any(|process| next.contains(process)));
+    }
+}
+
+fn curl(container: &Container, words: &[&str]) -> String {
+    container.run(&[&["curl", "-sS", "--fail-with-body", "--max-time", "60"], words].concat())
+}
+
+fn verify(container: &Container) {
+    let find = "cd /etc/systemd/system && ls -d *.socket *.service";
+    let units = container.run(&["sh", "-c", find]);
+    assert!(units.lines().count() >= 18, "{units}");
+    for unit in units.lines() {
+        let output = container.output(&["systemd-analyze", "verify", unit]);
+        let words = [output.stdout, output.stderr].concat();
+        assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
+        assert!(output.status.success());
+    }
+}
+
+fn aptly(container: &Container) {
+    let api = "http://127.0.0.1:8080/api";
+    let system = System {
+        container,
+        socket: "aptly-proxy.socket",
+        proxy: "aptly-proxy.service",
+        application: "/usr/bin/aptly api serve",
+    };
+    let url = format!("{api}/version");
+    system.lives(|| {
+        let version = curl(container, &[&url]);
+        assert!(version.contains("\"Version\":\"1."), "{version}");
+    });
+    // A package of more than 1 MB, of bytes that don't compress.
+    let build = "mkdir -p /tmp/pkg/DEBIAN /tmp/pkg/usr/share/bulky && cd /tmp && \
+        head -c 1500000 /dev/urandom >pkg/usr/share/bulky/bytes && \
+        printf 'Package: bulky\\nVersion: 1.0\\nArchitecture: all\\nMaintainer: nobody <nobody@example.org>\\nDescription: bytes\\n' >pkg/DEBIAN/control && \
+        dpkg-deb --build pkg bulky_1.0_all.deb >/dev/null && stat -c %s bulky_1.0_all.deb";
+    let size: u64 = container.run(&["sh", "-c", build]).trim().parse().unwrap();
+    assert!(size > 1_000_000);
+    let json = "Content-Type: application/json";
+    let created =
+        curl(container, &["-H", json, "-d", r#"{"Name": "bridge"}"#, &format!("{api}/repos")]);
+    assert!(created.contains("\"Name\":\"bridge\""), "{created}");
+    let file = "file=@/tmp/bulky_1.0_all.deb";
+    let uploaded = curl(container, &["-F", file, &format!("{api}/files/incoming")]);
+    assert!(uploaded.contains("incoming/bulky_1.0_all.deb"), "{uploaded}");
+    let added = curl(container, &["-X", "POST", &format!("{api}/repos/bridge/file/incoming")]);
+    assert!(added.contains("bulky_1.0_all added"), "{added}");
+    let listed = curl(container, &[&format!("{api}/repos/bridge/packages")]);
+    assert!(listed.contains("bulky 1.0"), "{listed}");
+    let details = curl(container, &[&format!("{api}/repos/bridge/packages?format=details")]);
+    assert!(details.contains(&format!("\"Size\":\"{size}\"")), "{details}");
+
+    let service = container.show("aptly-proxy.service");
+    assert!(service["StatusText"].contains("served"), "{}", service["StatusText"]);
+    assert_ne!(service["User"], "root");
+}
+
+fn webhook(container: &Container) {
+    let system = System {
+        container,
+        socket: "webhook-on-demand.socket",
+        proxy: "webhook-on-demand.service",
+        application: "/usr/bin/webhook",
+    };
+    let call = |name: &str| {
+        let payload = format!("{{\"name\": \"{name}\"}}");
+        let json = "Content-Type: application/json";
+        curl(container, &["-H", json, "-d", &payload, "http://127.0.0.1:9000/hooks/hello"])
+    };
+    // Each of the requests is 30 at a time.
+    let request = || {
+        thread::scope(|scope| {
+            let calls = (0..30).map(|number| {
+                scope.spawn(move || {
+                    let name = format!("n{number}");
+                    assert_eq!(call(&name), format!("Hello {name}, from webhook-on-demand.\n"));
+                })
+            });
+            calls.collect::<Vec<_>>().into_iter().for_each(|call| call.join().unwrap());
+        });
+        assert_eq!(system.processes().len(), 1, "one webhook for all");
+    };
+    system.lives(request);
+    system.answers_in_the_stop_window(request);
+}
+
+fn radicale(container: &Container) {
+    let system = System {
+        container,
+        socket: "radicale-proxy.socket",
+        proxy: "radicale-proxy.service",
+        application: "/usr/bin/python3 /usr/bin/radicale",
+    };
+    let ask = |method: &str, path: &str, more: &[&str]| {
+        let url = format!("http://127.0.0.1:8082/anna/{path}");
+        let status = ["-o", "/dev/null", "-w", "%{http_code}", "-u", "anna:", "-X", method, &url];
+        container.run(&[&["curl", "-sS", "--max-time", "60"], &status[..], more].concat())
+    };
+    let event = "BEGIN:VCALENDAR\r\nVERSION:2.0\r\nPRODID:test\r\nBEGIN:VEVENT\r\nUID:one\r\n\
+        DTSTAMP:20260101T000000Z\r\nDTSTART:20260101T000000Z\r\nSUMMARY:One\r\nEND:VEVENT\r\n\
+        END:VCALENDAR\r\n";
+    let put = ["-H", "Content-Type: text/calendar", "--data-binary", event];
+    // Cold, and a collection a life.
+    let lives = std::cell::Cell::new(0);
+    let request = || {
+        let collection = format!("calendar{}/", lives.replace(lives.get() + 1));
+        let item = format!("{collection}one.ics");
+        assert_eq!(ask("MKCALENDAR", &collection, &[]), "201");
+        assert_eq!(ask("PUT", &item, &put), "201");
+        assert_eq!(ask("GET", &item, &[]), "200");
+        assert_eq!(ask("PROPFIND", &collection, &["-H", "Depth: 1"]), "207");
+    };
+    system.lives(request);
+    thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| assert_eq!(ask("GET", "calendar0/one.ics", &[]), "200"));
+        }
+    });
+}
+
+fn yaqd(container: &Container) {
+    let name = |port: &str| container.run(&["/opt/yaq/bin/python3", "/opt/yaq/bin/yaqc", port]);
+    for (daemon, kind, port) in [
+        ("stage", "fake-continuous-hardware", "38401"),
+        ("wheel", "fake-discrete-hardware", "38402"),
+    ] {
+        let system = System {
+            container,
+            socket: &format!("yaqd-{daemon}.socket"),
+            proxy: &format!("yaqd-{daemon}.service"),
+            application: &format!("/opt/yaq/bin/python3 /opt/yaq/bin/yaqd-{kind}"),
+        };
+        let request = || assert_eq!(name(port).trim(), daemon);
+        system.lives(request);
+        system.answers_in_the_stop_window(request);
+    }
+    // Both at a time.
+    assert_eq!((name("38401").trim(), name("38402").trim()), ("stage", "wheel"));
+}
+
+fn script(container: &Container) {
+    let system = System {
+        container,
+        socket: "script.socket",
+        proxy: "script.service",
+        application: "perl /usr/local/lib/app.pl",
+    };
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], 8085)).into();
+    let pid = || {
+        let mut client = container.inside(|| connect(&address));
+        client.write_all(b"pid\n").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let (answer, end) = read_all(&mut client);
+        end.unwrap();
+        String::from_utf8(answer).unwrap().trim().to_string()
+    };
+    let request = || assert_eq!([pid()], *system.processes());
+    system.lives(request);
+    system.answers_in_the_stop_window(request);
+    container.wait_for("script.service", "ActiveState", "active");
+    let journal = container.run(&["journalctl", "-u", "script.service", "--no-pager"]);
+    assert!(journal.contains("Preparing.") && journal.contains("Cleaned up."), "{journal}");
+
+    // Killed, the proxy takes the program with it, and the next client starts both.
+    let before = pid();
+    let kill = ["systemctl", "kill", "--kill-who=main", "--signal=KILL", "script.service"];
+    container.run(&kill);
+    system.stops_being(&before);
+    assert_ne!(pid(), before);
+    // Stopped, it waits for the program.
+    let before = pid();
+    container.run(&["systemctl", "stop", "script.socket", "script.service"]);
+    assert!(!system.processes().contains(&before));
+    assert_eq!(container.show("script.service")["Result"], "success");
+}
+
+fn on_demand_command(container: &Container) {
+    let system = System {
+        container,
+        socket: "on-demand.socket",
+        proxy: "on-demand.service",
+        application: "/usr/bin/python3 -m http.server .* 18083",
+    };
+    let request = || {
+        let page = curl(container, &["http://127.0.0.1:8083/"]);
+        assert!(page.contains("Directory listing"), "{page}");
+    };
+    system.lives(request);
+    system.answers_in_the_stop_window(request);
+}
+
+fn on_demand_service(container: &Container) {
+    let system = System {
+        container,
+        socket: "app-proxy.socket",
+        proxy: "app-proxy.service",
+        application: "/usr/bin/python3 -m http.server .* 18084",
+    };
+    system.lives(|| {
+        let page = curl(container, &["http://127.0.0.1:8084/"]);
+        assert!(page.contains("Directory listing"), "{page}");
+    });
+}
+
+fn isolated(container: &Container) {
+    container.run(&["systemctl", "start", "isolated-proxy.socket"]);
+    let url = "http://127.0.0.1:8081/api/version";
+    let version = container.run(&["curl", "-sSf", "--max-time", "60", url]);
+    assert!(version.contains("Version"), "{version}");
+    // Only through the proxy: the application's port 8080 is not the machine's, where the other
+    // test's bridge may listen.
+    let pid = &container.show("isolated-app.service")["MainPID"];
+    let own = container.run(&["readlink", &format!("/proc/{pid}/ns/net")]);
+    assert_ne!(own, container.run(&["readlink", "/proc/1/ns/net"]));
+    let proxy = &container.show("isolated-proxy.service")["MainPID"];
+    assert_eq!(own, container.run(&["readlink", &format!("/proc/{proxy}/ns/net")]));
+}
