@@ -3,7 +3,11 @@
 //! One of the two files with unsafe code (the other is `socket`).
 
 use std::env;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::fs;
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::io::{FdFlags, fcntl_setfd};
 
 /// A descriptor that was passed, and the name it was given.
 #[derive(Debug)]
@@ -12,6 +16,24 @@ pub struct Inherited {
     pub fd: OwnedFd,
     /// `FileDescriptorName=`, or the name of the socket unit.
     pub name: String,
+}
+
+/// Marks every descriptor from 3 on close-on-exec, those included that this process was given
+/// without knowing of them.
+///
+/// # Errors
+/// When /proc is not there to list them.
+pub fn hide_descriptors() -> io::Result<()> {
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name();
+        if let Some(fd @ 3..) = number.to_str().and_then(|number| number.parse().ok()) {
+            // SAFETY: whoever owns it, it is only given a flag; a number that is not open any more
+            // is EBADF.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            let _ = fcntl_setfd(fd, FdFlags::CLOEXEC);
+        }
+    }
+    Ok(())
 }
 
 /// Takes what was passed to this process, and takes the variables out of the environment, so that

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
 use crate::application::Application;
-use crate::dial::{DialError, Dialer};
+use crate::dial::Dialer;
 use crate::hold::Hold;
 use crate::socket::Socket;
 use crate::target::Target;
@@ -55,23 +55,26 @@ impl Backend {
             return self.dialer().dial().await.map_err(|error| error.to_string());
         }
         let deadline = Instant::now() + self.wait.finite().unwrap_or(FOREVER).min(FOREVER);
-        match timeout_at(deadline, self.held()).await {
-            Ok(connected) => connected.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("{}, for {}", self.hold.obstacle(), self.wait)),
-        }
+        timeout_at(deadline, self.held()).await.unwrap_or_else(|_| {
+            let application = self.application.as_ref();
+            let obstacle = application.and_then(|application| application.obstacle());
+            let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle());
+            Err(format!("{obstacle}, for {}", self.wait))
+        })
     }
 
-    async fn held(&self) -> Result<Socket, DialError> {
+    async fn held(&self) -> Result<Socket, String> {
+        let connect = async || self.hold.connect().await.map_err(|error| error.to_string());
         let Some(application) = &self.application else {
-            return self.hold.connect().await;
+            return connect().await;
         };
         loop {
-            let mut run = application.ready().await;
+            let mut run = application.ready().await?;
             tokio::select! {
                 biased;
                 // First: nobody is handed to one that is being stopped.
                 () = run.over() => {}
-                connected = self.hold.connect() => return connected,
+                connected = connect() => return connected,
             }
         }
     }

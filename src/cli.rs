@@ -89,7 +89,11 @@ impl Config {
                             TARGET -- COMMAND [ARG...]."
                     .into());
             }
-            (Some(_), false) => return Err("Too many parameters.".into()),
+            (Some(_), false) => {
+                return Err(
+                    "Too many parameters. (One TARGET; a COMMAND follows it after --.)".into()
+                );
+            }
             (Some(target), true) => target,
         };
         let application = match command {
@@ -383,7 +387,7 @@ mod tests {
     fn messages_are_upstreams() {
         for (args, message) in [
             (&[][..], "Not enough parameters."),
-            (&["a", "b"], "Too many parameters."),
+            (&["a", "b"], "Too many parameters. (One TARGET; a COMMAND follows it after --.)"),
             (&["-c", "0", "x"], "Connection limit is too low."),
             (&["-c=5", "x"], "Failed to parse --connections-max= argument: =5"),
             (&["-c", "0", "--help"], "Connection limit is too low."),

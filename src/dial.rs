@@ -68,6 +68,14 @@ impl fmt::Display for DialError {
 }
 
 impl DialError {
+    /// What the system says, without where.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Resolve(error) => error.to_string(),
+            Self::Connect(_, error) => in_words(error),
+        }
+    }
+
     /// Whether a Unix backend listens, and has no room for another client (EAGAIN).
     pub fn is_full_backlog(&self) -> bool {
         matches!(self, Self::Connect(_, error) if Errno::from_io_error(error) == Some(Errno::AGAIN))

@@ -39,9 +39,10 @@ use rustix::process::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::process::Child;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::signal::unix::{self, SignalKind, signal};
+use tokio::time::{Instant, sleep};
 
+use crate::activation::hide_descriptors;
 use crate::command::CommandLine;
 use crate::logging::in_words;
 use crate::ready::Family;
@@ -56,14 +57,16 @@ const LAUNCH: &str = "proxyd-launch";
 /// From SIGTERM to SIGKILL, when it is the proxy that stops COMMAND.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// The same when the proxy is gone: its next instance may be waiting for the place.
-const GRACE_WITHOUT_PROXY: Duration = Duration::from_secs(3);
+/// The same when the proxy is gone, whose next instance may be waiting for the place, and for what
+/// has outlived its group.
+const SHORT_GRACE: Duration = Duration::from_secs(3);
 
 /// Between two looks at who is left, where the kernel says nothing.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
-/// Looks at what SIGKILL does not end, before it is given up.
-const LOOKS_MAX: u32 = 100;
+/// Attempts to kill what does not end, before it is given up: a process that waits for a broken
+/// disk, or that has become another user's.
+const KILLS_MAX: u32 = 100;
 
 /// The byte that asks for the end of COMMAND.
 const STOP: u8 = b'T';
@@ -75,7 +78,7 @@ enum Event {
     Started(i32),
     /// COMMAND itself has ended, with this status (wait(2)).
     Exited(i32),
-    /// Nothing of its process group is left.
+    /// Nothing is left of all it has started.
     Gone,
 }
 
@@ -105,11 +108,13 @@ impl Event {
 
 // The proxy's side.
 
-/// A run of COMMAND. Dropped, it is ended, after [`GRACE_WITHOUT_PROXY`] by force.
+/// A run of COMMAND. Dropped, it is ended, after [`SHORT_GRACE`] by force.
 #[derive(Debug)]
 pub struct Run {
     control: UnixStream,
     guard: Child,
+    /// Whether the guard knows what to start.
+    launched: bool,
     group: Option<Pid>,
 }
 
@@ -139,7 +144,7 @@ impl Run {
             command.env("NOTIFY_SOCKET", path);
         }
         let guard = tokio::process::Command::from(command).spawn()?;
-        Ok(Self { control: UnixStream::from_std(control)?, guard, group: None })
+        Ok(Self { control: UnixStream::from_std(control)?, guard, launched: false, group: None })
     }
 
     /// Has the guard start COMMAND, with this soft limit on descriptors, and says who will speak
@@ -158,9 +163,8 @@ impl Run {
         let length = u32::try_from(text.len()).map_err(|_| Errno::TOOBIG)?;
         self.control.write_all(&length.to_le_bytes()).await?;
         self.control.write_all(text.as_bytes()).await?;
-        if let Event::Started(pid) = self.event().await? {
-            self.group = Pid::from_raw(pid);
-        }
+        self.launched = true;
+        self.event().await?;
         let guard = self.guard.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
         let family = self.group.zip(guard).map(|(group, guard)| Family { group, guard });
         family.ok_or_else(|| io::Error::other("its guard has ended"))
@@ -174,35 +178,32 @@ impl Run {
         }
     }
 
-    /// Ends COMMAND and its process group: SIGTERM, and SIGKILL after 10 s. Waits until nothing is
-    /// left of them.
-    ///
-    /// What has left the group may live on, but no longer than the proxy.
+    /// Ends COMMAND: SIGTERM to its process group, and SIGKILL after 10 s; then the same for what has
+    /// left the group. Waits until nothing is left.
     pub async fn stop(mut self) {
-        // A guard that has ended is seen below.
-        let _ = self.control.write_all(&[STOP]).await;
-        loop {
-            match self.event().await {
-                Ok(Event::Gone) => break,
-                Ok(_) => {}
-                Err(_) => {
-                    self.kill().await;
-                    break;
+        if self.launched {
+            // A guard that has ended is seen below.
+            let _ = self.control.write_all(&[STOP]).await;
+            let gone = loop {
+                match self.event().await {
+                    Ok(Event::Gone) => break true,
+                    Ok(_) => {}
+                    Err(_) => break false,
                 }
+            };
+            if !gone {
+                self.kill().await;
             }
         }
-        tokio::task::spawn_local(async move {
-            // Keeps the socket for as long as the guard is needed.
-            let _ = self.guard.wait().await;
-            drop(self.control);
-        });
+        drop(self.control);
+        let _ = self.guard.wait().await;
     }
 
     /// Without its guard COMMAND is killed by the kernel, and what it started by us.
     async fn kill(&mut self) {
         let Some(group) = self.group else { return };
         tracing::error!("The guard of COMMAND was killed, killing what it guarded.");
-        for _ in 0..LOOKS_MAX {
+        for _ in 0..KILLS_MAX {
             if kill_process_group(group, Signal::KILL).is_err() {
                 break;
             }
@@ -210,10 +211,16 @@ impl Run {
         }
     }
 
+    /// The next event. It may be dropped while it waits: the guard sends an event at once, and so
+    /// it is received.
     async fn event(&mut self) -> io::Result<Event> {
         let mut bytes = [0; Event::SIZE];
         self.control.read_exact(&mut bytes).await?;
-        Event::from_bytes(bytes)
+        let event = Event::from_bytes(bytes)?;
+        if let Event::Started(pid) = event {
+            self.group = Pid::from_raw(pid);
+        }
+        Ok(event)
     }
 }
 
@@ -257,7 +264,21 @@ impl Role {
 fn guard() -> io::Result<()> {
     let _ = rustix::thread::set_name(c"proxyd-guard");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async { Guard::start().await?.watch().await })
+    runtime.block_on(async {
+        // A service manager may send these to all processes of a unit. It is the proxy that decides
+        // when COMMAND ends. (Caught and not ignored: that would be inherited.)
+        let _terminate = signal(SignalKind::terminate())?;
+        let _interrupt = signal(SignalKind::interrupt())?;
+        let _hangup = signal(SignalKind::hangup())?;
+        let child_ended = signal(SignalKind::child())?;
+        match Guard::start().await {
+            Ok(guard) => guard.watch(child_ended).await,
+            // The proxy has changed its mind, or is gone.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    })
 }
 
 /// The guard, once COMMAND runs.
@@ -265,8 +286,10 @@ struct Guard {
     control: UnixStream,
     /// COMMAND's process, which leads the group.
     command: Pid,
+    /// COMMAND itself has ended.
     exited: bool,
-    gone: bool,
+    /// Nothing is left of its group: the number may be another's by now.
+    group_gone: bool,
 }
 
 impl Guard {
@@ -292,53 +315,52 @@ impl Guard {
             .process_group(0)
             .spawn()?;
         let command = Pid::from_child(&child);
-        let mut this = Self { control, command, exited: false, gone: false };
+        let this = Self { control, command, exited: false, group_gone: false };
         this.tell(Event::Started(command.as_raw_nonzero().get()));
         Ok(this)
     }
 
-    /// Until nothing is left of what COMMAND started.
-    async fn watch(mut self) -> io::Result<()> {
-        // A service manager may send these to all processes of a unit. It is the proxy that decides
-        // when COMMAND ends. (Caught and not ignored: that would be inherited.)
-        let _terminate = signal(SignalKind::terminate())?;
-        let _interrupt = signal(SignalKind::interrupt())?;
-        let _hangup = signal(SignalKind::hangup())?;
-        let mut ended = signal(SignalKind::child())?;
+    /// Until nothing is left of what COMMAND has started.
+    async fn watch(mut self, mut child_ended: unix::Signal) {
+        let mut proxy_is_gone = false;
         // When SIGKILL is due, once SIGTERM was sent.
         let mut deadline: Option<Instant> = None;
-        let mut proxy_is_gone = false;
+        let mut kills = 0;
         loop {
-            let left = self.reap();
-            if self.gone && (proxy_is_gone || !left) {
+            let group_was_gone = self.group_gone;
+            if !self.reap() {
                 break;
             }
-            if self.exited && !self.gone && deadline.is_none() {
+            if self.group_gone && !group_was_gone {
+                let latest = self.terminate(SHORT_GRACE);
+                deadline = Some(deadline.map_or(latest, |deadline| deadline.min(latest)));
+            } else if self.exited && deadline.is_none() {
                 deadline = Some(self.terminate(GRACE));
             }
-            let waits_for_end = deadline.is_some() && !self.gone;
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                if kills == KILLS_MAX {
+                    tracing::error!("Something of COMMAND does not end by SIGKILL, leaving it.");
+                    break;
+                }
+                kills += 1;
+                self.signal(Signal::KILL);
+            }
             let mut byte = [0];
             tokio::select! {
-                _ = ended.recv() => {}
+                _ = child_ended.recv() => {}
                 read = self.control.read(&mut byte), if !proxy_is_gone => {
                     proxy_is_gone = !matches!(read, Ok(1));
-                    let grace = if proxy_is_gone { GRACE_WITHOUT_PROXY } else { GRACE };
-                    deadline = match deadline {
-                        Some(deadline) => Some(deadline.min(Instant::now() + grace)),
-                        // Its number may be another's by now.
-                        None if self.gone => None,
-                        None => Some(self.terminate(grace)),
-                    };
+                    let grace = if proxy_is_gone { SHORT_GRACE } else { GRACE };
+                    deadline = Some(match deadline {
+                        Some(deadline) => deadline.min(Instant::now() + grace),
+                        None => self.terminate(grace),
+                    });
                 }
-                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if waits_for_end => {
-                    self.kill().await;
-                }
-                // A member whose parent is not of the group says nothing to us when it ends.
-                () = sleep(LOOK_AGAIN), if waits_for_end => {}
+                // A process whose parent is not the guard says nothing to it when it ends.
+                () = sleep(LOOK_AGAIN), if deadline.is_some() => {}
             }
         }
-        kill_strays().await;
-        Ok(())
+        self.tell(Event::Gone);
     }
 
     /// Takes note of who has ended; whether anybody is left.
@@ -354,57 +376,33 @@ impl Guard {
                 Err(_) => break false,
             }
         };
-        // Not before: until then the number can't be another group's.
-        if self.exited && !self.gone && test_kill_process_group(self.command) == Err(Errno::SRCH) {
-            self.gone = true;
-            self.tell(Event::Gone);
-        }
+        self.group_gone |= self.exited && test_kill_process_group(self.command) == Err(Errno::SRCH);
         left
     }
 
-    /// Asks the group to end, also those of it that are stopped; when its patience is over.
+    /// Asks them to end, also those that are stopped; when patience is over.
     fn terminate(&self, grace: Duration) -> Instant {
-        for signal in [Signal::TERM, Signal::CONT] {
-            let _ = kill_process_group(self.command, signal);
-        }
+        self.signal(Signal::TERM);
+        self.signal(Signal::CONT);
         Instant::now() + grace
     }
 
-    /// Kills the group; what even that does not end (a process that waits for a broken disk) is
-    /// given up.
-    async fn kill(&mut self) {
-        for _ in 0..LOOKS_MAX {
-            let _ = kill_process_group(self.command, Signal::KILL);
-            sleep(LOOK_AGAIN).await;
-            self.reap();
-            if self.gone {
-                return;
-            }
+    /// Signals the group, or, when it is gone, those who have left it in time: orphans that are our
+    /// children by now.
+    fn signal(&self, signal: Signal) {
+        if !self.group_gone {
+            let _ = kill_process_group(self.command, signal);
+            return;
         }
-        self.gone = true;
-        self.tell(Event::Gone);
+        for stray in children() {
+            let _ = kill_process(stray, signal);
+        }
     }
 
     /// The socket's buffer has room for all there is to tell; if nobody listens, that is seen when
     /// it is read.
-    fn tell(&mut self, event: Event) {
+    fn tell(&self, event: Event) {
         let _ = self.control.try_write(&event.to_bytes());
-    }
-}
-
-/// Kills those who have left the group: orphans that are our children by now, and, as they end,
-/// theirs.
-async fn kill_strays() {
-    for _ in 0..LOOKS_MAX {
-        while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
-        let strays = children();
-        if strays.is_empty() {
-            break;
-        }
-        for stray in strays {
-            let _ = kill_process(stray, Signal::KILL);
-        }
-        sleep(LOOK_AGAIN).await;
     }
 }
 
@@ -428,6 +426,7 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
         format!("Failed to execute COMMAND {program:?}: {error}.")
     };
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|errno| failed(errno.into()))?;
+    hide_descriptors().map_err(failed)?;
     // The guard may have died before it could be asked for.
     if getppid() != guard.and_then(Pid::from_raw) {
         return Err(failed(Errno::SRCH.into()));

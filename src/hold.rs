@@ -95,8 +95,7 @@ impl Hold {
         })
     }
 
-    /// Says what it is.
-    pub fn set_obstacle(&self, obstacle: String) {
+    fn set_obstacle(&self, obstacle: String) {
         self.obstacle.replace(Some(obstacle));
     }
 

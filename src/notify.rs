@@ -201,7 +201,7 @@ mod tests {
         let status = Status { load: Load::default(), max: 1, carried: 0, application };
         assert_eq!(
             status.to_string(),
-            "0 connections of 1, 0 served, 0 bytes; webhook: failed to start 3 times in a row"
+            "0 connections of 1, 0 served, 0 bytes; webhook: failed 3 times in a row"
         );
     }
 }

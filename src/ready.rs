@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::convert::Infallible;
 use std::env;
 use std::fs::{self, Permissions};
 use std::io::{self, IoSliceMut};
@@ -22,6 +23,7 @@ use rustix::process::{Pid, getpgid};
 use tempfile::TempDir;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 
 use crate::logging::{RateLimit, in_words};
 use crate::socket::register;
@@ -55,9 +57,17 @@ impl Ready {
 }
 
 /// The socket COMMAND notifies; its file goes with it.
+///
+/// It is read for as long as it is there ([`NotifySocket::hear`]), ready or not: sd_notify(3) waits
+/// when ten messages are queued, and systemd-notify(1) until the descriptor of its last is closed.
 #[derive(Debug)]
 pub struct NotifySocket {
     io: AsyncFd<OwnedFd>,
+    /// Who is listened to. While that is open, messages stay queued: COMMAND may be quicker than
+    /// the news of its start.
+    family: watch::Sender<Option<Family>>,
+    /// Whether they have said that they are ready.
+    ready: watch::Sender<bool>,
     path: PathBuf,
     _directory: TempDir,
 }
@@ -95,7 +105,13 @@ impl NotifySocket {
         fs::set_permissions(directory.path(), Permissions::from_mode(0o711))?;
         sockopt::set_socket_passcred(&socket, true)?;
         socket.set_nonblocking(true)?;
-        Ok(Self { io: register(socket.into(), Interest::READABLE)?, path, _directory: directory })
+        Ok(Self {
+            io: register(socket.into(), Interest::READABLE)?,
+            family: watch::Sender::default(),
+            ready: watch::Sender::default(),
+            path,
+            _directory: directory,
+        })
     }
 
     /// For `$NOTIFY_SOCKET`.
@@ -103,17 +119,31 @@ impl NotifySocket {
         &self.path
     }
 
-    /// Forgets what was sent before now, by whoever ran before.
+    /// Forgets who ran before, and what they have sent.
     pub fn forget(&self) {
-        while self.receive(|_, _| ()).is_ok() {}
+        self.family.send_replace(None);
+        self.ready.send_replace(false);
+        while self.receive().is_ok() {}
     }
 
     /// Waits for `READY=1` from one of `family`.
     pub async fn ready(&self, family: Family) {
+        self.family.send_replace(Some(family));
+        let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
+    }
+
+    /// Takes what comes, for ever.
+    pub async fn hear(&self) -> Infallible {
+        let mut family = self.family.subscribe();
         loop {
             let mut readable = self.io.readable().await.expect("the event loop runs");
-            match self.receive(|sender, ready| ready && family.has_or_warn(sender)) {
-                Ok(true) => return,
+            if family.wait_for(Option::is_some).await.is_err() {
+                std::future::pending().await
+            }
+            match self.receive() {
+                Ok(true) => {
+                    self.ready.send_replace(true);
+                }
                 Ok(false) => {}
                 // Whatever else it is, another message makes another edge.
                 Err(_) => readable.clear_ready(),
@@ -121,9 +151,9 @@ impl NotifySocket {
         }
     }
 
-    /// Takes a message: its sender, and whether it says `READY=1`. Judged while its descriptors are
-    /// open: systemd-notify(1) lives until those of `BARRIER=1` are closed.
-    fn receive<T>(&self, judge: impl FnOnce(Option<Pid>, bool) -> T) -> Result<T, Errno> {
+    /// Takes a message; whether it is a `READY=1` that counts. Judged while its descriptors are
+    /// open, since its sender may live no longer than those of its `BARRIER=1`.
+    fn receive(&self) -> Result<bool, Errno> {
         let mut text = [0; MESSAGE_MAX];
         let mut space =
             [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(4))];
@@ -139,8 +169,9 @@ impl NotifySocket {
                 _ => {}
             }
         }
-        let ready = text[..received.bytes].split(|&byte| byte == b'\n').any(|it| it == b"READY=1");
-        Ok(judge(sender, ready))
+        let mut lines = text[..received.bytes].split(|&byte| byte == b'\n');
+        Ok(lines.any(|line| line == b"READY=1")
+            && self.family.borrow().is_some_and(|family| family.has_or_warn(sender)))
     }
 }
 

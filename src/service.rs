@@ -96,14 +96,10 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
             Rc::clone(&route),
         ));
     }
-    let application_lives = async {
-        match &application {
-            Some(application) => {
-                spawn_local(Rc::clone(application).live(hold, admission.watch())).await
-            }
-            None => std::future::pending().await,
-        }
-    };
+    let mut lives = JoinSet::new();
+    if let Some(application) = &application {
+        lives.spawn_local(Rc::clone(application).live(hold, admission.watch()));
+    }
 
     let serving = async {
         let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
@@ -116,18 +112,19 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         () = signals.stop() => Ok(()),
         () = idle => Ok(()),
         Some(ended) = entrances.join_next() => Err(ended.unwrap_or_else(internal)),
-        ended = application_lives => Err(ended.err().map_or_else(String::new, internal)),
+        Some(Err(panic)) = lives.join_next() => Err(internal(panic)),
         () = async { tokio::join!(serving, notifier.feed_watchdog()); } => Ok(()),
     };
     // From here on newcomers wait in the kernel, for the next process.
     entrances.shutdown().await;
     let stopping = [NotifyState::Stopping, NotifyState::Status("Shutting down...")];
     notifier.send(&stopping).await;
-    if let Some(application) = &application {
+    if let Some(application) = application.filter(|_| !lives.is_empty()) {
         // It may end its connections in its own way; a second signal leaves it to its guard.
         tokio::select! {
             () = application.halt() => {}
             () = signals.stop() => {}
+            Some(_) = lives.join_next() => {}
         }
     }
     let open = admission.watch().borrow().open;

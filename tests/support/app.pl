@@ -44,9 +44,15 @@ $listener or die "listen on $target: $!";
 my $ready = defined $set{ready} ? time_now() + $set{ready} : undef;
 my $is_ready = !defined $ready;
 
+sub notify {
+    socket my $notify, AF_UNIX, SOCK_DGRAM, 0 or die;
+    send $notify, $_[0], 0, pack_sockaddr_un($ENV{NOTIFY_SOCKET}) or die "notify: $!";
+}
+
 sub answer {
     return "not ready" unless $is_ready;
     return $$ if $_[0] eq 'pid';
+    return notify("STATUS=busy") && 'sent' if $_[0] eq 'status';
     return join ' ', sort keys %ENV if $_[0] eq 'environment';
     return $ENV{NOTIFY_SOCKET} // '' if $_[0] eq 'notify';
     return readlink '/proc/self/fd/0' if $_[0] eq 'stdin';
@@ -62,8 +68,7 @@ my $select = IO::Select->new($listener);
 until ($end && time_now() >= $end) {
     if (!$is_ready && time_now() >= $ready) {
         $is_ready = 1;
-        socket my $notify, AF_UNIX, SOCK_DGRAM, 0 or die;
-        send $notify, "STATUS=up\nREADY=1\n", 0, pack_sockaddr_un($ENV{NOTIFY_SOCKET}) or die "notify: $!";
+        notify("STATUS=up\nREADY=1\n");
     }
     for my $socket ($select->can_read(0.05)) {
         if ($socket == $listener) {
