@@ -206,6 +206,38 @@ fn a_killed_guard_takes_the_application_with_it() {
 }
 
 #[test]
+fn nothing_survives_when_both_are_killed() {
+    let service = Service::start(Family::Tcp, &[], &[]);
+    let app = service.pid();
+    let guard = service.guards()[0];
+    // The guard can do nothing: it is stopped before the proxy is killed.
+    kill_process(guard, Signal::STOP).unwrap();
+    service.proxy.signal(Signal::KILL);
+    kill_process(guard, Signal::KILL).unwrap();
+    wait_for_end(app);
+}
+
+#[test]
+fn who_comes_as_it_dies_is_served_by_the_next() {
+    let service = Service::start(Family::Tcp, &[], &[]);
+    let mut dying = service.pid();
+    for _ in 0..5 {
+        // Dead, and still thought to be ready.
+        service.proxy.signal(Signal::STOP);
+        let mut clients: Vec<_> = (0..10).map(|_| service.connect()).collect();
+        kill_process(dying, Signal::KILL).unwrap();
+        wait_for_end(dying);
+        service.proxy.signal(Signal::CONT);
+        let next = pid(&mut clients[0]);
+        assert_ne!(next, dying);
+        for client in &mut clients[1..] {
+            assert_eq!(pid(client), next);
+        }
+        dying = next;
+    }
+}
+
+#[test]
 fn a_stopped_proxy_waits_for_its_end() {
     // To the proxy alone, as with KillMode=mixed, or to all processes of the unit.
     for to_all in [false, true] {
