@@ -7,17 +7,14 @@
 mod container;
 mod support;
 
-use std::env;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, UdpSocket};
 use std::process::{Command, ExitCode};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use container::Container;
-use libtest_mimic::{Arguments, Trial};
+use container::{Container, Test};
 use socket2::Socket;
 use support::*;
 use tokio::time::Instant;
@@ -27,17 +24,8 @@ const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 /// Where Debian has systemd-socket-proxyd; in the container it is ours.
 const IN_ITS_PLACE: &str = "/usr/lib/systemd/systemd-socket-proxyd";
 
-type Test = (&'static str, fn(&Container));
-
 fn main() -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    arguments.test_threads = arguments.test_threads.or(Some(2));
-    if let Some(missing) = Container::missing() {
-        eprintln!("SKIPPED: the tests in a real systemd need {missing}");
-        let in_ci = env::var_os("CI").is_some();
-        return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
-    }
-    let tests: [Test; 8] = [
+    let tests: &[Test] = &[
         ("time spans are systemd's", time_spans),
         ("a unit written for systemd-socket-proxyd", drop_in),
         ("the journal has fields", journal),
@@ -47,24 +35,11 @@ fn main() -> ExitCode {
         ("accept(2) is forbidden", forbidden_accept),
         ("an ephemeral port nobody listens on", self_connection),
     ];
-    if arguments.list {
-        let list = tests.iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
-        return libtest_mimic::run(&arguments, list).exit_code();
-    }
-    let mut files = Container::files();
-    files.push((OURS.into(), IN_ITS_PLACE.into()));
-    let container = Arc::new(Container::boot(&files));
-
-    let trials = tests.map(|(name, test)| {
-        let container = Arc::clone(&container);
-        Trial::test(name, move || {
-            test(&container);
-            Ok(())
-        })
-    });
-    let conclusion = libtest_mimic::run(&arguments, trials.into());
-    drop(container);
-    conclusion.exit_code()
+    container::run(Container::missing(), tests, || {
+        let mut files = Container::files();
+        files.push((OURS.into(), IN_ITS_PLACE.into()));
+        Container::boot(&files)
+    })
 }
 
 fn time_spans(_: &Container) {

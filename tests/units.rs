@@ -8,34 +8,20 @@
 mod container;
 mod support;
 
-use std::env;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::thread;
 
-use container::Container;
-use libtest_mimic::{Arguments, Trial};
+use container::{Container, Test};
 use support::*;
 use tokio::time::Instant;
 
 /// Where `make test` puts yaq.
 const YAQ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/yaq");
 
-type Test = (&'static str, fn(&Container));
-
 fn main() -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    arguments.test_threads = arguments.test_threads.or(Some(2));
-    if let Some(missing) = missing() {
-        eprintln!(
-            "SKIPPED: the tests of the shipped units need {missing}; `make test` installs it"
-        );
-        let in_ci = env::var_os("CI").is_some();
-        return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
-    }
-    let tests: [Test; 9] = [
+    let tests: &[Test] = &[
         ("units are verified without a word", verify),
         ("aptly", aptly),
         ("webhook", webhook),
@@ -46,27 +32,15 @@ fn main() -> ExitCode {
         ("on-demand-service", on_demand_service),
         ("an application and its proxy in a network of their own", isolated),
     ];
-    if arguments.list {
-        let list = tests.iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
-        return libtest_mimic::run(&arguments, list).exit_code();
-    }
-    let mut files = Container::files();
-    files.push((YAQ.into(), "/opt/yaq".into()));
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/app.pl");
-    files.push((program, "/usr/local/lib/app.pl".into()));
-    let container = Arc::new(Container::boot(&files));
-    prepare(&container);
-
-    let trials = tests.map(|(name, test)| {
-        let container = Arc::clone(&container);
-        Trial::test(name, move || {
-            test(&container);
-            Ok(())
-        })
-    });
-    let conclusion = libtest_mimic::run(&arguments, trials.into());
-    drop(container);
-    conclusion.exit_code()
+    container::run(missing(), tests, || {
+        let mut files = Container::files();
+        files.push((YAQ.into(), "/opt/yaq".into()));
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/app.pl");
+        files.push((program, "/usr/local/lib/app.pl".into()));
+        let container = Container::boot(&files);
+        prepare(&container);
+        container
+    })
 }
 
 fn missing() -> Option<&'static str> {
@@ -387,10 +361,34 @@ fn on_demand_service(container: &Container) {
         proxy: "app-proxy.service",
         application: "/usr/bin/python3 -m http.server .* 18084",
     };
-    system.lives(|| {
-        let page = curl(container, &["http://127.0.0.1:8084/"]);
+    let url = "http://127.0.0.1:8084/";
+    let request = || {
+        let page = curl(container, &[url]);
         assert!(page.contains("Directory listing"), "{page}");
+    };
+    system.lives(request);
+
+    // One that can't start fails its clients and nothing else, and is served again once it can.
+    let broken = "/run/systemd/system/app.service.d/broken.conf";
+    container.write(broken, "[Service]\nExecStart=\nExecStart=/bin/false\n");
+    let impatient =
+        "sed -i s/backend-wait=90s/backend-wait=3s/ /etc/systemd/system/app-proxy.service";
+    container.run(&["sh", "-c", impatient]);
+    system.stops();
+    container.wait_for("app-proxy.service", "ActiveState", "inactive");
+    container.run(&["systemctl", "daemon-reload"]);
+    thread::scope(|scope| {
+        for _ in 0..30 {
+            scope.spawn(|| {
+                let words = ["curl", "-sS", "--max-time", "60", url];
+                assert!(!container.output(&words).status.success());
+            });
+        }
     });
+    assert_ne!(container.show("app-proxy.socket")["ActiveState"], "failed");
+    container.run(&["rm", broken]);
+    container.run(&["systemctl", "daemon-reload"]);
+    request();
 }
 
 fn isolated(container: &Container) {

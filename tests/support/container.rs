@@ -3,14 +3,17 @@
 #![allow(dead_code, unreachable_pub, reason = "as in the rest of the support")]
 
 use std::collections::HashMap;
+use std::env;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use libtest_mimic::{Arguments, Trial};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -23,6 +26,29 @@ pub struct Container {
     /// The container's first process, as this namespace counts it.
     leader: u32,
     _directory: TempDir,
+}
+
+/// A test and its name.
+pub type Test = (&'static str, fn(&Container));
+
+/// Runs tests in one container, two at a time; without what they need it says so, and fails in CI.
+pub fn run(missing: Option<&str>, tests: &[Test], boot: impl FnOnce() -> Container) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = arguments.test_threads.or(Some(2));
+    if let Some(missing) = missing {
+        eprintln!("SKIPPED: the tests in a real systemd need {missing}; `make test` installs it");
+        let in_ci = env::var_os("CI").is_some();
+        return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    }
+    let container = (!arguments.list).then(|| Arc::new(boot()));
+    let trials = tests.iter().map(|&(name, test)| {
+        let container = container.clone();
+        Trial::test(name, move || {
+            test(&container.expect("a list runs nothing"));
+            Ok(())
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
 /// Runs in a mount namespace of its own, so that no mount outlives it: $1 the empty directory, the
