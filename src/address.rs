@@ -61,6 +61,20 @@ impl Address {
         }
     }
 
+    /// Whether a listener with this address is who answers at `target`, in the same network: at the
+    /// address itself, or, on all addresses, at the loopback one.
+    pub fn answers_at(&self, target: &Self) -> bool {
+        match (self, target) {
+            (Self::Inet(ours), Self::Inet(theirs)) => {
+                let (at, to) = (ours.ip().to_canonical(), theirs.ip().to_canonical());
+                ours.port() == theirs.port()
+                    && (at == to || at.is_unspecified() && to.is_loopback() || to.is_unspecified())
+            }
+            (Self::Unix(None), _) => false,
+            _ => self == target,
+        }
+    }
+
     /// Reads what accept4(2) gave; `None` for a family it can't tell (vsock).
     pub fn from_accepted(address: Option<SocketAddrAny>) -> Option<Self> {
         let Some(address) = address else {
@@ -160,6 +174,24 @@ impl fmt::Display for UnixName {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_listener_answers_at_its_own_address() {
+        let inet = |text: &str| Address::Inet(text.parse().unwrap());
+        for (listener, target, answers) in [
+            ("127.0.0.1:80", "127.0.0.1:80", true),
+            ("127.0.0.1:80", "127.0.0.1:81", false),
+            ("[::]:80", "127.0.0.1:80", true),
+            ("0.0.0.0:80", "[::1]:80", true),
+            ("[::ffff:127.0.0.1]:80", "127.0.0.1:80", true),
+            ("0.0.0.0:80", "192.0.2.1:80", false),
+            ("127.0.0.1:80", "0.0.0.0:80", true),
+        ] {
+            assert_eq!(inet(listener).answers_at(&inet(target)), answers, "{listener} {target}");
+        }
+        let unnamed = Address::Unix(None);
+        assert!(!unnamed.answers_at(&unnamed));
+    }
 
     #[test]
     fn unix_names_are_held_to_the_kernels_limit() {

@@ -7,8 +7,9 @@
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
+use std::convert::Infallible;
 use std::fmt;
-use std::io;
+use std::mem;
 use std::process::ExitStatus;
 use std::rc::Rc;
 use std::time::Duration;
@@ -19,29 +20,37 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::admission::Load;
 use crate::command::CommandLine;
 use crate::dial::DialError;
-use crate::guard::Run;
 use crate::hold::{Hold, Pauses};
 use crate::idle::idle_for;
 use crate::logging::{RateLimit, in_words};
 use crate::ready::{Family, NotifySocket};
+use crate::run::Run;
 use crate::socket::Socket;
+use crate::target::Target;
 use crate::timespan::TimeSpan;
 
-/// Between two attempts to start what ends before it is ready, at first and at most.
+/// Between two attempts to start what fails, at first and at most.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
+const DOUBLINGS_MAX: u32 = 7;
 
-/// A run of this length is no failure, however it ends.
-const STEADY: Duration = Duration::from_secs(10);
+/// A run that has been ready for this long is no failure to start, however it ends.
+const STEADY: Duration = Duration::from_secs(1);
 
-/// How long somebody else has to answer at the target before COMMAND is started, and how often that
-/// is looked at: its last run may be ending still, behind a proxy that was killed.
+/// Before COMMAND is started nobody else may answer at the target. Who does not answer within this
+/// time, listens for nobody.
 const FOREIGN_ANSWER: Duration = Duration::from_secs(1);
-const FOREIGN_PAUSE: Duration = Duration::from_millis(200);
+
+/// Between two looks whether somebody else still serves the target, or whether it still can't be
+/// reached. It may be COMMAND's last run, ending behind a proxy that was killed.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// COMMAND runs and is not ready: after this long that is said.
+const SLOW: Duration = Duration::from_secs(10);
 
 static LIFE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
 static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
-static FOREIGN: RateLimit = RateLimit::new(1, Duration::from_secs(10));
+static STANDING: RateLimit = RateLimit::new(1, Duration::from_secs(10));
 
 /// Where COMMAND is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,16 +64,17 @@ pub enum Phase {
     Ready,
     /// It was asked to end, or has ended, and something of it is left.
     Stopping,
-    /// It has ended before it was ready, or soon after, this many times in a row, and will be tried
-    /// again.
+    /// It has ended before it was ready, or at once after, this many times in a row.
     Failed(u32),
-    /// Time won't mend what keeps it, or us, from the target.
+    /// Somebody else serves its target.
+    Occupied,
+    /// Time won't mend what keeps us from the target.
     Hopeless,
 }
 
 impl Phase {
     fn is_at_rest(self) -> bool {
-        matches!(self, Self::Stopped | Self::Failed(_) | Self::Hopeless)
+        matches!(self, Self::Stopped | Self::Failed(_) | Self::Occupied | Self::Hopeless)
     }
 }
 
@@ -77,7 +87,8 @@ impl fmt::Display for Phase {
             Self::Stopping => f.write_str("stopping"),
             Self::Failed(1) => f.write_str("failed"),
             Self::Failed(times) => write!(f, "failed {times} times in a row"),
-            Self::Hopeless => f.write_str("can't be reached"),
+            Self::Occupied => f.write_str("its target is served by somebody else"),
+            Self::Hopeless => f.write_str("its target can't be reached"),
         }
     }
 }
@@ -86,6 +97,8 @@ impl fmt::Display for Phase {
 #[derive(Debug)]
 pub struct Application {
     command: CommandLine,
+    /// What it has to serve.
+    target: Target,
     /// Where it says that it is ready; without it, it is when the target answers.
     notify: Option<NotifySocket>,
     stop_idle_time: TimeSpan,
@@ -105,7 +118,7 @@ pub struct Application {
 pub struct ReadyRun(watch::Receiver<Phase>);
 
 impl ReadyRun {
-    /// Waits for its end, or the first thought of it.
+    /// Waits until COMMAND is not ready any more: it has ended, or is about to be stopped.
     pub async fn over(&mut self) {
         if self.0.changed().await.is_err() {
             std::future::pending().await
@@ -130,16 +143,18 @@ impl Drop for Waiting<'_> {
 }
 
 impl Application {
-    /// `notify` is where COMMAND says that it is ready; `descriptors` the soft limit on them that
+    /// `target` is what COMMAND has to serve; `notify` where it says that it is ready; `descriptors` the soft limit on them that
     /// it is given.
     pub fn new(
         command: CommandLine,
+        target: Target,
         notify: Option<NotifySocket>,
         stop_idle_time: TimeSpan,
         descriptors: Option<u64>,
     ) -> Self {
         Self {
             command,
+            target,
             notify,
             stop_idle_time,
             descriptors,
@@ -201,7 +216,11 @@ impl Application {
     }
 
     /// Lives its life, for ever. `load` is the proxy's, for the idle time.
-    pub async fn live(self: Rc<Self>, hold: Rc<Hold>, mut load: watch::Receiver<Load>) {
+    pub async fn live(
+        self: Rc<Self>,
+        hold: Rc<Hold>,
+        mut load: watch::Receiver<Load>,
+    ) -> Infallible {
         let hear = async {
             match &self.notify {
                 Some(notify) => notify.hear().await,
@@ -210,36 +229,15 @@ impl Application {
         };
         let live = async {
             let mut failures = 0;
-            let mut pause = PAUSE_FIRST;
             loop {
                 self.needed().await;
-                let start = Instant::now();
-                match self.run(&hold, &mut load).await {
-                    End::Asked => {
-                        (failures, pause) = (0, PAUSE_FIRST);
-                        self.phase.send_replace(Phase::Stopped);
-                    }
-                    End::Foreign => {
-                        self.phase.send_replace(Phase::Failed(failures + 1));
-                        sleep(FOREIGN_PAUSE).await;
-                    }
-                    End::Died(status) if start.elapsed() >= STEADY || is_success(status) => {
-                        (failures, pause) = (0, PAUSE_FIRST);
-                        self.died(status);
-                        self.phase.send_replace(Phase::Stopped);
-                        sleep(pause).await;
-                    }
-                    end => {
-                        failures += 1;
-                        self.failed(&end, failures, pause);
-                        sleep(pause).await;
-                        pause = (pause * 2).min(PAUSE_MAX);
-                    }
-                }
+                let end = self.run(&hold, &mut load).await;
+                let pause = self.take_note(end, &mut failures);
+                sleep(pause).await;
             }
         };
         tokio::select! {
-            never = hear => match never {},
+            never = hear => never,
             never = live => never,
         }
     }
@@ -255,7 +253,7 @@ impl Application {
         }
     }
 
-    /// From the first thought of starting it to the moment when nothing of it is left.
+    /// From the decision to start it to the moment when nothing of it is left.
     async fn run(&self, hold: &Hold, load: &mut watch::Receiver<Load>) -> End {
         self.phase.send_replace(Phase::Starting);
         let mut run = None;
@@ -263,17 +261,22 @@ impl Application {
         let end = tokio::select! {
             biased;
             _ = halted.wait_for(|halted| *halted) => End::Asked,
-            () = idle_for(self.stop_idle_time, load) => {
-                if let Some(suppressed) = LIFE.pass() {
-                    let (name, time) = (&self.command, self.stop_idle_time);
-                    tracing::info!("Stopping {name}, no connection for {time}.{suppressed}");
-                }
-                End::Asked
-            }
+            () = idle_for(self.stop_idle_time, load) => End::Idle,
             end = self.serve(hold, &mut run) => end,
         };
         if let Some(run) = run {
-            self.waits_for(format!("{} is still stopping", self.command));
+            let name = &self.command;
+            match end {
+                End::Asked => tracing::info!("Stopping {name}."),
+                End::Idle => {
+                    if let Some(suppressed) = LIFE.pass() {
+                        let time = self.stop_idle_time;
+                        tracing::info!("Stopping {name}, no connection for {time}.{suppressed}");
+                    }
+                }
+                _ => {}
+            }
+            self.set_obstacle(format!("{name} is still stopping"));
             self.phase.send_replace(Phase::Stopping);
             run.stop().await;
         }
@@ -282,42 +285,35 @@ impl Application {
 
     /// Starts it, and waits until it is ready and until it ends.
     async fn serve(&self, hold: &Hold, run: &mut Option<Run>) -> End {
-        let name = &self.command;
-        let error = match timeout(FOREIGN_ANSWER, hold.dialer.dial_once()).await {
-            Ok(Ok(socket)) => {
-                socket.close();
-                return self.foreign(hold);
-            }
-            Ok(Err(error)) if error.is_full_backlog() => return self.foreign(hold),
-            Ok(Err(error)) if !error.may_pass() => return End::Hopeless(error),
-            Ok(Err(error)) => error.reason(),
-            Err(_) => "no answer".into(),
+        let (name, target) = (&self.command, &self.target);
+        let reason = match self.nobody_answers(hold).await {
+            Ok(reason) => reason,
+            Err(end) => return end,
         };
         if let Some(suppressed) = LIFE.pass() {
-            let target = hold.dialer.target();
-            tracing::info!("Starting {name} to serve {target} ({error}).{suppressed}");
+            tracing::info!("Starting {name}, {target} does not answer yet ({reason}).{suppressed}");
         }
-        self.waits_for(match &self.notify {
-            Some(_) => format!("{name} has not sent READY=1"),
-            None => format!("Failed to connect to remote host: {}: {error}", hold.dialer.target()),
-        });
         if let Some(notify) = &self.notify {
             notify.forget();
         }
         let start = Instant::now();
+        let failed = |error| End::Failed(format!("Failed to start {name}: {}", in_words(&error)));
         let started = match Run::start(self.notify.as_ref().map(NotifySocket::path)) {
             Ok(started) => run.insert(started),
-            Err(error) => return End::Unstartable(error),
+            Err(error) => return failed(error),
         };
         let family = match started.launch(&self.command, self.descriptors).await {
             Ok(family) => family,
-            Err(error) => return End::Unstartable(error),
+            Err(error) => return failed(error),
         };
         let reached = tokio::select! {
             biased;
             // First: if it can't listen because somebody else does, that one is not it.
-            status = started.exited() => return End::BeforeReady(status),
+            status = started.exited() => {
+                return self.has_failed("before", status);
+            }
             reached = self.is_ready(hold, family) => reached,
+            never = self.warn_if_slow() => match never {},
         };
         let reached = match reached {
             Ok(reached) => reached,
@@ -327,17 +323,49 @@ impl Application {
             let took = start.elapsed().as_secs_f32();
             tracing::info!("{name} is ready after {took:.2}s.{suppressed}");
         }
+        let ready = Instant::now();
         self.phase.send_replace(Phase::Ready);
         if let Some(socket) = reached {
             hold.offer(socket).await;
         }
-        End::Died(started.exited().await)
+        let status = started.exited().await;
+        if ready.elapsed() < STEADY {
+            return self.has_failed("as soon as", status);
+        }
+        End::Died(status)
+    }
+
+    fn has_failed(&self, when: &str, status: Option<ExitStatus>) -> End {
+        let (name, how) = (&self.command, how(status));
+        let hint = match status {
+            Some(status) if status.success() => "; it has to stay in the foreground",
+            _ => "",
+        };
+        End::Failed(format!("{name} has ended {when} it was ready ({how}){hint}"))
+    }
+
+    /// Makes sure that it has the target for itself: why nobody answers there.
+    async fn nobody_answers(&self, hold: &Hold) -> Result<String, End> {
+        let target = &self.target;
+        self.set_obstacle(format!("Failed to connect to remote host: {target}: no answer"));
+        match timeout(FOREIGN_ANSWER, hold.dialer.dial_once()).await {
+            Ok(Ok(socket)) => {
+                socket.close();
+                Err(End::Foreign)
+            }
+            Ok(Err(error)) if error.is_full_backlog() => Err(End::Foreign),
+            Ok(Err(error)) if !error.may_pass() => Err(End::Hopeless(error)),
+            Ok(Err(error)) => Ok(error.reason()),
+            Err(_) => Ok("no answer".into()),
+        }
     }
 
     /// Waits until it says that it is ready, or answers, as long as somebody waits for that; then
     /// gives the connection.
     async fn is_ready(&self, hold: &Hold, family: Family) -> Result<Option<Socket>, DialError> {
+        let name = &self.command;
         if let Some(notify) = &self.notify {
+            self.set_obstacle(format!("{name} runs, but has not sent READY=1"));
             notify.ready(family).await;
             return Ok(None);
         }
@@ -349,90 +377,96 @@ impl Application {
             match hold.dialer.dial_once().await {
                 Ok(socket) => return Ok(Some(socket)),
                 Err(error) if !error.may_pass() => return Err(error),
-                Err(error) => {
-                    // Another obstacle than before may be one that the user has to remove.
-                    if self.waits_for(error.to_string())
-                        && let Some(suppressed) = LIFE.pass()
-                    {
-                        tracing::info!("{} is not ready: {error}.{suppressed}", self.command);
-                    }
+                Err(error) => self.set_obstacle(format!("{error} ({name} runs)")),
+            }
+        }
+    }
+
+    /// Says once what it is that clients wait for.
+    async fn warn_if_slow(&self) -> Infallible {
+        sleep(SLOW).await;
+        if let Some(suppressed) = LIFE.pass() {
+            let obstacle = self.obstacle.borrow().clone();
+            tracing::warn!(
+                "{} is not ready after {}s: {obstacle}.{suppressed}",
+                self.command,
+                SLOW.as_secs()
+            );
+        }
+        std::future::pending().await
+    }
+
+    /// Logs and publishes how a run has ended; how long to wait before the next.
+    fn take_note(&self, end: End, failures: &mut u32) -> Duration {
+        let name = &self.command;
+        let before = mem::take(failures);
+        let (failure, phase, pause) = match end {
+            End::Asked | End::Idle => {
+                self.phase.send_replace(Phase::Stopped);
+                return Duration::ZERO;
+            }
+            End::Died(status) => {
+                if let Some(suppressed) = FAILURES.pass() {
+                    let how = how(status);
+                    tracing::warn!(
+                        "{name} has ended ({how}), the next client starts it again.{suppressed}"
+                    );
+                }
+                self.phase.send_replace(Phase::Stopped);
+                return Duration::ZERO;
+            }
+            End::Failed(failure) => {
+                *failures = before.saturating_add(1);
+                let pause = PAUSE_FIRST * 2_u32.pow(before.min(DOUBLINGS_MAX));
+                (failure, Phase::Failed(*failures), pause.min(PAUSE_MAX))
+            }
+            End::Foreign => {
+                let target = &self.target;
+                let failure =
+                    format!("Failed to start {name}: somebody else serves {target} already");
+                (failure, Phase::Occupied, LOOK_AGAIN)
+            }
+            End::Hopeless(error) => (error.to_string(), Phase::Hopeless, LOOK_AGAIN),
+        };
+        match phase {
+            Phase::Failed(times) => {
+                if let Some(suppressed) = FAILURES.pass() {
+                    let pause = TimeSpan::new(pause);
+                    tracing::error!(
+                        "{failure}; failure {times} in a row, next attempt in {pause}.{suppressed}"
+                    );
+                }
+            }
+            _ => {
+                if let Some(suppressed) = STANDING.pass() {
+                    tracing::error!("{failure}.{suppressed}");
                 }
             }
         }
+        self.set_obstacle(failure);
+        self.phase.send_replace(phase);
+        pause
     }
 
-    fn foreign(&self, hold: &Hold) -> End {
-        let (name, target) = (&self.command, hold.dialer.target());
-        let failure = format!("Failed to start {name}: somebody else serves {target} already");
-        if let Some(suppressed) = FOREIGN.pass() {
-            tracing::error!("{failure}.{suppressed}");
-        }
-        self.waits_for(failure);
-        End::Foreign
-    }
-
-    fn failed(&self, end: &End, times: u32, pause: Duration) {
-        let name = &self.command;
-        let failure = match end {
-            End::Hopeless(error) => error.to_string(),
-            End::Unstartable(error) => format!("Failed to start {name}: {}", in_words(error)),
-            End::BeforeReady(status) => {
-                let hint =
-                    if is_success(*status) { "; it has to stay in the foreground" } else { "" };
-                format!("{name} has ended before it was ready ({}){hint}", how(*status))
-            }
-            End::Died(status) => {
-                format!("{name} has ended soon after it was ready ({})", how(*status))
-            }
-            End::Asked | End::Foreign => return,
-        };
-        if let Some(suppressed) = FAILURES.pass() {
-            let pause = TimeSpan::new(pause);
-            tracing::error!(
-                "{failure}, failure {times} in a row, no other attempt for {pause}.{suppressed}"
-            );
-        }
-        self.waits_for(failure);
-        self.phase.send_replace(match end {
-            End::Hopeless(_) => Phase::Hopeless,
-            _ => Phase::Failed(times),
-        });
-    }
-
-    fn died(&self, status: Option<ExitStatus>) {
-        if let Some(suppressed) = FAILURES.pass() {
-            let (name, status) = (&self.command, how(status));
-            tracing::warn!(
-                "{name} has ended ({status}), the next client starts it again.{suppressed}"
-            );
-        }
-    }
-
-    /// Notes what clients wait for; whether that is new.
-    fn waits_for(&self, obstacle: String) -> bool {
-        let before = self.obstacle.replace(obstacle);
-        before != *self.obstacle.borrow()
+    fn set_obstacle(&self, obstacle: String) {
+        self.obstacle.replace(obstacle);
     }
 }
 
 /// How a run of COMMAND came to its end.
 enum End {
-    /// Idle, or halted.
+    /// Halted.
     Asked,
+    /// Nobody used it.
+    Idle,
     /// The target answers without it.
     Foreign,
-    /// It could not be started.
-    Unstartable(io::Error),
     /// Time won't mend what keeps us from the target.
     Hopeless(DialError),
-    /// By itself, and it was never ready.
-    BeforeReady(Option<ExitStatus>),
-    /// By itself.
+    /// It was never ready, or only for a moment.
+    Failed(String),
+    /// By itself, after it had served.
     Died(Option<ExitStatus>),
-}
-
-fn is_success(status: Option<ExitStatus>) -> bool {
-    status.is_some_and(|status| status.success())
 }
 
 fn how(status: Option<ExitStatus>) -> String {

@@ -83,7 +83,9 @@ impl Config {
         };
         let mut targets = arguments.target;
         let target = match (targets.pop(), targets.is_empty()) {
-            (None, _) => return Err("Not enough parameters.".into()),
+            (None, _) => {
+                return Err("Not enough parameters. (There is no TARGET; see --help.)".into());
+            }
             (Some(_), false) if command.is_some() => {
                 return Err("Too many parameters: one COMMAND serves one TARGET, write \
                             TARGET -- COMMAND [ARG...]."
@@ -145,27 +147,26 @@ const HELP: &str = "\
 socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]]
 
 Carry each connection on a listening socket to TARGET: HOST:PORT, HOST (port
-80), /path, @abstract or vsock:CID:PORT. COMMAND serves it while it is in use.
+80), /path, @abstract or vsock:CID:PORT. The first client starts COMMAND.
 
 Sockets:
      --listen=ADDRESS        Open ADDRESS (default: the sockets systemd passes)
   -c --connections-max=N     Close connections above this number (default: 256)
-     --exit-idle-time=TIME   Exit when without a connection for this duration
+     --exit-idle-time=TIME   Exit when without a connection (default: never)
 
 Backend:
-     --backend-wait=TIME     Wait for TARGET to be up (default: 0; COMMAND: 90s)
+     --backend-wait=TIME     Hold clients until TARGET is up (0; COMMAND: 90s)
      --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
      --proxy-protocol=v1     Tell TARGET the client's address
-     --ready=connect|notify  COMMAND is up if TARGET answers, or it says so
-     --stop-idle-time=TIME   Stop COMMAND when without a connection for TIME
+     --ready=connect|notify  COMMAND is up when TARGET answers, or it says so
+     --stop-idle-time=TIME   Stop COMMAND when without a connection (never)
 
 Other:
      --log-level=LEVEL       err, warning, notice, info (default) or debug
   -h --help                  Show this help
      --version               Show the version
 
-TIME is a span as in systemd.time(7): 30s, 5min 20s, infinity.
-See the socket-proxyd(8) man page for details.
+TIME is as in systemd.time(7): 30s, 5min 20s, infinity. See socket-proxyd(8).
 ";
 
 /// The command line as clap takes it apart, in the order of `--help`.
@@ -386,7 +387,7 @@ mod tests {
     #[test]
     fn messages_are_upstreams() {
         for (args, message) in [
-            (&[][..], "Not enough parameters."),
+            (&[][..], "Not enough parameters. (There is no TARGET; see --help.)"),
             (&["a", "b"], "Too many parameters. (One TARGET; a COMMAND follows it after --.)"),
             (&["-c", "0", "x"], "Connection limit is too low."),
             (&["-c=5", "x"], "Failed to parse --connections-max= argument: =5"),

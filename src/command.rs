@@ -36,12 +36,15 @@ impl CommandLine {
             Ok(()) => Ok(Self { words }),
             Err(errno) => {
                 let why = match errno {
+                    Errno::NOENT if program.as_encoded_bytes().contains(&b' ') => {
+                        "there is no such file; its arguments are words of their own".into()
+                    }
                     Errno::NOENT if !has_slash(program) => "it is nowhere in $PATH".into(),
                     Errno::ISDIR => "it is a directory".into(),
                     Errno::ACCESS => "it is not executable, or not for this user".into(),
                     errno => in_words(&errno.into()),
                 };
-                Err(format!("Failed to find COMMAND {program:?}: {why}."))
+                Err(format!("Failed to execute COMMAND {program:?}: {why}."))
             }
         }
     }
@@ -102,6 +105,7 @@ mod tests {
             ("", "There is no COMMAND after --; write TARGET -- COMMAND [ARG...]."),
             ("no-such-program", "\"no-such-program\": it is nowhere in $PATH."),
             ("/bin/no-such-program", "No such file or directory."),
+            ("/bin/sh -c true", "there is no such file; its arguments are words of their own."),
             ("/usr", "it is a directory."),
             ("/etc/passwd", "it is not executable, or not for this user."),
         ] {

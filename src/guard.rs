@@ -3,7 +3,7 @@
 //! A parent-death signal reaches COMMAND itself and none of its children, so a killed proxy would
 //! leave those behind. The guard is this program again, under another name and without anything of
 //! the proxy's but one socket. It is the subreaper of all that COMMAND starts: orphans become its
-//! children (`PR_SET_CHILD_SUBREAPER`), so it knows who is left, and ends them when the socket does.
+//! children (`PR_SET_CHILD_SUBREAPER`), so it knows who is left, and ends them all.
 //!
 //! ```text
 //! proxy --socket--> guard --fork--> launch --exec--> COMMAND
@@ -12,22 +12,20 @@
 //! `launch` is the moment between fork and exec, in a program of its own: what is to be done there
 //! needs no unsafe code then. It asks to be killed when the guard is, which lasts beyond the exec.
 //!
-//! The proxy sends the words of COMMAND, later [`STOP`], and the end of its bytes when it is gone
-//! itself. The guard sends [`Event`]s.
+//! The proxy's side of the socket, and what goes over it, is in [`run`](crate::run).
 
 #![forbid(unsafe_code)]
 
 use std::convert::Infallible;
 use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -36,22 +34,16 @@ use rustix::process::{
     kill_process_group, set_child_subreaper, set_parent_process_death_signal, setrlimit,
     test_kill_process_group, wait,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::process::Child;
 use tokio::signal::unix::{self, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
-use crate::activation::hide_descriptors;
 use crate::command::CommandLine;
 use crate::logging::in_words;
-use crate::ready::Family;
+use crate::run::{Event, GUARD, THIS_PROGRAM};
 
-/// This program, whatever has become of its file since it was started.
-const THIS_PROGRAM: &str = "/proc/self/exe";
-
-/// The names under which it is the guard, and the moment before COMMAND.
-const GUARD: &str = "proxyd-guard";
+/// The name under which this program is the moment before COMMAND.
 const LAUNCH: &str = "proxyd-launch";
 
 /// From SIGTERM to SIGKILL, when it is the proxy that stops COMMAND.
@@ -67,164 +59,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Attempts to kill what does not end, before it is given up: a process that waits for a broken
 /// disk, or that has become another user's.
 const KILLS_MAX: u32 = 100;
-
-/// The byte that asks for the end of COMMAND.
-const STOP: u8 = b'T';
-
-/// What the guard tells: a letter and a number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Event {
-    /// COMMAND runs; its process, which leads its group.
-    Started(i32),
-    /// COMMAND itself has ended, with this status (wait(2)).
-    Exited(i32),
-    /// Nothing is left of all it has started.
-    Gone,
-}
-
-impl Event {
-    const SIZE: usize = 5;
-
-    fn to_bytes(self) -> [u8; Self::SIZE] {
-        let (letter, number) = match self {
-            Self::Started(pid) => (b'S', pid),
-            Self::Exited(status) => (b'X', status),
-            Self::Gone => (b'G', 0),
-        };
-        let [a, b, c, d] = number.to_le_bytes();
-        [letter, a, b, c, d]
-    }
-
-    fn from_bytes([letter, number @ ..]: [u8; Self::SIZE]) -> io::Result<Self> {
-        let number = i32::from_le_bytes(number);
-        match letter {
-            b'S' => Ok(Self::Started(number)),
-            b'X' => Ok(Self::Exited(number)),
-            b'G' => Ok(Self::Gone),
-            _ => Err(io::ErrorKind::InvalidData.into()),
-        }
-    }
-}
-
-// The proxy's side.
-
-/// A run of COMMAND. Dropped, it is ended, after [`SHORT_GRACE`] by force.
-#[derive(Debug)]
-pub struct Run {
-    control: UnixStream,
-    guard: Child,
-    /// Whether the guard knows what to start.
-    launched: bool,
-    group: Option<Pid>,
-}
-
-impl Run {
-    /// Starts a guard, in a process group of its own, so that a terminal's signals reach the proxy
-    /// alone. It inherits standard output and error, and no other descriptor.
-    ///
-    /// # Errors
-    /// fork(2)'s and execve(2)'s.
-    pub fn start(notify: Option<&Path>) -> io::Result<Self> {
-        let (control, theirs) = StdUnixStream::pair()?;
-        control.set_nonblocking(true)?;
-        let mut command = Command::new(THIS_PROGRAM);
-        command.arg0(GUARD).stdin(OwnedFd::from(theirs)).process_group(0);
-        for name in [
-            "LISTEN_PID",
-            "LISTEN_PIDFDID",
-            "LISTEN_FDS",
-            "LISTEN_FDNAMES",
-            "NOTIFY_SOCKET",
-            "WATCHDOG_PID",
-            "WATCHDOG_USEC",
-        ] {
-            command.env_remove(name);
-        }
-        if let Some(path) = notify {
-            command.env("NOTIFY_SOCKET", path);
-        }
-        let guard = tokio::process::Command::from(command).spawn()?;
-        Ok(Self { control: UnixStream::from_std(control)?, guard, launched: false, group: None })
-    }
-
-    /// Has the guard start COMMAND, with this soft limit on descriptors, and says who will speak
-    /// for it.
-    ///
-    /// # Errors
-    /// When the guard fails; it has said why.
-    pub async fn launch(
-        &mut self,
-        command: &CommandLine,
-        limit: Option<u64>,
-    ) -> io::Result<Family> {
-        let mut words = vec![limit.map_or_else(OsString::new, |limit| limit.to_string().into())];
-        words.extend(command.words.iter().cloned());
-        let text = words.join(OsStr::new("\0"));
-        let length = u32::try_from(text.len()).map_err(|_| Errno::TOOBIG)?;
-        self.control.write_all(&length.to_le_bytes()).await?;
-        self.control.write_all(text.as_bytes()).await?;
-        self.launched = true;
-        self.event().await?;
-        let guard = self.guard.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
-        let family = self.group.zip(guard).map(|(group, guard)| Family { group, guard });
-        family.ok_or_else(|| io::Error::other("its guard has ended"))
-    }
-
-    /// Waits for the end of COMMAND itself: how it ended, or `None` when its guard did first.
-    pub async fn exited(&mut self) -> Option<ExitStatus> {
-        match self.event().await {
-            Ok(Event::Exited(status)) => Some(ExitStatus::from_raw(status)),
-            _ => None,
-        }
-    }
-
-    /// Ends COMMAND: SIGTERM to its process group, and SIGKILL after 10 s; then the same for what has
-    /// left the group. Waits until nothing is left.
-    pub async fn stop(mut self) {
-        if self.launched {
-            // A guard that has ended is seen below.
-            let _ = self.control.write_all(&[STOP]).await;
-            let gone = loop {
-                match self.event().await {
-                    Ok(Event::Gone) => break true,
-                    Ok(_) => {}
-                    Err(_) => break false,
-                }
-            };
-            if !gone {
-                self.kill().await;
-            }
-        }
-        drop(self.control);
-        let _ = self.guard.wait().await;
-    }
-
-    /// Without its guard COMMAND is killed by the kernel, and what it started by us.
-    async fn kill(&mut self) {
-        let Some(group) = self.group else { return };
-        tracing::error!("The guard of COMMAND was killed, killing what it guarded.");
-        for _ in 0..KILLS_MAX {
-            if kill_process_group(group, Signal::KILL).is_err() {
-                break;
-            }
-            sleep(LOOK_AGAIN).await;
-        }
-    }
-
-    /// The next event. It may be dropped while it waits: the guard sends an event at once, and so
-    /// it is received.
-    async fn event(&mut self) -> io::Result<Event> {
-        let mut bytes = [0; Event::SIZE];
-        self.control.read_exact(&mut bytes).await?;
-        let event = Event::from_bytes(bytes)?;
-        if let Event::Started(pid) = event {
-            self.group = Pid::from_raw(pid);
-        }
-        Ok(event)
-    }
-}
-
-// The guard's side.
 
 /// What this program is beside the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -284,6 +118,8 @@ fn guard() -> io::Result<()> {
 /// The guard, once COMMAND runs.
 struct Guard {
     control: UnixStream,
+    /// What COMMAND is called.
+    name: String,
     /// COMMAND's process, which leads the group.
     command: Pid,
     /// COMMAND itself has ended.
@@ -303,19 +139,21 @@ impl Guard {
         control.read_exact(&mut text).await?;
         let mut words = text.split(|&byte| byte == 0);
         let limit = words.next().unwrap_or_default();
-        if let Some(limit) = std::str::from_utf8(limit).ok().and_then(|limit| limit.parse().ok()) {
+        let words = words.map(|word| OsString::from_vec(word.to_vec())).collect();
+        let command = CommandLine { words };
+        if let Some(limit) = str::from_utf8(limit).ok().and_then(|limit| limit.parse().ok()) {
             let maximum = getrlimit(Resource::Nofile).maximum;
             setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum })?;
         }
         let child = Command::new(THIS_PROGRAM)
             .arg0(LAUNCH)
             .arg(getpid().to_string())
-            .args(words.map(OsStr::from_bytes))
+            .args(&command.words)
             .stdin(Stdio::null())
             .process_group(0)
             .spawn()?;
-        let command = Pid::from_child(&child);
-        let this = Self { control, command, exited: false, group_gone: false };
+        let (name, command) = (command.to_string(), Pid::from_child(&child));
+        let this = Self { control, name, command, exited: false, group_gone: false };
         this.tell(Event::Started(command.as_raw_nonzero().get()));
         Ok(this)
     }
@@ -332,14 +170,16 @@ impl Guard {
                 break;
             }
             if self.group_gone && !group_was_gone {
-                let latest = self.terminate(SHORT_GRACE);
-                deadline = Some(deadline.map_or(latest, |deadline| deadline.min(latest)));
+                // Of those who are left nobody has been asked.
+                deadline = Some(self.terminate(SHORT_GRACE));
             } else if self.exited && deadline.is_none() {
                 deadline = Some(self.terminate(GRACE));
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                if kills == KILLS_MAX {
-                    tracing::error!("Something of COMMAND does not end by SIGKILL, leaving it.");
+                if kills == 0 {
+                    tracing::warn!("{} has not stopped in time, killing it.", self.name);
+                } else if kills == KILLS_MAX {
+                    tracing::error!("Something of {} does not end, leaving it.", self.name);
                     break;
                 }
                 kills += 1;
@@ -422,11 +262,14 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
     let guard = args.next().and_then(|pid| pid.into_string().ok()?.parse().ok());
     let program = args.next().unwrap_or_default();
     let failed = |error: io::Error| {
+        let interpreter = match error.kind() {
+            io::ErrorKind::NotFound => " (or the interpreter in its first line)",
+            _ => "",
+        };
         let error = in_words(&error);
-        format!("Failed to execute COMMAND {program:?}: {error}.")
+        format!("Failed to execute COMMAND {program:?}{interpreter}: {error}.")
     };
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|errno| failed(errno.into()))?;
-    hide_descriptors().map_err(failed)?;
     // The guard may have died before it could be asked for.
     if getppid() != guard.and_then(Pid::from_raw) {
         return Err(failed(Errno::SRCH.into()));

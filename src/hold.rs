@@ -99,8 +99,8 @@ impl Hold {
         self.obstacle.replace(Some(obstacle));
     }
 
-    /// Gives a fresh connection to one of those who are let go now; if they have left meanwhile,
-    /// to nobody.
+    /// Gives a fresh connection to whoever calls [`Hold::connect`] first, before the event loop has
+    /// gone round once; or else to nobody.
     pub async fn offer(&self, socket: Socket) {
         self.reached.replace(Some(socket));
         self.obstacle.take();

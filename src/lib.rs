@@ -44,6 +44,7 @@ pub mod service;
 // The life of COMMAND.
 pub mod application;
 pub mod ready;
+pub mod run;
 pub mod guard;
 
 // The life of a connection.

@@ -162,6 +162,11 @@ impl Listener {
         }
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
     /// Whether somebody waits to be accepted at this moment.
     pub fn has_queued(&self) -> bool {
         let mut fds = [PollFd::new(&self.io, PollFlags::IN)];

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::convert::Infallible;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -10,11 +11,11 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{JoinError, JoinSet, spawn_local};
 use tokio::time::timeout;
 
-use crate::activation::Inherited;
+use crate::activation::{Inherited, hide_descriptors};
 use crate::admission::{Admission, Load};
 use crate::application::Application;
 use crate::backend::Backend;
-use crate::cli::Config;
+use crate::cli::{self, Config};
 use crate::connection::{Client, Route, serve};
 use crate::descriptors::{Descriptors, Division, Uses};
 use crate::dial::Dialer;
@@ -58,80 +59,178 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         listeners = listeners(&config.listen, inherited) => listeners?,
         () = signals.stop() => return Ok(()),
     };
-    let connections_max = config.connections_max.get();
-    let by_name = matches!(config.target, Target::Name(_));
-    let uses = Uses { lookups: by_name, command: config.application.is_some() };
-    let division = Division::of_this_process(connections_max, uses)?;
-    let admission = Admission::new(config.connections_max);
-    let shared = Rc::new(Shared::new(division.pipes));
-    let dialer = Dialer::new(config.target, config.connect_timeout, division.lookups);
-    let hold = Rc::new(Hold::new(dialer, config.backend_wait));
-    let application = match config.application {
-        None => None,
-        Some(application) => {
-            let notify = match application.ready {
-                Ready::Connect => None,
-                Ready::Notify => Some(NotifySocket::open()?),
-            };
-            let (command, idle_time) = (application.command, application.stop_idle_time);
-            Some(Rc::new(Application::new(command, notify, idle_time, division.inherited)))
-        }
-    };
-    let route = Rc::new(Route {
-        backend: Backend::new(Rc::clone(&hold), config.backend_wait, application.clone()),
-        proxy_protocol: config.proxy_protocol,
-        shared: Rc::clone(&shared),
-    });
-
-    for listener in &listeners {
-        tracing::debug!("Serving {listener}.");
-    }
-    let descriptors = Rc::new(Descriptors::new(division.connections));
-    let mut entrances = JoinSet::new();
-    for listener in &listeners {
-        entrances.spawn_local(admit(
-            Rc::clone(listener),
-            Rc::clone(&descriptors),
-            admission.clone(),
-            Rc::clone(&route),
-        ));
-    }
-    let mut lives = JoinSet::new();
-    if let Some(application) = &application {
-        lives.spawn_local(Rc::clone(application).live(hold, admission.watch()));
-    }
-
-    let serving = async {
-        let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
-        notifier.send(&ready).await;
-        let load = admission.watch();
-        notifier.publish_status(load, connections_max, &shared, application.as_deref()).await;
-    };
-    let idle = idle_exit(config.exit_idle_time, &admission, &listeners, application.as_deref());
-    let result = tokio::select! {
-        () = signals.stop() => Ok(()),
-        () = idle => Ok(()),
-        Some(ended) = entrances.join_next() => Err(ended.unwrap_or_else(internal)),
-        Some(Err(panic)) = lives.join_next() => Err(internal(panic)),
-        () = async { tokio::join!(serving, notifier.feed_watchdog()); } => Ok(()),
-    };
-    // From here on newcomers wait in the kernel, for the next process.
-    entrances.shutdown().await;
-    let stopping = [NotifyState::Stopping, NotifyState::Status("Shutting down...")];
-    notifier.send(&stopping).await;
-    if let Some(application) = application.filter(|_| !lives.is_empty()) {
-        // It may end its connections in its own way; a second signal leaves it to its guard.
-        tokio::select! {
-            () = application.halt() => {}
-            () = signals.stop() => {}
-            Some(_) = lives.join_next() => {}
-        }
-    }
-    let open = admission.watch().borrow().open;
-    if open > 0 {
-        tracing::info!("Stopping, resetting open connections: {open}.");
-    }
+    let server = Server::new(config, listeners)?;
+    let mut tasks = server.start();
+    let result = server.serve(&mut tasks, &mut signals, &notifier).await;
+    server.stop(&mut tasks, &mut signals, &notifier).await;
     result
+}
+
+/// What serves, for as long as the process does.
+struct Server {
+    listeners: Vec<Rc<Listener>>,
+    descriptors: Rc<Descriptors>,
+    admission: Admission,
+    route: Rc<Route>,
+    hold: Rc<Hold>,
+    application: Option<Rc<Application>>,
+    exit_idle_time: TimeSpan,
+}
+
+/// What runs beside the connections.
+struct Tasks {
+    /// The listeners; each ends only when its socket breaks.
+    entrances: JoinSet<String>,
+    /// COMMAND, if there is one; it never ends.
+    application: JoinSet<Infallible>,
+}
+
+impl Server {
+    fn new(config: Config, listeners: Vec<Rc<Listener>>) -> Result<Self, String> {
+        let by_name = matches!(config.target, Target::Name(_));
+        let uses = Uses { lookups: by_name, command: config.application.is_some() };
+        let division = Division::of_this_process(config.connections_max.get(), uses)?;
+        let application = match config.application {
+            None => None,
+            Some(application) => {
+                if !config.listen.is_empty() {
+                    is_not_itself(&config.target, &listeners)?;
+                }
+                let descriptors = division.inherited;
+                Some(Rc::new(prepare(application, config.target.clone(), descriptors)?))
+            }
+        };
+        let dialer = Dialer::new(config.target, config.connect_timeout, division.lookups);
+        let hold = Rc::new(Hold::new(dialer, config.backend_wait));
+        let route = Rc::new(Route {
+            backend: Backend::new(Rc::clone(&hold), config.backend_wait, application.clone()),
+            proxy_protocol: config.proxy_protocol,
+            shared: Rc::new(Shared::new(division.pipes)),
+        });
+        Ok(Self {
+            listeners,
+            descriptors: Rc::new(Descriptors::new(division.connections)),
+            admission: Admission::new(config.connections_max),
+            route,
+            hold,
+            application,
+            exit_idle_time: config.exit_idle_time,
+        })
+    }
+
+    /// Lets clients in.
+    fn start(&self) -> Tasks {
+        let mut entrances = JoinSet::new();
+        for listener in &self.listeners {
+            tracing::debug!("Serving {listener}.");
+            entrances.spawn_local(admit(
+                Rc::clone(listener),
+                Rc::clone(&self.descriptors),
+                self.admission.clone(),
+                Rc::clone(&self.route),
+            ));
+        }
+        let mut application = JoinSet::new();
+        if let Some(it) = &self.application {
+            application
+                .spawn_local(Rc::clone(it).live(Rc::clone(&self.hold), self.admission.watch()));
+        }
+        Tasks { entrances, application }
+    }
+
+    /// Until a signal, or idleness, or something that broke.
+    async fn serve(
+        &self,
+        tasks: &mut Tasks,
+        signals: &mut Signals,
+        notifier: &Notifier,
+    ) -> Result<(), String> {
+        let told = async {
+            let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
+            notifier.send(&ready).await;
+            let (max, application) = (self.admission.max().get(), self.application.as_deref());
+            let load = self.admission.watch();
+            notifier.publish_status(load, max, &self.route.shared, application).await;
+        };
+        tokio::select! {
+            () = signals.stop() => Ok(()),
+            () = self.idle() => Ok(()),
+            Some(ended) = tasks.entrances.join_next() => Err(ended.unwrap_or_else(internal)),
+            Some(Err(panic)) = tasks.application.join_next() => Err(internal(panic)),
+            () = async { tokio::join!(told, notifier.feed_watchdog()); } => Ok(()),
+        }
+    }
+
+    /// Waits until there has been no connection for the idle time, nobody is queued, and COMMAND is
+    /// gone; a client that comes while it is being stopped calls the exit off.
+    async fn idle(&self) {
+        let mut load = self.admission.watch();
+        let nobody = |load: &Load| {
+            load.open == 0 && !self.listeners.iter().any(|listener| listener.has_queued())
+        };
+        loop {
+            idle_for(self.exit_idle_time, &mut load).await;
+            if nobody(&load.borrow()) {
+                let Some(application) = &self.application else { return };
+                application.halt().await;
+                if nobody(&load.borrow()) {
+                    return;
+                }
+                application.resume();
+            }
+            let _ = timeout(LAST_CLIENT, load.changed()).await;
+        }
+    }
+
+    /// Lets nobody in any more, and waits for the end of COMMAND. Connections are left to be reset.
+    async fn stop(&self, tasks: &mut Tasks, signals: &mut Signals, notifier: &Notifier) {
+        // From here on newcomers wait in the kernel, for the next process.
+        tasks.entrances.shutdown().await;
+        let stopping = [NotifyState::Stopping, NotifyState::Status("Shutting down...")];
+        notifier.send(&stopping).await;
+        if let Some(application) = &self.application
+            && !tasks.application.is_empty()
+        {
+            // It may end its connections in its own way; a second signal leaves it to its guard.
+            tokio::select! {
+                () = application.halt() => {}
+                () = signals.stop() => {}
+                Some(_) = tasks.application.join_next() => {}
+            }
+        }
+        let open = self.admission.watch().borrow().open;
+        if open > 0 {
+            tracing::info!("Stopping, resetting open connections: {open}.");
+        }
+    }
+}
+
+/// COMMAND, before anything is known to need it.
+fn prepare(
+    application: cli::Application,
+    target: Target,
+    descriptors: Option<u64>,
+) -> Result<Application, String> {
+    hide_descriptors().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
+    let notify = match application.ready {
+        Ready::Connect => None,
+        Ready::Notify => Some(NotifySocket::open()?),
+    };
+    let (command, idle_time) = (application.command, application.stop_idle_time);
+    Ok(Application::new(command, target, notify, idle_time, descriptors))
+}
+
+/// COMMAND can't serve an address that we have taken. (A passed socket may be of another network
+/// namespace, and then it can.)
+fn is_not_itself(target: &Target, listeners: &[Rc<Listener>]) -> Result<(), String> {
+    let Target::Address(address) = target else { return Ok(()) };
+    match listeners.iter().find(|listener| listener.address().answers_at(address)) {
+        Some(listener) => Err(format!(
+            "--listen={listener} takes the address of TARGET {target}; let COMMAND listen on \
+             another."
+        )),
+        None => Ok(()),
+    }
 }
 
 /// The signals that end the process.
@@ -161,31 +260,6 @@ impl Signals {
             _ = self.interrupt.recv() => {}
             _ = self.hangup.recv() => {}
         }
-    }
-}
-
-/// Waits until there has been no connection for `span`, nobody is queued, and the application is
-/// gone; a client that comes while it is being stopped calls the exit off.
-async fn idle_exit(
-    span: TimeSpan,
-    admission: &Admission,
-    listeners: &[Rc<Listener>],
-    application: Option<&Application>,
-) {
-    let mut load = admission.watch();
-    let nobody =
-        |load: &Load| load.open == 0 && !listeners.iter().any(|listener| listener.has_queued());
-    loop {
-        idle_for(span, &mut load).await;
-        if nobody(&load.borrow()) {
-            let Some(application) = application else { return };
-            application.halt().await;
-            if nobody(&load.borrow()) {
-                return;
-            }
-            application.resume();
-        }
-        let _ = timeout(LAST_CLIENT, load.changed()).await;
     }
 }
 

@@ -110,7 +110,7 @@ impl HostPort {
             return Err("the host contains a NUL byte".into());
         }
         if host.contains('/') {
-            return Err("no host has a slash in its name, and a path begins with one".into());
+            return Err("no host has a slash in its name, a path begins with one, and a COMMAND follows after --".into());
         }
         if host == "*" {
             // getaddrinfo(3) takes it for the loopback address.

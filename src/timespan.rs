@@ -98,6 +98,7 @@ impl TimeSpan {
 impl fmt::Display for TimeSpan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
+            Some(Duration::ZERO) => f.write_str("0"),
             Some(span) => write!(f, "{span:?}"),
             None => f.write_str("infinity"),
         }

@@ -10,7 +10,7 @@ mod support;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, UdpSocket};
 use std::process::{Command, ExitCode};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         ("a slow resolver holds up only its own connection", slow_resolver),
         ("a family that is not to be had", missing_family),
         ("accept(2) is forbidden", forbidden_accept),
+        ("connect(2) is forbidden", forbidden_connect),
         ("an ephemeral port nobody listens on", self_connection),
     ];
     container::run(Container::missing(), tests, || {
@@ -239,6 +240,32 @@ fn slow_resolver(container: &Container) {
     stuck.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let waiting = stuck.read(&mut [0; 6]).unwrap_err();
     assert_eq!(waiting.kind(), ErrorKind::WouldBlock, "the stuck one is still held");
+
+    // A resolver that expects to know more later: the client is held until it does.
+    container.start_units(&[
+        (
+            "later.service",
+            &format!(
+                "[Service]\nType=notify\n\
+                 ExecStart={IN_ITS_PLACE} --backend-wait=60s later.test:7401\n"
+            ),
+        ),
+        ("later.socket", "[Socket]\nListenStream=127.0.0.1:7402\n"),
+    ]);
+    let later = SocketAddr::from(([127, 0, 0, 1], 7402));
+    let mut held = container.inside(|| connect(&later.into()));
+    held.write_all(b"are you there?").unwrap();
+    let said = poll_until(Instant::now() + PATIENCE, || {
+        let journal = container.run(&["journalctl", "-u", "later.service", "--no-pager"]);
+        journal.contains("Failed to resolve host: later.test:7401").then_some(journal)
+    });
+    let journal = said.expect("the first failure is said");
+    assert!(journal.contains("Temporary failure in name resolution, holding clients"), "{journal}");
+    RESOLVES_LATER.store(true, Ordering::SeqCst);
+    let mut answer = [0; 14];
+    held.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"are you there?");
+
     // The thread in getaddrinfo() has most of its 30 s before it.
     let start = Instant::now();
     container.run(&["systemctl", "stop", "slow.socket", "slow.service"]);
@@ -250,8 +277,11 @@ fn slow_resolver(container: &Container) {
 /// Questions the name server has seen.
 static QUESTIONS: AtomicUsize = AtomicUsize::new(0);
 
+/// Whether the name server knows `later.test` by now.
+static RESOLVES_LATER: AtomicBool = AtomicBool::new(false);
+
 /// A name server that never answers the first lookup (an A and an AAAA question), and to all others
-/// says 127.0.0.1.
+/// says 127.0.0.1; of `later.test` it says at first that it can't say (SERVFAIL).
 fn answer_names(server: &UdpSocket) {
     let mut packet = [0; 512];
     while let Ok((length, client)) = server.recv_from(&mut packet) {
@@ -264,11 +294,14 @@ fn answer_names(server: &UdpSocket) {
         // A response, recursion available, without error (RFC 1035, 4.1.1).
         answer[2] = 0x81;
         answer[3] = 0x80;
+        if question.windows(6).any(|label| label == b"\x05later") {
+            answer[3] |= if RESOLVES_LATER.load(Ordering::SeqCst) { 0 } else { 2 };
+        }
         // No additional records: the question's EDNS is cut off with them.
         answer[10..12].fill(0);
         let end = 12 + question[12..].iter().position(|&byte| byte == 0).unwrap() + 5;
         answer.truncate(end);
-        if wants_ipv4 {
+        if wants_ipv4 && answer[3] & 0xf == 0 {
             answer[7] = 1;
             // The question's name, type A, class IN, one minute, four bytes.
             answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1]);
@@ -339,32 +372,59 @@ fn forbidden_accept(container: &Container) {
     assert_eq!(container.show("forbidden.service")["Result"], "success");
 }
 
+fn forbidden_connect(container: &Container) {
+    // Time does not mend a sandbox: nobody is held.
+    container.start_units(&[
+        (
+            "sandbox.service",
+            &format!(
+                "[Service]\nType=notify\nNotifyAccess=all\n\
+                 SystemCallFilter=~connect\nSystemCallErrorNumber=EPERM\n\
+                 ExecStart={IN_ITS_PLACE} --backend-wait=60s 127.0.0.1:1\n"
+            ),
+        ),
+        ("sandbox.socket", "[Socket]\nListenStream=127.0.0.1:7800\n"),
+    ]);
+    let front = SocketAddr::from(([127, 0, 0, 1], 7800));
+    for _ in 0..3 {
+        let mut client: Socket = container.inside(|| connect(&front.into()));
+        assert_eq!(read_all(&mut client).0, b"", "closed, and within the client's patience");
+    }
+    assert_eq!(container.show("sandbox.service")["ActiveState"], "active");
+}
+
 fn self_connection(container: &Container) {
     // Two ports to choose from, and nobody on the target: every second attempt gets the target's
     // own port, and TCP connects it to itself.
     for target in ["127.0.0.1:40000", "[::1]:40000", "0.0.0.0:40000", "[::]:40000"] {
-        connects_to_itself(container, "", target, 200);
+        connects_to_itself(container, target, 200, 1);
     }
-    // Held, and tried again and again.
-    connects_to_itself(container, "--backend-wait=10s", "127.0.0.1:40000", 1);
+    // Held, and tried again and again; also for a COMMAND that does not listen.
+    for held in ["127.0.0.1:40000", "127.0.0.1:40000 -- /bin/sleep 60"] {
+        connects_to_itself(container, &format!("--backend-wait=10s {held}"), 1, 5);
+    }
 }
 
-fn connects_to_itself(container: &Container, option: &str, target: &str, clients: usize) {
+/// `clients` at a time, so many times.
+fn connects_to_itself(container: &Container, arguments: &str, times: usize, clients: usize) {
     container.start_units(&[
         (
             "itself.service",
             &format!(
-                "[Service]\nType=notify\nPrivateNetwork=yes\nExecStart={IN_ITS_PLACE} {option} {target}\n\
+                "[Service]\nType=notify\nPrivateNetwork=yes\nExecStart={IN_ITS_PLACE} {arguments}\n\
                  ExecStartPre=/sbin/sysctl -qw net.ipv4.ip_local_port_range=\"40000 40003\"\n"
             ),
         ),
         ("itself.socket", "[Socket]\nListenStream=127.0.0.1:7500\nBacklog=512\n"),
     ]);
     let front = SocketAddr::from(([127, 0, 0, 1], 7500));
-    for _ in 0..clients {
-        let mut client: Socket = container.inside(|| connect(&front.into()));
-        let answer = exchange(&mut client, b"is it me?");
-        assert!(answer.is_err(), "a client was echoed its own bytes by {target}");
+    for _ in 0..times {
+        let mut clients: Vec<Socket> =
+            (0..clients).map(|_| container.inside(|| connect(&front.into()))).collect();
+        for client in &mut clients {
+            let answer = exchange(client, b"is it me?");
+            assert!(answer.is_err(), "a client was echoed its own bytes by {arguments}");
+        }
     }
     assert_eq!(container.show("itself.service")["ActiveState"], "active");
     container.run(&["systemctl", "stop", "itself.socket", "itself.service"]);

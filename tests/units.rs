@@ -187,7 +187,7 @@ fn aptly(container: &Container) {
         container,
         socket: "aptly-proxy.socket",
         proxy: "aptly-proxy.service",
-        application: "/usr/bin/aptly api serve",
+        application: "/usr/bin/aptly api serve -listen=unix",
     };
     let url = format!("{api}/version");
     system.lives(|| {

@@ -116,7 +116,7 @@ impl Container {
         this
     }
 
-    /// The program, and everything in units/ in the place that its comments say.
+    /// The program, and everything in units/ in its place.
     pub fn files() -> Vec<(PathBuf, String)> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let mut files = vec![
