@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt};
-use rustix::process::{Pid, getpgid};
+use rustix::process::Pid;
 use tempfile::TempDir;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -180,7 +180,7 @@ impl NotifySocket {
 /// A control group would do inside a unit; outside of one the whole session is in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Family {
-    /// COMMAND's process group: told by the kernel, also where /proc is closed.
+    /// COMMAND's process group.
     pub group: Pid,
     /// The subreaper above it: whoever COMMAND has started, in whatever session, descends from it.
     pub guard: Pid,
@@ -199,18 +199,27 @@ impl Family {
     }
 
     fn has(self, process: Pid) -> bool {
-        getpgid(Some(process)).is_ok_and(|theirs| theirs == self.group)
-            || iter::successors(Some(process), |process| parent(*process))
+        let group = Some(self.group);
+        relations(process).is_some_and(|it| it.group == group)
+            || iter::successors(Some(process), |process| relations(*process)?.parent)
                 .take(GENERATIONS_MAX)
                 .any(|ancestor| ancestor == self.guard)
     }
 }
 
-/// proc_pid_stat(5): the fourth field; the second is a name in parentheses, of any characters.
-fn parent(process: Pid) -> Option<Pid> {
+/// Where a process stands; `None` is outside of this PID namespace.
+struct Relations {
+    parent: Option<Pid>,
+    group: Option<Pid>,
+}
+
+/// proc_pid_stat(5): the fourth and the fifth field; the second is a name in parentheses, of any
+/// characters.
+fn relations(process: Pid) -> Option<Relations> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero())).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;
-    Pid::from_raw(fields.split_whitespace().nth(1)?.parse().ok()?)
+    let mut pids = fields.split_whitespace().skip(1).map(|pid| Pid::from_raw(pid.parse().ok()?));
+    Some(Relations { parent: pids.next()?, group: pids.next()? })
 }
 
 #[cfg(test)]
@@ -225,12 +234,12 @@ mod tests {
             Command::new("sh").args(["-c", "read line"]).stdin(Stdio::piped()).spawn().unwrap();
         let us = rustix::process::getpid();
         let shell = Pid::from_child(&child);
-        let family = Family { group: shell, guard: us };
-        assert!(family.has(shell) && family.has(us));
-        let above = parent(us).unwrap();
-        assert!(!family.has(above), "who started us is not");
-        assert!(!Family { group: shell, guard: shell }.has(us));
+        assert!(Family { group: shell, guard: us }.has(shell), "our child");
+        assert!(!Family { group: shell, guard: shell }.has(us), "not its parent");
+        let group = relations(us).unwrap().group.unwrap();
+        assert!(Family { group, guard: shell }.has(us), "of the group");
         drop(child.stdin.take());
         child.wait().unwrap();
+        assert!(!Family { group, guard: us }.has(shell), "gone");
     }
 }
