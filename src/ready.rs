@@ -224,22 +224,27 @@ fn relations(process: Pid) -> Option<Relations> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, Stdio};
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command, Stdio};
 
     use super::*;
 
     #[test]
-    fn who_descends_from_the_guard_is_of_the_family() {
-        let mut child =
-            Command::new("sh").args(["-c", "read line"]).stdin(Stdio::piped()).spawn().unwrap();
+    fn who_descends_from_the_guard_or_is_of_the_group_is_of_the_family() {
+        let start = || -> Child {
+            Command::new("cat").stdin(Stdio::piped()).process_group(0).spawn().unwrap()
+        };
+        let mut children = [start(), start()];
         let us = rustix::process::getpid();
-        let shell = Pid::from_child(&child);
-        assert!(Family { group: shell, guard: us }.has(shell), "our child");
-        assert!(!Family { group: shell, guard: shell }.has(us), "not its parent");
-        let group = relations(us).unwrap().group.unwrap();
-        assert!(Family { group, guard: shell }.has(us), "of the group");
-        drop(child.stdin.take());
-        child.wait().unwrap();
-        assert!(!Family { group, guard: us }.has(shell), "gone");
+        let [one, other] = [&children[0], &children[1]].map(Pid::from_child);
+        assert!(Family { group: other, guard: us }.has(one), "our child");
+        assert!(!Family { group: other, guard: other }.has(one), "not its sibling's");
+        assert!(!Family { group: one, guard: one }.has(us), "not its parent");
+        assert!(Family { group: one, guard: other }.has(one), "of the group");
+        for child in &mut children {
+            drop(child.stdin.take());
+            child.wait().unwrap();
+        }
+        assert!(!Family { group: other, guard: us }.has(one), "gone");
     }
 }
