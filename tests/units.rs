@@ -9,6 +9,7 @@ mod container;
 mod support;
 
 use std::io::Write;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
@@ -67,7 +68,7 @@ fn prepare(container: &Container) {
     // The environment was made elsewhere.
     let shebang = "sed -i '1s|^#!.*/bin/python.*|#!/opt/yaq/bin/python3|' /opt/yaq/bin/yaq*";
     container.run(&["sh", "-c", shebang]);
-    container.write("/usr/local/bin/hook", "#!/bin/sh\necho \"Hello $1, from $(id -un).\"\n");
+    container.write("/usr/local/bin/hook", "#!/bin/sh\necho \"Hello $1, from user $(id -u).\"\n");
     container.write(
         "/etc/webhook.conf",
         r#"[{"id": "hello", "execute-command": "/usr/local/bin/hook",
@@ -86,6 +87,9 @@ fn prepare(container: &Container) {
     container.run(&["chmod", "755", "/usr/local/bin/hook", "/usr/local/bin/program"]);
     container.run(&["systemctl", "daemon-reload"]);
 }
+
+/// What DynamicUser= gives (systemd.exec(5)).
+const DYNAMIC_USERS: RangeInclusive<u32> = 61_184..=65_519;
 
 /// A system in the hands of its units.
 struct System<'a> {
@@ -237,8 +241,10 @@ fn webhook(container: &Container) {
         thread::scope(|scope| {
             let calls = (0..30).map(|number| {
                 scope.spawn(move || {
-                    let name = format!("n{number}");
-                    assert_eq!(call(&name), format!("Hello {name}, from webhook-on-demand.\n"));
+                    let answer = call(&format!("n{number}"));
+                    let user = answer.strip_prefix(&format!("Hello n{number}, from user "));
+                    let user = user.and_then(|user| user.strip_suffix(".\n")?.parse().ok());
+                    assert!(user.is_some_and(|it| DYNAMIC_USERS.contains(&it)), "{answer}");
                 })
             });
             calls.collect::<Vec<_>>().into_iter().for_each(|call| call.join().unwrap());

@@ -63,7 +63,7 @@ mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work"
 rm -rf "$base"/root/etc/systemd/system/*.wants
 while [ $# -gt 0 ]; do
     mkdir -p "$base/root$(dirname "$2")"
-    cp -rP --remove-destination "$1" "$base/root$2"
+    cp -a --remove-destination "$1" "$base/root$2"
     shift 2
 done
 exec systemd-nspawn -q -D "$base/root" -b --register=no --keep-unit --console=pipe -M "$name" \
