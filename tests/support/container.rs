@@ -146,8 +146,12 @@ impl Container {
     /// Runs a command that has to succeed, and gives its standard output.
     pub fn run(&self, words: &[&str]) -> String {
         let output = self.output(words);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{words:?}: {}, {stderr}", output.status);
+        if !output.status.success() {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let journal = self.output(&["journalctl", "--no-pager", "-n", "30"]).stdout;
+            let journal = String::from_utf8_lossy(&journal);
+            panic!("{words:?}: {}, {stderr}\nThe journal's end:\n{journal}", output.status);
+        }
         String::from_utf8(output.stdout).unwrap()
     }
 
