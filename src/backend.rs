@@ -55,7 +55,7 @@ impl Backend {
             return self.dialer().dial().await.map_err(|error| error.to_string());
         }
         let deadline = Instant::now() + self.wait.finite().unwrap_or(FOREVER).min(FOREVER);
-        timeout_at(deadline, self.held()).await.unwrap_or_else(|_| {
+        timeout_at(deadline, Box::pin(self.held())).await.unwrap_or_else(|_| {
             let application = self.application.as_ref();
             let obstacle = application.and_then(|application| application.obstacle());
             let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle());

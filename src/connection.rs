@@ -54,26 +54,26 @@ pub struct Client {
 /// Serves a client until the connection is over, and logs how it was.
 ///
 /// Dropped before that, it resets both sides.
-pub async fn serve(client: Client, route: Rc<Route>) {
+pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
     let start = Instant::now();
     let Client { socket, address, listener, permit, reserved } = client;
-    let log = |outcome: &str, from_client: u64, from_backend: u64| {
-        tracing::debug!(
-            client = %address,
-            listener = %listener,
-            backend = %route.backend.target(),
-            bytes_from_client = from_client,
-            bytes_from_backend = from_backend,
-            duration_usec = start.elapsed().as_micros() as u64,
-            "{outcome}"
-        );
-    };
-    // Boxed: what dialling needs is gone when the connection stands, which may be for days.
-    let backend = tokio::select! {
-        biased;
-        dialled = Box::pin(route.backend.connect()) => match dialled {
-            Ok(backend) => backend,
-            Err(error) => {
+    // An async fn would keep its arguments twice, in each of thousands of connections.
+    async move {
+        let log = |outcome: &str, from_client: u64, from_backend: u64| {
+            tracing::debug!(
+                client = %address,
+                listener = %listener,
+                backend = %route.backend.target(),
+                bytes_from_client = from_client,
+                bytes_from_backend = from_backend,
+                duration_usec = start.elapsed().as_micros() as u64,
+                "{outcome}"
+            );
+        };
+        // Boxed: what dialling needs is gone when the connection stands, which may be for days.
+        let backend = match Box::pin(reach(&socket, &route.backend)).await {
+            Reached::Backend(backend) => backend,
+            Reached::Nobody(error) => {
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
                         client = %address,
@@ -85,25 +85,39 @@ pub async fn serve(client: Client, route: Rc<Route>) {
                 socket.close();
                 return log("Connection closed, there is no backend", 0, 0);
             }
-        },
-        () = left(&socket, route.backend.holds()) => {
-            return log("Connection closed, the client has left", 0, 0);
-        }
-    };
-    let header = match route.proxy_protocol {
-        Some(version) => {
-            let reached = socket.local_address();
-            version.header(&address, &reached.unwrap_or(Address::Unix(None)))
-        }
-        None => Vec::new(),
-    };
-    tracing::debug!(client = %address, listener = %listener, "Connection established");
-    let pair = Pair::new(socket, backend, header, Rc::clone(&route.shared));
-    let Ok(closed) = pair.run().await else {
-        return;
-    };
-    drop((permit, reserved));
-    log(&outcome(closed.fault), closed.from_client, closed.from_backend);
+            Reached::TooLate => return log("Connection closed, the client has left", 0, 0),
+        };
+        let header = match route.proxy_protocol {
+            Some(version) => {
+                let reached = socket.local_address();
+                version.header(&address, &reached.unwrap_or(Address::Unix(None)))
+            }
+            None => Vec::new(),
+        };
+        tracing::debug!(client = %address, listener = %listener, "Connection established");
+        let carried = Pair::new(socket, backend, header, Rc::clone(&route.shared)).run();
+        let Ok(closed) = carried.await else {
+            return;
+        };
+        drop((permit, reserved));
+        log(&outcome(closed.fault), closed.from_client, closed.from_backend);
+    }
+}
+
+/// What came of dialling.
+enum Reached {
+    Backend(Socket),
+    Nobody(String),
+    TooLate,
+}
+
+/// Connects to the backend, unless the client leaves first.
+async fn reach(client: &Socket, backend: &Backend) -> Reached {
+    tokio::select! {
+        biased;
+        dialled = backend.connect() => dialled.map_or_else(Reached::Nobody, Reached::Backend),
+        () = left(client, backend.holds()) => Reached::TooLate,
+    }
 }
 
 /// Waits until the client of a dial has gone: reset, or a Unix client that closed. (A FIN says only
@@ -116,7 +130,7 @@ async fn left(client: &Socket, held: bool) {
         std::future::pending().await
     }
     if unread {
-        sleep(LAST_WORDS).await;
+        Box::pin(sleep(LAST_WORDS)).await;
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use socket2::{Domain, SockAddr, Type};
+use socket2::{Domain, Type};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
@@ -18,7 +18,7 @@ use crate::address::Address;
 use crate::logging::{RateLimit, in_words};
 use crate::resolve::{ResolveError, resolve};
 use crate::socket::{Family, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
-use crate::target::Target;
+use crate::target::{HostPort, Target};
 use crate::timespan::TimeSpan;
 
 /// Between two attempts at a backend whose backlog is full, at first and at most.
@@ -128,10 +128,14 @@ impl Dialer {
     }
 
     async fn dial_all(&self, backlog: Backlog) -> Result<Socket, DialError> {
-        let name = match &self.target {
-            Target::Address(address) => return self.try_address(address, backlog).await,
-            Target::Name(name) => name,
-        };
+        match &self.target {
+            Target::Address(address) => self.try_address(address, backlog).await,
+            // Boxed, here and below, for the sake of thousands that dial at a time.
+            Target::Name(name) => Box::pin(self.dial_name(name, backlog)).await,
+        }
+    }
+
+    async fn dial_name(&self, name: &HostPort, backlog: Backlog) -> Result<Socket, DialError> {
         if self.lookups.available_permits() == 0
             && let Some(suppressed) = LOOKUPS_BUSY.pass()
         {
@@ -177,10 +181,9 @@ async fn connect(
     backlog: Backlog,
     obstacle: &RefCell<Option<io::Error>>,
 ) -> io::Result<Socket> {
-    let sockaddr = address.to_sockaddr()?;
     let mut pause = RETRY_FIRST;
     loop {
-        match try_connect(address, &sockaddr).await {
+        match try_connect(address).await {
             Ok(socket) => return Ok(socket),
             Err(error) => {
                 match Errno::from_io_error(&error) {
@@ -199,30 +202,13 @@ async fn connect(
                 obstacle.replace(Some(error));
             }
         }
-        sleep(pause).await;
+        Box::pin(sleep(pause)).await;
         pause = (pause * 2).min(RETRY_MAX);
     }
 }
 
-async fn try_connect(address: &Address, sockaddr: &SockAddr) -> io::Result<Socket> {
-    let family = match address {
-        Address::Inet(_) => Family::Tcp,
-        Address::Unix(_) => Family::Unix,
-        Address::Vsock { .. } => Family::Vsock,
-    };
-    let domain = Domain::from(i32::from(sockaddr.family()));
-    let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), None)?;
-    if family == Family::Tcp {
-        set_nodelay_or_warn(&socket);
-        set_oobinline_or_warn(&socket);
-    }
-    let connected = socket.connect(sockaddr);
-    let in_progress = match connected {
-        Ok(()) => false,
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => true,
-        Err(error) => return Err(error),
-    };
-    let socket = Socket::register(socket.into(), family)?;
+async fn try_connect(address: &Address) -> io::Result<Socket> {
+    let (socket, in_progress) = start_connect(address)?;
     if in_progress {
         socket.connected().await?;
     }
@@ -234,6 +220,28 @@ async fn try_connect(address: &Address, sockaddr: &SockAddr) -> io::Result<Socke
         return Err(Errno::CONNREFUSED.into());
     }
     Ok(socket)
+}
+
+/// Starts to connect; whether the outcome is to be waited for.
+fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
+    let family = match address {
+        Address::Inet(_) => Family::Tcp,
+        Address::Unix(_) => Family::Unix,
+        Address::Vsock { .. } => Family::Vsock,
+    };
+    let sockaddr = address.to_sockaddr()?;
+    let domain = Domain::from(i32::from(sockaddr.family()));
+    let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), None)?;
+    if family == Family::Tcp {
+        set_nodelay_or_warn(&socket);
+        set_oobinline_or_warn(&socket);
+    }
+    let in_progress = match socket.connect(&sockaddr) {
+        Ok(()) => false,
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => true,
+        Err(error) => return Err(error),
+    };
+    Ok((Socket::register(socket.into(), family)?, in_progress))
 }
 
 /// When nobody listens on a port of the ephemeral range, connecting to it again and again ends in

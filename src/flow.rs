@@ -71,8 +71,9 @@ pub(crate) struct End {
 }
 
 impl End {
-    pub(crate) fn new(socket: Socket) -> Self {
-        Self { socket, readable: true, writable: true, reset: false, gone: false }
+    /// `readable` is whether to read before an edge has told that it is worth it.
+    pub(crate) fn new(socket: Socket, readable: bool) -> Self {
+        Self { socket, readable, writable: true, reset: false, gone: false }
     }
 }
 

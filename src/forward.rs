@@ -118,7 +118,8 @@ impl Pair {
             flows[Side::Client as usize].held = Held::Copied { bytes: preface, sent: 0 };
         }
         Self {
-            ends: [End::new(client), End::new(backend)],
+            // Who connects, speaks: its first bytes are there, or nearly. A backend's are not.
+            ends: [End::new(client, true), End::new(backend, false)],
             flows,
             shared,
             preface: preface_len,
@@ -130,20 +131,45 @@ impl Pair {
     ///
     /// # Errors
     /// Only the event loop's own, when it is being shut down.
-    pub async fn run(mut self) -> io::Result<Closed> {
-        while !self.is_over() {
-            match self.turn() {
-                Turn::Stuck if self.is_over() => break,
-                Turn::Stuck if self.is_stalled() => {
-                    if !self.wait_for_the_stalled().await? {
-                        break;
+    #[expect(clippy::manual_async_fn, reason = "it would keep its argument twice, 248 bytes")]
+    pub fn run(mut self) -> impl Future<Output = io::Result<Closed>> {
+        async move {
+            // An edge of the time of dialling tells of bytes that are read below.
+            poll_fn(|cx| {
+                let _ = self.ends[Side::Client as usize].socket.poll_readable(cx);
+                Poll::Ready(())
+            })
+            .await;
+            while !self.is_over() {
+                match self.turn() {
+                    Turn::Stuck if self.is_over() => break,
+                    Turn::Stuck if self.is_stalled() => {
+                        // Boxed, like the end below: what few connections need is no part of all.
+                        if !Box::pin(self.wait_for_the_stalled()).await? {
+                            break;
+                        }
                     }
+                    Turn::Stuck => self.wait().await?,
+                    Turn::More => tokio::task::yield_now().await,
                 }
-                Turn::Stuck => self.wait().await?,
-                Turn::More => tokio::task::yield_now().await,
             }
+            let [from_client, from_backend] = &self.flows;
+            let closed = Closed {
+                from_client: from_client.delivered.saturating_sub(self.preface),
+                from_backend: from_backend.delivered,
+                fault: self.fault,
+            };
+            let states = [from_client.state, from_backend.state];
+            let [client, backend] = self.ends;
+            if states == [State::Ended; 2] {
+                // Both FINs are known, nothing can come that would make the kernel send a reset.
+                client.socket.close();
+                backend.socket.close();
+            } else {
+                Box::pin(finish(client, backend, states)).await;
+            }
+            Ok(closed)
         }
-        Ok(self.finish().await)
     }
 
     fn is_over(&self) -> bool {
@@ -283,31 +309,18 @@ impl Pair {
     fn undelivered(&self) -> [usize; 2] {
         [0, 1].map(|end| self.ends[end].socket.unsent())
     }
+}
 
-    /// Both flows are over: the ends get theirs.
-    async fn finish(self) -> Closed {
-        let [from_client, from_backend] = self.flows;
-        let closed = Closed {
-            from_client: from_client.delivered.saturating_sub(self.preface),
-            from_backend: from_backend.delivered,
-            fault: self.fault,
-        };
-        let [client, backend] = self.ends;
-        tokio::join!(
-            finish(client, from_client.state, from_backend.state),
-            finish(backend, from_backend.state, from_client.state),
-        );
-        closed
-    }
+/// Both flows are over: the ends get theirs.
+async fn finish(client: End, backend: End, [from_client, from_backend]: [State; 2]) {
+    tokio::join!(
+        finish_end(client, from_client, from_backend),
+        finish_end(backend, from_backend, from_client),
+    );
 }
 
 /// Closes or resets, given how the flow from here and the flow to here ended.
-async fn finish(end: End, from: State, to: State) {
-    if from == State::Ended && to == State::Ended {
-        // Both FINs are known, nothing can come that would make the kernel send a reset.
-        end.socket.close();
-        return;
-    }
+async fn finish_end(end: End, from: State, to: State) {
     // A reset, or bytes that come and are not read, would overtake what is on its way.
     if !end.gone && matches!(to, State::Ended | State::SourceReset) {
         delivered(&end.socket).await;

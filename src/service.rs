@@ -9,7 +9,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{JoinError, JoinSet, spawn_local};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::activation::{Inherited, hide_descriptors};
 use crate::admission::{Admission, Load};
@@ -29,6 +29,9 @@ use crate::open::{ListenAddress, open};
 use crate::ready::{NotifySocket, Ready};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
+
+/// Shorter than the connect timeout by default.
+const TIMER_AHEAD: Duration = Duration::from_secs(5);
 
 /// How long a client that is queued at the moment of the idle exit has to be accepted.
 const LAST_CLIENT: Duration = Duration::from_secs(1);
@@ -138,6 +141,27 @@ impl Server {
         Tasks { entrances, application }
     }
 
+    /// Keeps a timer armed while clients come.
+    ///
+    /// When a timer becomes the next to expire, tokio wakes its own event loop, which is a write to
+    /// an eventfd and an event to read. A connect(2) in progress arms one; with this one ahead of
+    /// it, it is never the next.
+    async fn keep_a_timer(&self) -> Infallible {
+        let mut load = self.admission.watch();
+        loop {
+            if load.changed().await.is_err() {
+                std::future::pending().await
+            }
+            loop {
+                load.mark_unchanged();
+                sleep(TIMER_AHEAD).await;
+                if !load.has_changed().unwrap_or(false) {
+                    break;
+                }
+            }
+        }
+    }
+
     /// Until a signal, or idleness, or something that broke.
     async fn serve(
         &self,
@@ -158,6 +182,7 @@ impl Server {
             Some(ended) = tasks.entrances.join_next() => Err(ended.unwrap_or_else(internal)),
             Some(Err(panic)) = tasks.application.join_next() => Err(internal(panic)),
             () = async { tokio::join!(told, notifier.feed_watchdog()); } => Ok(()),
+            never = self.keep_a_timer() => match never {},
         }
     }
 

@@ -182,7 +182,12 @@ impl Socket {
 
     /// Waits for the outcome of a connect(2) that is in progress.
     pub async fn connected(&self) -> io::Result<()> {
-        self.io.writable().await?.retain_ready();
+        let mut guard = self.io.writable().await?;
+        guard.retain_ready();
+        // Without EPOLLERR or EPOLLHUP there is no error to ask for.
+        if !guard.ready().is_write_closed() && !guard.ready().is_error() {
+            return Ok(());
+        }
         match SockRef::from(&self.io).take_error()? {
             Some(error) => Err(error),
             None => Ok(()),
