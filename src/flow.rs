@@ -9,7 +9,7 @@ use std::cell::{Cell, RefCell};
 use rustix::io::Errno;
 
 use crate::pipe::{Pipe, PipePool};
-use crate::socket::Socket;
+use crate::socket::{Family, Socket};
 
 /// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
 /// comes as a short read.
@@ -186,6 +186,9 @@ impl Flow {
         if let Mode::Copy { full } = self.mode {
             self.mode = match full + 1 {
                 _ if received.bytes < buffer.len() => Mode::Copy { full: 0 },
+                // A Unix socket's buffers would go through the pipe piece by piece, which costs
+                // more than to copy them.
+                BULKY_AFTER if source.socket.family() == Family::Unix => Mode::CopyOnly,
                 BULKY_AFTER => Mode::Splice { bytes: 0 },
                 full => Mode::Copy { full },
             };

@@ -173,7 +173,9 @@ fn hundreds_of_megabytes_each_way_at_once() {
         });
         let outcome = it.forwarder.join().unwrap();
         assert_eq!(delivered(&outcome), 2 * (rounds * PIECE) as u64);
-        assert!(outcome.pipes > 0, "that much is spliced");
+        // From a TCP socket; a Unix socket's bytes are cheaper to copy.
+        let spliced = [near, far].contains(&Family::Tcp);
+        assert_eq!(outcome.pipes > 0, spliced, "that much is spliced");
     }
 }
 
