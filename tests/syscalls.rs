@@ -1,0 +1,133 @@
+//! What each steady state costs in system calls, as the theory of operation in src/forward.rs says.
+//!
+//! Needs strace(1) and the right to use it; says so when it is skipped.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use support::*;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// The system calls that a process makes during `work`, counted; `None` without strace.
+fn counted(process: u32, work: impl FnOnce()) -> Option<BTreeMap<String, usize>> {
+    let directory = TempDir::new().unwrap();
+    let log = directory.path().join("log");
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-o"]).arg(&log).args(["-p", &process.to_string()]);
+    let Ok(mut strace) = strace.stderr(Stdio::piped()).spawn() else {
+        eprintln!("SKIPPED: counting system calls: needs strace");
+        assert!(env::var_os("CI").is_none());
+        return None;
+    };
+    let mut said = String::new();
+    let mut stderr = BufReader::new(strace.stderr.take().unwrap());
+    while !said.contains("attached") {
+        let bytes = stderr.read_line(&mut said).unwrap();
+        assert!(bytes > 0, "strace can't attach: {said}");
+    }
+    work();
+    kill_process(Pid::from_child(&strace), Signal::INT).unwrap();
+    strace.wait().unwrap();
+    let mut counts = BTreeMap::new();
+    for line in fs::read_to_string(log).unwrap().lines() {
+        // "123 name(arguments) = result"; what was interrupted by the attaching has no name.
+        let call = line.split_once(' ').and_then(|(_, call)| call.trim().split_once('('));
+        if let Some((name, _)) = call
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+        {
+            *counts.entry(name.to_string()).or_insert(0) += 1;
+        }
+    }
+    Some(counts)
+}
+
+fn take(counts: &mut BTreeMap<String, usize>, names: &[&str]) -> usize {
+    names.iter().filter_map(|name| counts.remove(*name)).sum()
+}
+
+#[test]
+fn a_round_trip_is_two_receives_and_two_sends() {
+    const TIMES: usize = 200;
+    for (front, back) in PAIRS {
+        let (front, backend) = (Endpoint::new(front), echo_backend(back));
+        let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
+        let mut client = front.connect();
+        let message = noise(1, 64);
+        let mut ask =
+            |times| (0..times).for_each(|_| drop(exchange(&mut client, &message).unwrap()));
+        ask(10);
+        let Some(mut counts) = counted(proxy.pid(), || ask(TIMES)) else { return };
+        assert_eq!(take(&mut counts, &["recvfrom", "recvmsg"]), 2 * TIMES, "{counts:?}");
+        assert_eq!(take(&mut counts, &["sendto"]), 2 * TIMES, "{counts:?}");
+        let waits = take(&mut counts, &["epoll_wait", "restart_syscall"]);
+        // One for each of the two sockets, and some that were interrupted by the tracing.
+        assert!(waits <= 3 * TIMES, "{waits} waits for {TIMES} round trips");
+        assert_eq!(counts, BTreeMap::new(), "and nothing else");
+    }
+}
+
+#[test]
+fn a_short_connection_has_a_fixed_list() {
+    const TIMES: usize = 50;
+    for (front_family, back) in PAIRS {
+        let (front, backend) = (Endpoint::new(front_family), echo_backend(back));
+        let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
+        // Once for what is done once: a timer, the buffers.
+        let mut client = front.connect();
+        echoes(&mut client);
+        let idle = proxy.descriptors() - 2;
+        drop(client);
+        let work = |times| {
+            (0..times).for_each(|_| echoes(&mut front.connect()));
+            let over = || (proxy.descriptors() == idle).then_some(());
+            poll_until(Instant::now() + PATIENCE, over).expect("all connections are over");
+        };
+        work(1);
+        let Some(mut counts) = counted(proxy.pid(), || work(TIMES)) else { return };
+        let is_tcp = usize::from(back == Family::Tcp);
+        // The last close may be under way.
+        let mut per_connection = |names: &[&str], times: usize| {
+            let count = take(&mut counts, names);
+            let (least, most) = (times * (TIMES - 1), times * (TIMES + 1));
+            assert!((least..=most).contains(&count), "{names:?}: {count} in {TIMES} connections");
+        };
+        // The second is the one that says that nobody else waits.
+        per_connection(&["accept4", "accept"], 2);
+        per_connection(&["socket"], 1);
+        per_connection(&["connect"], 1);
+        // TCP_NODELAY and SO_OOBINLINE; the client's are inherited.
+        per_connection(&["setsockopt"], 2 * is_tcp);
+        // Whether it has connected to itself.
+        per_connection(&["getsockname"], is_tcp);
+        per_connection(&["epoll_ctl"], 4);
+        per_connection(&["sendto"], 2);
+        per_connection(&["shutdown"], 1);
+        per_connection(&["close"], 2);
+        if cfg!(debug_assertions) {
+            // std looks whether a descriptor is open before it closes it.
+            per_connection(&["fcntl"], 2);
+        }
+        // The bytes and the end of each side, and one too early at most.
+        let receives = take(&mut counts, &["recvfrom", "recvmsg"]);
+        assert!(receives <= 5 * (TIMES + 1), "{receives} receives in {TIMES} connections");
+        let waits = take(&mut counts, &["epoll_wait", "restart_syscall"]);
+        assert!(waits <= 12 * (TIMES + 1), "{waits} waits in {TIMES} connections");
+        if front_family == Family::Unix {
+            // One that has closed is gone altogether; whether its last bytes have arrived at the
+            // backend is asked, again after a millisecond where they have not (SIOCOUTQ, a timer).
+            let asked = take(&mut counts, &["ioctl", "write", "poll", "ppoll"]);
+            assert!(asked <= 10 * TIMES, "{asked} times asked in {TIMES} connections");
+        }
+        let rest: usize = counts.values().sum();
+        assert!(rest <= 8, "and nothing else, but for a timer: {counts:?}");
+    }
+}
