@@ -1,0 +1,317 @@
+//! The programs that are compared, and how each is started between a front and a target.
+
+use std::fs;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use command_fds::{CommandFdExt, FdMapping};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tempfile::TempDir;
+
+use crate::clock;
+
+/// The families on both sides of the proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    Tcp,
+    Unix,
+}
+
+/// How a contender gets its listening socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// There is no proxy.
+    Direct,
+    /// Passed on descriptor 3, as systemd does it; these words, and the target.
+    Activated(Vec<String>),
+    /// It opens its own.
+    Haproxy,
+    Nginx,
+    Socat,
+}
+
+/// One that takes part.
+#[derive(Clone, Debug)]
+pub(crate) struct Contender {
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+}
+
+/// Those that are installed here, ours first.
+pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
+    let new = |name: &str, kind| Contender { name: name.into(), kind };
+    let mut all = vec![
+        new("socket-proxyd", Kind::Activated(vec![env!("CARGO_BIN_EXE_socket-proxyd").into()])),
+        new("direct", Kind::Direct),
+    ];
+    let old = "/lib/systemd/systemd-socket-proxyd";
+    if Path::new(old).exists() {
+        all.push(new("systemd", Kind::Activated(vec![old.into()])));
+    }
+    if let Some(words) = newest() {
+        all.push(new("systemd (newest)", Kind::Activated(words)));
+    }
+    for (name, program, kind) in [
+        ("HAProxy", "/usr/sbin/haproxy", Kind::Haproxy),
+        ("nginx", "/usr/sbin/nginx", Kind::Nginx),
+        ("socat", "/usr/bin/socat", Kind::Socat),
+    ] {
+        let stream = Path::new("/usr/lib/nginx/modules/ngx_stream_module.so");
+        if Path::new(program).exists() && (kind != Kind::Nginx || stream.exists()) {
+            all.push(new(name, kind));
+        }
+    }
+    for (name, words) in peers {
+        all.push(new(name, Kind::Activated(words.clone())));
+    }
+    all
+}
+
+/// The newest systemd-socket-proxyd, where `make test` has put it: what its wrapper runs, so that no
+/// shell is measured.
+fn newest() -> Option<Vec<String>> {
+    let default =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/target/newest-original/systemd-socket-proxyd");
+    let path = std::env::var_os("NEWEST_ORIGINAL").unwrap_or_else(|| default.into());
+    let wrapper = fs::read_to_string(path).ok()?;
+    let (_, words) = wrapper.split_once("exec ")?;
+    let words = words.split_whitespace().filter(|word| *word != "\\" && *word != "\"$@\"");
+    Some(words.map(String::from).collect())
+}
+
+/// A contender at work; ended when it is dropped.
+pub(crate) struct Running {
+    /// Where clients connect.
+    pub(crate) front: SockAddr,
+    /// `None` when there is no proxy.
+    pub(crate) process: Option<Child>,
+    /// When it was executed, where that is known.
+    pub(crate) executed: Option<u64>,
+    _directory: TempDir,
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Child::id)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(process) = &mut self.process {
+            // HAProxy and nginx end their workers when they are asked.
+            let pid = rustix::process::Pid::from_child(process);
+            let signal = rustix::process::Signal::TERM;
+            let _ = rustix::process::kill_process(pid, signal);
+            let deadline = clock::after(2.0);
+            while process.try_wait().is_ok_and(|status| status.is_none()) {
+                if clock::now() > deadline {
+                    let _ = process.kill();
+                }
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// A listening socket of a family.
+pub(crate) fn listener(family: Family, directory: &Path) -> (Socket, SockAddr) {
+    let (domain, address) = match family {
+        Family::Tcp => (Domain::IPV4, std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()),
+        Family::Unix => {
+            let path = directory.join("socket");
+            (Domain::UNIX, SockAddr::unix(path).expect("a short path"))
+        }
+    };
+    let socket = Socket::new(domain, Type::STREAM, None).expect("a socket");
+    socket.bind(&address).expect("a free address");
+    socket.listen(4096).expect("a listener");
+    let address = socket.local_addr().expect("an address");
+    (socket, address)
+}
+
+/// As it is written on command lines.
+pub(crate) fn written(address: &SockAddr) -> String {
+    match address.as_socket() {
+        Some(address) => address.to_string(),
+        None => address.as_pathname().expect("a path").display().to_string(),
+    }
+}
+
+/// Who a contender runs as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum User {
+    #[default]
+    Ourselves,
+    Nobody,
+}
+
+impl Contender {
+    /// Starts it between a front of a family and a target.
+    ///
+    /// `queue` is called when the front can be connected to: for an activated one before it starts.
+    pub(crate) fn start(
+        &self,
+        front: Family,
+        target: &SockAddr,
+        user: User,
+        queue: impl FnOnce(&SockAddr),
+    ) -> Running {
+        let directory = TempDir::new().expect("a directory");
+        let path = directory.path();
+        let words = match &self.kind {
+            Kind::Direct => {
+                queue(target);
+                return Running {
+                    front: target.clone(),
+                    process: None,
+                    executed: None,
+                    _directory: directory,
+                };
+            }
+            Kind::Activated(words) => {
+                let (socket, front) = listener(front, path);
+                queue(&front);
+                let (process, executed) = activate(words, &socket, &written(target), user);
+                return Running { front, process: Some(process), executed, _directory: directory };
+            }
+            Kind::Haproxy => haproxy(front, target, path),
+            Kind::Nginx => nginx(front, target, path),
+            Kind::Socat => socat(front, target, path),
+        };
+        let (words, front) = words;
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut process = command.spawn().expect("an installed program");
+        let deadline = clock::after(10.0);
+        while !Socket::new(front.domain(), Type::STREAM, None)
+            .is_ok_and(|socket| socket.connect(&front).is_ok())
+        {
+            let ended = process.try_wait().expect("a child");
+            assert!(ended.is_none() && clock::now() < deadline, "{}: {words:?}", self.name);
+            std::thread::yield_now();
+        }
+        queue(&front);
+        Running { front, process: Some(process), executed: None, _directory: directory }
+    }
+}
+
+/// This program under another name: sets `LISTEN_PID` and becomes the contender.
+const LAUNCHER: &str = "bench-launcher";
+
+fn activate(words: &[String], socket: &Socket, target: &str, user: User) -> (Child, Option<u64>) {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(LAUNCHER);
+    if user == User::Nobody {
+        let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
+        command.arg("setpriv").args(nobody);
+    }
+    command.args(words).args(["--connections-max=16384", target]);
+    command.env("LISTEN_FDS", "1").stdin(Stdio::null()).stdout(Stdio::piped());
+    command.stderr(Stdio::null());
+    let parent_fd = socket.as_fd().try_clone_to_owned().expect("a descriptor");
+    command.fd_mappings(vec![FdMapping { parent_fd, child_fd: 3 }]).expect("one mapping");
+    let mut process = command.spawn().expect("this program");
+    let mut moment = [0; 8];
+    let told = process.stdout.take().expect("a pipe").read_exact(&mut moment);
+    (process, told.is_ok().then(|| u64::from_le_bytes(moment)))
+}
+
+/// The launcher's side; `None` if this is not it.
+pub(crate) fn launch() -> Option<std::io::Error> {
+    let mut args = std::env::args_os();
+    if args.next()? != LAUNCHER {
+        return None;
+    }
+    let mut command = Command::new(args.next()?);
+    command.args(args).env("LISTEN_PID", std::process::id().to_string());
+    // The pipe is not the contender's.
+    let moment = rustix::io::dup(std::io::stdout()).and_then(|pipe| {
+        rustix::io::fcntl_setfd(&pipe, rustix::io::FdFlags::CLOEXEC)?;
+        Ok(pipe)
+    });
+    command.stdout(Stdio::null());
+    if let Ok(pipe) = moment {
+        let _ = rustix::io::write(pipe, &clock::now().to_le_bytes());
+    }
+    Some(command.exec())
+}
+
+fn free_front(family: Family, directory: &Path) -> SockAddr {
+    let (socket, address) = listener(family, directory);
+    drop(socket);
+    if family == Family::Unix {
+        let _ = fs::remove_file(directory.join("socket"));
+    }
+    address
+}
+
+type Words = (Vec<String>, SockAddr);
+
+fn haproxy(front: Family, target: &SockAddr, directory: &Path) -> Words {
+    let front_address = free_front(front, directory);
+    let server = match target.as_socket() {
+        Some(address) => address.to_string(),
+        None => format!("unix@{}", written(target)),
+    };
+    let text = format!(
+        "global\n  maxconn 4500\n  nbthread 1\n\
+         defaults\n  mode tcp\n  option splice-auto\n  timeout connect 10s\n  timeout client 1h\n  \
+         timeout server 1h\n\
+         listen bench\n  bind {}\n  maxconn 4500\n  server target {server} maxconn 4500\n",
+        match front {
+            Family::Tcp => written(&front_address),
+            Family::Unix => format!("unix@{}", written(&front_address)),
+        }
+    );
+    let file = configuration(directory, "haproxy.cfg", &text);
+    (["/usr/sbin/haproxy", "-db", "-f", &file].map(String::from).to_vec(), front_address)
+}
+
+fn nginx(front: Family, target: &SockAddr, directory: &Path) -> Words {
+    let front_address = free_front(front, directory);
+    let prefix = |family: Family, address: &SockAddr| match family {
+        Family::Tcp => written(address),
+        Family::Unix => format!("unix:{}", written(address)),
+    };
+    let target_family = if target.as_socket().is_some() { Family::Tcp } else { Family::Unix };
+    let user = if rustix::process::geteuid().is_root() { "user root;\n" } else { "" };
+    let text = format!(
+        "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n{user}\
+         daemon off;\nworker_processes 1;\nworker_rlimit_nofile 20000;\n\
+         pid {directory}/pid;\nerror_log /dev/null crit;\n\
+         events {{ worker_connections 10000; }}\n\
+         stream {{ server {{ listen {} backlog=4096; tcp_nodelay on; proxy_timeout 1h; \
+         proxy_pass {}; }} }}\n",
+        prefix(front, &front_address),
+        prefix(target_family, target),
+        directory = directory.display(),
+    );
+    let file = configuration(directory, "nginx.conf", &text);
+    let words = ["/usr/sbin/nginx", "-c", &file, "-e", "/dev/null"].map(String::from);
+    (words.to_vec(), front_address)
+}
+
+fn socat(front: Family, target: &SockAddr, directory: &Path) -> Words {
+    let front_address = free_front(front, directory);
+    let listen = match front_address.as_socket() {
+        Some(address) => {
+            format!("TCP4-LISTEN:{},bind=127.0.0.1,fork,nodelay,backlog=4096", address.port())
+        }
+        None => format!("UNIX-LISTEN:{},fork,backlog=4096", written(&front_address)),
+    };
+    let connect = match target.as_socket() {
+        Some(address) => format!("TCP4:{address},nodelay"),
+        None => format!("UNIX-CONNECT:{}", written(target)),
+    };
+    (["/usr/bin/socat", &listen, &connect].map(String::from).to_vec(), front_address)
+}
+
+fn configuration(directory: &Path, name: &str, text: &str) -> String {
+    let path: PathBuf = directory.join(name);
+    fs::write(&path, text).expect("a directory of our own");
+    path.display().to_string()
+}

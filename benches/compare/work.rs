@@ -1,0 +1,333 @@
+//! The kinds of work, and how one sample of each is taken.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use socket2::SockAddr;
+use tempfile::TempDir;
+
+use crate::clock;
+use crate::contender::{Contender, Family, Kind, Running, User, listener};
+use crate::load::{Load, Role, Stats};
+use crate::process::{Holdings, cpu, holdings};
+
+/// A kind of work.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Work {
+    /// Bytes from the clients to the backend, as many as go.
+    BulkUp(usize),
+    /// Bytes from the backend to the clients.
+    BulkDown(usize),
+    /// Messages of so many bytes, each answered, on so many connections.
+    RoundTrips(usize, usize),
+    /// Connect, 64 bytes there and back, close.
+    Short,
+    /// So many connections that are quiet after one message.
+    Idle(usize),
+    /// From exec(2) to the answer of a client that was queued.
+    Activation,
+}
+
+/// A row of the comparison.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
+    pub(crate) about: &'static str,
+    pub(crate) work: Work,
+    pub(crate) user: User,
+    /// What one unit of work is called, and how many seconds its CPU is shown in.
+    pub(crate) unit: &'static str,
+    pub(crate) scale: f64,
+}
+
+const MICRO: f64 = 1e-6;
+
+/// All rows.
+pub(crate) const ROWS: [Row; 14] = {
+    use Work::*;
+    const fn row(
+        name: &'static str,
+        about: &'static str,
+        work: Work,
+        unit: &'static str,
+        scale: f64,
+    ) -> Row {
+        Row { name, about, work, user: User::Ourselves, unit, scale }
+    }
+    [
+        row("bulk-up", "4 connections, client to backend", BulkUp(4), "s/GB", 1.0),
+        row("bulk-down", "4 connections, backend to client", BulkDown(4), "s/GB", 1.0),
+        row("64B-1", "64 B round trips, 1 connection", RoundTrips(64, 1), "us", MICRO),
+        row("64B-100", "64 B round trips, 100 connections", RoundTrips(64, 100), "us", MICRO),
+        row("64B-1000", "64 B round trips, 1,000 connections", RoundTrips(64, 1000), "us", MICRO),
+        row("16K-1", "16 KiB round trips, 1 connection", RoundTrips(16_384, 1), "us", MICRO),
+        row("16K-100", "16 KiB round trips, 100 connections", RoundTrips(16_384, 100), "us", MICRO),
+        row(
+            "16K-1000",
+            "16 KiB round trips, 1,000 connections",
+            RoundTrips(16_384, 1000),
+            "us",
+            MICRO,
+        ),
+        row("short", "connect, 64 B there and back, close", Short, "us", MICRO),
+        row("idle-100", "100 idle connections", Idle(100), "us", MICRO),
+        row("idle-4000", "4,000 idle connections", Idle(4000), "us", MICRO),
+        row("bulk-600", "600 bulk connections", BulkUp(600), "s/GB", 1.0),
+        Row {
+            name: "bulk-600-nobody",
+            about: "600 bulk connections, the proxy as an unprivileged user",
+            work: BulkUp(600),
+            user: User::Nobody,
+            unit: "s/GB",
+            scale: 1.0,
+        },
+        row("activation", "exec to the answer of a queued client", Activation, "us", MICRO),
+    ]
+};
+
+/// What one round of a contender came to.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Sample {
+    /// Units of work a second.
+    pub(crate) rate: f64,
+    /// The proxy's CPU seconds per unit.
+    pub(crate) cost: Option<f64>,
+    /// Seconds to an answer: the median, one in a hundred, one in a thousand.
+    pub(crate) latency: Option<[f64; 3]>,
+    pub(crate) failures: u64,
+    /// Of the proxy, for each connection.
+    pub(crate) held: Option<Holdings>,
+}
+
+/// How long things take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Effort {
+    /// Seconds of work in a sample.
+    pub(crate) seconds: f64,
+    /// Starts in a sample of activation.
+    pub(crate) starts: usize,
+    /// What large numbers of connections are divided by.
+    pub(crate) divisor: usize,
+}
+
+impl Row {
+    /// Whether a contender takes part.
+    pub(crate) fn is_for(&self, contender: &Contender) -> bool {
+        let activated = matches!(contender.kind, Kind::Activated(_));
+        match self.work {
+            Work::Activation => activated,
+            Work::Idle(_) => contender.kind != Kind::Direct && contender.kind != Kind::Socat,
+            _ if self.user == User::Nobody => activated,
+            Work::BulkUp(600) => contender.kind != Kind::Socat,
+            Work::RoundTrips(_, 1000) => contender.kind != Kind::Socat,
+            _ => true,
+        }
+    }
+
+    /// One sample.
+    pub(crate) fn sample(
+        &self,
+        contender: &Contender,
+        pair: (Family, Family),
+        effort: Effort,
+    ) -> Sample {
+        let divide = |connections: usize| {
+            if connections > 100 { connections / effort.divisor } else { connections }
+        };
+        let stage = Stage::new(pair, self.user);
+        match self.work {
+            Work::BulkUp(connections) => {
+                stage.bulk(contender, divide(connections), Role::Source, Role::Sink, effort)
+            }
+            Work::BulkDown(connections) => {
+                stage.bulk(contender, divide(connections), Role::Sink, Role::Source, effort)
+            }
+            Work::RoundTrips(size, connections) => {
+                stage.round_trips(contender, size, divide(connections), effort)
+            }
+            Work::Short => stage.short(contender, effort),
+            Work::Idle(connections) => stage.idle(contender, divide(connections)),
+            Work::Activation => stage.activation(contender, effort),
+        }
+    }
+}
+
+/// Between a front and a backend.
+struct Stage {
+    front: Family,
+    back: Family,
+    user: User,
+    directory: TempDir,
+}
+
+impl Stage {
+    fn new((front, back): (Family, Family), user: User) -> Self {
+        let directory = TempDir::new().expect("a directory");
+        if user == User::Nobody {
+            open_to_all(directory.path());
+        }
+        Self { front, back, user, directory }
+    }
+
+    /// A load whose backend has this role, and where that is.
+    fn backend(&self, message: usize, role: Role) -> (Load, SockAddr) {
+        let (socket, address) = listener(self.back, self.directory.path());
+        if let Some(path) = address.as_pathname() {
+            open_to_all(path);
+        }
+        let mut load = Load::new(message);
+        load.listen(socket, role);
+        (load, address)
+    }
+
+    fn start(&self, contender: &Contender, target: &SockAddr) -> Running {
+        contender.start(self.front, target, self.user, |_| ())
+    }
+
+    fn bulk(
+        &self,
+        contender: &Contender,
+        connections: usize,
+        client: Role,
+        backend: Role,
+        effort: Effort,
+    ) -> Sample {
+        let (mut backends, target) = self.backend(0, backend);
+        let running = self.start(contender, &target);
+        let mut clients = Load::new(0);
+        let connected =
+            (0..connections).filter(|_| clients.connect(&running.front, client)).count();
+        let missing = (connections - connected) as u64;
+        let sink = if backend == Role::Sink { &backends } else { &clients };
+        let bytes = Arc::clone(&sink.stats.bytes);
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    backends.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
+                }
+            });
+            let sample = measure(&mut clients, &running, missing, effort.seconds, |_| {
+                bytes.swap(0, Ordering::Relaxed) as f64 / 1e9
+            });
+            over.store(true, Ordering::Relaxed);
+            sample
+        })
+    }
+
+    fn round_trips(
+        &self,
+        contender: &Contender,
+        size: usize,
+        connections: usize,
+        effort: Effort,
+    ) -> Sample {
+        let (mut load, target) = self.backend(size, Role::Echo);
+        let running = self.start(contender, &target);
+        let connected = (0..connections).filter(|_| load.connect(&running.front, Role::Ping));
+        let missing = (connections - connected.count()) as u64;
+        measure(&mut load, &running, missing, effort.seconds, |stats| stats.done as f64)
+    }
+
+    fn short(&self, contender: &Contender, effort: Effort) -> Sample {
+        let (mut load, target) = self.backend(64, Role::Echo);
+        let running = self.start(contender, &target);
+        load.short(&running.front, 16);
+        measure(&mut load, &running, 0, effort.seconds, |stats| stats.done as f64)
+    }
+
+    fn idle(&self, contender: &Contender, connections: usize) -> Sample {
+        let (mut load, target) = self.backend(64, Role::Echo);
+        let running = self.start(contender, &target);
+        let pid = running.pid().expect("a proxy");
+        let connect = |load: &mut Load, count: usize| {
+            load.reset();
+            let connected = (0..count).filter(|_| load.connect(&running.front, Role::Once)).count();
+            load.run(clock::after(20.0), |stats| stats.done + stats.failures >= connected as u64);
+        };
+        // The first one makes what the program makes only once.
+        connect(&mut load, 1);
+        let before = holdings(pid);
+        let start = clock::now();
+        connect(&mut load, connections);
+        let seconds = (clock::now() - start) as f64 / 1e9;
+        let after = holdings(pid);
+        let each = |after: usize, before: usize| after.saturating_sub(before) / connections;
+        Sample {
+            rate: connections as f64 / seconds,
+            failures: (connections + 1).saturating_sub(load.clients()) as u64,
+            held: Some(Holdings {
+                descriptors: each(after.descriptors, before.descriptors),
+                resident: each(after.resident, before.resident),
+                pipes: each(after.pipes, before.pipes),
+            }),
+            ..Sample::default()
+        }
+    }
+
+    fn activation(&self, contender: &Contender, effort: Effort) -> Sample {
+        let mut times = Vec::new();
+        let mut failures = 0;
+        for _ in 0..effort.starts {
+            let stage = Self::new((self.front, self.back), self.user);
+            let (mut load, target) = stage.backend(64, Role::Echo);
+            let running = contender.start(stage.front, &target, stage.user, |front| {
+                load.connect(front, Role::Once);
+            });
+            load.run(clock::after(5.0), |stats| stats.done + stats.failures > 0);
+            match running.executed {
+                Some(executed) if load.stats.done > 0 => times.push(clock::now() - executed),
+                _ => failures += 1,
+            }
+        }
+        times.sort_unstable();
+        let at = |share: f64| {
+            let index = (times.len() as f64 * share) as usize;
+            times.get(index.min(times.len().saturating_sub(1))).map_or(0.0, |it| *it as f64 / 1e9)
+        };
+        Sample {
+            rate: times.len() as f64,
+            cost: Some(at(0.5)),
+            latency: Some([at(0.5), at(0.99), at(0.999)]),
+            failures,
+            ..Sample::default()
+        }
+    }
+}
+
+/// Runs a load for a while after it has got going, and takes the proxy's CPU for that time.
+fn measure(
+    load: &mut Load,
+    running: &Running,
+    missing: u64,
+    seconds: f64,
+    amount: impl Fn(&Stats) -> f64,
+) -> Sample {
+    load.run(clock::after(seconds * 0.3), |_| false);
+    let early = load.stats.failures;
+    load.reset();
+    // What has come so far is not counted.
+    amount(&load.stats);
+    let before = running.pid().map(cpu);
+    let start = clock::now();
+    load.run(clock::after(seconds), |_| false);
+    let took = (clock::now() - start) as f64 / 1e9;
+    let after = running.pid().map(cpu);
+    let amount = amount(&load.stats);
+    let latency = &load.stats.latency;
+    let at = |quantile| latency.value_at_quantile(quantile) as f64 / 1e9;
+    Sample {
+        rate: amount / took,
+        cost: before.zip(after).map(|(before, after)| (after - before) / amount),
+        latency: (!latency.is_empty()).then(|| [at(0.5), at(0.99), at(0.999)]),
+        failures: load.stats.failures + early + missing,
+        held: None,
+    }
+}
+
+fn open_to_all(path: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777));
+}
