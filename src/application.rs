@@ -8,7 +8,6 @@
 
 use std::cell::RefCell;
 use std::convert::Infallible;
-use std::fmt;
 use std::mem;
 use std::process::ExitStatus;
 use std::rc::Rc;
@@ -23,6 +22,7 @@ use crate::dial::DialError;
 use crate::hold::{Hold, Pauses};
 use crate::idle::idle_for;
 use crate::logging::{RateLimit, in_words};
+use crate::phase::Phase;
 use crate::ready::{Family, NotifySocket};
 use crate::run::Run;
 use crate::socket::Socket;
@@ -51,47 +51,6 @@ const SLOW: Duration = Duration::from_secs(10);
 static LIFE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
 static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 static STANDING: RateLimit = RateLimit::new(1, Duration::from_secs(10));
-
-/// Where COMMAND is in its life.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Phase {
-    /// Nothing runs.
-    #[default]
-    Stopped,
-    /// It was started and is not ready yet.
-    Starting,
-    /// It serves.
-    Ready,
-    /// It was asked to end, or has ended, and something of it is left.
-    Stopping,
-    /// It has ended before it was ready, or at once after, this many times in a row.
-    Failed(u32),
-    /// Somebody else serves its target.
-    Occupied,
-    /// Time won't mend what keeps us from the target.
-    Hopeless,
-}
-
-impl Phase {
-    fn is_at_rest(self) -> bool {
-        matches!(self, Self::Stopped | Self::Failed(_) | Self::Occupied | Self::Hopeless)
-    }
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Stopped => f.write_str("stopped"),
-            Self::Starting => f.write_str("starting"),
-            Self::Ready => f.write_str("running"),
-            Self::Stopping => f.write_str("stopping"),
-            Self::Failed(1) => f.write_str("failed"),
-            Self::Failed(times) => write!(f, "failed {times} times in a row"),
-            Self::Occupied => f.write_str("its target is served by somebody else"),
-            Self::Hopeless => f.write_str("its target can't be reached"),
-        }
-    }
-}
 
 /// An application that runs only while somebody uses it.
 #[derive(Debug)]
@@ -143,8 +102,8 @@ impl Drop for Waiting<'_> {
 }
 
 impl Application {
-    /// `target` is what COMMAND has to serve; `notify` where it says that it is ready; `descriptors` the soft limit on them that
-    /// it is given.
+    /// `target` is what COMMAND has to serve; `notify` where it says that it is ready; `descriptors`
+    /// the soft limit on them that it is given.
     pub fn new(
         command: CommandLine,
         target: Target,

@@ -43,6 +43,7 @@ pub mod service;
 
 // The life of COMMAND.
 pub mod application;
+pub mod phase;
 pub mod ready;
 pub mod run;
 pub mod guard;

@@ -18,8 +18,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use crate::admission::Load;
-use crate::application::{Application, Phase};
+use crate::application::Application;
 use crate::flow::Shared;
+use crate::phase::Phase;
 
 /// Tries again while systemd does not take a message that matters, this often and this far apart.
 const RETRIES: usize = 50;

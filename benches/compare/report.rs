@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use crate::contender::{Contender, Family};
+use crate::process::Holdings;
 use crate::work::{Row, Sample, Work};
 
 /// A pair of families in words.
@@ -60,33 +61,26 @@ struct Summary<'a> {
 }
 
 impl Section {
-    fn summaries(&self) -> Vec<Summary<'_>> {
-        let summary = |(name, samples): &'_ (String, Vec<Sample>)| {
-            let rate = Figure::of(samples.iter().map(|it| Some(it.rate)))?;
-            let latency =
-                |at: usize| Figure::of(samples.iter().map(|it| it.latency.map(|all| all[at])));
-            let held = |of: fn(&crate::process::Holdings) -> usize| {
-                Figure::of(samples.iter().map(|it| it.held.as_ref().map(|held| of(held) as f64)))
-            };
-            Some((
-                rate,
-                Figure::of(samples.iter().map(|it| it.cost)),
-                latency(0).zip(latency(1)).zip(latency(2)).map(|((a, b), c)| [a, b, c]),
-                samples.iter().map(|it| it.failures).sum(),
-                held(|it| it.descriptors)
-                    .zip(held(|it| it.resident))
-                    .zip(held(|it| it.pipes))
-                    .map(|((a, b), c)| [a, b, c]),
-                name.len(),
-            ))
-        };
-        self.entries
-            .iter()
-            .filter_map(|entry| {
-                let (rate, cost, latency, failures, held, _) = summary(entry)?;
-                Some(Summary { name: &entry.0, rate, cost, latency, failures, held })
+    fn summaries<'a>(&'a self) -> Vec<Summary<'a>> {
+        let summary = |(name, samples): &'a (String, Vec<Sample>)| {
+            let figure = |of: &dyn Fn(&Sample) -> Option<f64>| Figure::of(samples.iter().map(of));
+            let latency = |at: usize| figure(&|it| it.latency.map(|all| all[at]));
+            let held = |of: fn(&Holdings) -> usize| figure(&|it| it.held.map(|it| of(&it) as f64));
+            let three = |[a, b, c]: [Option<Figure>; 3]| Some([a?, b?, c?]);
+            Some(Summary {
+                name,
+                rate: figure(&|it| Some(it.rate))?,
+                cost: figure(&|it| it.cost),
+                latency: three([latency(0), latency(1), latency(2)]),
+                failures: samples.iter().map(|it| it.failures).sum(),
+                held: three([
+                    held(|it| it.descriptors),
+                    held(|it| it.resident),
+                    held(|it| it.pipes),
+                ]),
             })
-            .collect()
+        };
+        self.entries.iter().filter_map(summary).collect()
     }
 
     fn title(&self) -> String {
