@@ -6,17 +6,17 @@
 
 #![forbid(unsafe_code)]
 
-use std::cell::RefCell;
 use std::convert::Infallible;
 use std::mem;
 use std::process::ExitStatus;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::admission::Load;
+use crate::admission::Occupancy;
 use crate::command::CommandLine;
 use crate::dial::DialError;
 use crate::hold::{Hold, Pauses};
@@ -65,7 +65,7 @@ pub struct Application {
     descriptors: Option<u64>,
     phase: watch::Sender<Phase>,
     /// What it is that keeps clients waiting, while it is not ready.
-    obstacle: RefCell<String>,
+    obstacle: Mutex<String>,
     /// Clients that need it.
     waiting: watch::Sender<usize>,
     /// Nobody is to be started, and who runs is to be stopped.
@@ -118,7 +118,7 @@ impl Application {
             stop_idle_time,
             descriptors,
             phase: watch::Sender::default(),
-            obstacle: RefCell::default(),
+            obstacle: Mutex::default(),
             waiting: watch::Sender::default(),
             halted: watch::Sender::default(),
         }
@@ -136,8 +136,7 @@ impl Application {
 
     /// What keeps clients waiting; `None` when it is not COMMAND.
     pub fn obstacle(&self) -> Option<String> {
-        let obstacle = self.obstacle.borrow();
-        (*self.phase.borrow() != Phase::Ready).then(|| obstacle.clone())
+        (*self.phase.borrow() != Phase::Ready).then(|| self.current_obstacle())
     }
 
     /// Waits until COMMAND is ready; that somebody waits is what starts it.
@@ -157,7 +156,7 @@ impl Application {
             let now = *phase.borrow_and_update();
             match now {
                 Phase::Ready => return Ok(ReadyRun(phase)),
-                Phase::Hopeless => return Err(self.obstacle.borrow().clone()),
+                Phase::Hopeless => return Err(self.current_obstacle()),
                 _ => {}
             }
         }
@@ -174,12 +173,8 @@ impl Application {
         self.halted.send_replace(false);
     }
 
-    /// Lives its life, for ever. `load` is the proxy's, for the idle time.
-    pub async fn live(
-        self: Rc<Self>,
-        hold: Rc<Hold>,
-        mut load: watch::Receiver<Load>,
-    ) -> Infallible {
+    /// Lives its life, for ever. `occupancy` is the proxy's, for the idle time.
+    pub async fn live(self: Arc<Self>, hold: Rc<Hold>, mut occupancy: Occupancy) -> Infallible {
         let hear = async {
             match &self.notify {
                 Some(notify) => notify.hear().await,
@@ -190,7 +185,7 @@ impl Application {
             let mut failures = 0;
             loop {
                 self.needed().await;
-                let end = self.run(&hold, &mut load).await;
+                let end = self.run(&hold, &mut occupancy).await;
                 let pause = self.take_note(end, &mut failures);
                 sleep(pause).await;
             }
@@ -213,14 +208,14 @@ impl Application {
     }
 
     /// From the decision to start it to the moment when nothing of it is left.
-    async fn run(&self, hold: &Hold, load: &mut watch::Receiver<Load>) -> End {
+    async fn run(&self, hold: &Hold, occupancy: &mut Occupancy) -> End {
         self.phase.send_replace(Phase::Starting);
         let mut run = None;
         let mut halted = self.halted.subscribe();
         let end = tokio::select! {
             biased;
             _ = halted.wait_for(|halted| *halted) => End::Asked,
-            () = idle_for(self.stop_idle_time, load) => End::Idle,
+            () = idle_for(self.stop_idle_time, occupancy) => End::Idle,
             end = self.serve(hold, &mut run) => end,
         };
         if let Some(run) = run {
@@ -345,7 +340,7 @@ impl Application {
     async fn warn_if_slow(&self) -> Infallible {
         sleep(SLOW).await;
         if let Some(suppressed) = LIFE.pass() {
-            let obstacle = self.obstacle.borrow().clone();
+            let obstacle = self.current_obstacle();
             tracing::warn!(
                 "{} is not ready after {}s: {obstacle}.{suppressed}",
                 self.command,
@@ -407,8 +402,12 @@ impl Application {
         pause
     }
 
+    fn current_obstacle(&self) -> String {
+        self.obstacle.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn set_obstacle(&self, obstacle: String) {
-        self.obstacle.replace(obstacle);
+        *self.obstacle.lock().unwrap_or_else(PoisonError::into_inner) = obstacle;
     }
 }
 

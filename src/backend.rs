@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -22,18 +23,23 @@ const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 pub struct Backend {
     hold: Rc<Hold>,
     wait: TimeSpan,
-    application: Option<Rc<Application>>,
+    application: Option<Arc<Application>>,
 }
 
 impl Backend {
     /// `wait` is how long a client is held; with zero it is not, and there is no application.
-    pub fn new(hold: Rc<Hold>, wait: TimeSpan, application: Option<Rc<Application>>) -> Self {
+    pub fn new(hold: Rc<Hold>, wait: TimeSpan, application: Option<Arc<Application>>) -> Self {
         Self { hold, wait, application }
     }
 
     /// Where it is, for messages.
     pub fn target(&self) -> &Target {
         self.dialer().target()
+    }
+
+    /// Where its clients are held.
+    pub fn hold(&self) -> &Rc<Hold> {
+        &self.hold
     }
 
     fn dialer(&self) -> &Dialer {

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::{OsStr, OsString};
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -40,6 +40,8 @@ pub struct Config {
     pub connect_timeout: TimeSpan,
     /// The header that tells the backend who the client is.
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// Event loops, each a thread.
+    pub threads: NonZeroUsize,
     /// What is logged; from `--log-level=`, or else `$SYSTEMD_LOG_LEVEL`.
     pub log_level: LogLevel,
 }
@@ -135,6 +137,7 @@ impl Config {
             backend_wait,
             connect_timeout: arguments.connect_timeout,
             proxy_protocol: arguments.proxy_protocol,
+            threads: arguments.threads,
             log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
         })))
     }
@@ -142,6 +145,9 @@ impl Config {
 
 /// How long clients are held by default while COMMAND starts.
 const COMMAND_WAIT: Duration = Duration::from_secs(90);
+
+/// More than there are processors in most machines; each costs four descriptors and a stack.
+const THREADS_MAX: u32 = 256;
 
 const HELP: &str = "\
 socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]]
@@ -162,6 +168,7 @@ Backend:
      --stop-idle-time=TIME   Stop COMMAND when without a connection (never)
 
 Other:
+     --threads=N             Serve with up to N threads (default: 1)
      --log-level=LEVEL       err, warning, notice, info (default) or debug
   -h --help                  Show this help
      --version               Show the version
@@ -202,6 +209,8 @@ struct Arguments {
     ready: Option<Ready>,
     #[arg(long, value_parser = |text: &str| read_span("stop-idle-time", text))]
     stop_idle_time: Option<TimeSpan>,
+    #[arg(long, default_value = "1", value_parser = read_threads)]
+    threads: NonZeroUsize,
     #[arg(long, value_parser = read_log_level)]
     log_level: Option<LogLevel>,
     #[arg(short, long, action = ArgAction::HelpShort)]
@@ -253,6 +262,13 @@ fn read_proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
 
 fn read_ready(text: &str) -> Result<Ready, String> {
     Ready::parse(text).ok_or_else(|| failed("ready", text) + " (connect or notify)")
+}
+
+fn read_threads(text: &str) -> Result<NonZeroUsize, String> {
+    let count = parse_unsigned(text).filter(|count| *count <= THREADS_MAX);
+    count
+        .and_then(|count| NonZeroUsize::new(count as usize))
+        .ok_or_else(|| failed("threads", text) + &format!(" (1 to {THREADS_MAX})"))
 }
 
 fn read_log_level(text: &str) -> Result<LogLevel, String> {

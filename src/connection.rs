@@ -4,6 +4,7 @@
 
 use std::future::poll_fn;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -11,21 +12,42 @@ use tokio::time::{Instant, sleep};
 
 use crate::address::Address;
 use crate::admission::Permit;
+use crate::application::Application;
 use crate::backend::Backend;
 use crate::descriptors::Reserved;
-use crate::flow::Shared;
+use crate::dial::Dialer;
+use crate::flow::{Carried, Shared};
 use crate::forward::{Pair, Side};
-use crate::listen::Listener;
+use crate::hold::{Hold, Probing};
 use crate::logging::{RateLimit, in_words};
 use crate::proxy_header::ProxyProtocol;
 use crate::socket::Socket;
+use crate::timespan::TimeSpan;
+use crate::worker::Seat;
 
 /// How long the last bytes of a Unix client that has closed wait for a backend.
 const LAST_WORDS: Duration = Duration::from_millis(800);
 
 static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 
-/// What all connections have in common.
+/// What all connections have in common, wherever they live.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The way to the backend.
+    pub dialer: Dialer,
+    /// How long a client is held until it is up; zero is not at all.
+    pub backend_wait: TimeSpan,
+    /// Who looks whether it is.
+    pub probing: Probing,
+    /// What serves it, if that is ours to start.
+    pub application: Option<Arc<Application>>,
+    /// The header it expects.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// Pipes for each event loop, at most.
+    pub pipes: usize,
+}
+
+/// What the connections of one event loop have in common.
 #[derive(Debug)]
 pub struct Route {
     /// The way to the backend.
@@ -36,19 +58,38 @@ pub struct Route {
     pub shared: Rc<Shared>,
 }
 
-/// Somebody who was accepted and admitted.
+impl Route {
+    /// The plan, for one event loop; `carried` counts its bytes.
+    pub fn new(plan: &Plan, carried: Arc<Carried>) -> Self {
+        let hold = Rc::new(Hold::new(plan.dialer.clone(), plan.backend_wait, plan.probing.clone()));
+        Self {
+            backend: Backend::new(hold, plan.backend_wait, plan.application.clone()),
+            proxy_protocol: plan.proxy_protocol,
+            shared: Rc::new(Shared::new(plan.pipes, carried)),
+        }
+    }
+}
+
+/// Somebody who was accepted and admitted, on their event loop.
 #[derive(Debug)]
 pub struct Client {
     /// Where they are.
     pub socket: Socket,
     /// Who they are.
     pub address: Address,
-    /// Where they came in.
-    pub listener: Rc<Listener>,
-    /// Their place under the cap.
-    pub permit: Permit,
-    /// Their descriptors.
-    pub reserved: Reserved,
+    /// Where they came in, for messages.
+    pub listener: Arc<str>,
+    /// What they take up until the connection is over.
+    pub place: Place,
+}
+
+/// What a connection takes up: given back when this is dropped.
+#[derive(Debug)]
+#[expect(dead_code, reason = "held, not read")]
+pub struct Place {
+    pub(crate) permit: Permit,
+    pub(crate) reserved: Reserved,
+    pub(crate) seat: Seat,
 }
 
 /// Serves a client until the connection is over, and logs how it was.
@@ -56,7 +97,7 @@ pub struct Client {
 /// Dropped before that, it resets both sides.
 pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
     let start = Instant::now();
-    let Client { socket, address, listener, permit, reserved } = client;
+    let Client { socket, address, listener, place } = client;
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
         let log = |outcome: &str, from_client: u64, from_backend: u64| {
@@ -99,7 +140,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
         let Ok(closed) = carried.await else {
             return;
         };
-        drop((permit, reserved));
+        drop(place);
         log(&outcome(closed.fault), closed.from_client, closed.from_backend);
     }
 }

@@ -31,6 +31,9 @@ const RESERVE: usize = 6;
 /// For COMMAND: the sockets to its guard and from it, and what starting it opens for a moment.
 const FOR_COMMAND: usize = 12;
 
+/// For an event loop of another thread: epoll, its wake-up, its end of the signals.
+const PER_THREAD: usize = 4;
+
 /// What start-up opens at most, beside the listeners: counted only when descriptors are few.
 const OPEN_AT_START: usize = 64;
 
@@ -54,6 +57,8 @@ pub struct Uses {
     pub lookups: bool,
     /// COMMAND.
     pub command: bool,
+    /// Event loops beside the main thread's.
+    pub threads: usize,
 }
 
 impl Division {
@@ -62,7 +67,8 @@ impl Division {
     /// least a small part.
     pub fn new(limit: usize, open: usize, connections_max: usize, uses: Uses) -> Self {
         let for_command = if uses.command { FOR_COMMAND } else { 0 };
-        let free = limit.saturating_sub(open + RESERVE + for_command);
+        let for_threads = uses.threads * PER_THREAD;
+        let free = limit.saturating_sub(open + RESERVE + for_command + for_threads);
         let lookups = if uses.lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
         let for_connections =
@@ -84,8 +90,12 @@ impl Division {
         let inherited = getrlimit(Resource::Nofile).current;
         let limit = raise_limit();
         let connections_max = connections_max as usize;
-        let beside =
-            OPEN_AT_START + RESERVE + FOR_COMMAND + LOOKUPS_MAX * PER_LOOKUP + PIPES_MAX * 2;
+        let beside = OPEN_AT_START
+            + RESERVE
+            + FOR_COMMAND
+            + uses.threads * PER_THREAD
+            + LOOKUPS_MAX * PER_LOOKUP
+            + PIPES_MAX * 2;
         let plenty = connections_max.saturating_mul(PER_CONNECTION as usize).saturating_add(beside);
         let open =
             if limit >= plenty { OPEN_AT_START } else { open_now().unwrap_or(OPEN_AT_START) };
@@ -154,7 +164,7 @@ mod tests {
             for open in [8, 16, 64] {
                 for connections_max in [1, 256, 4096, u32::MAX as usize] {
                     for lookups in [false, true] {
-                        let uses = Uses { lookups, command: lookups };
+                        let uses = Uses { lookups, command: lookups, threads: 3 };
                         let it = Division::new(limit, open, connections_max, uses);
                         let sum = it.connections * 2 + it.pipes * 2 + it.lookups * PER_LOOKUP;
                         if it.pipes > 1.max(limit / 16) {
@@ -167,7 +177,7 @@ mod tests {
                 }
             }
         }
-        let uses = Uses { lookups: false, command: false };
+        let uses = Uses { lookups: false, command: false, threads: 0 };
         let small = Division::new(40, 10, 256, uses);
         assert_eq!((small.connections, small.pipes), (11, 1));
         let roomy = Division::new(20_000, 16, 4096, uses);

@@ -28,8 +28,8 @@ const RETRY_MAX: Duration = Duration::from_millis(100);
 static LOOKUPS_BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
-/// Connects to one target, again and again.
-#[derive(Debug)]
+/// Connects to one target, again and again. A clone shares the limit on lookups.
+#[derive(Clone, Debug)]
 pub struct Dialer {
     target: Target,
     connect_timeout: TimeSpan,

@@ -4,7 +4,9 @@
 
 #![forbid(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
@@ -26,27 +28,38 @@ const QUIET_BELOW: usize = COPY_SIZE;
 pub struct Shared {
     buffer: RefCell<Box<[u8]>>,
     pipes: PipePool,
-    carried: Cell<u64>,
+    carried: Arc<Carried>,
+}
+
+/// Bytes delivered, counted by one thread and read by any.
+#[derive(Debug, Default)]
+pub struct Carried(AtomicU64);
+
+impl Carried {
+    /// So far, in both directions of all connections.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// A load and a store: nobody else stores.
+    fn add(&self, bytes: u64) {
+        self.0.store(self.get() + bytes, Ordering::Relaxed);
+    }
 }
 
 impl Shared {
-    /// `pipes_max` bounds the pipes, two descriptors each.
-    pub fn new(pipes_max: usize) -> Self {
+    /// `pipes_max` bounds the pipes, two descriptors each; `carried` is this thread's to add to.
+    pub fn new(pipes_max: usize, carried: Arc<Carried>) -> Self {
         Self {
             buffer: RefCell::new(vec![0; COPY_SIZE].into()),
             pipes: PipePool::new(pipes_max),
-            carried: Cell::new(0),
+            carried,
         }
-    }
-
-    /// Bytes delivered so far, both directions of all connections.
-    pub fn carried(&self) -> u64 {
-        self.carried.get()
     }
 
     /// Counts bytes as delivered.
     pub(crate) fn carry(&self, bytes: u64) {
-        self.carried.set(self.carried.get() + bytes);
+        self.carried.add(bytes);
     }
 
     /// Pipes in existence.
@@ -71,9 +84,9 @@ pub(crate) struct End {
 }
 
 impl End {
-    /// `readable` is whether to read before an edge has told that it is worth it.
-    pub(crate) fn new(socket: Socket, readable: bool) -> Self {
-        Self { socket, readable, writable: true, reset: false, gone: false }
+    /// A socket of which no edge has told yet that it is worth reading from.
+    pub(crate) fn new(socket: Socket) -> Self {
+        Self { socket, readable: false, writable: true, reset: false, gone: false }
     }
 }
 

@@ -129,8 +129,7 @@ impl Pair {
             flows[Side::Client as usize].held = Held::Copied { bytes: preface, sent: 0 };
         }
         Self {
-            // Who connects, speaks: its first bytes are there, or nearly. A backend's are not.
-            ends: [End::new(client, true), End::new(backend, false)],
+            ends: [End::new(client), End::new(backend)],
             flows,
             shared,
             preface: preface_len,
@@ -145,9 +144,10 @@ impl Pair {
     #[expect(clippy::manual_async_fn, reason = "it would keep its argument twice, 248 bytes")]
     pub fn run(mut self) -> impl Future<Output = io::Result<Closed>> {
         async move {
-            // An edge of the time of dialling tells of bytes that are read below.
+            // An edge of the time of dialling tells of bytes.
             poll_fn(|cx| {
-                let _ = self.ends[Side::Client as usize].socket.poll_readable(cx);
+                let client = &mut self.ends[Side::Client as usize];
+                client.readable = client.socket.poll_readable(cx).is_ready();
                 Poll::Ready(())
             })
             .await;

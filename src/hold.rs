@@ -3,12 +3,14 @@
 //! While the backend can't be reached *yet*, one prober a target tries again and again, however
 //! many clients are held: 200 of them cost one connect(2) every 100 ms. When it succeeds they are
 //! all let go, and one of them gets the prober's connection, so that a backend which serves only
-//! once is not spent on a probe. The prober ends when nobody waits.
+//! once is not spent on a probe. The prober ends when nobody waits. With several event loops there
+//! is still one: it runs on the loop that began it, and all of them wait for it ([`Probing`]).
 
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -40,30 +42,54 @@ impl Pauses {
     }
 }
 
-/// Where clients are held.
+/// What all event loops know of the prober.
+#[derive(Clone, Debug, Default)]
+pub struct Probing(Arc<Mutex<Probe>>);
+
+#[derive(Debug, Default)]
+struct Probe {
+    /// Closes with the prober; nothing is ever sent, so that a failed probe wakes nobody.
+    over: Option<watch::Receiver<()>>,
+    /// What stands between the clients and the backend, as far as it is known.
+    obstacle: Option<String>,
+}
+
+impl Probing {
+    fn lock(&self) -> MutexGuard<'_, Probe> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The running prober; none that has ended, however it did.
+    fn current(&self) -> Option<watch::Receiver<()>> {
+        self.lock().current()
+    }
+
+    fn set_obstacle(&self, obstacle: Option<String>) {
+        self.lock().obstacle = obstacle;
+    }
+}
+
+impl Probe {
+    fn current(&self) -> Option<watch::Receiver<()>> {
+        self.over.clone().filter(|over| over.has_changed().is_ok())
+    }
+}
+
+/// Where the clients of one event loop are held.
 #[derive(Debug)]
 pub struct Hold {
     /// The way to a backend that is up.
     pub dialer: Dialer,
     wait: TimeSpan,
-    /// Closes with the prober; nothing is ever sent, so that a failed probe wakes nobody.
-    probe: RefCell<Option<watch::Receiver<()>>>,
-    /// What stands between the clients and the backend, as far as it is known.
-    obstacle: RefCell<Option<String>>,
+    probing: Probing,
     /// A connection that a probe has made, for the first to take it.
     reached: RefCell<Option<Socket>>,
 }
 
 impl Hold {
     /// `wait` is how long clients are held, for messages.
-    pub fn new(dialer: Dialer, wait: TimeSpan) -> Self {
-        Self {
-            dialer,
-            wait,
-            probe: RefCell::default(),
-            obstacle: RefCell::default(),
-            reached: RefCell::default(),
-        }
+    pub fn new(dialer: Dialer, wait: TimeSpan, probing: Probing) -> Self {
+        Self { dialer, wait, probing, reached: RefCell::default() }
     }
 
     /// Connects, now or as soon as the backend is up, however long that takes.
@@ -75,7 +101,7 @@ impl Hold {
             if let Some(socket) = self.reached.take() {
                 return Ok(socket);
             }
-            let mut probe = match self.current_probe() {
+            let mut probe = match self.probing.current() {
                 Some(probe) => probe,
                 None => match self.dialer.dial_once().await {
                     Err(error) if error.may_pass() => self.start_probing(error.to_string()),
@@ -88,46 +114,36 @@ impl Hold {
 
     /// What stands between the clients and the backend.
     pub fn obstacle(&self) -> String {
-        let obstacle = self.obstacle.borrow();
-        obstacle.clone().unwrap_or_else(|| {
+        let obstacle = self.probing.lock().obstacle.clone();
+        obstacle.unwrap_or_else(|| {
             let target = self.dialer.target();
             format!("Failed to connect to remote host: {target}: Connection timed out")
         })
-    }
-
-    fn set_obstacle(&self, obstacle: String) {
-        self.obstacle.replace(Some(obstacle));
     }
 
     /// Gives a fresh connection to whoever calls [`Hold::connect`] first, before the event loop has
     /// gone round once; or else to nobody.
     pub async fn offer(&self, socket: Socket) {
         self.reached.replace(Some(socket));
-        self.obstacle.take();
+        self.probing.set_obstacle(None);
         yield_now().await;
         self.reached.take();
     }
 
     /// Starts the prober, or joins one that somebody else has started meanwhile.
     fn start_probing(self: &Rc<Self>, obstacle: String) -> watch::Receiver<()> {
-        if let Some(probe) = self.current_probe() {
-            return probe;
+        let mut probe = self.probing.lock();
+        if let Some(over) = probe.current() {
+            return over;
         }
         if let Some(suppressed) = HOLDING.pass() {
             let wait = self.wait;
             tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
         }
-        self.set_obstacle(obstacle);
         let (sender, receiver) = watch::channel(());
-        self.probe.replace(Some(receiver.clone()));
+        *probe = Probe { over: Some(receiver.clone()), obstacle: Some(obstacle) };
         tokio::task::spawn_local(Rc::clone(self).probe(sender));
         receiver
-    }
-
-    /// The running prober; none that has ended, however it did.
-    fn current_probe(&self) -> Option<watch::Receiver<()>> {
-        let probe = self.probe.borrow();
-        probe.clone().filter(|probe| probe.has_changed().is_ok())
     }
 
     async fn probe(self: Rc<Self>, probing: watch::Sender<()>) {
@@ -139,7 +155,9 @@ impl Hold {
                 break;
             }
             match self.dialer.dial_once().await {
-                Err(error) if error.may_pass() => self.set_obstacle(error.to_string()),
+                Err(error) if error.may_pass() => {
+                    self.probing.set_obstacle(Some(error.to_string()));
+                }
                 // Whoever waits will meet any other error, too.
                 Err(_) => break,
                 Ok(socket) => {
@@ -149,6 +167,6 @@ impl Hold {
                 }
             }
         }
-        self.obstacle.take();
+        self.probing.set_obstacle(None);
     }
 }

@@ -2,27 +2,24 @@
 
 #![forbid(unsafe_code)]
 
-use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::admission::Load;
+use crate::admission::Occupancy;
 use crate::timespan::TimeSpan;
 
 /// Waits until there has been no connection for `span`, counted from now or from the end of the
 /// last one.
-pub async fn idle_for(span: TimeSpan, load: &mut watch::Receiver<Load>) {
+pub async fn idle_for(span: TimeSpan, occupancy: &mut Occupancy) {
     let Some(span) = span.finite() else {
         return std::future::pending().await;
     };
     loop {
-        if load.wait_for(|load| load.open == 0).await.is_err() {
-            return;
-        }
+        occupancy.vacant().await;
         tokio::select! {
             biased;
             // First: who has just been admitted is not to be cut off by a timer that expired in
-            // the same moment. A connection that came and went within one look counts, too.
-            _ = load.changed() => {}
+            // the same moment.
+            () = occupancy.turn() => {}
             () = sleep(span) => return,
         }
     }
@@ -43,7 +40,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn idle_time_counts_from_the_end_of_the_last_connection() {
         let admission = Admission::new(NonZeroU32::MIN);
-        let mut load = admission.watch();
+        let mut occupancy = admission.occupancy();
         let start = Instant::now();
         let connections = async {
             advance(MINUTE / 2).await;
@@ -51,7 +48,7 @@ mod tests {
             advance(MINUTE * 5).await;
             drop(permit);
         };
-        let ((), ()) = tokio::join!(idle_for(TimeSpan::new(MINUTE), &mut load), connections);
+        let ((), ()) = tokio::join!(idle_for(TimeSpan::new(MINUTE), &mut occupancy), connections);
         let idle = start.elapsed();
         assert!(idle >= MINUTE * 13 / 2 && idle < MINUTE * 7, "{idle:?}");
     }
@@ -60,8 +57,8 @@ mod tests {
     async fn a_client_admitted_as_the_time_runs_out_is_not_cut_off() {
         for _ in 0..100 {
             let admission = Admission::new(NonZeroU32::MIN);
-            let mut load = admission.watch();
-            let mut idle = std::pin::pin!(idle_for(TimeSpan::new(MINUTE), &mut load));
+            let mut occupancy = admission.occupancy();
+            let mut idle = std::pin::pin!(idle_for(TimeSpan::new(MINUTE), &mut occupancy));
             assert!(tokio::time::timeout(MINUTE / 2, &mut idle).await.is_err());
             let permit = admission.admit();
             advance(MINUTE).await;
@@ -74,7 +71,7 @@ mod tests {
     async fn idle_time_counts_from_the_start() {
         let admission = Admission::new(NonZeroU32::MIN);
         let start = Instant::now();
-        idle_for(TimeSpan::new(MINUTE), &mut admission.watch()).await;
+        idle_for(TimeSpan::new(MINUTE), &mut admission.occupancy()).await;
         assert!(start.elapsed() >= MINUTE);
     }
 }

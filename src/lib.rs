@@ -7,9 +7,9 @@
 //! into an earlier one:
 //!
 //! ```text
-//! Inherited -> Listener -> Client -> + Permit -> + backend -> + header -> Pair -> Closed
-//! activation   listen      listen    admission   backend      proxy_header forward
-//!   or open                                      hold, dial                flow, pipe
+//! Inherited -> Listener -> Newcomer -> + Permit -> Client -> + backend -> + header -> Pair -> Closed
+//! activation   listen      listen      admission   worker    backend      proxy_header forward
+//!   or open                                                  hold, dial                flow, pipe
 //! ```
 //!
 //! Two functions know the order: [`service::run`], the life of the process, and
@@ -21,8 +21,10 @@
 //! [`proxy_header`], [`pipe`], [`activation`]) know nothing of the product.
 //!
 //! - Parsing ends in [`cli`]: after a [`cli::Config`] exists no string is interpreted again.
-//! - Counting is dropping: a [`admission::Permit`] lives from accept to close. Publishing is one
-//!   watch, which feeds the idle timer and `STATUS=`.
+//! - Counting is dropping: a [`admission::Permit`] lives from accept to close, and the idle timers
+//!   and `STATUS=` wait for the count.
+//! - The main thread accepts, and serves; with `--threads=` others serve, too. From [`worker`] on
+//!   nothing of a connection leaves its thread.
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: whatever ends a connection
 //!   early (a signal, a panic), its peers don't take it for whole.
 //! - Unsafe code stands in [`socket`] and [`activation`], and nowhere else but in the one call of
@@ -53,6 +55,7 @@ pub mod activation;
 pub mod open;
 pub mod listen;
 pub mod admission;
+pub mod worker;
 pub mod connection;
 pub mod backend;
 pub mod hold;

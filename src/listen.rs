@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,7 +25,7 @@ use crate::activation::Inherited;
 use crate::address::Address;
 use crate::descriptors::{Descriptors, Reserved};
 use crate::logging::{RateLimit, in_words};
-use crate::socket::{Family, Socket, register, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::socket::{Family, register, set_nodelay_or_warn, set_oobinline_or_warn};
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -38,13 +39,28 @@ pub struct Listener {
     io: AsyncFd<OwnedFd>,
     family: Family,
     address: Address,
-    /// `FileDescriptorName=` of a passed socket.
-    name: Option<String>,
+    /// How messages call it.
+    label: Arc<str>,
     /// Whether all are accepted who had connected before the options of this socket were set:
     /// a connection inherits them when its handshake is complete, not when it is accepted.
     inherits: Cell<bool>,
     /// The socket file made here.
     _file: Option<SocketFile>,
+}
+
+/// Somebody who has just come in.
+#[derive(Debug)]
+pub struct Newcomer {
+    /// The socket, non-blocking.
+    pub fd: OwnedFd,
+    /// Its family.
+    pub family: Family,
+    /// Who they are.
+    pub address: Address,
+    /// Where they came in, for messages.
+    pub listener: Arc<str>,
+    /// Descriptors for them and their backend.
+    pub reserved: Reserved,
 }
 
 impl Listener {
@@ -78,11 +94,15 @@ impl Listener {
             set_options(&fd);
         }
         let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
+        let label = match name {
+            Some(name) => format!("{name} ({address})"),
+            None => address.to_string(),
+        };
         Ok(Self {
             io: register(fd, Interest::READABLE)?,
             family,
             address,
-            name,
+            label: label.into(),
             inherits: Cell::new(false),
             _file: file,
         })
@@ -92,10 +112,7 @@ impl Listener {
     ///
     /// # Errors
     /// Only when the listener itself is broken; what passes is waited for, and said once a minute.
-    pub async fn accept(
-        &self,
-        descriptors: &Descriptors,
-    ) -> io::Result<(Socket, Address, Reserved)> {
+    pub async fn accept(&self, descriptors: &Descriptors) -> io::Result<Newcomer> {
         loop {
             // Lets others run however many are queued: accepting alone never waits.
             consume_budget().await;
@@ -149,16 +166,8 @@ impl Listener {
             if !self.inherits.get() && self.family == Family::Tcp {
                 set_options(&fd);
             }
-            match Socket::register(fd, self.family) {
-                Ok(socket) => return Ok((socket, address, reserved)),
-                Err(error) => {
-                    if let Some(suppressed) = ACCEPT_FAILED.pass() {
-                        tracing::error!(
-                            "Failed to watch a connection, closing it: {error}{suppressed}"
-                        );
-                    }
-                }
-            }
+            let (family, listener) = (self.family, Arc::clone(&self.label));
+            return Ok(Newcomer { fd, family, address, listener, reserved });
         }
     }
 
@@ -178,10 +187,7 @@ impl Listener {
 /// `name (address)` for a passed socket, the address for one opened here.
 impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.name {
-            Some(name) => write!(f, "{name} ({})", self.address),
-            None => self.address.fmt(f),
-        }
+        f.write_str(&self.label)
     }
 }
 

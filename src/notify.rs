@@ -17,9 +17,8 @@ use sd_notify::NotifyState;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use crate::admission::Load;
+use crate::admission::{Admission, Load};
 use crate::application::Application;
-use crate::flow::Shared;
 use crate::phase::Phase;
 
 /// Tries again while systemd does not take a message that matters, this often and this far apart.
@@ -98,24 +97,24 @@ impl Notifier {
     }
 
     /// Keeps `STATUS=` current, for ever: after a change of the load or of the application, and now
-    /// and then while bytes flow, at most once a second.
+    /// and then while bytes flow, at most once a second. `carried` tells how many.
     pub async fn publish_status(
         &self,
-        mut load: watch::Receiver<Load>,
-        max: u32,
-        shared: &Shared,
+        admission: &Admission,
+        carried: impl Fn() -> u64,
         application: Option<&Application>,
     ) {
         if self.0.is_none() {
             return std::future::pending().await;
         }
+        let max = admission.max().get();
         let mut said = String::new();
         let mut next = Instant::now();
         let mut phase = application.map(Application::watch);
         loop {
-            let open = load.borrow_and_update().open;
+            let open = admission.load().open;
             tokio::select! {
-                _ = load.changed() => {}
+                () = admission.changed() => {}
                 () = changed(&mut phase) => {}
                 () = sleep(BYTES_INTERVAL), if open > 0 => {}
             }
@@ -124,9 +123,8 @@ impl Notifier {
             let application = application.zip(phase.as_mut()).map(|(application, phase)| {
                 (application.name().to_string(), *phase.borrow_and_update())
             });
-            let load = *load.borrow_and_update();
-            let carried = shared.carried();
-            let status = Status { load, max, carried, application }.to_string();
+            let load = admission.load();
+            let status = Status { load, max, carried: carried(), application }.to_string();
             if status != said && self.try_send(&[NotifyState::Status(&status)]).is_ok() {
                 said = status;
             }

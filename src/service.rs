@@ -4,23 +4,22 @@
 
 use std::convert::Infallible;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::task::{JoinError, JoinSet, spawn_local};
-use tokio::time::{sleep, timeout};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::timeout;
 
 use crate::activation::{Inherited, hide_descriptors};
-use crate::admission::{Admission, Load};
+use crate::admission::{Admission, Occupancy};
 use crate::application::Application;
-use crate::backend::Backend;
 use crate::cli::{self, Config};
-use crate::connection::{Client, Route, serve};
+use crate::connection::Plan;
 use crate::descriptors::{Descriptors, Division, Uses};
 use crate::dial::Dialer;
-use crate::flow::Shared;
-use crate::hold::Hold;
+use crate::hold::Probing;
 use crate::idle::idle_for;
 use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
@@ -29,9 +28,7 @@ use crate::open::{ListenAddress, open};
 use crate::ready::{NotifySocket, Ready};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
-
-/// Shorter than the connect timeout by default.
-const TIMER_AHEAD: Duration = Duration::from_secs(5);
+use crate::worker::{Workers, event_loop};
 
 /// How long a client that is queued at the moment of the idle exit has to be accepted.
 const LAST_CLIENT: Duration = Duration::from_secs(1);
@@ -43,10 +40,8 @@ static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));
 /// # Errors
 /// One line on what kept it from starting, or on what broke.
 pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build_local(Default::default())
-        .map_err(|error| format!("Failed to start the event loop: {error}."))?;
+    let runtime = event_loop()
+        .map_err(|error| format!("Failed to start the event loop: {}.", in_words(&error)))?;
     let result = runtime.block_on(live(config, inherited));
     // Drops what is left, which resets it, and leaves behind the lookups that still run.
     runtime.shutdown_background();
@@ -74,9 +69,8 @@ struct Server {
     listeners: Vec<Rc<Listener>>,
     descriptors: Rc<Descriptors>,
     admission: Admission,
-    route: Rc<Route>,
-    hold: Rc<Hold>,
-    application: Option<Rc<Application>>,
+    workers: Rc<Workers>,
+    application: Option<Arc<Application>>,
     exit_idle_time: TimeSpan,
 }
 
@@ -91,7 +85,9 @@ struct Tasks {
 impl Server {
     fn new(config: Config, listeners: Vec<Rc<Listener>>) -> Result<Self, String> {
         let by_name = matches!(config.target, Target::Name(_));
-        let uses = Uses { lookups: by_name, command: config.application.is_some() };
+        let threads = config.threads.get();
+        let uses =
+            Uses { lookups: by_name, command: config.application.is_some(), threads: threads - 1 };
         let division = Division::of_this_process(config.connections_max.get(), uses)?;
         let application = match config.application {
             None => None,
@@ -100,22 +96,22 @@ impl Server {
                     is_not_itself(&config.target, &listeners)?;
                 }
                 let descriptors = division.inherited;
-                Some(Rc::new(prepare(application, config.target.clone(), descriptors)?))
+                Some(Arc::new(prepare(application, config.target.clone(), descriptors)?))
             }
         };
-        let dialer = Dialer::new(config.target, config.connect_timeout, division.lookups);
-        let hold = Rc::new(Hold::new(dialer, config.backend_wait));
-        let route = Rc::new(Route {
-            backend: Backend::new(Rc::clone(&hold), config.backend_wait, application.clone()),
+        let plan = Plan {
+            dialer: Dialer::new(config.target, config.connect_timeout, division.lookups),
+            backend_wait: config.backend_wait,
+            probing: Probing::default(),
+            application: application.clone(),
             proxy_protocol: config.proxy_protocol,
-            shared: Rc::new(Shared::new(division.pipes)),
-        });
+            pipes: (division.pipes / threads).max(1),
+        };
         Ok(Self {
             listeners,
             descriptors: Rc::new(Descriptors::new(division.connections)),
             admission: Admission::new(config.connections_max),
-            route,
-            hold,
+            workers: Rc::new(Workers::new(plan, config.threads)),
             application,
             exit_idle_time: config.exit_idle_time,
         })
@@ -130,36 +126,15 @@ impl Server {
                 Rc::clone(listener),
                 Rc::clone(&self.descriptors),
                 self.admission.clone(),
-                Rc::clone(&self.route),
+                Rc::clone(&self.workers),
             ));
         }
         let mut application = JoinSet::new();
         if let Some(it) = &self.application {
-            application
-                .spawn_local(Rc::clone(it).live(Rc::clone(&self.hold), self.admission.watch()));
+            let hold = Rc::clone(self.workers.hold());
+            application.spawn_local(Arc::clone(it).live(hold, self.admission.occupancy()));
         }
         Tasks { entrances, application }
-    }
-
-    /// Keeps a timer armed while clients come.
-    ///
-    /// When a timer becomes the next to expire, tokio wakes its own event loop, which is a write to
-    /// an eventfd and an event to read. A connect(2) in progress arms one; with this one ahead of
-    /// it, it is never the next.
-    async fn keep_a_timer(&self) -> Infallible {
-        let mut load = self.admission.watch();
-        loop {
-            if load.changed().await.is_err() {
-                std::future::pending().await
-            }
-            loop {
-                load.mark_unchanged();
-                sleep(TIMER_AHEAD).await;
-                if !load.has_changed().unwrap_or(false) {
-                    break;
-                }
-            }
-        }
     }
 
     /// Until a signal, or idleness, or something that broke.
@@ -172,9 +147,9 @@ impl Server {
         let told = async {
             let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
             notifier.send(&ready).await;
-            let (max, application) = (self.admission.max().get(), self.application.as_deref());
-            let load = self.admission.watch();
-            notifier.publish_status(load, max, &self.route.shared, application).await;
+            let carried = || self.workers.carried();
+            let application = self.application.as_deref();
+            notifier.publish_status(&self.admission, carried, application).await;
         };
         tokio::select! {
             () = signals.stop() => Ok(()),
@@ -182,28 +157,28 @@ impl Server {
             Some(ended) = tasks.entrances.join_next() => Err(ended.unwrap_or_else(internal)),
             Some(Err(panic)) = tasks.application.join_next() => Err(internal(panic)),
             () = async { tokio::join!(told, notifier.feed_watchdog()); } => Ok(()),
-            never = self.keep_a_timer() => match never {},
         }
     }
 
     /// Waits until there has been no connection for the idle time, nobody is queued, and COMMAND is
     /// gone; a client that comes while it is being stopped calls the exit off.
     async fn idle(&self) {
-        let mut load = self.admission.watch();
-        let nobody = |load: &Load| {
-            load.open == 0 && !self.listeners.iter().any(|listener| listener.has_queued())
+        let mut occupancy = self.admission.occupancy();
+        let nobody = |occupancy: &Occupancy| {
+            let mut listeners = self.listeners.iter();
+            occupancy.is_vacant() && !listeners.any(|listener| listener.has_queued())
         };
         loop {
-            idle_for(self.exit_idle_time, &mut load).await;
-            if nobody(&load.borrow()) {
+            idle_for(self.exit_idle_time, &mut occupancy).await;
+            if nobody(&occupancy) {
                 let Some(application) = &self.application else { return };
                 application.halt().await;
-                if nobody(&load.borrow()) {
+                if nobody(&occupancy) {
                     return;
                 }
                 application.resume();
             }
-            let _ = timeout(LAST_CLIENT, load.changed()).await;
+            let _ = timeout(LAST_CLIENT, occupancy.turn()).await;
         }
     }
 
@@ -223,7 +198,7 @@ impl Server {
                 Some(_) = tasks.application.join_next() => {}
             }
         }
-        let open = self.admission.watch().borrow().open;
+        let open = self.admission.load().open;
         if open > 0 {
             tracing::info!("Stopping, resetting open connections: {open}.");
         }
@@ -327,27 +302,25 @@ async fn admit(
     listener: Rc<Listener>,
     descriptors: Rc<Descriptors>,
     admission: Admission,
-    route: Rc<Route>,
+    workers: Rc<Workers>,
 ) -> String {
     loop {
-        let (socket, address, reserved) = match listener.accept(&descriptors).await {
-            Ok(accepted) => accepted,
+        let newcomer = match listener.accept(&descriptors).await {
+            Ok(newcomer) => newcomer,
             Err(error) => return format!("Failed to accept on {listener}: {}.", in_words(&error)),
         };
-        let Some(permit) = admission.admit() else {
-            if let Some(suppressed) = REFUSED.pass() {
-                tracing::warn!(
-                    client = %address,
-                    listener = %listener,
-                    "Hit connection limit, refusing connection.{suppressed}"
-                );
+        match admission.admit() {
+            Some(permit) => workers.serve(newcomer, permit),
+            None => {
+                if let Some(suppressed) = REFUSED.pass() {
+                    tracing::warn!(
+                        client = %newcomer.address,
+                        %listener,
+                        "Hit connection limit, refusing connection.{suppressed}"
+                    );
+                }
             }
-            socket.close();
-            continue;
-        };
-        let listener = Rc::clone(&listener);
-        let client = Client { socket, address, listener, permit, reserved };
-        spawn_local(serve(client, Rc::clone(&route)));
+        }
     }
 }
 

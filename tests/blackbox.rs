@@ -9,8 +9,10 @@
 mod support;
 
 use std::env;
+use std::fs::{self, Permissions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -22,6 +24,7 @@ use rustix::process::Signal;
 use sha2::{Digest, Sha256};
 use socket2::{Domain, Socket, Type};
 use support::*;
+use tempfile::TempDir;
 use tokio::time::Instant;
 
 const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
@@ -30,6 +33,8 @@ const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Subject {
     Ours,
+    /// The same, with three event loops.
+    Threads,
     /// Debian 12's.
     Old,
     /// 262 or later.
@@ -42,15 +47,24 @@ impl Subject {
     const fn name(self) -> &'static str {
         match self {
             Self::Ours => "ours",
+            Self::Threads => "ours-3-threads",
             Self::Old => "systemd-252",
             Self::New => "systemd-262",
             Self::Named => "named",
         }
     }
 
-    fn path(self) -> Option<PathBuf> {
+    /// The program; `directory` is for one that is made here.
+    fn path(self, directory: &Path) -> Option<PathBuf> {
         let path: PathBuf = match self {
             Self::Ours => OURS.into(),
+            Self::Threads => {
+                let path = directory.join("socket-proxyd");
+                let script = format!("#!/bin/sh\nexec {OURS} --threads=3 \"$@\"\n");
+                fs::write(&path, script).unwrap();
+                fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+                path
+            }
             Self::Old => "/lib/systemd/systemd-socket-proxyd".into(),
             Self::New => env::var_os("NEWEST_ORIGINAL")?.into(),
             Self::Named => env::var_os("PROXY_UNDER_TEST")?.into(),
@@ -86,12 +100,15 @@ fn main() -> ExitCode {
     raise_descriptor_limit();
     let in_ci = env::var_os("CI").is_some();
     let mut trials = Vec::new();
-    let subjects = match Subject::Named.path() {
+    let directory = TempDir::new().unwrap();
+    // Some cases run as another user.
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let subjects = match Subject::Named.path(directory.path()) {
         Some(_) => vec![Subject::Named],
-        None => vec![Subject::Ours, Subject::Old, Subject::New],
+        None => vec![Subject::Ours, Subject::Threads, Subject::Old, Subject::New],
     };
     for subject in subjects {
-        let Some(path) = subject.path() else {
+        let Some(path) = subject.path(directory.path()) else {
             let missing = format!("{}: all cases", subject.name());
             eprintln!("SKIPPED: {} is not installed; `make test` installs it", subject.name());
             let trial = Trial::test(missing, || Err("the program is not installed".into()));
@@ -663,9 +680,9 @@ fn every_address(program: &Path) {
 
 fn reach_by_name(program: &Path, address: &str) -> u16 {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::tcp(address, 16));
-    let directory = tempfile::TempDir::new().unwrap();
+    let directory = TempDir::new().unwrap();
     let hosts = directory.path().join("hosts");
-    std::fs::write(&hosts, "127.0.0.1 two-faced\n127.0.0.9 two-faced\n").unwrap();
+    fs::write(&hosts, "127.0.0.1 two-faced\n127.0.0.9 two-faced\n").unwrap();
     let port = backend.port();
     let launch = Launch::new(program).arg(format!("two-faced:{port}"));
     let _proxy = launch.listener(&front).hosts(hosts).start();
@@ -1094,7 +1111,7 @@ fn pipes_used_up(program: &Path) {
     let hog = hog.start();
     hog.lines.wait_for("spent");
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let directory = tempfile::TempDir::new().unwrap();
+    let directory = TempDir::new().unwrap();
     let copy = executable_by_all(program, &directory);
     let launch = Launch::new(&copy).arg(&backend.target).listener(&front).unprivileged();
     let proxy = launch.start();
@@ -1114,12 +1131,12 @@ fn pipes_used_up(program: &Path) {
 }
 
 /// A copy of the program where an unprivileged user may execute it.
-fn executable_by_all(program: &Path, directory: &tempfile::TempDir) -> PathBuf {
+fn executable_by_all(program: &Path, directory: &TempDir) -> PathBuf {
     let mode = || std::os::unix::fs::PermissionsExt::from_mode(0o755);
     let copy = directory.path().join("program");
-    std::fs::copy(program, &copy).unwrap();
-    std::fs::set_permissions(&copy, mode()).unwrap();
-    std::fs::set_permissions(directory.path(), mode()).unwrap();
+    fs::copy(program, &copy).unwrap();
+    fs::set_permissions(&copy, mode()).unwrap();
+    fs::set_permissions(directory.path(), mode()).unwrap();
     copy
 }
 
@@ -1133,7 +1150,7 @@ fn no_delay(program: &Path) {
     let second = backend.accept();
     let process = pidfd_open(Pid::from_child(&proxy.child), PidfdFlags::empty()).unwrap();
     let mut connections = 0;
-    for entry in std::fs::read_dir(format!("/proc/{}/fd", proxy.pid())).unwrap() {
+    for entry in fs::read_dir(format!("/proc/{}/fd", proxy.pid())).unwrap() {
         let number = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
         let Ok(fd) = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) else {
             continue;
@@ -1151,8 +1168,8 @@ fn no_delay(program: &Path) {
 // Waiting for the backend.
 
 /// An address of either family where nobody listens yet.
-fn absent_backend(family: Family) -> (socket2::SockAddr, String, tempfile::TempDir) {
-    let directory = tempfile::TempDir::new().unwrap();
+fn absent_backend(family: Family) -> (socket2::SockAddr, String, TempDir) {
+    let directory = TempDir::new().unwrap();
     let (address, target) = match family {
         Family::Tcp => {
             let address = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
@@ -1212,9 +1229,8 @@ fn held_until_up(program: &Path, family: Family) {
 }
 
 fn held_until_permitted(program: &Path) {
-    use std::os::unix::fs::PermissionsExt;
     let mode = |path: &Path, mode| {
-        std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+        fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
     };
     let (_, _, stderr) = run(&program.into(), &["--backend-wait=30s", "x"]);
     assert!(!stderr.contains("unrecognized option"), "{stderr}");
@@ -1332,7 +1348,7 @@ fn not_mended_by_time(program: &Path) {
 // Ours alone.
 
 fn own_listeners(program: &Path) {
-    let directory = tempfile::TempDir::new().unwrap();
+    let directory = TempDir::new().unwrap();
     let path = directory.path().join("front");
     let name = format!("@socket-proxyd-front-{}", unique_name());
     let backend = echo_backend(Family::Unix);

@@ -303,8 +303,8 @@ fn what_has_left_its_group_is_stopped_with_it() {
 #[test]
 fn two_hundred_clients_start_one_process() {
     raise_descriptor_limit();
-    for family in [Family::Tcp, Family::Unix] {
-        let service = Service::start(family, &[], &["up=2"]);
+    for (family, threads) in [(Family::Tcp, "1"), (Family::Unix, "1"), (Family::Tcp, "3")] {
+        let service = Service::start(family, &[&format!("--threads={threads}")], &["up=2"]);
         let mut clients: Vec<_> = (0..200).map(|_| service.connect()).collect();
         for client in &mut clients {
             client.write_all(b"pid\n").unwrap();

@@ -6,12 +6,13 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::{Digest, Sha256};
-use socket_proxyd::flow::Shared;
+use socket_proxyd::flow::{self, Shared};
 use socket_proxyd::forward::{Closed, Pair};
 use socket_proxyd::socket;
 use socket2::Socket;
@@ -65,14 +66,15 @@ impl Carried {
                 .build_local(Default::default())
                 .unwrap();
             runtime.block_on(async {
-                let shared = Rc::new(Shared::new(pipes_max));
+                let carried = Arc::<flow::Carried>::default();
+                let shared = Rc::new(Shared::new(pipes_max, Arc::clone(&carried)));
                 let (near, far) = (ours(near_inner, near), ours(far_inner, far));
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
                 let preface_len = preface.len() as u64;
                 let pair = Pair::new(client, backend, preface, Rc::clone(&shared));
                 let closed = pair.run().await.unwrap();
                 let delivered = preface_len + closed.from_client + closed.from_backend;
-                assert_eq!(shared.carried(), delivered);
+                assert_eq!(carried.get(), delivered);
                 Outcome { closed, pipes: shared.pipes_in_use() }
             })
         });

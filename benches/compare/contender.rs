@@ -29,7 +29,10 @@ pub(crate) enum Kind {
     Activated(Vec<String>),
     /// It opens its own.
     Haproxy,
-    Nginx,
+    /// nginx, which passes a half-close on only when it is told to.
+    Nginx {
+        half_close: bool,
+    },
     Socat,
 }
 
@@ -38,13 +41,24 @@ pub(crate) enum Kind {
 pub(crate) struct Contender {
     pub(crate) name: String,
     pub(crate) kind: Kind,
+    /// The rows it takes part in; none is all.
+    pub(crate) rows: &'static [&'static str],
 }
+
+/// Where a second thread has something to do.
+const THREADED: &[&str] = &["bulk-up", "bulk-down", "64B-100", "64B-1000", "short"];
+
+/// Where a connection's end is a large part of it.
+const ENDING: &[&str] = &["short"];
 
 /// Those that are installed here, ours first.
 pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
-    let new = |name: &str, kind| Contender { name: name.into(), kind };
+    let new = |name: &str, kind| Contender { name: name.into(), kind, rows: &[] };
+    let ours = env!("CARGO_BIN_EXE_socket-proxyd");
+    let threads = Kind::Activated(vec![ours.into(), "--threads=2".into()]);
     let mut all = vec![
-        new("socket-proxyd", Kind::Activated(vec![env!("CARGO_BIN_EXE_socket-proxyd").into()])),
+        new("socket-proxyd", Kind::Activated(vec![ours.into()])),
+        Contender { rows: THREADED, ..new("socket-proxyd (2 threads)", threads) },
         new("direct", Kind::Direct),
     ];
     let old = "/lib/systemd/systemd-socket-proxyd";
@@ -54,15 +68,19 @@ pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
     if let Some(words) = newest() {
         all.push(new("systemd (newest)", Kind::Activated(words)));
     }
-    for (name, program, kind) in [
-        ("HAProxy", "/usr/sbin/haproxy", Kind::Haproxy),
-        ("nginx", "/usr/sbin/nginx", Kind::Nginx),
-        ("socat", "/usr/bin/socat", Kind::Socat),
-    ] {
-        let stream = Path::new("/usr/lib/nginx/modules/ngx_stream_module.so");
-        if Path::new(program).exists() && (kind != Kind::Nginx || stream.exists()) {
-            all.push(new(name, kind));
-        }
+    let is_installed = |path: &str| Path::new(path).exists();
+    if is_installed("/usr/sbin/haproxy") {
+        all.push(new("HAProxy", Kind::Haproxy));
+    }
+    if is_installed("/usr/sbin/nginx")
+        && is_installed("/usr/lib/nginx/modules/ngx_stream_module.so")
+    {
+        all.push(new("nginx", Kind::Nginx { half_close: false }));
+        let faithful = Kind::Nginx { half_close: true };
+        all.push(Contender { rows: ENDING, ..new("nginx (half-close)", faithful) });
+    }
+    if is_installed("/usr/bin/socat") {
+        all.push(new("socat", Kind::Socat));
     }
     for (name, words) in peers {
         all.push(new(name, Kind::Activated(words.clone())));
@@ -179,7 +197,7 @@ impl Contender {
                 return Running { front, process: Some(process), executed, _directory: directory };
             }
             Kind::Haproxy => haproxy(front, target, path),
-            Kind::Nginx => nginx(front, target, path),
+            Kind::Nginx { half_close } => nginx(front, target, path, *half_close),
             Kind::Socat => socat(front, target, path),
         };
         let (words, front) = words;
@@ -271,7 +289,7 @@ fn haproxy(front: Family, target: &SockAddr, directory: &Path) -> Words {
     (["/usr/sbin/haproxy", "-db", "-f", &file].map(String::from).to_vec(), front_address)
 }
 
-fn nginx(front: Family, target: &SockAddr, directory: &Path) -> Words {
+fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -> Words {
     let front_address = free_front(front, directory);
     let prefix = |family: Family, address: &SockAddr| match family {
         Family::Tcp => written(address),
@@ -285,8 +303,9 @@ fn nginx(front: Family, target: &SockAddr, directory: &Path) -> Words {
          pid {directory}/pid;\nerror_log /dev/null crit;\n\
          events {{ worker_connections 10000; }}\n\
          stream {{ server {{ listen {} backlog=4096; tcp_nodelay on; proxy_timeout 1h; \
-         proxy_pass {}; }} }}\n",
+         proxy_half_close {}; proxy_pass {}; }} }}\n",
         prefix(front, &front_address),
+        if half_close { "on" } else { "off" },
         prefix(target_family, target),
         directory = directory.display(),
     );

@@ -105,6 +105,10 @@ impl Section {
     }
 }
 
+fn is_ours(name: &str) -> bool {
+    name.starts_with("socket-proxyd")
+}
+
 impl Comparison {
     pub(crate) fn add(
         &mut self,
@@ -129,7 +133,7 @@ impl Comparison {
     /// Connections or answers that ours failed.
     pub(crate) fn our_failures(&self) -> u64 {
         let entries = self.sections.iter().flat_map(|section| &section.entries);
-        let ours = entries.filter(|(name, _)| name == "socket-proxyd");
+        let ours = entries.filter(|(name, _)| is_ours(name));
         ours.flat_map(|(_, samples)| samples).map(|sample| sample.failures).sum()
     }
 
@@ -264,7 +268,7 @@ impl Section {
         for (number, (name, figure, is_held)) in bars.iter().enumerate() {
             let top = number * 26 + 4;
             let (middle, class) =
-                (top + 9, if *name == "socket-proxyd" { "ours" } else { "other" });
+                (top + 9, if is_ours(name) { "ours" } else { "other" });
             let shown = if *is_held {
                 format!("{:.0} bytes of RSS each", figure.median)
             } else {
@@ -272,7 +276,7 @@ impl Section {
             };
             let _ = write!(
                 plot,
-                "<text x='130' y='{}' text-anchor='end'>{name}</text>\
+                "<text x='170' y='{}' text-anchor='end'>{name}</text>\
                  <rect x='138' y='{top}' height='18' width='{:.1}' class='{class}'/>\
                  <line x1='{:.1}' x2='{:.1}' y1='{middle}' y2='{middle}'/>\
                  <text x='{:.1}' y='{}'>{shown}</text>",

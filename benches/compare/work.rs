@@ -115,6 +115,9 @@ pub(crate) struct Effort {
 impl Row {
     /// Whether a contender takes part.
     pub(crate) fn is_for(&self, contender: &Contender) -> bool {
+        if !contender.rows.is_empty() && !contender.rows.contains(&self.name) {
+            return false;
+        }
         let activated = matches!(contender.kind, Kind::Activated(_));
         match self.work {
             Work::Activation => activated,

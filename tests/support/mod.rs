@@ -189,7 +189,7 @@ pub fn read_all(socket: &mut Socket) -> (Vec<u8>, std::io::Result<()>) {
     loop {
         match socket.read(&mut buffer) {
             Ok(0) => return (bytes, Ok(())),
-            Ok(more) => bytes.extend(&buffer[..more]),
+            Ok(more) => bytes.extend_from_slice(&buffer[..more]),
             Err(error) => return (bytes, Err(error)),
         }
     }
@@ -393,13 +393,29 @@ impl Running {
         links.filter(|link| link.to_string_lossy().starts_with("pipe:")).count()
     }
 
+    /// Whether all its threads wait for something.
+    pub fn is_asleep(&self) -> bool {
+        let is_asleep =
+            |stat: &str| stat.rsplit_once(") ").is_some_and(|(_, it)| it.starts_with('S'));
+        self.tasks("stat").iter().all(|stat| is_asleep(stat))
+    }
+
+    /// The event loops that were started beside the main thread's.
+    pub fn workers(&self) -> usize {
+        self.tasks("comm").iter().filter(|name| *name == "proxyd-worker\n").count()
+    }
+
+    /// A file of each thread's.
+    fn tasks(&self, file: &str) -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        // One may end in between.
+        tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join(file)).ok()).collect()
+    }
+
     /// On-CPU time of all threads so far.
     pub fn cpu(&self) -> Duration {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        let nanos = tasks.filter_map(|task| {
-            let text = fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
-            text.split(' ').next()?.parse::<u64>().ok()
-        });
+        let tasks = self.tasks("schedstat");
+        let nanos = tasks.iter().filter_map(|text| text.split(' ').next()?.parse::<u64>().ok());
         Duration::from_nanos(nanos.sum())
     }
 }

@@ -1,0 +1,264 @@
+//! The event loops, and which of them a connection lives on.
+//!
+//! The main thread's loop accepts, and is the first to serve. With `--threads=` above one a client
+//! goes to the loop with the fewest connections; a thread is started for the first one that finds
+//! all loops at work. A connection stays on its loop from its dial to its end: its buffer, pipes,
+//! prober and timers are the loop's own, so that no byte meets a lock or a line of memory that
+//! another thread writes.
+
+#![forbid(unsafe_code)]
+
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::io;
+use std::num::NonZeroUsize;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tokio::runtime::{Builder, LocalRuntime};
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::spawn_local;
+use tokio::time::sleep;
+
+use crate::admission::Permit;
+use crate::connection::{Client, Place, Plan, Route, serve};
+use crate::flow::Carried;
+use crate::hold::Hold;
+use crate::listen::Newcomer;
+use crate::logging::{RateLimit, in_words};
+use crate::socket::Socket;
+
+/// Shorter than the connect timeout by default.
+const TIMER_AHEAD: Duration = Duration::from_secs(5);
+
+static UNWATCHED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+
+/// An event loop for the thread that asks for it.
+///
+/// # Errors
+/// epoll_create1(2)'s, eventfd(2)'s and the like.
+pub fn event_loop() -> io::Result<LocalRuntime> {
+    Builder::new_current_thread().enable_all().build_local(Default::default())
+}
+
+/// All event loops.
+#[derive(Debug)]
+pub struct Workers {
+    plan: Plan,
+    /// The main thread's.
+    here: Worker,
+    here_load: WorkerLoad,
+    threads: RefCell<Vec<Thread>>,
+    threads_max: usize,
+}
+
+/// What a loop has to do, as others see it.
+#[derive(Clone, Debug, Default)]
+struct WorkerLoad {
+    /// Connections on it, those included that are on their way there.
+    connections: Arc<AtomicUsize>,
+    carried: Arc<Carried>,
+}
+
+/// A connection's place on its loop.
+#[derive(Debug)]
+pub struct Seat(Arc<AtomicUsize>);
+
+impl WorkerLoad {
+    fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    fn take_seat(&self) -> Seat {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        Seat(Arc::clone(&self.connections))
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Workers {
+    /// At most `count` loops, of which the calling one is the first.
+    pub fn new(plan: Plan, count: NonZeroUsize) -> Self {
+        let here_load = WorkerLoad::default();
+        Self {
+            here: Worker::start(&plan, &here_load),
+            here_load,
+            plan,
+            threads: RefCell::default(),
+            threads_max: count.get() - 1,
+        }
+    }
+
+    /// Where clients of the main thread's loop are held, which COMMAND's life needs as well.
+    pub fn hold(&self) -> &Rc<Hold> {
+        self.here.route.backend.hold()
+    }
+
+    /// Bytes delivered so far, on all loops.
+    pub fn carried(&self) -> u64 {
+        let elsewhere: u64 =
+            self.threads.borrow().iter().map(|thread| thread.load.carried.get()).sum();
+        self.here_load.carried.get() + elsewhere
+    }
+
+    /// Gives somebody who was admitted to the loop with the fewest connections.
+    pub fn serve(&self, newcomer: Newcomer, permit: Permit) {
+        let mut threads = self.threads.borrow_mut();
+        let Some(index) = self.choose(&mut threads) else {
+            return self.here.serve(Arrival { newcomer, permit, seat: self.here_load.take_seat() });
+        };
+        let thread = &threads[index];
+        let arrival = Arrival { newcomer, permit, seat: thread.load.take_seat() };
+        if let Err(unsent) = thread.arrivals.send(arrival) {
+            // It has no event loop, and has said why.
+            self.here.serve(unsent.0);
+        }
+    }
+
+    /// The thread for the next connection; `None` is the main one, which is first among equals.
+    fn choose(&self, threads: &mut Vec<Thread>) -> Option<usize> {
+        let here = self.here_load.connections();
+        let loads = threads.iter().map(|thread| thread.load.connections());
+        let least = loads.enumerate().min_by_key(|(_, connections)| *connections);
+        let (index, elsewhere) = least.unwrap_or((0, usize::MAX));
+        if here > 0 && elsewhere > 0 && threads.len() < self.threads_max {
+            return self.start(threads);
+        }
+        (elsewhere < here).then_some(index)
+    }
+
+    /// Starts another thread, if the system lets us; the place it has among them.
+    fn start(&self, threads: &mut Vec<Thread>) -> Option<usize> {
+        match Thread::start(self.plan.clone()) {
+            Ok(thread) => {
+                threads.push(thread);
+                Some(threads.len() - 1)
+            }
+            Err(error) => {
+                if let Some(suppressed) = UNWATCHED.pass() {
+                    let error = in_words(&error);
+                    tracing::error!("Failed to start a thread, serving here: {error}{suppressed}");
+                }
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.threads.take().into_iter().for_each(Thread::end);
+    }
+}
+
+/// Somebody on the way to their event loop.
+#[derive(Debug)]
+struct Arrival {
+    newcomer: Newcomer,
+    permit: Permit,
+    seat: Seat,
+}
+
+/// An event loop's own side: it never leaves its thread.
+#[derive(Debug)]
+struct Worker {
+    route: Rc<Route>,
+    arrived: Rc<Notify>,
+}
+
+impl Worker {
+    fn start(plan: &Plan, load: &WorkerLoad) -> Self {
+        let arrived = Rc::new(Notify::new());
+        spawn_local(keep_a_timer(Rc::clone(&arrived)));
+        Self { route: Rc::new(Route::new(plan, Arc::clone(&load.carried))), arrived }
+    }
+
+    fn serve(&self, arrival: Arrival) {
+        let Arrival { newcomer, permit, seat } = arrival;
+        let Newcomer { fd, family, address, listener, reserved } = newcomer;
+        let socket = match Socket::register(fd, family) {
+            Ok(socket) => socket,
+            Err(error) => {
+                if let Some(suppressed) = UNWATCHED.pass() {
+                    let error = in_words(&error);
+                    tracing::error!(
+                        client = %address,
+                        %listener,
+                        "Failed to watch a connection, closing it: {error}{suppressed}"
+                    );
+                }
+                return;
+            }
+        };
+        self.arrived.notify_one();
+        let place = Place { permit, reserved, seat };
+        let client = Client { socket, address, listener, place };
+        spawn_local(serve(client, Rc::clone(&self.route)));
+    }
+}
+
+/// Keeps a timer armed while clients come.
+///
+/// When a timer becomes the next to expire, tokio wakes its own event loop, which is a write to
+/// an eventfd and an event to read. A connect(2) in progress arms one; with this one ahead of
+/// it, it is never the next.
+async fn keep_a_timer(arrived: Rc<Notify>) -> Infallible {
+    loop {
+        arrived.notified().await;
+        sleep(TIMER_AHEAD).await;
+    }
+}
+
+/// A thread with an event loop.
+#[derive(Debug)]
+struct Thread {
+    /// Open for as long as the thread is to live.
+    arrivals: UnboundedSender<Arrival>,
+    load: WorkerLoad,
+    handle: JoinHandle<()>,
+}
+
+impl Thread {
+    /// Ends it, and resets the connections on it.
+    fn end(self) {
+        drop(self.arrivals);
+        // It has said what it had to say of a panic.
+        let _ = self.handle.join();
+    }
+}
+
+impl Thread {
+    fn start(plan: Plan) -> io::Result<Self> {
+        // Not bounded here: whoever is sent has been admitted.
+        let (arrivals, receiver) = unbounded_channel();
+        let load = WorkerLoad::default();
+        let its_load = load.clone();
+        let handle = thread::Builder::new()
+            .name("proxyd-worker".into())
+            .spawn(move || live(&plan, &its_load, receiver))?;
+        Ok(Self { arrivals, load, handle })
+    }
+}
+
+/// The life of a thread.
+fn live(plan: &Plan, load: &WorkerLoad, mut arrivals: UnboundedReceiver<Arrival>) {
+    let event_loop = match event_loop() {
+        Ok(event_loop) => event_loop,
+        Err(error) => return tracing::error!("Failed to start an event loop: {error}."),
+    };
+    event_loop.block_on(async {
+        let worker = Worker::start(plan, load);
+        while let Some(arrival) = arrivals.recv().await {
+            worker.serve(arrival);
+        }
+    });
+}

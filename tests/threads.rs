@@ -1,0 +1,105 @@
+//! `--threads=`: when threads start, how connections are spread over them, and how they end.
+//!
+//! That everything else is as with one thread is shown in `tests/blackbox.rs`, whose cases run with
+//! three of them, too.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use rustix::process::Signal;
+use socket2::Socket;
+use support::*;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+fn start(threads: &str, backend: &Endpoint, front: &Endpoint) -> Running {
+    let launch = Launch::new(OURS).arg(format!("--threads={threads}"));
+    launch.arg(&backend.target).listener(front).start()
+}
+
+/// How many descriptors each event loop watches, in ascending order.
+fn watched(proxy: &Running) -> Vec<usize> {
+    let directory = fs::read_dir(format!("/proc/{}/fdinfo", proxy.pid())).unwrap();
+    // A loop has two descriptors, with the same in each.
+    let loops: BTreeSet<Vec<String>> = directory
+        .filter_map(|entry| fs::read_to_string(entry.unwrap().path()).ok())
+        .map(|info| {
+            info.lines().filter(|line| line.starts_with("tfd:")).map(String::from).collect()
+        })
+        .filter(|watched: &Vec<_>| !watched.is_empty())
+        .collect();
+    let mut watched: Vec<_> = loops.iter().map(Vec::len).collect();
+    watched.sort_unstable();
+    watched
+}
+
+/// A client that is being served.
+fn client(front: &Endpoint) -> Socket {
+    let mut client = front.connect();
+    echoes(&mut client);
+    client
+}
+
+#[test]
+fn threads_start_when_there_is_work_for_them() {
+    for (front, back) in PAIRS {
+        let (front, backend) = (Endpoint::new(front), echo_backend(back));
+        let proxy = start("3", &backend, &front);
+        let mut clients = Vec::new();
+        for expected in [0, 1, 2, 2, 2] {
+            clients.push(client(&front));
+            assert_eq!(proxy.workers(), expected, "with {} clients", clients.len());
+        }
+        clients.iter_mut().for_each(echoes);
+        // One after the other they are served by the main thread.
+        let idle = proxy.descriptors() - 2 * clients.len();
+        drop(clients);
+        let over = || (proxy.descriptors() == idle).then_some(());
+        poll_until(Instant::now() + PATIENCE, over).expect("all connections are over");
+        let before = watched(&proxy);
+        let _client = client(&front);
+        let after = watched(&proxy);
+        assert_eq!(after[..2], before[..2], "the threads' loops are as they were");
+        assert_eq!(after[2], before[2] + 2, "the main loop has the connection");
+    }
+}
+
+#[test]
+fn connections_are_spread_evenly() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let proxy = start("3", &backend, &front);
+    let clients: Vec<_> = (0..3).map(|_| client(&front)).collect();
+    let one_each = watched(&proxy);
+    let more: Vec<_> = (0..27).map(|_| client(&front)).collect();
+    let ten_each = watched(&proxy);
+    for (one, ten) in one_each.iter().zip(&ten_each) {
+        assert_eq!(ten - one, 2 * 9, "{one_each:?} {ten_each:?}");
+    }
+    drop((clients, more));
+}
+
+#[test]
+fn a_signal_resets_the_connections_of_all_threads() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut proxy = start("4", &backend, &front);
+    let clients: Vec<_> = (0..8).map(|_| client(&front)).collect();
+    assert_eq!(proxy.workers(), 3);
+    proxy.signal(Signal::TERM);
+    assert!(proxy.wait().success());
+    for mut client in clients {
+        assert!(is_reset(&read_all(&mut client).1));
+    }
+}
+
+#[test]
+fn numbers_of_threads_that_are_none() {
+    for number in ["0", "-1", "257", "two", ""] {
+        let option = format!("--threads={number}");
+        let (code, _, stderr) = run(&OURS.into(), &[&option, "/a"]);
+        let expected = format!("Failed to parse --threads= argument: {number} (1 to 256)");
+        assert_eq!((code, stderr), (Some(1), expected));
+    }
+}
