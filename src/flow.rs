@@ -95,6 +95,8 @@ impl End {
 pub(crate) struct Flow {
     pub(crate) state: State,
     pub(crate) held: Held,
+    /// Nothing is taken from the source, because the sink has no room for it.
+    lacks_room: bool,
     mode: Mode,
     /// Bytes the sink took.
     pub(crate) delivered: u64,
@@ -170,13 +172,23 @@ impl Flow {
         if !self.held.is_nothing() {
             return self.send_held(sink, shared);
         }
-        if !source.readable {
+        self.lacks_room &= !sink.writable;
+        if !source.readable || self.lacks_room {
             return Ok(Step::Stuck);
         }
-        if let Mode::Splice { bytes } = self.mode
-            && let Some(pipe) = shared.pipes.take()
-        {
-            return self.splice(bytes, pipe, source, sink, shared);
+        if let Mode::Splice { bytes } = self.mode {
+            // A pipe may be filled beyond what the sink takes now, and is held until it takes more:
+            // fewer and larger steps, as long as few flows do so.
+            let most =
+                if shared.pipes.are_plenty() { Some(usize::MAX) } else { sink.socket.room() };
+            let Some(most) = most else {
+                sink.writable = false;
+                self.lacks_room = true;
+                return Ok(Step::Stuck);
+            };
+            if let Some(pipe) = shared.pipes.take() {
+                return self.splice(bytes, pipe, most, source, sink, shared);
+            }
         }
         self.copy(source, sink, shared)
     }
@@ -218,11 +230,12 @@ impl Flow {
         &mut self,
         before: usize,
         mut pipe: Pipe,
+        most: usize,
         source: &mut End,
         sink: &mut End,
         shared: &Shared,
     ) -> Result<Step, Fault> {
-        let filled = pipe.fill(&source.socket);
+        let filled = pipe.fill(&source.socket, most);
         if matches!(filled, Ok(0) | Err(Errno::AGAIN)) && source.socket.has_urgent_data() {
             shared.pipes.give_back(pipe);
             self.mode = Mode::CopyOnly;
@@ -305,12 +318,18 @@ impl Flow {
         }
     }
 
+    /// Whether the next thing that can happen is that the sink takes something.
+    pub(crate) fn waits_for_sink(&self) -> bool {
+        self.lacks_room || !self.held.is_nothing()
+    }
+
     /// Nothing more can be delivered; what is held never will be, and its pipe is closed.
     pub(crate) fn sink_is_gone(&mut self, lost: bool) {
         if self.state == State::Open {
             let lost = lost || !self.held.is_nothing();
             self.state = State::SinkGone { lost };
             self.held = Held::Nothing;
+            self.lacks_room = false;
         }
     }
 }

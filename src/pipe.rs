@@ -29,6 +29,10 @@ const SMALLEST_USEFUL: usize = 64 * 1024;
 /// How long to copy before asking the kernel again, after it refused a pipe.
 const SCARCE: Duration = Duration::from_secs(1);
 
+/// Pipes of a thread that may be held for slow sinks: of the 64 MiB that a user has by default a
+/// quarter.
+const HELD_MAX: usize = 16;
+
 /// Empty pipes kept for the next bulky flow.
 const IDLE_MAX: usize = 32;
 
@@ -44,11 +48,13 @@ pub struct Pipe {
 }
 
 impl Pipe {
-    /// Moves what the socket has into the pipe, which must be empty: up to the pipe's size, or
-    /// fewer when its slots are full. 0 is the end of the stream, or urgent data in front of it.
-    pub fn fill(&mut self, from: &Socket) -> Result<usize, Errno> {
+    /// Moves what the socket has into the pipe, which must be empty: up to `most` bytes or the
+    /// pipe's size, or fewer when its slots are full. 0 is the end of the stream, or urgent data in
+    /// front of it.
+    pub fn fill(&mut self, from: &Socket, most: usize) -> Result<usize, Errno> {
         debug_assert_eq!(self.filled, 0, "EAGAIN would be ambiguous");
-        self.filled = rustix::pipe::splice(from, None, &self.write, None, self.size, FLAGS)?;
+        let most = most.min(self.size);
+        self.filled = rustix::pipe::splice(from, None, &self.write, None, most, FLAGS)?;
         Ok(self.filled)
     }
 
@@ -103,6 +109,11 @@ impl PipePool {
             self.scarce_until.set(Some(Instant::now() + SCARCE));
         }
         pipe
+    }
+
+    /// Whether one more may be held for as long as its sink likes.
+    pub fn are_plenty(&self) -> bool {
+        self.in_use() - self.idle.borrow().len() < HELD_MAX.min(self.max)
     }
 
     /// Takes a pipe back; one with bytes in it is closed instead.

@@ -12,11 +12,12 @@ use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, sockopt};
 use socket2::SockRef;
@@ -144,6 +145,46 @@ impl Socket {
         rustix::net::send(&self.io, bytes, SendFlags::NOSIGNAL)
     }
 
+    /// Bytes that the kernel will take, when it is ready for many; otherwise `None`, and then an edge
+    /// comes when it is.
+    pub fn room(&self) -> Option<usize> {
+        let [queued, size] = self.send_queue().unwrap_or([0, 0]);
+        let room = size.saturating_sub(queued);
+        // sk_stream_is_writeable() and unix_writable(): what poll(2) would say.
+        let is_writable = match self.family {
+            Family::Unix => queued <= size / 4,
+            Family::Tcp | Family::Vsock => room >= queued / 2,
+        };
+        // poll(2) is asked all the same when it isn't: the kernel makes an edge only for somebody
+        // who was told to wait.
+        let events = PollFlags::OUT | PollFlags::ERR | PollFlags::HUP;
+        (is_writable || self.polls(events)).then_some(room.max(1))
+    }
+
+    /// The memory of bytes that the peer has not taken, and how much of it there may be.
+    fn send_queue(&self) -> io::Result<[usize; 2]> {
+        let mut info = [0_u32; SK_MEMINFO_VARS];
+        let mut length = size_of_val(&info) as libc::socklen_t;
+        // SAFETY: getsockopt(2) writes at most `length` bytes to `info`, which is that long.
+        let result = unsafe {
+            libc::getsockopt(
+                self.io.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_MEMINFO,
+                info.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let queued = match self.family {
+            Family::Unix => info[SK_MEMINFO_WMEM_ALLOC],
+            Family::Tcp | Family::Vsock => info[SK_MEMINFO_WMEM_QUEUED],
+        };
+        Ok([queued as usize, info[SK_MEMINFO_SNDBUF] as usize])
+    }
+
     /// Passes on the end of the other side's bytes.
     pub fn shutdown_write(&self) -> io::Result<()> {
         SockRef::from(&self.io).shutdown(Shutdown::Write)
@@ -219,10 +260,14 @@ impl Socket {
 
     /// Whether an error waits on the socket: the peer reset it, or can't be reached any more.
     pub fn has_failed(&self) -> bool {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut fds = [PollFd::new(&self.io, PollFlags::empty())];
+        self.polls(PollFlags::ERR)
+    }
+
+    /// Whether poll(2) tells one of these at this moment.
+    fn polls(&self, events: PollFlags) -> bool {
+        let mut fds = [PollFd::new(&self.io, events)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().contains(PollFlags::ERR)
+        poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(events)
     }
 
     /// Closes without a reset: everything sent is still delivered by the kernel.
@@ -265,6 +310,12 @@ pub fn set_oobinline_or_warn(fd: impl AsFd) {
         tracing::debug!("Failed to set SO_OOBINLINE, ignoring: {error}");
     }
 }
+
+/// linux/sock_diag.h: the places in what SO_MEMINFO tells.
+const SK_MEMINFO_WMEM_ALLOC: usize = 2;
+const SK_MEMINFO_SNDBUF: usize = 3;
+const SK_MEMINFO_WMEM_QUEUED: usize = 5;
+const SK_MEMINFO_VARS: usize = 9;
 
 /// From asm-generic/ioctls.h; the same on every architecture Rust supports Linux on but the
 /// MIPS, PowerPC and SPARC families.

@@ -210,6 +210,7 @@ fn cases() -> Vec<Case> {
     let not_raised = FailsOn(&[Subject::Old], "the echo backend answers");
     case("the soft limit on descriptors is raised", not_raised, soft_limit);
     case("quiet connections hold no pipes", OnlyOurs("held by 20 quiet"), quiet_after_bulk);
+    case("stalled connections hold few pipes", OnlyOurs("pipes for 24 stalled"), stalled_bulk);
     case("a client queued at the idle deadline", Shared, queued_at_the_deadline);
     if rustix::process::geteuid().is_root() {
         let unset = OnlyOurs("no TCP_NODELAY");
@@ -1083,8 +1084,9 @@ fn quiet_after_bulk(program: &Path) {
     const CLIENTS: usize = 20;
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
-    let mut first = front.connect();
-    echoes(&mut first);
+    // One for each event loop there may be.
+    let mut first: Vec<_> = (0..3).map(|_| front.connect()).collect();
+    first.iter_mut().for_each(echoes);
     let before = proxy.descriptors();
     let message = noise(5, 4_000_000);
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
@@ -1098,8 +1100,63 @@ fn quiet_after_bulk(program: &Path) {
         });
     }
     let held = proxy.descriptors() - before;
-    // One pipe for each direction of the one that was busy stays in the pool.
-    assert!(held <= 2 * CLIENTS + 4, "{held} descriptors held by 20 quiet connections");
+    // On each event loop one pipe for each direction of the one that was busy stays in the pool.
+    assert!(held <= 2 * CLIENTS + 3 * 4, "{held} descriptors held by 20 quiet connections");
+}
+
+fn stalled_bulk(program: &Path) {
+    const CLIENTS: usize = 24;
+    for back in [Family::Tcp, Family::Unix] {
+        let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(back));
+        let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+        let message = noise(6, 64 * 1024);
+        // More than the kernel holds for a receiver that takes nothing.
+        let mut sent = vec![0; CLIENTS];
+        let clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
+        for (client, sent) in clients.iter().zip(&mut sent) {
+            client.set_send_buffer_size(message.len()).unwrap();
+            client.set_nonblocking(true).unwrap();
+            let stuck = || {
+                let offset = *sent % message.len();
+                match client.send(&message[offset..]) {
+                    Ok(bytes) => *sent += bytes,
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                        return proxy.is_asleep().then_some(());
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+                None
+            };
+            poll_until(Instant::now() + PATIENCE, stuck).expect("the sender is stuck");
+        }
+        // Sixteen for each event loop, and the one that it has in hand.
+        let (pipes, loops) = (proxy.pipes() / 2, 1 + proxy.workers());
+        assert!(pipes <= loops * 17, "{pipes} pipes for 24 stalled connections");
+        // Everything arrives as soon as it is taken.
+        let mut arrived: Vec<_> = (0..CLIENTS).map(|_| backend.accept()).collect();
+        for (client, sent) in clients.iter().zip(&sent) {
+            client.shutdown(Shutdown::Write).unwrap();
+            assert!(*sent > 2 * message.len(), "{sent} bytes");
+        }
+        let mut received: Vec<_> = thread::scope(|scope| {
+            let readers: Vec<_> = arrived
+                .iter_mut()
+                .map(|socket| {
+                    scope.spawn(|| {
+                        let (bytes, end) = read_all(socket);
+                        end.unwrap();
+                        let pieces = bytes.chunks(message.len());
+                        assert!(pieces.into_iter().all(|piece| message.starts_with(piece)));
+                        bytes.len()
+                    })
+                })
+                .collect();
+            readers.into_iter().map(|reader| reader.join().unwrap()).collect()
+        });
+        received.sort_unstable();
+        sent.sort_unstable();
+        assert_eq!(received, sent);
+    }
 }
 
 fn pipes_used_up(program: &Path) {
@@ -1132,7 +1189,7 @@ fn pipes_used_up(program: &Path) {
 
 /// A copy of the program where an unprivileged user may execute it.
 fn executable_by_all(program: &Path, directory: &TempDir) -> PathBuf {
-    let mode = || std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    let mode = || PermissionsExt::from_mode(0o755);
     let copy = directory.path().join("program");
     fs::copy(program, &copy).unwrap();
     fs::set_permissions(&copy, mode()).unwrap();

@@ -267,8 +267,7 @@ impl Section {
         let mut plot = format!("<svg width='760' height='{height}' role='img'>");
         for (number, (name, figure, is_held)) in bars.iter().enumerate() {
             let top = number * 26 + 4;
-            let (middle, class) =
-                (top + 9, if is_ours(name) { "ours" } else { "other" });
+            let (middle, class) = (top + 9, if is_ours(name) { "ours" } else { "other" });
             let shown = if *is_held {
                 format!("{:.0} bytes of RSS each", figure.median)
             } else {
