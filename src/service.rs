@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::timeout;
 
 use crate::activation::{Inherited, hide_descriptors};
@@ -145,6 +145,10 @@ impl Server {
         notifier: &Notifier,
     ) -> Result<(), String> {
         let told = async {
+            // Whoever is queued comes first: the loop finds them, and then they are accepted and
+            // dialled for. What is said to systemd may have to wait.
+            yield_now().await;
+            yield_now().await;
             let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
             notifier.send(&ready).await;
             let carried = || self.workers.carried();

@@ -55,6 +55,45 @@ fn take(counts: &mut BTreeMap<String, usize>, names: &[&str]) -> usize {
 }
 
 #[test]
+fn a_queued_client_comes_before_what_may_wait() {
+    let directory = TempDir::new().unwrap();
+    let log = directory.path().join("log");
+    for (front, back) in PAIRS {
+        let (front, backend, mut manager) =
+            (Endpoint::new(front), echo_backend(back), Manager::new());
+        let mut client = front.connect();
+        // The tracer is the child here, so that LISTEN_PID= stays true.
+        let launch = Launch::new("/usr/bin/strace").args(["-D", "-f", "-o"]).arg(log.display());
+        let launch = launch.args([OURS, &backend.target]).listener(&front);
+        let mut proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+        echoes(&mut client);
+        manager.wait_for("READY=1");
+        proxy.signal(Signal::TERM);
+        assert!(proxy.wait().success());
+        let traced = || {
+            let log = fs::read_to_string(&log).unwrap();
+            log.contains("+++ exited with 0").then_some(log)
+        };
+        let log = poll_until(Instant::now() + PATIENCE, traced).expect("the trace is written");
+        let at = |text: &str| log.find(text).unwrap_or_else(|| panic!("{text}: {log}"));
+        let dialled = log[at(" accept4(")..].find(" connect(").expect("it dials") + at(" accept4(");
+        assert!(dialled < at("READY=1"), "{log}");
+    }
+}
+
+#[test]
+fn the_unwinder_is_linked_in() {
+    // build.rs says why; without GCC's archive there is nothing to link.
+    let answer = Command::new("cc").arg("-print-file-name=libgcc_eh.a").output().unwrap().stdout;
+    assert!(answer.starts_with(b"/"), "the compiler has no libgcc_eh.a");
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
+    echoes(&mut front.connect());
+    let maps = fs::read_to_string(format!("/proc/{}/maps", proxy.pid())).unwrap();
+    assert!(maps.contains("libc.so") && !maps.contains("libgcc_s"), "{maps}");
+}
+
+#[test]
 fn a_round_trip_is_two_receives_and_two_sends() {
     const TIMES: usize = 200;
     for (front, back) in PAIRS {
