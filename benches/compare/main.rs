@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use contender::Family;
+use contender::{Contender, Family};
 use report::Comparison;
 use work::{Effort, ROWS};
 
@@ -78,27 +78,31 @@ fn main() -> ExitCode {
     let mut plan = Vec::new();
     for row in ROWS.into_iter().filter(|row| is_root || row.user == contender::User::Ourselves) {
         for pair in PAIRS {
-            for contender in contenders.iter().filter(|contender| row.is_for(contender)) {
+            let is_wanted = |contender: &Contender| {
                 let name = format!("{} {} {}", row.name, report::pair(pair), contender.name);
-                let wanted = arguments.filters.iter().any(|filter| name.contains(&**filter));
-                if wanted || arguments.filters.is_empty() {
-                    plan.push((row, pair, contender));
-                }
+                let filters = &arguments.filters;
+                filters.is_empty() || filters.iter().any(|filter| name.contains(&**filter))
+            };
+            let mut contenders: Vec<_> = contenders.iter().collect();
+            contenders.retain(|contender| row.is_for(contender) && is_wanted(contender));
+            if !contenders.is_empty() {
+                plan.push((row, pair, contenders));
             }
         }
     }
     let mut comparison = Comparison::default();
-    let all = plan.len() * rounds;
-    for round in 0..rounds {
-        for (number, &(row, pair, contender)) in plan.iter().enumerate() {
-            let done = round * plan.len() + number + 1;
-            progress(&format!(
-                "[{done}/{all}] {} {} {}",
-                row.name,
-                report::pair(pair),
-                contender.name
-            ));
-            comparison.add(row, pair, contender, row.sample(contender, pair, effort));
+    let all = plan.iter().map(|(_, _, contenders)| contenders.len()).sum::<usize>() * rounds;
+    let mut done = 0;
+    for _ in 0..rounds {
+        for (row, pair, contenders) in &mut plan {
+            for contender in contenders.iter() {
+                done += 1;
+                let (row_name, pair_name) = (row.name, report::pair(*pair));
+                progress(&format!("[{done}/{all}] {row_name} {pair_name} {}", contender.name));
+                comparison.add(*row, *pair, contender, row.sample(contender, *pair, effort));
+            }
+            // Nobody is always first, when the machine has just done something else.
+            contenders.rotate_left(1);
         }
     }
     progress("");

@@ -105,6 +105,9 @@ impl Section {
     }
 }
 
+/// Where the bars of a plot begin.
+const LEFT: f64 = 190.0;
+
 fn is_ours(name: &str) -> bool {
     name.starts_with("socket-proxyd")
 }
@@ -146,13 +149,13 @@ impl Comparison {
             {
                 let _ = writeln!(
                     text,
-                    "  {:18}{:>12}{:>14}{:>14}{:>10}",
+                    "  {:26}{:>12}{:>14}{:>14}{:>10}",
                     "", "descriptors", "RSS bytes", "pipe bytes", "failures"
                 );
             } else {
                 let _ = writeln!(
                     text,
-                    "  {:18}{:>30}{:>12}{:>10}{:>10}{:>10}{:>10}",
+                    "  {:26}{:>30}{:>12}{:>10}{:>10}{:>10}{:>10}",
                     "",
                     section.unit(),
                     "a second",
@@ -163,7 +166,7 @@ impl Comparison {
                 );
             }
             for summary in section.summaries() {
-                let _ = writeln!(text, "  {:18}{}", summary.name, section.cells(&summary).concat());
+                let _ = writeln!(text, "  {:26}{}", summary.name, section.cells(&summary).concat());
             }
         }
         text
@@ -264,7 +267,7 @@ impl Section {
             bars.iter().map(|(_, figure, _)| figure.most).fold(f64::MIN_POSITIVE, f64::max);
         let length = |value: f64| value / longest * 460.0;
         let height = bars.len() * 26 + 8;
-        let mut plot = format!("<svg width='760' height='{height}' role='img'>");
+        let mut plot = format!("<svg width='800' height='{height}' role='img'>");
         for (number, (name, figure, is_held)) in bars.iter().enumerate() {
             let top = number * 26 + 4;
             let (middle, class) = (top + 9, if is_ours(name) { "ours" } else { "other" });
@@ -275,15 +278,16 @@ impl Section {
             };
             let _ = write!(
                 plot,
-                "<text x='170' y='{}' text-anchor='end'>{name}</text>\
-                 <rect x='138' y='{top}' height='18' width='{:.1}' class='{class}'/>\
+                "<text x='{}' y='{}' text-anchor='end'>{name}</text>\
+                 <rect x='{LEFT}' y='{top}' height='18' width='{:.1}' class='{class}'/>\
                  <line x1='{:.1}' x2='{:.1}' y1='{middle}' y2='{middle}'/>\
                  <text x='{:.1}' y='{}'>{shown}</text>",
+                LEFT - 8.0,
                 top + 14,
                 length(figure.median),
-                138.0 + length(figure.least),
-                138.0 + length(figure.most),
-                146.0 + length(figure.most),
+                LEFT + length(figure.least),
+                LEFT + length(figure.most),
+                LEFT + 8.0 + length(figure.most),
                 top + 14,
             );
         }
