@@ -1,9 +1,8 @@
 //! Who may come in: the exact cap, and the count that everything else looks at.
 //!
 //! A [`Permit`] lives from accept to close, so that connections still being dialled count. Counting
-//! is dropping, and costs an atomic or two; who waits for the count is woken when the first
-//! connection comes and when the last one goes ([`Occupancy`]), and one more, which publishes it,
-//! at each change.
+//! is dropping, and costs a few atomics; who waits for the count is woken when the first connection
+//! comes and when the last one goes ([`Occupancy`]), and one more, which publishes it, at each change.
 
 #![forbid(unsafe_code)]
 

@@ -278,10 +278,11 @@ impl Application {
             tracing::info!("{name} is ready after {took:.2}s.{suppressed}");
         }
         let ready = Instant::now();
-        self.phase.send_replace(Phase::Ready);
+        // First, so that it is there for whoever wakes up first.
         if let Some(socket) = reached {
-            hold.offer(socket).await;
+            hold.offer(socket);
         }
+        self.phase.send_replace(Phase::Ready);
         let status = started.exited().await;
         if ready.elapsed() < STEADY {
             return self.has_failed("as soon as", status);

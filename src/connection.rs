@@ -20,6 +20,7 @@ use crate::flow::{Carried, Shared};
 use crate::forward::{Pair, Side};
 use crate::hold::{Hold, Probing};
 use crate::logging::{RateLimit, in_words};
+use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
 use crate::socket::Socket;
 use crate::timespan::TimeSpan;
@@ -43,8 +44,8 @@ pub struct Plan {
     pub application: Option<Arc<Application>>,
     /// The header it expects.
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Pipes for each event loop, at most.
-    pub pipes: usize,
+    /// Pipes for each event loop.
+    pub pipes: Limits,
 }
 
 /// What the connections of one event loop have in common.

@@ -166,7 +166,10 @@ mod tests {
                     for lookups in [false, true] {
                         let uses = Uses { lookups, command: lookups, threads: 3 };
                         let it = Division::new(limit, open, connections_max, uses);
-                        let sum = it.connections * 2 + it.pipes * 2 + it.lookups * PER_LOOKUP;
+                        let beside =
+                            uses.threads * PER_THREAD + if lookups { FOR_COMMAND } else { 0 };
+                        let sum =
+                            it.connections * 2 + it.pipes * 2 + it.lookups * PER_LOOKUP + beside;
                         if it.pipes > 1.max(limit / 16) {
                             assert!(it.connections > connections_max, "nobody is refused");
                         }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-use crate::pipe::{Pipe, PipePool};
+use crate::pipe::{Limits, Pipe, PipePool};
 use crate::socket::{Family, Socket};
 
 /// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
@@ -31,8 +31,10 @@ pub struct Shared {
     carried: Arc<Carried>,
 }
 
-/// Bytes delivered, counted by one thread and read by any.
+/// Bytes delivered, counted by one thread and read by any. It has its cache lines for itself: another
+/// thread's count is not to take them away.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct Carried(AtomicU64);
 
 impl Carried {
@@ -48,11 +50,11 @@ impl Carried {
 }
 
 impl Shared {
-    /// `pipes_max` bounds the pipes, two descriptors each; `carried` is this thread's to add to.
-    pub fn new(pipes_max: usize, carried: Arc<Carried>) -> Self {
+    /// `pipes` bounds them; `carried` is this thread's to add to.
+    pub fn new(pipes: Limits, carried: Arc<Carried>) -> Self {
         Self {
             buffer: RefCell::new(vec![0; COPY_SIZE].into()),
-            pipes: PipePool::new(pipes_max),
+            pipes: PipePool::new(pipes),
             carried,
         }
     }
@@ -217,6 +219,9 @@ impl Flow {
                 BULKY_AFTER => Mode::Splice { bytes: 0 },
                 full => Mode::Copy { full },
             };
+        } else if received.drained && matches!(self.mode, Mode::Splice { .. }) {
+            // There was no pipe, and now there is no bulk.
+            self.mode = Mode::Copy { full: 0 };
         }
         let bytes = &buffer[..received.bytes];
         let sent = self.sent(sink.socket.send(bytes), sink)?;

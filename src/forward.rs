@@ -32,14 +32,15 @@
 //! - A connection of one such message: two `accept4` (the second says that nobody else waits),
 //!   `socket`, `connect`, for a TCP backend two `setsockopt` and one `getsockname` (has it connected
 //!   to itself?), four `epoll_ctl`, four receives, two sends, `shutdown`, two `close`.
-//! - Bulk from a TCP socket: two `splice` for up to 1 MiB; with many stalled flows one `getsockopt`
-//!   more, and a `poll` where there is no room.
+//! - Bulk from a TCP socket: two `splice` for up to 1 MiB; with many stalled flows a `poll` and a
+//!   `getsockopt` more.
 //!
 //! `tests/syscalls.rs` counts them.
 //!
 //! What the sink did not take is *held*: copied bytes in a buffer made for them, spliced bytes in
-//! the pipe. A flow that holds bytes, or whose sink has no room, does not read, so that each flow's memory is bounded and the
-//! kernel's flow control reaches the sender. An idle connection holds nothing but two descriptors.
+//! the pipe. A flow that holds bytes, or whose sink has no room, does not read, so that each flow's
+//! memory is bounded and the kernel's flow control reaches the sender. An idle connection holds
+//! nothing but two descriptors.
 //!
 //! ## How a flow ends
 //!
@@ -81,9 +82,9 @@ use crate::socket::{Family, Socket};
 /// How long a receiver may make no progress after its counterpart was reset.
 const LINGER: Duration = Duration::from_secs(60);
 
-/// Bytes a flow moves before other connections get their turn: more than two sockets' buffers hold
-/// by default, so that only a sender and a receiver of this machine ever get that far. Smaller turns
-/// wake them more often, and cost a tenth of their rate.
+/// Bytes a flow moves before other connections get their turn. Only a sender and a receiver of this
+/// machine ever get that far; smaller turns wake them more often and cost a tenth of their rate,
+/// larger ones let messages beside them wait (BENCHMARKS.md).
 const TURN: usize = 8 * 1024 * 1024;
 
 /// One of the two sides of a connection; also the flow that starts there.

@@ -8,24 +8,26 @@
 
 #![forbid(unsafe_code)]
 
-use std::cell::RefCell;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::yield_now;
 use tokio::time::sleep;
 
 use crate::dial::{DialError, Dialer};
 use crate::logging::RateLimit;
-use crate::socket::Socket;
+use crate::socket::{Family, Socket};
 use crate::timespan::TimeSpan;
 
 /// Between two probes, at first and at most: how late a backend may be noticed whose refusal is
 /// immediate.
 const PROBE_FIRST: Duration = Duration::from_millis(5);
 const PROBE_MAX: Duration = Duration::from_millis(100);
+
+/// How long those who were held have to take the prober's connection.
+const OFFER: Duration = Duration::from_millis(100);
 
 /// Waits that begin one after the other need not each be said.
 static HOLDING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
@@ -52,6 +54,8 @@ struct Probe {
     over: Option<watch::Receiver<()>>,
     /// What stands between the clients and the backend, as far as it is known.
     obstacle: Option<String>,
+    /// A connection that a probe has made, for the first to take it.
+    reached: Option<(OwnedFd, Family)>,
 }
 
 impl Probing {
@@ -66,6 +70,11 @@ impl Probing {
 
     fn set_obstacle(&self, obstacle: Option<String>) {
         self.lock().obstacle = obstacle;
+    }
+
+    fn take_reached(&self) -> Option<Socket> {
+        let (fd, family) = self.lock().reached.take()?;
+        Socket::register(fd, family).ok()
     }
 }
 
@@ -82,14 +91,12 @@ pub struct Hold {
     pub dialer: Dialer,
     wait: TimeSpan,
     probing: Probing,
-    /// A connection that a probe has made, for the first to take it.
-    reached: RefCell<Option<Socket>>,
 }
 
 impl Hold {
     /// `wait` is how long clients are held, for messages.
     pub fn new(dialer: Dialer, wait: TimeSpan, probing: Probing) -> Self {
-        Self { dialer, wait, probing, reached: RefCell::default() }
+        Self { dialer, wait, probing }
     }
 
     /// Connects, now or as soon as the backend is up, however long that takes.
@@ -98,7 +105,7 @@ impl Hold {
     /// What time can't mend.
     pub async fn connect(self: &Rc<Self>) -> Result<Socket, DialError> {
         loop {
-            if let Some(socket) = self.reached.take() {
+            if let Some(socket) = self.probing.take_reached() {
                 return Ok(socket);
             }
             let mut probe = match self.probing.current() {
@@ -121,13 +128,19 @@ impl Hold {
         })
     }
 
-    /// Gives a fresh connection to whoever calls [`Hold::connect`] first, before the event loop has
-    /// gone round once; or else to nobody.
-    pub async fn offer(&self, socket: Socket) {
-        self.reached.replace(Some(socket));
-        self.probing.set_obstacle(None);
-        yield_now().await;
-        self.reached.take();
+    /// Gives a fresh connection to whoever calls [`Hold::connect`] first, on any event loop; after a
+    /// moment, to nobody.
+    pub fn offer(&self, socket: Socket) {
+        let family = socket.family();
+        let reached = socket.release().ok().map(|fd| (fd, family));
+        let mut probe = self.probing.lock();
+        probe.obstacle = None;
+        probe.reached = reached;
+        let probing = self.probing.clone();
+        tokio::task::spawn_local(async move {
+            sleep(OFFER).await;
+            drop(probing.take_reached());
+        });
     }
 
     /// Starts the prober, or joins one that somebody else has started meanwhile.
@@ -141,7 +154,8 @@ impl Hold {
             tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
         }
         let (sender, receiver) = watch::channel(());
-        *probe = Probe { over: Some(receiver.clone()), obstacle: Some(obstacle) };
+        probe.over = Some(receiver.clone());
+        probe.obstacle = Some(obstacle);
         tokio::task::spawn_local(Rc::clone(self).probe(sender));
         receiver
     }
@@ -161,9 +175,9 @@ impl Hold {
                 // Whoever waits will meet any other error, too.
                 Err(_) => break,
                 Ok(socket) => {
+                    self.offer(socket);
                     // Lets all go.
-                    drop(probing);
-                    return self.offer(socket).await;
+                    return drop(probing);
                 }
             }
         }

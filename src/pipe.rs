@@ -29,12 +29,9 @@ const SMALLEST_USEFUL: usize = 64 * 1024;
 /// How long to copy before asking the kernel again, after it refused a pipe.
 const SCARCE: Duration = Duration::from_secs(1);
 
-/// Pipes of a thread that may be held for slow sinks: of the 64 MiB that a user has by default a
-/// quarter.
-const HELD_MAX: usize = 16;
-
-/// Empty pipes kept for the next bulky flow.
-const IDLE_MAX: usize = 32;
+/// Pipes of a process that may be held for slow sinks: a quarter of the 64 MiB that a user has by
+/// default.
+pub const HELD_MAX: usize = 16;
 
 /// A pipe, and how much is in it.
 #[derive(Debug)]
@@ -74,19 +71,29 @@ impl Pipe {
     }
 }
 
+/// How many pipes a thread may have, two descriptors each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// In all.
+    pub max: usize,
+    /// For slow sinks, before flows become careful.
+    pub held: usize,
+}
+
 /// The pipes of one thread.
 #[derive(Debug)]
 pub struct PipePool {
     idle: RefCell<Vec<Pipe>>,
     counted: Rc<()>,
-    max: usize,
+    limits: Limits,
     scarce_until: Cell<Option<Instant>>,
 }
 
 impl PipePool {
-    /// A pool that makes at most `max` pipes, two descriptors each, when they are needed.
-    pub fn new(max: usize) -> Self {
-        Self { idle: RefCell::default(), counted: Rc::new(()), max, scarce_until: Cell::new(None) }
+    /// A pool that makes pipes within these limits when they are needed.
+    pub fn new(limits: Limits) -> Self {
+        let (idle, counted) = (RefCell::default(), Rc::new(()));
+        Self { idle, counted, limits, scarce_until: Cell::new(None) }
     }
 
     /// An empty pipe, or `None` when the limit, the descriptors or the user's quota of pipe memory
@@ -95,7 +102,7 @@ impl PipePool {
         if let Some(pipe) = self.idle.borrow_mut().pop() {
             return Some(pipe);
         }
-        if self.in_use() >= self.max {
+        if self.in_use() >= self.limits.max {
             return None;
         }
         if let Some(until) = self.scarce_until.get() {
@@ -113,13 +120,13 @@ impl PipePool {
 
     /// Whether one more may be held for as long as its sink likes.
     pub fn are_plenty(&self) -> bool {
-        self.in_use() - self.idle.borrow().len() < HELD_MAX.min(self.max)
+        self.in_use() - self.idle.borrow().len() < self.limits.held.min(self.limits.max)
     }
 
     /// Takes a pipe back; one with bytes in it is closed instead.
     pub fn give_back(&self, pipe: Pipe) {
         let mut idle = self.idle.borrow_mut();
-        if pipe.filled == 0 && idle.len() < IDLE_MAX {
+        if pipe.filled == 0 && idle.len() <= self.limits.held {
             idle.push(pipe);
         }
     }
@@ -154,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_pool_is_bounded() {
-        let pool = PipePool::new(2);
+        let pool = PipePool::new(Limits { max: 2, held: 1 });
         let pipes = (pool.take().unwrap(), pool.take().unwrap());
         assert!(pool.take().is_none());
         pool.give_back(pipes.0);
@@ -164,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_pipe_with_bytes_in_it_never_returns() {
-        let pool = PipePool::new(1);
+        let pool = PipePool::new(Limits { max: 1, held: 1 });
         let mut pipe = pool.take().unwrap();
         pipe.filled = rustix::io::write(&pipe.write, b"left over").unwrap();
         pool.give_back(pipe);

@@ -25,6 +25,7 @@ use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
 use crate::open::{ListenAddress, open};
+use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -105,7 +106,10 @@ impl Server {
             probing: Probing::default(),
             application: application.clone(),
             proxy_protocol: config.proxy_protocol,
-            pipes: (division.pipes / threads).max(1),
+            pipes: Limits {
+                max: division.pipes / threads,
+                held: (pipe::HELD_MAX / threads).max(1),
+            },
         };
         Ok(Self {
             listeners,
@@ -153,14 +157,15 @@ impl Server {
             notifier.send(&ready).await;
             let carried = || self.workers.carried();
             let application = self.application.as_deref();
-            notifier.publish_status(&self.admission, carried, application).await;
+            let status = notifier.publish_status(&self.admission, carried, application);
+            tokio::join!(status, notifier.feed_watchdog());
         };
         tokio::select! {
             () = signals.stop() => Ok(()),
             () = self.idle() => Ok(()),
             Some(ended) = tasks.entrances.join_next() => Err(ended.unwrap_or_else(internal)),
             Some(Err(panic)) = tasks.application.join_next() => Err(internal(panic)),
-            () = async { tokio::join!(told, notifier.feed_watchdog()); } => Ok(()),
+            () = told => Ok(()),
         }
     }
 

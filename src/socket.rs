@@ -145,20 +145,21 @@ impl Socket {
         rustix::net::send(&self.io, bytes, SendFlags::NOSIGNAL)
     }
 
-    /// Bytes that the kernel will take, when it is ready for many; otherwise `None`, and then an edge
-    /// comes when it is.
+    /// About as many bytes as the kernel will take, when it is ready for many; otherwise `None`, and
+    /// then an edge comes when it is.
+    ///
+    /// poll(2) says whether it is, by all the kernel's criteria, and makes it tell when it becomes so:
+    /// there are edges only for somebody who found it unready.
     pub fn room(&self) -> Option<usize> {
-        let [queued, size] = self.send_queue().unwrap_or([0, 0]);
-        let room = size.saturating_sub(queued);
-        // sk_stream_is_writeable() and unix_writable(): what poll(2) would say.
-        let is_writable = match self.family {
-            Family::Unix => queued <= size / 4,
-            Family::Tcp | Family::Vsock => room >= queued / 2,
+        if !self.polls(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP) {
+            return None;
+        }
+        let Ok([queued, size]) = self.send_queue() else {
+            return Some(usize::MAX);
         };
-        // poll(2) is asked all the same when it isn't: the kernel makes an edge only for somebody
-        // who was told to wait.
-        let events = PollFlags::OUT | PollFlags::ERR | PollFlags::HUP;
-        (is_writable || self.polls(events)).then_some(room.max(1))
+        // The kernel counts its own headers, too.
+        let room = size.saturating_sub(queued);
+        Some((room - room / 8).max(1))
     }
 
     /// The memory of bytes that the peer has not taken, and how much of it there may be.
@@ -268,6 +269,13 @@ impl Socket {
         let mut fds = [PollFd::new(&self.io, events)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(events)
+    }
+
+    /// The descriptor alone, for another event loop.
+    pub fn release(self) -> io::Result<OwnedFd> {
+        let fd = self.io.get_ref().try_clone();
+        self.close();
+        fd
     }
 
     /// Closes without a reset: everything sent is still delivered by the kernel.

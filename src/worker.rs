@@ -8,13 +8,14 @@
 
 #![forbid(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::io;
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use tokio::runtime::{Builder, LocalRuntime};
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::spawn_local;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::admission::Permit;
 use crate::connection::{Client, Place, Plan, Route, serve};
@@ -35,7 +36,11 @@ use crate::socket::Socket;
 /// Shorter than the connect timeout by default.
 const TIMER_AHEAD: Duration = Duration::from_secs(5);
 
+/// How long to do with the threads there are, after the system refused one.
+const SCARCE: Duration = Duration::from_secs(10);
+
 static UNWATCHED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// An event loop for the thread that asks for it.
 ///
@@ -54,6 +59,7 @@ pub struct Workers {
     here_load: WorkerLoad,
     threads: RefCell<Vec<Thread>>,
     threads_max: usize,
+    scarce_until: Cell<Option<Instant>>,
 }
 
 /// What a loop has to do, as others see it.
@@ -95,6 +101,7 @@ impl Workers {
             plan,
             threads: RefCell::default(),
             threads_max: count.get() - 1,
+            scarce_until: Cell::new(None),
         }
     }
 
@@ -119,8 +126,9 @@ impl Workers {
         let thread = &threads[index];
         let arrival = Arrival { newcomer, permit, seat: thread.load.take_seat() };
         if let Err(unsent) = thread.arrivals.send(arrival) {
-            // It has no event loop, and has said why.
-            self.here.serve(unsent.0);
+            // Its event loop has panicked, which was said.
+            let seat = self.here_load.take_seat();
+            self.here.serve(Arrival { seat, ..unsent.0 });
         }
     }
 
@@ -130,23 +138,32 @@ impl Workers {
         let loads = threads.iter().map(|thread| thread.load.connections());
         let least = loads.enumerate().min_by_key(|(_, connections)| *connections);
         let (index, elsewhere) = least.unwrap_or((0, usize::MAX));
-        if here > 0 && elsewhere > 0 && threads.len() < self.threads_max {
-            return self.start(threads);
+        if here > 0
+            && elsewhere > 0
+            && threads.len() < self.threads_max
+            && let Some(thread) = self.start(threads.len())
+        {
+            threads.push(thread);
+            return Some(threads.len() - 1);
         }
         (elsewhere < here).then_some(index)
     }
 
-    /// Starts another thread, if the system lets us; the place it has among them.
-    fn start(&self, threads: &mut Vec<Thread>) -> Option<usize> {
+    /// Starts another thread beside `running` ones, if the system lets us.
+    fn start(&self, running: usize) -> Option<Thread> {
+        if self.scarce_until.get().is_some_and(|until| Instant::now() < until) {
+            return None;
+        }
         match Thread::start(self.plan.clone()) {
-            Ok(thread) => {
-                threads.push(thread);
-                Some(threads.len() - 1)
-            }
+            Ok(thread) => Some(thread),
             Err(error) => {
-                if let Some(suppressed) = UNWATCHED.pass() {
-                    let error = in_words(&error);
-                    tracing::error!("Failed to start a thread, serving here: {error}{suppressed}");
+                self.scarce_until.set(Some(Instant::now() + SCARCE));
+                if let Some(suppressed) = NO_THREAD.pass() {
+                    tracing::error!(
+                        "Failed to start a thread, serving with {}: {}{suppressed}",
+                        1 + running,
+                        in_words(&error)
+                    );
                 }
                 None
             }
@@ -237,28 +254,31 @@ impl Thread {
 }
 
 impl Thread {
+    /// Starts one, and waits until it has its event loop.
     fn start(plan: Plan) -> io::Result<Self> {
         // Not bounded here: whoever is sent has been admitted.
         let (arrivals, receiver) = unbounded_channel();
         let load = WorkerLoad::default();
         let its_load = load.clone();
-        let handle = thread::Builder::new()
-            .name("proxyd-worker".into())
-            .spawn(move || live(&plan, &its_load, receiver))?;
+        let (made, is_made) = sync_channel(1);
+        let life = move || {
+            let event_loop = match event_loop() {
+                Ok(event_loop) => event_loop,
+                Err(error) => return drop(made.send(Err(error))),
+            };
+            let _ = made.send(Ok(()));
+            event_loop.block_on(live(&plan, &its_load, receiver));
+        };
+        let handle = thread::Builder::new().name("proxyd-worker".into()).spawn(life)?;
+        is_made.recv().map_err(|_| io::Error::other("it has panicked"))??;
         Ok(Self { arrivals, load, handle })
     }
 }
 
 /// The life of a thread.
-fn live(plan: &Plan, load: &WorkerLoad, mut arrivals: UnboundedReceiver<Arrival>) {
-    let event_loop = match event_loop() {
-        Ok(event_loop) => event_loop,
-        Err(error) => return tracing::error!("Failed to start an event loop: {error}."),
-    };
-    event_loop.block_on(async {
-        let worker = Worker::start(plan, load);
-        while let Some(arrival) = arrivals.recv().await {
-            worker.serve(arrival);
-        }
-    });
+async fn live(plan: &Plan, load: &WorkerLoad, mut arrivals: UnboundedReceiver<Arrival>) {
+    let worker = Worker::start(plan, load);
+    while let Some(arrival) = arrivals.recv().await {
+        worker.serve(arrival);
+    }
 }

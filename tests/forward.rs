@@ -14,6 +14,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::{Digest, Sha256};
 use socket_proxyd::flow::{self, Shared};
 use socket_proxyd::forward::{Closed, Pair};
+use socket_proxyd::pipe::Limits;
 use socket_proxyd::socket;
 use socket2::Socket;
 use support::*;
@@ -67,7 +68,8 @@ impl Carried {
                 .unwrap();
             runtime.block_on(async {
                 let carried = Arc::<flow::Carried>::default();
-                let shared = Rc::new(Shared::new(pipes_max, Arc::clone(&carried)));
+                let shared =
+                    Rc::new(Shared::new(Limits { max: pipes_max, held: 16 }, Arc::clone(&carried)));
                 let (near, far) = (ours(near_inner, near), ours(far_inner, far));
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
                 let preface_len = preface.len() as u64;

@@ -95,6 +95,35 @@ fn a_signal_resets_the_connections_of_all_threads() {
 }
 
 #[test]
+fn a_probe_is_spent_on_no_other_than_who_waits() {
+    let (front, port) = (Endpoint::new(Family::Tcp), free_port());
+    let address = format!("127.0.0.1:{port}");
+    let launch = Launch::new(OURS).args(["--threads=2", "--backend-wait=20s"]);
+    let proxy = launch.arg(&address).listener(&front).start();
+    let idle = proxy.descriptors();
+    // The first begins to probe, on the main thread; the second waits on the other, and stays.
+    let first = front.connect();
+    proxy.lines.wait_for("holding clients");
+    let mut second = front.connect();
+    poll_until(Instant::now() + PATIENCE, || (proxy.workers() == 1).then_some(())).unwrap();
+    let both = proxy.descriptors();
+    reset(first);
+    let left = || (proxy.descriptors() < both).then_some(());
+    poll_until(Instant::now() + PATIENCE, left).expect("the first has left");
+    assert!(proxy.descriptors() > idle);
+    // A backend that serves once.
+    let backend = Endpoint::tcp(&address, 1);
+    let served = std::thread::spawn(move || {
+        let connection = backend.accept();
+        drop(backend);
+        echo(connection);
+    });
+    echoes(&mut second);
+    drop(second);
+    served.join().unwrap();
+}
+
+#[test]
 fn numbers_of_threads_that_are_none() {
     for number in ["0", "-1", "257", "two", ""] {
         let option = format!("--threads={number}");
