@@ -168,7 +168,7 @@ Backend:
      --stop-idle-time=TIME   Stop COMMAND when without a connection (never)
 
 Other:
-     --threads=N             Serve with up to N threads (default: 1)
+     --threads=N             Serve with up to N threads, 1 to 256 (default: 1)
      --log-level=LEVEL       err, warning, notice, info (default) or debug
   -h --help                  Show this help
      --version               Show the version

@@ -44,7 +44,7 @@ impl Carried {
     }
 
     /// A load and a store: nobody else stores.
-    fn add(&self, bytes: u64) {
+    pub(crate) fn add(&self, bytes: u64) {
         self.0.store(self.get() + bytes, Ordering::Relaxed);
     }
 }
@@ -178,19 +178,20 @@ impl Flow {
         if !source.readable || self.lacks_room {
             return Ok(Step::Stuck);
         }
-        if let Mode::Splice { bytes } = self.mode {
+        if let Mode::Splice { bytes } = self.mode
+            && let Some(pipe) = shared.pipes.take()
+        {
             // A pipe may be filled beyond what the sink takes now, and is held until it takes more:
             // fewer and larger steps, as long as few flows do so.
             let most =
-                if shared.pipes.are_plenty() { Some(usize::MAX) } else { sink.socket.room() };
-            let Some(most) = most else {
-                sink.writable = false;
-                self.lacks_room = true;
-                return Ok(Step::Stuck);
-            };
-            if let Some(pipe) = shared.pipes.take() {
+                if shared.pipes.few_are_out() { Some(usize::MAX) } else { sink.socket.room() };
+            if let Some(most) = most {
                 return self.splice(bytes, pipe, most, source, sink, shared);
             }
+            shared.pipes.give_back(pipe);
+            sink.writable = false;
+            self.lacks_room = true;
+            return Ok(Step::Stuck);
         }
         self.copy(source, sink, shared)
     }

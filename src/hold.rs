@@ -26,7 +26,7 @@ use crate::timespan::TimeSpan;
 const PROBE_FIRST: Duration = Duration::from_millis(5);
 const PROBE_MAX: Duration = Duration::from_millis(100);
 
-/// How long those who were held have to take the prober's connection.
+/// How long somebody has to take the prober's connection.
 const OFFER: Duration = Duration::from_millis(100);
 
 /// Waits that begin one after the other need not each be said.
@@ -56,6 +56,8 @@ struct Probe {
     obstacle: Option<String>,
     /// A connection that a probe has made, for the first to take it.
     reached: Option<(OwnedFd, Family)>,
+    /// Which of all these it is.
+    offers: u64,
 }
 
 impl Probing {
@@ -72,9 +74,10 @@ impl Probing {
         self.lock().obstacle = obstacle;
     }
 
+    /// The connection that was offered, if the backend has not left it meanwhile.
     fn take_reached(&self) -> Option<Socket> {
         let (fd, family) = self.lock().reached.take()?;
-        Socket::register(fd, family).ok()
+        Socket::register(fd, family).ok().filter(|socket| !socket.is_over())
     }
 }
 
@@ -136,10 +139,13 @@ impl Hold {
         let mut probe = self.probing.lock();
         probe.obstacle = None;
         probe.reached = reached;
-        let probing = self.probing.clone();
+        probe.offers += 1;
+        let (offer, probing) = (probe.offers, self.probing.clone());
         tokio::task::spawn_local(async move {
             sleep(OFFER).await;
-            drop(probing.take_reached());
+            if probing.lock().offers == offer {
+                drop(probing.take_reached());
+            }
         });
     }
 

@@ -19,7 +19,7 @@ use crate::socket::Socket;
 
 /// What is asked for, in bytes, one after the other: the most that anybody may have by default
 /// (`pipe-max-size`), and what a user's quota lasts longer for. Each slot of a pipe takes one buffer
-/// of a socket, so that a larger one means fewer and larger steps: a third less CPU than with 256 KiB.
+/// of a socket, so that a larger one means fewer and larger steps: a quarter less CPU than with 256 KiB.
 const PIPE_SIZES: [usize; 2] = [1024 * 1024, 256 * 1024];
 
 /// A new pipe's size as long as the user's quota lasts (pipe(7)). Smaller ones, 4 or 8 KiB, are
@@ -29,8 +29,8 @@ const SMALLEST_USEFUL: usize = 64 * 1024;
 /// How long to copy before asking the kernel again, after it refused a pipe.
 const SCARCE: Duration = Duration::from_secs(1);
 
-/// Pipes of a process that may be held for slow sinks: a quarter of the 64 MiB that a user has by
-/// default.
+/// Pipes of a process that may be held for slow sinks, but at least one a thread: a quarter of the
+/// 64 MiB that a user has by default.
 pub const HELD_MAX: usize = 16;
 
 /// A pipe, and how much is in it.
@@ -118,9 +118,9 @@ impl PipePool {
         pipe
     }
 
-    /// Whether one more may be held for as long as its sink likes.
-    pub fn are_plenty(&self) -> bool {
-        self.in_use() - self.idle.borrow().len() < self.limits.held.min(self.limits.max)
+    /// Whether those that were taken may be held for as long as their sinks like.
+    pub fn few_are_out(&self) -> bool {
+        self.in_use() - self.idle.borrow().len() <= self.limits.held
     }
 
     /// Takes a pipe back; one with bytes in it is closed instead.

@@ -149,7 +149,8 @@ impl Socket {
     /// then an edge comes when it is.
     ///
     /// poll(2) says whether it is, by all the kernel's criteria, and makes it tell when it becomes so:
-    /// there are edges only for somebody who found it unready.
+    /// there are edges only for somebody who found it unready. The amount is that of the memory; it
+    /// may take less (tcp_notsent_lowat, a vsock peer).
     pub fn room(&self) -> Option<usize> {
         if !self.polls(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP) {
             return None;
@@ -262,6 +263,11 @@ impl Socket {
     /// Whether an error waits on the socket: the peer reset it, or can't be reached any more.
     pub fn has_failed(&self) -> bool {
         self.polls(PollFlags::ERR)
+    }
+
+    /// Whether nothing can be sent any more.
+    pub fn is_over(&self) -> bool {
+        self.polls(PollFlags::ERR | PollFlags::HUP)
     }
 
     /// Whether poll(2) tells one of these at this moment.

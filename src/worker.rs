@@ -2,8 +2,8 @@
 //!
 //! The main thread's loop accepts, and is the first to serve. With `--threads=` above one a client
 //! goes to the loop with the fewest connections; a thread is started for the first one that finds
-//! all loops at work. A connection stays on its loop from its dial to its end: its buffer, pipes,
-//! prober and timers are the loop's own, so that no byte meets a lock or a line of memory that
+//! all loops at work. A connection stays on its loop from its dial to its end: its buffer, pipes
+//! and timers are the loop's own, so that no byte meets a lock or a line of memory that
 //! another thread writes.
 
 #![forbid(unsafe_code)]
@@ -127,6 +127,8 @@ impl Workers {
         let arrival = Arrival { newcomer, permit, seat: thread.load.take_seat() };
         if let Err(unsent) = thread.arrivals.send(arrival) {
             // Its event loop has panicked, which was said.
+            let dead = threads.remove(index);
+            self.here_load.carried.add(dead.load.carried.get());
             let seat = self.here_load.take_seat();
             self.here.serve(Arrival { seat, ..unsent.0 });
         }

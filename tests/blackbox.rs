@@ -1114,7 +1114,7 @@ fn stalled_bulk(program: &Path) {
         let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
         let message = noise(6, 4 * 1024 * 1024);
         let clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
-        // More than the kernel holds for a receiver that takes nothing, without a pause in it.
+        // More than the kernel holds for a receiver that takes nothing, in large pieces.
         let mut sent = vec![0; CLIENTS];
         for (client, sent) in clients.iter().zip(&mut sent) {
             client.set_send_buffer_size(64 * 1024).unwrap();

@@ -186,7 +186,9 @@ fn bulk_is_spliced() {
                 });
                 let (mut buffer, mut left) = (vec![0; 1024 * 1024], bytes);
                 while left > 0 {
-                    left -= taken.read(&mut buffer).unwrap();
+                    let bytes = taken.read(&mut buffer).unwrap();
+                    assert!(bytes > 0, "the proxy has ended it");
+                    left -= bytes;
                 }
             });
         };

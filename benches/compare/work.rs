@@ -262,7 +262,9 @@ impl Stage {
         connect(&mut load, connections);
         let seconds = (clock::now() - start) as f64 / 1e9;
         let after = holdings(pid);
-        let each = |after: usize, before: usize| after.saturating_sub(before) / connections;
+        // Where some have failed, the others hold what is held.
+        let served = load.clients().saturating_sub(1).max(1);
+        let each = |after: usize, before: usize| after.saturating_sub(before) / served;
         Sample {
             rate: connections as f64 / seconds,
             failures: (connections + 1).saturating_sub(load.clients()) as u64,
