@@ -84,13 +84,13 @@ impl Address {
             return Some(Self::Inet(inet));
         }
         let unix = SocketAddrUnix::try_from(address).ok()?;
-        Some(Self::Unix(if let Some(path) = unix.path() {
-            Some(Box::new(UnixName::Path(PathBuf::from(OsString::from_vec(
-                path.to_bytes().to_vec(),
-            )))))
-        } else {
-            unix.abstract_name().map(|name| Box::new(UnixName::Abstract(name.to_vec())))
-        }))
+        // Without a name it is an empty one.
+        let path = unix.path().map(|path| path.to_bytes().to_vec());
+        let path = path.filter(|path| !path.is_empty());
+        let name = unix.abstract_name().filter(|name| !name.is_empty());
+        let path = path.map(|path| UnixName::Path(OsString::from_vec(path).into()));
+        let name = name.map(|name| UnixName::Abstract(name.to_vec()));
+        Some(Self::Unix(path.or(name).map(Box::new)))
     }
 }
 
