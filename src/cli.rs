@@ -163,15 +163,14 @@ Sockets:
 Backend:
      --backend-wait=TIME     Hold clients until TARGET is up (0; COMMAND: 90s)
      --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
-     --proxy-protocol=v1     Tell TARGET the client's address
+     --proxy-protocol=v1|v2  Tell TARGET the client's address
      --ready=connect|notify  COMMAND is up when TARGET answers, or it says so
      --stop-idle-time=TIME   Stop COMMAND when without a connection (never)
 
 Other:
      --threads=N             Serve with up to N threads, 1 to 256 (default: 1)
      --log-level=LEVEL       err, warning, notice, info (default) or debug
-  -h --help                  Show this help
-     --version               Show the version
+  -h --help, --version       Show this help, or the version
 
 TIME is as in systemd.time(7): 30s, 5min 20s, infinity. See socket-proxyd(8).
 ";
@@ -257,7 +256,7 @@ fn read_connect_timeout(text: &str) -> Result<TimeSpan, String> {
 }
 
 fn read_proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
-    ProxyProtocol::parse(text).ok_or_else(|| failed("proxy-protocol", text) + " (v1 is known)")
+    ProxyProtocol::parse(text).ok_or_else(|| failed("proxy-protocol", text) + " (v1 or v2)")
 }
 
 fn read_ready(text: &str) -> Result<Ready, String> {

@@ -22,7 +22,7 @@ use std::time::Duration;
 use libtest_mimic::{Arguments, Failed, Trial};
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 use support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -202,6 +202,7 @@ fn cases() -> Vec<Case> {
     case("a vsock listener", OnlyOurs("a notification comes"), vsock_listener);
     case("PROXY v1", FailsOn(&[Subject::Old], "the option is unknown"), proxy_v1);
     let as_ipv6 = OnlyOurs("instead of TCP4");
+    case("PROXY v2", OnlyOurs("a connection to the backend"), proxy_v2);
     case("PROXY v1 of a dual-stack client", as_ipv6, proxy_v1_dual_stack);
     case(
         "60 KB and a close with the upload unread",
@@ -635,7 +636,7 @@ fn idle_descriptors(program: &Path) {
 
 fn vsock_listener(program: &Path) {
     // Any port of any CID this machine has; nobody connects.
-    let address = socket2::SockAddr::vsock(u32::MAX, u32::MAX);
+    let address = SockAddr::vsock(u32::MAX, u32::MAX);
     let socket = match Socket::new(Domain::VSOCK, Type::STREAM, None) {
         Ok(socket) => socket,
         Err(error) => {
@@ -721,7 +722,7 @@ fn brackets(program: &Path) {
 
 fn abstract_socket(program: &Path) {
     let name = format!("socket-proxyd-test-{}", unique_name());
-    let address = socket2::SockAddr::unix(format!("\0{name}")).unwrap();
+    let address = SockAddr::unix(format!("\0{name}")).unwrap();
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
     socket.bind(&address).unwrap();
     socket.listen(16).unwrap();
@@ -778,6 +779,63 @@ fn proxy_v1(program: &Path) {
 }
 
 fn proxy_v1_dual_stack(program: &Path) {
+fn proxy_v2(program: &Path) {
+    for (address, listen) in
+        [("127.0.0.1", "127.0.0.1:0"), ("::1", "[::1]:0"), ("127.0.0.1", "[::]:0")]
+    {
+        let front = Endpoint::tcp(listen, 16);
+        let peer: std::net::SocketAddr = std::net::SocketAddr::new(ip(address), front.port());
+        let client = connect(&peer.into());
+        let header = v2_header_of(program, &front, &client);
+        let local = client.local_addr().unwrap().as_socket().unwrap();
+        let mut expected = b"\r\n\r\n\0\r\nQUIT\n\x21".to_vec();
+        match (local.ip(), peer.ip()) {
+            (std::net::IpAddr::V4(from), std::net::IpAddr::V4(to)) => {
+                expected.extend([0x11, 0, 12]);
+                expected.extend(from.octets().into_iter().chain(to.octets()));
+            }
+            (std::net::IpAddr::V6(from), std::net::IpAddr::V6(to)) => {
+                expected.extend([0x21, 0, 36]);
+                expected.extend(from.octets().into_iter().chain(to.octets()));
+            }
+            _ => unreachable!("both are of one family"),
+        }
+        expected.extend(local.port().to_be_bytes().into_iter().chain(peer.port().to_be_bytes()));
+        assert_eq!(header, expected);
+    }
+    let front = Endpoint::new(Family::Unix);
+    // A client without a name has no address: LOCAL.
+    let header = v2_header_of(program, &front, &front.connect());
+    assert_eq!(header, b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0");
+    let directory = TempDir::new().unwrap();
+    let name = directory.path().join("client");
+    let client = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    client.bind(&SockAddr::unix(&name).unwrap()).unwrap();
+    client.connect(&front.socket.local_addr().unwrap()).unwrap();
+    let header = v2_header_of(program, &front, &client);
+    assert_eq!(header[..16], *b"\r\n\r\n\0\r\nQUIT\n\x21\x31\0\xd8");
+    assert_eq!(header.len(), 16 + 216);
+    for (at, path) in [(16, name.to_str().unwrap()), (16 + 108, &front.target)] {
+        let with_nul = [path.as_bytes(), b"\0"].concat();
+        assert_eq!(header[at..][..with_nul.len()], with_nul);
+    }
+}
+
+/// What a client that says nothing makes the backend get.
+fn v2_header_of(program: &Path, front: &Endpoint, client: &Socket) -> Vec<u8> {
+    let backend = Endpoint::new(Family::Unix);
+    let args = ["--proxy-protocol=v2", &backend.target];
+    let _proxy = Launch::new(program).args(args).listener(front).start();
+    client.shutdown(Shutdown::Write).unwrap();
+    backend.socket.set_nonblocking(true).unwrap();
+    let accepted =
+        poll_until(Instant::now() + Duration::from_secs(5), || backend.socket.accept().ok());
+    let (mut server, _) = accepted.expect("a connection to the backend");
+    server.set_nonblocking(false).unwrap();
+    let (bytes, _) = read_all(&mut server);
+    bytes
+}
+
     has_proxy_header(program, &Endpoint::tcp("[::]:0", 16), "127.0.0.1", "TCP4");
 }
 
@@ -1224,7 +1282,7 @@ fn no_delay(program: &Path) {
 // Waiting for the backend.
 
 /// An address of either family where nobody listens yet.
-fn absent_backend(family: Family) -> (socket2::SockAddr, String, TempDir) {
+fn absent_backend(family: Family) -> (SockAddr, String, TempDir) {
     let directory = TempDir::new().unwrap();
     let (address, target) = match family {
         Family::Tcp => {
@@ -1233,13 +1291,13 @@ fn absent_backend(family: Family) -> (socket2::SockAddr, String, TempDir) {
         }
         Family::Unix => {
             let path = directory.path().join("backend");
-            (socket2::SockAddr::unix(&path).unwrap(), path.to_str().unwrap().into())
+            (SockAddr::unix(&path).unwrap(), path.to_str().unwrap().into())
         }
     };
     (address, target, directory)
 }
 
-fn come_up(address: &socket2::SockAddr) -> Socket {
+fn come_up(address: &SockAddr) -> Socket {
     let socket = Socket::new(address.domain(), Type::STREAM, None).unwrap();
     socket.set_reuse_address(true).unwrap();
     socket.bind(address).unwrap();
@@ -1425,8 +1483,8 @@ fn own_listeners(program: &Path) {
         }
     }
     proxy.lines.wait_for(&format!("Listening on {name}."));
-    echoes(&mut connect(&socket2::SockAddr::unix(&path).unwrap()));
-    echoes(&mut connect(&socket2::SockAddr::unix(name.replace('@', "\0")).unwrap()));
+    echoes(&mut connect(&SockAddr::unix(&path).unwrap()));
+    echoes(&mut connect(&SockAddr::unix(name.replace('@', "\0")).unwrap()));
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.wait().code(), Some(0));
     assert!(!path.exists(), "the socket file stayed");
