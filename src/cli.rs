@@ -12,6 +12,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
 
+use crate::admission::Overflow;
 use crate::command::CommandLine;
 use crate::getopt::{Spelled, explain, spell_out};
 use crate::logging::LogLevel;
@@ -30,6 +31,8 @@ pub struct Config {
     pub listen: Vec<ListenAddress>,
     /// The exact cap on connections, dialled ones included.
     pub connections_max: NonZeroU32,
+    /// What becomes of clients above it.
+    pub overflow: Overflow,
     /// Exit after this long without a connection.
     pub exit_idle_time: TimeSpan,
     /// What serves the target, if it is ours to start and stop.
@@ -132,6 +135,7 @@ impl Config {
             target,
             listen: arguments.listen,
             connections_max: arguments.connections_max,
+            overflow: arguments.overflow,
             exit_idle_time: arguments.exit_idle_time,
             application,
             backend_wait,
@@ -157,7 +161,8 @@ Carry each connection on a listening socket to TARGET: HOST:PORT, HOST (port
 
 Sockets:
      --listen=ADDRESS        Open ADDRESS (default: the sockets systemd passes)
-  -c --connections-max=N     Close connections above this number (default: 256)
+  -c --connections-max=N     Serve up to N connections at a time (default: 256)
+     --overflow=refuse|wait  Close clients above that (default) or let them wait
      --exit-idle-time=TIME   Exit when without a connection (default: never)
 
 Backend:
@@ -195,6 +200,8 @@ struct Arguments {
     listen: Vec<ListenAddress>,
     #[arg(short, long, default_value = "256", value_parser = read_connections_max)]
     connections_max: NonZeroU32,
+    #[arg(long, default_value = "refuse", value_parser = read_overflow)]
+    overflow: Overflow,
     #[arg(long, default_value = "infinity")]
     #[arg(value_parser = |text: &str| read_span("exit-idle-time", text))]
     exit_idle_time: TimeSpan,
@@ -241,6 +248,10 @@ fn read_listen(text: &OsStr) -> Result<ListenAddress, String> {
 fn read_connections_max(text: &str) -> Result<NonZeroU32, String> {
     let count = parse_unsigned(text).ok_or_else(|| failed("connections-max", text))?;
     NonZeroU32::new(count).ok_or_else(|| "Connection limit is too low.".into())
+}
+
+fn read_overflow(text: &str) -> Result<Overflow, String> {
+    Overflow::parse(text).ok_or_else(|| failed("overflow", text) + " (refuse or wait)")
 }
 
 fn read_span(option: &str, text: &str) -> Result<TimeSpan, String> {

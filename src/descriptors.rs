@@ -112,7 +112,11 @@ impl Division {
 
 /// The descriptors that connections may take, counted.
 #[derive(Debug)]
-pub struct Descriptors(Arc<Semaphore>);
+pub struct Descriptors {
+    places: Arc<Semaphore>,
+    /// There may be more of them: the cap on connections is what they stand for.
+    capped: bool,
+}
 
 /// A connection's two descriptors, given back when it is dropped.
 #[derive(Debug)]
@@ -121,17 +125,28 @@ pub struct Reserved(#[expect(dead_code, reason = "held, not read")] OwnedSemapho
 impl Descriptors {
     /// Room for this many connections.
     pub fn new(connections: usize) -> Self {
-        Self(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)).into())
+        let places = Semaphore::new(connections.min(Semaphore::MAX_PERMITS)).into();
+        Self { places, capped: false }
+    }
+
+    /// The same, and for no more than `max`: who comes above that waits in the kernel.
+    pub fn capped(connections: usize, max: usize) -> Self {
+        Self { capped: max <= connections, ..Self::new(connections.min(max)) }
+    }
+
+    /// Whether it is the cap that is met when there are none left.
+    pub fn are_capped(&self) -> bool {
+        self.capped
     }
 
     /// Two descriptors, if there are any left.
     pub fn try_reserve(&self) -> Option<Reserved> {
-        Arc::clone(&self.0).try_acquire_owned().ok().map(Reserved)
+        Arc::clone(&self.places).try_acquire_owned().ok().map(Reserved)
     }
 
     /// Waits for two descriptors.
     pub async fn reserve(&self) -> Reserved {
-        let reserved = Arc::clone(&self.0).acquire_owned().await;
+        let reserved = Arc::clone(&self.places).acquire_owned().await;
         Reserved(reserved.expect("the semaphore is never closed"))
     }
 }

@@ -31,6 +31,7 @@ use crate::socket::{Family, register, set_nodelay_or_warn, set_oobinline_or_warn
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 static OUT_OF_DESCRIPTORS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+static AT_THE_CAP: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// A listening stream socket.
@@ -119,14 +120,12 @@ impl Listener {
             let mut ready = self.io.readable().await?;
             let reserved = match descriptors.try_reserve() {
                 Some(reserved) => reserved,
+                None if !self.has_queued() => {
+                    ready.clear_ready();
+                    continue;
+                }
                 None => {
-                    if let Some(suppressed) = OUT_OF_DESCRIPTORS.pass() {
-                        tracing::warn!(
-                            listener = %self,
-                            "Out of file descriptors, newcomers wait in the kernel until a \
-                             connection ends; raise LimitNOFILE=.{suppressed}"
-                        );
-                    }
+                    self.warn_of_shortage(descriptors);
                     descriptors.reserve().await
                 }
             };
@@ -168,6 +167,25 @@ impl Listener {
             }
             let (family, listener) = (self.family, Arc::clone(&self.label));
             return Ok(Newcomer { fd, family, address, listener, reserved });
+        }
+    }
+
+    /// Says why newcomers wait in the kernel.
+    fn warn_of_shortage(&self, descriptors: &Descriptors) {
+        if descriptors.are_capped() {
+            if let Some(suppressed) = AT_THE_CAP.pass() {
+                tracing::warn!(
+                    listener = %self,
+                    "Hit connection limit, newcomers wait in the kernel until a connection \
+                     ends.{suppressed}"
+                );
+            }
+        } else if let Some(suppressed) = OUT_OF_DESCRIPTORS.pass() {
+            tracing::warn!(
+                listener = %self,
+                "Out of file descriptors, newcomers wait in the kernel until a connection ends; \
+                 raise LimitNOFILE=.{suppressed}"
+            );
         }
     }
 

@@ -13,7 +13,7 @@ use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::timeout;
 
 use crate::activation::{Inherited, hide_descriptors};
-use crate::admission::{Admission, Occupancy};
+use crate::admission::{Admission, Occupancy, Overflow};
 use crate::application::Application;
 use crate::cli::{self, Config};
 use crate::connection::Plan;
@@ -113,7 +113,13 @@ impl Server {
         };
         Ok(Self {
             listeners,
-            descriptors: Rc::new(Descriptors::new(division.connections)),
+            descriptors: Rc::new(match config.overflow {
+                Overflow::Refuse => Descriptors::new(division.connections),
+                Overflow::Wait => {
+                    let max = config.connections_max.get() as usize;
+                    Descriptors::capped(division.connections, max)
+                }
+            }),
             admission: Admission::new(config.connections_max),
             workers: Rc::new(Workers::new(plan, config.threads)),
             application,

@@ -178,6 +178,7 @@ fn cases() -> Vec<Case> {
     let six_each = OnlyOurs("the echo backend answers");
     case("the cap is met before the limit on descriptors", six_each, cap_with_few_descriptors);
     case("the cap is exact", one_more, exact_cap);
+    case("clients above the cap wait", OnlyOurs("unrecognized option"), overflow_waits);
     case("a refused connection is said in these words", Shared, refusal_is_said);
     case("idle exit without any connection", OnlyOurs("the program exits"), idle_from_start);
     case("[::1]:80", OnlyOurs("the echo backend answers"), brackets);
@@ -201,8 +202,8 @@ fn cases() -> Vec<Case> {
     case("descriptors of an idle connection", OnlyOurs("and not 2"), idle_descriptors);
     case("a vsock listener", OnlyOurs("a notification comes"), vsock_listener);
     case("PROXY v1", FailsOn(&[Subject::Old], "the option is unknown"), proxy_v1);
-    let as_ipv6 = OnlyOurs("instead of TCP4");
     case("PROXY v2", OnlyOurs("a connection to the backend"), proxy_v2);
+    let as_ipv6 = OnlyOurs("instead of TCP4");
     case("PROXY v1 of a dual-stack client", as_ipv6, proxy_v1_dual_stack);
     case(
         "60 KB and a close with the upload unread",
@@ -778,7 +779,6 @@ fn proxy_v1(program: &Path) {
     assert_eq!(bytes, b"PROXY UNKNOWN\r\n");
 }
 
-fn proxy_v1_dual_stack(program: &Path) {
 fn proxy_v2(program: &Path) {
     for (address, listen) in
         [("127.0.0.1", "127.0.0.1:0"), ("::1", "[::1]:0"), ("127.0.0.1", "[::]:0")]
@@ -836,6 +836,7 @@ fn v2_header_of(program: &Path, front: &Endpoint, client: &Socket) -> Vec<u8> {
     bytes
 }
 
+fn proxy_v1_dual_stack(program: &Path) {
     has_proxy_header(program, &Endpoint::tcp("[::]:0", 16), "127.0.0.1", "TCP4");
 }
 
@@ -1012,6 +1013,63 @@ fn exact_cap(program: &Path) {
     let served = poll_until(deadline, || exchange(&mut front.connect(), b"now?").ok());
     served.expect("a place that came free is given away");
     echoes(&mut second);
+}
+
+fn overflow_waits(program: &Path) {
+    for front in [Family::Tcp, Family::Unix] {
+        let (front, backend) = (Endpoint::new(front), echo_backend(Family::Unix));
+        let args = ["--connections-max=2", "--overflow=wait", &backend.target];
+        let mut proxy = Launch::new(program).args(args).listener(&front).start();
+        let mut first = front.connect();
+        if !answers(&mut first, &mut proxy) {
+            panic!("{}", proxy.lines.all());
+        }
+        let mut second = front.connect();
+        echoes(&mut second);
+        let mut waiting: Vec<_> = (0..4).map(|_| front.connect()).collect();
+        for client in &mut waiting {
+            client.write_all(b"here!").unwrap();
+            client.set_nonblocking(true).unwrap();
+        }
+        proxy.lines.wait_for("Hit connection limit, newcomers wait in the kernel");
+        let before = proxy.cpu();
+        pause(Duration::from_millis(500));
+        assert!(proxy.cpu() - before < Duration::from_millis(50), "it waits, too");
+        let served = |client: &mut Socket| match client.read(&mut [0; 5]) {
+            Ok(5) => true,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => false,
+            other => panic!("was not left to wait: {other:?}"),
+        };
+        assert!(!waiting.iter_mut().any(served), "served above the cap");
+        echoes(&mut second);
+        // One after the other, in order, and each only when another has left.
+        let mut leaving = vec![first, second];
+        for place in 0..waiting.len() {
+            drop(leaving.remove(0));
+            let deadline = Instant::now() + PATIENCE;
+            poll_until(deadline, || served(&mut waiting[place]).then_some(())).expect("its turn");
+            assert!(!waiting[place + 1..].iter_mut().any(served), "out of its turn");
+            leaving.push(waiting[place].try_clone().unwrap());
+            waiting[place].set_nonblocking(false).unwrap();
+            echoes(&mut waiting[place]);
+            // The last reference is the one in `leaving`.
+            waiting[place] = front.connect();
+            waiting[place].set_nonblocking(true).unwrap();
+        }
+        assert_eq!(proxy.lines.count("newcomers wait in the kernel"), 1);
+    }
+}
+
+/// Whether the program serves, or has ended over an option that it does not know.
+fn answers(client: &mut Socket, proxy: &mut Running) -> bool {
+    client.write_all(b"hello").unwrap();
+    client.set_nonblocking(true).unwrap();
+    let answered = poll_until(Instant::now() + PATIENCE, || match client.read(&mut [0; 5]) {
+        Ok(5) => Some(true),
+        _ => (!proxy.is_running()).then_some(false),
+    });
+    client.set_nonblocking(false).unwrap();
+    answered.expect("an answer, or an end")
 }
 
 fn cap_with_few_descriptors(program: &Path) {
