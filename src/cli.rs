@@ -19,6 +19,7 @@ use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
 use crate::ready::Ready;
+use crate::socket::Keepalive;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 
@@ -41,6 +42,8 @@ pub struct Config {
     pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
     pub connect_timeout: TimeSpan,
+    /// When TCP peers that carry nothing are probed.
+    pub keepalive: Option<Keepalive>,
     /// The header that tells the backend who the client is.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// Event loops, each a thread.
@@ -140,6 +143,7 @@ impl Config {
             application,
             backend_wait,
             connect_timeout: arguments.connect_timeout,
+            keepalive: arguments.keepalive.finite().map(Keepalive::after),
             proxy_protocol: arguments.proxy_protocol,
             threads: arguments.threads,
             log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
@@ -164,14 +168,13 @@ Sockets:
   -c --connections-max=N     Serve up to N connections at a time (default: 256)
      --overflow=refuse|wait  Close clients above that (default) or let them wait
      --exit-idle-time=TIME   Exit when without a connection (default: never)
-
 Backend:
      --backend-wait=TIME     Hold clients until TARGET is up (0; COMMAND: 90s)
      --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
+     --keepalive=TIME        Probe silent TCP peers, on both sides (never)
      --proxy-protocol=v1|v2  Tell TARGET the client's address
      --ready=connect|notify  COMMAND is up when TARGET answers, or it says so
      --stop-idle-time=TIME   Stop COMMAND when without a connection (never)
-
 Other:
      --threads=N             Serve with up to N threads, 1 to 256 (default: 1)
      --log-level=LEVEL       err, warning, notice, info (default) or debug
@@ -209,6 +212,8 @@ struct Arguments {
     backend_wait: Option<TimeSpan>,
     #[arg(long, default_value = "10s", value_parser = read_connect_timeout)]
     connect_timeout: TimeSpan,
+    #[arg(long, default_value = "infinity", value_parser = read_keepalive)]
+    keepalive: TimeSpan,
     #[arg(long, value_parser = read_proxy_protocol)]
     proxy_protocol: Option<ProxyProtocol>,
     #[arg(long, value_parser = read_ready)]
@@ -263,6 +268,18 @@ fn read_connect_timeout(text: &str) -> Result<TimeSpan, String> {
         Some(Duration::ZERO) => Err("--connect-timeout= has to be longer than 0.".into()),
         Some(span) => Ok(TimeSpan::new(span)),
         None => Ok(TimeSpan::INFINITY),
+    }
+}
+
+fn read_keepalive(text: &str) -> Result<TimeSpan, String> {
+    let span = read_span("keepalive", text)?;
+    let is_taken = |time: Duration| !time.is_zero() && time <= Keepalive::MAX;
+    match span.finite() {
+        Some(time) if !is_taken(time) => {
+            let max = TimeSpan::new(Keepalive::MAX);
+            Err(failed("keepalive", text) + &format!(" (more than 0, up to {max}, or infinity)"))
+        }
+        _ => Ok(span),
     }
 }
 
@@ -338,6 +355,24 @@ mod tests {
     #[test]
     fn clap_finds_no_fault() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn what_an_option_does_not_take_is_said_with_what_it_does() {
+        for (option, says) in [
+            ("--overflow=maybe", "maybe (refuse or wait)"),
+            ("--proxy-protocol=v3", "v3 (v1 or v2)"),
+            ("--keepalive=0", "0 (more than 0, up to 32767s, or infinity)"),
+            ("--keepalive=10h", "10h (more than 0, up to 32767s, or infinity)"),
+            ("--threads=0", "0 (1 to 256)"),
+        ] {
+            let name = option.split('=').next().unwrap();
+            let expected = format!("Failed to parse {name}= argument: {says}");
+            assert_eq!(parse(&[option, "/a"]).unwrap_err(), expected);
+        }
+        let config = parse(&["--keepalive=1500ms", "/a"]).unwrap();
+        assert_eq!(config.keepalive, Some(Keepalive::after(Duration::from_secs(2))));
+        assert_eq!(parse(&["--keepalive=infinity", "/a"]).unwrap().keepalive, None);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use crate::address::Address;
 use crate::logging::{RateLimit, in_words};
 use crate::resolve::{ResolveError, resolve};
-use crate::socket::{Family, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
 use crate::target::{HostPort, Target};
 use crate::timespan::TimeSpan;
 
@@ -33,6 +33,7 @@ static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 pub struct Dialer {
     target: Target,
     connect_timeout: TimeSpan,
+    keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
 }
 
@@ -106,9 +107,16 @@ impl DialError {
 }
 
 impl Dialer {
-    /// `connect_timeout` is for each address; at most `lookups_max` lookups run at a time.
-    pub fn new(target: Target, connect_timeout: TimeSpan, lookups_max: usize) -> Self {
-        Self { target, connect_timeout, lookups: Semaphore::new(lookups_max).into() }
+    /// `connect_timeout` is for each address; `keepalive` for TCP backends; at most `lookups_max`
+    /// lookups run at a time.
+    pub fn new(
+        target: Target,
+        connect_timeout: TimeSpan,
+        keepalive: Option<Keepalive>,
+        lookups_max: usize,
+    ) -> Self {
+        let lookups = Semaphore::new(lookups_max).into();
+        Self { target, connect_timeout, keepalive, lookups }
     }
 
     /// The target, for messages.
@@ -170,7 +178,11 @@ impl Dialer {
             }),
             None => attempt.await,
         };
-        connected.map_err(|error| DialError::Connect(address.clone(), error))
+        let socket = connected.map_err(|error| DialError::Connect(address.clone(), error))?;
+        if let Some(keepalive) = self.keepalive.filter(|_| socket.family() == Family::Tcp) {
+            keepalive.set_or_warn(&socket);
+        }
+        Ok(socket)
     }
 }
 

@@ -25,7 +25,7 @@ use crate::activation::Inherited;
 use crate::address::Address;
 use crate::descriptors::{Descriptors, Reserved};
 use crate::logging::{RateLimit, in_words};
-use crate::socket::{Family, register, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -45,6 +45,7 @@ pub struct Listener {
     /// Whether all are accepted who had connected before the options of this socket were set:
     /// a connection inherits them when its handshake is complete, not when it is accepted.
     inherits: Cell<bool>,
+    keepalive: Cell<Option<Keepalive>>,
     /// The socket file made here.
     _file: Option<SocketFile>,
 }
@@ -105,8 +106,17 @@ impl Listener {
             address,
             label: label.into(),
             inherits: Cell::new(false),
+            keepalive: Cell::new(None),
             _file: file,
         })
+    }
+
+    /// Has TCP clients probed from now on, as they are accepted.
+    pub fn keep_alive(&self, keepalive: Keepalive) {
+        if self.family == Family::Tcp {
+            keepalive.set_or_warn(&self.io);
+            self.keepalive.set(Some(keepalive));
+        }
     }
 
     /// Waits for a client and accepts it, once there are descriptors for it and its backend.
@@ -164,6 +174,9 @@ impl Listener {
             };
             if !self.inherits.get() && self.family == Family::Tcp {
                 set_options(&fd);
+                if let Some(keepalive) = self.keepalive.get() {
+                    keepalive.set_or_warn(&fd);
+                }
             }
             let (family, listener) = (self.family, Arc::clone(&self.label));
             return Ok(Newcomer { fd, family, address, listener, reserved });

@@ -86,6 +86,9 @@ struct Tasks {
 impl Server {
     fn new(config: Config, listeners: Vec<Rc<Listener>>) -> Result<Self, String> {
         let by_name = matches!(config.target, Target::Name(_));
+        if let Some(keepalive) = config.keepalive {
+            listeners.iter().for_each(|listener| listener.keep_alive(keepalive));
+        }
         let threads = config.threads.get();
         let uses =
             Uses { lookups: by_name, command: config.application.is_some(), threads: threads - 1 };
@@ -101,7 +104,12 @@ impl Server {
             }
         };
         let plan = Plan {
-            dialer: Dialer::new(config.target, config.connect_timeout, division.lookups),
+            dialer: Dialer::new(
+                config.target,
+                config.connect_timeout,
+                config.keepalive,
+                division.lookups,
+            ),
             backend_wait: config.backend_wait,
             probing: Probing::default(),
             application: application.clone(),

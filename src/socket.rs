@@ -331,6 +331,42 @@ const SK_MEMINFO_SNDBUF: usize = 3;
 const SK_MEMINFO_WMEM_QUEUED: usize = 5;
 const SK_MEMINFO_VARS: usize = 9;
 
+/// When a TCP peer that has vanished is noticed (tcp(7)): a first probe after a time without a byte,
+/// and then nine, at intervals of a ninth of it, but at least a second.
+///
+/// There is no TCP_USER_TIMEOUT: it would end a connection whose live reader merely stalls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keepalive {
+    first: Duration,
+    interval: Duration,
+}
+
+impl Keepalive {
+    /// The longest time that the kernel takes.
+    pub const MAX: Duration = Duration::from_secs(32_767);
+
+    /// Probes after `first`, in whole seconds, rounded up.
+    pub fn after(first: Duration) -> Self {
+        let seconds =
+            |time: Duration| Duration::from_secs(time.as_secs_f64().ceil().max(1.0) as u64);
+        Self { first: seconds(first).min(Self::MAX), interval: seconds(first / 9) }
+    }
+
+    /// Sets it; an accepted socket inherits it from its listener.
+    pub fn set_or_warn(self, fd: impl AsFd) {
+        const PROBES: u32 = 9;
+        let set = || -> Result<(), Errno> {
+            sockopt::set_tcp_keepidle(&fd, self.first)?;
+            sockopt::set_tcp_keepintvl(&fd, self.interval)?;
+            sockopt::set_tcp_keepcnt(&fd, PROBES)?;
+            sockopt::set_socket_keepalive(&fd, true)
+        };
+        if let Err(error) = set() {
+            tracing::debug!("Failed to set SO_KEEPALIVE, ignoring: {error}");
+        }
+    }
+}
+
 /// From asm-generic/ioctls.h; the same on every architecture Rust supports Linux on but the
 /// MIPS, PowerPC and SPARC families.
 #[cfg(not(any(

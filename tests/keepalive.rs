@@ -1,0 +1,125 @@
+//! `--keepalive=`: the timer on both sides, and a peer that vanishes.
+
+mod support;
+
+use std::env;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use support::*;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// What ss(8) says of the connections with one of these ports on a side.
+fn timers(filter: &str) -> Vec<String> {
+    let ss = Command::new("ss").args(["-tnoH", "state", "established", filter]).output().unwrap();
+    String::from_utf8(ss.stdout).unwrap().lines().map(String::from).collect()
+}
+
+#[test]
+fn both_sides_have_the_timer() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    // One is queued before the proxy starts, and inherits nothing.
+    let mut early = front.connect();
+    let launch = Launch::new(OURS).args(["--keepalive=30s", &backend.target]);
+    let _proxy = launch.listener(&front).start();
+    echoes(&mut early);
+    let mut late = front.connect();
+    echoes(&mut late);
+    let ours = [format!("sport = :{}", front.port()), format!("dport = :{}", backend.port())];
+    for filter in ours {
+        let lines = timers(&filter);
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        for line in lines {
+            assert!(line.contains("timer:(keepalive,"), "{filter}: {line}");
+        }
+    }
+}
+
+/// A process in a network namespace of its own; ended when this is dropped.
+struct Apart(Child);
+
+impl Apart {
+    /// Starts a command there, and waits until it is there.
+    fn start(words: &[&str]) -> Self {
+        let mut command = Command::new("unshare");
+        command.arg("--net").args(words).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let this = Self(command.spawn().unwrap());
+        let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+        let is_apart = || {
+            let its = network(&this.0.id().to_string());
+            (its.is_some() && its != network("self")).then_some(())
+        };
+        poll_until(Instant::now() + PATIENCE, is_apart).expect("it has its network");
+        this
+    }
+
+    /// Runs a command in its network.
+    fn run(&self, words: &str) {
+        let mut command = Command::new("nsenter");
+        command.args(["--net", "--target", &self.0.id().to_string()]).args(words.split(' '));
+        assert!(command.status().unwrap().success(), "{words}");
+    }
+
+    /// Moves this thread, and what it starts from now on, into its network.
+    fn enter(&self) {
+        let namespace = fs::File::open(format!("/proc/{}/ns/net", self.0.id())).unwrap();
+        let network = Some(LinkNameSpaceType::Network);
+        move_into_link_name_space(namespace.as_fd(), network).unwrap();
+    }
+}
+
+impl Drop for Apart {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_peer_that_vanishes_is_noticed() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: a peer that vanishes: needs root, for network namespaces");
+        assert!(env::var_os("CI").is_none());
+        return;
+    }
+    let connect = "use Socket; socket(S, PF_INET, SOCK_STREAM, 0) or die; <STDIN>; $| = 1; \
+                   connect(S, pack_sockaddr_in(4000, inet_aton('192.0.2.1'))) or die $!; \
+                   print \"connected\\n\"; sleep";
+    let (home, mut peer) = (Apart::start(&["cat"]), Apart::start(&["perl", "-e", connect]));
+    home.run(&format!("ip link add here type veth peer name there netns {}", peer.0.id()));
+    home.run("ip address add 192.0.2.1/24 dev here");
+    home.run("ip link set here up");
+    peer.run("ip address add 192.0.2.2/24 dev there");
+    peer.run("ip link set there up");
+    // A thread of its own, since it does not come back.
+    let backend = Endpoint::new(Family::Unix);
+    let proxy = thread::scope(|scope| {
+        let start = || {
+            home.enter();
+            let options = ["--listen=192.0.2.1:4000", "--keepalive=1s", &backend.target];
+            Launch::new(OURS).args(options).start()
+        };
+        scope.spawn(start).join().unwrap()
+    });
+    proxy.lines.wait_for("Listening on");
+    drop(peer.0.stdin.take());
+    let mut line = String::new();
+    BufReader::new(peer.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "connected\n");
+    let mut connection = backend.accept();
+    peer.run("ip link set there down");
+    let start = Instant::now();
+    // TIME and nine seconds, and three times the second to which they are exact.
+    connection.set_read_timeout(Some(Duration::from_secs(13))).unwrap();
+    let (bytes, end) = read_all(&mut connection);
+    let took = start.elapsed();
+    assert!(bytes.is_empty() && took < Duration::from_secs(13), "after {took:?}: {end:?}");
+    assert!(took > Duration::from_secs(7), "nine probes were not waited for: {took:?}");
+}
