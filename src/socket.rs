@@ -325,14 +325,8 @@ pub fn set_oobinline_or_warn(fd: impl AsFd) {
     }
 }
 
-/// linux/sock_diag.h: the places in what SO_MEMINFO tells.
-const SK_MEMINFO_WMEM_ALLOC: usize = 2;
-const SK_MEMINFO_SNDBUF: usize = 3;
-const SK_MEMINFO_WMEM_QUEUED: usize = 5;
-const SK_MEMINFO_VARS: usize = 9;
-
 /// When a TCP peer that has vanished is noticed (tcp(7)): a first probe after a time without a byte,
-/// and then nine, at intervals of a ninth of it, but at least a second.
+/// nine in all, at intervals of a ninth of it, but at least a second.
 ///
 /// There is no TCP_USER_TIMEOUT: it would end a connection whose live reader merely stalls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -347,9 +341,9 @@ impl Keepalive {
 
     /// Probes after `first`, in whole seconds, rounded up.
     pub fn after(first: Duration) -> Self {
-        let seconds =
-            |time: Duration| Duration::from_secs(time.as_secs_f64().ceil().max(1.0) as u64);
-        Self { first: seconds(first).min(Self::MAX), interval: seconds(first / 9) }
+        let first = Duration::from_secs(first.as_secs_f64().ceil().max(1.0) as u64).min(Self::MAX);
+        // Rounded down: nine of them are no longer than `first`.
+        Self { first, interval: Duration::from_secs((first.as_secs() / 9).max(1)) }
     }
 
     /// Sets it; an accepted socket inherits it from its listener.
@@ -367,6 +361,12 @@ impl Keepalive {
     }
 }
 
+/// linux/sock_diag.h: the places in what SO_MEMINFO tells.
+const SK_MEMINFO_WMEM_ALLOC: usize = 2;
+const SK_MEMINFO_SNDBUF: usize = 3;
+const SK_MEMINFO_WMEM_QUEUED: usize = 5;
+const SK_MEMINFO_VARS: usize = 9;
+
 /// From asm-generic/ioctls.h; the same on every architecture Rust supports Linux on but the
 /// MIPS, PowerPC and SPARC families.
 #[cfg(not(any(
@@ -377,3 +377,18 @@ impl Keepalive {
     target_arch = "sparc64"
 )))]
 const TIOCOUTQ: rustix::ioctl::Opcode = 0x5411;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vanished_peer_is_noticed_within_twice_the_time_or_nine_seconds() {
+        for seconds in [1, 2, 8, 9, 10, 17, 18, 30, 600, 32_767] {
+            let Keepalive { first, interval } = Keepalive::after(Duration::from_secs(seconds));
+            assert_eq!(first.as_secs(), seconds);
+            let noticed = first + interval * 9;
+            assert!(noticed <= first + first.max(Duration::from_secs(9)), "{seconds}: {noticed:?}");
+        }
+    }
+}
