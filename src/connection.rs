@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use tokio::time::{Instant, sleep};
 
 use crate::address::Address;
-use crate::admission::Permit;
+use crate::admission::{Permit, Seat};
 use crate::application::Application;
 use crate::backend::Backend;
 use crate::descriptors::Reserved;
@@ -24,7 +24,6 @@ use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
 use crate::socket::Socket;
 use crate::timespan::TimeSpan;
-use crate::worker::Seat;
 
 /// How long the last bytes of a Unix client that has closed wait for a backend.
 const LAST_WORDS: Duration = Duration::from_millis(800);

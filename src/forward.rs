@@ -35,7 +35,7 @@
 //! - Bulk from a TCP socket: two `splice` for up to 1 MiB; with many stalled flows a `poll` and a
 //!   `getsockopt` more.
 //!
-//! `tests/syscalls.rs` counts them.
+//! `tests/syscalls.rs` counts them, but for what stalled flows add.
 //!
 //! What the sink did not take is *held*: copied bytes in a buffer made for them, spliced bytes in
 //! the pipe. A flow that holds bytes, or whose sink has no room, does not read, so that each flow's

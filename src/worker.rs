@@ -14,7 +14,6 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -25,7 +24,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep};
 
-use crate::admission::Permit;
+use crate::admission::{Permit, Seat, Seats};
 use crate::connection::{Client, Place, Plan, Route, serve};
 use crate::flow::Carried;
 use crate::hold::Hold;
@@ -66,29 +65,8 @@ pub struct Workers {
 #[derive(Clone, Debug, Default)]
 struct WorkerLoad {
     /// Connections on it, those included that are on their way there.
-    connections: Arc<AtomicUsize>,
+    seats: Seats,
     carried: Arc<Carried>,
-}
-
-/// A connection's place on its loop.
-#[derive(Debug)]
-pub struct Seat(Arc<AtomicUsize>);
-
-impl WorkerLoad {
-    fn connections(&self) -> usize {
-        self.connections.load(Ordering::Relaxed)
-    }
-
-    fn take_seat(&self) -> Seat {
-        self.connections.fetch_add(1, Ordering::Relaxed);
-        Seat(Arc::clone(&self.connections))
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl Workers {
@@ -121,23 +99,27 @@ impl Workers {
     pub fn serve(&self, newcomer: Newcomer, permit: Permit) {
         let mut threads = self.threads.borrow_mut();
         let Some(index) = self.choose(&mut threads) else {
-            return self.here.serve(Arrival { newcomer, permit, seat: self.here_load.take_seat() });
+            return self.here.serve(Arrival {
+                newcomer,
+                permit,
+                seat: self.here_load.seats.take(),
+            });
         };
         let thread = &threads[index];
-        let arrival = Arrival { newcomer, permit, seat: thread.load.take_seat() };
+        let arrival = Arrival { newcomer, permit, seat: thread.load.seats.take() };
         if let Err(unsent) = thread.arrivals.send(arrival) {
             // Its event loop has panicked, which was said.
             let dead = threads.remove(index);
             self.here_load.carried.add(dead.load.carried.get());
-            let seat = self.here_load.take_seat();
+            let seat = self.here_load.seats.take();
             self.here.serve(Arrival { seat, ..unsent.0 });
         }
     }
 
     /// The thread for the next connection; `None` is the main one, which is first among equals.
     fn choose(&self, threads: &mut Vec<Thread>) -> Option<usize> {
-        let here = self.here_load.connections();
-        let loads = threads.iter().map(|thread| thread.load.connections());
+        let here = self.here_load.seats.taken();
+        let loads = threads.iter().map(|thread| thread.load.seats.taken());
         let least = loads.enumerate().min_by_key(|(_, connections)| *connections);
         let (index, elsewhere) = least.unwrap_or((0, usize::MAX));
         if here > 0
@@ -253,9 +235,7 @@ impl Thread {
         // It has said what it had to say of a panic.
         let _ = self.handle.join();
     }
-}
 
-impl Thread {
     /// Starts one, and waits until it has its event loop.
     fn start(plan: Plan) -> io::Result<Self> {
         // Not bounded here: whoever is sent has been admitted.

@@ -122,7 +122,7 @@ impl Row {
         let activated = matches!(contender.kind, Kind::Activated(_));
         match self.work {
             Work::Activation => activated,
-            // The originals need more than 20,000 descriptors; the configurations above allow less.
+            // The originals need more than 20,000 descriptors; HAProxy's and nginx's configurations allow less.
             Work::Idle(8000) => activated && !contender.name.starts_with("systemd"),
             Work::Idle(_) => contender.kind != Kind::Direct && contender.kind != Kind::Socat,
             _ if self.user == User::Nobody => activated,
