@@ -4,7 +4,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use crate::ready::Ready;
 use crate::socket::Keepalive;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
+use crate::values;
 
 /// Everything the command line says, read and checked.
 #[derive(Clone, Debug)]
@@ -154,9 +155,6 @@ impl Config {
 /// How long clients are held by default while COMMAND starts.
 const COMMAND_WAIT: Duration = Duration::from_secs(90);
 
-/// More than there are processors in most machines; each costs four descriptors and a stack.
-const THREADS_MAX: u32 = 256;
-
 const HELP: &str = "\
 socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]]
 
@@ -196,33 +194,33 @@ TIME is as in systemd.time(7): 30s, 5min 20s, infinity. See socket-proxyd(8).
     args_override_self = true
 )]
 struct Arguments {
-    #[arg(value_parser = OsStringValueParser::new().try_map(|text| read_target(&text)))]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| values::target(&text)))]
     target: Vec<Target>,
     #[arg(long, action = ArgAction::Append)]
-    #[arg(value_parser = OsStringValueParser::new().try_map(|text| read_listen(&text)))]
+    #[arg(value_parser = OsStringValueParser::new().try_map(|text| values::listen(&text)))]
     listen: Vec<ListenAddress>,
-    #[arg(short, long, default_value = "256", value_parser = read_connections_max)]
+    #[arg(short, long, default_value = "256", value_parser = values::connections_max)]
     connections_max: NonZeroU32,
-    #[arg(long, default_value = "refuse", value_parser = read_overflow)]
+    #[arg(long, default_value = "refuse", value_parser = values::overflow)]
     overflow: Overflow,
     #[arg(long, default_value = "infinity")]
-    #[arg(value_parser = |text: &str| read_span("exit-idle-time", text))]
+    #[arg(value_parser = |text: &str| values::span("exit-idle-time", text))]
     exit_idle_time: TimeSpan,
-    #[arg(long, value_parser = |text: &str| read_span("backend-wait", text))]
+    #[arg(long, value_parser = |text: &str| values::span("backend-wait", text))]
     backend_wait: Option<TimeSpan>,
-    #[arg(long, default_value = "10s", value_parser = read_connect_timeout)]
+    #[arg(long, default_value = "10s", value_parser = values::connect_timeout)]
     connect_timeout: TimeSpan,
-    #[arg(long, default_value = "infinity", value_parser = read_keepalive)]
+    #[arg(long, default_value = "infinity", value_parser = values::keepalive)]
     keepalive: TimeSpan,
-    #[arg(long, value_parser = read_proxy_protocol)]
+    #[arg(long, value_parser = values::proxy_protocol)]
     proxy_protocol: Option<ProxyProtocol>,
-    #[arg(long, value_parser = read_ready)]
+    #[arg(long, value_parser = values::ready)]
     ready: Option<Ready>,
-    #[arg(long, value_parser = |text: &str| read_span("stop-idle-time", text))]
+    #[arg(long, value_parser = |text: &str| values::span("stop-idle-time", text))]
     stop_idle_time: Option<TimeSpan>,
-    #[arg(long, default_value = "1", value_parser = read_threads)]
+    #[arg(long, default_value = "1", value_parser = values::threads)]
     threads: NonZeroUsize,
-    #[arg(long, value_parser = read_log_level)]
+    #[arg(long, value_parser = values::log_level)]
     log_level: Option<LogLevel>,
     #[arg(short, long, action = ArgAction::HelpShort)]
     help: Option<bool>,
@@ -239,99 +237,6 @@ impl Arguments {
         let Spelled { args, command } = spell_out(&parser, args);
         Ok((Self::from_arg_matches(&parser.try_get_matches_from(args)?)?, command))
     }
-}
-
-fn read_target(text: &OsStr) -> Result<Target, String> {
-    Target::parse(text).map_err(|error| format!("Invalid target {text:?}: {error}."))
-}
-
-fn read_listen(text: &OsStr) -> Result<ListenAddress, String> {
-    ListenAddress::parse(text)
-        .map_err(|error| format!("Invalid --listen={}: {error}.", text.display()))
-}
-
-fn read_connections_max(text: &str) -> Result<NonZeroU32, String> {
-    let count = parse_unsigned(text).ok_or_else(|| failed("connections-max", text))?;
-    NonZeroU32::new(count).ok_or_else(|| "Connection limit is too low.".into())
-}
-
-fn read_overflow(text: &str) -> Result<Overflow, String> {
-    Overflow::parse(text).ok_or_else(|| failed("overflow", text) + " (refuse or wait)")
-}
-
-fn read_span(option: &str, text: &str) -> Result<TimeSpan, String> {
-    TimeSpan::parse(text).ok_or_else(|| failed(option, text))
-}
-
-fn read_connect_timeout(text: &str) -> Result<TimeSpan, String> {
-    match read_span("connect-timeout", text)?.finite() {
-        Some(Duration::ZERO) => Err("--connect-timeout= has to be longer than 0.".into()),
-        Some(span) => Ok(TimeSpan::new(span)),
-        None => Ok(TimeSpan::INFINITY),
-    }
-}
-
-fn read_keepalive(text: &str) -> Result<TimeSpan, String> {
-    let span = read_span("keepalive", text)?;
-    let is_taken = |time: Duration| !time.is_zero() && time <= Keepalive::MAX;
-    match span.finite() {
-        Some(time) if !is_taken(time) => {
-            let max = TimeSpan::new(Keepalive::MAX);
-            Err(failed("keepalive", text) + &format!(" (more than 0, up to {max}, or infinity)"))
-        }
-        _ => Ok(span),
-    }
-}
-
-fn read_proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
-    ProxyProtocol::parse(text).ok_or_else(|| failed("proxy-protocol", text) + " (v1 or v2)")
-}
-
-fn read_ready(text: &str) -> Result<Ready, String> {
-    Ready::parse(text).ok_or_else(|| failed("ready", text) + " (connect or notify)")
-}
-
-fn read_threads(text: &str) -> Result<NonZeroUsize, String> {
-    let count = parse_unsigned(text).filter(|count| *count <= THREADS_MAX);
-    count
-        .and_then(|count| NonZeroUsize::new(count as usize))
-        .ok_or_else(|| failed("threads", text) + &format!(" (1 to {THREADS_MAX})"))
-}
-
-fn read_log_level(text: &str) -> Result<LogLevel, String> {
-    let levels = " (err, warning, notice, info or debug)";
-    LogLevel::parse(text).ok_or_else(|| failed("log-level", text) + levels)
-}
-
-fn failed(option: &str, value: &str) -> String {
-    format!("Failed to parse --{option}= argument: {value}")
-}
-
-/// A number as systemd's `safe_atou` reads it: leading white space, a plus sign, and the bases
-/// that `0x`, `0o`, `0b` and a leading zero name.
-fn parse_unsigned(text: &str) -> Option<u32> {
-    let text = text.trim_start_matches([' ', '\t', '\n', '\r']);
-    let (negative, text) = match text.strip_prefix('-') {
-        Some(rest) => (true, rest),
-        None => (false, text.strip_prefix('+').unwrap_or(text)),
-    };
-    let base = |prefix: [&str; 2]| prefix.iter().find_map(|prefix| text.strip_prefix(prefix));
-    let (digits, radix) = if let Some(digits) = base(["0x", "0X"]) {
-        (digits, 16)
-    } else if let Some(digits) = base(["0o", "0O"]) {
-        (digits, 8)
-    } else if let Some(digits) = base(["0b", "0B"]) {
-        (digits, 2)
-    } else if text.len() > 1 && text.starts_with('0') {
-        (&text[1..], 8)
-    } else {
-        (text, 10)
-    };
-    // from_str_radix would take another sign here.
-    if !digits.chars().all(|digit| digit.is_digit(radix)) {
-        return None;
-    }
-    u32::from_str_radix(digits, radix).ok().filter(|number| !negative || *number == 0)
 }
 
 #[cfg(test)]
@@ -420,29 +325,6 @@ mod tests {
     fn the_last_of_a_repeated_option_wins() {
         assert_eq!(connections_max(&["-c", "5", "x", "--connections-max=7"]), Ok(7));
         assert_eq!(parse(&["--listen=1", "--listen=2", "x"]).unwrap().listen.len(), 2);
-    }
-
-    #[test]
-    fn numbers_are_read_as_systemd_reads_them() {
-        for (text, number) in [
-            ("0x10", Some(16)),
-            ("010", Some(8)),
-            ("0o17", Some(15)),
-            ("0b101", Some(5)),
-            ("+5", Some(5)),
-            (" 5", Some(5)),
-            ("4294967295", Some(u32::MAX)),
-            ("4294967296", None),
-            ("-1", None),
-            ("-0", Some(0)),
-            ("", None),
-            ("5 ", None),
-            ("09", None),
-            ("+-5", None),
-            ("0x", None),
-        ] {
-            assert_eq!(parse_unsigned(text), number, "{text:?}");
-        }
     }
 
     #[test]

@@ -1,0 +1,141 @@
+//! What an option may be given: each value read and checked, or refused in one line that names the
+//! option, the value, and what is taken instead.
+
+#![forbid(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::time::Duration;
+
+use crate::admission::Overflow;
+use crate::logging::LogLevel;
+use crate::open::ListenAddress;
+use crate::proxy_header::ProxyProtocol;
+use crate::ready::Ready;
+use crate::socket::Keepalive;
+use crate::target::Target;
+use crate::timespan::TimeSpan;
+
+/// More than there are processors in most machines; each costs four descriptors and a stack.
+const THREADS_MAX: u32 = 256;
+
+pub(crate) fn target(text: &OsStr) -> Result<Target, String> {
+    Target::parse(text).map_err(|error| format!("Invalid target {text:?}: {error}."))
+}
+
+pub(crate) fn listen(text: &OsStr) -> Result<ListenAddress, String> {
+    ListenAddress::parse(text)
+        .map_err(|error| format!("Invalid --listen={}: {error}.", text.display()))
+}
+
+pub(crate) fn connections_max(text: &str) -> Result<NonZeroU32, String> {
+    let count = parse_unsigned(text).ok_or_else(|| failed("connections-max", text))?;
+    NonZeroU32::new(count).ok_or_else(|| "Connection limit is too low.".into())
+}
+
+pub(crate) fn overflow(text: &str) -> Result<Overflow, String> {
+    Overflow::parse(text).ok_or_else(|| failed("overflow", text) + " (refuse or wait)")
+}
+
+pub(crate) fn span(option: &str, text: &str) -> Result<TimeSpan, String> {
+    TimeSpan::parse(text).ok_or_else(|| failed(option, text))
+}
+
+pub(crate) fn connect_timeout(text: &str) -> Result<TimeSpan, String> {
+    match span("connect-timeout", text)?.finite() {
+        Some(Duration::ZERO) => Err("--connect-timeout= has to be longer than 0.".into()),
+        Some(span) => Ok(TimeSpan::new(span)),
+        None => Ok(TimeSpan::INFINITY),
+    }
+}
+
+pub(crate) fn keepalive(text: &str) -> Result<TimeSpan, String> {
+    let span = span("keepalive", text)?;
+    let is_taken = |time: Duration| !time.is_zero() && time <= Keepalive::MAX;
+    match span.finite() {
+        Some(time) if !is_taken(time) => {
+            let max = TimeSpan::new(Keepalive::MAX);
+            Err(failed("keepalive", text) + &format!(" (more than 0, up to {max}, or infinity)"))
+        }
+        _ => Ok(span),
+    }
+}
+
+pub(crate) fn proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
+    ProxyProtocol::parse(text).ok_or_else(|| failed("proxy-protocol", text) + " (v1 or v2)")
+}
+
+pub(crate) fn ready(text: &str) -> Result<Ready, String> {
+    Ready::parse(text).ok_or_else(|| failed("ready", text) + " (connect or notify)")
+}
+
+pub(crate) fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    let count = parse_unsigned(text).filter(|count| *count <= THREADS_MAX);
+    count
+        .and_then(|count| NonZeroUsize::new(count as usize))
+        .ok_or_else(|| failed("threads", text) + &format!(" (1 to {THREADS_MAX})"))
+}
+
+pub(crate) fn log_level(text: &str) -> Result<LogLevel, String> {
+    let levels = " (err, warning, notice, info or debug)";
+    LogLevel::parse(text).ok_or_else(|| failed("log-level", text) + levels)
+}
+
+fn failed(option: &str, value: &str) -> String {
+    format!("Failed to parse --{option}= argument: {value}")
+}
+
+/// A number as systemd's `safe_atou` reads it: leading white space, a plus sign, and the bases
+/// that `0x`, `0o`, `0b` and a leading zero name.
+fn parse_unsigned(text: &str) -> Option<u32> {
+    let text = text.trim_start_matches([' ', '\t', '\n', '\r']);
+    let (negative, text) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let base = |prefix: [&str; 2]| prefix.iter().find_map(|prefix| text.strip_prefix(prefix));
+    let (digits, radix) = if let Some(digits) = base(["0x", "0X"]) {
+        (digits, 16)
+    } else if let Some(digits) = base(["0o", "0O"]) {
+        (digits, 8)
+    } else if let Some(digits) = base(["0b", "0B"]) {
+        (digits, 2)
+    } else if text.len() > 1 && text.starts_with('0') {
+        (&text[1..], 8)
+    } else {
+        (text, 10)
+    };
+    // from_str_radix would take another sign here.
+    if !digits.chars().all(|digit| digit.is_digit(radix)) {
+        return None;
+    }
+    u32::from_str_radix(digits, radix).ok().filter(|number| !negative || *number == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_read_as_systemd_reads_them() {
+        for (text, number) in [
+            ("0x10", Some(16)),
+            ("010", Some(8)),
+            ("0o17", Some(15)),
+            ("0b101", Some(5)),
+            ("+5", Some(5)),
+            (" 5", Some(5)),
+            ("4294967295", Some(u32::MAX)),
+            ("4294967296", None),
+            ("-1", None),
+            ("-0", Some(0)),
+            ("", None),
+            ("5 ", None),
+            ("09", None),
+            ("+-5", None),
+            ("0x", None),
+        ] {
+            assert_eq!(parse_unsigned(text), number, "{text:?}");
+        }
+    }
+}
