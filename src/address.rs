@@ -8,7 +8,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,9 @@ use socket2::SockAddr;
 /// What is left of `sun_path` (108 bytes, unix(7)) beside the NUL that ends a path or begins an
 /// abstract name.
 const UNIX_NAME_MAX: usize = 107;
+
+/// `VMADDR_CID_ANY`, vsock(7): whatever this machine's is.
+const ANY_CID: u32 = u32::MAX;
 
 /// One end of a stream socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +78,15 @@ impl Address {
         }
     }
 
+    /// Whether it is every address that this machine has in its family.
+    pub fn is_any(&self) -> bool {
+        match self {
+            Self::Inet(address) => address.ip().to_canonical().is_unspecified(),
+            Self::Unix(_) => false,
+            Self::Vsock { cid, .. } => *cid == ANY_CID,
+        }
+    }
+
     /// Reads what accept4(2) gave; `None` for a family it can't tell (vsock).
     pub fn from_accepted(address: Option<SocketAddrAny>) -> Option<Self> {
         let Some(address) = address else {
@@ -97,15 +109,32 @@ impl Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            // A dual-stack listener's IPv4 client, as everybody writes it.
-            Self::Inet(address) => {
-                SocketAddr::new(address.ip().to_canonical(), address.port()).fmt(f)
-            }
+            Self::Inet(address) => match address.ip().to_canonical() {
+                // A dual-stack listener's IPv4 client, as everybody writes it.
+                ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()).fmt(f),
+                IpAddr::V6(_) => address.fmt(f),
+            },
             Self::Unix(Some(name)) => name.fmt(f),
             Self::Unix(None) => f.write_str("unix"),
+            Self::Vsock { cid: ANY_CID, port } => write!(f, "vsock::{port}"),
             Self::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
         }
     }
+}
+
+/// Reads `vsock:CID:PORT`, as ListenStream= in systemd.socket(5) has it: without a CID it is any.
+/// `None` for anything else, and for `vsock:80`, which stays what it is upstream, a host of that name.
+///
+/// # Errors
+/// What is not a number, in words.
+pub fn parse_vsock(text: &str) -> Option<Result<Address, String>> {
+    let (cid, port) = text.strip_prefix("vsock:")?.split_once(':')?;
+    let cid_number = if cid.is_empty() { Ok(ANY_CID) } else { cid.parse() };
+    Some(match (cid_number, port.parse()) {
+        (Ok(cid), Ok(port)) => Ok(Address::Vsock { cid, port }),
+        (Err(_), _) => Err(format!("\"{cid}\" is not a vsock CID (0 to 4294967295)")),
+        (_, Err(_)) => Err(format!("\"{port}\" is not a vsock port (0 to 4294967295)")),
+    })
 }
 
 /// The name of a Unix socket: 1 to 107 bytes.
@@ -218,11 +247,15 @@ mod tests {
         let vsock = Address::Vsock { cid: 3, port: 80 };
         assert_eq!(Address::from_sockaddr(&vsock.to_sockaddr().unwrap()), vsock);
         assert_eq!(vsock.to_string(), "vsock:3:80");
+        assert_eq!(parse_vsock("vsock:3:80").unwrap().unwrap(), vsock);
+        assert_eq!(parse_vsock("vsock::80").unwrap().unwrap().to_string(), "vsock::80");
     }
 
     #[test]
     fn a_dual_stack_client_is_written_as_ipv4() {
         let address = Address::Inet("[::ffff:127.0.0.1]:80".parse().unwrap());
         assert_eq!(address.to_string(), "127.0.0.1:80");
+        let link_local = Address::Inet("[fe80::1%2]:80".parse().unwrap());
+        assert_eq!(link_local.to_string(), "[fe80::1%2]:80");
     }
 }

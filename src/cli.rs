@@ -19,16 +19,16 @@ use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
 use crate::ready::Ready;
+use crate::selector::Targets;
 use crate::socket::Keepalive;
-use crate::target::Target;
 use crate::timespan::TimeSpan;
 use crate::values;
 
 /// Everything the command line says, read and checked.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The backend.
-    pub target: Target,
+    /// The backends.
+    pub targets: Targets,
     /// Sockets to open; none when systemd passes them.
     pub listen: Vec<ListenAddress>,
     /// The exact cap on connections, dialled ones included.
@@ -90,23 +90,15 @@ impl Config {
                 };
             }
         };
-        let mut targets = arguments.target;
-        let target = match (targets.pop(), targets.is_empty()) {
-            (None, _) => {
-                return Err("Not enough parameters. (There is no TARGET; see --help.)".into());
-            }
-            (Some(_), false) if command.is_some() => {
-                return Err("Too many parameters: one COMMAND serves one TARGET, write \
-                            TARGET -- COMMAND [ARG...]."
-                    .into());
-            }
-            (Some(_), false) => {
-                return Err(
-                    "Too many parameters. (One TARGET; a COMMAND follows it after --.)".into()
-                );
-            }
-            (Some(target), true) => target,
-        };
+        if arguments.targets.is_empty() {
+            return Err("Not enough parameters. (There is no TARGET; see --help.)".into());
+        }
+        let targets = Targets::parse(&arguments.targets)?;
+        if command.is_some() && matches!(targets, Targets::Selected(_)) {
+            return Err(
+                "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET.".into()
+            );
+        }
         let application = match command {
             Some(words) => Some(Application {
                 command: CommandLine::find(words)?,
@@ -136,7 +128,7 @@ impl Config {
             (None, None) => TimeSpan::new(Duration::ZERO),
         };
         Ok(Request::Serve(Box::new(Self {
-            target,
+            targets,
             listen: arguments.listen,
             connections_max: arguments.connections_max,
             overflow: arguments.overflow,
@@ -157,9 +149,10 @@ const COMMAND_WAIT: Duration = Duration::from_secs(90);
 
 const HELP: &str = "\
 socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]]
-
+socket-proxyd [OPTION...] SELECTOR=TARGET...
 Carry each connection on a listening socket to TARGET: HOST:PORT, HOST (port
 80), /path, @abstract or vsock:CID:PORT. The first client starts COMMAND.
+A SELECTOR is a socket's name or address; each socket leads to its own TARGET.
 
 Sockets:
      --listen=ADDRESS        Open ADDRESS (default: the sockets systemd passes)
@@ -177,7 +170,6 @@ Other:
      --threads=N             Serve with up to N threads, 1 to 256 (default: 1)
      --log-level=LEVEL       err, warning, notice, info (default) or debug
   -h --help, --version       Show this help, or the version
-
 TIME is as in systemd.time(7): 30s, 5min 20s, infinity. See socket-proxyd(8).
 ";
 
@@ -194,8 +186,7 @@ TIME is as in systemd.time(7): 30s, 5min 20s, infinity. See socket-proxyd(8).
     args_override_self = true
 )]
 struct Arguments {
-    #[arg(value_parser = OsStringValueParser::new().try_map(|text| values::target(&text)))]
-    target: Vec<Target>,
+    targets: Vec<OsString>,
     #[arg(long, action = ArgAction::Append)]
     #[arg(value_parser = OsStringValueParser::new().try_map(|text| values::listen(&text)))]
     listen: Vec<ListenAddress>,
@@ -331,7 +322,15 @@ mod tests {
     fn messages_are_upstreams() {
         for (args, message) in [
             (&[][..], "Not enough parameters. (There is no TARGET; see --help.)"),
-            (&["a", "b"], "Too many parameters. (One TARGET; a COMMAND follows it after --.)"),
+            (
+                &["a", "b"],
+                "Too many parameters. (Of several each has to be a SELECTOR=TARGET, which \"a\" is \
+                 not; a COMMAND follows after --.)",
+            ),
+            (
+                &["a=b", "--", "c"],
+                "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET.",
+            ),
             (&["-c", "0", "x"], "Connection limit is too low."),
             (&["-c=5", "x"], "Failed to parse --connections-max= argument: =5"),
             (&["-c", "0", "--help"], "Connection limit is too low."),

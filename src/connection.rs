@@ -19,6 +19,7 @@ use crate::dial::Dialer;
 use crate::flow::{Carried, Shared};
 use crate::forward::{Pair, Side};
 use crate::hold::{Hold, Probing};
+use crate::listen::Entered;
 use crate::logging::{RateLimit, in_words};
 use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
@@ -33,26 +34,33 @@ static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 /// What all connections have in common, wherever they live.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The way to the backend.
-    pub dialer: Dialer,
-    /// How long a client is held until it is up; zero is not at all.
+    /// The ways to the backends.
+    pub ways: Vec<Way>,
+    /// How long a client is held until its backend is up; zero is not at all.
     pub backend_wait: TimeSpan,
-    /// Who looks whether it is.
-    pub probing: Probing,
-    /// What serves it, if that is ours to start.
+    /// What serves the one backend, if that is ours to start.
     pub application: Option<Arc<Application>>,
-    /// The header it expects.
+    /// The header they expect.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// Pipes for each event loop.
     pub pipes: Limits,
 }
 
+/// The way to one backend.
+#[derive(Clone, Debug)]
+pub struct Way {
+    /// To one that is up.
+    pub dialer: Dialer,
+    /// Who looks whether it is.
+    pub probing: Probing,
+}
+
 /// What the connections of one event loop have in common.
 #[derive(Debug)]
 pub struct Route {
-    /// The way to the backend.
-    pub backend: Backend,
-    /// The header it expects.
+    /// The ways to the backends.
+    pub backends: Vec<Backend>,
+    /// The header they expect.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The forwarder's buffer and pipes.
     pub shared: Rc<Shared>,
@@ -61,9 +69,13 @@ pub struct Route {
 impl Route {
     /// The plan, for one event loop; `carried` counts its bytes.
     pub fn new(plan: &Plan, carried: Arc<Carried>) -> Self {
-        let hold = Rc::new(Hold::new(plan.dialer.clone(), plan.backend_wait, plan.probing.clone()));
+        let wait = plan.backend_wait;
+        let backend = |Way { dialer, probing }: &Way| {
+            let hold = Rc::new(Hold::new(dialer.clone(), wait, probing.clone()));
+            Backend::new(hold, wait, plan.application.clone())
+        };
         Self {
-            backend: Backend::new(hold, plan.backend_wait, plan.application.clone()),
+            backends: plan.ways.iter().map(backend).collect(),
             proxy_protocol: plan.proxy_protocol,
             shared: Rc::new(Shared::new(plan.pipes, carried)),
         }
@@ -77,8 +89,10 @@ pub struct Client {
     pub socket: Socket,
     /// Who they are.
     pub address: Address,
-    /// Where they came in, for messages.
-    pub listener: Arc<str>,
+    /// Where they came in.
+    pub listener: Entered,
+    /// Which backend they are for.
+    pub backend: usize,
     /// What they take up until the connection is over.
     pub place: Place,
 }
@@ -97,14 +111,15 @@ pub struct Place {
 /// Dropped before that, it resets both sides.
 pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
     let start = Instant::now();
-    let Client { socket, address, listener, place } = client;
+    let Client { socket, address, listener, backend, place } = client;
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
+        let way = &route.backends[backend];
         let log = |outcome: &str, from_client: u64, from_backend: u64| {
             tracing::debug!(
                 client = %address,
                 listener = %listener,
-                backend = %route.backend.target(),
+                backend = %way.target(),
                 bytes_from_client = from_client,
                 bytes_from_backend = from_backend,
                 duration_usec = start.elapsed().as_micros() as u64,
@@ -112,14 +127,14 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
             );
         };
         // Boxed: what dialling needs is gone when the connection stands, which may be for days.
-        let backend = match Box::pin(reach(&socket, &route.backend)).await {
+        let backend = match Box::pin(reach(&socket, way)).await {
             Reached::Backend(backend) => backend,
             Reached::Nobody(error) => {
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
                         client = %address,
                         listener = %listener,
-                        backend = %route.backend.target(),
+                        backend = %way.target(),
                         "{error}{suppressed}"
                     );
                 }

@@ -107,15 +107,14 @@ impl DialError {
 }
 
 impl Dialer {
-    /// `connect_timeout` is for each address; `keepalive` for TCP backends; at most `lookups_max`
-    /// lookups run at a time.
+    /// `connect_timeout` is for each address; `keepalive` for TCP backends; as many lookups run at a
+    /// time as there are places in `lookups`.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
-        lookups_max: usize,
+        lookups: Arc<Semaphore>,
     ) -> Self {
-        let lookups = Semaphore::new(lookups_max).into();
         Self { target, connect_timeout, keepalive, lookups }
     }
 

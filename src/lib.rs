@@ -37,6 +37,7 @@ compile_error!("socket-proxyd needs Linux: splice(2), epoll(7) and systemd");
 pub mod cli;
 pub mod getopt;
 pub mod values;
+pub mod selector;
 pub mod target;
 pub mod timespan;
 pub mod command;

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -25,6 +26,7 @@ use crate::activation::Inherited;
 use crate::address::Address;
 use crate::descriptors::{Descriptors, Reserved};
 use crate::logging::{RateLimit, in_words};
+use crate::selector::Identity;
 use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
@@ -39,9 +41,8 @@ static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 pub struct Listener {
     io: AsyncFd<OwnedFd>,
     family: Family,
-    address: Address,
-    /// How messages call it.
-    label: Arc<str>,
+    identity: Identity,
+    entrance: Arc<Entrance>,
     /// Whether all are accepted who had connected before the options of this socket were set:
     /// a connection inherits them when its handshake is complete, not when it is accepted.
     inherits: Cell<bool>,
@@ -59,8 +60,8 @@ pub struct Newcomer {
     pub family: Family,
     /// Who they are.
     pub address: Address,
-    /// Where they came in, for messages.
-    pub listener: Arc<str>,
+    /// Where they came in.
+    pub listener: Entered,
     /// Descriptors for them and their backend.
     pub reserved: Reserved,
 }
@@ -96,15 +97,12 @@ impl Listener {
             set_options(&fd);
         }
         let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
-        let label = match name {
-            Some(name) => format!("{name} ({address})"),
-            None => address.to_string(),
-        };
+        let identity = Identity { name, address };
         Ok(Self {
             io: register(fd, Interest::READABLE)?,
             family,
-            address,
-            label: label.into(),
+            entrance: Entrance::new(&identity),
+            identity,
             inherits: Cell::new(false),
             keepalive: Cell::new(None),
             _file: file,
@@ -178,7 +176,7 @@ impl Listener {
                     keepalive.set_or_warn(&fd);
                 }
             }
-            let (family, listener) = (self.family, Arc::clone(&self.label));
+            let (family, listener) = (self.family, Entered::by(&self.entrance));
             return Ok(Newcomer { fd, family, address, listener, reserved });
         }
     }
@@ -202,9 +200,14 @@ impl Listener {
         }
     }
 
-    /// Where it listens.
-    pub fn address(&self) -> &Address {
-        &self.address
+    /// Its name, and where it listens.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// It, as its connections know it.
+    pub fn entrance(&self) -> &Arc<Entrance> {
+        &self.entrance
     }
 
     /// Whether somebody waits to be accepted at this moment.
@@ -215,10 +218,58 @@ impl Listener {
     }
 }
 
-/// `name (address)` for a passed socket, the address for one opened here.
 impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.identity.fmt(f)
+    }
+}
+
+/// A way in, as the connections that came by it know it, on whatever thread.
+#[derive(Debug)]
+pub struct Entrance {
+    label: String,
+    open: AtomicUsize,
+}
+
+impl Entrance {
+    /// Nobody has come in yet.
+    pub fn new(identity: &Identity) -> Arc<Self> {
+        Arc::new(Self { label: identity.to_string(), open: AtomicUsize::default() })
+    }
+
+    /// Connections that have come in here and are not over.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+}
+
+impl fmt::Display for Entrance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.label)
+    }
+}
+
+/// Somebody's way in, for messages; they are counted there until this is dropped.
+#[derive(Debug)]
+pub struct Entered(Arc<Entrance>);
+
+impl Entered {
+    /// One more.
+    pub fn by(entrance: &Arc<Entrance>) -> Self {
+        entrance.open.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(entrance))
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Display for Entered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

@@ -19,6 +19,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::admission::{Admission, Load};
 use crate::application::Application;
+use crate::listen::Entrance;
 use crate::phase::Phase;
 
 /// Tries again while systemd does not take a message that matters, this often and this far apart.
@@ -30,6 +31,9 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Between two looks at the bytes while connections stay as they are.
 const BYTES_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Listeners that `STATUS=` names: it is to be read, and systemd takes 4096 bytes.
+const ENTRANCES_MAX: usize = 8;
 
 /// The service manager, or nobody.
 #[derive(Debug)]
@@ -97,10 +101,12 @@ impl Notifier {
     }
 
     /// Keeps `STATUS=` current, for ever: after a change of the load or of the application, and now
-    /// and then while bytes flow, at most once a second. `carried` tells how many.
+    /// and then while bytes flow, at most once a second. `carried` tells how many; several entrances
+    /// are told apart.
     pub async fn publish_status(
         &self,
         admission: &Admission,
+        entrances: &[&Entrance],
         carried: impl Fn() -> u64,
         application: Option<&Application>,
     ) {
@@ -124,7 +130,9 @@ impl Notifier {
                 (application.name().to_string(), *phase.borrow_and_update())
             });
             let load = admission.load();
-            let status = Status { load, max, carried: carried(), application }.to_string();
+            let open = entrances.iter().map(|entrance| (entrance.to_string(), entrance.open()));
+            let open = open.filter(|(_, open)| *open > 0 && entrances.len() > 1).collect();
+            let status = Status { load, max, carried: carried(), open, application }.to_string();
             if status != said && self.try_send(&[NotifyState::Status(&status)]).is_ok() {
                 said = status;
             }
@@ -143,11 +151,13 @@ async fn changed(phase: &mut Option<watch::Receiver<Phase>>) {
     }
 }
 
-/// `2 connections of 256, 120 served, 1.2 GiB; webhook: running`.
+/// `2 connections of 256, 120 served, 1.2 GiB; web (127.0.0.1:80): 2; webhook: running`.
 struct Status {
     load: Load,
     max: u32,
     carried: u64,
+    /// Connections at each of several listeners that have any.
+    open: Vec<(String, usize)>,
     application: Option<(String, Phase)>,
 }
 
@@ -160,6 +170,12 @@ impl fmt::Display for Status {
             write!(f, "{refused} refused, ")?;
         }
         write_bytes(f, self.carried)?;
+        for (entrance, open) in self.open.iter().take(ENTRANCES_MAX) {
+            write!(f, "; {entrance}: {open}")?;
+        }
+        if self.open.len() > ENTRANCES_MAX {
+            write!(f, "; {} more listeners", self.open.len() - ENTRANCES_MAX)?;
+        }
         match &self.application {
             Some((name, phase)) => write!(f, "; {name}: {phase}"),
             None => Ok(()),
@@ -191,16 +207,21 @@ mod tests {
     fn status_says_what_goes_on() {
         let status = |open, served, refused, carried| {
             let load = Load { open, served, refused };
-            Status { load, max: 256, carried, application: None }.to_string()
+            Status { load, max: 256, carried, open: Vec::new(), application: None }.to_string()
         };
         assert_eq!(status(2, 120, 0, 1_288_490_189), "2 connections of 256, 120 served, 1.2 GiB");
         assert_eq!(status(1, 0, 3, 64), "1 connection of 256, 0 served, 3 refused, 64 bytes");
         assert_eq!(status(0, 1, 0, 1536), "0 connections of 256, 1 served, 1.5 KiB");
         let application = Some(("webhook".to_string(), Phase::Failed(3)));
-        let status = Status { load: Load::default(), max: 1, carried: 0, application };
+        let open = vec![("web (127.0.0.1:80)".to_string(), 2), ("api (/run/a)".to_string(), 1)];
+        let status = Status { load: Load::default(), max: 1, carried: 0, open, application };
         assert_eq!(
             status.to_string(),
-            "0 connections of 1, 0 served, 0 bytes; webhook: failed 3 times in a row"
+            "0 connections of 1, 0 served, 0 bytes; web (127.0.0.1:80): 2; api (/run/a): 1; \
+             webhook: failed 3 times in a row"
         );
+        let open = (0..10).map(|port| (format!(":{port}"), 1)).collect();
+        let status = Status { load: Load::default(), max: 1, carried: 0, open, application: None };
+        assert!(status.to_string().ends_with("; :7: 1; 2 more listeners"), "{status}");
     }
 }

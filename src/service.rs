@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::timeout;
 
@@ -16,7 +17,7 @@ use crate::activation::{Inherited, hide_descriptors};
 use crate::admission::{Admission, Occupancy, Overflow};
 use crate::application::Application;
 use crate::cli::{self, Config};
-use crate::connection::Plan;
+use crate::connection::{Plan, Way};
 use crate::descriptors::{Descriptors, Division, Uses};
 use crate::dial::Dialer;
 use crate::hold::Probing;
@@ -67,7 +68,8 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
 
 /// What serves, for as long as the process does.
 struct Server {
-    listeners: Vec<Rc<Listener>>,
+    /// Each, and which backend of the plan it leads to.
+    listeners: Vec<(Rc<Listener>, usize)>,
     descriptors: Rc<Descriptors>,
     admission: Admission,
     workers: Rc<Workers>,
@@ -85,7 +87,9 @@ struct Tasks {
 
 impl Server {
     fn new(config: Config, listeners: Vec<Rc<Listener>>) -> Result<Self, String> {
-        let by_name = matches!(config.target, Target::Name(_));
+        let identities: Vec<_> = listeners.iter().map(|listener| listener.identity()).collect();
+        let backends = config.targets.assign(&identities)?;
+        let by_name = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
         if let Some(keepalive) = config.keepalive {
             listeners.iter().for_each(|listener| listener.keep_alive(keepalive));
         }
@@ -93,25 +97,29 @@ impl Server {
         let uses =
             Uses { lookups: by_name, command: config.application.is_some(), threads: threads - 1 };
         let division = Division::of_this_process(config.connections_max.get(), uses)?;
-        let application = match config.application {
-            None => None,
-            Some(application) => {
+        let application = match (config.application, config.targets.iter().next()) {
+            (Some(application), Some(target)) => {
                 if !config.listen.is_empty() {
-                    is_not_itself(&config.target, &listeners)?;
+                    is_not_itself(target, &listeners)?;
                 }
                 let descriptors = division.inherited;
-                Some(Arc::new(prepare(application, config.target.clone(), descriptors)?))
+                Some(Arc::new(prepare(application, target.clone(), descriptors)?))
             }
+            _ => None,
         };
-        let plan = Plan {
+        let lookups = Arc::new(Semaphore::new(division.lookups));
+        let way = |target: &Target| Way {
             dialer: Dialer::new(
-                config.target,
+                target.clone(),
                 config.connect_timeout,
                 config.keepalive,
-                division.lookups,
+                Arc::clone(&lookups),
             ),
-            backend_wait: config.backend_wait,
             probing: Probing::default(),
+        };
+        let plan = Plan {
+            ways: config.targets.iter().map(way).collect(),
+            backend_wait: config.backend_wait,
             application: application.clone(),
             proxy_protocol: config.proxy_protocol,
             pipes: Limits {
@@ -119,8 +127,12 @@ impl Server {
                 held: (pipe::HELD_MAX / threads).max(1),
             },
         };
+        for (listener, backend) in listeners.iter().zip(&backends) {
+            let target = plan.ways[*backend].dialer.target();
+            tracing::debug!("Serving {listener}, connections go to {target}.");
+        }
         Ok(Self {
-            listeners,
+            listeners: listeners.into_iter().zip(backends).collect(),
             descriptors: Rc::new(match config.overflow {
                 Overflow::Refuse => Descriptors::new(division.connections),
                 Overflow::Wait => {
@@ -138,10 +150,10 @@ impl Server {
     /// Lets clients in.
     fn start(&self) -> Tasks {
         let mut entrances = JoinSet::new();
-        for listener in &self.listeners {
-            tracing::debug!("Serving {listener}.");
+        for (listener, backend) in &self.listeners {
             entrances.spawn_local(admit(
                 Rc::clone(listener),
+                *backend,
                 Rc::clone(&self.descriptors),
                 self.admission.clone(),
                 Rc::clone(&self.workers),
@@ -171,7 +183,9 @@ impl Server {
             notifier.send(&ready).await;
             let carried = || self.workers.carried();
             let application = self.application.as_deref();
-            let status = notifier.publish_status(&self.admission, carried, application);
+            let entrances: Vec<_> =
+                self.listeners.iter().map(|(listener, _)| &**listener.entrance()).collect();
+            let status = notifier.publish_status(&self.admission, &entrances, carried, application);
             tokio::join!(status, notifier.feed_watchdog());
         };
         tokio::select! {
@@ -189,7 +203,7 @@ impl Server {
         let mut occupancy = self.admission.occupancy();
         let nobody = |occupancy: &Occupancy| {
             let mut listeners = self.listeners.iter();
-            occupancy.is_vacant() && !listeners.any(|listener| listener.has_queued())
+            occupancy.is_vacant() && !listeners.any(|(listener, _)| listener.has_queued())
         };
         loop {
             idle_for(self.exit_idle_time, &mut occupancy).await;
@@ -247,7 +261,7 @@ fn prepare(
 /// namespace, and then it can.)
 fn is_not_itself(target: &Target, listeners: &[Rc<Listener>]) -> Result<(), String> {
     let Target::Address(address) = target else { return Ok(()) };
-    match listeners.iter().find(|listener| listener.address().answers_at(address)) {
+    match listeners.iter().find(|listener| listener.identity().address.answers_at(address)) {
         Some(listener) => Err(format!(
             "--listen={listener} takes the address of TARGET {target}; let COMMAND listen on \
              another."
@@ -323,6 +337,7 @@ async fn listeners(
 /// Lets clients in at one listener, until it breaks.
 async fn admit(
     listener: Rc<Listener>,
+    backend: usize,
     descriptors: Rc<Descriptors>,
     admission: Admission,
     workers: Rc<Workers>,
@@ -333,7 +348,7 @@ async fn admit(
             Err(error) => return format!("Failed to accept on {listener}: {}.", in_words(&error)),
         };
         match admission.admit() {
-            Some(permit) => workers.serve(newcomer, permit),
+            Some(permit) => workers.serve(newcomer, permit, backend),
             None => {
                 if let Some(suppressed) = REFUSED.pass() {
                     tracing::warn!(

@@ -9,7 +9,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-use crate::address::{Address, UnixName};
+use crate::address::{Address, UnixName, parse_vsock};
 
 /// The port of a `HOST` without one, as in systemd-socket-proxyd(8).
 const DEFAULT_PORT: &str = "80";
@@ -34,7 +34,11 @@ impl Target {
         }
         let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
         if let Some(vsock) = parse_vsock(text) {
-            return Ok(Self::Address(vsock?));
+            let vsock = vsock?;
+            if vsock.is_any() {
+                return Err("a backend has a CID, vsock:CID:PORT".into());
+            }
+            return Ok(Self::Address(vsock));
         }
         let host_port = HostPort::parse(text, Some(DEFAULT_PORT))?;
         if host_port.port == Port::Number(0) {
@@ -112,6 +116,9 @@ impl HostPort {
         if host.contains('/') {
             return Err("no host has a slash in its name, a path begins with one, and a COMMAND follows after --".into());
         }
+        if host.contains('=') {
+            return Err("no host has a = in its name".into());
+        }
         if host == "*" {
             // getaddrinfo(3) takes it for the loopback address.
             return Err("* is no host; every address is --listen=PORT".into());
@@ -165,17 +172,6 @@ impl fmt::Display for Port {
             Self::Service(name) => name.fmt(f),
         }
     }
-}
-
-/// `vsock:CID:PORT`, as ListenStream= in systemd.socket(5) has it. `vsock:80` stays what it is
-/// upstream, a host named vsock.
-fn parse_vsock(text: &str) -> Option<Result<Address, String>> {
-    let (cid, port) = text.strip_prefix("vsock:")?.split_once(':')?;
-    Some(match (cid.parse(), port.parse()) {
-        (Ok(cid), Ok(port)) => Ok(Address::Vsock { cid, port }),
-        (Err(_), _) => Err(format!("\"{cid}\" is not a vsock CID (0 to 4294967295)")),
-        (_, Err(_)) => Err(format!("\"{port}\" is not a vsock port (0 to 4294967295)")),
-    })
 }
 
 /// An IPv6 address, possibly with a scope (`fe80::1%eth0`), which only getaddrinfo can read.
@@ -248,6 +244,7 @@ mod tests {
             "[localhost]:80",
             "[]:80",
             "@",
+            "a=b:80",
             "vsock::80",
             "vsock:x:80",
             "vsock:3:4294967296",

@@ -13,15 +13,10 @@ use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
 use crate::ready::Ready;
 use crate::socket::Keepalive;
-use crate::target::Target;
 use crate::timespan::TimeSpan;
 
 /// More than there are processors in most machines; each costs four descriptors and a stack.
 const THREADS_MAX: u32 = 256;
-
-pub(crate) fn target(text: &OsStr) -> Result<Target, String> {
-    Target::parse(text).map_err(|error| format!("Invalid target {text:?}: {error}."))
-}
 
 pub(crate) fn listen(text: &OsStr) -> Result<ListenAddress, String> {
     ListenAddress::parse(text)

@@ -83,9 +83,10 @@ impl Workers {
         }
     }
 
-    /// Where clients of the main thread's loop are held, which COMMAND's life needs as well.
+    /// Where clients of the main thread's loop are held, which COMMAND's life needs as well; it has
+    /// one backend.
     pub fn hold(&self) -> &Rc<Hold> {
-        self.here.route.backend.hold()
+        self.here.route.backends[0].hold()
     }
 
     /// Bytes delivered so far, on all loops.
@@ -95,18 +96,16 @@ impl Workers {
         self.here_load.carried.get() + elsewhere
     }
 
-    /// Gives somebody who was admitted to the loop with the fewest connections.
-    pub fn serve(&self, newcomer: Newcomer, permit: Permit) {
+    /// Gives somebody who was admitted, and is for that backend of the plan, to the loop with the
+    /// fewest connections.
+    pub fn serve(&self, newcomer: Newcomer, permit: Permit, backend: usize) {
         let mut threads = self.threads.borrow_mut();
+        let arrival = |seat| Arrival { newcomer, backend, permit, seat };
         let Some(index) = self.choose(&mut threads) else {
-            return self.here.serve(Arrival {
-                newcomer,
-                permit,
-                seat: self.here_load.seats.take(),
-            });
+            return self.here.serve(arrival(self.here_load.seats.take()));
         };
         let thread = &threads[index];
-        let arrival = Arrival { newcomer, permit, seat: thread.load.seats.take() };
+        let arrival = arrival(thread.load.seats.take());
         if let Err(unsent) = thread.arrivals.send(arrival) {
             // Its event loop has panicked, which was said.
             let dead = threads.remove(index);
@@ -165,6 +164,7 @@ impl Drop for Workers {
 #[derive(Debug)]
 struct Arrival {
     newcomer: Newcomer,
+    backend: usize,
     permit: Permit,
     seat: Seat,
 }
@@ -184,7 +184,7 @@ impl Worker {
     }
 
     fn serve(&self, arrival: Arrival) {
-        let Arrival { newcomer, permit, seat } = arrival;
+        let Arrival { newcomer, backend, permit, seat } = arrival;
         let Newcomer { fd, family, address, listener, reserved } = newcomer;
         let socket = match Socket::register(fd, family) {
             Ok(socket) => socket,
@@ -202,7 +202,7 @@ impl Worker {
         };
         self.arrived.notify_one();
         let place = Place { permit, reserved, seat };
-        let client = Client { socket, address, listener, place };
+        let client = Client { socket, address, listener, backend, place };
         spawn_local(serve(client, Rc::clone(&self.route)));
     }
 }

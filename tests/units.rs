@@ -28,6 +28,8 @@ fn main() -> ExitCode {
         ("webhook", webhook),
         ("Radicale", radicale),
         ("two yaq daemons", yaqd),
+        ("two yaq daemons behind one proxy", several_targets),
+        ("two yaq daemons, two sockets with names, one proxy", named_sockets),
         ("a program that a script starts", script),
         ("on-demand-command", on_demand_command),
         ("on-demand-service", on_demand_service),
@@ -64,7 +66,7 @@ fn prepare(container: &Container) {
     container.run(&["useradd", "--system", "aptly"]);
     let shorter = "cd /etc/systemd/system && grep -l idle-time=10min *.service | wc -l && \
         sed -i s/idle-time=10min/idle-time=2s/ *.service";
-    assert_eq!(container.run(&["sh", "-c", shorter]).trim(), "8", "units with an idle time");
+    assert_eq!(container.run(&["sh", "-c", shorter]).trim(), "9", "units with an idle time");
     // The environment was made elsewhere.
     let shebang = "sed -i '1s|^#!.*/bin/python.*|#!/opt/yaq/bin/python3|' /opt/yaq/bin/yaq*";
     container.run(&["sh", "-c", shebang]);
@@ -178,7 +180,9 @@ fn verify(container: &Container) {
     let units = container.run(&["sh", "-c", find]);
     assert!(units.lines().count() >= 18, "{units}");
     for unit in units.lines() {
-        let output = container.output(&["systemd-analyze", "verify", unit]);
+        // A template is what its instances are.
+        let unit = unit.replace("@.", "@fake-continuous-hardware.");
+        let output = container.output(&["systemd-analyze", "verify", &unit]);
         let words = [output.stdout, output.stderr].concat();
         assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
         assert!(output.status.success());
@@ -289,8 +293,14 @@ fn radicale(container: &Container) {
     });
 }
 
+/// What the yaq daemon calls itself that a client meets at a port.
+fn yaq_name(container: &Container, port: &str) -> String {
+    let name = container.run(&["/opt/yaq/bin/python3", "/opt/yaq/bin/yaqc", port]);
+    name.trim().into()
+}
+
 fn yaqd(container: &Container) {
-    let name = |port: &str| container.run(&["/opt/yaq/bin/python3", "/opt/yaq/bin/yaqc", port]);
+    let name = |port| yaq_name(container, port);
     for (daemon, kind, port) in [
         ("stage", "fake-continuous-hardware", "38401"),
         ("wheel", "fake-discrete-hardware", "38402"),
@@ -299,14 +309,62 @@ fn yaqd(container: &Container) {
             container,
             socket: &format!("yaqd-{daemon}.socket"),
             proxy: &format!("yaqd-{daemon}.service"),
-            application: &format!("/opt/yaq/bin/python3 /opt/yaq/bin/yaqd-{kind}"),
+            application: &format!(
+                "/opt/yaq/bin/python3 /opt/yaq/bin/yaqd-{kind} --config /etc/yaqd/{daemon}"
+            ),
         };
-        let request = || assert_eq!(name(port).trim(), daemon);
+        let request = || assert_eq!(name(port), daemon);
         system.lives(request);
         system.answers_in_the_stop_window(request);
     }
     // Both at a time.
-    assert_eq!((name("38401").trim(), name("38402").trim()), ("stage", "wheel"));
+    assert_eq!(["38401", "38402"].map(name), ["stage", "wheel"]);
+}
+
+fn several_targets(container: &Container) {
+    let names = || ["38501", "38502", "38501"].map(|port| yaq_name(container, port));
+    let system = System {
+        container,
+        socket: "daemons.socket",
+        proxy: "daemons.service",
+        application: "/opt/yaq/bin/python3 /opt/yaq/bin/yaqd-fake-.* --config /etc/yaqd/fake-",
+    };
+    system.lives(|| assert_eq!(names(), ["first", "second", "first"]));
+}
+
+fn named_sockets(container: &Container) {
+    let daemon = |name: &str, kind: &str, port: u16| {
+        container.write(&format!("/etc/yaqd/{name}.toml"), &format!("[{name}]\nport = {port}\n"));
+        let unit = format!(
+            "[Service]\nDynamicUser=yes\nStateDirectory={name}\nEnvironment=HOME=/var/lib/{name}\n\
+             ExecStart=/opt/yaq/bin/yaqd-{kind} --config /etc/yaqd/{name}.toml\n"
+        );
+        container.write(&format!("/run/systemd/system/{name}.service"), &unit);
+    };
+    daemon("left", "fake-continuous-hardware", 39_601);
+    daemon("right", "fake-discrete-hardware", 39_602);
+    let socket = |port: u16, name: &str| {
+        format!(
+            "[Socket]\nListenStream=127.0.0.1:{port}\nFileDescriptorName={name}\n\
+             Service=both.service\n"
+        )
+    };
+    container.start_units(&[
+        (
+            "both.service",
+            "[Unit]\nRequires=a.socket b.socket\nWants=left.service right.service\n\
+             [Service]\nType=notify\nSockets=a.socket b.socket\nDynamicUser=yes\n\
+             ExecStart=/usr/bin/socket-proxyd --backend-wait=60s to-the-right=127.0.0.1:39602 \
+             to-the-left=127.0.0.1:39601\n",
+        ),
+        ("a.socket", &socket(38_601, "to-the-left")),
+        ("b.socket", &socket(38_602, "to-the-right")),
+    ]);
+    container.run(&["systemctl", "start", "a.socket"]);
+    let names = ["38601", "38602", "38601"].map(|port| yaq_name(container, port));
+    assert_eq!(names, ["left", "right", "left"]);
+    let service = container.show("both.service");
+    assert_eq!((&*service["ActiveState"], &*service["NRestarts"]), ("active", "0"));
 }
 
 fn script(container: &Container) {
