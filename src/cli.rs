@@ -43,6 +43,8 @@ pub struct Config {
     pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
     pub connect_timeout: TimeSpan,
+    /// A connection that carries nothing for this long is closed.
+    pub connection_idle_time: TimeSpan,
     /// When TCP peers that carry nothing are probed.
     pub keepalive: Option<Keepalive>,
     /// The header that tells the backend who the client is.
@@ -136,6 +138,7 @@ impl Config {
             application,
             backend_wait,
             connect_timeout: arguments.connect_timeout,
+            connection_idle_time: arguments.connection_idle_time,
             keepalive: arguments.keepalive.finite().map(Keepalive::after),
             proxy_protocol: arguments.proxy_protocol,
             threads: arguments.threads,
@@ -162,6 +165,7 @@ Sockets:
 Backend:
      --backend-wait=TIME     Hold clients until TARGET is up (0; COMMAND: 90s)
      --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
+     --connection-idle-time=TIME  Close connections that carry nothing (never)
      --keepalive=TIME        Probe silent TCP peers, on both sides (never)
      --proxy-protocol=v1|v2  Tell TARGET the client's address
      --ready=connect|notify  COMMAND is up when TARGET answers, or it says so
@@ -199,8 +203,11 @@ struct Arguments {
     exit_idle_time: TimeSpan,
     #[arg(long, value_parser = |text: &str| values::span("backend-wait", text))]
     backend_wait: Option<TimeSpan>,
-    #[arg(long, default_value = "10s", value_parser = values::connect_timeout)]
+    #[arg(long, default_value = "10s", value_parser = |text: &str| values::positive("connect-timeout", text))]
     connect_timeout: TimeSpan,
+    #[arg(long, default_value = "infinity")]
+    #[arg(value_parser = |text: &str| values::positive("connection-idle-time", text))]
+    connection_idle_time: TimeSpan,
     #[arg(long, default_value = "infinity", value_parser = values::keepalive)]
     keepalive: TimeSpan,
     #[arg(long, value_parser = values::proxy_protocol)]

@@ -7,7 +7,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::io::Errno;
 use tokio::time::{Instant, sleep};
 
 use crate::address::Address;
@@ -17,12 +16,13 @@ use crate::backend::Backend;
 use crate::descriptors::Reserved;
 use crate::dial::Dialer;
 use crate::flow::{Carried, Shared};
-use crate::forward::{Pair, Side};
+use crate::forward::{Ending, Pair, Side};
 use crate::hold::{Hold, Probing};
 use crate::listen::Entered;
 use crate::logging::{RateLimit, in_words};
 use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
+use crate::quiet::Watch;
 use crate::socket::Socket;
 use crate::timespan::TimeSpan;
 
@@ -30,6 +30,7 @@ use crate::timespan::TimeSpan;
 const LAST_WORDS: Duration = Duration::from_millis(800);
 
 static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
+static QUIET: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 
 /// What all connections have in common, wherever they live.
 #[derive(Clone, Debug)]
@@ -42,6 +43,8 @@ pub struct Plan {
     pub application: Option<Arc<Application>>,
     /// The header they expect.
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// How long a connection may carry nothing.
+    pub connection_idle_time: TimeSpan,
     /// Pipes for each event loop.
     pub pipes: Limits,
 }
@@ -64,6 +67,9 @@ pub struct Route {
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The forwarder's buffer and pipes.
     pub shared: Rc<Shared>,
+    /// Who ends the quiet ones, if they are to be ended.
+    pub watch: Option<Rc<Watch>>,
+    connection_idle_time: TimeSpan,
 }
 
 impl Route {
@@ -78,6 +84,8 @@ impl Route {
             backends: plan.ways.iter().map(backend).collect(),
             proxy_protocol: plan.proxy_protocol,
             shared: Rc::new(Shared::new(plan.pipes, carried)),
+            watch: plan.connection_idle_time.finite().map(|time| Rc::new(Watch::new(time))),
+            connection_idle_time: plan.connection_idle_time,
         }
     }
 }
@@ -151,12 +159,23 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
             None => Vec::new(),
         };
         tracing::debug!(client = %address, listener = %listener, "Connection established");
-        let carried = Pair::new(socket, backend, header, Rc::clone(&route.shared)).run();
-        let Ok(closed) = carried.await else {
+        let (shared, watched) = (Rc::clone(&route.shared), route.watch.as_ref().map(Watch::join));
+        let Ok(closed) = Pair::new(socket, backend, header, shared, watched).run().await else {
             return;
         };
         drop(place);
-        log(&outcome(closed.fault), closed.from_client, closed.from_backend);
+        if closed.end == Ending::Quiet
+            && let Some(suppressed) = QUIET.pass()
+        {
+            tracing::info!(
+                client = %address,
+                listener = %listener,
+                backend = %way.target(),
+                "Connection carried nothing for {}, closing it.{suppressed}",
+                route.connection_idle_time
+            );
+        }
+        log(&outcome(closed.end), closed.from_client, closed.from_backend);
     }
 }
 
@@ -190,11 +209,12 @@ async fn left(client: &Socket, held: bool) {
     }
 }
 
-fn outcome(fault: Option<(Side, Errno)>) -> String {
-    let (side, errno) = match fault {
-        None => return "Connection closed".into(),
-        Some((Side::Client, errno)) => ("client", errno),
-        Some((Side::Backend, errno)) => ("backend", errno),
+fn outcome(end: Ending) -> String {
+    let (side, errno) = match end {
+        Ending::Closed => return "Connection closed".into(),
+        Ending::Quiet => return "Connection closed, it was idle".into(),
+        Ending::Fault(Side::Client, errno) => ("client", errno),
+        Ending::Fault(Side::Backend, errno) => ("backend", errno),
     };
     let words = in_words(&errno.into());
     format!("Connection ended by the {side}: {words}")

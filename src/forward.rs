@@ -61,6 +61,9 @@
 //! for EPOLLHUP, so that a peer that died is noticed although nothing is asked of it; where that
 //! could also mean two FINs, it is looked at every [`LINGER`].
 //!
+//! A connection that is *quiet*, because nothing was delivered for as long as `quiet` allows, is reset
+//! on both sides, in whatever state.
+//!
 //! Kernel facts this rests on: recv(2) and splice(2) give what was queued before a reset, then
 //! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` ends as if by a
 //! FIN; after a FIN, a reset makes `send` fail with `EPIPE` instead.
@@ -77,6 +80,7 @@ use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::flow::{End, Fault, Flow, Held, Shared, State, Step};
+use crate::quiet::Watched;
 use crate::socket::{Family, Socket};
 
 /// How long a receiver may make no progress after its counterpart was reset.
@@ -114,8 +118,19 @@ pub struct Closed {
     pub from_client: u64,
     /// Bytes delivered to the client.
     pub from_backend: u64,
-    /// The side that ended it otherwise than by closing, and what the kernel said of it.
-    pub fault: Option<(Side, Errno)>,
+    /// How it ended.
+    pub end: Ending,
+}
+
+/// What ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Both sides closed.
+    Closed,
+    /// This side did otherwise, and what the kernel said of it.
+    Fault(Side, Errno),
+    /// It carried nothing for too long.
+    Quiet,
 }
 
 /// Two connected sockets and the bytes between them.
@@ -124,13 +139,21 @@ pub struct Pair {
     ends: [End; 2],
     flows: [Flow; 2],
     shared: Rc<Shared>,
+    watched: Option<Watched>,
     preface: u64,
     fault: Option<(Side, Errno)>,
 }
 
 impl Pair {
     /// Joins two sockets; `preface` goes to the backend ahead of the client's bytes, in one write.
-    pub fn new(client: Socket, backend: Socket, preface: Vec<u8>, shared: Rc<Shared>) -> Self {
+    /// It ends when it is quiet, if that is `watched`.
+    pub fn new(
+        client: Socket,
+        backend: Socket,
+        preface: Vec<u8>,
+        shared: Rc<Shared>,
+        watched: Option<Watched>,
+    ) -> Self {
         let mut flows = [Flow::default(), Flow::default()];
         let preface_len = preface.len() as u64;
         if !preface.is_empty() {
@@ -140,6 +163,7 @@ impl Pair {
             ends: [End::new(client), End::new(backend)],
             flows,
             shared,
+            watched,
             preface: preface_len,
             fault: None,
         }
@@ -156,12 +180,15 @@ impl Pair {
             poll_fn(|cx| {
                 let client = &mut self.ends[Side::Client as usize];
                 client.readable = client.socket.poll_readable(cx).is_ready();
+                if let Some(watched) = &self.watched {
+                    watched.wake(cx.waker());
+                }
                 Poll::Ready(())
             })
             .await;
             while !self.is_over() {
                 match self.turn() {
-                    Turn::Stuck if self.is_over() => break,
+                    Turn::Stuck if self.is_over() || self.is_quiet() => break,
                     Turn::Stuck if self.is_stalled() => {
                         // Boxed, like the end below: what few connections need is no part of all.
                         if !Box::pin(self.wait_for_the_stalled()).await? {
@@ -176,11 +203,18 @@ impl Pair {
             let closed = Closed {
                 from_client: from_client.delivered.saturating_sub(self.preface),
                 from_backend: from_backend.delivered,
-                fault: self.fault,
+                end: match self.fault {
+                    _ if self.is_quiet() => Ending::Quiet,
+                    Some((side, errno)) => Ending::Fault(side, errno),
+                    None => Ending::Closed,
+                },
             };
             let states = [from_client.state, from_backend.state];
             let [client, backend] = self.ends;
-            if states == [State::Ended; 2] {
+            if closed.end == Ending::Quiet {
+                client.socket.reset();
+                backend.socket.reset();
+            } else if states == [State::Ended; 2] {
                 // Both FINs are known, nothing can come that would make the kernel send a reset.
                 client.socket.close();
                 backend.socket.close();
@@ -189,6 +223,10 @@ impl Pair {
             }
             Ok(closed)
         }
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.watched.as_ref().is_some_and(Watched::is_quiet)
     }
 
     fn is_over(&self) -> bool {
@@ -257,7 +295,12 @@ impl Pair {
                 }
             }
         }
-        self.shared.carry(flow.delivered - before);
+        if flow.delivered > before {
+            self.shared.carry(flow.delivered - before);
+            if let Some(watched) = &self.watched {
+                watched.beat();
+            }
+        }
         turn
     }
 
@@ -295,7 +338,7 @@ impl Pair {
                 edge = true;
             }
         }
-        if edge { Poll::Ready(Ok(())) } else { Poll::Pending }
+        if edge || self.is_quiet() { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
     /// Whether the only thing that can happen is that a receiver takes what is held for it.

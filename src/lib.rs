@@ -67,6 +67,7 @@ pub mod proxy_header;
 pub mod forward;
 pub mod flow;
 pub mod pipe;
+pub mod quiet;
 pub mod socket;
 
 // What they lean on.

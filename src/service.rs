@@ -122,6 +122,7 @@ impl Server {
             backend_wait: config.backend_wait,
             application: application.clone(),
             proxy_protocol: config.proxy_protocol,
+            connection_idle_time: config.connection_idle_time,
             pipes: Limits {
                 max: division.pipes / threads,
                 held: (pipe::HELD_MAX / threads).max(1),

@@ -36,12 +36,10 @@ pub(crate) fn span(option: &str, text: &str) -> Result<TimeSpan, String> {
     TimeSpan::parse(text).ok_or_else(|| failed(option, text))
 }
 
-pub(crate) fn connect_timeout(text: &str) -> Result<TimeSpan, String> {
-    match span("connect-timeout", text)?.finite() {
-        Some(Duration::ZERO) => Err("--connect-timeout= has to be longer than 0.".into()),
-        Some(span) => Ok(TimeSpan::new(span)),
-        None => Ok(TimeSpan::INFINITY),
-    }
+/// A time span longer than nothing.
+pub(crate) fn positive(option: &str, text: &str) -> Result<TimeSpan, String> {
+    let span = span(option, text)?;
+    if span.is_zero() { Err(format!("--{option}= has to be longer than 0.")) } else { Ok(span) }
 }
 
 pub(crate) fn keepalive(text: &str) -> Result<TimeSpan, String> {

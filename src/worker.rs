@@ -180,7 +180,11 @@ impl Worker {
     fn start(plan: &Plan, load: &WorkerLoad) -> Self {
         let arrived = Rc::new(Notify::new());
         spawn_local(keep_a_timer(Rc::clone(&arrived)));
-        Self { route: Rc::new(Route::new(plan, Arc::clone(&load.carried))), arrived }
+        let route = Rc::new(Route::new(plan, Arc::clone(&load.carried)));
+        if let Some(watch) = &route.watch {
+            spawn_local(Rc::clone(watch).look());
+        }
+        Self { route, arrived }
     }
 
     fn serve(&self, arrival: Arrival) {

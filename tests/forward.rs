@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::{Digest, Sha256};
 use socket_proxyd::flow::{self, Shared};
-use socket_proxyd::forward::{Closed, Pair};
+use socket_proxyd::forward::{Closed, Ending, Pair};
 use socket_proxyd::pipe::Limits;
 use socket_proxyd::socket;
 use socket2::Socket;
@@ -73,7 +73,7 @@ impl Carried {
                 let (near, far) = (ours(near_inner, near), ours(far_inner, far));
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
                 let preface_len = preface.len() as u64;
-                let pair = Pair::new(client, backend, preface, Rc::clone(&shared));
+                let pair = Pair::new(client, backend, preface, Rc::clone(&shared), None);
                 let closed = pair.run().await.unwrap();
                 let delivered = preface_len + closed.from_client + closed.from_backend;
                 assert_eq!(carried.get(), delivered);
@@ -251,7 +251,7 @@ fn half_close_lets_the_other_direction_live() {
         end.unwrap();
         assert!(received.is_empty());
         let outcome = it.forwarder.join().unwrap();
-        assert!(outcome.closed.fault.is_none());
+        assert!(outcome.closed.end == Ending::Closed);
     });
 }
 
@@ -287,7 +287,7 @@ fn reset_before_any_byte() {
         abort(&mut it);
         drop(it.near);
         ends_in_reset(&mut it.far, it.families.1, b"");
-        assert!(it.forwarder.join().unwrap().closed.fault.is_some());
+        assert!(matches!(it.forwarder.join().unwrap().closed.end, Ending::Fault(..)));
     });
 }
 
@@ -408,7 +408,7 @@ fn a_failed_write_lets_the_other_direction_drain() {
             let (received, end) = read_all(&mut it.far);
             end.unwrap();
             assert!(received.is_empty());
-            assert!(it.forwarder.join().unwrap().closed.fault.is_some());
+            assert!(matches!(it.forwarder.join().unwrap().closed.end, Ending::Fault(..)));
         }
     }
 }
@@ -445,7 +445,7 @@ fn a_unix_client_that_closes_is_not_waited_for() {
             assert_eq!(received, b"for your information");
             // Far says nothing and closes nothing.
             let outcome = it.forwarder.join().unwrap();
-            assert!(outcome.closed.fault.is_none());
+            assert!(outcome.closed.end == Ending::Closed);
         }
     }
 }

@@ -96,9 +96,13 @@ fn a_queued_client_comes_before_what_may_wait() {
 #[test]
 fn a_round_trip_is_two_receives_and_two_sends() {
     const TIMES: usize = 200;
-    for (front, back) in PAIRS {
+    let options = ["--connection-idle-time=infinity", "--connection-idle-time=1s"];
+    for (front, back, option) in
+        PAIRS.into_iter().flat_map(|(front, back)| options.map(|option| (front, back, option)))
+    {
         let (front, backend) = (Endpoint::new(front), echo_backend(back));
-        let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
+        let launch = Launch::new(OURS).args([option, &backend.target]);
+        let proxy = launch.listener(&front).start();
         let mut client = front.connect();
         let message = noise(1, 64);
         let mut ask =

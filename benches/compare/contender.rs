@@ -48,6 +48,9 @@ pub(crate) struct Contender {
 /// Where a second thread has something to do.
 const THREADED: &[&str] = &["bulk-up", "bulk-down", "64B-100", "64B-1000", "short"];
 
+/// Where many connections are looked after, and where they come and go.
+const WATCHED: &[&str] = &["64B-4000", "short"];
+
 /// Where a connection's end is a large part of it.
 const ENDING: &[&str] = &["short"];
 
@@ -56,9 +59,11 @@ pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
     let new = |name: &str, kind| Contender { name: name.into(), kind, rows: &[] };
     let ours = env!("CARGO_BIN_EXE_socket-proxyd");
     let threads = Kind::Activated(vec![ours.into(), "--threads=2".into()]);
+    let watched = Kind::Activated(vec![ours.into(), "--connection-idle-time=1s".into()]);
     let mut all = vec![
         new("socket-proxyd", Kind::Activated(vec![ours.into()])),
         Contender { rows: THREADED, ..new("socket-proxyd (2 threads)", threads) },
+        Contender { rows: WATCHED, ..new("socket-proxyd (idle time)", watched) },
         new("direct", Kind::Direct),
     ];
     let old = "/lib/systemd/systemd-socket-proxyd";

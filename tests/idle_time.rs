@@ -1,0 +1,119 @@
+//! `--connection-idle-time=`: a connection that carries nothing is closed, a busy one is not.
+
+mod support;
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use socket2::Socket;
+use support::*;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+const TIME: Duration = Duration::from_secs(1);
+
+/// Two seconds are promised for one; three times the slack.
+const LATE: Duration = Duration::from_secs(4);
+
+fn start(front: &Endpoint, backend: &Endpoint) -> Running {
+    let options = ["--connection-idle-time=1s", "--threads=2", &backend.target];
+    Launch::new(OURS).args(options).listener(front).start()
+}
+
+/// Waits until the connection has ended, as the closing of an idle one looks on this family.
+fn ends(socket: &mut Socket, family: Family, since: Instant) {
+    let (bytes, end) = read_all(socket);
+    let took = since.elapsed();
+    assert!(bytes.is_empty() && took >= TIME && took < LATE, "after {took:?}: {end:?}");
+    match family {
+        Family::Tcp => assert!(is_reset(&end), "not a reset: {end:?}"),
+        Family::Unix => end.expect("a Unix socket just ends"),
+    }
+}
+
+#[test]
+fn a_busy_connection_outlives_a_quiet_one() {
+    thread::scope(|scope| {
+        for (front, back) in PAIRS {
+            scope.spawn(move || busy_and_quiet(front, back));
+        }
+    });
+}
+
+fn busy_and_quiet(front_family: Family, back: Family) {
+    let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back));
+    let proxy = start(&front, &backend);
+    thread::scope(|scope| {
+        let (mut client, mut served) = (front.connect(), backend.accept());
+        // Carries bytes one way only, each way for a while, and then none.
+        scope.spawn(move || {
+            let mut last = Instant::now();
+            for round in 0..12 {
+                pause(TIME / 4);
+                last = Instant::now();
+                let (from, to) = match round {
+                    0..6 => (&mut client, &mut served),
+                    _ => (&mut served, &mut client),
+                };
+                from.write_all(b"x").unwrap();
+                let mut byte = [0];
+                std::io::Read::read_exact(to, &mut byte).expect("a busy one is let alone");
+            }
+            ends(&mut client, front_family, last);
+            ends(&mut served, back, last);
+        });
+        // Never carries anything.
+        let since = Instant::now();
+        let (mut client, mut served) = (front.connect(), backend.accept());
+        ends(&mut client, front_family, since);
+        ends(&mut served, back, since);
+        // Is half-closed, and waits for the answer.
+        let since = Instant::now();
+        let (mut client, mut served) = (front.connect(), backend.accept());
+        client.write_all(b"?").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        ends(&mut client, front_family, since);
+        let (bytes, end) = read_all(&mut served);
+        assert_eq!(bytes, b"?");
+        end.expect("the half-close came long before");
+    });
+    proxy.lines.wait_for("Connection carried nothing for 1s, closing it.");
+}
+
+#[test]
+fn a_stalled_reader_is_quiet() {
+    for (front_family, back) in PAIRS {
+        let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back));
+        let _proxy = start(&front, &backend);
+        let (mut client, _served) = (front.connect(), backend.accept());
+        // More than all buffers between take.
+        let message = noise(1, 64 * 1024 * 1024);
+        let since = Instant::now();
+        let error = client.write_all(&message).expect_err("nobody reads it");
+        let took = since.elapsed();
+        assert!(took >= TIME && took < LATE, "after {took:?}: {error}");
+    }
+}
+
+#[test]
+fn a_client_that_is_held_is_not_quiet() {
+    let front = Endpoint::new(Family::Tcp);
+    let target = format!("127.0.0.1:{}", free_port());
+    let options = ["--connection-idle-time=100ms", "--backend-wait=60s", &target];
+    let proxy = Launch::new(OURS).args(options).listener(&front).start();
+    let mut client = front.connect();
+    proxy.lines.wait_for("holding clients");
+    pause(Duration::from_millis(500));
+    let backend = Endpoint::tcp(&target, 16);
+    let mut served = backend.accept();
+    client.write_all(b"x").unwrap();
+    let since = Instant::now();
+    let (bytes, end) = read_all(&mut served);
+    assert_eq!(bytes, b"x");
+    assert!(is_reset(&end) && since.elapsed() < LATE, "{end:?}");
+    proxy.signal(Signal::TERM);
+}
