@@ -37,6 +37,8 @@ pub struct Config {
     pub overflow: Overflow,
     /// Exit after this long without a connection.
     pub exit_idle_time: TimeSpan,
+    /// On a signal, open connections have this long to end.
+    pub drain_time: TimeSpan,
     /// What serves the target, if it is ours to start and stop.
     pub application: Option<Application>,
     /// How long a client is held while the backend is not up yet.
@@ -135,6 +137,7 @@ impl Config {
             connections_max: arguments.connections_max,
             overflow: arguments.overflow,
             exit_idle_time: arguments.exit_idle_time,
+            drain_time: arguments.drain_time,
             application,
             backend_wait,
             connect_timeout: arguments.connect_timeout,
@@ -162,6 +165,7 @@ Sockets:
   -c --connections-max=N     Serve up to N connections at a time (default: 256)
      --overflow=refuse|wait  Close clients above that (default) or let them wait
      --exit-idle-time=TIME   Exit when without a connection (default: never)
+     --drain-time=TIME       Once told to stop, let connections end (default: 0)
 Backend:
      --backend-wait=TIME     Hold clients until TARGET is up (0; COMMAND: 90s)
      --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
@@ -201,6 +205,9 @@ struct Arguments {
     #[arg(long, default_value = "infinity")]
     #[arg(value_parser = |text: &str| values::span("exit-idle-time", text))]
     exit_idle_time: TimeSpan,
+    #[arg(long, default_value = "0")]
+    #[arg(value_parser = |text: &str| values::span("drain-time", text))]
+    drain_time: TimeSpan,
     #[arg(long, value_parser = |text: &str| values::span("backend-wait", text))]
     backend_wait: Option<TimeSpan>,
     #[arg(long, default_value = "10s", value_parser = |text: &str| values::positive("connect-timeout", text))]

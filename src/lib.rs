@@ -44,6 +44,7 @@ pub mod command;
 
 // The life of the process.
 pub mod service;
+pub mod drain;
 
 // The life of COMMAND.
 pub mod application;

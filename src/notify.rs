@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::convert::Infallible;
 use std::env;
 use std::fmt;
 use std::io;
@@ -63,6 +64,11 @@ impl Notifier {
         )
     }
 
+    /// Whether there is one that can be told.
+    pub fn has_manager(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Sends once; what systemd does not take at once is lost.
     pub fn try_send(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
         let Some((socket, address)) = &self.0 else {
@@ -90,7 +96,7 @@ impl Notifier {
     }
 
     /// Answers the watchdog at twice the rate it asks for, for ever.
-    pub async fn feed_watchdog(&self) {
+    pub async fn feed_watchdog(&self) -> Infallible {
         let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
             return std::future::pending().await;
         };

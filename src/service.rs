@@ -20,6 +20,7 @@ use crate::cli::{self, Config};
 use crate::connection::{Plan, Way};
 use crate::descriptors::{Descriptors, Division, Uses};
 use crate::dial::Dialer;
+use crate::drain::drain;
 use crate::hold::Probing;
 use crate::idle::idle_for;
 use crate::listen::Listener;
@@ -59,10 +60,22 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         listeners = listeners(&config.listen, inherited) => listeners?,
         () = signals.stop() => return Ok(()),
     };
+    if !config.drain_time.is_zero() && !notifier.has_manager() {
+        tracing::warn!(
+            "--drain-time={} without NOTIFY_SOCKET (Type=notify): TimeoutStopSec= may cut it short.",
+            config.drain_time
+        );
+    }
+    let drain_time = config.drain_time;
     let server = Server::new(config, listeners)?;
     let mut tasks = server.start();
     let result = server.serve(&mut tasks, &mut signals, &notifier).await;
-    server.stop(&mut tasks, &mut signals, &notifier).await;
+    let drain_time = if result.is_ok() { drain_time } else { TimeSpan::new(Duration::ZERO) };
+    tokio::select! {
+        () = server.stop(tasks, drain_time, &mut signals, &notifier) => {}
+        // It may take its time.
+        never = notifier.feed_watchdog() => match never {},
+    }
     result
 }
 
@@ -220,21 +233,37 @@ impl Server {
         }
     }
 
-    /// Lets nobody in any more, and waits for the end of COMMAND. Connections are left to be reset.
-    async fn stop(&self, tasks: &mut Tasks, signals: &mut Signals, notifier: &Notifier) {
-        // From here on newcomers wait in the kernel, for the next process.
+    /// Lets nobody in any more, gives connections their time, and waits for the end of COMMAND. What
+    /// is open then is left to be reset.
+    async fn stop(
+        self,
+        mut tasks: Tasks,
+        drain_time: TimeSpan,
+        signals: &mut Signals,
+        notifier: &Notifier,
+    ) {
+        // From here on newcomers wait in the kernel, for the next process; where nobody else keeps
+        // the socket, they are refused.
         tasks.entrances.shutdown().await;
-        let stopping = [NotifyState::Stopping, NotifyState::Status("Shutting down...")];
-        notifier.send(&stopping).await;
-        if let Some(application) = &self.application
-            && !tasks.application.is_empty()
-        {
-            // It may end its connections in its own way; a second signal leaves it to its guard.
-            tokio::select! {
-                () = application.halt() => {}
-                () = signals.stop() => {}
-                Some(_) = tasks.application.join_next() => {}
+        drop(self.listeners);
+        notifier.send(&[NotifyState::Stopping]).await;
+        let end = async {
+            drain(drain_time, &self.admission, notifier).await;
+            notifier.send(&[NotifyState::Status("Shutting down...")]).await;
+            if let Some(application) = &self.application
+                && !tasks.application.is_empty()
+            {
+                // It may end its connections in its own way.
+                tokio::select! {
+                    () = application.halt() => {}
+                    Some(_) = tasks.application.join_next() => {}
+                }
             }
+        };
+        // A second signal leaves COMMAND to its guard.
+        tokio::select! {
+            () = end => {}
+            () = signals.again() => {}
         }
         let open = self.admission.load().open;
         if open > 0 {
@@ -291,12 +320,21 @@ impl Signals {
         })
     }
 
-    /// Waits for the next of them.
+    /// Waits for the first of them.
     async fn stop(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
             _ = self.hangup.recv() => {}
+        }
+    }
+
+    /// Waits for another; but SIGHUP may follow the first one by itself
+    /// (`SendSIGHUP=`, systemd.kill(5)).
+    async fn again(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
         }
     }
 }

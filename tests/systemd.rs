@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     let tests: &[Test] = &[
         ("time spans are systemd's", time_spans),
         ("a unit written for systemd-socket-proxyd", drop_in),
+        ("a stop that lets connections end", drain),
         ("the journal has fields", journal),
         ("a service name for a port", service_name),
         ("a slow resolver holds up only its own connection", slow_resolver),
@@ -122,6 +123,62 @@ fn drop_in(container: &Container) {
     assert_ne!(again["MainPID"], process, "another process");
     container.run(&["systemctl", "stop", "drop-in.socket", "drop-in.service"]);
     assert_eq!(container.show("drop-in.service")["Result"], "success");
+}
+
+fn drain(container: &Container) {
+    const BYTES: usize = 50_000_000;
+    let front = SocketAddr::from(([127, 0, 0, 1], 7900));
+    let backend = container.inside(|| Endpoint::tcp("127.0.0.1:7901", 16));
+    container.start_units(&[
+        (
+            "drain.service",
+            &format!(
+                "[Service]\nType=notify\nDynamicUser=yes\nTimeoutStopSec=2s\nWatchdogSec=2s\n\
+                 ExecStart={IN_ITS_PLACE} --drain-time=1min {}\n",
+                backend.target
+            ),
+        ),
+        ("drain.socket", &format!("[Socket]\nListenStream={front}\n")),
+    ]);
+    let connect = || container.inside(|| connect(&front.into()));
+    let mut client = connect();
+    let mut served = backend.accept();
+    let process = container.show("drain.service")["MainPID"].clone();
+    let message = noise(5, BYTES);
+    let (sent, rest) = message.split_at(BYTES / 2);
+    let stopped = thread::scope(|scope| {
+        let reader = scope.spawn(move || (read_all(&mut client), client));
+        served.write_all(sent).unwrap();
+        let stop = scope.spawn(|| container.output(&["systemctl", "stop", "drain.service"]));
+        container.wait_for("drain.service", "ActiveState", "deactivating");
+        let status = container.show("drain.service")["StatusText"].clone();
+        let mut newcomer = connect();
+        newcomer.write_all(b"are you there?").unwrap();
+        // Twice what TimeoutStopSec= allows, and the watchdog.
+        pause(Duration::from_secs(4));
+        let later = container.show("drain.service")["StatusText"].clone();
+        assert!(status.starts_with("Draining, 1 connection is left, for up to "), "{status}");
+        assert_ne!(status, later, "it counts down");
+        served.write_all(rest).unwrap();
+        drop(served);
+        let ((bytes, end), client) = reader.join().unwrap();
+        end.unwrap();
+        assert!(bytes == message, "{} bytes", bytes.len());
+        drop(client);
+        let stopped = stop.join().unwrap();
+        let mut served = backend.accept();
+        served.read_exact(&mut [0; 14]).expect("the newcomer's bytes");
+        drop(newcomer);
+        stopped
+    });
+    assert!(stopped.status.success(), "{stopped:?}");
+    container.wait_for("drain.service", "ActiveState", "active");
+    let service = container.show("drain.service");
+    assert_ne!(service["MainPID"], process, "another process");
+    assert_eq!((&*service["Result"], &*service["NRestarts"]), ("success", "0"));
+    let journal = container.run(&["journalctl", "-u", "drain.service", "--no-pager"]);
+    assert!(!journal.contains("timed out") && !journal.contains("Failed"), "{journal}");
+    container.run(&["systemctl", "stop", "drain.socket", "drain.service"]);
 }
 
 fn journal(container: &Container) {

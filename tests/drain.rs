@@ -1,0 +1,175 @@
+//! `--drain-time=`: after a signal, nobody is let in, and who is in has time to end. (In a real
+//! systemd: tests/systemd.rs.)
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use socket2::{Domain, SockAddr, Socket, Type};
+use support::*;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+const APP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/app.pl");
+
+fn start(front: &Endpoint, backend: &Endpoint, time: &str, manager: &Manager) -> Running {
+    Launch::new(OURS)
+        .args([&format!("--drain-time={time}"), "--threads=2", &backend.target])
+        .listener(front)
+        .env("NOTIFY_SOCKET", manager.path.display())
+        .start()
+}
+
+#[test]
+fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
+    const BYTES: usize = 50_000_000;
+    for (front, back) in PAIRS {
+        let (front, backend, mut manager) =
+            (Endpoint::new(front), Endpoint::new(back), Manager::new());
+        let mut proxy = start(&front, &backend, "60s", &manager);
+        let (mut client, mut served) = (front.connect(), backend.accept());
+        let message = noise(7, BYTES);
+        let received = thread::scope(|scope| {
+            let (sent, go_on) = message.split_at(1_000_000);
+            let reader = scope.spawn(move || (read_all(&mut client), client));
+            served.write_all(sent).unwrap();
+            proxy.signal(Signal::TERM);
+            manager.wait_for("STOPPING=1");
+            assert_eq!(manager.next(), "EXTEND_TIMEOUT_USEC=30000000");
+            assert_eq!(manager.next(), "STATUS=Draining, 1 connection is left, for up to 60s");
+            let mut newcomer = front.connect();
+            newcomer.write_all(b"are you there?").unwrap();
+            served.write_all(go_on).unwrap();
+            drop(served);
+            let (received, client) = reader.join().unwrap();
+            // Until then the client may go on, and the newcomer waits.
+            newcomer.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            assert_eq!(newcomer.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+            newcomer.set_read_timeout(Some(PATIENCE)).unwrap();
+            drop(client);
+            manager.wait_for("STATUS=Shutting down...");
+            assert_eq!(proxy.wait().code(), Some(0));
+            let _next = start(&front, &backend, "60s", &manager);
+            let mut served = backend.accept();
+            served.read_exact(&mut [0; 14]).expect("the newcomer's bytes");
+            received
+        });
+        received.1.unwrap();
+        assert!(received.0 == message, "{} bytes", received.0.len());
+    }
+}
+
+#[test]
+fn when_the_time_is_over_the_rest_is_reset() {
+    for (front_family, back) in PAIRS {
+        let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back));
+        let mut manager = Manager::new();
+        let mut proxy = start(&front, &backend, "2s", &manager);
+        let first = (front.connect(), backend.accept());
+        let (mut client, mut served) = (front.connect(), backend.accept());
+        manager.wait_for("READY=1");
+        let start = Instant::now();
+        proxy.signal(Signal::INT);
+        manager.wait_for("STATUS=Draining, 2 connections are left, for up to 2s");
+        drop(first);
+        manager.wait_for("STATUS=Draining, 1 connection is left, for up to 1s");
+        for (socket, family) in [(&mut client, front_family), (&mut served, back)] {
+            let (bytes, end) = read_all(socket);
+            assert!(bytes.is_empty() && is_reset(&end) == (family == Family::Tcp), "{end:?}");
+        }
+        assert_eq!(proxy.wait().code(), Some(0));
+        let took = start.elapsed();
+        assert!(took > Duration::from_secs(2) && took < Duration::from_secs(5), "{took:?}");
+        proxy.lines.wait_for("resetting open connections: 1.");
+    }
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    for (second, ends) in [(Signal::TERM, true), (Signal::INT, true), (Signal::HUP, false)] {
+        let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+        let mut manager = Manager::new();
+        let mut proxy = start(&front, &backend, "infinity", &manager);
+        let (mut client, mut served) = (front.connect(), backend.accept());
+        manager.wait_for("READY=1");
+        proxy.signal(Signal::TERM);
+        manager.wait_for("STATUS=Draining, 1 connection is left");
+        proxy.signal(second);
+        if ends {
+            assert_eq!(proxy.wait().code(), Some(0));
+            assert!(is_reset(&read_all(&mut client).1));
+        } else {
+            // systemd's SendSIGHUP= sends one right behind SIGTERM.
+            manager.wait_for("STATUS=Draining, 1 connection is left");
+            served.write_all(b"x").unwrap();
+            client.read_exact(&mut [0]).expect("it is still served");
+            drop((client, served));
+            assert_eq!(proxy.wait().code(), Some(0));
+        }
+    }
+}
+
+#[test]
+fn nobody_keeps_a_socket_that_was_opened_here() {
+    let backend = echo_backend(Family::Unix);
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("front");
+    let tcp = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
+    for address in [SockAddr::unix(&path).unwrap(), tcp.into()] {
+        let listen = match address.as_socket() {
+            Some(address) => address.to_string(),
+            None => path.display().to_string(),
+        };
+        let mut proxy = Launch::new(OURS)
+            .args([&format!("--listen={listen}"), "--drain-time=60s", &backend.target])
+            .start();
+        // Said although nobody waits here, since a unit of the same kind would be cut short.
+        proxy.lines.wait_for("--drain-time=60s without NOTIFY_SOCKET (Type=notify)");
+        proxy.lines.wait_for("Listening on");
+        let mut client = connect(&address);
+        echoes(&mut client);
+        proxy.signal(Signal::TERM);
+        proxy.lines.wait_for("Open connections have 60s to end: 1.");
+        let refused = || {
+            let newcomer =
+                Socket::new(Domain::from(i32::from(address.family())), Type::STREAM, None);
+            newcomer.unwrap().connect(&address).is_err().then_some(())
+        };
+        poll_until(Instant::now() + PATIENCE, refused).expect("newcomers are refused");
+        echoes(&mut client);
+        drop(client);
+        assert_eq!(proxy.wait().code(), Some(0));
+    }
+    assert!(!path.exists(), "the socket file stays");
+}
+
+#[test]
+fn command_lives_until_its_connections_have_ended() {
+    let (front, port) = (Endpoint::new(Family::Tcp), free_port());
+    let directory = TempDir::new().unwrap();
+    let (log, target) = (directory.path().join("log"), format!("127.0.0.1:{port}"));
+    let mut proxy = Launch::new(OURS)
+        .args(["--drain-time=60s", &target, "--", "perl", APP])
+        .args([&port.to_string(), log.to_str().unwrap()])
+        .listener(&front)
+        .start();
+    let mut client = front.connect();
+    let mut ask = || {
+        client.write_all(b"pid\n").unwrap();
+        let mut answer = [0; 32];
+        let length = client.read(&mut answer).unwrap();
+        String::from_utf8(answer[..length].to_vec()).unwrap()
+    };
+    let first = ask();
+    proxy.signal(Signal::TERM);
+    proxy.lines.wait_for("Open connections have 60s to end: 1.");
+    assert_eq!(ask(), first);
+    drop(client);
+    assert_eq!(proxy.wait().code(), Some(0));
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.contains("asked "), "COMMAND was told to stop: {log}");
+}
