@@ -97,6 +97,11 @@ impl Config {
         if arguments.targets.is_empty() {
             return Err("Not enough parameters. (There is no TARGET; see --help.)".into());
         }
+        if command.is_some() && arguments.targets.len() > 1 {
+            return Err("Too many parameters: one COMMAND serves one TARGET, write \
+                        TARGET -- COMMAND [ARG...]."
+                .into());
+        }
         let targets = Targets::parse(&arguments.targets)?;
         if command.is_some() && matches!(targets, Targets::Selected(_)) {
             return Err(
@@ -159,7 +164,6 @@ socket-proxyd [OPTION...] SELECTOR=TARGET...
 Carry each connection on a listening socket to TARGET: HOST:PORT, HOST (port
 80), /path, @abstract or vsock:CID:PORT. The first client starts COMMAND.
 A SELECTOR is a socket's name or address; each socket leads to its own TARGET.
-
 Sockets:
      --listen=ADDRESS        Open ADDRESS (default: the sockets systemd passes)
   -c --connections-max=N     Serve up to N connections at a time (default: 256)
