@@ -1,13 +1,20 @@
-//! The sockets systemd passes: `LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES` (sd_listen_fds(3)).
+//! The sockets systemd passes: `LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES` (sd_listen_fds(3)), or
+//! standard input (`StandardInput=socket` in systemd.exec(5), and inetd).
 //!
 //! One of the two files with unsafe code (the other is `socket`).
 
 use std::env;
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::fs::fstat;
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
+use rustix::net::{SocketType, sockopt};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stderr, stdin, stdout};
+use socket2::SockRef;
+
+use crate::address::Address;
 
 /// A descriptor that was passed, and the name it was given.
 #[derive(Debug)]
@@ -16,6 +23,44 @@ pub struct Inherited {
     pub fd: OwnedFd,
     /// `FileDescriptorName=`, or the name of the socket unit.
     pub name: String,
+}
+
+/// The name of a socket that was passed as standard input.
+pub const STDIN: &str = "stdin";
+
+/// A socket that was passed as standard input.
+#[derive(Debug)]
+pub struct Stdin {
+    /// The socket, named [`STDIN`].
+    pub socket: Inherited,
+    /// Standard error was the same socket: whatever is written there, a client would read.
+    pub was_stderr: bool,
+}
+
+/// Takes the stream socket on standard input, if there is one with an address of its own: that of an
+/// accepted connection or of a listener, while the two ends of a socketpair(2), by which many
+/// programs run others, have none. In its place, and in place of standard output and error where
+/// those are the same socket, comes /dev/null.
+pub fn take_stdin() -> Option<Stdin> {
+    let is_stream = sockopt::socket_type(stdin()).is_ok_and(|it| it == SocketType::STREAM);
+    let address = SockRef::from(&stdin()).local_addr().ok();
+    if !is_stream || address.is_none_or(|it| Address::from_sockaddr(&it) == Address::Unix(None)) {
+        return None;
+    }
+    let file = |fd: BorrowedFd<'_>| fstat(fd).map(|it| (it.st_dev, it.st_ino)).ok();
+    let was = |fd| file(fd).is_some() && file(fd) == file(stdin());
+    let (was_stdout, was_stderr) = (was(stdout()), was(stderr()));
+    let fd = fcntl_dupfd_cloexec(stdin(), 3).ok()?;
+    if let Ok(null) = OpenOptions::new().read(true).write(true).open("/dev/null") {
+        let _ = dup2_stdin(&null);
+        if was_stdout {
+            let _ = dup2_stdout(&null);
+        }
+        if was_stderr {
+            let _ = dup2_stderr(&null);
+        }
+    }
+    Some(Stdin { socket: Inherited { fd, name: STDIN.into() }, was_stderr })
 }
 
 /// Marks every descriptor from 3 on close-on-exec, those included that this process was given

@@ -12,6 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
 use rustix::net::{SocketAddrAny, SocketAddrUnix};
 use socket2::SockAddr;
 
@@ -75,6 +76,16 @@ impl Address {
             }
             (Self::Unix(None), _) => false,
             _ => self == target,
+        }
+    }
+
+    /// For the message with `error`: what is the matter with vsock where there is none.
+    pub fn missing_family(&self, error: &io::Error) -> &'static str {
+        match self {
+            Self::Vsock { .. } if Errno::from_io_error(error) == Some(Errno::AFNOSUPPORT) => {
+                " (this kernel has no vsock, or RestrictAddressFamilies= forbids it)"
+            }
+            _ => "",
         }
     }
 

@@ -59,6 +59,7 @@ impl fmt::Display for DialError {
             Self::Resolve(error) => error.fmt(f),
             Self::Connect(address, error) => {
                 write!(f, "Failed to connect to remote host: {address}: {}", in_words(error))?;
+                f.write_str(address.missing_family(error))?;
                 if self.is_full_backlog() {
                     f.write_str(" (its backlog is full)")?;
                 }
@@ -98,8 +99,11 @@ impl DialError {
                         | Errno::HOSTUNREACH
                         | Errno::ADDRNOTAVAIL
                         | Errno::TIMEDOUT
-                        // The backend came up and went down in the middle of it.
+                        // The backend came up and went down in the middle of it; over vsock, nobody
+                        // listens.
                         | Errno::CONNRESET
+                        // Over vsock: that virtual machine does not run.
+                        | Errno::NODEV
                 )
             ),
         }

@@ -44,6 +44,8 @@ pub mod command;
 
 // The life of the process.
 pub mod service;
+pub mod sockets;
+pub mod signals;
 pub mod drain;
 
 // The life of COMMAND.
@@ -57,6 +59,7 @@ pub mod guard;
 pub mod activation;
 pub mod open;
 pub mod listen;
+pub mod connected;
 pub mod admission;
 pub mod worker;
 pub mod connection;

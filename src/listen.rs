@@ -273,7 +273,8 @@ impl fmt::Display for Entered {
     }
 }
 
-fn set_options(fd: &OwnedFd) {
+/// What every TCP client's socket has.
+pub(crate) fn set_options(fd: &OwnedFd) {
     set_nodelay_or_warn(fd);
     set_oobinline_or_warn(fd);
 }

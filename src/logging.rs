@@ -83,11 +83,20 @@ pub struct Logging(Arc<Queue>);
 impl Logging {
     /// Makes this the destination of all events and panics.
     pub fn start(level: LogLevel) -> Self {
-        let queue = Arc::new(Queue {
-            form: Form::detect(),
-            sender: OnceLock::new(),
-            dropped: Arc::default(),
-        });
+        Self::start_as(level, Form::detect())
+    }
+
+    /// The same, where standard error is not there to be written to: the journal or nowhere.
+    pub fn without_stderr(level: LogLevel) -> Self {
+        if has_journal() {
+            Self::start_as(level, Form::Journal)
+        } else {
+            Self::start_as(LogLevel(LevelFilter::OFF), Form::Plain)
+        }
+    }
+
+    fn start_as(level: LogLevel, form: Form) -> Self {
+        let queue = Arc::new(Queue { form, sender: OnceLock::new(), dropped: Arc::default() });
         let logger = Logger { level: level.0, queue: Arc::clone(&queue) };
         // Fails only when a test has set another: then that one stays.
         let _ = tracing::subscriber::set_global_default(logger);
@@ -164,14 +173,7 @@ enum Form {
 impl Form {
     fn detect() -> Self {
         if is_journal_stream() {
-            return if UnixDatagram::unbound()
-                .and_then(|socket| socket.connect(JOURNAL_SOCKET))
-                .is_ok()
-            {
-                Self::Journal
-            } else {
-                Self::Prefixed
-            };
+            return if has_journal() { Self::Journal } else { Self::Prefixed };
         }
         // systemd.exec(5): set for the process that systemd itself started.
         let pid = std::process::id().to_string();
@@ -180,6 +182,11 @@ impl Form {
             _ => Self::Plain,
         }
     }
+}
+
+/// Whether there is a journal that takes entries.
+fn has_journal() -> bool {
+    UnixDatagram::unbound().and_then(|socket| socket.connect(JOURNAL_SOCKET)).is_ok()
 }
 
 /// systemd.exec(5): `$JOURNAL_STREAM` names the device and inode of the stream that was connected;

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Type};
 use tokio::time::sleep;
 
-use crate::address::{Address, UnixName};
+use crate::address::{Address, UnixName, parse_vsock};
 use crate::listen::{Listener, SocketFile};
 use crate::logging::in_words;
 use crate::resolve::resolve;
@@ -39,10 +39,13 @@ pub enum ListenAddress {
     Host(HostPort),
     /// A Unix socket.
     Unix(UnixName),
+    /// A virtual machine's socket, vsock(7).
+    Vsock(Address),
 }
 
 impl ListenAddress {
-    /// Reads `PORT`, `HOST:PORT`, `[V6]:PORT`, `/path` or `@abstract`.
+    /// Reads `PORT`, `HOST:PORT`, `[V6]:PORT`, `/path`, `@abstract`, `vsock:CID:PORT` or
+    /// `vsock::PORT`.
     ///
     /// # Errors
     /// What is wrong with it, in words.
@@ -51,6 +54,9 @@ impl ListenAddress {
             return Ok(Self::Unix(name?));
         }
         let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
+        if let Some(vsock) = parse_vsock(text) {
+            return vsock.map(Self::Vsock);
+        }
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
             let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
             return Ok(Self::Any(port));
@@ -65,6 +71,7 @@ impl fmt::Display for ListenAddress {
             Self::Any(port) => port.fmt(f),
             Self::Host(host_port) => host_port.fmt(f),
             Self::Unix(name) => name.fmt(f),
+            Self::Vsock(address) => address.fmt(f),
         }
     }
 }
@@ -74,9 +81,16 @@ impl fmt::Display for ListenAddress {
 /// # Errors
 /// One line that names the address.
 pub async fn open(address: &ListenAddress) -> Result<Vec<Listener>, String> {
-    let failed = |error: io::Error| format!("Failed to listen on {address}: {}.", in_words(&error));
+    let failed = |error: io::Error| {
+        let hint = match address {
+            ListenAddress::Vsock(address) => address.missing_family(&error),
+            _ => "",
+        };
+        format!("Failed to listen on {address}: {}{hint}.", in_words(&error))
+    };
     Ok(match address {
         ListenAddress::Unix(name) => vec![open_unix(name).await.map_err(failed)?],
+        ListenAddress::Vsock(address) => vec![open_vsock(address).map_err(failed)?],
         ListenAddress::Any(port) => vec![open_any(*port).map_err(failed)?],
         ListenAddress::Host(host) => {
             let addresses = match host.literal() {
@@ -134,6 +148,13 @@ fn open_inet(address: SocketAddr) -> io::Result<Listener> {
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
     socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Listener::from_fd(socket.into(), None, None)
+}
+
+fn open_vsock(address: &Address) -> io::Result<Listener> {
+    let socket = socket2::Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    socket.bind(&address.to_sockaddr()?)?;
     socket.listen(BACKLOG)?;
     Listener::from_fd(socket.into(), None, None)
 }
@@ -198,7 +219,9 @@ mod tests {
 
     #[test]
     fn listen_addresses_read_and_print() {
-        for text in ["8080", "localhost:8080", "[::1]:8080", "/run/a.sock", "@a"] {
+        for text in
+            ["8080", "localhost:8080", "[::1]:8080", "/run/a.sock", "@a", "vsock:3:7", "vsock::7"]
+        {
             assert_eq!(ListenAddress::parse(OsStr::new(text)).unwrap().to_string(), text);
         }
         for text in ["", "99999", "localhost", "[::1]", ":80", "@"] {

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::timeout;
@@ -17,6 +16,7 @@ use crate::activation::{Inherited, hide_descriptors};
 use crate::admission::{Admission, Occupancy, Overflow};
 use crate::application::Application;
 use crate::cli::{self, Config};
+use crate::connected::Connected;
 use crate::connection::{Plan, Way};
 use crate::descriptors::{Descriptors, Division, Uses};
 use crate::dial::Dialer;
@@ -26,9 +26,10 @@ use crate::idle::idle_for;
 use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
-use crate::open::{ListenAddress, open};
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
+use crate::signals::Signals;
+use crate::sockets::Sockets;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 use crate::worker::{Workers, event_loop};
@@ -56,8 +57,8 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
     let notifier = Notifier::from_environment();
 
     // A name to listen on may take its time; a signal must not.
-    let listeners = tokio::select! {
-        listeners = listeners(&config.listen, inherited) => listeners?,
+    let sockets = tokio::select! {
+        sockets = Sockets::gather(&config.listen, inherited) => sockets?,
         () = signals.stop() => return Ok(()),
     };
     if !config.drain_time.is_zero() && !notifier.has_manager() {
@@ -67,7 +68,7 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         );
     }
     let drain_time = config.drain_time;
-    let server = Server::new(config, listeners)?;
+    let mut server = Server::new(config, sockets)?;
     let mut tasks = server.start();
     let result = server.serve(&mut tasks, &mut signals, &notifier).await;
     let drain_time = if result.is_ok() { drain_time } else { TimeSpan::new(Duration::ZERO) };
@@ -83,6 +84,8 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
 struct Server {
     /// Each, and which backend of the plan it leads to.
     listeners: Vec<(Rc<Listener>, usize)>,
+    /// Somebody who came in before the start, and nobody will after them.
+    connection: Option<(Connected, usize)>,
     descriptors: Rc<Descriptors>,
     admission: Admission,
     workers: Rc<Workers>,
@@ -99,12 +102,20 @@ struct Tasks {
 }
 
 impl Server {
-    fn new(config: Config, listeners: Vec<Rc<Listener>>) -> Result<Self, String> {
-        let identities: Vec<_> = listeners.iter().map(|listener| listener.identity()).collect();
-        let backends = config.targets.assign(&identities)?;
+    fn new(config: Config, sockets: Sockets) -> Result<Self, String> {
+        let backends = config.targets.assign(&sockets.identities())?;
         let by_name = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
         if let Some(keepalive) = config.keepalive {
-            listeners.iter().for_each(|listener| listener.keep_alive(keepalive));
+            sockets.keep_alive(keepalive);
+        }
+        let (listeners, connection) = match sockets {
+            Sockets::Listeners(listeners) => (listeners, None),
+            Sockets::Connection(connection) => (Vec::new(), Some((connection, backends[0]))),
+        };
+        if connection.is_some() && config.application.is_some() {
+            return Err("COMMAND serves all connections, and only one was passed in. (Write \
+                        Accept=no in the .socket unit.)"
+                .into());
         }
         let threads = config.threads.get();
         let uses =
@@ -147,6 +158,7 @@ impl Server {
         }
         Ok(Self {
             listeners: listeners.into_iter().zip(backends).collect(),
+            connection,
             descriptors: Rc::new(match config.overflow {
                 Overflow::Refuse => Descriptors::new(division.connections),
                 Overflow::Wait => {
@@ -162,7 +174,12 @@ impl Server {
     }
 
     /// Lets clients in.
-    fn start(&self) -> Tasks {
+    fn start(&mut self) -> Tasks {
+        if let Some((connection, backend)) = self.connection.take() {
+            let place = self.descriptors.try_reserve().zip(self.admission.admit());
+            let (reserved, permit) = place.expect("there is room for one, and nobody came before");
+            self.workers.serve(connection.into_newcomer(reserved), permit, backend);
+        }
         let mut entrances = JoinSet::new();
         for (listener, backend) in &self.listeners {
             entrances.spawn_local(admit(
@@ -215,6 +232,10 @@ impl Server {
     /// gone; a client that comes while it is being stopped calls the exit off.
     async fn idle(&self) {
         let mut occupancy = self.admission.occupancy();
+        if self.listeners.is_empty() {
+            // The one connection is all there is.
+            return occupancy.vacant().await;
+        }
         let nobody = |occupancy: &Occupancy| {
             let mut listeners = self.listeners.iter();
             occupancy.is_vacant() && !listeners.any(|(listener, _)| listener.has_queued())
@@ -298,79 +319,6 @@ fn is_not_itself(target: &Target, listeners: &[Rc<Listener>]) -> Result<(), Stri
         )),
         None => Ok(()),
     }
-}
-
-/// The signals that end the process.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    fn catch() -> Result<Self, String> {
-        let catch = |kind| {
-            signal(kind)
-                .map_err(|error| format!("Failed to wait for signals: {}.", in_words(&error)))
-        };
-        Ok(Self {
-            terminate: catch(SignalKind::terminate())?,
-            interrupt: catch(SignalKind::interrupt())?,
-            hangup: catch(SignalKind::hangup())?,
-        })
-    }
-
-    /// Waits for the first of them.
-    async fn stop(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-            _ = self.hangup.recv() => {}
-        }
-    }
-
-    /// Waits for another; but SIGHUP may follow the first one by itself
-    /// (`SendSIGHUP=`, systemd.kill(5)).
-    async fn again(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
-}
-
-/// The sockets to serve: passed ones or opened ones.
-async fn listeners(
-    addresses: &[ListenAddress],
-    inherited: Vec<Inherited>,
-) -> Result<Vec<Rc<Listener>>, String> {
-    let mut listeners = Vec::new();
-    match (addresses.is_empty(), inherited.is_empty()) {
-        (true, true) => {
-            return Err("Didn't get any sockets passed in. (Start it from a .socket unit, or \
-                        open one with --listen=ADDRESS.)"
-                .into());
-        }
-        (false, false) => {
-            return Err(
-                "Got sockets passed in and --listen= as well; one of them has to go.".into()
-            );
-        }
-        (true, false) => {
-            for inherited in inherited {
-                listeners.push(Rc::new(Listener::adopt(inherited)?));
-            }
-        }
-        (false, true) => {
-            for address in addresses {
-                for listener in open(address).await? {
-                    tracing::info!("Listening on {listener}.");
-                    listeners.push(Rc::new(listener));
-                }
-            }
-        }
-    }
-    Ok(listeners)
 }
 
 /// Lets clients in at one listener, until it breaks.

@@ -1,0 +1,92 @@
+//! A connection that was accepted by somebody else: by systemd (`Accept=yes`), or by inetd.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::{SocketType, sockopt};
+use socket2::SockRef;
+
+use crate::activation::{Inherited, STDIN};
+use crate::address::Address;
+use crate::descriptors::Reserved;
+use crate::listen::{Entered, Entrance, Newcomer, set_options};
+use crate::logging::in_words;
+use crate::selector::Identity;
+use crate::socket::{Family, Keepalive};
+
+/// What systemd calls it, sd_listen_fds_with_names(3).
+const CONNECTION: &str = "connection";
+
+/// A stream socket with a client at its other end.
+#[derive(Debug)]
+pub struct Connected {
+    fd: OwnedFd,
+    family: Family,
+    peer: Address,
+    identity: Identity,
+}
+
+impl Connected {
+    /// Whether a passed socket is one, and not a listener. Its client may have left by now; then it
+    /// is one by its name.
+    pub fn is_meant(inherited: &Inherited) -> bool {
+        let Inherited { fd, name } = inherited;
+        let is_stream = sockopt::socket_type(fd).is_ok_and(|it| it == SocketType::STREAM);
+        let listens = sockopt::socket_acceptconn(fd).unwrap_or(false);
+        is_stream
+            && !listens
+            && (SockRef::from(fd).peer_addr().is_ok() || name == CONNECTION || name == STDIN)
+    }
+
+    /// Takes it.
+    ///
+    /// # Errors
+    /// One line on what is wrong with it.
+    pub fn adopt(inherited: Inherited) -> Result<Self, String> {
+        let Inherited { fd, name } = inherited;
+        let adopted = Self::from_fd(fd, name.clone());
+        adopted
+            .map_err(|error| format!("Failed to use passed socket {name}: {}.", in_words(&error)))
+    }
+
+    fn from_fd(fd: OwnedFd, name: String) -> io::Result<Self> {
+        let family = Family::of(&fd)?.ok_or(Errno::AFNOSUPPORT)?;
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        if family == Family::Tcp {
+            set_options(&fd);
+        }
+        let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
+        let peer = match SockRef::from(&fd).peer_addr() {
+            Ok(peer) => Address::from_sockaddr(&peer),
+            // Nobody knows any more.
+            Err(_) if family == Family::Tcp => {
+                Address::Inet(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)))
+            }
+            Err(_) => Address::Unix(None),
+        };
+        Ok(Self { fd, family, peer, identity: Identity { name: Some(name), address } })
+    }
+
+    /// Its name, and this side's address.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Has a TCP client probed from now on.
+    pub fn keep_alive(&self, keepalive: Keepalive) {
+        if self.family == Family::Tcp {
+            keepalive.set_or_warn(&self.fd);
+        }
+    }
+
+    /// As if it had just been accepted.
+    pub fn into_newcomer(self, reserved: Reserved) -> Newcomer {
+        let listener = Entered::by(&Entrance::new(&self.identity));
+        let Self { fd, family, peer: address, .. } = self;
+        Newcomer { fd, family, address, listener, reserved }
+    }
+}

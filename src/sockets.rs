@@ -1,0 +1,90 @@
+//! Where clients come from: listeners, passed by systemd or opened here, or the one connection that
+//! was passed instead of them.
+
+#![forbid(unsafe_code)]
+
+use std::rc::Rc;
+
+use crate::activation::Inherited;
+use crate::connected::Connected;
+use crate::listen::Listener;
+use crate::open::{ListenAddress, open};
+use crate::selector::Identity;
+use crate::socket::Keepalive;
+
+/// What was passed or opened.
+#[derive(Debug)]
+pub enum Sockets {
+    /// At least one.
+    Listeners(Vec<Rc<Listener>>),
+    /// Somebody who has come in already.
+    Connection(Connected),
+}
+
+impl Sockets {
+    /// Takes what was passed, or opens what is asked for.
+    ///
+    /// # Errors
+    /// One line on what is missing, or can't be used.
+    pub async fn gather(
+        addresses: &[ListenAddress],
+        inherited: Vec<Inherited>,
+    ) -> Result<Self, String> {
+        match (addresses.is_empty(), inherited.is_empty()) {
+            (true, true) => {
+                Err("Didn't get any sockets passed in. (Start it from a .socket unit, \
+                                 or open one with --listen=ADDRESS.)"
+                    .into())
+            }
+            (false, false) => {
+                Err("Got sockets passed in and --listen= as well; one of them has to go.".into())
+            }
+            (true, false) => Self::adopt(inherited),
+            (false, true) => {
+                let mut listeners = Vec::new();
+                for address in addresses {
+                    for listener in open(address).await? {
+                        tracing::info!("Listening on {listener}.");
+                        listeners.push(Rc::new(listener));
+                    }
+                }
+                Ok(Self::Listeners(listeners))
+            }
+        }
+    }
+
+    fn adopt(mut inherited: Vec<Inherited>) -> Result<Self, String> {
+        match inherited.iter().position(Connected::is_meant) {
+            None => {
+                let listeners = inherited.into_iter().map(|it| Listener::adopt(it).map(Rc::new));
+                listeners.collect::<Result<_, _>>().map(Self::Listeners)
+            }
+            Some(index) if inherited.len() == 1 => {
+                Connected::adopt(inherited.remove(index)).map(Self::Connection)
+            }
+            Some(index) => Err(format!(
+                "Passed in socket {} is connected, and has to be the only one. (It serves one \
+                 connection with Accept=yes, and all with Accept=no.)",
+                inherited[index].name
+            )),
+        }
+    }
+
+    /// Each as selectors know it.
+    pub fn identities(&self) -> Vec<&Identity> {
+        match self {
+            Self::Listeners(listeners) => listeners.iter().map(|it| it.identity()).collect(),
+            Self::Connection(connection) => vec![connection.identity()],
+        }
+    }
+
+    /// Has TCP clients probed.
+    pub fn keep_alive(&self, keepalive: Keepalive) {
+        match self {
+            Self::Listeners(listeners) => {
+                listeners.iter().for_each(|listener| listener.keep_alive(keepalive));
+            }
+            Self::Connection(connection) => connection.keep_alive(keepalive),
+        }
+    }
+}

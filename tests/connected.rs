@@ -1,0 +1,247 @@
+//! A connection that was passed instead of a listener: `Accept=yes`, and inetd's descriptor 0. (In a
+//! real systemd: tests/systemd.rs.)
+
+mod support;
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::Signal;
+use socket2::Socket;
+use support::*;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// A client, and the other end as it was accepted.
+fn accepted(family: Family) -> (Socket, Socket) {
+    let front = Endpoint::new(family);
+    (front.connect(), front.accept())
+}
+
+#[test]
+fn it_is_served_and_that_is_all() {
+    for (front, back) in PAIRS {
+        let (mut client, passed) = accepted(front);
+        let backend = echo_backend(back);
+        let mut manager = Manager::new();
+        let launch = Launch::new(OURS).args(["--threads=2", &backend.target]).socket(&passed);
+        let launch = launch.env("NOTIFY_SOCKET", manager.path.display());
+        let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
+        drop(passed);
+        assert_eq!(manager.next(), "READY=1");
+        for _ in 0..3 {
+            echoes(&mut client);
+        }
+        let message = noise(3, 3_000_000);
+        let answer = std::thread::scope(|scope| {
+            let mut writer = client.try_clone().unwrap();
+            let message = &message;
+            scope.spawn(move || {
+                writer.write_all(message).unwrap();
+                writer.shutdown(Shutdown::Write).unwrap();
+            });
+            read_all(&mut client)
+        });
+        answer.1.unwrap();
+        assert!(answer.0 == message, "{} bytes", answer.0.len());
+        manager.wait_for("STOPPING=1");
+        assert_eq!(proxy.wait().code(), Some(0));
+        assert_eq!(proxy.lines.all(), "");
+    }
+}
+
+#[test]
+fn a_reset_is_a_reset_and_no_failure() {
+    for back in [Family::Tcp, Family::Unix] {
+        let (client, passed) = accepted(Family::Tcp);
+        let backend = Endpoint::new(back);
+        let mut proxy = Launch::new(OURS).arg(&backend.target).socket(&passed).start();
+        drop(passed);
+        let mut served = backend.accept();
+        reset(client);
+        let (_, end) = read_all(&mut served);
+        assert_eq!(is_reset(&end), back == Family::Tcp, "{end:?}");
+        assert_eq!(proxy.wait().code(), Some(0));
+    }
+    // The client has gone before the start, and only the name says what it was.
+    let (client, passed) = accepted(Family::Tcp);
+    reset(client);
+    let launch = Launch::new(OURS).arg("127.0.0.1:1").socket(&passed);
+    let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
+    drop(passed);
+    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.lines.all());
+}
+
+#[test]
+fn an_unreachable_backend_is_said_and_no_failure() {
+    let (mut client, passed) = accepted(Family::Tcp);
+    let launch = Launch::new(OURS).arg("127.0.0.1:1").socket(&passed);
+    let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
+    drop(passed);
+    assert_eq!(read_all(&mut client).0, b"");
+    proxy.lines.wait_for("Failed to connect to remote host: 127.0.0.1:1: Connection refused");
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+#[test]
+fn it_stops_when_told_to() {
+    let (mut client, passed) = accepted(Family::Tcp);
+    let backend = Endpoint::new(Family::Tcp);
+    let mut proxy = Launch::new(OURS).arg(&backend.target).socket(&passed).start();
+    drop(passed);
+    let mut served = backend.accept();
+    proxy.signal(Signal::TERM);
+    assert!(is_reset(&read_all(&mut client).1) && is_reset(&read_all(&mut served).1));
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+#[test]
+fn options_apply_to_it() {
+    let (client, passed) = accepted(Family::Tcp);
+    let backend = Endpoint::new(Family::Unix);
+    let selection = format!("connection={}", backend.target);
+    let launch = Launch::new(OURS).args(["--proxy-protocol=v1", "--keepalive=30s", &selection]);
+    let launch = launch.arg("--connection-idle-time=200ms").socket(&passed);
+    let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
+    drop(passed);
+    let mut served = backend.accept();
+    let port = |address: std::io::Result<socket2::SockAddr>| address.unwrap().as_socket().unwrap();
+    let (from, to) = (port(client.local_addr()), port(client.peer_addr()));
+    let (header, _) = read_all(&mut served);
+    let expected = format!("PROXY TCP4 127.0.0.1 127.0.0.1 {} {}\r\n", from.port(), to.port());
+    assert_eq!(String::from_utf8(header).unwrap(), expected);
+    assert_eq!(proxy.wait().code(), Some(0));
+    proxy.lines.wait_for("Connection carried nothing for 200ms");
+}
+
+#[test]
+fn what_can_not_be_is_an_error_at_start() {
+    let (_client, passed) = accepted(Family::Tcp);
+    let front = Endpoint::new(Family::Tcp);
+    for (launch, message) in [
+        (
+            Launch::new(OURS).arg("/a").listener(&front).socket(&passed),
+            "Passed in socket connection is connected, and has to be the only one.",
+        ),
+        (
+            Launch::new(OURS).args(["/a", "--", "sh"]).socket(&passed),
+            "COMMAND serves all connections, and only one was passed in.",
+        ),
+        (
+            Launch::new(OURS).args(["--listen=127.0.0.1:0", "/a"]).socket(&passed),
+            "Got sockets passed in and --listen= as well",
+        ),
+        (
+            Launch::new(OURS).arg("web=/a").socket(&passed),
+            "Selector web= selects no socket. The sockets are: ",
+        ),
+    ] {
+        let mut proxy = launch.env("LISTEN_FDNAMES", "x:connection").start();
+        assert_eq!(proxy.wait().code(), Some(1), "{message}");
+        let stderr = proxy.lines.all();
+        let stderr = stderr.replace("socket x is", "socket connection is");
+        assert!(stderr.starts_with(message) && stderr.lines().count() == 1, "{stderr}");
+    }
+}
+
+/// The program with a socket as its descriptor 0, and as 1 and 2 if there is nothing else for them.
+fn inetd(socket: Socket, others: Option<(Stdio, Stdio)>, args: &[&str]) -> Child {
+    let copy = || Stdio::from(socket.as_fd().try_clone_to_owned().unwrap());
+    let (stdout, stderr) = others.unwrap_or_else(|| (copy(), copy()));
+    let mut command = Command::new(OURS);
+    command.args(args).stdin(copy()).stdout(stdout).stderr(stderr);
+    for name in ["LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET", "JOURNAL_STREAM"] {
+        command.env_remove(name);
+    }
+    command.spawn().unwrap()
+}
+
+fn exit_code(child: &mut Child) -> Option<i32> {
+    let ended = || child.try_wait().unwrap();
+    let status = poll_until(Instant::now() + PATIENCE, ended);
+    if status.is_none() {
+        let _ = child.kill();
+    }
+    status.expect("it exits").code()
+}
+
+#[test]
+fn inetds_client_hears_only_the_backend() {
+    for (front, back) in PAIRS {
+        let (mut client, passed) = accepted(front);
+        let backend = Endpoint::new(back);
+        let mut proxy = inetd(passed, None, &["--log-level=debug", &backend.target]);
+        let mut served = backend.accept();
+        served.write_all(b"the whole answer").unwrap();
+        // Its end comes through, although the socket was three descriptors.
+        drop(served);
+        let (bytes, end) = read_all(&mut client);
+        end.unwrap();
+        assert_eq!(String::from_utf8(bytes).unwrap(), "the whole answer");
+        drop(client);
+        assert_eq!(exit_code(&mut proxy), Some(0));
+    }
+    // Whatever there is to complain of.
+    for (args, code) in [
+        (&["--log-level=debug", "127.0.0.1:1"][..], 0),
+        (&["--connections-max=x", "127.0.0.1:1"], 1),
+        (&["--no-such-option", "127.0.0.1:1"], 1),
+        (&["127.0.0.1:1", "--", "true"], 1),
+        (&["a=/a", "b=/b"], 1),
+        (&[], 1),
+    ] {
+        let (mut client, passed) = accepted(Family::Tcp);
+        let mut proxy = inetd(passed, None, args);
+        assert_eq!(exit_code(&mut proxy), Some(code), "{args:?}");
+        assert_eq!(read_all(&mut client).0, b"", "{args:?}");
+    }
+}
+
+#[test]
+fn a_standard_error_of_its_own_is_used() {
+    let (mut client, passed) = accepted(Family::Tcp);
+    let others = Some((Stdio::null(), Stdio::piped()));
+    let mut proxy = inetd(passed, others, &["127.0.0.1:1"]);
+    let lines = Lines::default();
+    lines.collect(proxy.stderr.take().unwrap());
+    assert_eq!(read_all(&mut client).0, b"");
+    lines.wait_for("listener=stdin (127.0.0.1:");
+    assert_eq!(exit_code(&mut proxy), Some(0));
+}
+
+#[test]
+fn a_listener_on_descriptor_0_is_a_listener() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let socket = front.socket.try_clone().unwrap();
+    let args = ["--exit-idle-time=500ms", &backend.target];
+    let mut proxy = inetd(socket, None, &args);
+    for _ in 0..3 {
+        echoes(&mut front.connect());
+    }
+    assert_eq!(exit_code(&mut proxy), Some(0));
+}
+
+#[test]
+fn a_socket_by_which_a_program_was_run_is_not_a_client() {
+    // No address: a socketpair(2), as sshd and many others have it.
+    let (_ours, theirs) = Socket::pair(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    let others = Some((Stdio::null(), Stdio::piped()));
+    let mut proxy = inetd(theirs, others, &["127.0.0.1:1"]);
+    let lines = Lines::default();
+    lines.collect(proxy.stderr.take().unwrap());
+    lines.wait_for("Didn't get any sockets passed in.");
+    assert_eq!(exit_code(&mut proxy), Some(1));
+    // What is to be opened is opened, whatever it was run by, and the log is where it was.
+    let (client, passed) = accepted(Family::Unix);
+    let socket = passed.try_clone().unwrap();
+    let mut proxy = inetd(socket, None, &["--listen=127.0.0.1:0", "127.0.0.1:1"]);
+    drop(passed);
+    let lines = Lines::default();
+    lines.collect(std::fs::File::from(OwnedFd::from(client)));
+    lines.wait_for("Listening on 127.0.0.1:");
+    proxy.kill().unwrap();
+    proxy.wait().unwrap();
+}
