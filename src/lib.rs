@@ -8,8 +8,8 @@
 //!
 //! ```text
 //! Inherited -> Listener -> Newcomer -> + Permit -> Client -> + backend -> + header -> Pair -> Closed
-//! activation   listen      listen      admission   worker    backend      proxy_header forward
-//!   or open                                                  hold, dial                flow, pipe
+//! activation   listen      listen, or  admission   worker    backend      proxy_header forward, flow
+//!   or open                connected                         hold, dial                pipe, quiet
 //! ```
 //!
 //! Two functions know the order: [`service::run`], the life of the process, and
