@@ -133,6 +133,25 @@ impl fmt::Display for Address {
     }
 }
 
+/// A socket as selectors and messages know it.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The name it was passed with; none if it was opened here.
+    pub name: Option<String>,
+    /// Its own address.
+    pub address: Address,
+}
+
+/// `name (address)` for a passed socket, the address for one opened here.
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.name {
+            Some(name) => write!(f, "{name} ({})", self.address),
+            None => self.address.fmt(f),
+        }
+    }
+}
+
 /// Reads `vsock:CID:PORT`, as ListenStream= in systemd.socket(5) has it: without a CID it is any.
 /// `None` for anything else, and for `vsock:80`, which stays what it is upstream, a host of that name.
 ///
@@ -140,11 +159,15 @@ impl fmt::Display for Address {
 /// What is not a number, in words.
 pub fn parse_vsock(text: &str) -> Option<Result<Address, String>> {
     let (cid, port) = text.strip_prefix("vsock:")?.split_once(':')?;
-    let cid_number = if cid.is_empty() { Ok(ANY_CID) } else { cid.parse() };
-    Some(match (cid_number, port.parse()) {
-        (Ok(cid), Ok(port)) => Ok(Address::Vsock { cid, port }),
-        (Err(_), _) => Err(format!("\"{cid}\" is not a vsock CID (0 to 4294967295)")),
-        (_, Err(_)) => Err(format!("\"{port}\" is not a vsock port (0 to 4294967295)")),
+    let number = |text: &str| {
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+        is_number.then(|| text.parse().ok()).flatten()
+    };
+    let cid_number = if cid.is_empty() { Some(ANY_CID) } else { number(cid) };
+    Some(match (cid_number, number(port)) {
+        (Some(cid), Some(port)) => Ok(Address::Vsock { cid, port }),
+        (None, _) => Err(format!("\"{cid}\" is not a vsock CID (0 to 4294967295)")),
+        (_, None) => Err(format!("\"{port}\" is not a vsock port (0 to 4294967295)")),
     })
 }
 
@@ -260,6 +283,7 @@ mod tests {
         assert_eq!(vsock.to_string(), "vsock:3:80");
         assert_eq!(parse_vsock("vsock:3:80").unwrap().unwrap(), vsock);
         assert_eq!(parse_vsock("vsock::80").unwrap().unwrap().to_string(), "vsock::80");
+        assert!(parse_vsock("vsock:+3:80").unwrap().is_err());
     }
 
     #[test]

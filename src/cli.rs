@@ -99,13 +99,15 @@ impl Config {
         }
         if command.is_some() && arguments.targets.len() > 1 {
             return Err("Too many parameters: one COMMAND serves one TARGET, write \
-                        TARGET -- COMMAND [ARG...]."
+                        TARGET -- COMMAND [ARG...], and run a proxy for each."
                 .into());
         }
         let targets = Targets::parse(&arguments.targets)?;
         if command.is_some() && matches!(targets, Targets::Selected(_)) {
             return Err(
-                "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET.".into()
+                "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET; write \
+                        TARGET -- COMMAND [ARG...]."
+                    .into(),
             );
         }
         let application = match command {
@@ -159,30 +161,28 @@ impl Config {
 const COMMAND_WAIT: Duration = Duration::from_secs(90);
 
 const HELP: &str = "\
-socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]]
-socket-proxyd [OPTION...] SELECTOR=TARGET...
+socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]] | SELECTOR=TARGET...
 Carry each connection on a listening socket to TARGET: HOST:PORT, HOST (port
-80), /path, @abstract or vsock:CID:PORT. The first client starts COMMAND.
-A SELECTOR is a socket's name or address; each socket leads to its own TARGET.
-Sockets:
-     --listen=ADDRESS        Open ADDRESS (default: the sockets systemd passes)
-  -c --connections-max=N     Serve up to N connections at a time (default: 256)
-     --overflow=refuse|wait  Close clients above that (default) or let them wait
-     --exit-idle-time=TIME   Exit when without a connection (default: never)
-     --drain-time=TIME       Once told to stop, let connections end (default: 0)
+80), /path, @abstract or vsock:CID:PORT. The first client starts COMMAND. With
+a SELECTOR, :PORT, address or name, each socket leads to a TARGET of its own.
+Sockets: (in brackets the default; TIME as in systemd.time(7), like 5min 20s)
+     --listen=ADDRESS        Open PORT, HOST:PORT, /path... [passed by systemd]
+  -c --connections-max=N     Serve up to N connections at a time [256]
+     --overflow=refuse|wait  Close clients above that, or let them wait [refuse]
+     --exit-idle-time=TIME   Exit after TIME without a connection [infinity]
+     --drain-time=TIME       When told to stop, let connections end for TIME [0]
 Backend:
-     --backend-wait=TIME     Hold clients until TARGET is up (0; COMMAND: 90s)
-     --connect-timeout=TIME  Give up on one address of TARGET (default: 10s)
-     --connection-idle-time=TIME  Close connections that carry nothing (never)
-     --keepalive=TIME        Probe silent TCP peers, on both sides (never)
-     --proxy-protocol=v1|v2  Tell TARGET the client's address
-     --ready=connect|notify  COMMAND is up when TARGET answers, or it says so
-     --stop-idle-time=TIME   Stop COMMAND when without a connection (never)
+     --backend-wait=TIME     Hold clients until TARGET is up [0; COMMAND: 90s]
+     --connect-timeout=TIME  Give up on one address of TARGET [10s]
+     --connection-idle-time=TIME  Close what carries nothing for TIME [infinity]
+     --keepalive=TIME        Probe silent TCP peers, on both sides [infinity]
+     --proxy-protocol=v1|v2  Tell TARGET the client's address [no]
+     --ready=connect|notify  How COMMAND is known to be up [TARGET answers]
+     --stop-idle-time=TIME   Stop COMMAND after TIME without clients [infinity]
 Other:
-     --threads=N             Serve with up to N threads, 1 to 256 (default: 1)
-     --log-level=LEVEL       err, warning, notice, info (default) or debug
-  -h --help, --version       Show this help, or the version
-TIME is as in systemd.time(7): 30s, 5min 20s, infinity. See socket-proxyd(8).
+     --threads=N             Serve with up to N threads, 1 to 256 [1]
+     --log-level=LEVEL       err, warning, notice, info or debug [info]
+  -h --help, --version       Show this help or the version; see socket-proxyd(8)
 ";
 
 /// The command line as clap takes it apart, in the order of `--help`.
@@ -279,6 +279,9 @@ mod tests {
             ("--keepalive=0", "0 (more than 0, up to 32767s, or infinity)"),
             ("--keepalive=10h", "10h (more than 0, up to 32767s, or infinity)"),
             ("--threads=0", "0 (1 to 256)"),
+            ("--connection-idle-time=0", "0 (more than 0, or infinity)"),
+            ("--connect-timeout=0", "0 (more than 0, or infinity)"),
+            ("--drain-time=x", "x (30s, 5min 20s, infinity)"),
         ] {
             let name = option.split('=').next().unwrap();
             let expected = format!("Failed to parse {name}= argument: {says}");
@@ -292,7 +295,7 @@ mod tests {
     #[test]
     fn help_fits_a_screen_and_names_every_option() {
         let help = parse(&["--help"]).unwrap_err();
-        assert!(help.lines().count() <= 24, "{help}");
+        assert!(help.lines().count() <= 22, "{help}");
         for line in help.lines() {
             assert!(line.chars().count() <= 80, "{line}");
         }
@@ -327,7 +330,7 @@ mod tests {
         assert_eq!(connections_max(&["--conn", "5", "x"]), Ok(5));
         let config = parse(&["--connect-t=3", "x"]).unwrap();
         assert_eq!(config.connect_timeout.to_string(), "3s");
-        assert!(parse(&["--", "--conn=5"]).is_ok(), "a target after --");
+        assert!(parse(&["--", "--conn"]).is_ok(), "a target after --");
     }
 
     #[test]
@@ -342,21 +345,28 @@ mod tests {
             (&[][..], "Not enough parameters. (There is no TARGET; see --help.)"),
             (
                 &["a", "b"],
-                "Too many parameters. (Of several each has to be a SELECTOR=TARGET, which \"a\" is \
-                 not; a COMMAND follows after --.)",
+                "Too many parameters. (Put -- in front of a COMMAND, or write SELECTOR=TARGET for \
+                 each socket.)",
             ),
             (
                 &["a=b", "--", "c"],
-                "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET.",
+                "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET; write \
+                 TARGET -- COMMAND [ARG...].",
             ),
             (&["-c", "0", "x"], "Connection limit is too low."),
             (&["-c=5", "x"], "Failed to parse --connections-max= argument: =5"),
             (&["-c", "0", "--help"], "Connection limit is too low."),
             (&["-cx", "-c5", "x"], "Failed to parse --connections-max= argument: x"),
             (&["--c", "--he"], "Failed to parse --connections-max= argument: --he"),
-            (&["--connect-t=x", "y"], "Failed to parse --connect-timeout= argument: x"),
+            (
+                &["--connect-t=x", "y"],
+                "Failed to parse --connect-timeout= argument: x (30s, 5min 20s, infinity)",
+            ),
             (&["-c", "-1", "x"], "Failed to parse --connections-max= argument: -1"),
-            (&["--exit-idle-time=foo", "x"], "Failed to parse --exit-idle-time= argument: foo"),
+            (
+                &["--exit-idle-time=foo", "x"],
+                "Failed to parse --exit-idle-time= argument: foo (30s, 5min 20s, infinity)",
+            ),
             (&["--foo", "x"], "socket-proxyd: unrecognized option '--foo'"),
             (&["-x"], "socket-proxyd: unrecognized option '-x'"),
             (&["-c"], "socket-proxyd: option '--connections-max' requires an argument"),

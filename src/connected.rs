@@ -3,43 +3,38 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
 use socket2::SockRef;
 
-use crate::activation::{Inherited, STDIN};
-use crate::address::Address;
+use crate::activation::Inherited;
+use crate::address::{Address, Identity};
 use crate::descriptors::Reserved;
 use crate::listen::{Entered, Entrance, Newcomer, set_options};
 use crate::logging::in_words;
-use crate::selector::Identity;
 use crate::socket::{Family, Keepalive};
-
-/// What systemd calls it, sd_listen_fds_with_names(3).
-const CONNECTION: &str = "connection";
 
 /// A stream socket with a client at its other end.
 #[derive(Debug)]
 pub struct Connected {
     fd: OwnedFd,
     family: Family,
-    peer: Address,
+    /// None if they have gone.
+    peer: Option<Address>,
     identity: Identity,
 }
 
 impl Connected {
-    /// Whether a passed socket is one, and not a listener. Its client may have left by now; then it
-    /// is one by its name.
+    /// Whether a passed socket is one, and not a listener. If its client has gone by now, an error
+    /// waits on it, which one that was never connected has not.
     pub fn is_meant(inherited: &Inherited) -> bool {
-        let Inherited { fd, name } = inherited;
+        let Inherited { fd, .. } = inherited;
         let is_stream = sockopt::socket_type(fd).is_ok_and(|it| it == SocketType::STREAM);
         let listens = sockopt::socket_acceptconn(fd).unwrap_or(false);
-        is_stream
-            && !listens
-            && (SockRef::from(fd).peer_addr().is_ok() || name == CONNECTION || name == STDIN)
+        let has_failed = || sockopt::socket_error(fd).is_ok_and(|error| error.is_err());
+        is_stream && !listens && (SockRef::from(fd).peer_addr().is_ok() || has_failed())
     }
 
     /// Takes it.
@@ -60,14 +55,7 @@ impl Connected {
             set_options(&fd);
         }
         let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
-        let peer = match SockRef::from(&fd).peer_addr() {
-            Ok(peer) => Address::from_sockaddr(&peer),
-            // Nobody knows any more.
-            Err(_) if family == Family::Tcp => {
-                Address::Inet(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)))
-            }
-            Err(_) => Address::Unix(None),
-        };
+        let peer = SockRef::from(&fd).peer_addr().ok().map(|it| Address::from_sockaddr(&it));
         Ok(Self { fd, family, peer, identity: Identity { name: Some(name), address } })
     }
 
@@ -83,10 +71,10 @@ impl Connected {
         }
     }
 
-    /// As if it had just been accepted.
-    pub fn into_newcomer(self, reserved: Reserved) -> Newcomer {
+    /// As if they had just been accepted; `None` if they have gone.
+    pub fn into_newcomer(self, reserved: Reserved) -> Option<Newcomer> {
         let listener = Entered::by(&Entrance::new(&self.identity));
-        let Self { fd, family, peer: address, .. } = self;
-        Newcomer { fd, family, address, listener, reserved }
+        let Self { fd, family, peer, .. } = self;
+        Some(Newcomer { fd, family, address: peer?, listener, reserved })
     }
 }

@@ -18,7 +18,7 @@ use crate::dial::Dialer;
 use crate::flow::{Carried, Shared};
 use crate::forward::{Ending, Pair, Side};
 use crate::hold::{Hold, Probing};
-use crate::listen::Entered;
+use crate::listen::{Entered, Entrance};
 use crate::logging::{RateLimit, in_words};
 use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
@@ -98,20 +98,22 @@ pub struct Client {
     /// Who they are.
     pub address: Address,
     /// Where they came in.
-    pub listener: Entered,
+    pub listener: Arc<Entrance>,
     /// Which backend they are for.
     pub backend: usize,
     /// What they take up until the connection is over.
     pub place: Place,
 }
 
-/// What a connection takes up: given back when this is dropped.
+/// What a connection takes up: given back when this is dropped, in this order. The permit's end is
+/// what others look at the counts for.
 #[derive(Debug)]
 #[expect(dead_code, reason = "held, not read")]
 pub struct Place {
-    pub(crate) permit: Permit,
-    pub(crate) reserved: Reserved,
+    pub(crate) entered: Entered,
     pub(crate) seat: Seat,
+    pub(crate) reserved: Reserved,
+    pub(crate) permit: Permit,
 }
 
 /// Serves a client until the connection is over, and logs how it was.

@@ -27,7 +27,11 @@ pub async fn drain(time: TimeSpan, admission: &Admission, notifier: &Notifier) {
     if time.is_zero() || occupancy.is_vacant() {
         return;
     }
-    tracing::info!("Open connections have {time} to end: {}.", admission.load().open);
+    let open = admission.load().open;
+    let most = if time.finite().is_some() { format!(" up to {time}") } else { String::new() };
+    tracing::info!(
+        "Stopping, waiting{most} for open connections to end: {open}. (A second signal resets them.)"
+    );
     let deadline = Instant::now() + time.finite().unwrap_or(FOREVER).min(FOREVER);
     let tell = async {
         loop {
@@ -40,7 +44,8 @@ pub async fn drain(time: TimeSpan, admission: &Admission, notifier: &Notifier) {
         }
     };
     tokio::select! {
-        () = occupancy.vacant() => {}
+        biased;
+        () = occupancy.vacant() => tracing::info!("All connections have ended."),
         () = sleep_until(deadline) => {}
         () = tell => {}
     }

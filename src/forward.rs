@@ -61,8 +61,9 @@
 //! for EPOLLHUP, so that a peer that died is noticed although nothing is asked of it; where that
 //! could also mean two FINs, it is looked at every [`LINGER`].
 //!
-//! A connection that is *quiet*, because nothing was delivered for as long as `quiet` allows, is reset
-//! on both sides, in whatever state.
+//! A connection that is *quiet*, because nothing was delivered and received for as long as `quiet`
+//! allows, is reset on both sides, whatever its flows wait for; and a receiver that was to get the
+//! rest before its end is waited for no longer than that.
 //!
 //! Kernel facts this rests on: recv(2) and splice(2) give what was queued before a reset, then
 //! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` ends as if by a
@@ -219,7 +220,8 @@ impl Pair {
                 client.socket.close();
                 backend.socket.close();
             } else {
-                Box::pin(finish(client, backend, states)).await;
+                let idle_time = self.watched.as_ref().map_or(LINGER, Watched::idle_time);
+                Box::pin(finish(client, backend, states, idle_time.min(LINGER))).await;
             }
             Ok(closed)
         }
@@ -338,6 +340,11 @@ impl Pair {
                 edge = true;
             }
         }
+        if let Some(watched) = &self.watched
+            && watched.is_asked()
+        {
+            watched.tell(self.undelivered());
+        }
         if edge || self.is_quiet() { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
@@ -373,19 +380,24 @@ impl Pair {
     }
 }
 
-/// Both flows are over: the ends get theirs.
-async fn finish(client: End, backend: End, [from_client, from_backend]: [State; 2]) {
+/// Both flows are over: the ends get theirs, after `linger` without progress at the latest.
+async fn finish(
+    client: End,
+    backend: End,
+    [from_client, from_backend]: [State; 2],
+    linger: Duration,
+) {
     tokio::join!(
-        finish_end(client, from_client, from_backend),
-        finish_end(backend, from_backend, from_client),
+        finish_end(client, from_client, from_backend, linger),
+        finish_end(backend, from_backend, from_client, linger),
     );
 }
 
 /// Closes or resets, given how the flow from here and the flow to here ended.
-async fn finish_end(end: End, from: State, to: State) {
+async fn finish_end(end: End, from: State, to: State, linger: Duration) {
     // A reset, or bytes that come and are not read, would overtake what is on its way.
     if !end.gone && matches!(to, State::Ended | State::SourceReset) {
-        delivered(&end.socket).await;
+        delivered(&end.socket, linger).await;
     }
     let bytes_were_lost = from == State::SinkGone { lost: true };
     if bytes_were_lost || matches!(to, State::SourceReset | State::Open) {
@@ -396,10 +408,10 @@ async fn finish_end(end: End, from: State, to: State) {
     }
 }
 
-/// Waits until the peer's kernel has acknowledged everything, or takes no more.
+/// Waits until the peer's kernel has acknowledged everything, or takes no more for `linger`.
 ///
 /// The kernel has no event for it. The first look is nearly always enough.
-async fn delivered(socket: &Socket) {
+async fn delivered(socket: &Socket, linger: Duration) {
     if socket.family() == Family::Unix {
         // What was sent stays readable, whatever happens to this side.
         return;
@@ -407,7 +419,7 @@ async fn delivered(socket: &Socket) {
     let mut left = socket.unsent();
     let mut moved = Instant::now();
     let mut pause = Duration::from_millis(1);
-    while left > 0 && !socket.has_failed() && moved.elapsed() < LINGER {
+    while left > 0 && !socket.has_failed() && moved.elapsed() < linger {
         sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(100));
         let now = socket.unsent();

@@ -23,10 +23,9 @@ use tokio::task::coop::consume_budget;
 use tokio::time::sleep;
 
 use crate::activation::Inherited;
-use crate::address::Address;
+use crate::address::{Address, Identity};
 use crate::descriptors::{Descriptors, Reserved};
 use crate::logging::{RateLimit, in_words};
-use crate::selector::Identity;
 use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
@@ -249,7 +248,7 @@ impl fmt::Display for Entrance {
     }
 }
 
-/// Somebody's way in, for messages; they are counted there until this is dropped.
+/// Somebody's way in; they are counted there until this is dropped.
 #[derive(Debug)]
 pub struct Entered(Arc<Entrance>);
 
@@ -259,17 +258,16 @@ impl Entered {
         entrance.open.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(entrance))
     }
+
+    /// What it is called, for messages.
+    pub fn entrance(&self) -> Arc<Entrance> {
+        Arc::clone(&self.0)
+    }
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl fmt::Display for Entered {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
     }
 }
 

@@ -38,7 +38,7 @@ pub fn in_words(error: &io::Error) -> String {
 /// Lines that may wait for their reader.
 const QUEUE_MAX: usize = 1024;
 
-/// Characters of a line or a field.
+/// Bytes of a line or a field.
 const LINE_MAX: usize = 2048;
 
 /// How long the end of the process waits for the last lines.
@@ -353,8 +353,21 @@ impl Line {
 
 /// A value that can't begin another line or field, and is no longer than a line may be.
 fn one_line(text: &str) -> String {
+    bounded_line(text, LINE_MAX)
+}
+
+/// `text` without control characters and in at most `max` bytes, with dots where it was cut.
+pub(crate) fn bounded_line(text: &str, max: usize) -> String {
+    const DOTS: &str = "...";
     let printable = |c: char| if c.is_control() { ' ' } else { c };
-    text.chars().map(printable).take(LINE_MAX).collect()
+    let mut line: String = text.chars().map(printable).collect();
+    if line.len() > max {
+        while line.len() + DOTS.len() > max {
+            line.pop();
+        }
+        line.push_str(DOTS);
+    }
+    line
 }
 
 #[cfg(test)]
@@ -380,6 +393,13 @@ mod tests {
             "CLIENT=a PRIORITY=0\nPRIORITY=4\nSYSLOG_IDENTIFIER=socket-proxyd\n\
              MESSAGE=cut off client=a PRIORITY=0\n"
         );
+    }
+
+    #[test]
+    fn what_is_cut_is_seen_to_be() {
+        assert_eq!(bounded_line("a\nb", 3), "a b");
+        assert_eq!(bounded_line("abcdefgh", 7), "abcd...");
+        assert_eq!(bounded_line("abc\u{e9}efgh", 7), "abc...");
     }
 
     #[tokio::test(start_paused = true)]

@@ -18,14 +18,17 @@ fn main() -> ExitCode {
         return exit_code(role.play());
     }
     let request = Config::parse(env::args_os());
-    let (level, opens_its_own) = match &request {
-        Ok(Request::Serve(config)) => (config.log_level, !config.listen.is_empty()),
-        Ok(Request::Print(_)) => (LogLevel::from_environment(), true),
-        Err(_) => (LogLevel::from_environment(), false),
+    let level = match &request {
+        Ok(Request::Serve(config)) => config.log_level,
+        _ => LogLevel::from_environment(),
     };
-    // Before anything is said, which would go to a client.
-    let may_be_stdin = inherited.as_ref().is_ok_and(Vec::is_empty) && !opens_its_own;
-    let stdin = if may_be_stdin { activation::take_stdin() } else { None };
+    // Before anything is said, which would go to a client; what was asked for is no message.
+    let nothing_passed = inherited.as_ref().is_ok_and(Vec::is_empty);
+    let stdin = match request {
+        Ok(Request::Print(_)) => None,
+        _ if nothing_passed => activation::take_stdin(),
+        _ => None,
+    };
     let _logging = match &stdin {
         Some(Stdin { was_stderr: true, .. }) => Logging::without_stderr(level),
         _ => Logging::start(level),
@@ -37,8 +40,8 @@ fn main() -> ExitCode {
     exit_code(request.and_then(|request| match request {
         Request::Serve(config) => service::run(*config, inherited?),
         Request::Print(text) => {
-            let _ = io::stdout().write_all(text.as_bytes());
-            Ok(())
+            let written = io::stdout().write_all(text.as_bytes());
+            written.map_err(|error| format!("Failed to write: {error}."))
         }
     }))
 }

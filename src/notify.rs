@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep};
 use crate::admission::{Admission, Load};
 use crate::application::Application;
 use crate::listen::Entrance;
+use crate::logging::{RateLimit, bounded_line, in_words};
 use crate::phase::Phase;
 
 /// Tries again while systemd does not take a message that matters, this often and this far apart.
@@ -33,8 +34,13 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Between two looks at the bytes while connections stay as they are.
 const BYTES_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Listeners that `STATUS=` names: it is to be read, and systemd takes 4096 bytes.
+/// Listeners that `STATUS=` names: it is to be read.
 const ENTRANCES_MAX: usize = 8;
+
+/// Bytes of `STATUS=`; systemd takes no message above 4096.
+const STATUS_MAX: usize = 2048;
+
+static UNSENT: RateLimit = RateLimit::new(3, Duration::from_secs(60));
 
 /// The service manager, or nobody.
 #[derive(Debug)]
@@ -85,14 +91,11 @@ impl Notifier {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     sleep(RETRY_AFTER).await;
                 }
-                Err(error) => {
-                    tracing::warn!("Failed to notify systemd, ignoring: {error}");
-                    return;
-                }
+                Err(error) => return warn_of_unsent(&in_words(&error)),
                 Ok(()) => return,
             }
         }
-        tracing::warn!("Failed to notify systemd, ignoring: it takes no messages");
+        warn_of_unsent("it takes no messages");
     }
 
     /// Answers the watchdog at twice the rate it asks for, for ever.
@@ -139,10 +142,18 @@ impl Notifier {
             let open = entrances.iter().map(|entrance| (entrance.to_string(), entrance.open()));
             let open = open.filter(|(_, open)| *open > 0 && entrances.len() > 1).collect();
             let status = Status { load, max, carried: carried(), open, application }.to_string();
+            // A socket's name is anything.
+            let status = bounded_line(&status, STATUS_MAX);
             if status != said && self.try_send(&[NotifyState::Status(&status)]).is_ok() {
                 said = status;
             }
         }
+    }
+}
+
+fn warn_of_unsent(why: &str) {
+    if let Some(suppressed) = UNSENT.pass() {
+        tracing::warn!("Failed to notify systemd, ignoring: {why}{suppressed}");
     }
 }
 

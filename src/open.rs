@@ -57,6 +57,9 @@ impl ListenAddress {
         if let Some(vsock) = parse_vsock(text) {
             return vsock.map(Self::Vsock);
         }
+        if let Some(port) = text.strip_prefix(':') {
+            return Err(format!("every address is --listen={port}"));
+        }
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
             let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
             return Ok(Self::Any(port));

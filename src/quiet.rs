@@ -2,8 +2,13 @@
 //!
 //! A connection that delivers bytes says so by one store into memory of its own. Four times in the
 //! idle time one timer an event loop looks at all of them and counts the looks since then, so that a
-//! quiet connection is found between one idle time and one and a quarter, and a busy one costs
-//! nothing a message.
+//! busy one costs nothing a message.
+//!
+//! Delivered is what a socket took; its peer may be receiving it yet, slowly. So who has delivered
+//! nothing from one look to the next is woken, and tells what is still under way; where that
+//! becomes less from look to look, bytes are carried. It is compared over four looks, which is the
+//! idle time, from the second on: a quiet connection is found between one and a quarter and one and a
+//! half.
 
 #![forbid(unsafe_code)]
 
@@ -14,11 +19,14 @@ use std::task::Waker;
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::sleep;
 
-/// Looks in an idle time. Bytes that came just before a look make it a quarter short; so it is the
-/// one after these that counts.
+/// Looks in an idle time.
 const LOOKS: u8 = 4;
+
+/// The look at which it is first told what is under way. At the one before, bytes may have been
+/// delivered a moment ago.
+const FIRST: u8 = 2;
 
 /// tokio's timers tell no shorter times apart.
 const INTERVAL_MIN: Duration = Duration::from_millis(1);
@@ -26,7 +34,7 @@ const INTERVAL_MIN: Duration = Duration::from_millis(1);
 /// Looks after the connections of one event loop.
 #[derive(Debug)]
 pub struct Watch {
-    interval: Duration,
+    idle_time: Duration,
     watched: RefCell<Vec<Rc<Pulse>>>,
     /// The first connection has come.
     begun: Notify,
@@ -41,22 +49,22 @@ pub struct Watched {
 
 #[derive(Debug)]
 struct Pulse {
-    /// Looks since bytes were delivered, the first that came after them included.
+    /// Looks since bytes were delivered.
     missed: Cell<u8>,
     /// Where it stands among all.
     index: Cell<usize>,
-    /// Whom to wake when it is quiet.
+    /// It was woken, to tell what is under way.
+    asked: Cell<bool>,
+    /// What was under way at the last look, to each side; once it is nothing, it stays so.
+    under_way: Cell<Option<[usize; 2]>>,
+    /// Whom to wake.
     waker: OnceCell<Waker>,
 }
 
 impl Watch {
     /// For connections that may carry nothing for `idle_time`.
     pub fn new(idle_time: Duration) -> Self {
-        Self {
-            interval: (idle_time / u32::from(LOOKS)).max(INTERVAL_MIN),
-            watched: RefCell::default(),
-            begun: Notify::default(),
-        }
+        Self { idle_time, watched: RefCell::default(), begun: Notify::default() }
     }
 
     /// Looks after one more, from now on.
@@ -68,6 +76,8 @@ impl Watch {
         let pulse = Rc::new(Pulse {
             missed: Cell::default(),
             index: Cell::new(watched.len()),
+            asked: Cell::default(),
+            under_way: Cell::default(),
             waker: OnceCell::default(),
         });
         watched.push(Rc::clone(&pulse));
@@ -76,14 +86,13 @@ impl Watch {
 
     /// Looks at all of them, for ever; to be run once.
     pub async fn look(self: Rc<Self>) -> Infallible {
-        let mut next = Instant::now();
+        let interval = (self.idle_time / u32::from(LOOKS)).max(INTERVAL_MIN);
         loop {
             if self.watched.borrow().is_empty() {
                 self.begun.notified().await;
             }
-            // A look that comes late is not made up for: it would be too early for all.
-            next = (next + self.interval).max(Instant::now());
-            sleep_until(next).await;
+            // From now, however late this look was: the next would be too early for all.
+            sleep(interval).await;
             for pulse in self.watched.borrow().iter() {
                 pulse.miss();
             }
@@ -102,9 +111,30 @@ impl Watched {
         self.pulse.missed.set(0);
     }
 
-    /// Whether nothing was delivered for the idle time.
+    /// Whether to tell what is under way, with [`Watched::tell`].
+    pub fn is_asked(&self) -> bool {
+        self.pulse.asked.get()
+    }
+
+    /// Bytes that each side's socket has taken and its peer has not.
+    pub fn tell(&self, under_way: [usize; 2]) {
+        self.pulse.asked.set(false);
+        let before = self.pulse.under_way.replace(Some(under_way));
+        let becomes_less =
+            |before: [usize; 2]| under_way.iter().zip(before).any(|(now, before)| *now < before);
+        if before.is_some_and(becomes_less) {
+            self.beat();
+        }
+    }
+
+    /// Whether nothing was carried for the idle time.
     pub fn is_quiet(&self) -> bool {
-        self.pulse.missed.get() > LOOKS
+        self.pulse.missed.get() >= FIRST + LOOKS && !self.is_asked()
+    }
+
+    /// How long it may carry nothing.
+    pub fn idle_time(&self) -> Duration {
+        self.watch.idle_time
     }
 }
 
@@ -121,8 +151,19 @@ impl Drop for Watched {
 
 impl Pulse {
     fn miss(&self) {
-        self.missed.set(self.missed.get().saturating_add(1));
-        if self.missed.get() == LOOKS + 1
+        let missed = self.missed.get().saturating_add(1);
+        self.missed.set(missed);
+        if missed < FIRST {
+            return;
+        }
+        if missed == FIRST {
+            self.under_way.set(None);
+        }
+        let is_told = self.under_way.get() == Some([0, 0]);
+        if !is_told {
+            self.asked.set(true);
+        }
+        if (!is_told || missed >= FIRST + LOOKS)
             && let Some(waker) = self.waker.get()
         {
             waker.wake_by_ref();
@@ -136,7 +177,7 @@ mod tests {
     use std::task::Poll;
 
     use tokio::task::{LocalSet, spawn_local};
-    use tokio::time::sleep;
+    use tokio::time::{Instant, advance};
 
     use super::*;
 
@@ -145,6 +186,9 @@ mod tests {
     async fn quiet(watched: &Watched) {
         poll_fn(|cx| {
             watched.wake(cx.waker());
+            if watched.is_asked() {
+                watched.tell([7, 0]);
+            }
             if watched.is_quiet() { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
@@ -172,8 +216,45 @@ mod tests {
                 let start = Instant::now();
                 quiet(&watched).await;
                 let took = start.elapsed();
-                assert!(took >= TIME && took <= TIME * 13 / 10, "{took:?}");
+                assert!(took >= TIME * 5 / 4 && took <= TIME * 3 / 2 + INTERVAL_MIN, "{took:?}");
             }
+        })
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_being_received_is_not_quiet() {
+        watching(async |watch| {
+            let watched = watch.join();
+            let start = Instant::now();
+            // Its peer takes a byte in nine tenths of the time, and then no more.
+            let under_way = || 20_usize.saturating_sub((start.elapsed().as_secs() / 54) as usize);
+            poll_fn(|cx| {
+                watched.wake(cx.waker());
+                if watched.is_asked() {
+                    watched.tell([0, under_way()]);
+                }
+                if watched.is_quiet() { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+            let took = start.elapsed() - TIME * 18;
+            assert!(took >= TIME && took <= TIME * 2, "{took:?}");
+        })
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_loop_that_is_late_makes_nobody_quiet_earlier() {
+        watching(async |watch| {
+            let watched = watch.join();
+            let start = Instant::now();
+            for _ in 0..3 {
+                // All is held up, and then goes on without a pause.
+                advance(TIME * 2 / 5).await;
+                tokio::task::yield_now().await;
+            }
+            quiet(&watched).await;
+            assert!(start.elapsed() >= TIME * 3 / 2, "{:?}", start.elapsed());
         })
         .await;
     }
@@ -205,7 +286,7 @@ mod tests {
             for watched in &all {
                 quiet(watched).await;
             }
-            assert!(start.elapsed() <= TIME * 13 / 10);
+            assert!(start.elapsed() <= TIME * 16 / 10);
             drop(all);
             assert!(watch.watched.borrow().is_empty());
             // And it begins anew.
@@ -213,7 +294,7 @@ mod tests {
             let watched = watch.join();
             let start = Instant::now();
             quiet(&watched).await;
-            assert!(start.elapsed() >= TIME && start.elapsed() <= TIME * 13 / 10);
+            assert!(start.elapsed() >= TIME && start.elapsed() <= TIME * 16 / 10);
         })
         .await;
     }

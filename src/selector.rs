@@ -4,14 +4,17 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 
-use crate::address::{Address, UnixName, parse_vsock};
+use crate::address::{Address, Identity, UnixName, parse_vsock};
 use crate::target::Target;
 
 /// The longest `FileDescriptorName=`, systemd.socket(5).
 const NAME_MAX: usize = 255;
+
+/// Sockets that a message lists.
+const LISTED_MAX: usize = 16;
 
 /// What the command line says of backends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,15 +43,6 @@ enum Selector {
     Address(Address),
 }
 
-/// A socket as selectors and messages know it.
-#[derive(Clone, Debug)]
-pub struct Identity {
-    /// The name it was passed with; none if it was opened here.
-    pub name: Option<String>,
-    /// Its own address.
-    pub address: Address,
-}
-
 impl Targets {
     /// Reads the arguments that are not options; there is at least one, and a lone `/path` or
     /// `@name` is a TARGET whatever it contains, as for systemd-socket-proxyd.
@@ -63,6 +57,11 @@ impl Targets {
             return target
                 .map(Self::One)
                 .map_err(|error| format!("Invalid target {lone:?}: {error}."));
+        }
+        if !arguments.iter().any(|argument| argument.as_bytes().contains(&b'=')) {
+            return Err("Too many parameters. (Put -- in front of a COMMAND, or write \
+                        SELECTOR=TARGET for each socket.)"
+                .into());
         }
         let selections = arguments.iter().map(|argument| Selection::parse(argument));
         selections.collect::<Result<_, _>>().map(Self::Selected)
@@ -87,15 +86,20 @@ impl Targets {
             return Ok(vec![0; sockets.len()]);
         };
         let refused = |why: String| {
-            let sockets: Vec<_> = sockets.iter().map(|socket| socket.to_string()).collect();
-            format!("{why} The sockets are: {}.", sockets.join(", "))
+            let mut listed: Vec<_> =
+                sockets.iter().take(LISTED_MAX).map(|socket| socket.to_string()).collect();
+            if sockets.len() > LISTED_MAX {
+                listed.push(format!("and {} more", sockets.len() - LISTED_MAX));
+            }
+            format!("{why} The sockets are: {}.", listed.join(", "))
         };
         for (index, Selection { selector, .. }) in selections.iter().enumerate() {
             if selections[..index].iter().any(|earlier| earlier.selector == *selector) {
                 return Err(refused(format!("Selector {selector}= is given twice.")));
             }
             if !sockets.iter().any(|socket| selector.selects(socket)) {
-                return Err(refused(format!("Selector {selector}= selects no socket.")));
+                let hint = selector.hint();
+                return Err(refused(format!("Selector {selector}= selects no socket{hint}.")));
             }
         }
         let assign = |socket: &&Identity| {
@@ -131,8 +135,8 @@ impl Selection {
             });
         let Some((selector, target)) = splits.next() else {
             return Err(format!(
-                "Too many parameters. (Of several each has to be a SELECTOR=TARGET, which \
-                 {argument:?} is not; a COMMAND follows after --.)"
+                "Too many parameters. ({argument:?} needs a selector, as in :80={}.)",
+                argument.display()
             ));
         };
         let (selector, target) = match target {
@@ -163,8 +167,14 @@ impl Selector {
             return number.map(Self::Port).ok_or_else(|| format!("\"{port}\" is not a port"));
         }
         if text.contains(':') {
-            let address: SocketAddr =
-                text.parse().map_err(|_| format!("\"{text}\" is not an address with a port"))?;
+            let address: SocketAddr = text.parse().map_err(|_| {
+                format!("\"{text}\" is not an address with a port; of any address it is :PORT")
+            })?;
+            // What is one address has one form.
+            let address = match address.ip().to_canonical() {
+                ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
+                IpAddr::V6(_) => address,
+            };
             return Ok(Self::Address(Address::Inet(address)));
         }
         if text.is_empty() {
@@ -174,6 +184,17 @@ impl Selector {
             return Err("it is neither an address nor a FileDescriptorName=".into());
         }
         Ok(Self::Name(text.into()))
+    }
+
+    /// What may have been meant.
+    fn hint(&self) -> String {
+        match self {
+            Self::Name(name) if name.bytes().all(|byte| byte.is_ascii_digit()) => {
+                format!(" of that name (a port is :{name}=)")
+            }
+            Self::Name(_) => " of that name".into(),
+            _ => String::new(),
+        }
     }
 
     fn selects(&self, socket: &Identity) -> bool {
@@ -206,16 +227,6 @@ impl fmt::Display for Selector {
             Self::Name(name) => f.write_str(name),
             Self::Port(port) => write!(f, ":{port}"),
             Self::Address(address) => address.fmt(f),
-        }
-    }
-}
-
-/// `name (address)` for a passed socket, the address for one opened here.
-impl fmt::Display for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.name {
-            Some(name) => write!(f, "{name} ({})", self.address),
-            None => self.address.fmt(f),
         }
     }
 }
@@ -277,10 +288,15 @@ mod tests {
             (":+80=/a", "Invalid selector in \":+80=/a\": \"+80\" is not a port."),
             (
                 "host:80=/a",
-                "Invalid selector in \"host:80=/a\": \"host:80\" is not an address with a port.",
+                "Invalid selector in \"host:80=/a\": \"host:80\" is not an address with a port; of any \
+                 address it is :PORT.",
             ),
             ("web=", "Invalid target in \"web=\": the host is empty."),
-            ("web=:80", "Invalid target in \"web=:80\": the host is empty."),
+            (
+                "web=:80",
+                "Invalid target in \"web=:80\": the host is empty; of this machine it is \
+                 127.0.0.1:80.",
+            ),
         ] {
             assert_eq!(parse(&[argument, "b=/b"]), Err(why.into()));
         }
@@ -327,16 +343,28 @@ mod tests {
     }
 
     #[test]
+    fn a_list_has_an_end() {
+        let sockets: Vec<_> = (0..100).map(|_| sockets().remove(0)).collect();
+        let error = parse(&["a=/a"]).unwrap().assign(&sockets.iter().collect::<Vec<_>>());
+        assert!(error.unwrap_err().ends_with(", web ([::]:443), and 84 more."));
+    }
+
+    #[test]
     fn what_does_not_fit_is_said_with_all_sockets() {
         const ALL: &str = "The sockets are: web ([::]:443), web (127.0.0.1:80), \
                            api (/run/a.sock), [fe80::1%2]:80, vm (vsock::7).";
         for (arguments, why) in [
             (&["web=/w", "api=/a"][..], "No selector selects the socket [fe80::1%2]:80."),
             (&["web=/w", ":80=/p"], "Both web= and :80= select the socket web (127.0.0.1:80)."),
-            (&["web=/w", "db=/d"], "Selector db= selects no socket."),
+            (&["web=/w", "db=/d"], "Selector db= selects no socket of that name."),
+            (&["80=/w", "db=/d"], "Selector 80= selects no socket of that name (a port is :80=)."),
             (&["[fe80::1%3]:80=/w", "db=/d"], "Selector [fe80::1%3]:80= selects no socket."),
             (&["web=/w", "web=/x"], "Selector web= is given twice."),
             (&[":80=/w", ":080=/x"], "Selector :80= is given twice."),
+            (
+                &["127.0.0.1:80=/w", "[::ffff:127.0.0.1]:80=/x"],
+                "Selector 127.0.0.1:80= is given twice.",
+            ),
         ] {
             assert_eq!(assign(arguments), Err(format!("{why} {ALL}")));
         }

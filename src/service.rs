@@ -28,6 +28,7 @@ use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
+use crate::selector::Targets;
 use crate::signals::Signals;
 use crate::sockets::Sockets;
 use crate::target::Target;
@@ -61,14 +62,15 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         sockets = Sockets::gather(&config.listen, inherited) => sockets?,
         () = signals.stop() => return Ok(()),
     };
-    if !config.drain_time.is_zero() && !notifier.has_manager() {
-        tracing::warn!(
-            "--drain-time={} without NOTIFY_SOCKET (Type=notify): TimeoutStopSec= may cut it short.",
-            config.drain_time
-        );
-    }
     let drain_time = config.drain_time;
     let mut server = Server::new(config, sockets)?;
+    if !drain_time.is_zero() && !notifier.has_manager() {
+        tracing::warn!(
+            "--drain-time={} without NOTIFY_SOCKET: systemd can't be asked to wait (Type=notify), \
+             and TimeoutStopSec= may cut it short.",
+            drain_time
+        );
+    }
     let mut tasks = server.start();
     let result = server.serve(&mut tasks, &mut signals, &notifier).await;
     let drain_time = if result.is_ok() { drain_time } else { TimeSpan::new(Duration::ZERO) };
@@ -82,15 +84,39 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
 
 /// What serves, for as long as the process does.
 struct Server {
-    /// Each, and which backend of the plan it leads to.
-    listeners: Vec<(Rc<Listener>, usize)>,
-    /// Somebody who came in before the start, and nobody will after them.
-    connection: Option<(Connected, usize)>,
+    entrances: Entrances,
     descriptors: Rc<Descriptors>,
     admission: Admission,
     workers: Rc<Workers>,
     application: Option<Arc<Application>>,
     exit_idle_time: TimeSpan,
+}
+
+/// Where clients come from, each with the backend of the plan that it leads to.
+enum Entrances {
+    Listeners(Vec<(Rc<Listener>, usize)>),
+    /// Somebody who came in before the start, until they are served; nobody will after them.
+    Connection(Option<(Connected, usize)>),
+}
+
+impl Entrances {
+    fn new(sockets: Sockets, backends: Vec<usize>) -> Self {
+        match sockets {
+            Sockets::Listeners(listeners) => {
+                Self::Listeners(listeners.into_iter().zip(backends).collect())
+            }
+            Sockets::Connection(connection) => {
+                Self::Connection(Some(connection).zip(backends.first().copied()))
+            }
+        }
+    }
+
+    fn listeners(&self) -> &[(Rc<Listener>, usize)] {
+        match self {
+            Self::Listeners(listeners) => listeners,
+            Self::Connection(_) => &[],
+        }
+    }
 }
 
 /// What runs beside the connections.
@@ -103,20 +129,25 @@ struct Tasks {
 
 impl Server {
     fn new(config: Config, sockets: Sockets) -> Result<Self, String> {
-        let backends = config.targets.assign(&sockets.identities())?;
+        let identities = sockets.identities();
+        let backends = config.targets.assign(&identities)?;
+        if let Targets::One(target) = &config.targets
+            && identities
+                .iter()
+                .any(|it| target.to_string().starts_with(&format!("{}=", it.address)))
+        {
+            tracing::warn!("{target} is taken for a path; for one TARGET there is no selector.");
+        }
         let by_name = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
         if let Some(keepalive) = config.keepalive {
             sockets.keep_alive(keepalive);
         }
-        let (listeners, connection) = match sockets {
-            Sockets::Listeners(listeners) => (listeners, None),
-            Sockets::Connection(connection) => (Vec::new(), Some((connection, backends[0]))),
-        };
-        if connection.is_some() && config.application.is_some() {
+        if matches!(sockets, Sockets::Connection(_)) && config.application.is_some() {
             return Err("COMMAND serves all connections, and only one was passed in. (Write \
                         Accept=no in the .socket unit.)"
                 .into());
         }
+        let entrances = Entrances::new(sockets, backends);
         let threads = config.threads.get();
         let uses =
             Uses { lookups: by_name, command: config.application.is_some(), threads: threads - 1 };
@@ -124,7 +155,7 @@ impl Server {
         let application = match (config.application, config.targets.iter().next()) {
             (Some(application), Some(target)) => {
                 if !config.listen.is_empty() {
-                    is_not_itself(target, &listeners)?;
+                    is_not_itself(target, entrances.listeners())?;
                 }
                 let descriptors = division.inherited;
                 Some(Arc::new(prepare(application, target.clone(), descriptors)?))
@@ -152,13 +183,18 @@ impl Server {
                 held: (pipe::HELD_MAX / threads).max(1),
             },
         };
-        for (listener, backend) in listeners.iter().zip(&backends) {
+        for (listener, backend) in entrances.listeners() {
             let target = plan.ways[*backend].dialer.target();
-            tracing::debug!("Serving {listener}, connections go to {target}.");
+            match &config.targets {
+                Targets::One(_) => tracing::debug!("Serving {listener}."),
+                // What a mistake in a selector would change.
+                Targets::Selected(_) => {
+                    tracing::info!("Serving {listener}, connections go to {target}.");
+                }
+            }
         }
         Ok(Self {
-            listeners: listeners.into_iter().zip(backends).collect(),
-            connection,
+            entrances,
             descriptors: Rc::new(match config.overflow {
                 Overflow::Refuse => Descriptors::new(division.connections),
                 Overflow::Wait => {
@@ -175,13 +211,18 @@ impl Server {
 
     /// Lets clients in.
     fn start(&mut self) -> Tasks {
-        if let Some((connection, backend)) = self.connection.take() {
+        if let Entrances::Connection(connection) = &mut self.entrances
+            && let Some((connection, backend)) = connection.take()
+        {
             let place = self.descriptors.try_reserve().zip(self.admission.admit());
             let (reserved, permit) = place.expect("there is room for one, and nobody came before");
-            self.workers.serve(connection.into_newcomer(reserved), permit, backend);
+            match connection.into_newcomer(reserved) {
+                Some(newcomer) => self.workers.serve(newcomer, permit, backend),
+                None => tracing::debug!("Connection closed, the client has left"),
+            }
         }
         let mut entrances = JoinSet::new();
-        for (listener, backend) in &self.listeners {
+        for (listener, backend) in self.entrances.listeners() {
             entrances.spawn_local(admit(
                 Rc::clone(listener),
                 *backend,
@@ -205,17 +246,18 @@ impl Server {
         signals: &mut Signals,
         notifier: &Notifier,
     ) -> Result<(), String> {
+        // Whoever is queued comes first: the loop finds them, and then they are accepted and
+        // dialled for. What is said to systemd may have to wait; but it is said, however soon the
+        // end is.
+        yield_now().await;
+        yield_now().await;
+        let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
+        notifier.send(&ready).await;
         let told = async {
-            // Whoever is queued comes first: the loop finds them, and then they are accepted and
-            // dialled for. What is said to systemd may have to wait.
-            yield_now().await;
-            yield_now().await;
-            let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
-            notifier.send(&ready).await;
             let carried = || self.workers.carried();
             let application = self.application.as_deref();
-            let entrances: Vec<_> =
-                self.listeners.iter().map(|(listener, _)| &**listener.entrance()).collect();
+            let listeners = self.entrances.listeners().iter();
+            let entrances: Vec<_> = listeners.map(|(listener, _)| &**listener.entrance()).collect();
             let status = notifier.publish_status(&self.admission, &entrances, carried, application);
             tokio::join!(status, notifier.feed_watchdog());
         };
@@ -232,12 +274,11 @@ impl Server {
     /// gone; a client that comes while it is being stopped calls the exit off.
     async fn idle(&self) {
         let mut occupancy = self.admission.occupancy();
-        if self.listeners.is_empty() {
-            // The one connection is all there is.
+        if let Entrances::Connection(_) = self.entrances {
             return occupancy.vacant().await;
         }
         let nobody = |occupancy: &Occupancy| {
-            let mut listeners = self.listeners.iter();
+            let mut listeners = self.entrances.listeners().iter();
             occupancy.is_vacant() && !listeners.any(|(listener, _)| listener.has_queued())
         };
         loop {
@@ -266,9 +307,15 @@ impl Server {
         // From here on newcomers wait in the kernel, for the next process; where nobody else keeps
         // the socket, they are refused.
         tasks.entrances.shutdown().await;
-        drop(self.listeners);
+        drop(self.entrances);
         notifier.send(&[NotifyState::Stopping]).await;
         let end = async {
+            // An idle exit may have been under way, and somebody may need COMMAND after all.
+            if let Some(application) = &self.application
+                && !drain_time.is_zero()
+            {
+                application.resume();
+            }
             drain(drain_time, &self.admission, notifier).await;
             notifier.send(&[NotifyState::Status("Shutting down...")]).await;
             if let Some(application) = &self.application
@@ -310,10 +357,10 @@ fn prepare(
 
 /// COMMAND can't serve an address that we have taken. (A passed socket may be of another network
 /// namespace, and then it can.)
-fn is_not_itself(target: &Target, listeners: &[Rc<Listener>]) -> Result<(), String> {
+fn is_not_itself(target: &Target, listeners: &[(Rc<Listener>, usize)]) -> Result<(), String> {
     let Target::Address(address) = target else { return Ok(()) };
-    match listeners.iter().find(|listener| listener.identity().address.answers_at(address)) {
-        Some(listener) => Err(format!(
+    match listeners.iter().find(|(listener, _)| listener.identity().address.answers_at(address)) {
+        Some((listener, _)) => Err(format!(
             "--listen={listener} takes the address of TARGET {target}; let COMMAND listen on \
              another."
         )),

@@ -6,10 +6,10 @@
 use std::rc::Rc;
 
 use crate::activation::Inherited;
+use crate::address::Identity;
 use crate::connected::Connected;
 use crate::listen::Listener;
 use crate::open::{ListenAddress, open};
-use crate::selector::Identity;
 use crate::socket::Keepalive;
 
 /// What was passed or opened.

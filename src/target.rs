@@ -40,6 +40,10 @@ impl Target {
             }
             return Ok(Self::Address(vsock));
         }
+        if text.parse::<u16>().is_ok_and(|port| port != 0) {
+            // As a host it is an address in 0.0.0.0/8, which is nobody's.
+            return Err(format!("that is a port; of this machine it is 127.0.0.1:{text}"));
+        }
         let host_port = HostPort::parse(text, Some(DEFAULT_PORT))?;
         if host_port.port == Port::Number(0) {
             return Err("no backend can be reached at port 0".into());
@@ -108,7 +112,12 @@ impl HostPort {
             (text, None)
         };
         if host.is_empty() {
-            return Err("the host is empty".into());
+            return Err(match port {
+                Some(port) if !port.is_empty() => {
+                    format!("the host is empty; of this machine it is 127.0.0.1:{port}")
+                }
+                _ => "the host is empty".into(),
+            });
         }
         if host.contains('\0') {
             return Err("the host contains a NUL byte".into());
@@ -154,6 +163,9 @@ impl Port {
         }
         if text.contains('\0') {
             return Err("the port contains a NUL byte".into());
+        }
+        if text.contains('/') {
+            return Err("no port has a slash in its name, and a path begins with one".into());
         }
         if text.bytes().all(|byte| byte.is_ascii_digit()) {
             return text
@@ -205,6 +217,8 @@ mod tests {
             ("@name", "@name"),
             ("vsock:3:80", "vsock:3:80"),
             ("vsock:80", "vsock:80"),
+            ("0", "0:80"),
+            ("2130706433", "2130706433:80"),
         ] {
             assert_eq!(parse(text).unwrap().to_string(), printed, "{text}");
         }
@@ -245,6 +259,8 @@ mod tests {
             "[]:80",
             "@",
             "a=b:80",
+            "3000",
+            "unix:/run/a.sock",
             "vsock::80",
             "vsock:x:80",
             "vsock:3:4294967296",

@@ -33,13 +33,16 @@ pub(crate) fn overflow(text: &str) -> Result<Overflow, String> {
 }
 
 pub(crate) fn span(option: &str, text: &str) -> Result<TimeSpan, String> {
-    TimeSpan::parse(text).ok_or_else(|| failed(option, text))
+    TimeSpan::parse(text).ok_or_else(|| failed(option, text) + " (30s, 5min 20s, infinity)")
 }
 
 /// A time span longer than nothing.
 pub(crate) fn positive(option: &str, text: &str) -> Result<TimeSpan, String> {
     let span = span(option, text)?;
-    if span.is_zero() { Err(format!("--{option}= has to be longer than 0.")) } else { Ok(span) }
+    if span.is_zero() {
+        return Err(failed(option, text) + " (more than 0, or infinity)");
+    }
+    Ok(span)
 }
 
 pub(crate) fn keepalive(text: &str) -> Result<TimeSpan, String> {

@@ -189,7 +189,8 @@ impl Worker {
 
     fn serve(&self, arrival: Arrival) {
         let Arrival { newcomer, backend, permit, seat } = arrival;
-        let Newcomer { fd, family, address, listener, reserved } = newcomer;
+        let Newcomer { fd, family, address, listener: entered, reserved } = newcomer;
+        let listener = entered.entrance();
         let socket = match Socket::register(fd, family) {
             Ok(socket) => socket,
             Err(error) => {
@@ -205,7 +206,7 @@ impl Worker {
             }
         };
         self.arrived.notify_one();
-        let place = Place { permit, reserved, seat };
+        let place = Place { entered, seat, reserved, permit };
         let client = Client { socket, address, listener, backend, place };
         spawn_local(serve(client, Rc::clone(&self.route)));
     }

@@ -5,7 +5,7 @@ mod support;
 
 use std::io::Write;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
@@ -66,13 +66,30 @@ fn a_reset_is_a_reset_and_no_failure() {
         assert_eq!(is_reset(&end), back == Family::Tcp, "{end:?}");
         assert_eq!(proxy.wait().code(), Some(0));
     }
-    // The client has gone before the start, and only the name says what it was.
-    let (client, passed) = accepted(Family::Tcp);
-    reset(client);
-    let launch = Launch::new(OURS).arg("127.0.0.1:1").socket(&passed);
-    let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
-    drop(passed);
-    assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.lines.all());
+}
+
+#[test]
+fn whatever_comes_of_it_the_start_was_one() {
+    // systemd takes an exit without READY=1 for a failure (Type=notify).
+    for target in ["/nonexistent", "127.0.0.1:1"] {
+        for is_gone in [false, true] {
+            let (client, passed) = accepted(Family::Tcp);
+            let client = if is_gone {
+                reset(client);
+                None
+            } else {
+                Some(client)
+            };
+            let mut manager = Manager::new();
+            let launch = Launch::new(OURS).arg(target).socket(&passed);
+            let mut proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+            drop(passed);
+            assert_eq!(manager.next(), "READY=1", "{target} {is_gone}");
+            manager.wait_for("STOPPING=1");
+            assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.lines.all());
+            drop(client);
+        }
+    }
 }
 
 #[test]
@@ -136,7 +153,7 @@ fn what_can_not_be_is_an_error_at_start() {
         ),
         (
             Launch::new(OURS).arg("web=/a").socket(&passed),
-            "Selector web= selects no socket. The sockets are: ",
+            "Selector web= selects no socket of that name. The sockets are: ",
         ),
     ] {
         let mut proxy = launch.env("LISTEN_FDNAMES", "x:connection").start();
@@ -191,6 +208,7 @@ fn inetds_client_hears_only_the_backend() {
         (&["--no-such-option", "127.0.0.1:1"], 1),
         (&["127.0.0.1:1", "--", "true"], 1),
         (&["a=/a", "b=/b"], 1),
+        (&["--listen=127.0.0.1:0", "127.0.0.1:1"], 1),
         (&[], 1),
     ] {
         let (mut client, passed) = accepted(Family::Tcp);
@@ -234,14 +252,12 @@ fn a_socket_by_which_a_program_was_run_is_not_a_client() {
     lines.collect(proxy.stderr.take().unwrap());
     lines.wait_for("Didn't get any sockets passed in.");
     assert_eq!(exit_code(&mut proxy), Some(1));
-    // What is to be opened is opened, whatever it was run by, and the log is where it was.
-    let (client, passed) = accepted(Family::Unix);
-    let socket = passed.try_clone().unwrap();
-    let mut proxy = inetd(socket, None, &["--listen=127.0.0.1:0", "127.0.0.1:1"]);
-    drop(passed);
+    // No client either: it never was connected.
+    let unconnected = Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let others = Some((Stdio::null(), Stdio::piped()));
+    let mut proxy = inetd(unconnected, others, &["127.0.0.1:1"]);
     let lines = Lines::default();
-    lines.collect(std::fs::File::from(OwnedFd::from(client)));
-    lines.wait_for("Listening on 127.0.0.1:");
-    proxy.kill().unwrap();
-    proxy.wait().unwrap();
+    lines.collect(proxy.stderr.take().unwrap());
+    lines.wait_for("Passed in socket is not a stream socket.");
+    assert_eq!(exit_code(&mut proxy), Some(1));
 }

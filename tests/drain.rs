@@ -128,12 +128,12 @@ fn nobody_keeps_a_socket_that_was_opened_here() {
             .args([&format!("--listen={listen}"), "--drain-time=60s", &backend.target])
             .start();
         // Said although nobody waits here, since a unit of the same kind would be cut short.
-        proxy.lines.wait_for("--drain-time=60s without NOTIFY_SOCKET (Type=notify)");
+        proxy.lines.wait_for("--drain-time=60s without NOTIFY_SOCKET");
         proxy.lines.wait_for("Listening on");
         let mut client = connect(&address);
         echoes(&mut client);
         proxy.signal(Signal::TERM);
-        proxy.lines.wait_for("Open connections have 60s to end: 1.");
+        proxy.lines.wait_for("Stopping, waiting up to 60s for open connections to end: 1.");
         let refused = || {
             let newcomer =
                 Socket::new(Domain::from(i32::from(address.family())), Type::STREAM, None);
@@ -166,10 +166,41 @@ fn command_lives_until_its_connections_have_ended() {
     };
     let first = ask();
     proxy.signal(Signal::TERM);
-    proxy.lines.wait_for("Open connections have 60s to end: 1.");
+    proxy.lines.wait_for("Stopping, waiting up to 60s for open connections to end: 1.");
     assert_eq!(ask(), first);
     drop(client);
+    proxy.lines.wait_for("All connections have ended.");
     assert_eq!(proxy.wait().code(), Some(0));
     let log = std::fs::read_to_string(log).unwrap();
     assert!(log.contains("asked "), "COMMAND was told to stop: {log}");
+}
+
+#[test]
+fn who_called_an_idle_exit_off_is_served() {
+    let (front, port) = (Endpoint::new(Family::Tcp), free_port());
+    let directory = TempDir::new().unwrap();
+    let (log, target) = (directory.path().join("log"), format!("127.0.0.1:{port}"));
+    let mut proxy = Launch::new(OURS)
+        .args(["--exit-idle-time=100ms", "--drain-time=60s", &target, "--", "perl", APP])
+        .args([&port.to_string(), log.to_str().unwrap(), "down=2"])
+        .listener(&front)
+        .start();
+    let ask = |client: &mut Socket| {
+        client.write_all(b"pid\n").unwrap();
+        let mut answer = [0; 32];
+        let length = client.read(&mut answer).unwrap();
+        assert!(length > 0, "the client is answered");
+    };
+    ask(&mut front.connect());
+    // COMMAND is being stopped, for the exit, when a client comes and then the signal.
+    let asked = || std::fs::read_to_string(&log).unwrap().contains("asked ").then_some(());
+    poll_until(Instant::now() + PATIENCE, asked).expect("COMMAND is told to stop");
+    let before = proxy.descriptors();
+    let mut client = front.connect();
+    let is_in = || (proxy.descriptors() > before).then_some(());
+    poll_until(Instant::now() + PATIENCE, is_in).expect("the client is accepted");
+    proxy.signal(Signal::TERM);
+    ask(&mut client);
+    drop(client);
+    assert_eq!(proxy.wait().code(), Some(0));
 }

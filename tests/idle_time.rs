@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::thread;
 use std::time::Duration;
@@ -61,7 +61,7 @@ fn busy_and_quiet(front_family: Family, back: Family) {
                 };
                 from.write_all(b"x").unwrap();
                 let mut byte = [0];
-                std::io::Read::read_exact(to, &mut byte).expect("a busy one is let alone");
+                to.read_exact(&mut byte).expect("a busy one is let alone");
             }
             ends(&mut client, front_family, last);
             ends(&mut served, back, last);
@@ -97,6 +97,46 @@ fn a_stalled_reader_is_quiet() {
         let took = since.elapsed();
         assert!(took >= TIME && took < LATE, "after {took:?}: {error}");
     }
+}
+
+#[test]
+fn a_slow_reader_is_not_quiet() {
+    const STEP: usize = 100_000;
+    thread::scope(|scope| {
+        for (front, back) in PAIRS {
+            scope.spawn(move || {
+                let (front, backend) = (Endpoint::new(front), Endpoint::new(back));
+                let _proxy = start(&front, &backend);
+                let (mut client, mut served) = (front.connect(), backend.accept());
+                // All of it is taken at once, and then the sender is gone.
+                let message = noise(2, 15 * STEP);
+                let sent = message.clone();
+                scope.spawn(move || served.write_all(&sent).unwrap());
+                let mut received = vec![0; message.len()];
+                for piece in received.chunks_mut(STEP) {
+                    pause(TIME * 3 / 10);
+                    client.read_exact(piece).expect("who takes something is not quiet");
+                }
+                assert!(received == message);
+                assert_eq!(read_all(&mut client).0, b"");
+            });
+        }
+    });
+}
+
+#[test]
+fn the_rest_is_not_waited_for_longer_either() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let proxy = start(&front, &backend);
+    let (mut client, _served) = (front.connect(), backend.accept());
+    // More than the backend's side takes, which waits to be received when the sender is reset.
+    client.write_all(&noise(3, 4_000_000)).unwrap();
+    let before = proxy.descriptors();
+    let since = Instant::now();
+    reset(client);
+    let over = || (proxy.descriptors() <= before - 2).then_some(());
+    poll_until(Instant::now() + PATIENCE, over).expect("it ends");
+    assert!(since.elapsed() < LATE, "{:?}", since.elapsed());
 }
 
 #[test]

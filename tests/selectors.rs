@@ -140,7 +140,7 @@ fn what_does_not_fit_is_an_error_at_start() {
         ),
         (
             vec!["web=/a".into(), "api=/b".into()],
-            format!("Selector api= selects no socket. {both}"),
+            format!("Selector api= selects no socket of that name. {both}"),
         ),
         (vec!["web=/a".into(), "web=/b".into()], format!("Selector web= is given twice. {both}")),
     ] {
