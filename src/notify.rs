@@ -5,7 +5,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::convert::Infallible;
 use std::env;
 use std::fmt;
 use std::io;
@@ -98,8 +97,9 @@ impl Notifier {
         warn_of_unsent("it takes no messages");
     }
 
-    /// Answers the watchdog at twice the rate it asks for, for ever.
-    pub async fn feed_watchdog(&self) -> Infallible {
+    /// Answers the watchdog at twice the rate it asks for, for ever. (It asks for nothing any more after
+    /// STOPPING=1.)
+    pub async fn feed_watchdog(&self) {
         let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
             return std::future::pending().await;
         };

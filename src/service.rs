@@ -74,11 +74,7 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
     let mut tasks = server.start();
     let result = server.serve(&mut tasks, &mut signals, &notifier).await;
     let drain_time = if result.is_ok() { drain_time } else { TimeSpan::new(Duration::ZERO) };
-    tokio::select! {
-        () = server.stop(tasks, drain_time, &mut signals, &notifier) => {}
-        // It may take its time.
-        never = notifier.feed_watchdog() => match never {},
-    }
+    server.stop(tasks, drain_time, &mut signals, &notifier).await;
     result
 }
 

@@ -7,6 +7,7 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use socket2::Socket;
@@ -123,8 +124,12 @@ fn options_apply_to_it() {
     let launch = Launch::new(OURS).args(["--proxy-protocol=v1", "--keepalive=30s", &selection]);
     let launch = launch.arg("--connection-idle-time=200ms").socket(&passed);
     let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
-    drop(passed);
     let mut served = backend.accept();
+    // The same socket, seen from here.
+    assert!(passed.tcp_nodelay().unwrap() && passed.out_of_band_inline().unwrap());
+    assert_eq!(passed.tcp_keepalive_time().unwrap(), Duration::from_secs(30));
+    assert!(passed.keepalive().unwrap());
+    drop(passed);
     let port = |address: std::io::Result<socket2::SockAddr>| address.unwrap().as_socket().unwrap();
     let (from, to) = (port(client.local_addr()), port(client.peer_addr()));
     let (header, _) = read_all(&mut served);
@@ -192,8 +197,11 @@ fn inetds_client_hears_only_the_backend() {
         let backend = Endpoint::new(back);
         let mut proxy = inetd(passed, None, &["--log-level=debug", &backend.target]);
         let mut served = backend.accept();
+        for fd in 0..3 {
+            let file = std::fs::read_link(format!("/proc/{}/fd/{fd}", proxy.id())).unwrap();
+            assert_eq!(file.to_str(), Some("/dev/null"), "descriptor {fd}");
+        }
         served.write_all(b"the whole answer").unwrap();
-        // Its end comes through, although the socket was three descriptors.
         drop(served);
         let (bytes, end) = read_all(&mut client);
         end.unwrap();
