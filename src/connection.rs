@@ -105,15 +105,16 @@ pub struct Client {
     pub place: Place,
 }
 
-/// What a connection takes up: given back when this is dropped, in this order. The permit's end is
-/// what others look at the counts for.
+/// What a connection takes up: given back when this is dropped, in this order.
 #[derive(Debug)]
 #[expect(dead_code, reason = "held, not read")]
 pub struct Place {
     pub(crate) entered: Entered,
     pub(crate) seat: Seat,
-    pub(crate) reserved: Reserved,
+    // After the above: its end is what others look at those counts for.
     pub(crate) permit: Permit,
+    // After the permit: with `--overflow=wait`, whoever is accepted for it is not to meet the cap.
+    pub(crate) reserved: Reserved,
 }
 
 /// Serves a client until the connection is over, and logs how it was.

@@ -206,7 +206,7 @@ impl Worker {
             }
         };
         self.arrived.notify_one();
-        let place = Place { entered, seat, reserved, permit };
+        let place = Place { entered, seat, permit, reserved };
         let client = Client { socket, address, listener, backend, place };
         spawn_local(serve(client, Rc::clone(&self.route)));
     }
