@@ -147,6 +147,7 @@ fn drain(container: &Container) {
     let process = container.show("drain.service")["MainPID"].clone();
     let message = noise(5, BYTES);
     let (sent, rest) = message.split_at(BYTES / 2);
+    let not_reloading = container.not_reloading();
     let stopped = thread::scope(|scope| {
         let reader = scope.spawn(move || (read_all(&mut client), client));
         served.write_all(sent).unwrap();
@@ -172,6 +173,7 @@ fn drain(container: &Container) {
         drop(newcomer);
         stopped
     });
+    drop(not_reloading);
     assert!(stopped.status.success(), "{stopped:?}");
     container.wait_for("drain.service", "ActiveState", "active");
     let service = container.show("drain.service");

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Output, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ pub struct Container {
     outermost: Child,
     /// The container's first process, as this namespace counts it.
     leader: u32,
+    reloading: Mutex<()>,
     _directory: TempDir,
 }
 
@@ -99,8 +100,12 @@ impl Container {
         let log = directory.path().join("log");
         let file = File::create(&log).unwrap();
         command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file);
-        let mut this =
-            Self { outermost: command.spawn().unwrap(), leader: 0, _directory: directory };
+        let mut this = Self {
+            outermost: command.spawn().unwrap(),
+            leader: 0,
+            reloading: Mutex::default(),
+            _directory: directory,
+        };
         let deadline = Instant::now() + Duration::from_secs(120);
         let booted = poll_until(deadline, || {
             if let Some(status) = this.outermost.try_wait().unwrap() {
@@ -169,10 +174,19 @@ impl Container {
         for (name, text) in units {
             self.write(&format!("/run/systemd/system/{name}"), text);
         }
-        self.run(&["systemctl", "daemon-reload"]);
+        {
+            let _reloading = self.not_reloading();
+            self.run(&["systemctl", "daemon-reload"]);
+        }
         if let Some((name, _)) = units.last() {
             self.run(&["systemctl", "start", name]);
         }
+    }
+
+    /// While this is held no other test reloads systemd, which then forgets that a unit that is
+    /// being stopped was given more time (252).
+    pub fn not_reloading(&self) -> MutexGuard<'_, ()> {
+        self.reloading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Properties of a unit.
