@@ -25,10 +25,13 @@ pub struct Inherited {
     pub name: String,
 }
 
+/// The name of a socket that was passed as standard input.
+pub const STDIN: &str = "stdin";
+
 /// A socket that was passed as standard input.
 #[derive(Debug)]
 pub struct Stdin {
-    /// The socket, named `stdin`.
+    /// The socket, named [`STDIN`].
     pub socket: Inherited,
     /// Standard error was the same socket: whatever is written there, a client would read.
     pub was_stderr: bool,
@@ -57,7 +60,7 @@ pub fn take_stdin() -> Option<Stdin> {
             let _ = dup2_stderr(&null);
         }
     }
-    Some(Stdin { socket: Inherited { fd, name: "stdin".into() }, was_stderr })
+    Some(Stdin { socket: Inherited { fd, name: STDIN.into() }, was_stderr })
 }
 
 /// Marks every descriptor from 3 on close-on-exec, those included that this process was given

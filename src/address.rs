@@ -79,11 +79,15 @@ impl Address {
         }
     }
 
-    /// For the message with `error`: what is the matter with vsock where there is none.
-    pub fn missing_family(&self, error: &io::Error) -> &'static str {
-        match self {
-            Self::Vsock { .. } if Errno::from_io_error(error) == Some(Errno::AFNOSUPPORT) => {
+    /// For the message with `error`: what may be the matter with vsock.
+    pub fn hint_at(&self, error: &io::Error) -> &'static str {
+        match (self, Errno::from_io_error(error)) {
+            (Self::Vsock { .. }, Some(Errno::AFNOSUPPORT)) => {
                 " (this kernel has no vsock, or RestrictAddressFamilies= forbids it)"
+            }
+            (Self::Vsock { .. }, Some(Errno::NODEV)) => {
+                " (there is no way to that CID: the machine does not run, or vsock's transport is \
+                 not loaded)"
             }
             _ => "",
         }

@@ -9,12 +9,15 @@ use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
 use socket2::SockRef;
 
-use crate::activation::Inherited;
+use crate::activation::{Inherited, STDIN};
 use crate::address::{Address, Identity};
 use crate::descriptors::Reserved;
 use crate::listen::{Entered, Entrance, Newcomer, set_options};
 use crate::logging::in_words;
 use crate::socket::{Family, Keepalive};
+
+/// What systemd calls it, sd_listen_fds_with_names(3).
+const CONNECTION: &str = "connection";
 
 /// A stream socket with a client at its other end.
 #[derive(Debug)]
@@ -27,14 +30,22 @@ pub struct Connected {
 }
 
 impl Connected {
-    /// Whether a passed socket is one, and not a listener. If its client has gone by now, an error
-    /// waits on it, which one that was never connected has not.
-    pub fn is_meant(inherited: &Inherited) -> bool {
-        let Inherited { fd, .. } = inherited;
+    /// Whether a passed socket is one, and not a listener. If its client has gone by now, it has no
+    /// peer any more, but an error, which this takes from it, or the name of a connection.
+    pub fn is_connected(inherited: &Inherited) -> bool {
+        let Inherited { fd, name } = inherited;
         let is_stream = sockopt::socket_type(fd).is_ok_and(|it| it == SocketType::STREAM);
         let listens = sockopt::socket_acceptconn(fd).unwrap_or(false);
-        let has_failed = || sockopt::socket_error(fd).is_ok_and(|error| error.is_err());
-        is_stream && !listens && (SockRef::from(fd).peer_addr().is_ok() || has_failed())
+        let socket = SockRef::from(fd);
+        let is_bound = || {
+            let address = socket.local_addr().ok().and_then(|address| address.as_socket());
+            address.is_some_and(|address| address.port() != 0)
+        };
+        let had_peer = || {
+            sockopt::socket_error(fd).is_ok_and(|error| error.is_err())
+                || is_bound() && [CONNECTION, STDIN].contains(&&**name)
+        };
+        is_stream && !listens && (socket.peer_addr().is_ok() || had_peer())
     }
 
     /// Takes it.
@@ -73,8 +84,8 @@ impl Connected {
 
     /// As if they had just been accepted; `None` if they have gone.
     pub fn into_newcomer(self, reserved: Reserved) -> Option<Newcomer> {
-        let listener = Entered::by(&Entrance::new(&self.identity));
+        let entered = Entered::by(&Entrance::new(&self.identity));
         let Self { fd, family, peer, .. } = self;
-        Some(Newcomer { fd, family, address: peer?, listener, reserved })
+        Some(Newcomer { fd, family, address: peer?, entered, reserved })
     }
 }

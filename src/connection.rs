@@ -98,7 +98,7 @@ pub struct Client {
     /// Who they are.
     pub address: Address,
     /// Where they came in.
-    pub listener: Arc<Entrance>,
+    pub entrance: Arc<Entrance>,
     /// Which backend they are for.
     pub backend: usize,
     /// What they take up until the connection is over.
@@ -122,14 +122,14 @@ pub struct Place {
 /// Dropped before that, it resets both sides.
 pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
     let start = Instant::now();
-    let Client { socket, address, listener, backend, place } = client;
+    let Client { socket, address, entrance, backend, place } = client;
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
         let way = &route.backends[backend];
         let log = |outcome: &str, from_client: u64, from_backend: u64| {
             tracing::debug!(
                 client = %address,
-                listener = %listener,
+                listener = %entrance,
                 backend = %way.target(),
                 bytes_from_client = from_client,
                 bytes_from_backend = from_backend,
@@ -144,7 +144,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
                         client = %address,
-                        listener = %listener,
+                        listener = %entrance,
                         backend = %way.target(),
                         "{error}{suppressed}"
                     );
@@ -161,7 +161,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
             }
             None => Vec::new(),
         };
-        tracing::debug!(client = %address, listener = %listener, "Connection established");
+        tracing::debug!(client = %address, listener = %entrance, "Connection established");
         let (shared, watched) = (Rc::clone(&route.shared), route.watch.as_ref().map(Watch::join));
         let Ok(closed) = Pair::new(socket, backend, header, shared, watched).run().await else {
             return;
@@ -172,7 +172,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
         {
             tracing::info!(
                 client = %address,
-                listener = %listener,
+                listener = %entrance,
                 backend = %way.target(),
                 "Connection carried nothing for {}, closing it.{suppressed}",
                 route.connection_idle_time

@@ -59,7 +59,7 @@ impl fmt::Display for DialError {
             Self::Resolve(error) => error.fmt(f),
             Self::Connect(address, error) => {
                 write!(f, "Failed to connect to remote host: {address}: {}", in_words(error))?;
-                f.write_str(address.missing_family(error))?;
+                f.write_str(address.hint_at(error))?;
                 if self.is_full_backlog() {
                     f.write_str(" (its backlog is full)")?;
                 }
@@ -102,7 +102,7 @@ impl DialError {
                         // The backend came up and went down in the middle of it; over vsock, nobody
                         // listens.
                         | Errno::CONNRESET
-                        // Over vsock: that virtual machine does not run.
+                        // Over vsock: that virtual machine does not run, as far as one can tell.
                         | Errno::NODEV
                 )
             ),

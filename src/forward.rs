@@ -55,15 +55,15 @@
 //! on until it ends too. When both are over, each end is closed, or *reset* if its counterpart was
 //! reset or its own bytes were lost. A reset overtakes bytes in flight, so it waits until the
 //! peer's kernel has acknowledged them all: an answer followed by a reset arrives whole. Once an
-//! end was reset, a receiver that makes no progress for [`LINGER`] is not waited for.
+//! end was reset, a receiver that makes no progress for [`LINGER`] (or the idle time, if that is
+//! shorter) is not waited for.
 //!
 //! An end that no flow reads from (its flow ended, or waits for a stalled reader) is watched
 //! for EPOLLHUP, so that a peer that died is noticed although nothing is asked of it; where that
 //! could also mean two FINs, it is looked at every [`LINGER`].
 //!
 //! A connection that is *quiet*, because nothing was delivered and received for as long as `quiet`
-//! allows, is reset on both sides, whatever its flows wait for; and a receiver that was to get the
-//! rest before its end is waited for no longer than that.
+//! allows, is reset on both sides, whatever its flows wait for.
 //!
 //! Kernel facts this rests on: recv(2) and splice(2) give what was queued before a reset, then
 //! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` ends as if by a
@@ -182,7 +182,7 @@ impl Pair {
                 let client = &mut self.ends[Side::Client as usize];
                 client.readable = client.socket.poll_readable(cx).is_ready();
                 if let Some(watched) = &self.watched {
-                    watched.wake(cx.waker());
+                    watched.register(cx.waker());
                 }
                 Poll::Ready(())
             })
@@ -200,19 +200,22 @@ impl Pair {
                     Turn::More => tokio::task::yield_now().await,
                 }
             }
+            // What has ended by itself is not quiet, even if it was late.
+            let is_quiet = !self.is_over() && self.is_quiet();
+            let linger = self.watched.take().map_or(LINGER, |it| it.idle_time().min(LINGER));
             let [from_client, from_backend] = &self.flows;
             let closed = Closed {
                 from_client: from_client.delivered.saturating_sub(self.preface),
                 from_backend: from_backend.delivered,
                 end: match self.fault {
-                    _ if self.is_quiet() => Ending::Quiet,
+                    _ if is_quiet => Ending::Quiet,
                     Some((side, errno)) => Ending::Fault(side, errno),
                     None => Ending::Closed,
                 },
             };
             let states = [from_client.state, from_backend.state];
             let [client, backend] = self.ends;
-            if closed.end == Ending::Quiet {
+            if is_quiet {
                 client.socket.reset();
                 backend.socket.reset();
             } else if states == [State::Ended; 2] {
@@ -220,8 +223,7 @@ impl Pair {
                 client.socket.close();
                 backend.socket.close();
             } else {
-                let idle_time = self.watched.as_ref().map_or(LINGER, Watched::idle_time);
-                Box::pin(finish(client, backend, states, idle_time.min(LINGER))).await;
+                Box::pin(finish(client, backend, states, linger)).await;
             }
             Ok(closed)
         }

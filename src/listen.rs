@@ -60,7 +60,7 @@ pub struct Newcomer {
     /// Who they are.
     pub address: Address,
     /// Where they came in.
-    pub listener: Entered,
+    pub entered: Entered,
     /// Descriptors for them and their backend.
     pub reserved: Reserved,
 }
@@ -175,8 +175,8 @@ impl Listener {
                     keepalive.set_or_warn(&fd);
                 }
             }
-            let (family, listener) = (self.family, Entered::by(&self.entrance));
-            return Ok(Newcomer { fd, family, address, listener, reserved });
+            let (family, entered) = (self.family, Entered::by(&self.entrance));
+            return Ok(Newcomer { fd, family, address, entered, reserved });
         }
     }
 

@@ -362,9 +362,7 @@ pub(crate) fn bounded_line(text: &str, max: usize) -> String {
     let printable = |c: char| if c.is_control() { ' ' } else { c };
     let mut line: String = text.chars().map(printable).collect();
     if line.len() > max {
-        while line.len() + DOTS.len() > max {
-            line.pop();
-        }
+        while line.len() + DOTS.len() > max && line.pop().is_some() {}
         line.push_str(DOTS);
     }
     line

@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         _ => LogLevel::from_environment(),
     };
     // Before anything is said, which would go to a client; what was asked for is no message.
-    let nothing_passed = inherited.as_ref().is_ok_and(Vec::is_empty);
+    let nothing_passed = inherited.as_ref().map_or(true, Vec::is_empty);
     let stdin = match request {
         Ok(Request::Print(_)) => None,
         _ if nothing_passed => activation::take_stdin(),

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::convert::Infallible;
 use std::env;
 use std::fmt;
 use std::io;
@@ -99,7 +100,7 @@ impl Notifier {
 
     /// Answers the watchdog at twice the rate it asks for, for ever. (It asks for nothing any more after
     /// STOPPING=1.)
-    pub async fn feed_watchdog(&self) {
+    pub async fn feed_watchdog(&self) -> Infallible {
         let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
             return std::future::pending().await;
         };

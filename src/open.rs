@@ -86,7 +86,7 @@ impl fmt::Display for ListenAddress {
 pub async fn open(address: &ListenAddress) -> Result<Vec<Listener>, String> {
     let failed = |error: io::Error| {
         let hint = match address {
-            ListenAddress::Vsock(address) => address.missing_family(&error),
+            ListenAddress::Vsock(address) => address.hint_at(&error),
             _ => "",
         };
         format!("Failed to listen on {address}: {}{hint}.", in_words(&error))

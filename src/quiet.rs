@@ -1,12 +1,13 @@
 //! Connections that carry nothing for too long: `--connection-idle-time=`.
 //!
-//! A connection that delivers bytes says so by one store into memory of its own. Four times in the
-//! idle time one timer an event loop looks at all of them and counts the looks since then, so that a
-//! busy one costs nothing a message.
+//! A connection that delivers bytes says so by one store into memory of its own. On each event loop
+//! one timer looks at all connections, four times in the idle time, and counts the looks since they
+//! said so: a busy one costs nothing a message.
 //!
 //! Delivered is what a socket took; its peer may be receiving it yet, slowly. So who has delivered
 //! nothing from one look to the next is woken, and tells what is still under way; where that
-//! becomes less from look to look, bytes are carried. It is compared over four looks, which is the
+//! becomes less from look to look, bytes are carried. (As far as the kernel tells: what a TCP peer
+//! has acknowledged, which its window may hold up, and whole buffers of a Unix socket.) It is compared over four looks, which is the
 //! idle time, from the second on: a quiet connection is found between one and a quarter and one and a
 //! half.
 
@@ -101,8 +102,8 @@ impl Watch {
 }
 
 impl Watched {
-    /// Names the task that waits for it.
-    pub fn wake(&self, waker: &Waker) {
+    /// Names the task that waits for it, once: a connection stays with its task.
+    pub fn register(&self, waker: &Waker) {
         let _ = self.pulse.waker.set(waker.clone());
     }
 
@@ -185,7 +186,7 @@ mod tests {
 
     async fn quiet(watched: &Watched) {
         poll_fn(|cx| {
-            watched.wake(cx.waker());
+            watched.register(cx.waker());
             if watched.is_asked() {
                 watched.tell([7, 0]);
             }
@@ -230,7 +231,7 @@ mod tests {
             // Its peer takes a byte in nine tenths of the time, and then no more.
             let under_way = || 20_usize.saturating_sub((start.elapsed().as_secs() / 54) as usize);
             poll_fn(|cx| {
-                watched.wake(cx.waker());
+                watched.register(cx.waker());
                 if watched.is_asked() {
                     watched.tell([0, under_way()]);
                 }

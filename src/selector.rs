@@ -76,6 +76,16 @@ impl Targets {
         one.into_iter().chain(selected.iter().map(|selection| &selection.target))
     }
 
+    /// The one TARGET, if it begins with the address of a socket and a `=`.
+    pub fn looks_selected(&self, sockets: &[&Identity]) -> Option<&Target> {
+        let Self::One(target) = self else { return None };
+        let text = target.to_string();
+        let is_selector = |socket: &&Identity| {
+            text.strip_prefix(&socket.address.to_string()).is_some_and(|rest| rest.starts_with('='))
+        };
+        sockets.iter().any(is_selector).then_some(target)
+    }
+
     /// For each socket, which of [`Targets::iter`] it leads to.
     ///
     /// # Errors

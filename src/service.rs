@@ -72,15 +72,31 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         );
     }
     let mut tasks = server.start();
-    let result = server.serve(&mut tasks, &mut signals, &notifier).await;
-    let drain_time = if result.is_ok() { drain_time } else { TimeSpan::new(Duration::ZERO) };
-    server.stop(tasks, drain_time, &mut signals, &notifier).await;
-    result
+    let ended = server.serve(&mut tasks, &mut signals, &notifier).await;
+    let was_told = ended == Ok(End::Told);
+    let drain_time = if was_told { drain_time } else { TimeSpan::new(Duration::ZERO) };
+    let again = async {
+        if !was_told {
+            signals.stop().await;
+        }
+        signals.again().await;
+    };
+    server.stop(tasks, drain_time, again, &notifier).await;
+    ended.map(|_| ())
+}
+
+/// Why it stops serving.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// By a signal.
+    Told,
+    /// Nobody needs it.
+    Idle,
 }
 
 /// What serves, for as long as the process does.
 struct Server {
-    entrances: Entrances,
+    sources: Sources,
     descriptors: Rc<Descriptors>,
     admission: Admission,
     workers: Rc<Workers>,
@@ -89,13 +105,13 @@ struct Server {
 }
 
 /// Where clients come from, each with the backend of the plan that it leads to.
-enum Entrances {
+enum Sources {
     Listeners(Vec<(Rc<Listener>, usize)>),
     /// Somebody who came in before the start, until they are served; nobody will after them.
     Connection(Option<(Connected, usize)>),
 }
 
-impl Entrances {
+impl Sources {
     fn new(sockets: Sockets, backends: Vec<usize>) -> Self {
         match sockets {
             Sockets::Listeners(listeners) => {
@@ -118,7 +134,7 @@ impl Entrances {
 /// What runs beside the connections.
 struct Tasks {
     /// The listeners; each ends only when its socket breaks.
-    entrances: JoinSet<String>,
+    accepting: JoinSet<String>,
     /// COMMAND, if there is one; it never ends.
     application: JoinSet<Infallible>,
 }
@@ -127,12 +143,11 @@ impl Server {
     fn new(config: Config, sockets: Sockets) -> Result<Self, String> {
         let identities = sockets.identities();
         let backends = config.targets.assign(&identities)?;
-        if let Targets::One(target) = &config.targets
-            && identities
-                .iter()
-                .any(|it| target.to_string().starts_with(&format!("{}=", it.address)))
-        {
-            tracing::warn!("{target} is taken for a path; for one TARGET there is no selector.");
+        if let Some(target) = config.targets.looks_selected(&identities) {
+            tracing::warn!(
+                "TARGET {target} is taken as a whole, since it begins with / or @; one TARGET for all \
+                 sockets needs no selector."
+            );
         }
         let by_name = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
         if let Some(keepalive) = config.keepalive {
@@ -143,7 +158,7 @@ impl Server {
                         Accept=no in the .socket unit.)"
                 .into());
         }
-        let entrances = Entrances::new(sockets, backends);
+        let sources = Sources::new(sockets, backends);
         let threads = config.threads.get();
         let uses =
             Uses { lookups: by_name, command: config.application.is_some(), threads: threads - 1 };
@@ -151,7 +166,7 @@ impl Server {
         let application = match (config.application, config.targets.iter().next()) {
             (Some(application), Some(target)) => {
                 if !config.listen.is_empty() {
-                    is_not_itself(target, entrances.listeners())?;
+                    is_not_itself(target, sources.listeners())?;
                 }
                 let descriptors = division.inherited;
                 Some(Arc::new(prepare(application, target.clone(), descriptors)?))
@@ -179,7 +194,7 @@ impl Server {
                 held: (pipe::HELD_MAX / threads).max(1),
             },
         };
-        for (listener, backend) in entrances.listeners() {
+        for (listener, backend) in sources.listeners() {
             let target = plan.ways[*backend].dialer.target();
             match &config.targets {
                 Targets::One(_) => tracing::debug!("Serving {listener}."),
@@ -190,7 +205,7 @@ impl Server {
             }
         }
         Ok(Self {
-            entrances,
+            sources,
             descriptors: Rc::new(match config.overflow {
                 Overflow::Refuse => Descriptors::new(division.connections),
                 Overflow::Wait => {
@@ -207,7 +222,7 @@ impl Server {
 
     /// Lets clients in.
     fn start(&mut self) -> Tasks {
-        if let Entrances::Connection(connection) = &mut self.entrances
+        if let Sources::Connection(connection) = &mut self.sources
             && let Some((connection, backend)) = connection.take()
         {
             let place = self.descriptors.try_reserve().zip(self.admission.admit());
@@ -217,9 +232,9 @@ impl Server {
                 None => tracing::debug!("Connection closed, the client has left"),
             }
         }
-        let mut entrances = JoinSet::new();
-        for (listener, backend) in self.entrances.listeners() {
-            entrances.spawn_local(admit(
+        let mut accepting = JoinSet::new();
+        for (listener, backend) in self.sources.listeners() {
+            accepting.spawn_local(admit(
                 Rc::clone(listener),
                 *backend,
                 Rc::clone(&self.descriptors),
@@ -232,7 +247,7 @@ impl Server {
             let hold = Rc::clone(self.workers.hold());
             application.spawn_local(Arc::clone(it).live(hold, self.admission.occupancy()));
         }
-        Tasks { entrances, application }
+        Tasks { accepting, application }
     }
 
     /// Until a signal, or idleness, or something that broke.
@@ -241,7 +256,7 @@ impl Server {
         tasks: &mut Tasks,
         signals: &mut Signals,
         notifier: &Notifier,
-    ) -> Result<(), String> {
+    ) -> Result<End, String> {
         // Whoever is queued comes first: the loop finds them, and then they are accepted and
         // dialled for. What is said to systemd may have to wait; but it is said, however soon the
         // end is.
@@ -252,17 +267,17 @@ impl Server {
         let told = async {
             let carried = || self.workers.carried();
             let application = self.application.as_deref();
-            let listeners = self.entrances.listeners().iter();
+            let listeners = self.sources.listeners().iter();
             let entrances: Vec<_> = listeners.map(|(listener, _)| &**listener.entrance()).collect();
             let status = notifier.publish_status(&self.admission, &entrances, carried, application);
-            tokio::join!(status, notifier.feed_watchdog());
+            tokio::join!(status, notifier.feed_watchdog()).1
         };
         tokio::select! {
-            () = signals.stop() => Ok(()),
-            () = self.idle() => Ok(()),
-            Some(ended) = tasks.entrances.join_next() => Err(ended.unwrap_or_else(internal)),
+            () = signals.stop() => Ok(End::Told),
+            () = self.idle() => Ok(End::Idle),
+            Some(ended) = tasks.accepting.join_next() => Err(ended.unwrap_or_else(internal)),
             Some(Err(panic)) = tasks.application.join_next() => Err(internal(panic)),
-            () = told => Ok(()),
+            never = told => match never {},
         }
     }
 
@@ -270,11 +285,11 @@ impl Server {
     /// gone; a client that comes while it is being stopped calls the exit off.
     async fn idle(&self) {
         let mut occupancy = self.admission.occupancy();
-        if let Entrances::Connection(_) = self.entrances {
+        if let Sources::Connection(_) = self.sources {
             return occupancy.vacant().await;
         }
         let nobody = |occupancy: &Occupancy| {
-            let mut listeners = self.entrances.listeners().iter();
+            let mut listeners = self.sources.listeners().iter();
             occupancy.is_vacant() && !listeners.any(|(listener, _)| listener.has_queued())
         };
         loop {
@@ -297,13 +312,13 @@ impl Server {
         self,
         mut tasks: Tasks,
         drain_time: TimeSpan,
-        signals: &mut Signals,
+        again: impl Future<Output = ()>,
         notifier: &Notifier,
     ) {
         // From here on newcomers wait in the kernel, for the next process; where nobody else keeps
         // the socket, they are refused.
-        tasks.entrances.shutdown().await;
-        drop(self.entrances);
+        tasks.accepting.shutdown().await;
+        drop(self.sources);
         notifier.send(&[NotifyState::Stopping]).await;
         let end = async {
             // An idle exit may have been under way, and somebody may need COMMAND after all.
@@ -324,10 +339,10 @@ impl Server {
                 }
             }
         };
-        // A second signal leaves COMMAND to its guard.
+        // Another signal leaves COMMAND to its guard.
         tokio::select! {
             () = end => {}
-            () = signals.again() => {}
+            () = again => {}
         }
         let open = self.admission.load().open;
         if open > 0 {

@@ -54,7 +54,7 @@ impl Sockets {
     }
 
     fn adopt(mut inherited: Vec<Inherited>) -> Result<Self, String> {
-        match inherited.iter().position(Connected::is_meant) {
+        match inherited.iter().position(Connected::is_connected) {
             None => {
                 let listeners = inherited.into_iter().map(|it| Listener::adopt(it).map(Rc::new));
                 listeners.collect::<Result<_, _>>().map(Self::Listeners)

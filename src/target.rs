@@ -40,7 +40,8 @@ impl Target {
             }
             return Ok(Self::Address(vsock));
         }
-        if text.parse::<u16>().is_ok_and(|port| port != 0) {
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+        if is_number && text.parse::<u16>().is_ok_and(|port| port != 0) {
             // As a host it is an address in 0.0.0.0/8, which is nobody's.
             return Err(format!("that is a port; of this machine it is 127.0.0.1:{text}"));
         }

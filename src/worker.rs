@@ -12,6 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -24,13 +25,14 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep};
 
-use crate::admission::{Permit, Seat, Seats};
+use crate::address::Address;
+use crate::admission::{Permit, Seats};
 use crate::connection::{Client, Place, Plan, Route, serve};
 use crate::flow::Carried;
 use crate::hold::Hold;
-use crate::listen::Newcomer;
+use crate::listen::{Entrance, Newcomer};
 use crate::logging::{RateLimit, in_words};
-use crate::socket::Socket;
+use crate::socket::{Family, Socket};
 
 /// Shorter than the connect timeout by default.
 const TIMER_AHEAD: Duration = Duration::from_secs(5);
@@ -100,7 +102,15 @@ impl Workers {
     /// fewest connections.
     pub fn serve(&self, newcomer: Newcomer, permit: Permit, backend: usize) {
         let mut threads = self.threads.borrow_mut();
-        let arrival = |seat| Arrival { newcomer, backend, permit, seat };
+        let Newcomer { fd, family, address, entered, reserved } = newcomer;
+        let arrival = |seat| Arrival {
+            fd,
+            family,
+            address,
+            entrance: entered.entrance(),
+            backend,
+            place: Place { entered, seat, permit, reserved },
+        };
         let Some(index) = self.choose(&mut threads) else {
             return self.here.serve(arrival(self.here_load.seats.take()));
         };
@@ -110,8 +120,9 @@ impl Workers {
             // Its event loop has panicked, which was said.
             let dead = threads.remove(index);
             self.here_load.carried.add(dead.load.carried.get());
-            let seat = self.here_load.seats.take();
-            self.here.serve(Arrival { seat, ..unsent.0 });
+            let mut arrival = unsent.0;
+            arrival.place.seat = self.here_load.seats.take();
+            self.here.serve(arrival);
         }
     }
 
@@ -163,10 +174,12 @@ impl Drop for Workers {
 /// Somebody on the way to their event loop.
 #[derive(Debug)]
 struct Arrival {
-    newcomer: Newcomer,
+    fd: OwnedFd,
+    family: Family,
+    address: Address,
+    entrance: Arc<Entrance>,
     backend: usize,
-    permit: Permit,
-    seat: Seat,
+    place: Place,
 }
 
 /// An event loop's own side: it never leaves its thread.
@@ -188,9 +201,7 @@ impl Worker {
     }
 
     fn serve(&self, arrival: Arrival) {
-        let Arrival { newcomer, backend, permit, seat } = arrival;
-        let Newcomer { fd, family, address, listener: entered, reserved } = newcomer;
-        let listener = entered.entrance();
+        let Arrival { fd, family, address, entrance, backend, place } = arrival;
         let socket = match Socket::register(fd, family) {
             Ok(socket) => socket,
             Err(error) => {
@@ -198,7 +209,7 @@ impl Worker {
                     let error = in_words(&error);
                     tracing::error!(
                         client = %address,
-                        %listener,
+                        listener = %entrance,
                         "Failed to watch a connection, closing it: {error}{suppressed}"
                     );
                 }
@@ -206,8 +217,7 @@ impl Worker {
             }
         };
         self.arrived.notify_one();
-        let place = Place { entered, seat, permit, reserved };
-        let client = Client { socket, address, listener, backend, place };
+        let client = Client { socket, address, entrance, backend, place };
         spawn_local(serve(client, Rc::clone(&self.route)));
     }
 }
