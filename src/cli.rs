@@ -4,17 +4,13 @@
 
 #![forbid(unsafe_code)]
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
-use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::error::ErrorKind;
-use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
-
 use crate::admission::Overflow;
 use crate::command::CommandLine;
-use crate::getopt::{Spelled, explain, spell_out};
+use crate::getopt::{Known, Word, Words};
 use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
@@ -83,17 +79,23 @@ impl Config {
     /// # Errors
     /// One line for standard error that names the option and the value.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
-        let (arguments, command) = match Arguments::read(args) {
-            Ok(read) => read,
-            Err(error) => {
-                return match error.kind() {
-                    ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-                        Ok(Request::Print(error.to_string()))
-                    }
-                    _ => Err(explain(&error)),
-                };
+        let mut arguments = Arguments::default();
+        let mut command = None;
+        let mut words = Words::new(&OPTIONS, args);
+        // Each value is read as it comes, so that the first mistake is the one that is said, as
+        // upstream.
+        while let Some(word) = words.next()? {
+            match word {
+                Word::Value(set, value) => set(&mut arguments, &value)?,
+                Word::Flag(Known { name: "version", .. }) => {
+                    let version = concat!("socket-proxyd ", env!("CARGO_PKG_VERSION"), "\n");
+                    return Ok(Request::Print(version.into()));
+                }
+                Word::Flag(_) => return Ok(Request::Print(HELP.into())),
+                Word::Argument(argument) => arguments.targets.push(argument),
+                Word::Command(words) => command = Some(words),
             }
-        };
+        }
         if arguments.targets.is_empty() {
             return Err("Not enough parameters. (There is no TARGET; see --help.)".into());
         }
@@ -157,6 +159,12 @@ impl Config {
     }
 }
 
+/// As many connections as systemd-socket-proxyd serves by default.
+const CONNECTIONS_MAX: NonZeroU32 = NonZeroU32::new(256).unwrap();
+
+/// How long an address of the backend has by default.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long clients are held by default while COMMAND starts.
 const COMMAND_WAIT: Duration = Duration::from_secs(90);
 
@@ -185,66 +193,114 @@ Other:
   -h --help, --version       Show this help or the version; see socket-proxyd(8)
 ";
 
-/// The command line as clap takes it apart, in the order of `--help`.
-///
-/// Each value is read as it comes, so that the first mistake is the one that is said, as upstream.
-#[derive(Debug, Parser)]
-#[command(
-    name = "socket-proxyd",
-    version,
-    override_help = HELP,
-    disable_help_flag = true,
-    disable_version_flag = true,
-    args_override_self = true
-)]
-struct Arguments {
-    targets: Vec<OsString>,
-    #[arg(long, action = ArgAction::Append)]
-    #[arg(value_parser = OsStringValueParser::new().try_map(|text| values::listen(&text)))]
-    listen: Vec<ListenAddress>,
-    #[arg(short, long, default_value = "256", value_parser = values::connections_max)]
-    connections_max: NonZeroU32,
-    #[arg(long, default_value = "refuse", value_parser = values::overflow)]
-    overflow: Overflow,
-    #[arg(long, default_value = "infinity")]
-    #[arg(value_parser = |text: &str| values::span("exit-idle-time", text))]
-    exit_idle_time: TimeSpan,
-    #[arg(long, default_value = "0")]
-    #[arg(value_parser = |text: &str| values::span("drain-time", text))]
-    drain_time: TimeSpan,
-    #[arg(long, value_parser = |text: &str| values::span("backend-wait", text))]
-    backend_wait: Option<TimeSpan>,
-    #[arg(long, default_value = "10s", value_parser = |text: &str| values::positive("connect-timeout", text))]
-    connect_timeout: TimeSpan,
-    #[arg(long, default_value = "infinity")]
-    #[arg(value_parser = |text: &str| values::positive("connection-idle-time", text))]
-    connection_idle_time: TimeSpan,
-    #[arg(long, default_value = "infinity", value_parser = values::keepalive)]
-    keepalive: TimeSpan,
-    #[arg(long, value_parser = values::proxy_protocol)]
-    proxy_protocol: Option<ProxyProtocol>,
-    #[arg(long, value_parser = values::ready)]
-    ready: Option<Ready>,
-    #[arg(long, value_parser = |text: &str| values::span("stop-idle-time", text))]
-    stop_idle_time: Option<TimeSpan>,
-    #[arg(long, default_value = "1", value_parser = values::threads)]
-    threads: NonZeroUsize,
-    #[arg(long, value_parser = values::log_level)]
-    log_level: Option<LogLevel>,
-    #[arg(short, long, action = ArgAction::HelpShort)]
-    help: Option<bool>,
-    #[arg(long, action = ArgAction::Version)]
-    version: Option<bool>,
+/// Takes the value of an option.
+type Set = fn(&mut Arguments, &OsStr) -> Result<(), String>;
+
+/// All options, in the order of `--help`.
+const OPTIONS: [Known<Set>; 16] = {
+    const fn option(name: &'static str, set: Set) -> Known<Set> {
+        Known { name, set: Some(set) }
+    }
+    [
+        option("listen", |it, value| {
+            it.listen.push(values::listen(value)?);
+            Ok(())
+        }),
+        option("connections-max", |it, value| {
+            put(&mut it.connections_max, value, values::connections_max)
+        }),
+        option("overflow", |it, value| put(&mut it.overflow, value, values::overflow)),
+        option("exit-idle-time", |it, value| {
+            put(&mut it.exit_idle_time, value, |text| values::span("exit-idle-time", text))
+        }),
+        option("drain-time", |it, value| {
+            put(&mut it.drain_time, value, |text| values::span("drain-time", text))
+        }),
+        option("backend-wait", |it, value| {
+            put_some(&mut it.backend_wait, value, |text| values::span("backend-wait", text))
+        }),
+        option("connect-timeout", |it, value| {
+            put(&mut it.connect_timeout, value, |text| values::positive("connect-timeout", text))
+        }),
+        option("connection-idle-time", |it, value| {
+            put(&mut it.connection_idle_time, value, |text| {
+                values::positive("connection-idle-time", text)
+            })
+        }),
+        option("keepalive", |it, value| put(&mut it.keepalive, value, values::keepalive)),
+        option("proxy-protocol", |it, value| {
+            put_some(&mut it.proxy_protocol, value, values::proxy_protocol)
+        }),
+        option("ready", |it, value| put_some(&mut it.ready, value, values::ready)),
+        option("stop-idle-time", |it, value| {
+            put_some(&mut it.stop_idle_time, value, |text| values::span("stop-idle-time", text))
+        }),
+        option("threads", |it, value| put(&mut it.threads, value, values::threads)),
+        option("log-level", |it, value| put_some(&mut it.log_level, value, values::log_level)),
+        Known { name: "help", set: None },
+        Known { name: "version", set: None },
+    ]
+};
+
+/// Reads a value into its place; of an option given twice the last counts.
+fn put<T>(
+    place: &mut T,
+    value: &OsStr,
+    read: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<(), String> {
+    let text = value.to_str().ok_or("socket-proxyd: an argument is not valid UTF-8")?;
+    *place = read(text)?;
+    Ok(())
 }
 
-impl Arguments {
-    /// The arguments, and the words of COMMAND if there is a `--` for it.
-    fn read(
-        args: impl IntoIterator<Item = OsString>,
-    ) -> Result<(Self, Option<Vec<OsString>>), clap::Error> {
-        let parser = Self::command();
-        let Spelled { args, command } = spell_out(&parser, args);
-        Ok((Self::from_arg_matches(&parser.try_get_matches_from(args)?)?, command))
+/// The same, where it counts whether there is one.
+fn put_some<T>(
+    place: &mut Option<T>,
+    value: &OsStr,
+    read: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<(), String> {
+    put(place, value, |text| read(text).map(Some))
+}
+
+/// The command line as it is taken apart, in the order of `--help`.
+#[derive(Debug)]
+struct Arguments {
+    targets: Vec<OsString>,
+    listen: Vec<ListenAddress>,
+    connections_max: NonZeroU32,
+    overflow: Overflow,
+    exit_idle_time: TimeSpan,
+    drain_time: TimeSpan,
+    backend_wait: Option<TimeSpan>,
+    connect_timeout: TimeSpan,
+    connection_idle_time: TimeSpan,
+    keepalive: TimeSpan,
+    proxy_protocol: Option<ProxyProtocol>,
+    ready: Option<Ready>,
+    stop_idle_time: Option<TimeSpan>,
+    threads: NonZeroUsize,
+    log_level: Option<LogLevel>,
+}
+
+impl Default for Arguments {
+    fn default() -> Self {
+        Self {
+            targets: Vec::new(),
+            listen: Vec::new(),
+            connections_max: CONNECTIONS_MAX,
+            overflow: Overflow::Refuse,
+            exit_idle_time: TimeSpan::INFINITY,
+            drain_time: TimeSpan::new(Duration::ZERO),
+            backend_wait: None,
+            connect_timeout: TimeSpan::new(CONNECT_TIMEOUT),
+            connection_idle_time: TimeSpan::INFINITY,
+            keepalive: TimeSpan::INFINITY,
+            proxy_protocol: None,
+            ready: None,
+            stop_idle_time: None,
+            threads: NonZeroUsize::MIN,
+            log_level: None,
+        }
     }
 }
 
@@ -264,11 +320,6 @@ mod tests {
 
     fn connections_max(args: &[&str]) -> Result<u32, String> {
         parse(args).map(|config| config.connections_max.get())
-    }
-
-    #[test]
-    fn clap_finds_no_fault() {
-        Arguments::command().debug_assert();
     }
 
     #[test]
@@ -318,8 +369,7 @@ mod tests {
     }
 
     fn known_options() -> BTreeSet<String> {
-        let command = Arguments::command();
-        command.get_arguments().filter_map(|arg| arg.get_long()).map(String::from).collect()
+        OPTIONS.iter().map(|option| option.name.to_string()).collect()
     }
 
     #[test]
@@ -369,6 +419,10 @@ mod tests {
             ),
             (&["--foo", "x"], "socket-proxyd: unrecognized option '--foo'"),
             (&["-x"], "socket-proxyd: unrecognized option '-x'"),
+            (
+                &["--l=x", "y"],
+                "socket-proxyd: option '--l' is ambiguous; possibilities: '--listen' '--log-level'",
+            ),
             (&["-c"], "socket-proxyd: option '--connections-max' requires an argument"),
             (&["--help=3"], "socket-proxyd: option '--help' doesn't allow an argument"),
             (&["--listen=99999", "x"], "Invalid --listen=99999: port 99999 is above 65535."),

@@ -1,141 +1,149 @@
-//! getopt_long(3)'s manners, which clap does not have and upstream's users know: how a word becomes
-//! an option, and the words in which a wrong one is refused.
+//! getopt_long(3)'s manners, which upstream's users know: what a word of the command line means, and
+//! the words in which a wrong one is refused.
 
 #![forbid(unsafe_code)]
 
-use std::error::Error;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 
-use clap::Command;
-use clap::error::{ContextKind, ErrorKind};
+use clap_lex::{ArgCursor, RawArgs};
 
 /// systemd-socket-proxyd's own options; a prefix that is unambiguous among these means the same
 /// here, whatever options are added beside them.
 const UPSTREAM_OPTIONS: [&str; 5] =
     ["connections-max", "exit-idle-time", "proxy-protocol", "help", "version"];
 
-/// A command line as clap can read it.
-#[derive(Debug, Default)]
-pub(crate) struct Spelled {
-    /// Options and TARGETs.
-    pub(crate) args: Vec<OsString>,
-    /// What follows the `--` after a TARGET, if there is one.
-    pub(crate) command: Option<Vec<OsString>>,
+/// Options of one letter, and their names.
+const LETTERS: [(char, &str); 2] = [('c', "connections-max"), ('h', "help")];
+
+/// An option.
+#[derive(Debug)]
+pub(crate) struct Known<S> {
+    /// Its whole name.
+    pub(crate) name: &'static str,
+    /// What becomes of its value; none if it has no value.
+    pub(crate) set: Option<S>,
 }
 
-/// Writes each option as `--name=value`, as getopt_long(3) understands it with upstream's options:
-/// before clap sees more options that begin the same way (`--conn=5`), or takes an `=` away (`-c=5`
-/// gives `-c` the value `=5`).
-///
-/// A `--` ends the options, as ever; after a TARGET it begins COMMAND.
-pub(crate) fn spell_out(command: &Command, args: impl IntoIterator<Item = OsString>) -> Spelled {
-    let mut args = args.into_iter();
-    let mut spelled: Vec<OsString> = args.next().into_iter().collect();
-    let mut has_target = false;
-    while let Some(arg) = args.next() {
-        let Some(text) = arg.to_str() else {
-            has_target = true;
-            spelled.push(arg);
-            continue;
-        };
-        let option = match text.strip_prefix("--") {
-            Some("") if has_target => {
-                return Spelled { args: spelled, command: Some(args.collect()) };
+/// What the command line consists of.
+#[derive(Debug)]
+pub(crate) enum Word<'a, S> {
+    /// An option without a value.
+    Flag(&'a Known<S>),
+    /// An option with its value.
+    Value(&'a S, OsString),
+    /// What is no option.
+    Argument(OsString),
+    /// What follows the `--` after an argument.
+    Command(Vec<OsString>),
+}
+
+/// A command line, word by word.
+#[derive(Debug)]
+pub(crate) struct Words<'a, S> {
+    known: &'a [Known<S>],
+    raw: RawArgs,
+    cursor: ArgCursor,
+    had_argument: bool,
+    /// A `--` has ended the options, as ever; after an argument it begins COMMAND.
+    options_ended: bool,
+}
+
+impl<'a, S> Words<'a, S> {
+    /// Those of `args`, the program's name first, by the options that are `known`.
+    pub(crate) fn new(known: &'a [Known<S>], args: impl IntoIterator<Item = OsString>) -> Self {
+        let raw = RawArgs::new(args);
+        let mut cursor = raw.cursor();
+        raw.next_os(&mut cursor);
+        Self { known, raw, cursor, had_argument: false, options_ended: false }
+    }
+
+    /// The next one.
+    ///
+    /// # Errors
+    /// getopt's words for an option that is not known, or whose value is missing or too much.
+    pub(crate) fn next(&mut self) -> Result<Option<Word<'a, S>>, String> {
+        let Some(word) = self.raw.next(&mut self.cursor) else { return Ok(None) };
+        if word.is_escape() {
+            if self.had_argument || self.options_ended {
+                let rest = self.raw.remaining(&mut self.cursor);
+                return Ok(Some(Word::Command(rest.map(OsString::from).collect())));
             }
-            Some("") => {
-                spelled.push(arg);
-                let mut rest: Vec<_> = args.collect();
-                let command = rest.iter().position(|word| word == "--").map(|dashes| {
-                    let command = rest.split_off(dashes + 1);
-                    rest.pop();
-                    command
-                });
-                spelled.extend(rest);
-                return Spelled { args: spelled, command };
+            self.options_ended = true;
+            return self.next();
+        }
+        if self.options_ended {
+            return Ok(Some(Word::Argument(word.to_value_os().into())));
+        }
+        if let Some((name, value)) = word.to_long() {
+            let known = self.by_name(name)?;
+            let Some(set) = &known.set else {
+                return match value {
+                    None => Ok(Some(Word::Flag(known))),
+                    Some(_) => Err(refused(&format!(
+                        "option '--{}' doesn't allow an argument",
+                        known.name
+                    ))),
+                };
+            };
+            let value = value.map(OsString::from);
+            return self.with_value(known, set, value).map(Some);
+        }
+        if let Some(mut letters) = word.to_short() {
+            let letter = letters.next_flag().and_then(Result::ok);
+            let name = LETTERS.iter().find(|(known, _)| Some(*known) == letter);
+            let known = name.and_then(|(_, name)| self.known.iter().find(|it| it.name == *name));
+            let Some(known) = known else {
+                return Err(refused(&format!("unrecognized option '{}'", word.display())));
+            };
+            let value = letters.next_value_os().map(OsString::from);
+            return match &known.set {
+                Some(set) => self.with_value(known, set, value).map(Some),
+                None => Ok(Some(Word::Flag(known))),
+            };
+        }
+        // A lone dash is no option either.
+        self.had_argument = true;
+        Ok(Some(Word::Argument(word.to_value_os().into())))
+    }
+
+    /// The value that is attached to an option, or else the next word, whatever it is.
+    fn with_value(
+        &mut self,
+        known: &'a Known<S>,
+        set: &'a S,
+        attached: Option<OsString>,
+    ) -> Result<Word<'a, S>, String> {
+        let value = attached.or_else(|| self.raw.next_os(&mut self.cursor).map(OsString::from));
+        let value = value
+            .ok_or_else(|| refused(&format!("option '--{}' requires an argument", known.name)))?;
+        Ok(Word::Value(set, value))
+    }
+
+    /// The option of a name, the upstream one that a prefix means, or else the only one of ours.
+    fn by_name(&self, name: Result<&str, &OsStr>) -> Result<&'a Known<S>, String> {
+        let unknown =
+            |name: &OsStr| refused(&format!("unrecognized option '--{}'", name.display()));
+        let name = name.map_err(unknown)?;
+        if let Some(known) = self.known.iter().find(|known| known.name == name) {
+            return Ok(known);
+        }
+        let meant = |known: &&&Known<S>| known.name.starts_with(name);
+        let upstreams = self.known.iter().filter(|known| UPSTREAM_OPTIONS.contains(&known.name));
+        let upstreams: Vec<_> = upstreams.filter(|known| meant(&known)).collect();
+        let ours: Vec<_> = self.known.iter().filter(|known| meant(&known)).collect();
+        match (&upstreams[..], &ours[..]) {
+            ([only], _) | (_, [only]) => Ok(only),
+            (_, []) => Err(unknown(OsStr::new(name))),
+            (_, several) => {
+                let names: Vec<_> = several.iter().map(|it| format!("'--{}'", it.name)).collect();
+                let names = names.join(" ");
+                Err(refused(&format!("option '--{name}' is ambiguous; possibilities: {names}")))
             }
-            Some(option) => option,
-            None => match text.strip_prefix("-c") {
-                Some("") => "connections-max",
-                Some(value) => {
-                    spelled.push(format!("--connections-max={value}").into());
-                    continue;
-                }
-                None => {
-                    // A lone dash is no option to getopt(3).
-                    has_target |= text == "-" || !text.starts_with('-');
-                    spelled.push(arg);
-                    continue;
-                }
-            },
-        };
-        let (name, value) = match option.split_once('=') {
-            Some((name, value)) => (name, Some(OsString::from(value))),
-            None => (option, None),
-        };
-        let name = whole_name(command, name);
-        let value = value.or_else(|| takes_value(command, name).then(|| args.next()).flatten());
-        let mut whole = OsString::from(format!("--{name}"));
-        if let Some(value) = value {
-            whole.push("=");
-            whole.push(value);
         }
-        spelled.push(whole);
-    }
-    Spelled { args: spelled, command: None }
-}
-
-/// The upstream option that a prefix means, or else the only one of ours.
-fn whole_name<'a>(command: &'a Command, name: &'a str) -> &'a str {
-    let ours = || command.get_arguments().filter_map(|option| option.get_long());
-    if ours().any(|known| known == name) {
-        return name;
-    }
-    the_only(UPSTREAM_OPTIONS.into_iter(), name).or_else(|| the_only(ours(), name)).unwrap_or(name)
-}
-
-fn the_only<'a>(options: impl Iterator<Item = &'a str>, prefix: &str) -> Option<&'a str> {
-    let mut meant = options.filter(|option| option.starts_with(prefix));
-    match (meant.next(), meant.next()) {
-        (Some(option), None) => Some(option),
-        _ => None,
     }
 }
 
-fn takes_value(command: &Command, name: &str) -> bool {
-    let mut options = command.get_arguments();
-    let option = options.find(|option| option.get_long() == Some(name));
-    option.is_some_and(|option| option.get_action().takes_values())
-}
-
-/// One line for what clap refuses, in getopt's words, which administrators know.
-pub(crate) fn explain(error: &clap::Error) -> String {
-    let text = |kind| match error.get(kind) {
-        Some(value) => value.to_string(),
-        None => String::new(),
-    };
-    // clap names an option together with its value: `--listen <ADDRESS>`.
-    let argument = text(ContextKind::InvalidArg);
-    let option =
-        argument.split_whitespace().find(|word| word.starts_with("--")).unwrap_or(&argument);
-    match error.kind() {
-        ErrorKind::ValueValidation => match error.source() {
-            Some(message) => message.to_string(),
-            None => error.to_string(),
-        },
-        ErrorKind::UnknownArgument => {
-            format!("socket-proxyd: unrecognized option '{argument}'")
-        }
-        ErrorKind::InvalidValue | ErrorKind::WrongNumberOfValues | ErrorKind::TooFewValues => {
-            format!("socket-proxyd: option '{option}' requires an argument")
-        }
-        ErrorKind::TooManyValues => {
-            format!("socket-proxyd: option '{option}' doesn't allow an argument")
-        }
-        ErrorKind::InvalidUtf8 => "socket-proxyd: an argument is not valid UTF-8".into(),
-        _ => {
-            let message = error.to_string();
-            let line = message.lines().next().unwrap_or_default();
-            format!("socket-proxyd: {}", line.trim_start_matches("error: "))
-        }
-    }
+/// As getopt_long(3) says it.
+fn refused(why: &str) -> String {
+    format!("socket-proxyd: {why}")
 }
