@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::admission::Overflow;
 use crate::command::CommandLine;
-use crate::getopt::{Known, Word, Words};
+use crate::getopt::{Known, Meaning, Word, Words};
 use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
@@ -87,13 +87,9 @@ impl Config {
         while let Some(word) = words.next()? {
             match word {
                 Word::Value(set, value) => set(&mut arguments, &value)?,
-                Word::Flag(Known { name: "version", .. }) => {
-                    let version = concat!("socket-proxyd ", env!("CARGO_PKG_VERSION"), "\n");
-                    return Ok(Request::Print(version.into()));
-                }
-                Word::Flag(_) => return Ok(Request::Print(HELP.into())),
+                Word::Prints(text) => return Ok(Request::Print(text.into())),
                 Word::Argument(argument) => arguments.targets.push(argument),
-                Word::Command(words) => command = Some(words),
+                Word::Command(given) => command = Some(given),
             }
         }
         if arguments.targets.is_empty() {
@@ -159,7 +155,7 @@ impl Config {
     }
 }
 
-/// As many connections as systemd-socket-proxyd serves by default.
+/// systemd-socket-proxyd's default.
 const CONNECTIONS_MAX: NonZeroU32 = NonZeroU32::new(256).unwrap();
 
 /// How long an address of the backend has by default.
@@ -167,6 +163,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long clients are held by default while COMMAND starts.
 const COMMAND_WAIT: Duration = Duration::from_secs(90);
+
+const VERSION: &str = concat!("socket-proxyd ", env!("CARGO_PKG_VERSION"), "\n");
 
 const HELP: &str = "\
 socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]] | SELECTOR=TARGET...
@@ -199,20 +197,35 @@ type Set = fn(&mut Arguments, &OsStr) -> Result<(), String>;
 /// All options, in the order of `--help`.
 const OPTIONS: [Known<Set>; 16] = {
     const fn option(name: &'static str, set: Set) -> Known<Set> {
-        Known { name, set: Some(set) }
+        Known { name, letter: None, is_upstreams: false, meaning: Meaning::Takes(set) }
+    }
+    const fn upstreams(
+        name: &'static str,
+        letter: Option<char>,
+        meaning: Meaning<Set>,
+    ) -> Known<Set> {
+        Known { name, letter, is_upstreams: true, meaning }
     }
     [
         option("listen", |it, value| {
             it.listen.push(values::listen(value)?);
             Ok(())
         }),
-        option("connections-max", |it, value| {
-            put(&mut it.connections_max, value, values::connections_max)
-        }),
+        upstreams(
+            "connections-max",
+            Some('c'),
+            Meaning::Takes(|it, value| {
+                put(&mut it.connections_max, value, values::connections_max)
+            }),
+        ),
         option("overflow", |it, value| put(&mut it.overflow, value, values::overflow)),
-        option("exit-idle-time", |it, value| {
-            put(&mut it.exit_idle_time, value, |text| values::span("exit-idle-time", text))
-        }),
+        upstreams(
+            "exit-idle-time",
+            None,
+            Meaning::Takes(|it, value| {
+                put(&mut it.exit_idle_time, value, |text| values::span("exit-idle-time", text))
+            }),
+        ),
         option("drain-time", |it, value| {
             put(&mut it.drain_time, value, |text| values::span("drain-time", text))
         }),
@@ -228,17 +241,21 @@ const OPTIONS: [Known<Set>; 16] = {
             })
         }),
         option("keepalive", |it, value| put(&mut it.keepalive, value, values::keepalive)),
-        option("proxy-protocol", |it, value| {
-            put_some(&mut it.proxy_protocol, value, values::proxy_protocol)
-        }),
+        upstreams(
+            "proxy-protocol",
+            None,
+            Meaning::Takes(|it, value| {
+                put_some(&mut it.proxy_protocol, value, values::proxy_protocol)
+            }),
+        ),
         option("ready", |it, value| put_some(&mut it.ready, value, values::ready)),
         option("stop-idle-time", |it, value| {
             put_some(&mut it.stop_idle_time, value, |text| values::span("stop-idle-time", text))
         }),
         option("threads", |it, value| put(&mut it.threads, value, values::threads)),
         option("log-level", |it, value| put_some(&mut it.log_level, value, values::log_level)),
-        Known { name: "help", set: None },
-        Known { name: "version", set: None },
+        upstreams("help", Some('h'), Meaning::Prints(HELP)),
+        upstreams("version", None, Meaning::Prints(VERSION)),
     ]
 };
 
@@ -248,8 +265,8 @@ fn put<T>(
     value: &OsStr,
     read: impl FnOnce(&str) -> Result<T, String>,
 ) -> Result<(), String> {
-    let text = value.to_str().ok_or("socket-proxyd: an argument is not valid UTF-8")?;
-    *place = read(text)?;
+    // None of these values has a character that stands for another.
+    *place = read(&value.to_string_lossy())?;
     Ok(())
 }
 
@@ -320,6 +337,31 @@ mod tests {
 
     fn connections_max(args: &[&str]) -> Result<u32, String> {
         parse(args).map(|config| config.connections_max.get())
+    }
+
+    #[test]
+    fn names_and_letters_are_unique() {
+        let letters: BTreeSet<_> = OPTIONS.iter().filter_map(|option| option.letter).collect();
+        assert_eq!(letters.len(), OPTIONS.iter().filter(|it| it.letter.is_some()).count());
+        assert_eq!(known_options().len(), OPTIONS.len());
+    }
+
+    #[test]
+    fn words_that_are_no_utf8_are_refused_or_kept() {
+        use std::os::unix::ffi::OsStringExt;
+        let parse = |words: &[&[u8]]| {
+            let words = words.iter().map(|word| OsString::from_vec(word.to_vec()));
+            Config::parse(std::iter::once("socket-proxyd".into()).chain(words)).map(drop)
+        };
+        for (word, message) in [
+            (&b"-c\xff"[..], "Failed to parse --connections-max= argument: \u{fffd}"),
+            (b"-\xff", "socket-proxyd: unrecognized option '-\u{fffd}'"),
+            (b"--\xff=1", "socket-proxyd: unrecognized option '--\u{fffd}'"),
+            (b"--ready=\xff", "Failed to parse --ready= argument: \u{fffd} (connect or notify)"),
+        ] {
+            assert_eq!(parse(&[word, b"x"]).unwrap_err(), message);
+        }
+        assert_eq!(parse(&[b"--listen=/\xff", b"/\xfe"]), Ok(()));
     }
 
     #[test]
@@ -419,9 +461,11 @@ mod tests {
             ),
             (&["--foo", "x"], "socket-proxyd: unrecognized option '--foo'"),
             (&["-x"], "socket-proxyd: unrecognized option '-x'"),
+            (&["-xfoo"], "socket-proxyd: unrecognized option '-x'"),
+            (&["--=x", "y"], "socket-proxyd: unrecognized option '--'"),
             (
                 &["--l=x", "y"],
-                "socket-proxyd: option '--l' is ambiguous; possibilities: '--listen' '--log-level'",
+                "socket-proxyd: option '--l' is ambiguous; possibilities: --listen, --log-level",
             ),
             (&["-c"], "socket-proxyd: option '--connections-max' requires an argument"),
             (&["--help=3"], "socket-proxyd: option '--help' doesn't allow an argument"),

@@ -1,5 +1,5 @@
-//! getopt_long(3)'s manners, which upstream's users know: what a word of the command line means, and
-//! the words in which a wrong one is refused.
+//! getopt_long(3)'s rules, which upstream's users know: what a word of the command line means. A wrong
+//! one is refused in the words of systemd 262, which reads its own by the same rules.
 
 #![forbid(unsafe_code)]
 
@@ -7,28 +7,34 @@ use std::ffi::{OsStr, OsString};
 
 use clap_lex::{ArgCursor, RawArgs};
 
-/// systemd-socket-proxyd's own options; a prefix that is unambiguous among these means the same
-/// here, whatever options are added beside them.
-const UPSTREAM_OPTIONS: [&str; 5] =
-    ["connections-max", "exit-idle-time", "proxy-protocol", "help", "version"];
-
-/// Options of one letter, and their names.
-const LETTERS: [(char, &str); 2] = [('c', "connections-max"), ('h', "help")];
-
-/// An option.
+/// An option that is known.
 #[derive(Debug)]
 pub(crate) struct Known<S> {
     /// Its whole name.
     pub(crate) name: &'static str,
-    /// What becomes of its value; none if it has no value.
-    pub(crate) set: Option<S>,
+    /// Its name of one letter, if it has one.
+    pub(crate) letter: Option<char>,
+    /// Whether systemd-socket-proxyd has it: a prefix that is unambiguous among those means the same
+    /// here, whatever options are added beside them.
+    pub(crate) is_upstreams: bool,
+    /// What it is for.
+    pub(crate) meaning: Meaning<S>,
+}
+
+/// What an option is for.
+#[derive(Debug)]
+pub(crate) enum Meaning<S> {
+    /// It has a value, of which this becomes something.
+    Takes(S),
+    /// It has none, and this is all that is asked for.
+    Prints(&'static str),
 }
 
 /// What the command line consists of.
 #[derive(Debug)]
 pub(crate) enum Word<'a, S> {
-    /// An option without a value.
-    Flag(&'a Known<S>),
+    /// An option that asks for this text; nothing after it counts.
+    Prints(&'static str),
     /// An option with its value.
     Value(&'a S, OsString),
     /// What is no option.
@@ -60,90 +66,85 @@ impl<'a, S> Words<'a, S> {
     /// The next one.
     ///
     /// # Errors
-    /// getopt's words for an option that is not known, or whose value is missing or too much.
+    /// An option that is not known, or whose value is missing or too much.
     pub(crate) fn next(&mut self) -> Result<Option<Word<'a, S>>, String> {
         let Some(word) = self.raw.next(&mut self.cursor) else { return Ok(None) };
-        if word.is_escape() {
-            if self.had_argument || self.options_ended {
-                let rest = self.raw.remaining(&mut self.cursor);
-                return Ok(Some(Word::Command(rest.map(OsString::from).collect())));
-            }
+        if word.is_escape() && self.had_argument {
+            let rest = self.raw.remaining(&mut self.cursor);
+            return Ok(Some(Word::Command(rest.map(OsString::from).collect())));
+        }
+        if word.is_escape() && !self.options_ended {
             self.options_ended = true;
             return self.next();
         }
-        if self.options_ended {
-            return Ok(Some(Word::Argument(word.to_value_os().into())));
+        if !self.options_ended {
+            if let Some((name, attached)) = word.to_long() {
+                let (known, attached) = (self.by_name(name)?, attached.map(OsString::from));
+                if matches!(known.meaning, Meaning::Prints(_)) && attached.is_some() {
+                    let name = known.name;
+                    return Err(refused(&format!("option '--{name}' doesn't allow an argument")));
+                }
+                return self.option(known, attached).map(Some);
+            }
+            if let Some(mut letters) = word.to_short() {
+                // `-c5`; of `-c=5` the value is `=5`.
+                let known = self.by_letter(letters.next_flag())?;
+                let attached = letters.next_value_os().map(OsString::from);
+                return self.option(known, attached).map(Some);
+            }
         }
-        if let Some((name, value)) = word.to_long() {
-            let known = self.by_name(name)?;
-            let Some(set) = &known.set else {
-                return match value {
-                    None => Ok(Some(Word::Flag(known))),
-                    Some(_) => Err(refused(&format!(
-                        "option '--{}' doesn't allow an argument",
-                        known.name
-                    ))),
-                };
-            };
-            let value = value.map(OsString::from);
-            return self.with_value(known, set, value).map(Some);
-        }
-        if let Some(mut letters) = word.to_short() {
-            let letter = letters.next_flag().and_then(Result::ok);
-            let name = LETTERS.iter().find(|(known, _)| Some(*known) == letter);
-            let known = name.and_then(|(_, name)| self.known.iter().find(|it| it.name == *name));
-            let Some(known) = known else {
-                return Err(refused(&format!("unrecognized option '{}'", word.display())));
-            };
-            let value = letters.next_value_os().map(OsString::from);
-            return match &known.set {
-                Some(set) => self.with_value(known, set, value).map(Some),
-                None => Ok(Some(Word::Flag(known))),
-            };
-        }
-        // A lone dash is no option either.
         self.had_argument = true;
         Ok(Some(Word::Argument(word.to_value_os().into())))
     }
 
-    /// The value that is attached to an option, or else the next word, whatever it is.
-    fn with_value(
+    /// An option, with the value that is attached to it, or else the next word, whatever it is.
+    fn option(
         &mut self,
         known: &'a Known<S>,
-        set: &'a S,
         attached: Option<OsString>,
     ) -> Result<Word<'a, S>, String> {
+        let set = match &known.meaning {
+            Meaning::Takes(set) => set,
+            Meaning::Prints(text) => return Ok(Word::Prints(text)),
+        };
         let value = attached.or_else(|| self.raw.next_os(&mut self.cursor).map(OsString::from));
-        let value = value
-            .ok_or_else(|| refused(&format!("option '--{}' requires an argument", known.name)))?;
-        Ok(Word::Value(set, value))
+        let missing = || refused(&format!("option '--{}' requires an argument", known.name));
+        Ok(Word::Value(set, value.ok_or_else(missing)?))
     }
 
-    /// The option of a name, the upstream one that a prefix means, or else the only one of ours.
+    fn by_letter(&self, letter: Option<Result<char, &OsStr>>) -> Result<&'a Known<S>, String> {
+        let letter = letter.and_then(Result::ok).unwrap_or(char::REPLACEMENT_CHARACTER);
+        let known = self.known.iter().find(|known| known.letter == Some(letter));
+        known.ok_or_else(|| refused(&format!("unrecognized option '-{letter}'")))
+    }
+
+    /// The option of a name, the upstream one that a prefix means, or else the only one of all.
     fn by_name(&self, name: Result<&str, &OsStr>) -> Result<&'a Known<S>, String> {
         let unknown =
             |name: &OsStr| refused(&format!("unrecognized option '--{}'", name.display()));
         let name = name.map_err(unknown)?;
+        if name.is_empty() {
+            // It would be a prefix of every option.
+            return Err(unknown(OsStr::new(name)));
+        }
         if let Some(known) = self.known.iter().find(|known| known.name == name) {
             return Ok(known);
         }
-        let meant = |known: &&&Known<S>| known.name.starts_with(name);
-        let upstreams = self.known.iter().filter(|known| UPSTREAM_OPTIONS.contains(&known.name));
-        let upstreams: Vec<_> = upstreams.filter(|known| meant(&known)).collect();
-        let ours: Vec<_> = self.known.iter().filter(|known| meant(&known)).collect();
-        match (&upstreams[..], &ours[..]) {
+        let all: Vec<_> = self.known.iter().filter(|known| known.name.starts_with(name)).collect();
+        let upstreams: Vec<_> = all.iter().copied().filter(|known| known.is_upstreams).collect();
+        match (&upstreams[..], &all[..]) {
             ([only], _) | (_, [only]) => Ok(only),
             (_, []) => Err(unknown(OsStr::new(name))),
             (_, several) => {
-                let names: Vec<_> = several.iter().map(|it| format!("'--{}'", it.name)).collect();
-                let names = names.join(" ");
+                let names: Vec<_> = several.iter().map(|it| format!("--{}", it.name)).collect();
+                let names = names.join(", ");
                 Err(refused(&format!("option '--{name}' is ambiguous; possibilities: {names}")))
             }
         }
     }
 }
 
-/// As getopt_long(3) says it.
+/// In the words of systemd 262.
 fn refused(why: &str) -> String {
     format!("socket-proxyd: {why}")
 }
