@@ -124,16 +124,22 @@ impl Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Inet(address) => match address.ip().to_canonical() {
-                // A dual-stack listener's IPv4 client, as everybody writes it.
-                ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()).fmt(f),
-                IpAddr::V6(_) => address.fmt(f),
-            },
+            Self::Inet(address) => canonical(*address).fmt(f),
             Self::Unix(Some(name)) => name.fmt(f),
             Self::Unix(None) => f.write_str("unix"),
             Self::Vsock { cid: ANY_CID, port } => write!(f, "vsock::{port}"),
             Self::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
         }
+    }
+}
+
+/// A dual-stack listener's IPv4 client, or IPv4 address, as everybody writes it: without the IPv6
+/// around it.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
+        // As it is: it may have a scope.
+        IpAddr::V6(_) => address,
     }
 }
 

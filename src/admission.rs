@@ -131,11 +131,12 @@ impl Drop for Permit {
     }
 }
 
-/// Connections on one event loop, those included that are on their way there.
+/// Connections at one place: on an event loop, those included that are on their way there, or from a
+/// listener.
 #[derive(Clone, Debug, Default)]
 pub struct Seats(Arc<AtomicUsize>);
 
-/// A connection's place on its event loop.
+/// A connection's place there.
 #[derive(Debug)]
 pub struct Seat(Arc<AtomicUsize>);
 

@@ -4,9 +4,8 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout_at;
 
 use crate::application::Application;
 use crate::dial::Dialer;
@@ -14,9 +13,6 @@ use crate::hold::Hold;
 use crate::socket::Socket;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
-
-/// Farther away than any client waits.
-const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// What all clients are connected to.
 #[derive(Debug)]
@@ -60,8 +56,7 @@ impl Backend {
         if !self.holds() {
             return self.dialer().dial().await.map_err(|error| error.to_string());
         }
-        let deadline = Instant::now() + self.wait.finite().unwrap_or(FOREVER).min(FOREVER);
-        timeout_at(deadline, Box::pin(self.held())).await.unwrap_or_else(|_| {
+        timeout_at(self.wait.deadline(), Box::pin(self.held())).await.unwrap_or_else(|_| {
             let application = self.application.as_ref();
             let obstacle = application.and_then(|application| application.obstacle());
             let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle());

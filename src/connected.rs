@@ -5,14 +5,13 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
 use socket2::SockRef;
 
 use crate::activation::{Inherited, STDIN};
 use crate::address::{Address, Identity};
 use crate::descriptors::Reserved;
-use crate::listen::{Entered, Entrance, Newcomer, set_options};
+use crate::listen::{Entrance, Newcomer, prepare};
 use crate::logging::in_words;
 use crate::socket::{Family, Keepalive};
 
@@ -60,12 +59,7 @@ impl Connected {
     }
 
     fn from_fd(fd: OwnedFd, name: String) -> io::Result<Self> {
-        let family = Family::of(&fd)?.ok_or(Errno::AFNOSUPPORT)?;
-        rustix::io::ioctl_fionbio(&fd, true)?;
-        if family == Family::Tcp {
-            set_options(&fd);
-        }
-        let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
+        let (family, address) = prepare(&fd)?;
         let peer = SockRef::from(&fd).peer_addr().ok().map(|it| Address::from_sockaddr(&it));
         Ok(Self { fd, family, peer, identity: Identity { name: Some(name), address } })
     }
@@ -84,8 +78,9 @@ impl Connected {
 
     /// As if they had just been accepted; `None` if they have gone.
     pub fn into_newcomer(self, reserved: Reserved) -> Option<Newcomer> {
-        let entered = Entered::by(&Entrance::new(&self.identity));
+        let entrance = Entrance::new(&self.identity);
+        let entered = entrance.enter();
         let Self { fd, family, peer, .. } = self;
-        Some(Newcomer { fd, family, address: peer?, entered, reserved })
+        Some(Newcomer { fd, family, address: peer?, entrance, entered, reserved })
     }
 }

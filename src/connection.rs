@@ -18,7 +18,7 @@ use crate::dial::Dialer;
 use crate::flow::{Carried, Shared};
 use crate::forward::{Ending, Pair, Side};
 use crate::hold::{Hold, Probing};
-use crate::listen::{Entered, Entrance};
+use crate::listen::Entrance;
 use crate::logging::{RateLimit, in_words};
 use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
@@ -69,7 +69,6 @@ pub struct Route {
     pub shared: Rc<Shared>,
     /// Who ends the quiet ones, if they are to be ended.
     pub watch: Option<Rc<Watch>>,
-    connection_idle_time: TimeSpan,
 }
 
 impl Route {
@@ -85,7 +84,6 @@ impl Route {
             proxy_protocol: plan.proxy_protocol,
             shared: Rc::new(Shared::new(plan.pipes, carried)),
             watch: plan.connection_idle_time.finite().map(|time| Rc::new(Watch::new(time))),
-            connection_idle_time: plan.connection_idle_time,
         }
     }
 }
@@ -109,7 +107,7 @@ pub struct Client {
 #[derive(Debug)]
 #[expect(dead_code, reason = "held, not read")]
 pub struct Place {
-    pub(crate) entered: Entered,
+    pub(crate) entered: Seat,
     pub(crate) seat: Seat,
     // After the above: its end is what others look at those counts for.
     pub(crate) permit: Permit,
@@ -168,6 +166,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
         };
         drop(place);
         if closed.end == Ending::Quiet
+            && let Some(watch) = &route.watch
             && let Some(suppressed) = QUIET.pass()
         {
             tracing::info!(
@@ -175,7 +174,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
                 listener = %entrance,
                 backend = %way.target(),
                 "Connection carried nothing for {}, closing it.{suppressed}",
-                route.connection_idle_time
+                TimeSpan::new(watch.idle_time())
             );
         }
         log(&outcome(closed.end), closed.from_client, closed.from_backend);

@@ -18,9 +18,6 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// What systemd is asked for in each of them: it waits for the next one, or for the end of COMMAND.
 const EXTENSION: Duration = Duration::from_secs(30);
 
-/// Farther away than any connection lasts.
-const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
-
 /// Waits until the last connection has ended, or `time` is over, and has systemd wait meanwhile.
 pub async fn drain(time: TimeSpan, admission: &Admission, notifier: &Notifier) {
     let mut occupancy = admission.occupancy();
@@ -32,7 +29,7 @@ pub async fn drain(time: TimeSpan, admission: &Admission, notifier: &Notifier) {
     tracing::info!(
         "Stopping, waiting{most} for open connections to end: {open}. (A second signal resets them.)"
     );
-    let deadline = Instant::now() + time.finite().unwrap_or(FOREVER).min(FOREVER);
+    let deadline = time.deadline();
     let tell = async {
         loop {
             let open = admission.load().open;

@@ -36,6 +36,7 @@ compile_error!("socket-proxyd needs Linux: splice(2), epoll(7) and systemd");
 // What the command line says.
 pub mod cli;
 pub mod getopt;
+pub mod options;
 pub mod values;
 pub mod selector;
 pub mod target;

@@ -10,7 +10,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,6 +23,7 @@ use tokio::time::sleep;
 
 use crate::activation::Inherited;
 use crate::address::{Address, Identity};
+use crate::admission::{Seat, Seats};
 use crate::descriptors::{Descriptors, Reserved};
 use crate::logging::{RateLimit, in_words};
 use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
@@ -60,7 +60,9 @@ pub struct Newcomer {
     /// Who they are.
     pub address: Address,
     /// Where they came in.
-    pub entered: Entered,
+    pub entrance: Arc<Entrance>,
+    /// That they did, until this is dropped.
+    pub entered: Seat,
     /// Descriptors for them and their backend.
     pub reserved: Reserved,
 }
@@ -89,13 +91,8 @@ impl Listener {
         name: Option<String>,
         file: Option<SocketFile>,
     ) -> io::Result<Self> {
-        let family = Family::of(&fd)?.ok_or(Errno::AFNOSUPPORT)?;
-        rustix::io::ioctl_fionbio(&fd, true)?;
-        if family == Family::Tcp {
-            // Inherited by what it accepts: once, instead of once a connection.
-            set_options(&fd);
-        }
-        let address = Address::from_sockaddr(&SockRef::from(&fd).local_addr()?);
+        // What it accepts inherits the options: once, instead of once a connection.
+        let (family, address) = prepare(&fd)?;
         let identity = Identity { name, address };
         Ok(Self {
             io: register(fd, Interest::READABLE)?,
@@ -175,8 +172,9 @@ impl Listener {
                     keepalive.set_or_warn(&fd);
                 }
             }
-            let (family, entered) = (self.family, Entered::by(&self.entrance));
-            return Ok(Newcomer { fd, family, address, entered, reserved });
+            let (family, entrance) = (self.family, Arc::clone(&self.entrance));
+            let entered = entrance.enter();
+            return Ok(Newcomer { fd, family, address, entrance, entered, reserved });
         }
     }
 
@@ -227,18 +225,23 @@ impl fmt::Display for Listener {
 #[derive(Debug)]
 pub struct Entrance {
     label: String,
-    open: AtomicUsize,
+    seats: Seats,
 }
 
 impl Entrance {
     /// Nobody has come in yet.
     pub fn new(identity: &Identity) -> Arc<Self> {
-        Arc::new(Self { label: identity.to_string(), open: AtomicUsize::default() })
+        Arc::new(Self { label: identity.to_string(), seats: Seats::default() })
     }
 
     /// Connections that have come in here and are not over.
     pub fn open(&self) -> usize {
-        self.open.load(Ordering::Relaxed)
+        self.seats.taken()
+    }
+
+    /// One more.
+    pub fn enter(&self) -> Seat {
+        self.seats.take()
     }
 }
 
@@ -248,31 +251,18 @@ impl fmt::Display for Entrance {
     }
 }
 
-/// Somebody's way in; they are counted there until this is dropped.
-#[derive(Debug)]
-pub struct Entered(Arc<Entrance>);
-
-impl Entered {
-    /// One more.
-    pub fn by(entrance: &Arc<Entrance>) -> Self {
-        entrance.open.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(entrance))
+/// Makes a socket that was passed or opened one of ours: its family, and its own address.
+pub(crate) fn prepare(fd: &OwnedFd) -> io::Result<(Family, Address)> {
+    let family = Family::of(fd)?.ok_or(Errno::AFNOSUPPORT)?;
+    rustix::io::ioctl_fionbio(fd, true)?;
+    if family == Family::Tcp {
+        set_options(fd);
     }
-
-    /// What it is called, for messages.
-    pub fn entrance(&self) -> Arc<Entrance> {
-        Arc::clone(&self.0)
-    }
-}
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
-    }
+    Ok((family, Address::from_sockaddr(&SockRef::from(fd).local_addr()?)))
 }
 
 /// What every TCP client's socket has.
-pub(crate) fn set_options(fd: &OwnedFd) {
+fn set_options(fd: &OwnedFd) {
     set_nodelay_or_warn(fd);
     set_oobinline_or_warn(fd);
 }

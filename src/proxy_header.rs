@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use ppp::{v1, v2};
 
-use crate::address::{Address, UnixName};
+use crate::address::{Address, UnixName, canonical};
 
 /// A version of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +46,7 @@ impl ProxyProtocol {
 /// The TCP addresses of both sides. A dual-stack listener's IPv4 client is an IPv4 client.
 fn inet(client: &Address, listener: &Address) -> Option<[SocketAddr; 2]> {
     let (Address::Inet(client), Address::Inet(listener)) = (client, listener) else { return None };
-    let canonical = |it: &SocketAddr| SocketAddr::new(it.ip().to_canonical(), it.port());
-    let both = [canonical(client), canonical(listener)];
+    let both = [canonical(*client), canonical(*listener)];
     (both[0].is_ipv4() == both[1].is_ipv4()).then_some(both)
 }
 

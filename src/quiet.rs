@@ -68,6 +68,11 @@ impl Watch {
         Self { idle_time, watched: RefCell::default(), begun: Notify::default() }
     }
 
+    /// How long each may carry nothing.
+    pub fn idle_time(&self) -> Duration {
+        self.idle_time
+    }
+
     /// Looks after one more, from now on.
     pub fn join(self: &Rc<Self>) -> Watched {
         let mut watched = self.watched.borrow_mut();
@@ -135,7 +140,7 @@ impl Watched {
 
     /// How long it may carry nothing.
     pub fn idle_time(&self) -> Duration {
-        self.watch.idle_time
+        self.watch.idle_time()
     }
 }
 
@@ -185,10 +190,15 @@ mod tests {
     const TIME: Duration = Duration::from_secs(60);
 
     async fn quiet(watched: &Watched) {
+        quiet_with(watched, || [7, 0]).await;
+    }
+
+    /// Waits until it is quiet, as a connection does; `under_way` is what it tells.
+    async fn quiet_with(watched: &Watched, under_way: impl Fn() -> [usize; 2]) {
         poll_fn(|cx| {
             watched.register(cx.waker());
             if watched.is_asked() {
-                watched.tell([7, 0]);
+                watched.tell(under_way());
             }
             if watched.is_quiet() { Poll::Ready(()) } else { Poll::Pending }
         })
@@ -230,14 +240,7 @@ mod tests {
             let start = Instant::now();
             // Its peer takes a byte in nine tenths of the time, and then no more.
             let under_way = || 20_usize.saturating_sub((start.elapsed().as_secs() / 54) as usize);
-            poll_fn(|cx| {
-                watched.register(cx.waker());
-                if watched.is_asked() {
-                    watched.tell([0, under_way()]);
-                }
-                if watched.is_quiet() { Poll::Ready(()) } else { Poll::Pending }
-            })
-            .await;
+            quiet_with(&watched, || [0, under_way()]).await;
             let took = start.elapsed() - TIME * 18;
             assert!(took >= TIME && took <= TIME * 2, "{took:?}");
         })

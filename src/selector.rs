@@ -4,10 +4,10 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 
-use crate::address::{Address, Identity, UnixName, parse_vsock};
+use crate::address::{Address, Identity, UnixName, canonical, parse_vsock};
 use crate::target::Target;
 
 /// The longest `FileDescriptorName=`, systemd.socket(5).
@@ -89,7 +89,7 @@ impl Targets {
     /// For each socket, which of [`Targets::iter`] it leads to.
     ///
     /// # Errors
-    /// One line with all the sockets, when it is not exactly one for each, or when a selector is of
+    /// One line that lists the sockets, when it is not exactly one for each, or when a selector is of
     /// no use.
     pub fn assign(&self, sockets: &[&Identity]) -> Result<Vec<usize>, String> {
         let Self::Selected(selections) = self else {
@@ -181,11 +181,7 @@ impl Selector {
                 format!("\"{text}\" is not an address with a port; of any address it is :PORT")
             })?;
             // What is one address has one form.
-            let address = match address.ip().to_canonical() {
-                ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
-                IpAddr::V6(_) => address,
-            };
-            return Ok(Self::Address(Address::Inet(address)));
+            return Ok(Self::Address(Address::Inet(canonical(address))));
         }
         if text.is_empty() {
             return Err("it is empty".into());
@@ -213,8 +209,9 @@ impl Selector {
             (Self::Port(port), Address::Inet(address)) => address.port() == *port,
             (Self::Port(_), _) => false,
             (Self::Address(Address::Inet(wanted)), Address::Inet(address)) => {
-                let canonical = |it: &SocketAddr| (it.ip().to_canonical(), it.port());
-                canonical(wanted) == canonical(address) && is_in_scope(wanted, address)
+                let address = canonical(*address);
+                (wanted.ip(), wanted.port()) == (address.ip(), address.port())
+                    && is_in_scope(wanted, &address)
             }
             (Self::Address(wanted), address) => wanted == address,
         }

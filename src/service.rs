@@ -163,6 +163,7 @@ impl Server {
         let uses =
             Uses { lookups: by_name, command: config.application.is_some(), threads: threads - 1 };
         let division = Division::of_this_process(config.connections_max.get(), uses)?;
+        let ways = ways(&config, division.lookups);
         let application = match (config.application, config.targets.iter().next()) {
             (Some(application), Some(target)) => {
                 if !config.listen.is_empty() {
@@ -173,18 +174,8 @@ impl Server {
             }
             _ => None,
         };
-        let lookups = Arc::new(Semaphore::new(division.lookups));
-        let way = |target: &Target| Way {
-            dialer: Dialer::new(
-                target.clone(),
-                config.connect_timeout,
-                config.keepalive,
-                Arc::clone(&lookups),
-            ),
-            probing: Probing::default(),
-        };
         let plan = Plan {
-            ways: config.targets.iter().map(way).collect(),
+            ways,
             backend_wait: config.backend_wait,
             application: application.clone(),
             proxy_protocol: config.proxy_protocol,
@@ -349,6 +340,21 @@ impl Server {
             tracing::info!("Stopping, resetting open connections: {open}.");
         }
     }
+}
+
+/// The way to each target; they share the lookups.
+fn ways(config: &Config, lookups_max: usize) -> Vec<Way> {
+    let lookups = Arc::new(Semaphore::new(lookups_max));
+    let way = |target: &Target| Way {
+        dialer: Dialer::new(
+            target.clone(),
+            config.connect_timeout,
+            config.keepalive,
+            Arc::clone(&lookups),
+        ),
+        probing: Probing::default(),
+    };
+    config.targets.iter().map(way).collect()
 }
 
 /// COMMAND, before anything is known to need it.

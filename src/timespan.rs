@@ -8,6 +8,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 /// A time span on the command line, in whole microseconds as systemd keeps it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimeSpan(Option<Duration>);
@@ -21,6 +23,9 @@ const DAY: u64 = 24 * HOUR;
 /// 365.25 days.
 const YEAR: u64 = 31_557_600 * SECOND;
 const MONTH: u64 = YEAR / 12;
+
+/// Farther away than anybody waits; a clock can't tell the end of infinity.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// The first that matches is taken, so longer names come before the ones they begin with.
 const UNITS: [(&str, u64); 29] = [
@@ -87,6 +92,11 @@ impl TimeSpan {
     /// Whether it is no time at all.
     pub fn is_zero(self) -> bool {
         self.0 == Some(Duration::ZERO)
+    }
+
+    /// When it is over, if it begins now.
+    pub fn deadline(self) -> Instant {
+        Instant::now() + self.0.unwrap_or(FOREVER).min(FOREVER)
     }
 
     /// How long, or `None` for ever.

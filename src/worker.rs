@@ -102,12 +102,12 @@ impl Workers {
     /// fewest connections.
     pub fn serve(&self, newcomer: Newcomer, permit: Permit, backend: usize) {
         let mut threads = self.threads.borrow_mut();
-        let Newcomer { fd, family, address, entered, reserved } = newcomer;
+        let Newcomer { fd, family, address, entrance, entered, reserved } = newcomer;
         let arrival = |seat| Arrival {
             fd,
             family,
             address,
-            entrance: entered.entrance(),
+            entrance,
             backend,
             place: Place { entered, seat, permit, reserved },
         };

@@ -250,22 +250,21 @@ fn a_listener_on_descriptor_0_is_a_listener() {
     assert_eq!(exit_code(&mut proxy), Some(0));
 }
 
+fn refuses(socket: Socket, words: &str) {
+    let others = Some((Stdio::null(), Stdio::piped()));
+    let mut proxy = inetd(socket, others, &["127.0.0.1:1"]);
+    let lines = Lines::default();
+    lines.collect(proxy.stderr.take().unwrap());
+    lines.wait_for(words);
+    assert_eq!(exit_code(&mut proxy), Some(1));
+}
+
 #[test]
 fn a_socket_by_which_a_program_was_run_is_not_a_client() {
     // No address: a socketpair(2), as sshd and many others have it.
     let (_ours, theirs) = Socket::pair(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
-    let others = Some((Stdio::null(), Stdio::piped()));
-    let mut proxy = inetd(theirs, others, &["127.0.0.1:1"]);
-    let lines = Lines::default();
-    lines.collect(proxy.stderr.take().unwrap());
-    lines.wait_for("Didn't get any sockets passed in.");
-    assert_eq!(exit_code(&mut proxy), Some(1));
+    refuses(theirs, "Didn't get any sockets passed in.");
     // No client either: it never was connected.
     let unconnected = Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-    let others = Some((Stdio::null(), Stdio::piped()));
-    let mut proxy = inetd(unconnected, others, &["127.0.0.1:1"]);
-    let lines = Lines::default();
-    lines.collect(proxy.stderr.take().unwrap());
-    lines.wait_for("Passed in socket is not a stream socket.");
-    assert_eq!(exit_code(&mut proxy), Some(1));
+    refuses(unconnected, "Passed in socket is not a stream socket.");
 }

@@ -4,6 +4,7 @@
 mod support;
 
 use std::io::{ErrorKind, Read, Write};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
@@ -147,27 +148,33 @@ fn nobody_keeps_a_socket_that_was_opened_here() {
     assert!(!path.exists(), "the socket file stays");
 }
 
+/// The proxy with an application behind it; the latter's log.
+fn on_demand(front: &Endpoint, options: &[&str], settings: &[&str]) -> (Running, TempDir, PathBuf) {
+    let (port, directory) = (free_port(), TempDir::new().unwrap());
+    let (log, target) = (directory.path().join("log"), format!("127.0.0.1:{port}"));
+    let launch = Launch::new(OURS).args(options).args([&target, "--", "perl", APP]);
+    let launch = launch.args([&port.to_string(), log.to_str().unwrap()]).args(settings);
+    (launch.listener(front).start(), directory, log)
+}
+
+/// What the application says its pid is.
+fn ask_pid(client: &mut Socket) -> String {
+    client.write_all(b"pid\n").unwrap();
+    let mut answer = [0; 32];
+    let length = client.read(&mut answer).unwrap();
+    assert!(length > 0, "the client is answered");
+    String::from_utf8(answer[..length].to_vec()).unwrap()
+}
+
 #[test]
 fn command_lives_until_its_connections_have_ended() {
-    let (front, port) = (Endpoint::new(Family::Tcp), free_port());
-    let directory = TempDir::new().unwrap();
-    let (log, target) = (directory.path().join("log"), format!("127.0.0.1:{port}"));
-    let mut proxy = Launch::new(OURS)
-        .args(["--drain-time=60s", &target, "--", "perl", APP])
-        .args([&port.to_string(), log.to_str().unwrap()])
-        .listener(&front)
-        .start();
+    let front = Endpoint::new(Family::Tcp);
+    let (mut proxy, _directory, log) = on_demand(&front, &["--drain-time=60s"], &[]);
     let mut client = front.connect();
-    let mut ask = || {
-        client.write_all(b"pid\n").unwrap();
-        let mut answer = [0; 32];
-        let length = client.read(&mut answer).unwrap();
-        String::from_utf8(answer[..length].to_vec()).unwrap()
-    };
-    let first = ask();
+    let first = ask_pid(&mut client);
     proxy.signal(Signal::TERM);
     proxy.lines.wait_for("Stopping, waiting up to 60s for open connections to end: 1.");
-    assert_eq!(ask(), first);
+    assert_eq!(ask_pid(&mut client), first);
     drop(client);
     proxy.lines.wait_for("All connections have ended.");
     assert_eq!(proxy.wait().code(), Some(0));
@@ -177,21 +184,10 @@ fn command_lives_until_its_connections_have_ended() {
 
 #[test]
 fn who_called_an_idle_exit_off_is_served() {
-    let (front, port) = (Endpoint::new(Family::Tcp), free_port());
-    let directory = TempDir::new().unwrap();
-    let (log, target) = (directory.path().join("log"), format!("127.0.0.1:{port}"));
-    let mut proxy = Launch::new(OURS)
-        .args(["--exit-idle-time=100ms", "--drain-time=60s", &target, "--", "perl", APP])
-        .args([&port.to_string(), log.to_str().unwrap(), "down=2"])
-        .listener(&front)
-        .start();
-    let ask = |client: &mut Socket| {
-        client.write_all(b"pid\n").unwrap();
-        let mut answer = [0; 32];
-        let length = client.read(&mut answer).unwrap();
-        assert!(length > 0, "the client is answered");
-    };
-    ask(&mut front.connect());
+    let front = Endpoint::new(Family::Tcp);
+    let options = ["--exit-idle-time=100ms", "--drain-time=60s"];
+    let (mut proxy, _directory, log) = on_demand(&front, &options, &["down=2"]);
+    ask_pid(&mut front.connect());
     // COMMAND is being stopped, for the exit, when a client comes and then the signal.
     let asked = || std::fs::read_to_string(&log).unwrap().contains("asked ").then_some(());
     poll_until(Instant::now() + PATIENCE, asked).expect("COMMAND is told to stop");
@@ -200,7 +196,7 @@ fn who_called_an_idle_exit_off_is_served() {
     let is_in = || (proxy.descriptors() > before).then_some(());
     poll_until(Instant::now() + PATIENCE, is_in).expect("the client is accepted");
     proxy.signal(Signal::TERM);
-    ask(&mut client);
+    ask_pid(&mut client);
     drop(client);
     assert_eq!(proxy.wait().code(), Some(0));
 }
