@@ -118,6 +118,9 @@ impl Container {
             ["running", "degraded"].contains(&state.trim()).then_some(leader)
         });
         this.leader = booted.expect("systemd boots");
+        // Ports of the ephemeral range that units listen on are nobody's local port.
+        this.inside(|| fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", "38000-39999"))
+            .expect("ports can be reserved");
         this
     }
 
