@@ -73,6 +73,7 @@ pub mod forward;
 pub mod flow;
 pub mod pipe;
 pub mod quiet;
+pub mod roster;
 pub mod socket;
 
 // What they lean on.

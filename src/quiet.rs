@@ -13,7 +13,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{Cell, OnceCell};
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::task::Waker;
@@ -21,6 +21,8 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::sleep;
+
+use crate::roster::{Member, Roster};
 
 /// Looks in an idle time.
 const LOOKS: u8 = 4;
@@ -36,7 +38,7 @@ const INTERVAL_MIN: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub struct Watch {
     idle_time: Duration,
-    watched: RefCell<Vec<Rc<Pulse>>>,
+    watched: Rc<Roster<Pulse>>,
     /// The first connection has come.
     begun: Notify,
 }
@@ -44,16 +46,14 @@ pub struct Watch {
 /// A connection that is looked after until this is dropped.
 #[derive(Debug)]
 pub struct Watched {
-    pulse: Rc<Pulse>,
+    pulse: Member<Pulse>,
     watch: Rc<Watch>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Pulse {
     /// Looks since bytes were delivered.
     missed: Cell<u8>,
-    /// Where it stands among all.
-    index: Cell<usize>,
     /// It was woken, to tell what is under way.
     asked: Cell<bool>,
     /// What was under way at the last look, to each side; once it is nothing, it stays so.
@@ -65,7 +65,7 @@ struct Pulse {
 impl Watch {
     /// For connections that may carry nothing for `idle_time`.
     pub fn new(idle_time: Duration) -> Self {
-        Self { idle_time, watched: RefCell::default(), begun: Notify::default() }
+        Self { idle_time, watched: Rc::default(), begun: Notify::default() }
     }
 
     /// How long each may carry nothing.
@@ -75,33 +75,22 @@ impl Watch {
 
     /// Looks after one more, from now on.
     pub fn join(self: &Rc<Self>) -> Watched {
-        let mut watched = self.watched.borrow_mut();
-        if watched.is_empty() {
+        if self.watched.is_empty() {
             self.begun.notify_one();
         }
-        let pulse = Rc::new(Pulse {
-            missed: Cell::default(),
-            index: Cell::new(watched.len()),
-            asked: Cell::default(),
-            under_way: Cell::default(),
-            waker: OnceCell::default(),
-        });
-        watched.push(Rc::clone(&pulse));
-        Watched { pulse, watch: Rc::clone(self) }
+        Watched { pulse: self.watched.join(Pulse::default()), watch: Rc::clone(self) }
     }
 
     /// Looks at all of them, for ever; to be run once.
     pub async fn look(self: Rc<Self>) -> Infallible {
         let interval = (self.idle_time / u32::from(LOOKS)).max(INTERVAL_MIN);
         loop {
-            if self.watched.borrow().is_empty() {
+            if self.watched.is_empty() {
                 self.begun.notified().await;
             }
             // From now, however late this look was: the next would be too early for all.
             sleep(interval).await;
-            for pulse in self.watched.borrow().iter() {
-                pulse.miss();
-            }
+            self.watched.for_each(Pulse::miss);
         }
     }
 }
@@ -141,17 +130,6 @@ impl Watched {
     /// How long it may carry nothing.
     pub fn idle_time(&self) -> Duration {
         self.watch.idle_time()
-    }
-}
-
-impl Drop for Watched {
-    fn drop(&mut self) {
-        let index = self.pulse.index.get();
-        let mut watched = self.watch.watched.borrow_mut();
-        watched.swap_remove(index);
-        if let Some(moved) = watched.get(index) {
-            moved.index.set(index);
-        }
     }
 }
 
@@ -277,23 +255,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_leaves_takes_nobody_along() {
+    async fn when_all_have_left_it_begins_anew() {
         watching(async |watch| {
-            let mut all: Vec<_> = (0..10).map(|_| watch.join()).collect();
-            for index in [4, 0, 7, 0, 3] {
-                all.remove(index);
-                for (place, pulse) in watch.watched.borrow().iter().enumerate() {
-                    assert_eq!(pulse.index.get(), place);
-                }
-            }
+            let all: Vec<_> = (0..10).map(|_| watch.join()).collect();
             let start = Instant::now();
             for watched in &all {
                 quiet(watched).await;
             }
             assert!(start.elapsed() <= TIME * 16 / 10);
             drop(all);
-            assert!(watch.watched.borrow().is_empty());
-            // And it begins anew.
+            assert!(watch.watched.is_empty());
             sleep(TIME * 3).await;
             let watched = watch.join();
             let start = Instant::now();
