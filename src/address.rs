@@ -102,6 +102,16 @@ impl Address {
         }
     }
 
+    /// Whether it is every address, and `other` is one of them.
+    pub fn is_any_of(&self, other: &Self) -> bool {
+        self.is_any()
+            && match (self, other) {
+                (Self::Inet(any), Self::Inet(other)) => any.port() == other.port(),
+                (Self::Vsock { port: any, .. }, Self::Vsock { port: other, .. }) => any == other,
+                _ => false,
+            }
+    }
+
     /// Reads what accept4(2) gave; `None` for a family it can't tell (vsock).
     pub fn from_accepted(address: Option<SocketAddrAny>) -> Option<Self> {
         let Some(address) = address else {

@@ -95,6 +95,16 @@ impl Admission {
         admitted.is_ok().then(|| Permit(Arc::clone(counts)))
     }
 
+    /// A place for somebody who had one in the process before this, whatever the cap is now.
+    pub fn readmit(&self) -> Permit {
+        let Self(counts) = self;
+        if counts.open.fetch_add(1, Ordering::AcqRel) == 0 {
+            counts.turned.send_replace(());
+        }
+        counts.changed.notify_one();
+        Permit(Arc::clone(counts))
+    }
+
     /// The cap.
     pub fn max(&self) -> NonZeroU32 {
         self.0.max

@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::admission::Overflow;
 use crate::command::CommandLine;
 use crate::getopt::{Word, Words};
+use crate::handover::Survival;
 use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::options::{Arguments, OPTIONS};
@@ -35,6 +36,8 @@ pub struct Config {
     pub exit_idle_time: TimeSpan,
     /// On a signal, open connections have this long to end.
     pub drain_time: TimeSpan,
+    /// What open connections outlive.
+    pub handover: Option<Survival>,
     /// What serves the target, if it is ours to start and stop.
     pub application: Option<Application>,
     /// How long a client is held while the backend is not up yet.
@@ -106,6 +109,16 @@ impl Config {
                        TARGET -- COMMAND [ARG...].";
             return Err(why.into());
         }
+        if arguments.handover.is_some() && command.is_some() {
+            let why = "--handover= can't be had with a COMMAND, which ends with the proxy, and with \
+                       it the connections; make it a service of its own.";
+            return Err(why.into());
+        }
+        if arguments.handover.is_some() && !arguments.drain_time.is_zero() {
+            let why = "--handover= hands open connections over when the proxy is told to stop, and \
+                       --drain-time= waits for their end; one of them has to go.";
+            return Err(why.into());
+        }
         let application = match command {
             Some(words) => Some(Application {
                 command: CommandLine::find(words)?,
@@ -141,6 +154,7 @@ impl Config {
             overflow: arguments.overflow,
             exit_idle_time: arguments.exit_idle_time,
             drain_time: arguments.drain_time,
+            handover: arguments.handover,
             application,
             backend_wait,
             connect_timeout: arguments.connect_timeout,
@@ -195,6 +209,7 @@ mod tests {
         for (option, says) in [
             ("--overflow=maybe", "maybe (refuse or wait)"),
             ("--proxy-protocol=v3", "v3 (v1 or v2)"),
+            ("--handover=yes", "yes (never, restart or crash)"),
             ("--keepalive=0", "0 (more than 0, up to 32767s, or infinity)"),
             ("--keepalive=10h", "10h (more than 0, up to 32767s, or infinity)"),
             ("--threads=0", "0 (1 to 256)"),
@@ -241,6 +256,16 @@ mod tests {
                 &["a=b", "--", "c"],
                 "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET; write \
                  TARGET -- COMMAND [ARG...].",
+            ),
+            (
+                &["--handover=restart", "a", "--", "b"],
+                "--handover= can't be had with a COMMAND, which ends with the proxy, and with it the \
+                 connections; make it a service of its own.",
+            ),
+            (
+                &["--handover=crash", "--drain-time=5", "a"],
+                "--handover= hands open connections over when the proxy is told to stop, and \
+                 --drain-time= waits for their end; one of them has to go.",
             ),
             (&["-c", "0", "x"], "Connection limit is too low."),
             (&["-c=5", "x"], "Failed to parse --connections-max= argument: =5"),

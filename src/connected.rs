@@ -81,6 +81,6 @@ impl Connected {
         let entrance = Entrance::new(&self.identity);
         let entered = entrance.enter();
         let Self { fd, family, peer, .. } = self;
-        Some(Newcomer { fd, family, address: peer?, entrance, entered, reserved })
+        Some(Newcomer { fd, family, address: peer?, entrance, entered, reserved, kept: None })
     }
 }

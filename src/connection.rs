@@ -2,7 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::RefCell;
+use std::fmt;
 use std::future::poll_fn;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,14 +19,18 @@ use crate::application::Application;
 use crate::backend::Backend;
 use crate::descriptors::Reserved;
 use crate::dial::Dialer;
-use crate::flow::{Carried, Shared};
-use crate::forward::{Ending, Pair, Side};
+use crate::flow::{Carried, Shared, Stored};
+use crate::forward::{Ending, Outcome, Pair, Side};
+use crate::handover::Handover;
 use crate::hold::{Hold, Probing};
+use crate::leave::{Leave, Stay};
+use crate::ledger::Kept;
 use crate::listen::Entrance;
 use crate::logging::{RateLimit, in_words};
+use crate::parcel::{Content, StoredPair};
 use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
-use crate::quiet::Watch;
+use crate::quiet::{Watch, Watched};
 use crate::socket::Socket;
 use crate::timespan::TimeSpan;
 
@@ -47,6 +55,8 @@ pub struct Plan {
     pub connection_idle_time: TimeSpan,
     /// Pipes for each event loop.
     pub pipes: Limits,
+    /// Where connections are stored, if they are.
+    pub handover: Option<Arc<Handover>>,
 }
 
 /// The way to one backend.
@@ -69,6 +79,10 @@ pub struct Route {
     pub shared: Rc<Shared>,
     /// Who ends the quiet ones, if they are to be ended.
     pub watch: Option<Rc<Watch>>,
+    /// Who tells them to leave, if they ever are.
+    pub leave: Option<Rc<Leave>>,
+    /// Those that have left, and are not stored yet.
+    pub left: RefCell<Vec<Left>>,
 }
 
 impl Route {
@@ -84,7 +98,17 @@ impl Route {
             proxy_protocol: plan.proxy_protocol,
             shared: Rc::new(Shared::new(plan.pipes, carried)),
             watch: plan.connection_idle_time.finite().map(|time| Rc::new(Watch::new(time))),
+            leave: plan.handover.is_some().then(Rc::default),
+            left: RefCell::default(),
         }
+    }
+
+    fn stay(&self) -> Option<Stay> {
+        self.leave.as_ref().map(Leave::join)
+    }
+
+    fn watched(&self) -> Option<Watched> {
+        self.watch.as_ref().map(Watch::join)
     }
 }
 
@@ -101,6 +125,63 @@ pub struct Client {
     pub backend: usize,
     /// What they take up until the connection is over.
     pub place: Place,
+    /// That it is stored.
+    pub kept: Option<Kept>,
+}
+
+/// A connection that was stored, on its new event loop.
+#[derive(Debug)]
+pub struct Returning {
+    /// What it consists of.
+    pub pair: Box<StoredPair<OwnedFd>>,
+    /// Who the client is.
+    pub address: Address,
+    /// Where they came in, as far as that is still there.
+    pub entrance: Arc<Entrance>,
+    /// The backend, whatever the targets are by now.
+    pub backend: Address,
+    /// When it began.
+    pub start: Instant,
+    /// What it takes up until it is over.
+    pub place: Place,
+    /// That it is to be stored from now on, too.
+    pub kept: Option<Kept>,
+}
+
+/// What is left of a connection whose event loop is left. When it is dropped both sides are reset.
+#[derive(Debug)]
+pub struct Left {
+    start: Instant,
+    remains: Remains,
+    _place: Place,
+}
+
+#[derive(Debug)]
+enum Remains {
+    Client(Socket),
+    Pair(Box<Pair>),
+}
+
+impl Left {
+    /// As it is to be stored, and how long ago it began.
+    ///
+    /// # Errors
+    /// When bytes that are held have no place outside this process.
+    pub fn stored(&self) -> io::Result<(Duration, Content<Stored<'_>>)> {
+        let content = match &self.remains {
+            Remains::Client(socket) => Content::Client(Stored::Lent(socket.as_fd())),
+            Remains::Pair(pair) => Content::Pair(Box::new(pair.stored()?)),
+        };
+        Ok((self.start.elapsed(), content))
+    }
+
+    /// It is stored: its peers notice nothing.
+    pub fn leave(self) {
+        match self.remains {
+            Remains::Client(socket) => socket.leave(),
+            Remains::Pair(pair) => pair.leave(),
+        }
+    }
 }
 
 /// What a connection takes up: given back when this is dropped, in this order.
@@ -120,49 +201,124 @@ pub struct Place {
 /// Dropped before that, it resets both sides.
 pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
     let start = Instant::now();
-    let Client { socket, address, entrance, backend, place } = client;
+    let Client { socket, address, entrance, backend, place, kept } = client;
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
         let way = &route.backends[backend];
-        let log = |outcome: &str, from_client: u64, from_backend: u64| {
-            tracing::debug!(
-                client = %address,
-                listener = %entrance,
-                backend = %way.target(),
-                bytes_from_client = from_client,
-                bytes_from_backend = from_backend,
-                duration_usec = start.elapsed().as_micros() as u64,
-                "{outcome}"
-            );
-        };
+        let story = Story { start, address, entrance };
+        let stay = route.stay();
         // Boxed: what dialling needs is gone when the connection stands, which may be for days.
-        let backend = match Box::pin(reach(&socket, way)).await {
+        let backend = match Box::pin(reach(&socket, way, stay.as_ref())).await {
             Reached::Backend(backend) => backend,
             Reached::Nobody(error) => {
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
-                        client = %address,
-                        listener = %entrance,
+                        client = %story.address,
+                        listener = %story.entrance,
                         backend = %way.target(),
                         "{error}{suppressed}"
                     );
                 }
                 socket.close();
-                return log("Connection closed, there is no backend", 0, 0);
+                return story.end("Connection closed, there is no backend", way.target(), [0, 0]);
             }
-            Reached::TooLate => return log("Connection closed, the client has left", 0, 0),
-        };
-        let header = match route.proxy_protocol {
-            Some(version) => {
-                let reached = socket.local_address();
-                version.header(&address, &reached.unwrap_or(Address::Unix(None)))
+            Reached::TooLate => {
+                return story.end("Connection closed, the client has left", way.target(), [0, 0]);
             }
-            None => Vec::new(),
+            Reached::ToldToLeave => match kept {
+                Some(kept) => {
+                    kept.leave();
+                    return socket.leave();
+                }
+                None => {
+                    let left = Left { start, remains: Remains::Client(socket), _place: place };
+                    return route.left.borrow_mut().push(left);
+                }
+            },
         };
-        tracing::debug!(client = %address, listener = %entrance, "Connection established");
-        let (shared, watched) = (Rc::clone(&route.shared), route.watch.as_ref().map(Watch::join));
-        let Ok(closed) = Pair::new(socket, backend, header, shared, watched).run().await else {
-            return;
+        tracing::debug!(client = %story.address, listener = %story.entrance, "Connection established");
+        let outcome = pair(socket, backend, &story.address, kept, &route).run(stay.as_ref()).await;
+        story.conclude(outcome, way.target(), place, &route);
+    }
+}
+
+/// Goes on with a connection that was stored, until it is over.
+pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()> {
+    let Returning { pair, address, entrance, backend, start, place, kept } = returning;
+    async move {
+        let story = Story { start, address, entrance };
+        let stay = route.stay();
+        let mut pair = match Pair::resume(*pair, Rc::clone(&route.shared), route.watched()) {
+            Ok(pair) => pair,
+            Err(error) => {
+                let error = in_words(&error);
+                return tracing::error!(
+                    client = %story.address,
+                    listener = %story.entrance,
+                    "Failed to take a stored connection back, closing it: {error}"
+                );
+            }
+        };
+        if let Some(kept) = kept {
+            pair.keep(kept);
+        }
+        let outcome = pair.run(stay.as_ref()).await;
+        story.conclude(outcome, &backend, place, &route);
+    }
+}
+
+/// Joins client and backend, the header in front.
+fn pair(
+    socket: Socket,
+    backend: Socket,
+    address: &Address,
+    kept: Option<Kept>,
+    route: &Route,
+) -> Pair {
+    let header = match route.proxy_protocol {
+        Some(version) => {
+            let reached = socket.local_address();
+            version.header(address, &reached.unwrap_or(Address::Unix(None)))
+        }
+        None => Vec::new(),
+    };
+    let mut pair = Pair::new(socket, backend, header, Rc::clone(&route.shared), route.watched());
+    if let Some(kept) = kept {
+        pair.keep(kept);
+    }
+    pair
+}
+
+/// What is said of a connection.
+struct Story {
+    start: Instant,
+    address: Address,
+    entrance: Arc<Entrance>,
+}
+
+impl Story {
+    /// Logs how it was, or keeps what is left of it.
+    fn conclude(
+        self,
+        outcome: io::Result<Outcome>,
+        backend: &dyn fmt::Display,
+        place: Place,
+        route: &Route,
+    ) {
+        let closed = match outcome {
+            Ok(Outcome::Closed(closed)) => closed,
+            Ok(Outcome::Left(pair)) => {
+                if let Err(pair) = pair.leave_to_store() {
+                    let remains = Remains::Pair(pair);
+                    route.left.borrow_mut().push(Left {
+                        start: self.start,
+                        remains,
+                        _place: place,
+                    });
+                }
+                return;
+            }
+            Err(_) => return,
         };
         drop(place);
         if closed.end == Ending::Quiet
@@ -170,14 +326,26 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
             && let Some(suppressed) = QUIET.pass()
         {
             tracing::info!(
-                client = %address,
-                listener = %entrance,
-                backend = %way.target(),
+                client = %self.address,
+                listener = %self.entrance,
+                %backend,
                 "Connection carried nothing for {}, closing it.{suppressed}",
                 TimeSpan::new(watch.idle_time())
             );
         }
-        log(&outcome(closed.end), closed.from_client, closed.from_backend);
+        self.end(&outcome_of(closed.end), backend, [closed.from_client, closed.from_backend]);
+    }
+
+    fn end(&self, outcome: &str, backend: &dyn fmt::Display, [to, from]: [u64; 2]) {
+        tracing::debug!(
+            client = %self.address,
+            listener = %self.entrance,
+            %backend,
+            bytes_from_client = to,
+            bytes_from_backend = from,
+            duration_usec = self.start.elapsed().as_micros() as u64,
+            "{outcome}"
+        );
     }
 }
 
@@ -186,12 +354,20 @@ enum Reached {
     Backend(Socket),
     Nobody(String),
     TooLate,
+    ToldToLeave,
 }
 
 /// Connects to the backend, unless the client leaves first.
-async fn reach(client: &Socket, backend: &Backend) -> Reached {
+async fn reach(client: &Socket, backend: &Backend, stay: Option<&Stay>) -> Reached {
+    let told = async {
+        match stay {
+            Some(stay) => stay.told().await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         biased;
+        () = told => Reached::ToldToLeave,
         dialled = backend.connect() => dialled.map_or_else(Reached::Nobody, Reached::Backend),
         () = left(client, backend.holds()) => Reached::TooLate,
     }
@@ -211,7 +387,7 @@ async fn left(client: &Socket, held: bool) {
     }
 }
 
-fn outcome(end: Ending) -> String {
+fn outcome_of(end: Ending) -> String {
     let (side, errno) = match end {
         Ending::Closed => return "Connection closed".into(),
         Ending::Quiet => return "Connection closed, it was idle".into(),

@@ -8,12 +8,19 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// A client's and its backend's.
-const PER_CONNECTION: u32 = 2;
+const PER_CONNECTION: usize = 2;
+
+/// The same with a pipe of its own for each direction.
+const PER_CONNECTION_WITH_PIPES: usize = 6;
+
+/// For looking through the store.
+const FOR_STORE: usize = 200;
 
 /// What a lookup opens while it runs: sockets to two name servers, a file of the system's, and one
 /// more for the name service modules.
@@ -59,6 +66,15 @@ pub struct Uses {
     pub command: bool,
     /// Event loops beside the main thread's.
     pub threads: usize,
+    /// Connections that are stored at every moment.
+    pub kept: bool,
+}
+
+impl Uses {
+    /// Descriptors for a connection, and for the store.
+    fn kept(self) -> (usize, usize) {
+        if self.kept { (PER_CONNECTION_WITH_PIPES, FOR_STORE) } else { (PER_CONNECTION, 0) }
+    }
 }
 
 impl Division {
@@ -68,14 +84,15 @@ impl Division {
     pub fn new(limit: usize, open: usize, connections_max: usize, uses: Uses) -> Self {
         let for_command = if uses.command { FOR_COMMAND } else { 0 };
         let for_threads = uses.threads * PER_THREAD;
-        let free = limit.saturating_sub(open + RESERVE + for_command + for_threads);
+        let (per_connection, for_store) = uses.kept();
+        let beside = RESERVE + for_command + for_threads + for_store;
+        let free = limit.saturating_sub(open + beside);
         let lookups = if uses.lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
-        let for_connections =
-            connections_max.saturating_add(1).saturating_mul(PER_CONNECTION as usize);
+        let for_connections = connections_max.saturating_add(1).saturating_mul(per_connection);
         let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
         Self {
-            connections: free.saturating_sub(pipes * 2) / PER_CONNECTION as usize,
+            connections: free.saturating_sub(pipes * 2) / per_connection,
             lookups,
             pipes,
             inherited: None,
@@ -90,13 +107,15 @@ impl Division {
         let inherited = getrlimit(Resource::Nofile).current;
         let limit = raise_limit();
         let connections_max = connections_max as usize;
+        let (per_connection, for_store) = uses.kept();
         let beside = OPEN_AT_START
+            + for_store
             + RESERVE
             + FOR_COMMAND
             + uses.threads * PER_THREAD
             + LOOKUPS_MAX * PER_LOOKUP
             + PIPES_MAX * 2;
-        let plenty = connections_max.saturating_mul(PER_CONNECTION as usize).saturating_add(beside);
+        let plenty = connections_max.saturating_mul(per_connection).saturating_add(beside);
         let open =
             if limit >= plenty { OPEN_AT_START } else { open_now().unwrap_or(OPEN_AT_START) };
         let division = Self { inherited, ..Self::new(limit, open, connections_max, uses) };
@@ -113,20 +132,27 @@ impl Division {
 /// The descriptors that connections may take, counted.
 #[derive(Debug)]
 pub struct Descriptors {
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
     /// There may be more of them: the cap on connections is what they stand for.
     capped: bool,
 }
 
-/// A connection's two descriptors, given back when it is dropped.
 #[derive(Debug)]
-pub struct Reserved(#[expect(dead_code, reason = "held, not read")] OwnedSemaphorePermit);
+struct Places {
+    free: Semaphore,
+    /// Taken although there were none: as many are not free again when they are given back.
+    owed: AtomicUsize,
+}
+
+/// A connection's descriptors, given back when it is dropped.
+#[derive(Debug)]
+pub struct Reserved(Arc<Places>);
 
 impl Descriptors {
     /// Room for this many connections.
     pub fn new(connections: usize) -> Self {
-        let places = Semaphore::new(connections.min(Semaphore::MAX_PERMITS)).into();
-        Self { places, capped: false }
+        let free = Semaphore::new(connections.min(Semaphore::MAX_PERMITS));
+        Self { places: Arc::new(Places { free, owed: AtomicUsize::default() }), capped: false }
     }
 
     /// The same, and for no more than `max`: who comes above that waits in the kernel.
@@ -139,20 +165,43 @@ impl Descriptors {
         self.capped
     }
 
-    /// Two descriptors, if there are any left.
+    /// A connection's, if there are any left.
     pub fn try_reserve(&self) -> Option<Reserved> {
-        Arc::clone(&self.places).try_acquire_owned().ok().map(Reserved)
+        self.places.free.try_acquire().ok().map(|permit| self.reserved(permit))
     }
 
-    /// Waits for two descriptors.
+    /// Waits for them.
     pub async fn reserve(&self) -> Reserved {
-        let reserved = Arc::clone(&self.places).acquire_owned().await;
-        Reserved(reserved.expect("the semaphore is never closed"))
+        let permit = self.places.free.acquire().await;
+        self.reserved(permit.expect("the semaphore is never closed"))
+    }
+
+    /// The same for somebody who has them already.
+    pub fn reserve_anyway(&self) -> Reserved {
+        self.try_reserve().unwrap_or_else(|| {
+            self.places.owed.fetch_add(1, Ordering::AcqRel);
+            Reserved(Arc::clone(&self.places))
+        })
+    }
+
+    fn reserved(&self, permit: SemaphorePermit<'_>) -> Reserved {
+        permit.forget();
+        Reserved(Arc::clone(&self.places))
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let Self(places) = self;
+        let pay = |owed: usize| owed.checked_sub(1);
+        if places.owed.fetch_update(Ordering::AcqRel, Ordering::Acquire, pay).is_err() {
+            places.free.add_permits(1);
+        }
     }
 }
 
 /// Raises the soft limit to the hard one and says what it is now.
-fn raise_limit() -> usize {
+pub fn raise_limit() -> usize {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     let limit = match setrlimit(Resource::Nofile, raised) {
@@ -179,7 +228,7 @@ mod tests {
             for open in [8, 16, 64] {
                 for connections_max in [1, 256, 4096, u32::MAX as usize] {
                     for lookups in [false, true] {
-                        let uses = Uses { lookups, command: lookups, threads: 3 };
+                        let uses = Uses { lookups, command: lookups, threads: 3, kept: false };
                         let it = Division::new(limit, open, connections_max, uses);
                         let beside =
                             uses.threads * PER_THREAD + if lookups { FOR_COMMAND } else { 0 };
@@ -195,11 +244,26 @@ mod tests {
                 }
             }
         }
-        let uses = Uses { lookups: false, command: false, threads: 0 };
+        let uses = Uses { lookups: false, command: false, threads: 0, kept: false };
         let small = Division::new(40, 10, 256, uses);
         assert_eq!((small.connections, small.pipes), (11, 1));
         let roomy = Division::new(20_000, 16, 4096, uses);
         assert!(roomy.connections >= 4096);
         assert_eq!(roomy.pipes, PIPES_MAX);
+        let kept = Division::new(20_000, 16, 3000, Uses { kept: true, ..uses });
+        assert!(kept.connections > 3000 && kept.connections * 6 + kept.pipes * 2 < 20_000);
+    }
+
+    #[test]
+    fn who_is_there_already_goes_before_others_come() {
+        let descriptors = Descriptors::capped(100, 2);
+        let there = [(); 3].map(|()| descriptors.reserve_anyway());
+        assert!(descriptors.try_reserve().is_none());
+        let [first, second, _third] = there;
+        drop(first);
+        assert!(descriptors.try_reserve().is_none());
+        drop(second);
+        let _newcomer = descriptors.try_reserve().unwrap();
+        assert!(descriptors.try_reserve().is_none());
     }
 }

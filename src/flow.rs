@@ -5,17 +5,22 @@
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 
+use crate::parcel::{StoredFlow, StoredHeld};
 use crate::pipe::{Limits, Pipe, PipePool};
 use crate::socket::{Family, Socket};
 
 /// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
 /// comes as a short read.
-const COPY_SIZE: usize = 32 * 1024;
+pub(crate) const COPY_SIZE: usize = 32 * 1024;
 
 /// Full buffers in a row that make a flow bulky.
 const BULKY_AFTER: u8 = 2;
@@ -102,15 +107,23 @@ pub(crate) struct Flow {
     mode: Mode,
     /// Bytes the sink took.
     pub(crate) delivered: u64,
+    /// Where all bytes are that it has taken and not delivered, if it may not hold them otherwise.
+    own: Option<Box<Pipe>>,
 }
 
+/// Whether and how a flow has ended: see `forward`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum State {
+pub enum State {
+    /// Bytes may come.
     #[default]
     Open,
+    /// The source's FIN was passed on.
     Ended,
+    /// The source was reset.
     SourceReset,
+    /// The sink takes no more.
     SinkGone {
+        /// Bytes of the source stay undelivered.
         lost: bool,
     },
 }
@@ -153,6 +166,8 @@ impl Default for Mode {
 pub(crate) enum Step {
     Moved,
     Stuck,
+    /// The source can't be spliced from, and nothing else may be done.
+    CantSplice,
     /// The source's bytes are at their end, and all of them are with the sink.
     End,
 }
@@ -163,6 +178,31 @@ pub(crate) enum Fault {
     Sink(Errno),
 }
 
+/// A descriptor to store: one's own, or one made for it.
+#[derive(Debug)]
+pub enum Stored<'a> {
+    /// It stays whose it is.
+    Lent(BorrowedFd<'a>),
+    /// It has no other place.
+    Made(OwnedFd),
+}
+
+impl AsFd for Stored<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Lent(fd) => *fd,
+            Self::Made(fd) => fd.as_fd(),
+        }
+    }
+}
+
+impl Pipe {
+    fn stored(&self) -> StoredHeld<Stored<'_>> {
+        let [read, write] = self.ends().map(Stored::Lent);
+        StoredHeld::Piped { read, write }
+    }
+}
+
 impl Flow {
     /// Sends what is held, or else moves one bufferful or pipeful.
     pub(crate) fn step(
@@ -171,6 +211,9 @@ impl Flow {
         sink: &mut End,
         shared: &Shared,
     ) -> Result<Step, Fault> {
+        if self.own.is_some() {
+            return self.step_through_its_own(source, sink);
+        }
         if !self.held.is_nothing() {
             return self.send_held(sink, shared);
         }
@@ -308,6 +351,119 @@ impl Flow {
         Ok(Step::Stuck)
     }
 
+    /// The same for a flow with a pipe of its own.
+    fn step_through_its_own(&mut self, source: &mut End, sink: &mut End) -> Result<Step, Fault> {
+        let Some(pipe) = &mut self.own else { return Ok(Step::Stuck) };
+        if pipe.filled() == 0 {
+            if !source.readable {
+                return Ok(Step::Stuck);
+            }
+            let filled = pipe.fill(&source.socket, usize::MAX);
+            if matches!(filled, Ok(0) | Err(Errno::AGAIN)) && source.socket.has_urgent_data() {
+                return Ok(Step::CantSplice);
+            }
+            match filled {
+                Ok(0) => return Ok(Step::End),
+                Ok(bytes) if bytes == pipe.size() => pipe.grow(),
+                Ok(_) => {}
+                Err(Errno::AGAIN) => {
+                    source.readable = false;
+                    return Ok(Step::Stuck);
+                }
+                Err(Errno::INTR) => return Ok(Step::Moved),
+                Err(Errno::INVAL) => return Ok(Step::CantSplice),
+                Err(errno) => return Err(Fault::Source(errno)),
+            }
+        }
+        while sink.writable {
+            let Some(pipe) = &mut self.own else { break };
+            let result = pipe.drain(&sink.socket);
+            let left = pipe.filled();
+            self.sent(result, sink)?;
+            if left == 0 {
+                return Ok(Step::Moved);
+            }
+        }
+        Ok(Step::Stuck)
+    }
+
+    /// Takes a pipe of its own, with what is held in it.
+    ///
+    /// # Errors
+    /// When there is no pipe, or none with enough room; then all is as before.
+    pub(crate) fn take_its_own(&mut self, shared: &Shared) -> Result<(), Errno> {
+        let pipe = match std::mem::take(&mut self.held) {
+            Held::Piped(pipe) => pipe,
+            held => {
+                let pipe = shared.pipes.make().ok_or(Errno::MFILE).and_then(|mut pipe| {
+                    if let Held::Copied { bytes, sent } = &held {
+                        pipe.put(&bytes[*sent..])?;
+                    }
+                    Ok(pipe)
+                });
+                pipe.inspect_err(|_| self.held = held)?
+            }
+        };
+        self.own = Some(Box::new(pipe));
+        Ok(())
+    }
+
+    /// Gives its own pipe up, and carries bytes as other flows do.
+    pub(crate) fn give_its_own_up(&mut self) {
+        if let Some(pipe) = self.own.take()
+            && pipe.filled() > 0
+        {
+            self.held = Held::Piped(*pipe);
+        }
+    }
+
+    /// As it is to be stored.
+    ///
+    /// # Errors
+    /// When bytes that were copied can't be put into a file: memfd_create(2)'s and write(2)'s.
+    pub(crate) fn stored(&self) -> io::Result<StoredFlow<Stored<'_>>> {
+        let held = match (&self.own, &self.held) {
+            (Some(pipe), _) => pipe.stored(),
+            (None, Held::Piped(pipe)) => pipe.stored(),
+            (None, Held::Copied { bytes, sent }) => {
+                let file = memfd_create(c"socket-proxyd", MemfdFlags::CLOEXEC)?;
+                File::from(file.try_clone()?).write_all(&bytes[*sent..])?;
+                StoredHeld::Copied(Stored::Made(file))
+            }
+            (None, Held::Nothing) => StoredHeld::Nothing,
+        };
+        Ok(StoredFlow { state: self.state, delivered: self.delivered, held })
+    }
+
+    /// One that was stored, with an empty pipe at most.
+    ///
+    /// # Errors
+    /// When what it held can't be had.
+    pub(crate) fn resume(stored: StoredFlow<OwnedFd>, shared: &Shared) -> io::Result<Self> {
+        let StoredFlow { state, delivered, held } = stored;
+        let mut flow = Self { state, delivered, ..Self::default() };
+        if state != State::Open {
+            return Ok(flow);
+        }
+        match held {
+            StoredHeld::Nothing => {}
+            StoredHeld::Copied(file) => {
+                let mut bytes = Vec::new();
+                let mut file = File::from(file);
+                file.rewind()?;
+                file.take(COPY_SIZE as u64).read_to_end(&mut bytes)?;
+                flow.held = Held::Copied { bytes, sent: 0 };
+            }
+            StoredHeld::Piped { read, write } => {
+                let pipe = shared.pipes.adopt(read, write)?;
+                if pipe.filled() > 0 {
+                    flow.held = Held::Piped(pipe);
+                }
+            }
+        }
+        Ok(flow)
+    }
+
     /// Accounts for a write to the sink; a full sink took nothing.
     fn sent(&mut self, result: Result<usize, Errno>, sink: &mut End) -> Result<usize, Fault> {
         match result {
@@ -326,15 +482,20 @@ impl Flow {
 
     /// Whether the next thing that can happen is that the sink takes something.
     pub(crate) fn waits_for_sink(&self) -> bool {
-        self.lacks_room || !self.held.is_nothing()
+        self.lacks_room || self.holds()
+    }
+
+    fn holds(&self) -> bool {
+        !self.held.is_nothing() || self.own.as_ref().is_some_and(|pipe| pipe.filled() > 0)
     }
 
     /// Nothing more can be delivered; what is held never will be, and its pipe is closed.
     pub(crate) fn sink_is_gone(&mut self, lost: bool) {
         if self.state == State::Open {
-            let lost = lost || !self.held.is_nothing();
+            let lost = lost || self.holds();
             self.state = State::SinkGone { lost };
             self.held = Held::Nothing;
+            self.own = None;
             self.lacks_room = false;
         }
     }

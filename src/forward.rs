@@ -73,6 +73,7 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -80,7 +81,10 @@ use std::time::Duration;
 use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::flow::{End, Fault, Flow, Held, Shared, State, Step};
+use crate::flow::{End, Fault, Flow, Held, Shared, State, Step, Stored};
+use crate::leave::Stay;
+use crate::ledger::Kept;
+use crate::parcel::{Content, StoredEnd, StoredPair};
 use crate::quiet::Watched;
 use crate::socket::{Family, Socket};
 
@@ -143,6 +147,17 @@ pub struct Pair {
     watched: Option<Watched>,
     preface: u64,
     fault: Option<(Side, Errno)>,
+    /// That it is stored as it stands, wherever it stands.
+    kept: Option<Kept>,
+}
+
+/// What became of a connection.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It is over.
+    Closed(Closed),
+    /// It was told to leave, and goes on from here.
+    Left(Box<Pair>),
 }
 
 impl Pair {
@@ -167,16 +182,112 @@ impl Pair {
             watched,
             preface: preface_len,
             fault: None,
+            kept: None,
         }
     }
 
-    /// Carries bytes until both directions are over, and closes both sockets.
+    /// Goes on with one that was stored.
+    ///
+    /// # Errors
+    /// When a socket can't be watched, or what was under way can't be had; both are reset then.
+    pub fn resume(
+        stored: StoredPair<OwnedFd>,
+        shared: Rc<Shared>,
+        watched: Option<Watched>,
+    ) -> io::Result<Self> {
+        let StoredPair { ends: [client, backend], flows: [there, back], preface, fault } = stored;
+        let end = |end: StoredEnd<OwnedFd>| -> io::Result<End> {
+            let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
+            let socket = Socket::register(end.socket, family)?;
+            Ok(End { reset: end.reset, gone: end.gone, ..End::new(socket) })
+        };
+        let ends = [end(client)?, end(backend)?];
+        let flows = [Flow::resume(there, &shared)?, Flow::resume(back, &shared)?];
+        Ok(Self { ends, flows, shared, watched, preface: preface.into(), fault, kept: None })
+    }
+
+    /// As it is to be stored.
+    ///
+    /// # Errors
+    /// When bytes that are held have no place outside this process.
+    pub fn stored(&self) -> io::Result<StoredPair<Stored<'_>>> {
+        let end = |side: Side| {
+            let End { socket, reset, gone, .. } = &self.ends[side as usize];
+            StoredEnd { socket: Stored::Lent(socket.as_fd()), reset: *reset, gone: *gone }
+        };
+        let [there, back] = &self.flows;
+        Ok(StoredPair {
+            ends: SIDES.map(end),
+            flows: [there.stored()?, back.stored()?],
+            preface: self.preface as u16,
+            fault: self.fault,
+        })
+    }
+
+    /// From now on it is stored at every moment, and its bytes never are in this process; where that
+    /// can't be, it is carried as others are.
+    pub fn keep(&mut self, kept: Kept) {
+        self.kept = Some(kept);
+        // Whatever becomes of it here.
+        self.ends.iter().for_each(|end| end.socket.set_stored());
+        let has_vsock = self.ends.iter().any(|end| end.socket.family() == Family::Vsock);
+        let can_be = !has_vsock
+            && self
+                .flows
+                .iter_mut()
+                .all(|flow| flow.state != State::Open || flow.take_its_own(&self.shared).is_ok());
+        if !can_be {
+            self.keep_no_more();
+        }
+        self.store();
+    }
+
+    /// Stores it as it stands now.
+    fn store(&mut self) {
+        let Some(kept) = &self.kept else { return };
+        let is_stored = self.stored().is_ok_and(|pair| kept.store(Content::Pair(Box::new(pair))));
+        if !is_stored {
+            self.keep_no_more();
+        }
+    }
+
+    fn keep_no_more(&mut self) {
+        self.flows.iter_mut().for_each(Flow::give_its_own_up);
+        if let Some(kept) = self.kept.take()
+            && !kept.forget()
+        {
+            // What is stored would be taken for how it stands, and its bytes would come twice.
+            self.flows.iter_mut().for_each(|flow| flow.sink_is_gone(true));
+        }
+    }
+
+    /// Leaves it to the store, where it is as it stands.
+    ///
+    /// # Errors
+    /// Itself, when it is not there.
+    pub fn leave_to_store(mut self: Box<Self>) -> Result<(), Box<Self>> {
+        let Some(kept) = self.kept.take() else { return Err(self) };
+        kept.leave();
+        self.leave();
+        Ok(())
+    }
+
+    /// Ends it here; its peers notice nothing, as long as somebody else has its sockets.
+    pub fn leave(self) {
+        let [client, backend] = self.ends;
+        client.socket.leave();
+        backend.socket.leave();
+    }
+
+    /// Carries bytes until both directions are over, and closes both sockets, or until it is told to
+    /// leave.
     ///
     /// # Errors
     /// Only the event loop's own, when it is being shut down.
     #[expect(clippy::manual_async_fn, reason = "it would keep its argument twice, 248 bytes")]
-    pub fn run(mut self) -> impl Future<Output = io::Result<Closed>> {
+    pub fn run(mut self, stay: Option<&Stay>) -> impl Future<Output = io::Result<Outcome>> {
         async move {
+            let is_told = || stay.is_some_and(Stay::is_told);
             // An edge of the time of dialling tells of bytes.
             poll_fn(|cx| {
                 let client = &mut self.ends[Side::Client as usize];
@@ -184,25 +295,43 @@ impl Pair {
                 if let Some(watched) = &self.watched {
                     watched.register(cx.waker());
                 }
+                if let Some(stay) = stay {
+                    stay.register(cx.waker());
+                }
                 Poll::Ready(())
             })
             .await;
             while !self.is_over() {
                 match self.turn() {
                     Turn::Stuck if self.is_over() || self.is_quiet() => break,
+                    _ if is_told() => return Ok(Outcome::Left(Box::new(self))),
                     Turn::Stuck if self.is_stalled() => {
                         // Boxed, like the end below: what few connections need is no part of all.
-                        if !Box::pin(self.wait_for_the_stalled()).await? {
+                        if !Box::pin(self.wait_for_the_stalled(&is_told)).await? {
                             break;
                         }
                     }
-                    Turn::Stuck => self.wait().await?,
+                    Turn::Stuck => self.wait(&is_told).await?,
                     Turn::More => tokio::task::yield_now().await,
                 }
             }
             // What has ended by itself is not quiet, even if it was late.
             let is_quiet = !self.is_over() && self.is_quiet();
             let linger = self.watched.take().map_or(LINGER, |it| it.idle_time().min(LINGER));
+            if !is_quiet && SIDES.map(|side| self.is_delivering(side)) != [false; 2] {
+                let finish = Box::pin(self.finish(linger));
+                let told = async {
+                    match stay {
+                        Some(stay) => stay.told().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    biased;
+                    () = finish => {}
+                    () = told => return Ok(Outcome::Left(Box::new(self))),
+                }
+            }
             let [from_client, from_backend] = &self.flows;
             let closed = Closed {
                 from_client: from_client.delivered.saturating_sub(self.preface),
@@ -213,19 +342,11 @@ impl Pair {
                     None => Ending::Closed,
                 },
             };
-            let states = [from_client.state, from_backend.state];
-            let [client, backend] = self.ends;
-            if is_quiet {
-                client.socket.reset();
-                backend.socket.reset();
-            } else if states == [State::Ended; 2] {
-                // Both FINs are known, nothing can come that would make the kernel send a reset.
-                client.socket.close();
-                backend.socket.close();
-            } else {
-                Box::pin(finish(client, backend, states, linger)).await;
+            let resets = SIDES.map(|side| is_quiet || self.is_to_be_reset(side));
+            for (end, reset) in self.ends.into_iter().zip(resets) {
+                if reset { end.socket.reset() } else { end.socket.close() }
             }
-            Ok(closed)
+            Ok(Outcome::Closed(closed))
         }
     }
 
@@ -261,6 +382,7 @@ impl Pair {
         };
         let sink_side = side.other();
         let before = flow.delivered;
+        let (mut failed, mut cant_splice) = (false, false);
         let mut turn = Turn::Stuck;
         while flow.state == State::Open {
             if flow.delivered - before >= TURN as u64 {
@@ -270,6 +392,10 @@ impl Pair {
             match flow.step(source, sink, &self.shared) {
                 Ok(Step::Moved) => {}
                 Ok(Step::Stuck) => break,
+                Ok(Step::CantSplice) => {
+                    cant_splice = true;
+                    break;
+                }
                 Ok(Step::End) if source.reset => flow.state = State::SourceReset,
                 Ok(Step::End) => {
                     flow.state = State::Ended;
@@ -281,6 +407,7 @@ impl Pair {
                     break;
                 }
                 Err(Fault::Source(errno)) => {
+                    failed = true;
                     self.fault.get_or_insert((side, errno));
                     source.reset = true;
                     source.gone = true;
@@ -289,6 +416,7 @@ impl Pair {
                     break;
                 }
                 Err(Fault::Sink(errno)) => {
+                    failed = true;
                     self.fault.get_or_insert((sink_side, errno));
                     // EPIPE comes after a FIN, or from a Unix peer that only stopped reading: the
                     // sink's own bytes end as they end. Any other error was taken from the socket
@@ -305,12 +433,25 @@ impl Pair {
                 watched.beat();
             }
         }
+        if self.kept.is_some() {
+            if cant_splice {
+                self.keep_no_more();
+                turn = Turn::More;
+            } else if failed {
+                // The error has been taken from the socket, which will not tell it again.
+                self.store();
+            }
+        }
         turn
     }
 
     /// Waits until a turn can do something.
-    async fn wait(&mut self) -> io::Result<()> {
-        poll_fn(|cx| self.poll_edges(cx)).await
+    async fn wait(&mut self, is_told: impl Fn() -> bool) -> io::Result<()> {
+        poll_fn(|cx| match self.poll_edges(cx) {
+            Poll::Pending if is_told() => Poll::Ready(Ok(())),
+            edge => edge,
+        })
+        .await
     }
 
     fn poll_edges(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -359,10 +500,10 @@ impl Pair {
     /// Waits; but once the sender is gone, not for a receiver that takes nothing for [`LINGER`].
     ///
     /// Here the sender is not read from, and EPOLLHUP would not tell its reset from two FINs.
-    async fn wait_for_the_stalled(&mut self) -> io::Result<bool> {
+    async fn wait_for_the_stalled(&mut self, is_told: impl Fn() -> bool) -> io::Result<bool> {
         let mut left = self.undelivered();
         loop {
-            if let Ok(waited) = timeout(LINGER, self.wait()).await {
+            if let Ok(waited) = timeout(LINGER, self.wait(&is_told)).await {
                 return waited.map(|()| true);
             }
             let was_gone = self.ends.iter().any(|end| end.gone);
@@ -380,33 +521,43 @@ impl Pair {
     fn undelivered(&self) -> [usize; 2] {
         [0, 1].map(|end| self.ends[end].socket.unsent())
     }
-}
 
-/// Both flows are over: the ends get theirs, after `linger` without progress at the latest.
-async fn finish(
-    client: End,
-    backend: End,
-    [from_client, from_backend]: [State; 2],
-    linger: Duration,
-) {
-    tokio::join!(
-        finish_end(client, from_client, from_backend, linger),
-        finish_end(backend, from_backend, from_client, linger),
-    );
-}
-
-/// Closes or resets, given how the flow from here and the flow to here ended.
-async fn finish_end(end: End, from: State, to: State, linger: Duration) {
-    // A reset, or bytes that come and are not read, would overtake what is on its way.
-    if !end.gone && matches!(to, State::Ended | State::SourceReset) {
-        delivered(&end.socket, linger).await;
+    /// Both flows are over: the ends get theirs, after `linger` without progress at the latest, and stay
+    /// open. It can be left at any time and begun anew.
+    async fn finish(&self, linger: Duration) {
+        tokio::join!(self.finish_end(Side::Client, linger), self.finish_end(Side::Backend, linger));
     }
-    let bytes_were_lost = from == State::SinkGone { lost: true };
-    if bytes_were_lost || matches!(to, State::SourceReset | State::Open) {
-        end.socket.reset();
-    } else {
-        // If bytes have come that nobody will read, the kernel makes it a reset by itself.
-        end.socket.close();
+
+    async fn finish_end(&self, side: Side, linger: Duration) {
+        let socket = &self.ends[side as usize].socket;
+        if self.is_delivering(side) {
+            delivered(socket, linger).await;
+        }
+        // If the other is not waited for either, both are closed at once.
+        if self.is_delivering(side.other()) {
+            if self.is_to_be_reset(side) { socket.abort() } else { socket.end() }
+        }
+    }
+
+    /// Whether bytes are on their way to this side that its end would overtake: a reset would, and so
+    /// would bytes that come and are not read.
+    fn is_delivering(&self, side: Side) -> bool {
+        let End { socket, gone, .. } = &self.ends[side as usize];
+        let states = SIDES.map(|side| self.flows[side as usize].state);
+        // What was sent on a Unix socket stays readable, whatever happens to this side; where both
+        // FINs are known, nothing can come that would make the kernel send a reset.
+        states != [State::Ended; 2]
+            && !gone
+            && matches!(states[side.other() as usize], State::Ended | State::SourceReset)
+            && socket.family() != Family::Unix
+            && socket.unsent() > 0
+    }
+
+    /// Given how the flow from there and the flow to there ended.
+    fn is_to_be_reset(&self, side: Side) -> bool {
+        let (from, to) = (&self.flows[side as usize], &self.flows[side.other() as usize]);
+        let bytes_were_lost = from.state == State::SinkGone { lost: true };
+        bytes_were_lost || matches!(to.state, State::SourceReset | State::Open)
     }
 }
 
@@ -414,10 +565,6 @@ async fn finish_end(end: End, from: State, to: State, linger: Duration) {
 ///
 /// The kernel has no event for it. The first look is nearly always enough.
 async fn delivered(socket: &Socket, linger: Duration) {
-    if socket.family() == Family::Unix {
-        // What was sent stays readable, whatever happens to this side.
-        return;
-    }
     let mut left = socket.unsent();
     let mut moved = Instant::now();
     let mut pause = Duration::from_millis(1);

@@ -74,7 +74,15 @@ pub mod flow;
 pub mod pipe;
 pub mod quiet;
 pub mod roster;
+pub mod leave;
 pub mod socket;
+
+// What outlives the process.
+pub mod handover;
+pub mod ledger;
+pub mod parcel;
+pub mod queue;
+pub mod store;
 
 // What they lean on.
 pub mod address;

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +25,7 @@ use crate::activation::Inherited;
 use crate::address::{Address, Identity};
 use crate::admission::{Seat, Seats};
 use crate::descriptors::{Descriptors, Reserved};
+use crate::ledger::Kept;
 use crate::logging::{RateLimit, in_words};
 use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
 
@@ -47,7 +48,7 @@ pub struct Listener {
     inherits: Cell<bool>,
     keepalive: Cell<Option<Keepalive>>,
     /// The socket file made here.
-    _file: Option<SocketFile>,
+    file: Option<SocketFile>,
 }
 
 /// Somebody who has just come in.
@@ -65,6 +66,8 @@ pub struct Newcomer {
     pub entered: Seat,
     /// Descriptors for them and their backend.
     pub reserved: Reserved,
+    /// That they are stored.
+    pub kept: Option<Kept>,
 }
 
 impl Listener {
@@ -101,7 +104,7 @@ impl Listener {
             identity,
             inherits: Cell::new(false),
             keepalive: Cell::new(None),
-            _file: file,
+            file,
         })
     }
 
@@ -174,7 +177,7 @@ impl Listener {
             }
             let (family, entrance) = (self.family, Arc::clone(&self.entrance));
             let entered = entrance.enter();
-            return Ok(Newcomer { fd, family, address, entrance, entered, reserved });
+            return Ok(Newcomer { fd, family, address, entrance, entered, reserved, kept: None });
         }
     }
 
@@ -202,6 +205,13 @@ impl Listener {
         &self.identity
     }
 
+    /// Leaves its socket file where it is, for the next process.
+    pub fn leave_file(&self) {
+        if let Some(file) = &self.file {
+            file.stays.set(true);
+        }
+    }
+
     /// It, as its connections know it.
     pub fn entrance(&self) -> &Arc<Entrance> {
         &self.entrance
@@ -212,6 +222,12 @@ impl Listener {
         let mut fds = [PollFd::new(&self.io, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         matches!(poll(&mut fds, Some(&now)), Ok(1..))
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.io.as_fd()
     }
 }
 
@@ -291,18 +307,20 @@ fn is_the_newcomers(errno: Errno) -> bool {
 pub(crate) struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
+    stays: Cell<bool>,
 }
 
 impl SocketFile {
     /// Notes which file it is.
     pub(crate) fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { identity: identity(path)?, path: path.into() })
+        Ok(Self { identity: identity(path)?, path: path.into(), stays: Cell::new(false) })
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
+        if !self.stays.get() && identity(&self.path).is_ok_and(|identity| identity == self.identity)
+        {
             let _ = fs::remove_file(&self.path);
         }
     }

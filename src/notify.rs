@@ -8,12 +8,16 @@
 use std::convert::Infallible;
 use std::env;
 use std::fmt;
-use std::io;
-use std::os::linux::net::SocketAddrExt;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
+use rustix::net::{
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, sendmsg_addr,
+};
 use sd_notify::NotifyState;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
@@ -44,7 +48,7 @@ static UNSENT: RateLimit = RateLimit::new(3, Duration::from_secs(60));
 
 /// The service manager, or nobody.
 #[derive(Debug)]
-pub struct Notifier(Option<(UnixDatagram, SocketAddr)>);
+pub struct Notifier(Option<(UnixDatagram, SocketAddrUnix)>);
 
 impl Notifier {
     /// Connects to `$NOTIFY_SOCKET`, a path or an abstract name.
@@ -54,8 +58,8 @@ impl Notifier {
         };
         let open = || -> io::Result<_> {
             let address = match name.as_bytes() {
-                [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
-                _ => SocketAddr::from_pathname(&name)?,
+                [b'@', name @ ..] => SocketAddrUnix::new_abstract_name(name)?,
+                _ => SocketAddrUnix::new(name.as_os_str())?,
             };
             let socket = UnixDatagram::unbound()?;
             socket.set_nonblocking(true)?;
@@ -77,25 +81,46 @@ impl Notifier {
 
     /// Sends once; what systemd does not take at once is lost.
     pub fn try_send(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
+        self.try_send_with(states, &[])
+    }
+
+    /// The same, with descriptors for it to have.
+    fn try_send_with(&self, states: &[NotifyState<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let Some((socket, address)) = &self.0 else {
             return Ok(());
         };
         let lines: String = states.iter().map(|state| format!("{state}\n")).collect();
-        socket.send_to_addr(lines.as_bytes(), address).map(drop)
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let lines = [IoSlice::new(lines.as_bytes())];
+        sendmsg_addr(socket, address, &lines, &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
     }
 
     /// Sends, and tries again for a second.
     pub async fn send(&self, states: &[NotifyState<'_>]) {
+        self.send_with(states, &[]).await;
+    }
+
+    /// The same, with at most one descriptor for it to have; whether it has got it.
+    pub async fn send_with(&self, states: &[NotifyState<'_>], fds: &[BorrowedFd<'_>]) -> bool {
         for _ in 0..RETRIES {
-            match self.try_send(states) {
+            match self.try_send_with(states, fds) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     sleep(RETRY_AFTER).await;
                 }
-                Err(error) => return warn_of_unsent(&in_words(&error)),
-                Ok(()) => return,
+                Err(error) => {
+                    warn_of_unsent(&in_words(&error));
+                    return false;
+                }
+                Ok(()) => return true,
             }
         }
         warn_of_unsent("it takes no messages");
+        false
     }
 
     /// Answers the watchdog at twice the rate it asks for, for ever. (It asks for nothing any more after

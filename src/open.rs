@@ -7,14 +7,14 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use socket2::{Domain, SockAddr, Type};
+use socket2::{Domain, SockAddr, SockRef, Type};
 use tokio::time::sleep;
 
 use crate::address::{Address, UnixName, parse_vsock};
@@ -79,11 +79,15 @@ impl fmt::Display for ListenAddress {
     }
 }
 
-/// Opens what `--listen=` asks for: one socket, or one for each address of a host.
+/// Opens what `--listen=` asks for: one socket, or one for each address of a host; or takes it out of
+/// those that the process before this one had opened and `stored`.
 ///
 /// # Errors
 /// One line that names the address.
-pub async fn open(address: &ListenAddress) -> Result<Vec<Listener>, String> {
+pub async fn open(
+    address: &ListenAddress,
+    stored: &mut Vec<OwnedFd>,
+) -> Result<Vec<Listener>, String> {
     let failed = |error: io::Error| {
         let hint = match address {
             ListenAddress::Vsock(address) => address.hint_at(&error),
@@ -92,9 +96,9 @@ pub async fn open(address: &ListenAddress) -> Result<Vec<Listener>, String> {
         format!("Failed to listen on {address}: {}{hint}.", in_words(&error))
     };
     Ok(match address {
-        ListenAddress::Unix(name) => vec![open_unix(name).await.map_err(failed)?],
-        ListenAddress::Vsock(address) => vec![open_vsock(address).map_err(failed)?],
-        ListenAddress::Any(port) => vec![open_any(*port).map_err(failed)?],
+        ListenAddress::Unix(name) => vec![open_unix(name, stored).await.map_err(failed)?],
+        ListenAddress::Vsock(address) => vec![open_vsock(address, stored).map_err(failed)?],
+        ListenAddress::Any(port) => vec![open_any(*port, stored).map_err(failed)?],
         ListenAddress::Host(host) => {
             let addresses = match host.literal() {
                 Some(address) => vec![address],
@@ -102,17 +106,17 @@ pub async fn open(address: &ListenAddress) -> Result<Vec<Listener>, String> {
                     .await
                     .map_err(|error| format!("Failed to listen on {address}: {error}."))?,
             };
-            open_each(host, &addresses).map_err(failed)?
+            open_each(host, &addresses, stored).map_err(failed)?
         }
     })
 }
 
-fn open_any(port: u16) -> io::Result<Listener> {
+fn open_any(port: u16, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
     // A kernel without IPv6 still has a port to offer.
-    open_inet((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|error| {
+    open_inet((Ipv6Addr::UNSPECIFIED, port).into(), stored).or_else(|error| {
         match Errno::from_io_error(&error) {
             Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => {
-                open_inet((Ipv4Addr::UNSPECIFIED, port).into())
+                open_inet((Ipv4Addr::UNSPECIFIED, port).into(), stored)
             }
             _ => Err(error),
         }
@@ -121,11 +125,15 @@ fn open_any(port: u16) -> io::Result<Listener> {
 
 /// One listener an address; addresses that this machine does not have (`localhost` may be `::1`
 /// where IPv6 is off) are left out as long as one is left.
-fn open_each(host: &HostPort, addresses: &[SocketAddr]) -> io::Result<Vec<Listener>> {
+fn open_each(
+    host: &HostPort,
+    addresses: &[SocketAddr],
+    stored: &mut Vec<OwnedFd>,
+) -> io::Result<Vec<Listener>> {
     let mut listeners = Vec::new();
     let mut missing = None;
     for &address in addresses {
-        match open_inet(address) {
+        match open_inet(address, stored) {
             Ok(listener) => listeners.push(listener),
             Err(error) => match Errno::from_io_error(&error) {
                 Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => missing = Some(error),
@@ -143,7 +151,16 @@ fn open_each(host: &HostPort, addresses: &[SocketAddr]) -> io::Result<Vec<Listen
     }
 }
 
-fn open_inet(address: SocketAddr) -> io::Result<Listener> {
+fn open_inet(address: SocketAddr, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
+    let is_it = |it: &Address| match it {
+        Address::Inet(it) => {
+            it.ip() == address.ip() && (it.port() == address.port() || address.port() == 0)
+        }
+        _ => false,
+    };
+    if let Some(fd) = take_stored(stored, is_it) {
+        return Listener::from_fd(fd, None, None);
+    }
     let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     // A restart must not wait for the last connections' TIME_WAIT.
     socket.set_reuse_address(true)?;
@@ -155,15 +172,26 @@ fn open_inet(address: SocketAddr) -> io::Result<Listener> {
     Listener::from_fd(socket.into(), None, None)
 }
 
-fn open_vsock(address: &Address) -> io::Result<Listener> {
+fn open_vsock(address: &Address, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
+    if let Some(fd) = take_stored(stored, |it| it == address) {
+        return Listener::from_fd(fd, None, None);
+    }
     let socket = socket2::Socket::new(Domain::VSOCK, Type::STREAM, None)?;
     socket.bind(&address.to_sockaddr()?)?;
     socket.listen(BACKLOG)?;
     Listener::from_fd(socket.into(), None, None)
 }
 
-async fn open_unix(name: &UnixName) -> io::Result<Listener> {
-    let address = Address::Unix(Some(Box::new(name.clone()))).to_sockaddr()?;
+async fn open_unix(name: &UnixName, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
+    let address = Address::Unix(Some(Box::new(name.clone())));
+    // Without its file nobody would find it.
+    if name.path().is_none_or(Path::exists)
+        && let Some(fd) = take_stored(stored, |it| *it == address)
+    {
+        let file = name.path().map(SocketFile::of).transpose()?;
+        return Listener::from_fd(fd, None, file);
+    }
+    let address = address.to_sockaddr()?;
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
     let Some(path) = name.path() else {
         socket.bind(&address)?;
@@ -189,6 +217,15 @@ async fn open_unix(name: &UnixName) -> io::Result<Listener> {
     let file = SocketFile::of(path)?;
     socket.listen(BACKLOG)?;
     Listener::from_fd(socket.into(), None, Some(file))
+}
+
+/// A listener of the process before this one that has such an address.
+fn take_stored(stored: &mut Vec<OwnedFd>, is_it: impl Fn(&Address) -> bool) -> Option<OwnedFd> {
+    let index = stored.iter().position(|fd| {
+        let address = SockRef::from(fd).local_addr();
+        address.is_ok_and(|address| is_it(&Address::from_sockaddr(&address)))
+    })?;
+    Some(stored.swap_remove(index))
 }
 
 /// Locks a directory, unless somebody else holds on to it: anybody who can read it can.
@@ -237,7 +274,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let address = ListenAddress::parse(path.as_os_str()).unwrap();
-        let open = || open(&address);
+        let open = async || open(&address, &mut Vec::new()).await;
 
         let first = open().await.unwrap();
         let error = open().await.unwrap_err();

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::admission::Overflow;
 use crate::getopt::{Known, Meaning};
+use crate::handover::Survival;
 use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
@@ -34,6 +35,7 @@ Sockets: (in brackets the default; TIME as in systemd.time(7), like 5min 20s)
      --overflow=refuse|wait  Close clients above that, or let them wait [refuse]
      --exit-idle-time=TIME   Exit after TIME without a connection [infinity]
      --drain-time=TIME       When told to stop, let connections end for TIME [0]
+     --handover=restart|crash  Connections outlive the proxy, or a crash [never]
 Backend:
      --backend-wait=TIME     Hold clients until TARGET is up [0; COMMAND: 90s]
      --connect-timeout=TIME  Give up on one address of TARGET [10s]
@@ -52,7 +54,7 @@ Other:
 pub(crate) type Set = fn(&mut Arguments, &OsStr) -> Result<(), String>;
 
 /// All options, in the order of `--help`.
-pub(crate) const OPTIONS: [Known<Set>; 16] = {
+pub(crate) const OPTIONS: [Known<Set>; 17] = {
     const fn option(name: &'static str, set: Set) -> Known<Set> {
         Known { name, letter: None, is_upstreams: false, meaning: Meaning::Takes(set) }
     }
@@ -86,6 +88,7 @@ pub(crate) const OPTIONS: [Known<Set>; 16] = {
         option("drain-time", |it, value| {
             put(&mut it.drain_time, value, |text| values::span("drain-time", text))
         }),
+        option("handover", |it, value| put(&mut it.handover, value, values::handover)),
         option("backend-wait", |it, value| {
             put_some(&mut it.backend_wait, value, |text| values::span("backend-wait", text))
         }),
@@ -145,6 +148,7 @@ pub(crate) struct Arguments {
     pub(crate) overflow: Overflow,
     pub(crate) exit_idle_time: TimeSpan,
     pub(crate) drain_time: TimeSpan,
+    pub(crate) handover: Option<Survival>,
     pub(crate) backend_wait: Option<TimeSpan>,
     pub(crate) connect_timeout: TimeSpan,
     pub(crate) connection_idle_time: TimeSpan,
@@ -165,6 +169,7 @@ impl Default for Arguments {
             overflow: Overflow::Refuse,
             exit_idle_time: TimeSpan::INFINITY,
             drain_time: TimeSpan::new(Duration::ZERO),
+            handover: None,
             backend_wait: None,
             connect_timeout: TimeSpan::new(CONNECT_TIMEOUT),
             connection_idle_time: TimeSpan::INFINITY,
@@ -193,7 +198,7 @@ mod tests {
 
     #[test]
     fn help_fits_a_screen_and_names_every_option() {
-        assert!(HELP.lines().count() <= 22, "{HELP}");
+        assert!(HELP.lines().count() <= 23, "{HELP}");
         for line in HELP.lines() {
             assert!(line.chars().count() <= 80, "{line}");
         }

@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -68,6 +68,32 @@ impl Pipe {
     /// Bytes in the pipe.
     pub fn filled(&self) -> usize {
         self.filled
+    }
+
+    /// Bytes it takes at a time.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Puts all of these bytes into it, or fails.
+    pub fn put(&mut self, bytes: &[u8]) -> Result<(), Errno> {
+        let put = rustix::io::write(&self.write, bytes)?;
+        self.filled += put;
+        if put == bytes.len() { Ok(()) } else { Err(Errno::NOSPC) }
+    }
+
+    /// Makes room for more at a time, as far as the user's quota goes.
+    pub fn grow(&mut self) {
+        let grown = PIPE_SIZES.iter().find_map(|&size| {
+            let is_more = size > self.size;
+            is_more.then(|| rustix::pipe::fcntl_setpipe_size(&self.write, size).ok()).flatten()
+        });
+        self.size = grown.unwrap_or(self.size);
+    }
+
+    /// Its ends, to read from and to write to.
+    pub fn ends(&self) -> [BorrowedFd<'_>; 2] {
+        [self.read.as_fd(), self.write.as_fd()]
     }
 }
 
@@ -136,9 +162,21 @@ impl PipePool {
         Rc::strong_count(&self.counted) - 1
     }
 
+    /// A pipe that is counted, and not bounded, here: for somebody who keeps it.
+    pub fn make(&self) -> Option<Pipe> {
+        let (read, write) = rustix::pipe::pipe_with(PIPE_FLAGS).ok()?;
+        self.adopt(read, write).ok()
+    }
+
+    /// The same with a pipe that exists, and what is in it.
+    pub fn adopt(&self, read: OwnedFd, write: OwnedFd) -> Result<Pipe, Errno> {
+        let size = rustix::pipe::fcntl_getpipe_size(&write)?;
+        let filled = rustix::io::ioctl_fionread(&read)? as usize;
+        Ok(Pipe { read, write, size, filled, _counted: Rc::clone(&self.counted) })
+    }
+
     fn create(&self) -> Option<Pipe> {
-        let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
-        let (read, write) = rustix::pipe::pipe_with(flags).ok()?;
+        let (read, write) = rustix::pipe::pipe_with(PIPE_FLAGS).ok()?;
         let size = PIPE_SIZES
             .iter()
             .find_map(|&size| rustix::pipe::fcntl_setpipe_size(&write, size).ok())
@@ -152,6 +190,8 @@ impl PipePool {
         })
     }
 }
+
+const PIPE_FLAGS: PipeFlags = PipeFlags::CLOEXEC.union(PipeFlags::NONBLOCK);
 
 const FLAGS: SpliceFlags = SpliceFlags::NONBLOCK.union(SpliceFlags::MOVE);
 

@@ -3,33 +3,39 @@
 #![forbid(unsafe_code)]
 
 use std::convert::Infallible;
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use socket2::{SockAddr, SockRef};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::timeout;
 
 use crate::activation::{Inherited, hide_descriptors};
+use crate::address::{Address, Identity};
 use crate::admission::{Admission, Occupancy, Overflow};
 use crate::application::Application;
 use crate::cli::{self, Config};
 use crate::connected::Connected;
-use crate::connection::{Plan, Way};
-use crate::descriptors::{Descriptors, Division, Uses};
+use crate::connection::{Place, Plan, Returning, Way};
+use crate::descriptors::{Descriptors, Division, Uses, raise_limit};
 use crate::dial::Dialer;
 use crate::drain::drain;
+use crate::handover::{Handover, Recovered, Recovery};
 use crate::hold::Probing;
 use crate::idle::idle_for;
-use crate::listen::Listener;
+use crate::ledger::Kept;
+use crate::listen::{Entrance, Listener, Newcomer};
 use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
 use crate::selector::Targets;
 use crate::signals::Signals;
+use crate::socket::Family;
 use crate::sockets::Sockets;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -53,17 +59,24 @@ pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
     result
 }
 
-async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
+async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), String> {
     let mut signals = Signals::catch()?;
     let notifier = Notifier::from_environment();
 
+    if config.handover.is_some() {
+        // Before what was stored is taken, however much there is.
+        raise_limit();
+    }
+    let (handover, mut recovered) =
+        Handover::open(config.handover, &mut inherited, &notifier).await;
     // A name to listen on may take its time; a signal must not.
     let sockets = tokio::select! {
-        sockets = Sockets::gather(&config.listen, inherited) => sockets?,
+        sockets = Sockets::gather(&config.listen, inherited, &mut recovered) => sockets?,
         () = signals.stop() => return Ok(()),
     };
     let drain_time = config.drain_time;
-    let mut server = Server::new(config, sockets)?;
+    let mut server = Server::new(config, sockets, handover)?;
+    server.take_back(recovered);
     if !drain_time.is_zero() && !notifier.has_manager() {
         tracing::warn!(
             "--drain-time={} without NOTIFY_SOCKET: systemd can't be asked to wait (Type=notify), \
@@ -81,7 +94,9 @@ async fn live(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         }
         signals.again().await;
     };
-    server.stop(tasks, drain_time, again, &notifier).await;
+    // Who has failed has connections, too.
+    let leaves = ended != Ok(End::Idle);
+    server.stop(tasks, leaves, drain_time, again, &notifier).await;
     ended.map(|_| ())
 }
 
@@ -102,6 +117,11 @@ struct Server {
     workers: Rc<Workers>,
     application: Option<Arc<Application>>,
     exit_idle_time: TimeSpan,
+    handover: Option<Arc<Handover>>,
+    /// Whether the listeners are ours, and end with the process.
+    has_opened: bool,
+    /// That they don't.
+    kept_listeners: Vec<Kept>,
 }
 
 /// Where clients come from, each with the backend of the plan that it leads to.
@@ -120,6 +140,7 @@ impl Sources {
             Sockets::Connection(connection) => {
                 Self::Connection(Some(connection).zip(backends.first().copied()))
             }
+            Sockets::Stored => Self::Connection(None),
         }
     }
 
@@ -140,7 +161,11 @@ struct Tasks {
 }
 
 impl Server {
-    fn new(config: Config, sockets: Sockets) -> Result<Self, String> {
+    fn new(
+        config: Config,
+        sockets: Sockets,
+        handover: Option<Arc<Handover>>,
+    ) -> Result<Self, String> {
         let identities = sockets.identities();
         let backends = config.targets.assign(&identities)?;
         if let Some(target) = config.targets.looks_selected(&identities) {
@@ -160,8 +185,12 @@ impl Server {
         }
         let sources = Sources::new(sockets, backends);
         let threads = config.threads.get();
-        let uses =
-            Uses { lookups: by_name, command: config.application.is_some(), threads: threads - 1 };
+        let uses = Uses {
+            lookups: by_name,
+            command: config.application.is_some(),
+            threads: threads - 1,
+            kept: handover.as_ref().is_some_and(|it| it.is_for_crashes()),
+        };
         let division = Division::of_this_process(config.connections_max.get(), uses)?;
         let ways = ways(&config, division.lookups);
         let application = match (config.application, config.targets.iter().next()) {
@@ -184,6 +213,7 @@ impl Server {
                 max: division.pipes / threads,
                 held: (pipe::HELD_MAX / threads).max(1),
             },
+            handover: handover.clone(),
         };
         for (listener, backend) in sources.listeners() {
             let target = plan.ways[*backend].dialer.target();
@@ -195,7 +225,14 @@ impl Server {
                 }
             }
         }
+        let has_opened = !config.listen.is_empty();
+        let keep = |listener: &Rc<Listener>| handover.as_ref()?.keep_listener(&**listener);
+        let listeners = sources.listeners().iter().filter(|_| has_opened);
+        let kept_listeners = listeners.filter_map(|(listener, _)| keep(listener)).collect();
         Ok(Self {
+            has_opened,
+            kept_listeners,
+            handover,
             sources,
             descriptors: Rc::new(match config.overflow {
                 Overflow::Refuse => Descriptors::new(division.connections),
@@ -209,6 +246,63 @@ impl Server {
             application,
             exit_idle_time: config.exit_idle_time,
         })
+    }
+
+    /// Goes on with the connections of the process before this one.
+    fn take_back(&self, recovered: Recovered) {
+        let Some(handover) = &self.handover else { return };
+        let count = recovered.connections();
+        for Recovery { content, start, kept } in recovered.pairs {
+            let [client, backend] = content.ends.each_ref().map(|end| SockRef::from(&end.socket));
+            let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
+            let (entrance, _) = self.way_in(&client);
+            let (entered, permit) = (entrance.enter(), self.admission.readmit());
+            let reserved = self.descriptors.reserve_anyway();
+            self.workers.resume(|seat| {
+                let place = Place { entered, seat, permit, reserved };
+                Returning { pair: content, address, entrance, backend, start, place, kept }
+            });
+        }
+        for Recovery { content: fd, kept, .. } in recovered.clients {
+            let Ok(Some(family)) = Family::of(&fd) else { continue };
+            let client = SockRef::from(&fd);
+            let address = or_unnamed(client.peer_addr());
+            let (entrance, backend) = self.way_in(&client);
+            let Some(backend) = backend else {
+                tracing::warn!(
+                    client = %address,
+                    listener = %entrance,
+                    "No socket leads to where a stored client came in, closing it."
+                );
+                continue;
+            };
+            let (entered, reserved) = (entrance.enter(), self.descriptors.reserve_anyway());
+            let newcomer = Newcomer { fd, family, address, entrance, entered, reserved, kept };
+            self.workers.serve(newcomer, self.admission.readmit(), backend);
+        }
+        handover.has_recovered();
+        if count > 0 {
+            tracing::info!("Recovered connections: {count}.");
+        }
+    }
+
+    /// The listener at which an accepted socket came in, as far as its own address tells, and the
+    /// backend that it leads to.
+    fn way_in(&self, client: &socket2::Socket) -> (Arc<Entrance>, Option<usize>) {
+        let at = or_unnamed(client.local_addr());
+        let listeners = self.sources.listeners();
+        let is_at = |address: &Address| *address == at || address.is_any_of(&at);
+        let found = listeners.iter().find(|(it, _)| it.identity().address == at);
+        let found =
+            found.or_else(|| listeners.iter().find(|(it, _)| is_at(&it.identity().address)));
+        match found {
+            Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
+            // With one backend there is no question which.
+            None => {
+                let backend = (self.workers.backends() == 1).then_some(0);
+                (Entrance::new(&Identity { name: None, address: at }), backend)
+            }
+        }
     }
 
     /// Lets clients in.
@@ -231,6 +325,7 @@ impl Server {
                 Rc::clone(&self.descriptors),
                 self.admission.clone(),
                 Rc::clone(&self.workers),
+                self.handover.clone(),
             ));
         }
         let mut application = JoinSet::new();
@@ -302,6 +397,7 @@ impl Server {
     async fn stop(
         self,
         mut tasks: Tasks,
+        leaves: bool,
         drain_time: TimeSpan,
         again: impl Future<Output = ()>,
         notifier: &Notifier,
@@ -309,6 +405,12 @@ impl Server {
         // From here on newcomers wait in the kernel, for the next process; where nobody else keeps
         // the socket, they are refused.
         tasks.accepting.shutdown().await;
+        if let Some(handover) = &self.handover
+            && leaves
+        {
+            self.leave(handover, notifier).await;
+            return self.kept_listeners.into_iter().for_each(Kept::leave);
+        }
         drop(self.sources);
         notifier.send(&[NotifyState::Stopping]).await;
         let end = async {
@@ -340,6 +442,28 @@ impl Server {
             tracing::info!("Stopping, resetting open connections: {open}.");
         }
     }
+
+    /// Stores what is open, for the next process.
+    async fn leave(&self, handover: &Handover, notifier: &Notifier) {
+        let listeners = self.sources.listeners().iter().filter(|_| self.has_opened);
+        for (listener, _) in listeners {
+            if handover.is_for_crashes() || handover.leave_listener(&**listener) {
+                listener.leave_file();
+            }
+        }
+        self.workers.leave(handover).await;
+        let [stored, lost] = handover.left_behind();
+        let status = format!("Stored connections: {stored}.");
+        notifier.send(&[NotifyState::Stopping, NotifyState::Status(&status)]).await;
+        tracing::info!("Stopping, stored open connections: {stored}.");
+        if lost > 0 {
+            tracing::warn!("The store is full, resetting open connections: {lost}.");
+        }
+    }
+}
+
+fn or_unnamed(address: io::Result<SockAddr>) -> Address {
+    address.map_or(Address::Unix(None), |address| Address::from_sockaddr(&address))
 }
 
 /// The way to each target; they share the lookups.
@@ -392,14 +516,18 @@ async fn admit(
     descriptors: Rc<Descriptors>,
     admission: Admission,
     workers: Rc<Workers>,
+    handover: Option<Arc<Handover>>,
 ) -> String {
     loop {
-        let newcomer = match listener.accept(&descriptors).await {
+        let mut newcomer = match listener.accept(&descriptors).await {
             Ok(newcomer) => newcomer,
             Err(error) => return format!("Failed to accept on {listener}: {}.", in_words(&error)),
         };
         match admission.admit() {
-            Some(permit) => workers.serve(newcomer, permit, backend),
+            Some(permit) => {
+                newcomer.kept = handover.as_ref().and_then(|it| it.keep_client(&newcomer.fd));
+                workers.serve(newcomer, permit, backend);
+            }
             None => {
                 if let Some(suppressed) = REFUSED.pass() {
                     tracing::warn!(

@@ -68,6 +68,8 @@ pub struct Socket {
     family: Family,
     /// Urgent data was seen: see [`Socket::has_urgent_data`].
     urgent: Cell<bool>,
+    /// Somebody else holds it, too: closing it here ends nothing.
+    is_stored: Cell<bool>,
     /// Whether both ends agreed that the connection is over.
     closes_cleanly: bool,
 }
@@ -88,6 +90,7 @@ impl Socket {
             io: register(fd, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)?,
             family,
             urgent: Cell::new(false),
+            is_stored: Cell::new(false),
             closes_cleanly: false,
         })
     }
@@ -245,12 +248,7 @@ impl Socket {
     /// Bytes sent that are still on this side: on TCP those that the peer's kernel has not
     /// acknowledged, on Unix those that its program has not received.
     pub fn unsent(&self) -> usize {
-        // SAFETY: TIOCOUTQ, which is SIOCOUTQ on a socket, writes one int (tcp(7), unix(7)).
-        let bytes = unsafe {
-            let request = rustix::ioctl::Getter::<TIOCOUTQ, i32>::new();
-            rustix::ioctl::ioctl(&self.io, request)
-        };
-        bytes.map_or(0, |bytes| bytes.max(0) as usize)
+        queued(&self.io)
     }
 
     /// Whether bytes have come that a Unix peer, now gone, wanted delivered. What a TCP peer sent
@@ -280,12 +278,47 @@ impl Socket {
     /// The descriptor alone, for another event loop.
     pub fn release(self) -> io::Result<OwnedFd> {
         let fd = self.io.get_ref().try_clone();
-        self.close();
+        self.leave();
         fd
+    }
+
+    /// Notes that a second reference to it exists, so that its end has to be said.
+    pub fn set_stored(&self) {
+        self.is_stored.set(true);
+    }
+
+    /// Ends it as closing it does, and leaves it open: everything sent is still delivered, and bytes
+    /// that have come and that nobody will read make it a reset.
+    pub fn end(&self) {
+        let has_unread = || rustix::io::ioctl_fionread(&self.io).is_ok_and(|bytes| bytes > 0);
+        if self.family == Family::Tcp && has_unread() {
+            self.abort();
+        } else {
+            // Fails only where there is nothing to end any more.
+            let _ = SockRef::from(&self.io).shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Resets it, and leaves it open. A Unix socket knows no reset, and just ends.
+    pub fn abort(&self) {
+        if self.family == Family::Tcp {
+            // connect(2), "AF_UNSPEC": dissolves the association, which TCP does by an RST.
+            let _ = rustix::net::connect_unspec(&self.io);
+        } else {
+            let _ = SockRef::from(&self.io).shutdown(Shutdown::Both);
+        }
     }
 
     /// Closes without a reset: everything sent is still delivered by the kernel.
     pub fn close(mut self) {
+        if self.is_stored.get() {
+            self.end();
+        }
+        self.closes_cleanly = true;
+    }
+
+    /// Leaves it to whoever else holds it: here it is over, and its peer does not notice.
+    pub fn leave(mut self) {
         self.closes_cleanly = true;
     }
 
@@ -297,7 +330,12 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if !self.closes_cleanly && self.family == Family::Tcp {
+        if self.closes_cleanly {
+            return;
+        }
+        if self.is_stored.get() {
+            self.abort();
+        } else if self.family == Family::Tcp {
             // tcp(7): closing with a linger time of zero sends RST instead of FIN.
             let _ = sockopt::set_socket_linger(&self.io, Some(Duration::ZERO));
         }
@@ -308,6 +346,33 @@ impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.as_fd()
     }
+}
+
+/// What was sent on a socket and is still on this side, in bytes; on a Unix socket with what the kernel
+/// needs for it.
+pub fn queued(fd: impl AsFd) -> usize {
+    // SAFETY: TIOCOUTQ, which is SIOCOUTQ on a socket, writes one int (tcp(7), unix(7)).
+    let bytes = unsafe {
+        let request = rustix::ioctl::Getter::<TIOCOUTQ, i32>::new();
+        rustix::ioctl::ioctl(fd, request)
+    };
+    bytes.map_or(0, |bytes| bytes.max(0) as usize)
+}
+
+/// Where the next receive with `MSG_PEEK` begins, in bytes of what is queued; each moves it on
+/// (`SO_PEEK_OFF` in socket(7)).
+pub fn set_peek_offset(fd: impl AsFd, offset: u32) -> io::Result<()> {
+    // SAFETY: setsockopt(2) reads an int.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const offset).cast(),
+            size_of_val(&offset) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Without it about 40 ms are lost to the delayed acknowledgement on some patterns of requests. An

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use crate::activation::Inherited;
 use crate::address::Identity;
 use crate::connected::Connected;
+use crate::handover::Recovered;
 use crate::listen::Listener;
 use crate::open::{ListenAddress, open};
 use crate::socket::Keepalive;
@@ -19,18 +20,22 @@ pub enum Sockets {
     Listeners(Vec<Rc<Listener>>),
     /// Somebody who has come in already.
     Connection(Connected),
+    /// None, and none is needed: what there is to serve was stored.
+    Stored,
 }
 
 impl Sockets {
-    /// Takes what was passed, or opens what is asked for.
+    /// Takes what was passed, or opens what is asked for, unless the process before this one had.
     ///
     /// # Errors
     /// One line on what is missing, or can't be used.
     pub async fn gather(
         addresses: &[ListenAddress],
         inherited: Vec<Inherited>,
+        recovered: &mut Recovered,
     ) -> Result<Self, String> {
         match (addresses.is_empty(), inherited.is_empty()) {
+            (true, true) if recovered.has_connections() => Ok(Self::Stored),
             (true, true) => {
                 Err("Didn't get any sockets passed in. (Start it from a .socket unit, \
                                  or open one with --listen=ADDRESS.)"
@@ -43,7 +48,7 @@ impl Sockets {
             (false, true) => {
                 let mut listeners = Vec::new();
                 for address in addresses {
-                    for listener in open(address).await? {
+                    for listener in open(address, &mut recovered.listeners).await? {
                         tracing::info!("Listening on {listener}.");
                         listeners.push(Rc::new(listener));
                     }
@@ -75,6 +80,7 @@ impl Sockets {
         match self {
             Self::Listeners(listeners) => listeners.iter().map(|it| it.identity()).collect(),
             Self::Connection(connection) => vec![connection.identity()],
+            Self::Stored => Vec::new(),
         }
     }
 
@@ -85,6 +91,7 @@ impl Sockets {
                 listeners.iter().for_each(|listener| listener.keep_alive(keepalive));
             }
             Self::Connection(connection) => connection.keep_alive(keepalive),
+            Self::Stored => {}
         }
     }
 }

@@ -8,6 +8,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use crate::admission::Overflow;
+use crate::handover::Survival;
 use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
@@ -55,6 +56,10 @@ pub(crate) fn keepalive(text: &str) -> Result<TimeSpan, String> {
         }
         _ => Ok(span),
     }
+}
+
+pub(crate) fn handover(text: &str) -> Result<Option<Survival>, String> {
+    Survival::parse(text).ok_or_else(|| failed("handover", text) + " (never, restart or crash)")
 }
 
 pub(crate) fn proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {

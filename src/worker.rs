@@ -26,10 +26,12 @@ use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep};
 
 use crate::address::Address;
-use crate::admission::{Permit, Seats};
-use crate::connection::{Client, Place, Plan, Route, serve};
+use crate::admission::{Permit, Seat, Seats};
+use crate::connection::{Client, Place, Plan, Returning, Route, resume, serve};
 use crate::flow::Carried;
+use crate::handover::Handover;
 use crate::hold::Hold;
+use crate::ledger::Kept;
 use crate::listen::{Entrance, Newcomer};
 use crate::logging::{RateLimit, in_words};
 use crate::socket::{Family, Socket};
@@ -91,6 +93,11 @@ impl Workers {
         self.here.route.backends[0].hold()
     }
 
+    /// How many backends there are.
+    pub fn backends(&self) -> usize {
+        self.plan.ways.len()
+    }
+
     /// Bytes delivered so far, on all loops.
     pub fn carried(&self) -> u64 {
         let elsewhere: u64 =
@@ -101,16 +108,20 @@ impl Workers {
     /// Gives somebody who was admitted, and is for that backend of the plan, to the loop with the
     /// fewest connections.
     pub fn serve(&self, newcomer: Newcomer, permit: Permit, backend: usize) {
+        let Newcomer { fd, family, address, entrance, entered, reserved, kept } = newcomer;
+        self.place(|seat| {
+            let place = Place { entered, seat, permit, reserved };
+            Arrival::Client(ArrivingClient { fd, family, address, entrance, backend, place, kept })
+        });
+    }
+
+    /// Gives a connection that was stored to the loop with the fewest.
+    pub fn resume(&self, returning: impl FnOnce(Seat) -> Returning) {
+        self.place(|seat| Arrival::Returning(Box::new(returning(seat))));
+    }
+
+    fn place(&self, arrival: impl FnOnce(Seat) -> Arrival) {
         let mut threads = self.threads.borrow_mut();
-        let Newcomer { fd, family, address, entrance, entered, reserved } = newcomer;
-        let arrival = |seat| Arrival {
-            fd,
-            family,
-            address,
-            entrance,
-            backend,
-            place: Place { entered, seat, permit, reserved },
-        };
         let Some(index) = self.choose(&mut threads) else {
             return self.here.serve(arrival(self.here_load.seats.take()));
         };
@@ -121,9 +132,16 @@ impl Workers {
             let dead = threads.remove(index);
             self.here_load.carried.add(dead.load.carried.get());
             let mut arrival = unsent.0;
-            arrival.place.seat = self.here_load.seats.take();
+            arrival.place().seat = self.here_load.seats.take();
             self.here.serve(arrival);
         }
+    }
+
+    /// Has all connections leave, and stores them.
+    pub async fn leave(&self, handover: &Handover) {
+        handover.tell_threads();
+        self.threads.take().into_iter().for_each(Thread::end);
+        self.here.leave(handover).await;
     }
 
     /// The thread for the next connection; `None` is the main one, which is first among equals.
@@ -173,13 +191,29 @@ impl Drop for Workers {
 
 /// Somebody on the way to their event loop.
 #[derive(Debug)]
-struct Arrival {
+enum Arrival {
+    Client(ArrivingClient),
+    Returning(Box<Returning>),
+}
+
+#[derive(Debug)]
+struct ArrivingClient {
     fd: OwnedFd,
     family: Family,
     address: Address,
     entrance: Arc<Entrance>,
     backend: usize,
     place: Place,
+    kept: Option<Kept>,
+}
+
+impl Arrival {
+    fn place(&mut self) -> &mut Place {
+        match self {
+            Self::Client(client) => &mut client.place,
+            Self::Returning(returning) => &mut returning.place,
+        }
+    }
 }
 
 /// An event loop's own side: it never leaves its thread.
@@ -201,7 +235,14 @@ impl Worker {
     }
 
     fn serve(&self, arrival: Arrival) {
-        let Arrival { fd, family, address, entrance, backend, place } = arrival;
+        let arriving = match arrival {
+            Arrival::Client(client) => client,
+            Arrival::Returning(returning) => {
+                spawn_local(resume(*returning, Rc::clone(&self.route)));
+                return;
+            }
+        };
+        let ArrivingClient { fd, family, address, entrance, backend, place, kept } = arriving;
         let socket = match Socket::register(fd, family) {
             Ok(socket) => socket,
             Err(error) => {
@@ -217,8 +258,18 @@ impl Worker {
             }
         };
         self.arrived.notify_one();
-        let client = Client { socket, address, entrance, backend, place };
+        if kept.is_some() {
+            socket.set_stored();
+        }
+        let client = Client { socket, address, entrance, backend, place, kept };
         spawn_local(serve(client, Rc::clone(&self.route)));
+    }
+
+    async fn leave(&self, handover: &Handover) {
+        if let Some(leave) = &self.route.leave {
+            leave.tell().await;
+        }
+        handover.store(self.route.left.take());
     }
 }
 
@@ -244,7 +295,7 @@ struct Thread {
 }
 
 impl Thread {
-    /// Ends it, and resets the connections on it.
+    /// Ends it, and resets the connections on it that were not told to leave.
     fn end(self) {
         drop(self.arrivals);
         // It has said what it had to say of a panic.
@@ -277,5 +328,8 @@ async fn live(plan: &Plan, load: &WorkerLoad, mut arrivals: UnboundedReceiver<Ar
     let worker = Worker::start(plan, load);
     while let Some(arrival) = arrivals.recv().await {
         worker.serve(arrival);
+    }
+    if let Some(handover) = plan.handover.as_ref().filter(|it| it.has_told_threads()) {
+        worker.leave(handover).await;
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::{Digest, Sha256};
 use socket_proxyd::flow::{self, Shared};
-use socket_proxyd::forward::{Closed, Ending, Pair};
+use socket_proxyd::forward::{self, Closed, Ending, Pair};
 use socket_proxyd::pipe::Limits;
 use socket_proxyd::socket;
 use socket2::Socket;
@@ -74,7 +74,9 @@ impl Carried {
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
                 let preface_len = preface.len() as u64;
                 let pair = Pair::new(client, backend, preface, Rc::clone(&shared), None);
-                let closed = pair.run().await.unwrap();
+                let forward::Outcome::Closed(closed) = pair.run(None).await.unwrap() else {
+                    unreachable!("nobody tells it to leave")
+                };
                 let delivered = preface_len + closed.from_client + closed.from_backend;
                 assert_eq!(carried.get(), delivered);
                 Outcome { closed, pipes: shared.pipes_in_use() }

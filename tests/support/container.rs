@@ -209,6 +209,31 @@ impl Container {
         assert!(reached.is_some(), "{unit}: {property} is {last:?} and not {value:?}");
     }
 
+    /// Waits until what a service says of itself begins so.
+    pub fn wait_for_status(&self, unit: &str, start: &str) {
+        let mut last = String::new();
+        let reached = poll_until(Instant::now() + PATIENCE, || {
+            last = self.show(unit).remove("StatusText").unwrap_or_default();
+            last.starts_with(start).then_some(())
+        });
+        assert!(reached.is_some(), "{unit}: the status is {last:?} and not {start:?}");
+    }
+
+    /// On-CPU time of the service manager so far.
+    pub fn manager_cpu(&self) -> Duration {
+        let text = fs::read_to_string(format!("/proc/{}/schedstat", self.leader)).unwrap();
+        Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+    }
+
+    /// What a process inside has, by its number there.
+    pub fn process(&self, pid: &str) -> Process {
+        let descriptors = self.run(&["ls", &format!("/proc/{pid}/fd")]).lines().count();
+        let status = self.run(&["cat", &format!("/proc/{pid}/status")]);
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let resident = resident.unwrap().trim().trim_end_matches(" kB").parse::<usize>().unwrap();
+        Process { descriptors, resident }
+    }
+
     /// Runs `work` on a thread whose sockets are the container's.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(format!("/proc/{}/ns/net", self.leader)).unwrap();
@@ -221,6 +246,13 @@ impl Container {
             work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
+}
+
+/// Descriptors, and resident memory in KiB.
+#[derive(Clone, Copy, Debug)]
+pub struct Process {
+    pub descriptors: usize,
+    pub resident: usize,
 }
 
 impl Drop for Container {

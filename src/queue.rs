@@ -1,0 +1,207 @@
+//! A queue of messages with descriptors that outlives whoever writes it: a pair of connected
+//! SOCK_SEQPACKET sockets, of which somebody else keeps a second reference.
+//!
+//! What was sent to one of the two stays in the other's queue until it is received, the descriptors
+//! (`SCM_RIGHTS` in unix(7)) included. It is read with `MSG_PEEK`, so that reading takes nothing out.
+
+#![forbid(unsafe_code)]
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
+    sendmsg, socketpair, sockopt,
+};
+
+use crate::parcel::{DESCRIPTORS_MAX, MESSAGE_MAX, pack};
+use crate::socket::set_peek_offset;
+
+/// Bytes of the queue that are asked for: some 10,000 messages. Whoever may not have them gets
+/// what `net.core.wmem_max` allows.
+const SIZE: usize = 16 * 1024 * 1024;
+
+/// The two sockets.
+#[derive(Debug)]
+pub struct Queue {
+    /// Where the messages are.
+    inner: OwnedFd,
+    /// Where they are sent.
+    sender: OwnedFd,
+}
+
+/// A message.
+#[derive(Debug)]
+pub struct Message {
+    /// What it says.
+    pub bytes: Vec<u8>,
+    /// What came with it.
+    pub fds: Vec<OwnedFd>,
+    /// Whether that is all of both.
+    pub is_whole: bool,
+}
+
+impl Queue {
+    /// A new one, empty.
+    ///
+    /// # Errors
+    /// socketpair(2)'s.
+    pub fn new() -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (inner, sender) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        // With CAP_NET_ADMIN whatever the limit is.
+        let _ = sockopt::set_socket_send_buffer_size_force(&sender, SIZE)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(&sender, SIZE));
+        Ok(Self { inner, sender })
+    }
+
+    /// One that exists; `None` if these are not its two sockets.
+    pub fn of(inner: OwnedFd, sender: OwnedFd) -> Option<Self> {
+        let is_one = |fd: &OwnedFd| {
+            rustix::io::ioctl_fionbio(fd, true).is_ok()
+                && sockopt::socket_type(fd) == Ok(SocketType::SEQPACKET)
+        };
+        let queue = (is_one(&inner) && is_one(&sender)).then_some(Self { inner, sender })?;
+        // What is sent to the one has to be in the other, behind all that is there.
+        let (probe, _) = pack::<OwnedFd>(&[]);
+        let before = queue.messages().count();
+        let is_it = match queue.append(&probe, &[]) {
+            Ok(()) => queue.messages().nth(before).is_some_and(|last| last.bytes == probe),
+            // It is full, which it is of its own messages.
+            Err(errno) => errno == Errno::AGAIN,
+        };
+        is_it.then_some(queue)
+    }
+
+    /// The two sockets, the one with the messages first.
+    pub fn ends(&self) -> [BorrowedFd<'_>; 2] {
+        [self.inner.as_fd(), self.sender.as_fd()]
+    }
+
+    /// Whether a quarter of its room is left.
+    pub fn has_room(&self) -> bool {
+        let size = sockopt::socket_send_buffer_size(&self.sender).unwrap_or(0);
+        crate::socket::queued(&self.sender) < size / 4 * 3
+    }
+
+    /// Puts a message at its end.
+    ///
+    /// # Errors
+    /// `EAGAIN` when it is full, `ETOOMANYREFS` when the user has more descriptors under way than
+    /// `RLIMIT_NOFILE` (unix(7)).
+    pub fn append(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(Errno::INVAL);
+        }
+        sendmsg(&self.sender, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).map(drop)
+    }
+
+    /// Reads the messages from the first on; they stay where they are.
+    pub fn messages(&self) -> Messages<'_> {
+        Messages { queue: self, offset: 0 }
+    }
+
+    /// Takes the first message out, with its references to what came with it.
+    pub fn drop_first(&self) -> bool {
+        // Without a place for descriptors the kernel closes them.
+        rustix::net::recv(&self.inner, &mut [0; 1], RecvFlags::empty()).is_ok()
+    }
+}
+
+/// The messages of a queue, one after the other.
+#[derive(Debug)]
+pub struct Messages<'a> {
+    queue: &'a Queue,
+    /// Bytes of those that were read.
+    offset: usize,
+}
+
+impl Iterator for Messages<'_> {
+    type Item = Message;
+
+    fn next(&mut self) -> Option<Message> {
+        // Each time: of a message that is too long the next receive would give the rest.
+        set_peek_offset(&self.queue.inner, u32::try_from(self.offset).ok()?).ok()?;
+        let mut bytes = vec![0; MESSAGE_MAX];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = recvmsg(
+            &self.queue.inner,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut control,
+            RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC,
+        );
+        // With MSG_TRUNC it says how long the message is, whatever the buffer took.
+        let received = received.ok().filter(|it| it.bytes > 0)?;
+        self.offset += received.bytes;
+        bytes.truncate(received.bytes);
+        let rights = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        let fds = rights.flatten().collect();
+        let is_whole = !received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+        Some(Message { bytes, fds, is_whole })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(queue: &Queue) -> Vec<Vec<u8>> {
+        queue.messages().map(|message| message.bytes).collect()
+    }
+
+    #[test]
+    fn what_is_read_stays_and_what_is_first_goes_first() {
+        let queue = Queue::new().unwrap();
+        for text in ["a", "bcd", "ef"] {
+            queue.append(text.as_bytes(), &queue.ends()).unwrap();
+        }
+        for _ in 0..3 {
+            assert_eq!(bytes(&queue), [&b"a"[..], b"bcd", b"ef"]);
+        }
+        let too_long = vec![b'x'; 3 * MESSAGE_MAX];
+        queue.append(&too_long, &[]).unwrap();
+        queue.append(b"h", &[]).unwrap();
+        let rest: Vec<_> =
+            queue.messages().skip(3).map(|it| (it.bytes.len(), it.is_whole)).collect();
+        assert_eq!(rest, [(MESSAGE_MAX, false), (1, true)]);
+        assert_eq!(queue.messages().next().unwrap().fds.len(), 2);
+        assert!(queue.drop_first());
+        queue.append(b"g", &[]).unwrap();
+        assert_eq!(bytes(&queue), [&b"bcd"[..], b"ef", &too_long[..MESSAGE_MAX], b"h", b"g"]);
+        while queue.drop_first() {}
+        assert!(bytes(&queue).is_empty());
+    }
+
+    #[test]
+    fn only_two_ends_of_one_are_one() {
+        let ends = |queue: &Queue| queue.ends().map(|fd| fd.try_clone_to_owned().unwrap());
+        let (one, other) = (Queue::new().unwrap(), Queue::new().unwrap());
+        one.append(b"first", &[]).unwrap();
+        let [inner, sender] = ends(&one);
+        assert_eq!(bytes(&Queue::of(inner, sender).unwrap())[0], b"first");
+        let ([inner, _], [_, sender]) = (ends(&one), ends(&other));
+        assert!(Queue::of(inner, sender).is_none());
+        let file = || OwnedFd::from(tempfile::tempfile().unwrap());
+        assert!(Queue::of(file(), file()).is_none());
+    }
+
+    #[test]
+    fn it_is_full_at_some_time() {
+        let queue = Queue::new().unwrap();
+        sockopt::set_socket_send_buffer_size(&queue.sender, 8192).unwrap();
+        assert!(queue.has_room());
+        let full = std::iter::from_fn(|| queue.append(b"x", &[]).err()).next();
+        let full = full.or_else(|| (0..100).find_map(|_| queue.append(b"x", &[]).err()));
+        assert_eq!(full, Some(Errno::AGAIN));
+        assert!(!queue.has_room());
+    }
+}

@@ -1,0 +1,122 @@
+//! systemd's file descriptor store (`FDSTORE=1` in sd_notify(3)): what it keeps while there is no
+//! process, and gives to the next one beside the sockets.
+//!
+//! systemd compares each descriptor that it is given with every other it has, so there are only
+//! two: the ends of one [`Queue`], under names of their own.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use rustix::pipe::{PipeFlags, pipe_with};
+use sd_notify::NotifyState;
+use tokio::io::Interest;
+use tokio::time::timeout;
+
+use crate::activation::Inherited;
+use crate::notify::Notifier;
+use crate::queue::Queue;
+use crate::socket::register;
+
+/// Names that no socket unit has: systemd's default is the unit's own.
+const QUEUE: &str = "handover-of-socket-proxyd.queue";
+const SENDER: &str = "handover-of-socket-proxyd.sender";
+const PROBE: &str = "handover-of-socket-proxyd.probe";
+
+/// How long systemd has to answer.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// What came back from the store.
+#[derive(Debug, Default)]
+pub struct Returned {
+    stored: Vec<Inherited>,
+}
+
+impl Returned {
+    /// Takes what has one of our names out of what was passed.
+    pub fn take(inherited: &mut Vec<Inherited>) -> Self {
+        let is_ours = |it: &mut Inherited| [QUEUE, SENDER, PROBE].contains(&&*it.name);
+        Self { stored: inherited.extract_if(.., is_ours).collect() }
+    }
+
+    /// Whether there was nothing.
+    pub fn is_empty(&self) -> bool {
+        self.stored.is_empty()
+    }
+
+    /// The queue that was kept. Whatever is not one is closed, and systemd is told to do the same.
+    pub async fn into_queue(mut self, notifier: &Notifier) -> Option<Queue> {
+        let mut take = |name| {
+            let index = self.stored.iter().position(|it| it.name == name)?;
+            Some(self.stored.swap_remove(index).fd)
+        };
+        let queue =
+            take(QUEUE).zip(take(SENDER)).and_then(|(inner, sender)| Queue::of(inner, sender));
+        if queue.is_none() || !self.stored.is_empty() {
+            tracing::warn!("What was stored is damaged, closing it.");
+        }
+        if queue.is_none() {
+            self.discard(notifier).await;
+        }
+        queue
+    }
+
+    /// Closes all of it, here and in the store.
+    pub async fn discard(self, notifier: &Notifier) {
+        for name in [QUEUE, SENDER, PROBE] {
+            remove(name, notifier).await;
+        }
+    }
+}
+
+/// Has systemd close what it keeps under this name.
+pub async fn remove(name: &str, notifier: &Notifier) {
+    let name = format!("FDNAME={name}");
+    let states = [NotifyState::Custom("FDSTOREREMOVE=1"), NotifyState::Custom(&name)];
+    notifier.send(&states).await;
+}
+
+/// Has systemd keep a queue.
+///
+/// # Errors
+/// Why it does not, in words.
+pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str> {
+    if !notifier.has_manager() {
+        return Err("there is no NOTIFY_SOCKET");
+    }
+    // It never says whether it keeps what it is given, and closes what it does not. It keeps as many
+    // as there is room for, in the order in which they come; so where it keeps the third, it has kept
+    // the two before it.
+    let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
+    let failed = |_| "there are no descriptors left";
+    let (probe, kept) = pipe_with(flags).map_err(failed)?;
+    let [inner, sender] = queue.ends();
+    for (name, fd) in [(QUEUE, inner), (SENDER, sender), (PROBE, kept.as_fd())] {
+        put(name, fd, notifier).await;
+    }
+    drop(kept);
+    let (answer, asked) = pipe_with(flags).map_err(failed)?;
+    // It closes this when it has come to it (BARRIER=1 in sd_notify(3)).
+    notifier.send_with(&[NotifyState::Custom("BARRIER=1")], &[asked.as_fd()]).await;
+    drop(asked);
+    let answer = register(answer, Interest::READABLE).map_err(|_| "it can't be waited for")?;
+    if timeout(ANSWER, answer.readable()).await.is_err() {
+        return Err("systemd does not answer");
+    }
+    let is_kept = rustix::io::read(&probe, &mut [0; 1]) == Err(rustix::io::Errno::AGAIN);
+    remove(PROBE, notifier).await;
+    if is_kept {
+        Ok(())
+    } else {
+        remove(QUEUE, notifier).await;
+        remove(SENDER, notifier).await;
+        Err("systemd does not keep them; set FileDescriptorStoreMax=4, and NotifyAccess=main")
+    }
+}
+
+async fn put(name: &str, fd: BorrowedFd<'_>, notifier: &Notifier) {
+    let name = format!("FDNAME={name}");
+    let states = ["FDSTORE=1", "FDPOLL=0", &name].map(NotifyState::Custom);
+    notifier.send_with(&states, &[fd]).await;
+}

@@ -1,0 +1,360 @@
+//! `--handover=` in a real systemd: transfers and quiet connections across restarts and kills.
+//!
+//! Needs root and systemd-nspawn, and says so when it is skipped; in CI it is not. (All kinds of
+//! ends, and damaged stores: tests/handover.rs.)
+
+#[path = "support/container.rs"]
+mod container;
+mod support;
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use container::{Container, Test};
+use sha2::{Digest, Sha256};
+use socket2::{Domain, SockAddr, Socket, Type};
+use support::*;
+use tokio::time::Instant;
+
+fn main() -> ExitCode {
+    let tests: &[Test] = &[
+        ("three restarts, TCP to Unix", |it| survive(it, &LARGE, "restart")),
+        ("three kills, TCP to Unix", |it| {
+            // Both run at the same time.
+            let case = Case { front: "127.0.0.1:7101", back: "@other-large-back", ..LARGE };
+            survive(it, &case, "crash");
+        }),
+        ("restarts and kills, all pairs, with a PROXY header", |it| {
+            for case in &SMALL {
+                survive(it, case, "restart");
+                survive(it, case, "crash");
+            }
+        }),
+        ("a client that is held", held),
+        ("a thousand connections, twenty restarts", thousand),
+        ("killed three times while it recovers", killed_while_recovering),
+    ];
+    container::run(Container::missing(), tests, || Container::boot(&Container::files()))
+}
+
+struct Case {
+    name: &'static str,
+    front: &'static str,
+    back: &'static str,
+    bytes: usize,
+    quiet: usize,
+    header: Option<&'static str>,
+}
+
+const LARGE: Case = Case {
+    name: "large",
+    front: "127.0.0.1:7100",
+    back: "@large-back",
+    bytes: 120_000_000,
+    quiet: 20,
+    header: None,
+};
+
+const SMALL: [Case; 3] = [
+    Case {
+        name: "unix-tcp",
+        front: "@unix-tcp-front",
+        back: "127.0.0.1:7203",
+        header: Some("v1"),
+        ..SMALL_TCP
+    },
+    SMALL_TCP,
+    Case {
+        name: "unix-unix",
+        front: "@unix-unix-front",
+        back: "@unix-unix-back",
+        header: Some("v2"),
+        ..SMALL_TCP
+    },
+];
+
+const SMALL_TCP: Case = Case {
+    name: "tcp-tcp",
+    front: "127.0.0.1:7204",
+    back: "127.0.0.1:7205",
+    bytes: 20_000_000,
+    quiet: 4,
+    header: Some("v2"),
+};
+
+/// A TCP address, or an abstract name, which belongs to the network and not to the files.
+fn address(text: &str) -> SockAddr {
+    match text.strip_prefix('@') {
+        Some(name) => SockAddr::unix(format!("\0{name}")).unwrap(),
+        None => text.parse::<std::net::SocketAddr>().unwrap().into(),
+    }
+}
+
+fn listen(text: &str) -> Socket {
+    let address = address(text);
+    let socket = Socket::new(address.domain(), Type::STREAM, None).unwrap();
+    if address.domain() != Domain::UNIX {
+        socket.set_reuse_address(true).unwrap();
+    }
+    socket.bind(&address).unwrap();
+    socket.listen(4096).unwrap();
+    socket
+}
+
+/// A proxy as it is to be run, but for its user: it may be any.
+fn start_proxy(container: &Container, name: &str, front: &str, arguments: &str) {
+    container.start_units(&[
+        (
+            &format!("{name}.service"),
+            &format!(
+                "[Unit]\nStartLimitIntervalSec=0\n\
+                 [Service]\nType=notify\nDynamicUser=yes\nFileDescriptorStoreMax=4\n\
+                 Restart=on-failure\nRestartSec=100ms\nLimitNOFILE=20000\n\
+                 ExecStart=/usr/bin/socket-proxyd {arguments}\n"
+            ),
+        ),
+        (
+            &format!("{name}.socket"),
+            &format!("[Socket]\nListenStream={front}\nBacklog=4096\nSocketMode=0666\n"),
+        ),
+    ]);
+}
+
+/// Another process, by what `--handover=` is about; waits until it is ready.
+fn replace(container: &Container, service: &str, handover: &str) {
+    let before = container.show(service)["MainPID"].clone();
+    match handover {
+        "crash" => container.run(&["systemctl", "kill", "-s", "KILL", service]),
+        _ => container.run(&["systemctl", "restart", service]),
+    };
+    let another = poll_until(Instant::now() + PATIENCE, || {
+        let show = container.show(service);
+        (show["ActiveState"] == "active" && show["MainPID"] != before).then_some(())
+    });
+    assert!(another.is_some(), "{:?}", container.show(service));
+}
+
+/// What a client and its backend's side send and receive, each in its way.
+struct Peers {
+    client: Socket,
+    served: Socket,
+}
+
+fn survive(container: &Container, case: &Case, handover: &str) {
+    let Case { name, front, back, bytes, quiet, header } = *case;
+    let (name, service) = (format!("{name}-{handover}"), format!("{name}-{handover}.service"));
+    let backend = container.inside(|| listen(back));
+    let option = header.map_or(String::new(), |version| format!("--proxy-protocol={version}"));
+    let arguments = format!("--handover={handover} {option} --connections-max=100 {back}");
+    start_proxy(container, &name, front, &arguments);
+    let joined = || {
+        let client = container.inside(|| connect(&address(front)));
+        backend.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (served, _) = backend.accept().expect("the proxy connects");
+        served.set_read_timeout(Some(PATIENCE)).unwrap();
+        served.set_write_timeout(Some(PATIENCE)).unwrap();
+        let (mut client, mut served) = (client, served);
+        client.write_all(b"+").unwrap();
+        let header_seen = read_header(&mut served);
+        assert_eq!(header_seen.is_empty(), header.is_none(), "{header_seen:?}");
+        Peers { client, served }
+    };
+    let mut quiet: Vec<_> = (0..quiet).map(|_| joined()).collect();
+    // Two have half-closed, one on each side.
+    quiet[0].client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(quiet[0].served.read(&mut [0]).unwrap(), 0);
+    quiet[1].served.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(quiet[1].client.read(&mut [0]).unwrap(), 0);
+
+    let digests = thread::scope(|scope| {
+        let transfers: Vec<_> = (0..4_u64)
+            .map(|seed| {
+                let Peers { client, served } = joined();
+                // Two up, two down; of each two one is read slowly.
+                let (mut from, mut to) =
+                    if seed % 2 == 0 { (client, served) } else { (served, client) };
+                let writer = scope.spawn(move || {
+                    let message = noise(seed, bytes);
+                    from.write_all(&message).unwrap();
+                    from.shutdown(Shutdown::Write).unwrap();
+                    (Sha256::digest(&message), from)
+                });
+                let reader = scope.spawn(move || {
+                    let mut digest = Sha256::new();
+                    let mut buffer = vec![0; 256 * 1024];
+                    loop {
+                        match to.read(&mut buffer).expect("no reset, no standstill") {
+                            0 => return (digest.finalize(), to),
+                            read => digest.update(&buffer[..read]),
+                        }
+                        if seed < 2 {
+                            pause(Duration::from_millis(1));
+                        }
+                    }
+                });
+                (writer, reader)
+            })
+            .collect();
+        for _ in 0..3 {
+            replace(container, &service, handover);
+            let (half, whole) = quiet.split_at_mut(2);
+            passes(&mut half[0].served, &mut half[0].client);
+            passes(&mut half[1].client, &mut half[1].served);
+            for Peers { client, served } in whole {
+                passes(client, served);
+                passes(served, client);
+            }
+        }
+        let join = |(writer, reader): (thread::ScopedJoinHandle<'_, (_, _)>, _)| {
+            let reader: thread::ScopedJoinHandle<'_, (_, _)> = reader;
+            let ((sent, from), (received, to)) = (writer.join().unwrap(), reader.join().unwrap());
+            assert_eq!(sent, received);
+            (from, to)
+        };
+        transfers.into_iter().map(join).collect::<Vec<(Socket, Socket)>>()
+    });
+    // Each end is an end to the other side, and then nobody is left.
+    drop(digests);
+    for Peers { client, mut served } in quiet.drain(1..) {
+        drop(client);
+        assert!(read_all(&mut served).1.is_ok());
+    }
+    drop(quiet);
+    container.wait_for_status(&service, "0 connections of 100");
+    replace(container, &service, handover);
+    let journal = container.run(&["journalctl", "-u", &service, "-o", "cat"]);
+    assert_eq!(journal.matches("Recovered connections: ").count(), 3, "{journal}");
+    assert_eq!(container.show(&service)["NFileDescriptorStore"], "2");
+    container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
+    assert_eq!(container.show(&service)["NFileDescriptorStore"], "0");
+}
+
+/// Reads what comes ahead of the client's own first byte.
+fn read_header(served: &mut Socket) -> Vec<u8> {
+    let mut read = Vec::new();
+    loop {
+        let mut byte = [0];
+        served.read_exact(&mut byte).unwrap();
+        let is_whole = match read.as_slice() {
+            [] => true,
+            [b'P', ..] => read.ends_with(b"\r\n"),
+            [.., _] if read.len() >= 16 => {
+                read.len() == 16 + usize::from(u16::from_be_bytes([read[14], read[15]]))
+            }
+            _ => false,
+        };
+        if is_whole && byte == *b"+" {
+            return read;
+        }
+        read.extend(byte);
+    }
+}
+
+fn passes(from: &mut Socket, to: &mut Socket) {
+    from.write_all(b"are you there?").unwrap();
+    let mut read = [0; 14];
+    to.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"are you there?");
+}
+
+fn held(container: &Container) {
+    for (handover, port) in [("restart", 7300), ("crash", 7302)] {
+        let (front, back) = (format!("127.0.0.1:{port}"), format!("@held-{handover}"));
+        let (name, service) = (format!("held-{handover}"), format!("held-{handover}.service"));
+        let arguments =
+            format!("--handover={handover} --backend-wait=1min --proxy-protocol=v1 {back}");
+        start_proxy(container, &name, &front, &arguments);
+        let mut client = container.inside(|| connect(&address(&front)));
+        client.write_all(b"+").unwrap();
+        container.wait_for_status(&service, "1 connection of 256");
+        for _ in 0..3 {
+            replace(container, &service, handover);
+        }
+        let backend = container.inside(|| listen(&back));
+        let (mut served, _) = backend.accept().unwrap();
+        assert!(read_header(&mut served).starts_with(b"PROXY TCP4 127.0.0.1 "));
+        passes(&mut served, &mut client);
+        passes(&mut client, &mut served);
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(read_all(&mut served).0, b"", "and no second header");
+        container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
+    }
+}
+
+fn thousand(container: &Container) {
+    const CONNECTIONS: usize = 1000;
+    const SLACK: f64 = 3.0;
+    raise_descriptor_limit();
+    for (handover, port) in [("restart", 7400), ("crash", 7402)] {
+        let (front, back) = (format!("127.0.0.1:{port}"), format!("@thousand-{handover}"));
+        let service = format!("thousand-{handover}.service");
+        let name = format!("thousand-{handover}");
+        let backend = container.inside(|| listen(&back));
+        let arguments = format!("--handover={handover} --connections-max=2000 {back}");
+        start_proxy(container, &name, &front, &arguments);
+        serve_on(backend, echo);
+        let mut all = container
+            .inside(|| (0..CONNECTIONS).map(|_| connect(&address(&front))).collect::<Vec<_>>());
+        all.iter_mut().for_each(echoes);
+        let mut measured = Vec::new();
+        for _ in 0..20 {
+            let before = container.manager_cpu();
+            replace(container, &service, handover);
+            let spent = container.manager_cpu() - before;
+            assert!(spent.as_secs_f64() < 0.1 * SLACK, "PID 1 used {spent:?}");
+            let show = container.show(&service);
+            all.iter_mut().for_each(echoes);
+            measured.push(container.process(&show["MainPID"]));
+        }
+        let [first, last] = [measured[0], measured[19]];
+        assert_eq!(first.descriptors, last.descriptors, "{measured:?}");
+        assert!(last.resident < first.resident + first.resident / 5, "{measured:?}");
+        let journal = container.run(&["journalctl", "-u", &service, "-o", "short-monotonic"]);
+        let mut begun = None;
+        let mut recovered = 0;
+        for line in journal.lines() {
+            let at = || -> f64 {
+                let text = line.trim_start_matches('[').trim_start();
+                text.split(']').next().unwrap().parse().unwrap()
+            };
+            if line.contains("Starting ") {
+                begun = Some(at());
+            } else if line.contains("Recovered connections: 1000.") {
+                recovered += 1;
+                let took = at() - begun.expect("it was started");
+                assert!(took < 0.3 * SLACK, "recovered after {took} s");
+            }
+        }
+        assert_eq!(recovered, 20, "{journal}");
+        container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
+        for mut client in all {
+            assert!(read_all(&mut client).0.is_empty(), "a stop is a stop");
+        }
+    }
+}
+
+fn killed_while_recovering(container: &Container) {
+    let (front, back) = ("127.0.0.1:7500", "@recovering");
+    let backend = container.inside(|| listen(back));
+    start_proxy(container, "recovering", front, &format!("--handover=crash -c 2000 {back}"));
+    serve_on(backend, echo);
+    let mut all =
+        container.inside(|| (0..500).map(|_| connect(&address(front))).collect::<Vec<_>>());
+    all.iter_mut().for_each(echoes);
+    for _ in 0..3 {
+        let before = container.show("recovering.service")["MainPID"].clone();
+        container.run(&["systemctl", "kill", "-s", "KILL", "recovering.service"]);
+        // As soon as there is another: it is not ready, or just is.
+        let another = poll_until(Instant::now() + PATIENCE, || {
+            let show = container.show("recovering.service");
+            (show["MainPID"] != before && show["MainPID"] != "0").then_some(())
+        });
+        another.expect("it is started again");
+    }
+    container.run(&["systemctl", "kill", "-s", "KILL", "recovering.service"]);
+    all.iter_mut().for_each(echoes);
+    container.run(&["systemctl", "stop", "recovering.socket", "recovering.service"]);
+}
