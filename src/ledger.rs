@@ -8,12 +8,17 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
+use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
+use tokio::sync::Notify;
+use tokio::task::yield_now;
+use tokio::time::sleep;
 
 use crate::logging::RateLimit;
 use crate::parcel::{Content, PARCELS_MAX, Parcel, Sealed, pack, unpack};
@@ -22,7 +27,10 @@ use crate::queue::Queue;
 /// Parcels that don't count before it is worth looking.
 const SLACK: usize = 32;
 
-static FULL: RateLimit = RateLimit::new(1, std::time::Duration::from_secs(600));
+/// How long what does not count may stay at most, but for the time it takes.
+const CLEANED_AFTER: Duration = Duration::from_secs(5);
+
+static FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
 
 /// The queue, and what is known of it.
 #[derive(Debug)]
@@ -30,6 +38,8 @@ pub struct Ledger {
     queue: Queue,
     next: AtomicU64,
     book: Mutex<Book>,
+    /// Something does not count any more.
+    outdated: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -67,7 +77,10 @@ impl Ledger {
             book.written += ids.len();
             book.messages.push_back(ids);
         }
-        Arc::new(Self { queue, next: next.into(), book: book.into() })
+        let outdated = Notify::new();
+        // What did not count when it was read.
+        outdated.notify_one();
+        Arc::new(Self { queue, next: next.into(), book: book.into(), outdated })
     }
 
     /// Keeps something new, if there is room.
@@ -102,6 +115,20 @@ impl Ledger {
         let parcels: Vec<_> = contents.into_iter().map(parcel).collect();
         let sealed: Vec<_> = parcels.iter().map(Parcel::seal).collect();
         self.lock().write(&self.queue, &sealed)
+    }
+
+    /// Takes what does not count out before long, for ever: whoever holds a second reference to a socket
+    /// keeps the kernel from closing it.
+    pub async fn clean(&self) -> Infallible {
+        loop {
+            self.outdated.notified().await;
+            sleep(CLEANED_AFTER).await;
+            let mut left = self.lock().messages.len();
+            while left > 0 {
+                left = left.saturating_sub(self.lock().clean(&self.queue));
+                yield_now().await;
+            }
+        }
     }
 
     /// Takes all out.
@@ -158,6 +185,9 @@ impl Drop for Kept {
             let mut book = self.ledger.lock();
             book.current.remove(&self.id);
             book.tidy(&self.ledger.queue);
+            if book.written > book.current.len() {
+                self.ledger.outdated.notify_one();
+            }
         }
     }
 }
@@ -204,6 +234,15 @@ impl Book {
         is_out
     }
 
+    /// The same at leisure, for whoever goes through all messages: of how many it has got rid.
+    fn clean(&mut self, queue: &Queue) -> usize {
+        let before = self.taken_out;
+        if self.written == self.current.len() || !self.pack(queue) {
+            return usize::MAX;
+        }
+        (self.taken_out - before) as usize
+    }
+
     /// Writes what counts of the first messages anew behind the last, and takes these out; whether
     /// that went.
     fn pack(&mut self, queue: &Queue) -> bool {
@@ -236,4 +275,105 @@ impl Book {
 pub fn now() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::os::fd::BorrowedFd;
+
+    use super::*;
+    use crate::handover::sort_out;
+    use crate::queue::Queue;
+
+    fn listener() -> OwnedFd {
+        std::net::TcpListener::bind("127.0.0.1:0").unwrap().into()
+    }
+
+    fn second(queue: &Queue) -> Queue {
+        let [inner, sender] =
+            queue.ends().map(|fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap());
+        Queue::from_ends(inner, sender)
+    }
+
+    /// Each parcel that counts, and when it began.
+    fn read(queue: &Queue) -> BTreeMap<u64, u64> {
+        let out = sort_out(queue.messages());
+        assert_eq!(out.refused, 0);
+        out.parcels.iter().map(|parcel| (parcel.id, parcel.start)).collect()
+    }
+
+    #[test]
+    fn what_lives_is_in_the_queue_at_every_moment_and_little_else() {
+        let queue = Queue::new().unwrap();
+        let ledger = Ledger::new(second(&queue), Vec::new(), &[]);
+        let mut live: BTreeMap<u64, (Kept, OwnedFd)> = BTreeMap::new();
+        let mut dice = 1_u64;
+        let mut below = |sides: usize| {
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (dice >> 33) as usize % sides
+        };
+        let mut grows = true;
+        for round in 0..6000_u64 {
+            // It swells and shrinks, a few hundred at most.
+            if live.len() > 200 || live.is_empty() {
+                grows = !grows;
+            }
+            let one = live.keys().nth(below(live.len().max(1))).copied();
+            match (below(10), one) {
+                (0..6, one) if grows || one.is_none() => {
+                    let fd = listener();
+                    let kept = ledger.keep(round, Content::Listener(&fd)).unwrap();
+                    live.insert(kept.id, (kept, fd));
+                }
+                (6..8, Some(one)) => {
+                    let (kept, fd) = &live[&one];
+                    assert!(kept.store(Content::Listener(fd)));
+                }
+                (8, Some(one)) => {
+                    let (kept, _) = live.remove(&one).unwrap();
+                    assert!(kept.forget());
+                }
+                (_, Some(one)) => drop(live.remove(&one)),
+                (_, None) => {}
+            }
+            let parcels = ledger.lock().written;
+            assert!(parcels <= 2 * live.len() + SLACK + 1, "{parcels} for {}", live.len());
+            if round % 20 == 0 {
+                let messages: Vec<_> = queue.messages().collect();
+                assert_eq!(messages.len(), ledger.lock().messages.len());
+                let there = read(&queue);
+                assert!(live.keys().all(|id| there.contains_key(id)), "{round}");
+            }
+        }
+        // Written by one process, read and continued by the next.
+        let out = sort_out(queue.messages());
+        let current: Vec<_> = live.keys().copied().collect();
+        let next = Ledger::new(second(&queue), out.messages, &current);
+        live.into_values().for_each(|(kept, _)| kept.leave());
+        let kept: Vec<_> = current.iter().map(|id| next.kept(*id, 0)).collect();
+        while next.lock().clean(&next.queue) != usize::MAX {}
+        assert_eq!(read(&queue).into_keys().collect::<Vec<_>>(), current);
+        assert_eq!(next.lock().written, current.len());
+        drop(kept);
+        assert_eq!(queue.messages().count(), 0);
+        assert!(next.is_empty());
+    }
+
+    #[test]
+    fn what_is_forgotten_does_not_come_back() {
+        let queue = Queue::new().unwrap();
+        let ledger = Ledger::new(second(&queue), Vec::new(), &[]);
+        let fds: Vec<_> = (0..3).map(|_| listener()).collect();
+        let keep = |fd| ledger.keep(0, Content::Listener(fd)).unwrap();
+        let [first, middle, _last] = [&fds[0], &fds[1], &fds[2]].map(keep);
+        let id = middle.id;
+        // Behind one that lives, where it can't be taken out.
+        assert!(middle.forget());
+        assert!(!read(&queue).contains_key(&id));
+        drop(first);
+        assert!(!read(&queue).contains_key(&id));
+        while ledger.lock().clean(&ledger.queue) != usize::MAX {}
+        assert_eq!(read(&queue).len(), 1);
+    }
 }

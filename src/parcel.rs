@@ -17,6 +17,10 @@
 //! | 37 | states of the flows, four bits each |
 //! | 38 | the ends: 1, 4 reset; 2, 8 gone; 16 the fault is the backend's |
 //! | 39 | what the flows hold, four bits each: 0 nothing, 1 a file of bytes, 2 a pipe |
+//! | 40 to 47 | the seal: a hash of all the above, and of which descriptors it is about |
+//!
+//! The seal has each descriptor's inode in it, which a socket or a pipe keeps wherever it is sent: a parcel
+//! with another's descriptors does not open.
 //!
 //! Numbers are in the machine's own byte order: nothing of this leaves the machine.
 
@@ -37,13 +41,16 @@ pub const DESCRIPTORS_MAX: usize = 253;
 
 /// Parcels that are put into one message: with these the kernel needs a KiB for it, and with one more
 /// two.
-pub const PARCELS_MAX: usize = 16;
+pub const PARCELS_MAX: usize = 14;
 
 /// The longest message that is read.
 pub const MESSAGE_MAX: usize = HEAD + 2 * PARCELS_MAX * FORM;
 
 const HEAD: usize = 4;
-const FORM: usize = 40;
+const FORM: usize = 48;
+
+/// Where the seal begins.
+const SEAL: usize = 40;
 
 /// Which form this is.
 const VERSION: u8 = 1;
@@ -163,6 +170,8 @@ impl<Fd: AsFd> Parcel<Fd> {
                 3
             }
         };
+        let seal = seal(&form, &fds);
+        form[SEAL..].copy_from_slice(&seal.to_ne_bytes());
         Sealed { form, fds }
     }
 }
@@ -260,11 +269,14 @@ impl Sealed<OwnedFd> {
     /// When anything is not as it would have been written; its descriptors are closed.
     pub fn open(self) -> Result<Parcel<OwnedFd>, Refused> {
         let Self { form, fds } = self;
+        if number(&form, SEAL) != seal(&form, &fds) {
+            return Err(Refused);
+        }
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or(Refused);
         let content = match form[KIND] {
             3 => Content::Pair(Box::new(open_pair(&form, &mut next)?)),
-            _ if form[16..KIND].iter().chain(&form[STATE..]).any(|byte| *byte != 0) => {
+            _ if form[16..KIND].iter().chain(&form[STATE..SEAL]).any(|byte| *byte != 0) => {
                 return Err(Refused);
             }
             0 => Content::Nothing,
@@ -307,6 +319,24 @@ fn open_pair(
     };
     let flows = [flow(0)?, flow(1)?];
     Ok(StoredPair { ends, flows, preface: u16::from_ne_bytes([form[32], form[33]]), fault })
+}
+
+/// FNV-1a: the same in every version of this program.
+fn seal<Fd: AsFd>(form: &[u8; FORM], fds: &[Fd]) -> u64 {
+    const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+    const PRIME: u64 = 0x100_0000_01b3;
+    let identities = fds.iter().flat_map(|fd| {
+        // What can't be told apart has no inode, and is refused when it is opened.
+        let (device, inode) = identity(fd).unwrap_or_default();
+        [device.to_ne_bytes(), inode.to_ne_bytes()].into_iter().flatten()
+    });
+    let bytes = form[..SEAL].iter().copied().chain(identities);
+    bytes.fold(BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME))
+}
+
+/// What the kernel knows it by, wherever it is sent.
+fn identity(fd: impl AsFd) -> Option<(u64, u64)> {
+    fstat(fd).ok().map(|stat| (stat.st_dev, stat.st_ino))
 }
 
 fn number(form: &[u8; FORM], at: usize) -> u64 {
@@ -363,8 +393,7 @@ impl Parcel<OwnedFd> {
                 }));
             }
         }
-        let stats = fds.into_iter().filter_map(|fd| fstat(fd).ok());
-        stats.map(|stat| (stat.st_dev, stat.st_ino)).collect()
+        fds.into_iter().filter_map(identity).collect()
     }
 
     fn are_distinct(&self) -> bool {

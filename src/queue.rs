@@ -58,7 +58,12 @@ impl Queue {
         Ok(Self { inner, sender })
     }
 
-    /// One that exists; `None` if these are not its two sockets.
+    /// One that exists, of which these are the two sockets.
+    pub fn from_ends(inner: OwnedFd, sender: OwnedFd) -> Self {
+        Self { inner, sender }
+    }
+
+    /// The same, if they are: what is sent to the one has to come out of the other.
     pub fn of(inner: OwnedFd, sender: OwnedFd) -> Option<Self> {
         let is_one = |fd: &OwnedFd| {
             rustix::io::ioctl_fionbio(fd, true).is_ok()

@@ -353,10 +353,16 @@ impl Server {
         let told = async {
             let carried = || self.workers.carried();
             let application = self.application.as_deref();
+            let clean = async {
+                match &self.handover {
+                    Some(handover) => handover.clean().await,
+                    None => std::future::pending().await,
+                }
+            };
             let listeners = self.sources.listeners().iter();
             let entrances: Vec<_> = listeners.map(|(listener, _)| &**listener.entrance()).collect();
             let status = notifier.publish_status(&self.admission, &entrances, carried, application);
-            tokio::join!(status, notifier.feed_watchdog()).1
+            tokio::join!(status, notifier.feed_watchdog(), clean).1
         };
         tokio::select! {
             () = signals.stop() => Ok(End::Told),

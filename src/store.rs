@@ -47,19 +47,26 @@ impl Returned {
 
     /// The queue that was kept. Whatever is not one is closed, and systemd is told to do the same.
     pub async fn into_queue(mut self, notifier: &Notifier) -> Option<Queue> {
+        // Left by a process that did not come to take it out.
+        if self.stored.extract_if(.., |it| it.name == PROBE).count() > 0 {
+            remove(PROBE, notifier).await;
+        }
         let mut take = |name| {
             let index = self.stored.iter().position(|it| it.name == name)?;
-            Some(self.stored.swap_remove(index).fd)
+            Some(self.stored.remove(index).fd)
         };
-        let queue =
-            take(QUEUE).zip(take(SENDER)).and_then(|(inner, sender)| Queue::of(inner, sender));
-        if queue.is_none() || !self.stored.is_empty() {
-            tracing::warn!("What was stored is damaged, closing it.");
+        let ends = take(QUEUE).zip(take(SENDER));
+        let queue = ends.and_then(|(inner, sender)| Queue::of(inner, sender));
+        if queue.is_some() && self.stored.is_empty() {
+            return queue;
         }
-        if queue.is_none() {
-            self.discard(notifier).await;
+        tracing::warn!("What was stored is damaged, closing it.");
+        self.discard(notifier).await;
+        // Under the names of what was closed it stood as well.
+        match queue {
+            Some(queue) => keep(&queue, notifier).await.is_ok().then_some(queue),
+            None => None,
         }
-        queue
     }
 
     /// Closes all of it, here and in the store.
