@@ -165,7 +165,8 @@ impl PipePool {
     /// A pipe that is counted, and not bounded, here: for somebody who keeps it.
     pub fn make(&self) -> Option<Pipe> {
         let (read, write) = rustix::pipe::pipe_with(PIPE_FLAGS).ok()?;
-        self.adopt(read, write).ok()
+        let size = rustix::pipe::fcntl_getpipe_size(&write).ok()?;
+        Some(Pipe { read, write, size, filled: 0, _counted: Rc::clone(&self.counted) })
     }
 
     /// The same with a pipe that exists, and what is in it.

@@ -18,7 +18,7 @@ use rustix::net::{
 };
 
 use crate::parcel::{DESCRIPTORS_MAX, MESSAGE_MAX, pack};
-use crate::socket::set_peek_offset;
+use crate::socket::{queued, set_peek_offset};
 
 /// Bytes of the queue that are asked for: some 10,000 messages. Whoever may not have them gets
 /// what `net.core.wmem_max` allows.
@@ -31,6 +31,8 @@ pub struct Queue {
     inner: OwnedFd,
     /// Where they are sent.
     sender: OwnedFd,
+    /// Bytes it may take, with what the kernel needs for each message.
+    size: usize,
 }
 
 /// A message.
@@ -55,12 +57,13 @@ impl Queue {
         // With CAP_NET_ADMIN whatever the limit is.
         let _ = sockopt::set_socket_send_buffer_size_force(&sender, SIZE)
             .or_else(|_| sockopt::set_socket_send_buffer_size(&sender, SIZE));
-        Ok(Self { inner, sender })
+        Ok(Self::from_ends(inner, sender))
     }
 
     /// One that exists, of which these are the two sockets.
     pub fn from_ends(inner: OwnedFd, sender: OwnedFd) -> Self {
-        Self { inner, sender }
+        let size = sockopt::socket_send_buffer_size(&sender).unwrap_or(0);
+        Self { inner, sender, size }
     }
 
     /// The same, if they are: what is sent to the one has to come out of the other.
@@ -69,7 +72,7 @@ impl Queue {
             rustix::io::ioctl_fionbio(fd, true).is_ok()
                 && sockopt::socket_type(fd) == Ok(SocketType::SEQPACKET)
         };
-        let queue = (is_one(&inner) && is_one(&sender)).then_some(Self { inner, sender })?;
+        let queue = (is_one(&inner) && is_one(&sender)).then(|| Self::from_ends(inner, sender))?;
         // What is sent to the one has to be in the other, behind all that is there.
         let (probe, _) = pack::<OwnedFd>(&[]);
         let before = queue.messages().count();
@@ -88,8 +91,7 @@ impl Queue {
 
     /// Whether a quarter of its room is left.
     pub fn has_room(&self) -> bool {
-        let size = sockopt::socket_send_buffer_size(&self.sender).unwrap_or(0);
-        crate::socket::queued(&self.sender) < size / 4 * 3
+        queued(&self.sender) < self.size / 4 * 3
     }
 
     /// Puts a message at its end.
@@ -201,8 +203,9 @@ mod tests {
 
     #[test]
     fn it_is_full_at_some_time() {
-        let queue = Queue::new().unwrap();
-        sockopt::set_socket_send_buffer_size(&queue.sender, 8192).unwrap();
+        let Queue { inner, sender, .. } = Queue::new().unwrap();
+        sockopt::set_socket_send_buffer_size(&sender, 8192).unwrap();
+        let queue = Queue::from_ends(inner, sender);
         assert!(queue.has_room());
         let full = std::iter::from_fn(|| queue.append(b"x", &[]).err()).next();
         let full = full.or_else(|| (0..100).find_map(|_| queue.append(b"x", &[]).err()));

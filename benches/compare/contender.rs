@@ -12,6 +12,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
 use crate::clock;
+use crate::keeper::Keeper;
 
 /// The families on both sides of the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +52,9 @@ const THREADED: &[&str] = &["bulk-up", "bulk-down", "64B-100", "64B-1000", "shor
 /// Where many connections are looked after, and where they come and go.
 const WATCHED: &[&str] = &["64B-4000", "short"];
 
+/// What it costs to be stored: where connections come and go, in small messages, in bulk, at rest.
+const STORED: &[&str] = &["bulk-up", "bulk-down", "64B-100", "short", "idle-100"];
+
 /// Where a connection's end is a large part of it.
 const ENDING: &[&str] = &["short"];
 
@@ -60,10 +64,19 @@ pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
     let ours = env!("CARGO_BIN_EXE_socket-proxyd");
     let threads = Kind::Activated(vec![ours.into(), "--threads=2".into()]);
     let watched = Kind::Activated(vec![ours.into(), "--connection-idle-time=1s".into()]);
+    let stored = |way: &str| Contender {
+        rows: STORED,
+        ..new(
+            &format!("socket-proxyd ({way})"),
+            Kind::Activated(vec![ours.into(), format!("--handover={way}")]),
+        )
+    };
     let mut all = vec![
         new("socket-proxyd", Kind::Activated(vec![ours.into()])),
         Contender { rows: THREADED, ..new("socket-proxyd (2 threads)", threads) },
         Contender { rows: WATCHED, ..new("socket-proxyd (idle time)", watched) },
+        stored("restart"),
+        stored("crash"),
         new("direct", Kind::Direct),
     ];
     let old = "/lib/systemd/systemd-socket-proxyd";
@@ -113,6 +126,7 @@ pub(crate) struct Running {
     pub(crate) process: Option<Child>,
     /// When it was executed, where that is known.
     pub(crate) executed: Option<u64>,
+    _keeper: Option<Keeper>,
     _directory: TempDir,
 }
 
@@ -192,14 +206,24 @@ impl Contender {
                     front: target.clone(),
                     process: None,
                     executed: None,
+                    _keeper: None,
                     _directory: directory,
                 };
             }
             Kind::Activated(words) => {
                 let (socket, front) = listener(front, path);
                 queue(&front);
-                let (process, executed) = activate(words, &socket, &written(target), user);
-                return Running { front, process: Some(process), executed, _directory: directory };
+                let is_stored = words.iter().any(|word| word.starts_with("--handover="));
+                let keeper = is_stored.then(|| Keeper::start(path));
+                let notify = keeper.as_ref().map(|keeper| &*keeper.path);
+                let (process, executed) = activate(words, &socket, &written(target), user, notify);
+                return Running {
+                    front,
+                    process: Some(process),
+                    executed,
+                    _keeper: keeper,
+                    _directory: directory,
+                };
             }
             Kind::Haproxy => haproxy(front, target, path),
             Kind::Nginx { half_close } => nginx(front, target, path, *half_close),
@@ -218,15 +242,31 @@ impl Contender {
             std::thread::yield_now();
         }
         queue(&front);
-        Running { front, process: Some(process), executed: None, _directory: directory }
+        Running {
+            front,
+            process: Some(process),
+            executed: None,
+            _keeper: None,
+            _directory: directory,
+        }
     }
 }
 
 /// This program under another name: sets `LISTEN_PID` and becomes the contender.
 const LAUNCHER: &str = "bench-launcher";
 
-fn activate(words: &[String], socket: &Socket, target: &str, user: User) -> (Child, Option<u64>) {
+fn activate(
+    words: &[String],
+    socket: &Socket,
+    target: &str,
+    user: User,
+    notify: Option<&Path>,
+) -> (Child, Option<u64>) {
     let mut command = Command::new("/proc/self/exe");
+    match notify {
+        Some(path) => command.env("NOTIFY_SOCKET", path),
+        None => command.env_remove("NOTIFY_SOCKET"),
+    };
     command.arg0(LAUNCHER);
     if user == User::Nobody {
         let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];

@@ -9,6 +9,7 @@
 
 mod clock;
 mod contender;
+mod keeper;
 mod load;
 mod process;
 mod report;
