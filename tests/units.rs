@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         ("on-demand-command", on_demand_command),
         ("on-demand-service", on_demand_service),
         ("an application and its proxy in a network of their own", isolated),
+        ("connections that outlive the proxy", steady),
     ];
     container::run(missing(), tests, || {
         let mut files = Container::files();
@@ -467,4 +468,27 @@ fn isolated(container: &Container) {
     assert_ne!(own, container.run(&["readlink", "/proc/1/ns/net"]));
     let proxy = &container.show("isolated-proxy.service")["MainPID"];
     assert_eq!(own, container.run(&["readlink", &format!("/proc/{proxy}/ns/net")]));
+}
+
+fn steady(container: &Container) {
+    let mut client = container.inside(|| {
+        serve(&Endpoint::tcp("127.0.0.1:18085", 16), echo);
+        container.run(&["systemctl", "start", "steady.socket"]);
+        connect(&std::net::SocketAddr::from(([127, 0, 0, 1], 8085)).into())
+    });
+    echoes(&mut client);
+    // More often than systemd starts a service within 10 seconds by default.
+    for round in 0..8 {
+        let before = container.show("steady.service")["MainPID"].clone();
+        if round % 2 == 0 {
+            container.run(&["systemctl", "kill", "-s", "KILL", "steady.service"]);
+        } else {
+            container.run(&["systemctl", "restart", "steady.service"]);
+        }
+        echoes(&mut client);
+        assert_ne!(container.show("steady.service")["MainPID"], before);
+    }
+    assert_eq!(container.show("steady.service")["NFileDescriptorStore"], "2");
+    container.run(&["systemctl", "stop", "steady.service"]);
+    assert!(read_all(&mut client).0.is_empty());
 }
