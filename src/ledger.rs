@@ -283,8 +283,8 @@ mod tests {
     use std::os::fd::BorrowedFd;
 
     use super::*;
-    use crate::handover::sort_out;
     use crate::queue::Queue;
+    use crate::recovery::sort_out;
 
     fn listener() -> OwnedFd {
         std::net::TcpListener::bind("127.0.0.1:0").unwrap().into()

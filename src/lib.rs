@@ -79,6 +79,7 @@ pub mod socket;
 
 // What outlives the process.
 pub mod handover;
+pub mod recovery;
 pub mod ledger;
 pub mod parcel;
 pub mod queue;

@@ -137,10 +137,11 @@ impl Notifier {
 
     /// Keeps `STATUS=` current, for ever: after a change of the load or of the application, and now
     /// and then while bytes flow, at most once a second. `carried` tells how many; several entrances
-    /// are told apart.
+    /// are told apart. `recovered` were taken over from the process before this one.
     pub async fn publish_status(
         &self,
         admission: &Admission,
+        recovered: usize,
         entrances: &[&Entrance],
         carried: impl Fn() -> u64,
         application: Option<&Application>,
@@ -167,7 +168,8 @@ impl Notifier {
             let load = admission.load();
             let open = entrances.iter().map(|entrance| (entrance.to_string(), entrance.open()));
             let open = open.filter(|(_, open)| *open > 0 && entrances.len() > 1).collect();
-            let status = Status { load, max, carried: carried(), open, application }.to_string();
+            let carried = carried();
+            let status = Status { load, max, carried, recovered, open, application }.to_string();
             // A socket's name is anything.
             let status = bounded_line(&status, STATUS_MAX);
             if status != said && self.try_send(&[NotifyState::Status(&status)]).is_ok() {
@@ -199,6 +201,7 @@ struct Status {
     load: Load,
     max: u32,
     carried: u64,
+    recovered: usize,
     /// Connections at each of several listeners that have any.
     open: Vec<(String, usize)>,
     application: Option<(String, Phase)>,
@@ -213,6 +216,9 @@ impl fmt::Display for Status {
             write!(f, "{refused} refused, ")?;
         }
         write_bytes(f, self.carried)?;
+        if self.recovered > 0 {
+            write!(f, "; {} recovered", self.recovered)?;
+        }
         for (entrance, open) in self.open.iter().take(ENTRANCES_MAX) {
             write!(f, "; {entrance}: {open}")?;
         }
@@ -250,21 +256,30 @@ mod tests {
     fn status_says_what_goes_on() {
         let status = |open, served, refused, carried| {
             let load = Load { open, served, refused };
-            Status { load, max: 256, carried, open: Vec::new(), application: None }.to_string()
+            let (recovered, open, application) = (0, Vec::new(), None);
+            Status { load, max: 256, carried, recovered, open, application }.to_string()
         };
         assert_eq!(status(2, 120, 0, 1_288_490_189), "2 connections of 256, 120 served, 1.2 GiB");
         assert_eq!(status(1, 0, 3, 64), "1 connection of 256, 0 served, 3 refused, 64 bytes");
         assert_eq!(status(0, 1, 0, 1536), "0 connections of 256, 1 served, 1.5 KiB");
         let application = Some(("webhook".to_string(), Phase::Failed(3)));
         let open = vec![("web (127.0.0.1:80)".to_string(), 2), ("api (/run/a)".to_string(), 1)];
-        let status = Status { load: Load::default(), max: 1, carried: 0, open, application };
+        let status =
+            Status { load: Load::default(), max: 1, carried: 0, recovered: 0, open, application };
         assert_eq!(
             status.to_string(),
             "0 connections of 1, 0 served, 0 bytes; web (127.0.0.1:80): 2; api (/run/a): 1; \
              webhook: failed 3 times in a row"
         );
         let open = (0..10).map(|port| (format!(":{port}"), 1)).collect();
-        let status = Status { load: Load::default(), max: 1, carried: 0, open, application: None };
+        let status = Status {
+            load: Load::default(),
+            max: 1,
+            carried: 0,
+            recovered: 0,
+            open,
+            application: None,
+        };
         assert!(status.to_string().ends_with("; :7: 1; 2 more listeners"), "{status}");
     }
 }

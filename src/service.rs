@@ -24,7 +24,7 @@ use crate::connection::{Place, Plan, Returning, Way};
 use crate::descriptors::{Descriptors, Division, Uses, raise_limit};
 use crate::dial::Dialer;
 use crate::drain::drain;
-use crate::handover::{Handover, Recovered, Recovery};
+use crate::handover::Handover;
 use crate::hold::Probing;
 use crate::idle::idle_for;
 use crate::ledger::Kept;
@@ -33,6 +33,7 @@ use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
+use crate::recovery::{Recovered, Recovery};
 use crate::selector::Targets;
 use crate::signals::Signals;
 use crate::socket::Family;
@@ -118,6 +119,8 @@ struct Server {
     application: Option<Arc<Application>>,
     exit_idle_time: TimeSpan,
     handover: Option<Arc<Handover>>,
+    /// Connections of the process before this one.
+    recovered: usize,
     /// Whether the listeners are ours, and end with the process.
     has_opened: bool,
     /// That they don't.
@@ -230,6 +233,7 @@ impl Server {
         let listeners = sources.listeners().iter().filter(|_| has_opened);
         let kept_listeners = listeners.filter_map(|(listener, _)| keep(listener)).collect();
         Ok(Self {
+            recovered: 0,
             has_opened,
             kept_listeners,
             handover,
@@ -249,9 +253,9 @@ impl Server {
     }
 
     /// Goes on with the connections of the process before this one.
-    fn take_back(&self, recovered: Recovered) {
+    fn take_back(&mut self, recovered: Recovered) {
         let Some(handover) = &self.handover else { return };
-        let count = recovered.connections();
+        self.recovered = recovered.connections();
         for Recovery { content, start, kept } in recovered.pairs {
             let [client, backend] = content.ends.each_ref().map(|end| SockRef::from(&end.socket));
             let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
@@ -281,8 +285,8 @@ impl Server {
             self.workers.serve(newcomer, self.admission.readmit(), backend);
         }
         handover.has_recovered();
-        if count > 0 {
-            tracing::info!("Recovered connections: {count}.");
+        if self.recovered > 0 {
+            tracing::info!("Recovered connections: {}.", self.recovered);
         }
     }
 
@@ -361,7 +365,9 @@ impl Server {
             };
             let listeners = self.sources.listeners().iter();
             let entrances: Vec<_> = listeners.map(|(listener, _)| &**listener.entrance()).collect();
-            let status = notifier.publish_status(&self.admission, &entrances, carried, application);
+            let (admission, recovered) = (&self.admission, self.recovered);
+            let status =
+                notifier.publish_status(admission, recovered, &entrances, carried, application);
             tokio::join!(status, notifier.feed_watchdog(), clean).1
         };
         tokio::select! {

@@ -8,9 +8,9 @@ use std::rc::Rc;
 use crate::activation::Inherited;
 use crate::address::Identity;
 use crate::connected::Connected;
-use crate::handover::Recovered;
 use crate::listen::Listener;
 use crate::open::{ListenAddress, open};
+use crate::recovery::Recovered;
 use crate::socket::Keepalive;
 
 /// What was passed or opened.

@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use keeper::Keeper;
 use rustix::process::Signal;
-use socket_proxyd::handover::sort_out;
 use socket_proxyd::parcel::{Content, Parcel, pack, unpack};
 use socket_proxyd::queue::{Message, Queue};
+use socket_proxyd::recovery::sort_out;
 use socket2::{SockAddr, Socket};
 use support::*;
 use tokio::time::Instant;
@@ -477,6 +477,7 @@ fn killed_while_it_recovers_it_loses_nothing() {
         }
         proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
         proxy.running.lines.wait_for("Recovered connections: 300.");
+        proxy.keeper.wait_for("STATUS=300 connections of 2000, 0 served, 0 bytes; 300 recovered");
         for (client, served) in &mut all {
             passes(client, served);
             passes(served, client);
