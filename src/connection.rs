@@ -202,11 +202,12 @@ pub struct Place {
 pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
     let start = Instant::now();
     let Client { socket, address, entrance, backend, place, kept } = client;
+    // From now on, however late it is polled for the first time.
+    let stay = route.stay();
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
         let way = &route.backends[backend];
         let story = Story { start, address, entrance };
-        let stay = route.stay();
         // Boxed: what dialling needs is gone when the connection stands, which may be for days.
         let backend = match Box::pin(reach(&socket, way, stay.as_ref())).await {
             Reached::Backend(backend) => backend,
@@ -245,9 +246,9 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
 /// Goes on with a connection that was stored, until it is over.
 pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()> {
     let Returning { pair, address, entrance, backend, start, place, kept } = returning;
+    let stay = route.stay();
     async move {
         let story = Story { start, address, entrance };
-        let stay = route.stay();
         let mut pair = match Pair::resume(*pair, Rc::clone(&route.shared), route.watched()) {
             Ok(pair) => pair,
             Err(error) => {

@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use crate::connection::Left;
 use crate::ledger::{Kept, Ledger, now};
 use crate::logging::in_words;
 use crate::notify::Notifier;
-use crate::parcel::{Content, PARCELS_MAX};
+use crate::parcel::{Content, PARCELS_MAX, Parcel, identity};
 use crate::queue::Queue;
 use crate::recovery::{Recovered, SortedOut, recover, sort_out};
 use crate::store::{self, Returned};
@@ -93,6 +94,9 @@ impl Handover {
         if refused > 0 {
             tracing::warn!("Stored connections are damaged or unknown, closing them: {refused}.");
         }
+        // A connection that systemd passes (Accept=yes) and has stored as well is one.
+        let stored: HashSet<_> = parcels.iter().flat_map(Parcel::identities).collect();
+        inherited.retain(|it| !identity(&it.fd).is_some_and(|it| stored.contains(&it)));
         let current: Vec<_> = parcels.iter().map(|parcel| parcel.id).collect();
         let ledger = Ledger::new(queue, messages, &current);
         let recovered = recover(parcels, (survival == Survival::Crash).then_some(&ledger));
@@ -142,6 +146,12 @@ impl Handover {
         self.is_for_crashes().then(|| self.ledger.keep(now(), content)).flatten()
     }
 
+    /// To be held where a panic would end all connections of a thread in order: then the process is
+    /// ended at once instead, if they outlive that.
+    pub fn abort_on_panic(&self) -> Option<AbortOnPanic> {
+        self.is_for_crashes().then_some(AbortOnPanic)
+    }
+
     /// Has each other thread store its connections when it ends.
     pub fn tell_threads(&self) {
         self.threads_are_told.store(true, Ordering::Release);
@@ -153,32 +163,29 @@ impl Handover {
     }
 
     /// Stores what has left; what can't be stored is reset.
-    pub fn store(&self, left: Vec<Left>) {
-        let mut left = left.into_iter();
-        loop {
-            let batch: Vec<_> = left.by_ref().take(PARCELS_MAX).collect();
-            if batch.is_empty() {
-                break;
-            }
-            let (mut contents, mut all) = (Vec::new(), true);
+    pub fn store(&self, mut left: Vec<Left>) {
+        while !left.is_empty() {
+            let batch = left.split_off(left.len().saturating_sub(PARCELS_MAX));
+            let (mut contents, mut can_be) = (Vec::new(), Vec::new());
             for one in &batch {
-                match one.stored() {
+                let stored = one.stored();
+                can_be.push(stored.is_ok());
+                match stored {
                     Ok((age, content)) => contents.push((begun(age), content)),
                     Err(error) => {
                         tracing::error!("Failed to store a connection: {}", in_words(&error));
-                        all = false;
                     }
                 }
             }
-            let count = batch.len();
-            match self.ledger.leave(contents) {
-                Ok(()) if all => {
-                    self.stored.fetch_add(count, Ordering::Relaxed);
-                    batch.into_iter().for_each(Left::leave);
-                }
-                _ => {
-                    self.lost.fetch_add(count, Ordering::Relaxed);
-                }
+            let are_stored = self.ledger.leave(contents).is_ok();
+            for (one, can_be) in batch.into_iter().zip(can_be) {
+                let count = if are_stored && can_be {
+                    one.leave();
+                    &self.stored
+                } else {
+                    &self.lost
+                };
+                count.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
@@ -191,6 +198,18 @@ impl Handover {
     /// Connections that the next process will find, and those that it will not.
     pub fn left_behind(&self) -> [usize; 2] {
         [self.stored.load(Ordering::Relaxed), self.lost.load(Ordering::Relaxed)]
+    }
+}
+
+/// Ends the process when it is dropped by a panic.
+#[derive(Debug)]
+pub struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
     }
 }
 

@@ -335,7 +335,7 @@ fn seal<Fd: AsFd>(form: &[u8; FORM], fds: &[Fd]) -> u64 {
 }
 
 /// What the kernel knows it by, wherever it is sent.
-fn identity(fd: impl AsFd) -> Option<(u64, u64)> {
+pub fn identity(fd: impl AsFd) -> Option<(u64, u64)> {
     fstat(fd).ok().map(|stat| (stat.st_dev, stat.st_ino))
 }
 

@@ -85,6 +85,7 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
             drain_time
         );
     }
+    let _abort = server.handover.as_ref().and_then(|it| it.abort_on_panic());
     let mut tasks = server.start();
     let ended = server.serve(&mut tasks, &mut signals, &notifier).await;
     let was_told = ended == Ok(End::Told);
@@ -317,7 +318,11 @@ impl Server {
             let place = self.descriptors.try_reserve().zip(self.admission.admit());
             let (reserved, permit) = place.expect("there is room for one, and nobody came before");
             match connection.into_newcomer(reserved) {
-                Some(newcomer) => self.workers.serve(newcomer, permit, backend),
+                Some(mut newcomer) => {
+                    let handover = self.handover.as_ref();
+                    newcomer.kept = handover.and_then(|it| it.keep_client(&newcomer.fd));
+                    self.workers.serve(newcomer, permit, backend);
+                }
                 None => tracing::debug!("Connection closed, the client has left"),
             }
         }

@@ -326,6 +326,7 @@ impl Thread {
 /// The life of a thread.
 async fn live(plan: &Plan, load: &WorkerLoad, mut arrivals: UnboundedReceiver<Arrival>) {
     let worker = Worker::start(plan, load);
+    let _abort = plan.handover.as_ref().and_then(|it| it.abort_on_panic());
     while let Some(arrival) = arrivals.recv().await {
         worker.serve(arrival);
     }

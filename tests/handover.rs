@@ -694,3 +694,35 @@ fn it_grows_with_nothing_but_what_lives() {
         assert!(last <= first + 12, "{held:?}");
     }
 }
+
+#[test]
+fn nobody_is_lost_on_the_way_to_its_event_loop() {
+    for (handover, end) in WAYS {
+        for threads in ["--threads=1", "--threads=3"] {
+            let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+            let handover = format!("--handover={handover}");
+            let arguments = [&handover, threads, "--connections-max=2000", &backend.target];
+            let mut proxy = Proxy::start(&front, &arguments);
+            let mut all = Vec::new();
+            for _ in 0..5 {
+                for _ in 0..100 {
+                    let mut client = front.connect();
+                    client.write_all(b"?").unwrap();
+                    all.push(client);
+                }
+                proxy.again(end);
+            }
+            let mut lost = 0;
+            for client in &mut all {
+                lost += usize::from(client.read_exact(&mut [0]).is_err());
+            }
+            // Between accept(2) and the store there is a moment.
+            let most = if end == End::Killed { 5 } else { 0 };
+            assert!(
+                lost <= most,
+                "{lost} of {} are lost, {handover}, {end:?}, {threads}",
+                all.len()
+            );
+        }
+    }
+}
