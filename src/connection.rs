@@ -249,7 +249,8 @@ pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()
     let stay = route.stay();
     async move {
         let story = Story { start, address, entrance };
-        let mut pair = match Pair::resume(*pair, Rc::clone(&route.shared), route.watched()) {
+        let kept = kept.map(Kept::take_over);
+        let pair = match Pair::resume(*pair, Rc::clone(&route.shared), route.watched(), kept) {
             Ok(pair) => pair,
             Err(error) => {
                 let error = in_words(&error);
@@ -260,9 +261,6 @@ pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()
                 );
             }
         };
-        if let Some(kept) = kept {
-            pair.keep(kept);
-        }
         let outcome = pair.run(stay.as_ref()).await;
         story.conclude(outcome, &backend, place, &route);
     }

@@ -68,6 +68,8 @@ pub struct Uses {
     pub threads: usize,
     /// Connections that are stored at every moment.
     pub kept: bool,
+    /// Descriptors of connections that are there already, and are counted as such.
+    pub recovered: usize,
 }
 
 impl Uses {
@@ -118,6 +120,7 @@ impl Division {
         let plenty = connections_max.saturating_mul(per_connection).saturating_add(beside);
         let open =
             if limit >= plenty { OPEN_AT_START } else { open_now().unwrap_or(OPEN_AT_START) };
+        let open = open.saturating_sub(uses.recovered);
         let division = Self { inherited, ..Self::new(limit, open, connections_max, uses) };
         if division.connections == 0 {
             return Err(format!(
@@ -228,7 +231,13 @@ mod tests {
             for open in [8, 16, 64] {
                 for connections_max in [1, 256, 4096, u32::MAX as usize] {
                     for lookups in [false, true] {
-                        let uses = Uses { lookups, command: lookups, threads: 3, kept: false };
+                        let uses = Uses {
+                            lookups,
+                            command: lookups,
+                            threads: 3,
+                            kept: false,
+                            recovered: 0,
+                        };
                         let it = Division::new(limit, open, connections_max, uses);
                         let beside =
                             uses.threads * PER_THREAD + if lookups { FOR_COMMAND } else { 0 };
@@ -244,7 +253,7 @@ mod tests {
                 }
             }
         }
-        let uses = Uses { lookups: false, command: false, threads: 0, kept: false };
+        let uses = Uses { lookups: false, command: false, threads: 0, kept: false, recovered: 0 };
         let small = Division::new(40, 10, 256, uses);
         assert_eq!((small.connections, small.pipes), (11, 1));
         let roomy = Division::new(20_000, 16, 4096, uses);

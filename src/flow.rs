@@ -435,11 +435,15 @@ impl Flow {
         Ok(StoredFlow { state: self.state, delivered: self.delivered, held })
     }
 
-    /// One that was stored, with an empty pipe at most.
+    /// One that was stored; with `its_own` pipe, if it had one.
     ///
     /// # Errors
     /// When what it held can't be had.
-    pub(crate) fn resume(stored: StoredFlow<OwnedFd>, shared: &Shared) -> io::Result<Self> {
+    pub(crate) fn resume(
+        stored: StoredFlow<OwnedFd>,
+        its_own: bool,
+        shared: &Shared,
+    ) -> io::Result<Self> {
         let StoredFlow { state, delivered, held } = stored;
         let mut flow = Self { state, delivered, ..Self::default() };
         if state != State::Open {
@@ -456,12 +460,19 @@ impl Flow {
             }
             StoredHeld::Piped { read, write } => {
                 let pipe = shared.pipes.adopt(read, write)?;
-                if pipe.filled() > 0 {
+                if its_own {
+                    flow.own = Some(Box::new(pipe));
+                } else if pipe.filled() > 0 {
                     flow.held = Held::Piped(pipe);
                 }
             }
         }
         Ok(flow)
+    }
+
+    /// Whether it has a pipe of its own, or needs none any more.
+    pub(crate) fn has_its_own(&self) -> bool {
+        self.own.is_some() || self.state != State::Open
     }
 
     /// Accounts for a write to the sink; a full sink took nothing.

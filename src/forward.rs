@@ -84,12 +84,15 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::flow::{End, Fault, Flow, Held, Shared, State, Step, Stored};
 use crate::leave::Stay;
 use crate::ledger::Kept;
+use crate::logging::RateLimit;
 use crate::parcel::{Content, StoredEnd, StoredPair};
 use crate::quiet::Watched;
 use crate::socket::{Family, Socket};
 
 /// How long a receiver may make no progress after its counterpart was reset.
 const LINGER: Duration = Duration::from_secs(60);
+
+static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// Bytes a flow moves before other connections get their turn. Only a sender and a receiver of this
 /// machine ever get that far; smaller turns wake them more often and cost a tenth of their rate,
@@ -186,7 +189,7 @@ impl Pair {
         }
     }
 
-    /// Goes on with one that was stored.
+    /// Goes on with one that was stored, and is to be `kept` so.
     ///
     /// # Errors
     /// When a socket can't be watched, or what was under way can't be had; both are reset then.
@@ -194,16 +197,31 @@ impl Pair {
         stored: StoredPair<OwnedFd>,
         shared: Rc<Shared>,
         watched: Option<Watched>,
+        kept: Option<Kept>,
     ) -> io::Result<Self> {
         let StoredPair { ends: [client, backend], flows: [there, back], preface, fault } = stored;
+        let is_kept = kept.is_some();
         let end = |end: StoredEnd<OwnedFd>| -> io::Result<End> {
             let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
             let socket = Socket::register(end.socket, family)?;
+            if is_kept {
+                socket.set_stored();
+            }
             Ok(End { reset: end.reset, gone: end.gone, ..End::new(socket) })
         };
-        let ends = [end(client)?, end(backend)?];
-        let flows = [Flow::resume(there, &shared)?, Flow::resume(back, &shared)?];
-        Ok(Self { ends, flows, shared, watched, preface: preface.into(), fault, kept: None })
+        // Both, before it matters whether one failed.
+        let (client, backend) = (end(client), end(backend));
+        let ends = [client?, backend?];
+        let flows = [Flow::resume(there, is_kept, &shared)?, Flow::resume(back, is_kept, &shared)?];
+        let mut pair =
+            Self { ends, flows, shared, watched, preface: preface.into(), fault, kept: None };
+        match kept {
+            // It is stored as it stands.
+            Some(kept) if pair.flows.iter().all(Flow::has_its_own) => pair.kept = Some(kept),
+            Some(kept) => pair.keep(kept),
+            None => {}
+        }
+        Ok(pair)
     }
 
     /// As it is to be stored.
@@ -231,13 +249,13 @@ impl Pair {
         // Whatever becomes of it here.
         self.ends.iter().for_each(|end| end.socket.set_stored());
         let has_vsock = self.ends.iter().any(|end| end.socket.family() == Family::Vsock);
-        let can_be = !has_vsock
-            && self
-                .flows
-                .iter_mut()
-                .all(|flow| flow.state != State::Open || flow.take_its_own(&self.shared).is_ok());
-        if !can_be {
-            self.keep_no_more();
+        let mut flows = self.flows.iter_mut();
+        let has_pipes =
+            flows.all(|flow| flow.has_its_own() || flow.take_its_own(&self.shared).is_ok());
+        if has_vsock {
+            self.keep_no_more(None);
+        } else if !has_pipes {
+            self.keep_no_more(Some("there are no pipes, or too small ones"));
         }
         self.store();
     }
@@ -247,11 +265,19 @@ impl Pair {
         let Some(kept) = &self.kept else { return };
         let is_stored = self.stored().is_ok_and(|pair| kept.store(Content::Pair(Box::new(pair))));
         if !is_stored {
-            self.keep_no_more();
+            self.keep_no_more(Some("the store is full"));
         }
     }
 
-    fn keep_no_more(&mut self) {
+    /// Goes on without being stored; `why`, if that is not its own fault.
+    fn keep_no_more(&mut self, why: Option<&str>) {
+        if let Some(why) = why
+            && let Some(suppressed) = UNSTORED.pass()
+        {
+            tracing::warn!(
+                "A connection is not stored, and ends with the proxy: {why}.{suppressed}"
+            );
+        }
         self.flows.iter_mut().for_each(Flow::give_its_own_up);
         if let Some(kept) = self.kept.take()
             && !kept.forget()
@@ -435,7 +461,7 @@ impl Pair {
         }
         if self.kept.is_some() {
             if cant_splice {
-                self.keep_no_more();
+                self.keep_no_more(None);
                 turn = Turn::More;
             } else if failed {
                 // The error has been taken from the socket, which will not tell it again.

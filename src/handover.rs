@@ -19,6 +19,7 @@ use rustix::net::{SocketType, sockopt};
 use crate::activation::Inherited;
 use crate::connection::Left;
 use crate::ledger::{Kept, Ledger, now};
+use crate::listen::Listener;
 use crate::logging::in_words;
 use crate::notify::Notifier;
 use crate::parcel::{Content, PARCELS_MAX, Parcel, identity};
@@ -53,18 +54,22 @@ pub struct Handover {
     survival: Survival,
     ledger: Arc<Ledger>,
     threads_are_told: AtomicBool,
-    stored: AtomicUsize,
     lost: AtomicUsize,
 }
 
 impl Handover {
-    /// Takes what was stored, and makes a store for what is to be. Without one it says so, once.
+    /// Takes what was stored, and makes a store for what is to be. Without one it says so, once. A process
+    /// that `opens` its sockets itself is passed none.
+    ///
+    /// # Errors
+    /// One line when what was stored can't be read; then it is still there.
     pub async fn open(
         survival: Option<Survival>,
+        opens: bool,
         inherited: &mut Vec<Inherited>,
         notifier: &Notifier,
-    ) -> (Option<Arc<Self>>, Recovered) {
-        let nothing = (None, Recovered::default());
+    ) -> Result<(Option<Arc<Self>>, Recovered), String> {
+        let nothing = Ok((None, Recovered::default()));
         let returned = Returned::take(inherited);
         let Some(survival) = survival else {
             if !returned.is_empty() {
@@ -73,7 +78,7 @@ impl Handover {
             }
             return nothing;
         };
-        remove_strangers(inherited, notifier).await;
+        remove_strangers(inherited, opens, notifier).await;
         let queue = match returned.is_empty() {
             false => returned.into_queue(notifier).await,
             true => None,
@@ -90,24 +95,25 @@ impl Handover {
                 }
             },
         };
-        let SortedOut { messages, parcels, refused } = sort_out(queue.messages());
+        let read = queue.texts().and_then(|texts| sort_out(&texts, queue.messages()));
+        let SortedOut { messages, parcels, refused } =
+            read.map_err(|error| format!("Failed to read the store: {}.", in_words(&error)))?;
         if refused > 0 {
             tracing::warn!("Stored connections are damaged or unknown, closing them: {refused}.");
         }
         // A connection that systemd passes (Accept=yes) and has stored as well is one.
         let stored: HashSet<_> = parcels.iter().flat_map(Parcel::identities).collect();
         inherited.retain(|it| !identity(&it.fd).is_some_and(|it| stored.contains(&it)));
-        let current: Vec<_> = parcels.iter().map(|parcel| parcel.id).collect();
+        let current: HashSet<_> = parcels.iter().map(|parcel| parcel.id).collect();
         let ledger = Ledger::new(queue, messages, &current);
         let recovered = recover(parcels, (survival == Survival::Crash).then_some(&ledger));
         let handover = Self {
             survival,
             ledger,
             threads_are_told: AtomicBool::default(),
-            stored: AtomicUsize::default(),
             lost: AtomicUsize::default(),
         };
-        (Some(Arc::new(handover)), recovered)
+        Ok((Some(Arc::new(handover)), recovered))
     }
 
     /// Whether connections are stored from accept on.
@@ -138,8 +144,8 @@ impl Handover {
     }
 
     /// The same for a socket that was opened here.
-    pub fn keep_listener(&self, listener: impl AsFd) -> Option<Kept> {
-        self.keep(Content::Listener(listener))
+    pub fn keep_listener(&self, listener: &Listener) -> Option<Kept> {
+        self.keep(Content::Listener(listener.as_fd(), listener.file()))
     }
 
     fn keep<Fd: AsFd>(&self, content: Content<Fd>) -> Option<Kept> {
@@ -179,25 +185,24 @@ impl Handover {
             }
             let are_stored = self.ledger.leave(contents).is_ok();
             for (one, can_be) in batch.into_iter().zip(can_be) {
-                let count = if are_stored && can_be {
+                if are_stored && can_be {
                     one.leave();
-                    &self.stored
                 } else {
-                    &self.lost
-                };
-                count.fetch_add(1, Ordering::Relaxed);
+                    self.lost.fetch_add(1, Ordering::Relaxed);
+                }
             }
         }
     }
 
     /// The same for a socket that was opened here; whether it is stored.
-    pub fn leave_listener(&self, listener: impl AsFd) -> bool {
-        self.ledger.leave(vec![(now(), Content::Listener(listener))]).is_ok()
+    pub fn leave_listener(&self, listener: &Listener) -> bool {
+        let content = Content::Listener(listener.as_fd(), listener.file());
+        self.ledger.leave(vec![(now(), content)]).is_ok()
     }
 
-    /// Connections that the next process will find, and those that it will not.
+    /// What the next process will find, connections and listeners, and connections that it will not.
     pub fn left_behind(&self) -> [usize; 2] {
-        [self.stored.load(Ordering::Relaxed), self.lost.load(Ordering::Relaxed)]
+        [self.ledger.counting(), self.lost.load(Ordering::Relaxed)]
     }
 }
 
@@ -221,12 +226,12 @@ async fn new_queue(notifier: &Notifier) -> Result<Queue, String> {
 
 /// What can't come from a socket unit, beside the sockets that do: somebody else's descriptors in the
 /// store. A connection is the only one, or is somebody else's as well.
-async fn remove_strangers(inherited: &mut Vec<Inherited>, notifier: &Notifier) {
+async fn remove_strangers(inherited: &mut Vec<Inherited>, opens: bool, notifier: &Notifier) {
     let is_listener = |it: &Inherited| {
         sockopt::socket_type(&it.fd).is_ok_and(|it| it == SocketType::STREAM)
             && sockopt::socket_acceptconn(&it.fd).unwrap_or(false)
     };
-    if !inherited.iter().any(is_listener) {
+    if !opens && !inherited.iter().any(is_listener) {
         return;
     }
     let strangers: Vec<_> = inherited.extract_if(.., |it| !is_listener(it)).collect();

@@ -2,12 +2,15 @@
 //!
 //! The queue is a log: what changes is written anew, and the last parcel of a number counts. What
 //! stands in front of it and does not count any more is taken out; when more than half of it does
-//! not count, what does is written anew behind the rest, a few parcels at each change. So the queue
-//! holds at most twice what lives, and no change costs more than two messages read and one written.
+//! not count, or the queue becomes full, what does is written anew behind the rest, many parcels to a
+//! message, one message at each change. So the queue holds at most twice what lives, and a little.
+//!
+//! The book says what is in the queue, message by message, and is held against it whenever that is
+//! read.
 
 #![forbid(unsafe_code)]
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,22 +18,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
 use crate::logging::RateLimit;
-use crate::parcel::{Content, PARCELS_MAX, Parcel, Sealed, pack, unpack};
+use crate::parcel::{Content, PARCELS_MAX, Parcel, Sealed, ids, pack, unpack};
 use crate::queue::Queue;
 
 /// Parcels that don't count before it is worth looking.
 const SLACK: usize = 32;
 
+/// Descriptors that a parcel has at most.
+const PER_PARCEL: usize = 6;
+
+/// Percent of the queue's bytes, or of the descriptors that may be under way, from which on it is packed;
+/// from which on nobody new is stored; and from which on only what makes room is written.
+const TIGHT: usize = 50;
+const FULL: usize = 75;
+const BRIM: usize = 90;
+
 /// How long what does not count may stay at most, but for the time it takes.
 const CLEANED_AFTER: Duration = Duration::from_secs(5);
 
-static FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
+static DIFFERS: RateLimit = RateLimit::new(1, Duration::from_secs(600));
+static IS_FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
 
 /// The queue, and what is known of it.
 #[derive(Debug)]
@@ -44,14 +58,25 @@ pub struct Ledger {
 
 #[derive(Debug, Default)]
 struct Book {
-    /// The numbers of the parcels in each message of the queue.
-    messages: VecDeque<Vec<u64>>,
+    /// The messages of the queue.
+    messages: VecDeque<Noted>,
     /// How many messages have been taken out: the number of the first.
     taken_out: u64,
     /// The number of the message that counts, for each parcel that does.
     current: HashMap<u64, u64>,
-    /// Parcels in the queue.
+    /// Parcels in the queue; a message without any counts for one.
     written: usize,
+    /// Descriptors in it, and how many there may be.
+    descriptors: usize,
+    descriptors_max: usize,
+}
+
+/// A message, as it should be.
+#[derive(Debug)]
+struct Noted {
+    /// The numbers of its parcels.
+    ids: Vec<u64>,
+    descriptors: usize,
 }
 
 /// A parcel that is kept for as long as this lives.
@@ -66,16 +91,17 @@ pub struct Kept {
 
 impl Ledger {
     /// For a queue with these messages in it, of whose parcels the `current` count.
-    pub fn new(queue: Queue, messages: Vec<Vec<u64>>, current: &[u64]) -> Arc<Self> {
+    pub fn new(queue: Queue, messages: Vec<Vec<u64>>, current: &HashSet<u64>) -> Arc<Self> {
         let next = messages.iter().flatten().max().map_or(0, |last| last + 1);
-        let mut book = Book::default();
+        let limit = getrlimit(Resource::Nofile).current;
+        let descriptors_max = limit.map_or(usize::MAX / 100, |limit| limit as usize).max(1);
+        let mut book = Book { descriptors_max, ..Book::default() };
         for ids in messages {
             let number = book.next_number();
             for id in ids.iter().filter(|id| current.contains(id)) {
                 book.current.insert(*id, number);
             }
-            book.written += ids.len();
-            book.messages.push_back(ids);
+            book.note(Noted { descriptors: ids.len() * PER_PARCEL, ids });
         }
         let outdated = Notify::new();
         // What did not count when it was read.
@@ -86,11 +112,10 @@ impl Ledger {
     /// Keeps something new, if there is room.
     pub fn keep<Fd: AsFd>(self: &Arc<Self>, start: u64, content: Content<Fd>) -> Option<Kept> {
         let kept = self.kept(self.next.fetch_add(1, Ordering::Relaxed), start);
-        // What is left is for changes of what is there.
-        if self.queue.has_room() && kept.store(content) {
-            return Some(kept);
+        if kept.write(content, FULL) {
+            return Some(kept.take_over());
         }
-        if let Some(suppressed) = FULL.pass() {
+        if let Some(suppressed) = IS_FULL.pass() {
             tracing::warn!(
                 "The store is full, new connections would not survive the proxy; raise \
                  net.core.wmem_max or LimitNOFILE=.{suppressed}"
@@ -99,9 +124,9 @@ impl Ledger {
         None
     }
 
-    /// What has this number in the queue.
+    /// What has this number in the queue; it stays there until it is taken over.
     pub fn kept(self: &Arc<Self>, id: u64, start: u64) -> Kept {
-        Kept { ledger: Arc::clone(self), id, start, stays: false }
+        Kept { ledger: Arc::clone(self), id, start, stays: true }
     }
 
     /// Writes what is to be there when the process is gone, each with when it began, in one message:
@@ -123,9 +148,13 @@ impl Ledger {
         loop {
             self.outdated.notified().await;
             sleep(CLEANED_AFTER).await;
+            // Once round.
             let mut left = self.lock().messages.len();
             while left > 0 {
-                left = left.saturating_sub(self.lock().clean(&self.queue));
+                // Not held while others run.
+                let gone = self.lock().clean(&self.queue);
+                let Some(gone) = gone else { break };
+                left = left.saturating_sub(gone);
                 yield_now().await;
             }
         }
@@ -135,17 +164,12 @@ impl Ledger {
     pub fn clear(&self) {
         let mut book = self.lock();
         while self.queue.drop_first() {}
-        *book = Book::default();
+        *book = Book { descriptors_max: book.descriptors_max, ..Book::default() };
     }
 
     /// Parcels that count.
-    pub fn len(&self) -> usize {
+    pub fn counting(&self) -> usize {
         self.lock().current.len()
-    }
-
-    /// Whether nothing counts.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Book> {
@@ -154,28 +178,46 @@ impl Ledger {
 }
 
 impl Kept {
+    /// From now on it is there for as long as this lives, and no longer.
+    pub fn take_over(mut self) -> Self {
+        self.stays = false;
+        self
+    }
+
     /// Stores how it stands now; whether that went.
     pub fn store<Fd: AsFd>(&self, content: Content<Fd>) -> bool {
-        let parcel = Parcel { id: self.id, start: self.start, content };
-        let sealed = [parcel.seal()];
-        let queue = &self.ledger.queue;
-        let mut book = self.ledger.lock();
-        let mut written = book.write(queue, &sealed);
-        while written.is_err() && book.is_worth_packing() && book.pack(queue) {
-            written = book.write(queue, &sealed);
-        }
-        book.tidy(queue);
-        written.is_ok()
+        self.write(content, BRIM)
     }
 
     /// Has it not taken back, although its sockets may be in the queue for some time; whether that went.
     pub fn forget(self) -> bool {
-        self.store(Content::<OwnedFd>::Nothing)
+        self.take_over().write(Content::<OwnedFd>::Nothing, usize::MAX)
     }
 
     /// Lets it stay there.
     pub fn leave(mut self) {
         self.stays = true;
+    }
+
+    /// Writes it, unless the queue is as full as that, even when it is packed.
+    fn write<Fd: AsFd>(&self, content: Content<Fd>, full: usize) -> bool {
+        let parcel = Parcel { id: self.id, start: self.start, content };
+        let sealed = [parcel.seal()];
+        let queue = &self.ledger.queue;
+        let mut book = self.ledger.lock();
+        let mut fullness = book.fullness(queue);
+        if fullness >= TIGHT {
+            book.pack_if_worth_it(queue);
+        }
+        while fullness >= full && book.pack_if_worth_it(queue) {
+            fullness = book.fullness(queue);
+        }
+        let is_written = fullness < full && book.write(queue, &sealed).is_ok();
+        book.tidy(queue);
+        if book.is_outdated() {
+            self.ledger.outdated.notify_one();
+        }
+        is_written
     }
 }
 
@@ -185,7 +227,7 @@ impl Drop for Kept {
             let mut book = self.ledger.lock();
             book.current.remove(&self.id);
             book.tidy(&self.ledger.queue);
-            if book.written > book.current.len() {
+            if book.is_outdated() {
                 self.ledger.outdated.notify_one();
             }
         }
@@ -203,16 +245,26 @@ impl Book {
         let number = self.next_number();
         let ids: Vec<_> = parcels.iter().map(Sealed::id).collect();
         self.current.extend(ids.iter().map(|id| (*id, number)));
-        self.written += ids.len();
-        self.messages.push_back(ids);
+        self.note(Noted { ids, descriptors: fds.len() });
         Ok(())
     }
 
-    fn is_worth_packing(&self) -> bool {
-        self.written > 2 * self.current.len()
+    fn note(&mut self, message: Noted) {
+        self.written += message.ids.len().max(1);
+        self.descriptors += message.descriptors;
+        self.messages.push_back(message);
     }
 
-    /// Takes out what does not count in front, and packs a little where that is worth it.
+    /// In percent, of bytes or of descriptors.
+    fn fullness(&self, queue: &Queue) -> usize {
+        queue.fullness().max(self.descriptors * 100 / self.descriptors_max)
+    }
+
+    fn is_outdated(&self) -> bool {
+        self.written > self.current.len()
+    }
+
+    /// Takes out what does not count in front, and packs a little where half does not count.
     fn tidy(&mut self, queue: &Queue) {
         if self.written > 2 * self.current.len() + SLACK {
             self.pack(queue);
@@ -220,27 +272,36 @@ impl Book {
         while self.first_is_over() && self.drop_first(queue) {}
     }
 
+    /// Packs a little if anything does not count, or stands in more messages than it has to; whether
+    /// that went.
+    fn pack_if_worth_it(&mut self, queue: &Queue) -> bool {
+        let messages = self.current.len().div_ceil(PARCELS_MAX) * 2 + 1;
+        (self.is_outdated() || self.messages.len() > messages) && self.pack(queue)
+    }
+
     fn first_is_over(&self) -> bool {
-        let is_current = |id| self.current.get(id) == Some(&self.taken_out);
-        self.messages.front().is_some_and(|ids| !ids.iter().any(is_current))
+        self.messages.front().is_some_and(|message| self.is_over(message, self.taken_out))
+    }
+
+    /// Whether nothing of the message with this number counts.
+    fn is_over(&self, message: &Noted, number: u64) -> bool {
+        !message.ids.iter().any(|id| self.current.get(id) == Some(&number))
     }
 
     fn drop_first(&mut self, queue: &Queue) -> bool {
         let is_out = queue.drop_first();
-        if is_out && let Some(ids) = self.messages.pop_front() {
+        if is_out && let Some(message) = self.messages.pop_front() {
             self.taken_out += 1;
-            self.written -= ids.len();
+            self.written -= message.ids.len().max(1);
+            self.descriptors -= message.descriptors;
         }
         is_out
     }
 
-    /// The same at leisure, for whoever goes through all messages: of how many it has got rid.
-    fn clean(&mut self, queue: &Queue) -> usize {
+    /// The same as [`Book::pack`], for whoever goes through all messages: of how many it has got rid.
+    fn clean(&mut self, queue: &Queue) -> Option<usize> {
         let before = self.taken_out;
-        if self.written == self.current.len() || !self.pack(queue) {
-            return usize::MAX;
-        }
-        (self.taken_out - before) as usize
+        (self.is_outdated() && self.pack(queue)).then(|| (self.taken_out - before) as usize)
     }
 
     /// Writes what counts of the first messages anew behind the last, and takes these out; whether
@@ -250,17 +311,26 @@ impl Book {
         let mut counts = Vec::new();
         let mut seen = 0;
         while counts.len() < PARCELS_MAX
-            && let Some(ids) = self.messages.get(seen)
-            && counts.len() + ids.len() <= 2 * PARCELS_MAX
+            && let Some(noted) = self.messages.get(seen)
+            && counts.len() + noted.ids.len() <= 2 * PARCELS_MAX
         {
-            let Some(message) = messages.next().filter(|message| message.is_whole) else {
-                return false;
-            };
+            let Some(Ok(message)) = messages.next() else { return false };
             let number = self.taken_out + seen as u64;
-            // What can't be read counts for nothing.
-            let parcels = unpack(&message.bytes, message.fds).unwrap_or_default();
-            let is_current = |it: &Sealed<_>| self.current.get(&it.id()) == Some(&number);
-            counts.extend(parcels.into_iter().filter(is_current));
+            if ids(&message.bytes).unwrap_or_default() != noted.ids {
+                if let Some(suppressed) = DIFFERS.pass() {
+                    tracing::error!("The store is not what it should be, leaving it.{suppressed}");
+                }
+                return false;
+            }
+            match unpack(&message.bytes, message.fds) {
+                Ok(parcels) if message.is_whole => {
+                    let is_current = |it: &Sealed<_>| self.current.get(&it.id()) == Some(&number);
+                    counts.extend(parcels.into_iter().filter(is_current));
+                }
+                // There may be no descriptors left for a moment.
+                _ if !self.is_over(noted, number) => return false,
+                _ => {}
+            }
             seen += 1;
         }
         // At first behind the rest, so that it is in the queue at every moment.
@@ -287,7 +357,9 @@ mod tests {
     use crate::recovery::sort_out;
 
     fn listener() -> OwnedFd {
-        std::net::TcpListener::bind("127.0.0.1:0").unwrap().into()
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        listener.into()
     }
 
     fn second(queue: &Queue) -> Queue {
@@ -298,7 +370,7 @@ mod tests {
 
     /// Each parcel that counts, and when it began.
     fn read(queue: &Queue) -> BTreeMap<u64, u64> {
-        let out = sort_out(queue.messages());
+        let out = sort_out(&queue.texts().unwrap(), queue.messages()).unwrap();
         assert_eq!(out.refused, 0);
         out.parcels.iter().map(|parcel| (parcel.id, parcel.start)).collect()
     }
@@ -306,7 +378,7 @@ mod tests {
     #[test]
     fn what_lives_is_in_the_queue_at_every_moment_and_little_else() {
         let queue = Queue::new().unwrap();
-        let ledger = Ledger::new(second(&queue), Vec::new(), &[]);
+        let ledger = Ledger::new(second(&queue), Vec::new(), &HashSet::new());
         let mut live: BTreeMap<u64, (Kept, OwnedFd)> = BTreeMap::new();
         let mut dice = 1_u64;
         let mut below = |sides: usize| {
@@ -323,12 +395,12 @@ mod tests {
             match (below(10), one) {
                 (0..6, one) if grows || one.is_none() => {
                     let fd = listener();
-                    let kept = ledger.keep(round, Content::Listener(&fd)).unwrap();
+                    let kept = ledger.keep(round, Content::Listener(&fd, None)).unwrap();
                     live.insert(kept.id, (kept, fd));
                 }
                 (6..8, Some(one)) => {
                     let (kept, fd) = &live[&one];
-                    assert!(kept.store(Content::Listener(fd)));
+                    assert!(kept.store(Content::Listener(fd, None)));
                 }
                 (8, Some(one)) => {
                     let (kept, _) = live.remove(&one).unwrap();
@@ -340,32 +412,32 @@ mod tests {
             let parcels = ledger.lock().written;
             assert!(parcels <= 2 * live.len() + SLACK + 1, "{parcels} for {}", live.len());
             if round % 20 == 0 {
-                let messages: Vec<_> = queue.messages().collect();
+                let messages = queue.texts().unwrap();
                 assert_eq!(messages.len(), ledger.lock().messages.len());
                 let there = read(&queue);
                 assert!(live.keys().all(|id| there.contains_key(id)), "{round}");
             }
         }
         // Written by one process, read and continued by the next.
-        let out = sort_out(queue.messages());
+        let out = sort_out(&queue.texts().unwrap(), queue.messages()).unwrap();
         let current: Vec<_> = live.keys().copied().collect();
-        let next = Ledger::new(second(&queue), out.messages, &current);
+        let next = Ledger::new(second(&queue), out.messages, &current.iter().copied().collect());
         live.into_values().for_each(|(kept, _)| kept.leave());
-        let kept: Vec<_> = current.iter().map(|id| next.kept(*id, 0)).collect();
-        while next.lock().clean(&next.queue) != usize::MAX {}
+        let kept: Vec<_> = current.iter().map(|id| next.kept(*id, 0).take_over()).collect();
+        while next.lock().clean(&next.queue).is_some() {}
         assert_eq!(read(&queue).into_keys().collect::<Vec<_>>(), current);
         assert_eq!(next.lock().written, current.len());
         drop(kept);
-        assert_eq!(queue.messages().count(), 0);
-        assert!(next.is_empty());
+        assert!(queue.texts().unwrap().is_empty());
+        assert_eq!(next.counting(), 0);
     }
 
     #[test]
     fn what_is_forgotten_does_not_come_back() {
         let queue = Queue::new().unwrap();
-        let ledger = Ledger::new(second(&queue), Vec::new(), &[]);
+        let ledger = Ledger::new(second(&queue), Vec::new(), &HashSet::new());
         let fds: Vec<_> = (0..3).map(|_| listener()).collect();
-        let keep = |fd| ledger.keep(0, Content::Listener(fd)).unwrap();
+        let keep = |fd| ledger.keep(0, Content::Listener(fd, None)).unwrap();
         let [first, middle, _last] = [&fds[0], &fds[1], &fds[2]].map(keep);
         let id = middle.id;
         // Behind one that lives, where it can't be taken out.
@@ -373,7 +445,7 @@ mod tests {
         assert!(!read(&queue).contains_key(&id));
         drop(first);
         assert!(!read(&queue).contains_key(&id));
-        while ledger.lock().clean(&ledger.queue) != usize::MAX {}
+        while ledger.lock().clean(&ledger.queue).is_some() {}
         assert_eq!(read(&queue).len(), 1);
     }
 }

@@ -205,6 +205,11 @@ impl Listener {
         &self.identity
     }
 
+    /// Its socket file, device and inode.
+    pub fn file(&self) -> Option<(u64, u64)> {
+        self.file.as_ref().map(|file| file.identity)
+    }
+
     /// Leaves its socket file where it is, for the next process.
     pub fn leave_file(&self) {
         if let Some(file) = &self.file {
@@ -300,6 +305,49 @@ fn is_the_newcomers(errno: Errno) -> bool {
             | Errno::OPNOTSUPP
             | Errno::TIMEDOUT
     )
+}
+
+/// A listening socket that the process before this one had opened.
+#[derive(Debug)]
+pub struct StoredListener {
+    /// The socket.
+    pub fd: OwnedFd,
+    /// Its file, device and inode.
+    pub file: Option<(u64, u64)>,
+}
+
+impl StoredListener {
+    /// Where it listens.
+    pub(crate) fn address(&self) -> Option<Address> {
+        let address = SockRef::from(&self.fd).local_addr();
+        address.ok().map(|address| Address::from_sockaddr(&address))
+    }
+
+    /// Its file, if that is still there.
+    fn socket_file(&self) -> Option<SocketFile> {
+        let (Some(Address::Unix(Some(name))), Some(file)) = (self.address(), self.file) else {
+            return None;
+        };
+        let path = name.path()?;
+        (identity(path).ok()? == file).then(|| SocketFile::of(path).ok()).flatten()
+    }
+
+    /// Whether clients find it.
+    pub(crate) fn is_there(&self) -> bool {
+        let file = self.socket_file().inspect(|file| file.stays.set(true));
+        self.file.is_none() || file.is_some()
+    }
+
+    /// Listens on.
+    pub(crate) fn into_listener(self) -> io::Result<Listener> {
+        let file = self.socket_file();
+        Listener::from_fd(self.fd, None, file)
+    }
+
+    /// Listens no more, and takes its file along.
+    pub(crate) fn end(self) {
+        drop(self.socket_file());
+    }
 }
 
 /// A socket file made here: removed at the end, unless somebody has put another in its place.

@@ -7,18 +7,18 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use socket2::{Domain, SockAddr, SockRef, Type};
+use socket2::{Domain, SockAddr, Type};
 use tokio::time::sleep;
 
 use crate::address::{Address, UnixName, parse_vsock};
-use crate::listen::{Listener, SocketFile};
+use crate::listen::{Listener, SocketFile, StoredListener};
 use crate::logging::in_words;
 use crate::resolve::resolve;
 use crate::target::{HostPort, Port};
@@ -86,7 +86,7 @@ impl fmt::Display for ListenAddress {
 /// One line that names the address.
 pub async fn open(
     address: &ListenAddress,
-    stored: &mut Vec<OwnedFd>,
+    stored: &mut Vec<StoredListener>,
 ) -> Result<Vec<Listener>, String> {
     let failed = |error: io::Error| {
         let hint = match address {
@@ -111,7 +111,7 @@ pub async fn open(
     })
 }
 
-fn open_any(port: u16, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
+fn open_any(port: u16, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
     // A kernel without IPv6 still has a port to offer.
     open_inet((Ipv6Addr::UNSPECIFIED, port).into(), stored).or_else(|error| {
         match Errno::from_io_error(&error) {
@@ -128,7 +128,7 @@ fn open_any(port: u16, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
 fn open_each(
     host: &HostPort,
     addresses: &[SocketAddr],
-    stored: &mut Vec<OwnedFd>,
+    stored: &mut Vec<StoredListener>,
 ) -> io::Result<Vec<Listener>> {
     let mut listeners = Vec::new();
     let mut missing = None;
@@ -151,15 +151,15 @@ fn open_each(
     }
 }
 
-fn open_inet(address: SocketAddr, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
+fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
     let is_it = |it: &Address| match it {
         Address::Inet(it) => {
             it.ip() == address.ip() && (it.port() == address.port() || address.port() == 0)
         }
         _ => false,
     };
-    if let Some(fd) = take_stored(stored, is_it) {
-        return Listener::from_fd(fd, None, None);
+    if let Some(stored) = take_stored(stored, is_it) {
+        return stored.into_listener();
     }
     let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     // A restart must not wait for the last connections' TIME_WAIT.
@@ -172,9 +172,9 @@ fn open_inet(address: SocketAddr, stored: &mut Vec<OwnedFd>) -> io::Result<Liste
     Listener::from_fd(socket.into(), None, None)
 }
 
-fn open_vsock(address: &Address, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
-    if let Some(fd) = take_stored(stored, |it| it == address) {
-        return Listener::from_fd(fd, None, None);
+fn open_vsock(address: &Address, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
+    if let Some(stored) = take_stored(stored, |it| it == address) {
+        return stored.into_listener();
     }
     let socket = socket2::Socket::new(Domain::VSOCK, Type::STREAM, None)?;
     socket.bind(&address.to_sockaddr()?)?;
@@ -182,14 +182,10 @@ fn open_vsock(address: &Address, stored: &mut Vec<OwnedFd>) -> io::Result<Listen
     Listener::from_fd(socket.into(), None, None)
 }
 
-async fn open_unix(name: &UnixName, stored: &mut Vec<OwnedFd>) -> io::Result<Listener> {
+async fn open_unix(name: &UnixName, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
     let address = Address::Unix(Some(Box::new(name.clone())));
-    // Without its file nobody would find it.
-    if name.path().is_none_or(Path::exists)
-        && let Some(fd) = take_stored(stored, |it| *it == address)
-    {
-        let file = name.path().map(SocketFile::of).transpose()?;
-        return Listener::from_fd(fd, None, file);
+    if let Some(stored) = take_stored(stored, |it| *it == address) {
+        return stored.into_listener();
     }
     let address = address.to_sockaddr()?;
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -219,12 +215,14 @@ async fn open_unix(name: &UnixName, stored: &mut Vec<OwnedFd>) -> io::Result<Lis
     Listener::from_fd(socket.into(), None, Some(file))
 }
 
-/// A listener of the process before this one that has such an address.
-fn take_stored(stored: &mut Vec<OwnedFd>, is_it: impl Fn(&Address) -> bool) -> Option<OwnedFd> {
-    let index = stored.iter().position(|fd| {
-        let address = SockRef::from(fd).local_addr();
-        address.is_ok_and(|address| is_it(&Address::from_sockaddr(&address)))
-    })?;
+/// A listener of the process before this one that has such an address, and is found there.
+fn take_stored(
+    stored: &mut Vec<StoredListener>,
+    is_it: impl Fn(&Address) -> bool,
+) -> Option<StoredListener> {
+    let index = stored
+        .iter()
+        .position(|it| it.is_there() && it.address().is_some_and(|address| is_it(&address)))?;
     Some(stored.swap_remove(index))
 }
 

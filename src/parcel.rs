@@ -10,7 +10,7 @@
 //! |---|---|
 //! | 0 to 7 | a number that tells parcels apart |
 //! | 8 to 15 | when the connection began, CLOCK_MONOTONIC in microseconds |
-//! | 16 to 31 | bytes delivered, from the client and from the backend |
+//! | 16 to 31 | bytes delivered, from the client and from the backend; a listener's file |
 //! | 32, 33 | bytes of the PROXY header |
 //! | 34, 35 | errno of the first fault, or 0 |
 //! | 36 | 0 nothing, 1 listener, 2 client, 3 pair |
@@ -71,8 +71,8 @@ pub struct Parcel<Fd> {
 pub enum Content<Fd> {
     /// What had this number is not to be taken back.
     Nothing,
-    /// A listening socket that was opened here.
-    Listener(Fd),
+    /// A listening socket that was opened here, and which its file is, device and inode.
+    Listener(Fd, Option<(u64, u64)>),
     /// A client without a backend yet.
     Client(Fd),
     /// A connection.
@@ -157,8 +157,11 @@ impl<Fd: AsFd> Parcel<Fd> {
         let mut fds = Vec::new();
         form[KIND] = match &self.content {
             Content::Nothing => 0,
-            Content::Listener(fd) => {
+            Content::Listener(fd, file) => {
                 fds.push(fd.as_fd());
+                let (device, inode) = file.unwrap_or_default();
+                form[16..24].copy_from_slice(&device.to_ne_bytes());
+                form[24..32].copy_from_slice(&inode.to_ne_bytes());
                 1
             }
             Content::Client(fd) => {
@@ -227,6 +230,22 @@ pub fn pack<Fd: AsFd>(parcels: &[Sealed<Fd>]) -> (Vec<u8>, Vec<BorrowedFd<'_>>) 
     (bytes, parcels.iter().flat_map(|parcel| parcel.fds.iter().map(AsFd::as_fd)).collect())
 }
 
+/// The numbers of the parcels in a message, of whatever version; `None` if it is none of ours.
+pub fn ids(bytes: &[u8]) -> Option<Vec<u64>> {
+    let (head, forms) = bytes.split_at_checked(HEAD)?;
+    let count = usize::from(head[3]);
+    if head[..2] != *b"sp" || count == 0 && !forms.is_empty() {
+        return None;
+    }
+    // In all versions each form begins with its number, and all are of one length.
+    let length = forms.len() / count.max(1);
+    if count > 0 && (length < 8 || forms.len() % count != 0) {
+        return None;
+    }
+    let number = |form: &[u8]| form.first_chunk().map(|number| u64::from_ne_bytes(*number));
+    forms.chunks(length.max(1)).map(number).collect()
+}
+
 /// The parcels of a message, unopened.
 ///
 /// # Errors
@@ -274,14 +293,16 @@ impl Sealed<OwnedFd> {
         }
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or(Refused);
+        let is_blank =
+            |from: usize| form[from..KIND].iter().chain(&form[STATE..SEAL]).all(|it| *it == 0);
         let content = match form[KIND] {
-            3 => Content::Pair(Box::new(open_pair(&form, &mut next)?)),
-            _ if form[16..KIND].iter().chain(&form[STATE..SEAL]).any(|byte| *byte != 0) => {
-                return Err(Refused);
+            0 if is_blank(16) => Content::Nothing,
+            1 if is_blank(32) => {
+                let file = (number(&form, 16), number(&form, 24));
+                Content::Listener(is_socket(next()?, true)?, (file != (0, 0)).then_some(file))
             }
-            0 => Content::Nothing,
-            1 => Content::Listener(is_socket(next()?, true)?),
-            2 => Content::Client(is_socket(next()?, false)?),
+            2 if is_blank(16) => Content::Client(is_socket(next()?, false)?),
+            3 => Content::Pair(Box::new(open_pair(&form, &mut next)?)),
             _ => return Err(Refused),
         };
         let parcel = Parcel { id: number(&form, 0), start: number(&form, 8), content };
@@ -351,11 +372,16 @@ fn nibbles(byte: u8) -> [u8; 2] {
 
 fn is_socket(fd: OwnedFd, listens: bool) -> Result<OwnedFd, Refused> {
     let is_one = || -> Option<bool> {
-        let is_stream = sockopt::socket_type(&fd).ok()? == SocketType::STREAM;
+        let is_stream = sockopt::socket_type(&fd).ok()? == SocketType::STREAM && never_waits(&fd);
         let family = Family::of(&fd).ok()?;
         Some(is_stream && family.is_some() && sockopt::socket_acceptconn(&fd).ok()? == listens)
     };
     if is_one() == Some(true) { Ok(fd) } else { Err(Refused) }
+}
+
+/// One that does would hold up all connections of an event loop.
+fn never_waits(fd: impl AsFd) -> bool {
+    fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK))
 }
 
 /// A file of bytes, of which there are not more than a flow copies at a time.
@@ -370,7 +396,7 @@ fn are_pipe(read: OwnedFd, write: OwnedFd) -> Result<StoredHeld<OwnedFd>, Refuse
         let stat = fstat(fd).ok()?;
         let is_pipe = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
         let has_mode = fcntl_getfl(fd).ok()? & OFlags::RWMODE == mode;
-        (is_pipe && has_mode).then_some((stat.st_dev, stat.st_ino))
+        (is_pipe && has_mode && never_waits(fd)).then_some((stat.st_dev, stat.st_ino))
     };
     match (end(&read, OFlags::RDONLY), end(&write, OFlags::WRONLY)) {
         (Some(one), Some(other)) if one == other => Ok(StoredHeld::Piped { read, write }),
@@ -384,7 +410,7 @@ impl Parcel<OwnedFd> {
         let mut fds = Vec::new();
         match &self.content {
             Content::Nothing => {}
-            Content::Listener(fd) | Content::Client(fd) => fds.push(fd),
+            Content::Listener(fd, _) | Content::Client(fd) => fds.push(fd),
             Content::Pair(pair) => {
                 fds.extend(pair.ends.iter().map(|end| &end.socket));
                 fds.extend(pair.flows.iter().filter_map(|flow| match &flow.held {

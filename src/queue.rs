@@ -75,9 +75,9 @@ impl Queue {
         let queue = (is_one(&inner) && is_one(&sender)).then(|| Self::from_ends(inner, sender))?;
         // What is sent to the one has to be in the other, behind all that is there.
         let (probe, _) = pack::<OwnedFd>(&[]);
-        let before = queue.messages().count();
+        let before = queue.texts().ok()?.len();
         let is_it = match queue.append(&probe, &[]) {
-            Ok(()) => queue.messages().nth(before).is_some_and(|last| last.bytes == probe),
+            Ok(()) => queue.texts().ok()?.get(before) == Some(&probe),
             // It is full, which it is of its own messages.
             Err(errno) => errno == Errno::AGAIN,
         };
@@ -89,9 +89,9 @@ impl Queue {
         [self.inner.as_fd(), self.sender.as_fd()]
     }
 
-    /// Whether a quarter of its room is left.
-    pub fn has_room(&self) -> bool {
-        queued(&self.sender) < self.size / 4 * 3
+    /// How full it is, in percent of the bytes it may take.
+    pub fn fullness(&self) -> usize {
+        queued(&self.sender) * 100 / self.size.max(1)
     }
 
     /// Puts a message at its end.
@@ -109,8 +109,67 @@ impl Queue {
     }
 
     /// Reads the messages from the first on; they stay where they are.
-    pub fn messages(&self) -> Messages<'_> {
-        Messages { queue: self, offset: 0 }
+    pub fn messages(&self) -> impl Iterator<Item = io::Result<Message>> {
+        let mut offset = 0;
+        std::iter::from_fn(move || {
+            let mut space =
+                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let (bytes, mut is_whole, flags) =
+                match self.peek(&mut offset, &mut control).transpose()? {
+                    Ok(read) => read,
+                    Err(error) => return Some(Err(error)),
+                };
+            let rights = control.drain().filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                _ => None,
+            });
+            let fds = rights.flatten().collect();
+            is_whole &= !flags.contains(ReturnFlags::CTRUNC);
+            Some(Ok(Message { bytes, fds, is_whole }))
+        })
+    }
+
+    /// What the messages say, without what came with them; nothing of one that is too long.
+    ///
+    /// # Errors
+    /// recvmsg(2)'s.
+    pub fn texts(&self) -> io::Result<Vec<Vec<u8>>> {
+        let mut texts = Vec::new();
+        let mut offset = 0;
+        // Without a place for descriptors none are made.
+        while let Some((bytes, is_whole, _)) =
+            self.peek(&mut offset, &mut RecvAncillaryBuffer::default())?
+        {
+            texts.push(if is_whole { bytes } else { Vec::new() });
+        }
+        Ok(texts)
+    }
+
+    /// The message at an offset, which is moved on behind it: what it says, and whether that is all.
+    fn peek(
+        &self,
+        offset: &mut usize,
+        control: &mut RecvAncillaryBuffer<'_>,
+    ) -> io::Result<Option<(Vec<u8>, bool, ReturnFlags)>> {
+        // Each time: of a message that is too long the next receive would give the rest.
+        set_peek_offset(&self.inner, u32::try_from(*offset).map_err(|_| Errno::OVERFLOW)?)?;
+        let mut bytes = vec![0; MESSAGE_MAX];
+        let iov = &mut [IoSliceMut::new(&mut bytes)];
+        // With MSG_TRUNC it says how long the message is, whatever the buffer took.
+        let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC;
+        let received = match recvmsg(&self.inner, iov, control, flags) {
+            Err(Errno::AGAIN) => return Ok(None),
+            received => received?,
+        };
+        // The end of the other socket: it is somebody else's.
+        if received.bytes == 0 {
+            return Ok(None);
+        }
+        *offset += received.bytes;
+        bytes.truncate(received.bytes);
+        let is_whole = !received.flags.contains(ReturnFlags::TRUNC);
+        Ok(Some((bytes, is_whole, received.flags)))
     }
 
     /// Takes the first message out, with its references to what came with it.
@@ -120,49 +179,12 @@ impl Queue {
     }
 }
 
-/// The messages of a queue, one after the other.
-#[derive(Debug)]
-pub struct Messages<'a> {
-    queue: &'a Queue,
-    /// Bytes of those that were read.
-    offset: usize,
-}
-
-impl Iterator for Messages<'_> {
-    type Item = Message;
-
-    fn next(&mut self) -> Option<Message> {
-        // Each time: of a message that is too long the next receive would give the rest.
-        set_peek_offset(&self.queue.inner, u32::try_from(self.offset).ok()?).ok()?;
-        let mut bytes = vec![0; MESSAGE_MAX];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = recvmsg(
-            &self.queue.inner,
-            &mut [IoSliceMut::new(&mut bytes)],
-            &mut control,
-            RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC,
-        );
-        // With MSG_TRUNC it says how long the message is, whatever the buffer took.
-        let received = received.ok().filter(|it| it.bytes > 0)?;
-        self.offset += received.bytes;
-        bytes.truncate(received.bytes);
-        let rights = control.drain().filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-            _ => None,
-        });
-        let fds = rights.flatten().collect();
-        let is_whole = !received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
-        Some(Message { bytes, fds, is_whole })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn bytes(queue: &Queue) -> Vec<Vec<u8>> {
-        queue.messages().map(|message| message.bytes).collect()
+        queue.messages().map(|message| message.unwrap().bytes).collect()
     }
 
     #[test]
@@ -177,10 +199,15 @@ mod tests {
         let too_long = vec![b'x'; 3 * MESSAGE_MAX];
         queue.append(&too_long, &[]).unwrap();
         queue.append(b"h", &[]).unwrap();
-        let rest: Vec<_> =
-            queue.messages().skip(3).map(|it| (it.bytes.len(), it.is_whole)).collect();
+        let rest: Vec<_> = queue
+            .messages()
+            .skip(3)
+            .map(|it| it.unwrap())
+            .map(|it| (it.bytes.len(), it.is_whole))
+            .collect();
         assert_eq!(rest, [(MESSAGE_MAX, false), (1, true)]);
-        assert_eq!(queue.messages().next().unwrap().fds.len(), 2);
+        assert_eq!(queue.texts().unwrap()[2..], [&b"ef"[..], b"", b"h"]);
+        assert_eq!(queue.messages().next().unwrap().unwrap().fds.len(), 2);
         assert!(queue.drop_first());
         queue.append(b"g", &[]).unwrap();
         assert_eq!(bytes(&queue), [&b"bcd"[..], b"ef", &too_long[..MESSAGE_MAX], b"h", b"g"]);
@@ -206,10 +233,10 @@ mod tests {
         let Queue { inner, sender, .. } = Queue::new().unwrap();
         sockopt::set_socket_send_buffer_size(&sender, 8192).unwrap();
         let queue = Queue::from_ends(inner, sender);
-        assert!(queue.has_room());
+        assert!(queue.fullness() < 50);
         let full = std::iter::from_fn(|| queue.append(b"x", &[]).err()).next();
         let full = full.or_else(|| (0..100).find_map(|_| queue.append(b"x", &[]).err()));
         assert_eq!(full, Some(Errno::AGAIN));
-        assert!(!queue.has_room());
+        assert!(queue.fullness() >= 100);
     }
 }

@@ -2,24 +2,29 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{HashMap, HashSet};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::ioctl_fionread;
+use rustix::net::sockopt;
+use socket2::SockRef;
 use tokio::time::Instant;
 
 use crate::ledger::{Kept, Ledger, now};
-use crate::parcel::{Content, Parcel, Sealed, StoredHeld, StoredPair, unpack};
+use crate::listen::StoredListener;
+use crate::parcel::{Content, Parcel, StoredHeld, StoredPair, ids, unpack};
 use crate::queue::Message;
-use crate::socket::queued;
+use crate::socket::{Family, queued};
 
 /// What the process before this one has left.
 #[derive(Debug, Default)]
 pub struct Recovered {
     /// Sockets it listened on, which it had opened.
-    pub listeners: Vec<OwnedFd>,
+    pub listeners: Vec<StoredListener>,
     /// That these are stored, until those that are used are again.
     pub kept_listeners: Vec<Kept>,
     /// Clients without a backend.
@@ -37,6 +42,19 @@ impl Recovered {
     /// How many.
     pub fn connections(&self) -> usize {
         self.clients.len() + self.pairs.len()
+    }
+
+    /// Descriptors that they have.
+    pub fn descriptors(&self) -> usize {
+        let held = |held: &StoredHeld<OwnedFd>| match held {
+            StoredHeld::Nothing => 0,
+            StoredHeld::Copied(_) => 1,
+            StoredHeld::Piped { .. } => 2,
+        };
+        let pair = |pair: &Recovery<Box<StoredPair<OwnedFd>>>| -> usize {
+            2 + pair.content.flows.iter().map(|flow| held(&flow.held)).sum::<usize>()
+        };
+        self.clients.len() + self.pairs.iter().map(pair).sum::<usize>()
     }
 }
 
@@ -56,39 +74,95 @@ pub struct Recovery<T> {
 pub struct SortedOut {
     /// The numbers of the parcels in each.
     pub messages: Vec<Vec<u64>>,
-    /// The parcels that count, in the order of their numbers.
+    /// The parcels that count, but for connections that are over.
     pub parcels: Vec<Parcel<OwnedFd>>,
     /// What can't be taken back.
     pub refused: usize,
 }
 
 /// Takes each parcel as it was last stored, or not at all; a descriptor belongs to one parcel.
-pub fn sort_out(messages: impl Iterator<Item = Message>) -> SortedOut {
+///
+/// What counts is decided by what the messages say, so that a parcel whose descriptors can't be had does
+/// not make an older one count, and only the descriptors of those that count are open at a time.
+///
+/// # Errors
+/// When a message can't be read.
+pub fn sort_out(
+    texts: &[Vec<u8>],
+    messages: impl Iterator<Item = io::Result<Message>>,
+) -> io::Result<SortedOut> {
     let mut out = SortedOut::default();
-    let mut last = BTreeMap::new();
-    for message in messages {
+    let mut last = HashMap::new();
+    for (number, text) in texts.iter().enumerate() {
+        let ids = ids(text);
+        out.refused += usize::from(ids.is_none());
+        let ids = ids.unwrap_or_default();
+        last.extend(ids.iter().map(|id| (*id, number)));
+        out.messages.push(ids);
+    }
+    let mut seen = HashSet::new();
+    for (number, message) in messages.take(texts.len()).enumerate() {
+        let message = message?;
+        let is_last = |id: &u64| last.get(id) == Some(&number);
         let parcels = match unpack(&message.bytes, message.fds) {
             Ok(parcels) if message.is_whole => parcels,
             _ => {
-                out.refused += 1;
-                Vec::new()
+                out.refused += out.messages[number].iter().filter(|id| is_last(id)).count();
+                continue;
             }
         };
-        out.messages.push(parcels.iter().map(Sealed::id).collect());
-        last.extend(parcels.into_iter().map(|parcel| (parcel.id(), parcel)));
-    }
-    let mut seen = HashSet::new();
-    for sealed in last.into_values() {
-        match sealed.open() {
-            Ok(Parcel { content: Content::Nothing, .. }) => {}
-            Ok(parcel) if parcel.identities().iter().all(|it| !seen.contains(it)) => {
-                seen.extend(parcel.identities());
-                out.parcels.push(parcel);
+        for parcel in parcels.into_iter().filter(|parcel| is_last(&parcel.id())) {
+            match parcel.open() {
+                Ok(parcel) if is_over(&parcel.content) => {}
+                Ok(parcel) if parcel.identities().iter().all(|it| !seen.contains(it)) => {
+                    seen.extend(parcel.identities());
+                    out.parcels.push(parcel);
+                }
+                _ => out.refused += 1,
             }
-            _ => out.refused += 1,
         }
     }
-    out
+    Ok(out)
+}
+
+/// Whether there is nothing to go on with: it was only not taken out of the store yet.
+fn is_over(content: &Content<OwnedFd>) -> bool {
+    match content {
+        Content::Nothing => true,
+        Content::Listener(..) => false,
+        // The last words of a Unix client that has closed are still to be delivered.
+        Content::Client(socket) => has_hung_up(socket) && !has_unread(socket),
+        Content::Pair(pair) => {
+            pair.ends.iter().all(|end| has_hung_up(&end.socket) && !is_delivering(&end.socket))
+                && pair.flows.iter().all(|flow| is_empty(&flow.held))
+        }
+    }
+}
+
+fn is_empty(held: &StoredHeld<OwnedFd>) -> bool {
+    match held {
+        StoredHeld::Nothing => true,
+        StoredHeld::Copied(_) => false,
+        StoredHeld::Piped { read, .. } => ioctl_fionread(read) == Ok(0),
+    }
+}
+
+fn has_unread(socket: &OwnedFd) -> bool {
+    Family::of(socket).is_ok_and(|family| family == Some(Family::Unix))
+        && ioctl_fionread(socket).is_ok_and(|bytes| bytes > 0)
+}
+
+/// Whether its peer's kernel has bytes yet to acknowledge. (One that was reset has no peer, and counts
+/// as if it had sent more than it has.)
+fn is_delivering(socket: &OwnedFd) -> bool {
+    SockRef::from(socket).peer_addr().is_ok() && queued(socket) > 0
+}
+
+fn has_hung_up(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok()
+        && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
 }
 
 /// As this process goes on with it: kept in the ledger, or else left as it is until all is taken.
@@ -100,16 +174,16 @@ pub fn recover(parcels: Vec<Parcel<OwnedFd>>, kept_in: Option<&Arc<Ledger>>) -> 
         let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
         match content {
             Content::Nothing => {}
-            Content::Listener(fd) => {
-                recovered.listeners.push(fd);
+            Content::Listener(fd, file) => {
+                recovered.listeners.push(StoredListener { fd, file });
                 recovered.kept_listeners.extend(kept);
             }
-            Content::Client(fd) if is_over(&fd) => {}
-            Content::Pair(pair) if has_ended(&pair) => {}
             Content::Client(content) => {
+                lasts(&content);
                 recovered.clients.push(Recovery { content, start, kept });
             }
             Content::Pair(content) => {
+                content.ends.iter().for_each(|end| lasts(&end.socket));
                 recovered.pairs.push(Recovery { content, start, kept });
             }
         }
@@ -117,39 +191,27 @@ pub fn recover(parcels: Vec<Parcel<OwnedFd>>, kept_in: Option<&Arc<Ledger>>) -> 
     recovered
 }
 
-/// Whether it was ended on both sides, and only was not taken out of the store.
-fn has_ended(pair: &StoredPair<OwnedFd>) -> bool {
-    let is_empty = |held: &StoredHeld<OwnedFd>| match held {
-        StoredHeld::Nothing => true,
-        StoredHeld::Copied(_) => false,
-        StoredHeld::Piped { read, .. } => rustix::io::ioctl_fionread(read) == Ok(0),
-    };
-    pair.ends.iter().all(|end| is_over(&end.socket) && queued(&end.socket) == 0)
-        && pair.flows.iter().all(|flow| is_empty(&flow.held))
-}
-
-fn is_over(fd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(fd, PollFlags::empty())];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut fds, Some(&now)).is_ok()
-        && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+/// It is not to be reset any more when the last reference goes: see [`crate::socket::Socket::leave`].
+fn lasts(socket: &OwnedFd) {
+    let _ = sockopt::set_socket_linger(socket, None);
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::os::fd::BorrowedFd;
 
     use rustix::io::Errno;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-    use rustix::pipe::pipe;
+    use rustix::pipe::{PipeFlags, pipe_with};
 
     use super::*;
     use crate::flow::State;
     use crate::forward::Side;
-    use crate::parcel::{PARCELS_MAX, StoredEnd, StoredFlow, pack};
+    use crate::parcel::{PARCELS_MAX, Sealed, StoredEnd, StoredFlow, pack};
 
-    /// The same for the same seed.
-    struct Dice(u64);
+    /// The same for the same seed; and the peers of the sockets, which say nothing.
+    struct Dice(u64, Vec<OwnedFd>);
 
     impl Dice {
         fn below(&mut self, sides: usize) -> usize {
@@ -162,13 +224,17 @@ mod tests {
         }
     }
 
-    fn socket() -> OwnedFd {
-        socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap().0
+    fn socket(dice: &mut Dice) -> OwnedFd {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (one, other) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        dice.1.push(other);
+        one
     }
 
     fn parcel(id: u64, dice: &mut Dice) -> Parcel<OwnedFd> {
         let content = match dice.below(4) {
-            0 => Content::Client(socket()),
+            0 => Content::Client(socket(dice)),
             _ => Content::Pair(Box::new(pair(dice))),
         };
         Parcel { id, start: dice.below(1000) as u64, content }
@@ -186,14 +252,14 @@ mod tests {
                     StoredHeld::Copied(file.into())
                 }
                 _ => {
-                    let (read, write) = pipe().unwrap();
+                    let (read, write) = pipe_with(PipeFlags::NONBLOCK).unwrap();
                     StoredHeld::Piped { read, write }
                 }
             };
             StoredFlow { state, delivered: dice.below(1 << 30) as u64, held }
         };
         let flows = [flow(), flow()];
-        let mut end = || StoredEnd { socket: socket(), reset: dice.says(), gone: dice.says() };
+        let mut end = || StoredEnd { socket: socket(dice), reset: dice.says(), gone: dice.says() };
         let ends = [end(), end()];
         let side = if dice.says() { Side::Client } else { Side::Backend };
         let fault = dice.says().then_some((side, Errno::CONNRESET));
@@ -227,13 +293,45 @@ mod tests {
         messages
     }
 
+    fn sorted(messages: Vec<Message>) -> SortedOut {
+        let texts: Vec<_> = messages.iter().map(|message| message.bytes.clone()).collect();
+        sort_out(&texts, messages.into_iter().map(Ok)).unwrap()
+    }
+
+    #[test]
+    fn what_can_not_be_read_does_not_make_older_ones_count() {
+        let mut dice = Dice(4, Vec::new());
+        let (first, last) = (parcel(7, &mut dice), parcel(7, &mut dice));
+        let message = |parcel: &Parcel<OwnedFd>| {
+            let sealed = [parcel.seal()];
+            let (bytes, fds) = pack(&sealed);
+            let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+            Message { bytes, fds, is_whole: true }
+        };
+        let spoils: [fn(&mut Message); 3] = [
+            |message| message.is_whole = false,
+            |message| message.fds.clear(),
+            // Another version, whose forms are longer.
+            |message| {
+                message.bytes[2] = 9;
+                message.bytes.extend([0; 16]);
+            },
+        ];
+        for spoil in spoils {
+            let mut messages = vec![message(&first), message(&last)];
+            spoil(&mut messages[1]);
+            let out = sorted(messages);
+            assert_eq!((out.refused, out.parcels.len()), (1, 0));
+        }
+    }
+
     #[test]
     fn what_was_stored_comes_back_as_it_was() {
-        let mut dice = Dice(1);
+        let mut dice = Dice(1, Vec::new());
         for _ in 0..50 {
             let parcels: Vec<_> = (0..20).map(|id| parcel(id, &mut dice)).collect();
             let sealed: Vec<_> = parcels.iter().map(Parcel::seal).collect();
-            let out = sort_out(messages(&sealed, &mut dice).into_iter());
+            let out = sorted(messages(&sealed, &mut dice));
             assert_eq!(out.refused, 0);
             let back: Vec<_> = out.parcels.iter().map(told).collect();
             assert_eq!(back, parcels.iter().map(told).collect::<Vec<_>>());
@@ -242,21 +340,22 @@ mod tests {
 
     #[test]
     fn the_last_of_a_number_counts_and_nothing_is_nothing() {
-        let mut dice = Dice(2);
+        let mut dice = Dice(2, Vec::new());
         let first = parcel(7, &mut dice);
         let last = parcel(7, &mut dice);
         let gone = parcel(8, &mut dice);
         let forgotten = Parcel { id: 8, start: 0, content: Content::<OwnedFd>::Nothing };
         let sealed = [first.seal(), gone.seal(), last.seal(), forgotten.seal()];
-        let out = sort_out(messages(&sealed, &mut dice).into_iter());
+        let out = sorted(messages(&sealed, &mut dice));
         assert_eq!((out.refused, out.parcels.len()), (0, 1));
         assert_eq!(told(&out.parcels[0]), told(&last));
     }
 
     #[test]
     fn whatever_was_done_to_it_a_connection_is_as_it_was_or_refused() {
-        let mut dice = Dice(3);
+        let mut dice = Dice(3, Vec::new());
         for _ in 0..1000 {
+            dice.1.clear();
             let mut parcels: Vec<_> = (0..12).map(|id| parcel(id, &mut dice)).collect();
             // Some were stored twice, as they were before and as they are.
             parcels.extend((0..4).map(|id| parcel(id, &mut dice)));
@@ -266,7 +365,7 @@ mod tests {
             for _ in 0..dice.below(6) {
                 damage(&mut messages, &mut dice);
             }
-            let out = sort_out(messages.into_iter());
+            let out = sorted(messages);
             let mut seen = HashSet::new();
             for parcel in &out.parcels {
                 assert_eq!(were.get(&told(parcel)), Some(&parcel.id), "it is another");
@@ -282,7 +381,7 @@ mod tests {
         }
         let (one, other) = (dice.below(messages.len()), dice.below(messages.len()));
         let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
-        match dice.below(9) {
+        match dice.below(10) {
             0 => messages.swap(one, other),
             1 => drop(messages.remove(one)),
             2 => {
@@ -306,6 +405,7 @@ mod tests {
                 fds.rotate_left(places);
             }
             6 => drop(messages[one].fds.pop()),
+            8 => messages[one].is_whole = false,
             7 => {
                 // Descriptors of two messages change places.
                 let taken = std::mem::take(&mut messages[one].fds);

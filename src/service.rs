@@ -68,15 +68,20 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
         // Before what was stored is taken, however much there is.
         raise_limit();
     }
-    let (handover, mut recovered) =
-        Handover::open(config.handover, &mut inherited, &notifier).await;
-    // A name to listen on may take its time; a signal must not.
-    let sockets = tokio::select! {
-        sockets = Sockets::gather(&config.listen, inherited, &mut recovered) => sockets?,
+    // systemd, or a name to listen on, may take its time; a signal must not.
+    let gather = async {
+        let opens = !config.listen.is_empty();
+        let (handover, mut recovered) =
+            Handover::open(config.handover, opens, &mut inherited, &notifier).await?;
+        let sockets = Sockets::gather(&config.listen, inherited, &mut recovered).await?;
+        Ok::<_, String>((handover, recovered, sockets))
+    };
+    let (handover, recovered, sockets) = tokio::select! {
+        gathered = gather => gathered?,
         () = signals.stop() => return Ok(()),
     };
     let drain_time = config.drain_time;
-    let mut server = Server::new(config, sockets, handover)?;
+    let mut server = Server::new(config, sockets, handover, recovered.descriptors())?;
     server.take_back(recovered);
     if !drain_time.is_zero() && !notifier.has_manager() {
         tracing::warn!(
@@ -169,6 +174,7 @@ impl Server {
         config: Config,
         sockets: Sockets,
         handover: Option<Arc<Handover>>,
+        recovered: usize,
     ) -> Result<Self, String> {
         let identities = sockets.identities();
         let backends = config.targets.assign(&identities)?;
@@ -194,6 +200,7 @@ impl Server {
             command: config.application.is_some(),
             threads: threads - 1,
             kept: handover.as_ref().is_some_and(|it| it.is_for_crashes()),
+            recovered,
         };
         let division = Division::of_this_process(config.connections_max.get(), uses)?;
         let ways = ways(&config, division.lookups);
@@ -230,7 +237,7 @@ impl Server {
             }
         }
         let has_opened = !config.listen.is_empty();
-        let keep = |listener: &Rc<Listener>| handover.as_ref()?.keep_listener(&**listener);
+        let keep = |listener: &Rc<Listener>| handover.as_ref()?.keep_listener(listener);
         let listeners = sources.listeners().iter().filter(|_| has_opened);
         let kept_listeners = listeners.filter_map(|(listener, _)| keep(listener)).collect();
         Ok(Self {
@@ -257,6 +264,10 @@ impl Server {
     fn take_back(&mut self, recovered: Recovered) {
         let Some(handover) = &self.handover else { return };
         self.recovered = recovered.connections();
+        // From here on it is this process's, and before any of it is moved.
+        handover.has_recovered();
+        // Those of them that are still used are stored anew.
+        recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));
         for Recovery { content, start, kept } in recovered.pairs {
             let [client, backend] = content.ends.each_ref().map(|end| SockRef::from(&end.socket));
             let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
@@ -269,6 +280,7 @@ impl Server {
             });
         }
         for Recovery { content: fd, kept, .. } in recovered.clients {
+            let kept = kept.map(Kept::take_over);
             let Ok(Some(family)) = Family::of(&fd) else { continue };
             let client = SockRef::from(&fd);
             let address = or_unnamed(client.peer_addr());
@@ -285,7 +297,6 @@ impl Server {
             let newcomer = Newcomer { fd, family, address, entrance, entered, reserved, kept };
             self.workers.serve(newcomer, self.admission.readmit(), backend);
         }
-        handover.has_recovered();
         if self.recovered > 0 {
             tracing::info!("Recovered connections: {}.", self.recovered);
         }
@@ -463,13 +474,16 @@ impl Server {
     /// Stores what is open, for the next process.
     async fn leave(&self, handover: &Handover, notifier: &Notifier) {
         let listeners = self.sources.listeners().iter().filter(|_| self.has_opened);
+        let mut listening = 0;
         for (listener, _) in listeners {
-            if handover.is_for_crashes() || handover.leave_listener(&**listener) {
+            if handover.is_for_crashes() || handover.leave_listener(listener) {
                 listener.leave_file();
+                listening += 1;
             }
         }
         self.workers.leave(handover).await;
         let [stored, lost] = handover.left_behind();
+        let stored = stored.saturating_sub(listening);
         let status = format!("Stored connections: {stored}.");
         notifier.send(&[NotifyState::Stopping, NotifyState::Status(&status)]).await;
         tracing::info!("Stopping, stored open connections: {stored}.");

@@ -276,10 +276,9 @@ impl Socket {
     }
 
     /// The descriptor alone, for another event loop.
-    pub fn release(self) -> io::Result<OwnedFd> {
-        let fd = self.io.get_ref().try_clone();
-        self.leave();
-        fd
+    pub fn release(mut self) -> io::Result<OwnedFd> {
+        self.closes_cleanly = true;
+        self.io.get_ref().try_clone()
     }
 
     /// Notes that a second reference to it exists, so that its end has to be said.
@@ -317,9 +316,18 @@ impl Socket {
         self.closes_cleanly = true;
     }
 
-    /// Leaves it to whoever else holds it: here it is over, and its peer does not notice.
+    /// Leaves it to whoever else holds it: here it is over, and its peer does not notice. If they just
+    /// close it, it is reset: nobody is to take half a transfer for a whole one.
     pub fn leave(mut self) {
+        if self.family == Family::Tcp {
+            self.reset_when_closed();
+        }
         self.closes_cleanly = true;
+    }
+
+    fn reset_when_closed(&self) {
+        // tcp(7): closing with a linger time of zero sends RST instead of FIN.
+        let _ = sockopt::set_socket_linger(&self.io, Some(Duration::ZERO));
     }
 
     /// Closes; a TCP peer sees a reset, and bytes it has not acknowledged are lost.
@@ -336,8 +344,7 @@ impl Drop for Socket {
         if self.is_stored.get() {
             self.abort();
         } else if self.family == Family::Tcp {
-            // tcp(7): closing with a linger time of zero sends RST instead of FIN.
-            let _ = sockopt::set_socket_linger(&self.io, Some(Duration::ZERO));
+            self.reset_when_closed();
         }
     }
 }

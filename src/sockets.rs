@@ -8,7 +8,7 @@ use std::rc::Rc;
 use crate::activation::Inherited;
 use crate::address::Identity;
 use crate::connected::Connected;
-use crate::listen::Listener;
+use crate::listen::{Listener, StoredListener};
 use crate::open::{ListenAddress, open};
 use crate::recovery::Recovered;
 use crate::socket::Keepalive;
@@ -53,6 +53,8 @@ impl Sockets {
                         listeners.push(Rc::new(listener));
                     }
                 }
+                // What is not asked for any more.
+                recovered.listeners.drain(..).for_each(StoredListener::end);
                 Ok(Self::Listeners(listeners))
             }
         }

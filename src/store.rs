@@ -9,6 +9,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use sd_notify::NotifyState;
 use tokio::io::Interest;
@@ -108,18 +109,20 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     notifier.send_with(&[NotifyState::Custom("BARRIER=1")], &[asked.as_fd()]).await;
     drop(asked);
     let answer = register(answer, Interest::READABLE).map_err(|_| "it can't be waited for")?;
-    if timeout(ANSWER, answer.readable()).await.is_err() {
-        return Err("systemd does not answer");
-    }
-    let is_kept = rustix::io::read(&probe, &mut [0; 1]) == Err(rustix::io::Errno::AGAIN);
+    let answers = timeout(ANSWER, answer.readable()).await.is_ok();
+    let is_kept = rustix::io::read(&probe, &mut [0; 1]) == Err(Errno::AGAIN);
     remove(PROBE, notifier).await;
-    if is_kept {
-        Ok(())
-    } else {
-        remove(QUEUE, notifier).await;
-        remove(SENDER, notifier).await;
-        Err("systemd does not keep them; set FileDescriptorStoreMax=4, and NotifyAccess=main")
+    if answers && is_kept {
+        return Ok(());
     }
+    // As it comes to it, or where only one of them was kept.
+    remove(QUEUE, notifier).await;
+    remove(SENDER, notifier).await;
+    Err(if answers {
+        "systemd does not keep them; set FileDescriptorStoreMax=4"
+    } else {
+        "systemd does not answer"
+    })
 }
 
 async fn put(name: &str, fd: BorrowedFd<'_>, notifier: &Notifier) {

@@ -1,5 +1,5 @@
 //! `--handover=`: connections outlive a restart of the proxy, and its death. (In a real systemd:
-//! tests/systemd.rs.)
+//! tests/handover_systemd.rs.)
 
 #[path = "support/keeper.rs"]
 mod keeper;
@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use keeper::Keeper;
 use rustix::process::Signal;
-use socket_proxyd::parcel::{Content, Parcel, pack, unpack};
-use socket_proxyd::queue::{Message, Queue};
+use socket_proxyd::parcel::{Content, Parcel, ids, pack};
+use socket_proxyd::queue::Queue;
 use socket_proxyd::recovery::sort_out;
 use socket2::{SockAddr, Socket};
 use support::*;
@@ -97,13 +97,14 @@ fn launch(front: &Endpoint, arguments: &[String], keeper: &Keeper) -> Running {
 
 /// Parcels that count in the queue.
 fn stored(keeper: &Keeper) -> usize {
-    sort_out(messages(keeper).into_iter()).parcels.len()
+    let queue = queue(keeper);
+    sort_out(&queue.texts().unwrap(), queue.messages()).unwrap().parcels.len()
 }
 
-fn messages(keeper: &Keeper) -> Vec<Message> {
+fn queue(keeper: &Keeper) -> Queue {
     let [inner, sender] =
         ["queue", "sender"].map(|end| keeper.get(&format!("handover-of-socket-proxyd.{end}")));
-    Queue::from_ends(inner, sender).messages().collect()
+    Queue::from_ends(inner, sender)
 }
 
 #[test]
@@ -448,17 +449,19 @@ fn newcomers_wait_at_a_socket_that_was_opened_here() {
 
 #[test]
 fn killed_while_it_recovers_it_loses_nothing() {
-    for (handover, end) in WAYS {
+    for ((handover, end), threads) in WAYS.into_iter().flat_map(|way| [(way, "1"), (way, "2")]) {
         let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
         let handover = format!("--handover={handover}");
-        let arguments = [&handover, "--connections-max=2000", &backend.target];
+        let threads = format!("--threads={threads}");
+        let arguments = [&handover, "--connections-max=2000", &threads, &backend.target];
         let mut proxy = Proxy::start(&front, &arguments);
         let mut all: Vec<_> = (0..300).map(|_| joined(&front, &backend)).collect();
         proxy.end(end);
         let stored_before = stored(&proxy.keeper);
         assert_eq!(stored_before, all.len());
         for _ in 0..3 {
-            // While it reads the store, as far as one can tell from outside.
+            // While it reads the store, as far as one can tell from outside: not at its place in the
+            // queue, which is that of whoever reads it.
             proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
             let is_reading = || {
                 let links = std::fs::read_dir(format!("/proc/{}/fd", proxy.running.pid()));
@@ -467,8 +470,8 @@ fn killed_while_it_recovers_it_loses_nothing() {
             poll_until(Instant::now() + PATIENCE, is_reading).unwrap();
             // Whoever has taken all of it is not recovering any more.
             proxy.running.signal(Signal::STOP);
-            let is_recovered = proxy.running.lines.count("Recovered connections") > 0;
-            if is_recovered && handover == "--handover=restart" {
+            if handover == "--handover=restart" && stored(&proxy.keeper) == 0 {
+                // It has taken all of them, and is not recovering any more.
                 proxy.running.signal(Signal::CONT);
                 proxy.end(End::Told);
             } else {
@@ -482,6 +485,122 @@ fn killed_while_it_recovers_it_loses_nothing() {
             passes(client, served);
             passes(served, client);
         }
+    }
+}
+
+#[test]
+fn a_start_that_fails_leaves_what_is_stored() {
+    for (handover, end) in WAYS {
+        let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+        let handover = format!("--handover={handover}");
+        let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
+        let (mut client, mut served) = joined(&front, &backend);
+        proxy.end(end);
+        // Nothing leads from the one socket that there is.
+        let wrong = [handover, "other=/nowhere".into()];
+        for _ in 0..2 {
+            let mut failing = launch(&front, &wrong, &proxy.keeper);
+            assert_eq!(failing.wait().code(), Some(1));
+        }
+        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+        proxy.running.lines.wait_for("Recovered connections: 1.");
+        passes(&mut client, &mut served);
+        passes(&mut served, &mut client);
+    }
+}
+
+#[test]
+fn a_stop_is_a_reset_and_no_end() {
+    for handover in ["restart", "crash"] {
+        let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+        let handover = format!("--handover={handover}");
+        let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
+        let [first, second] = [joined(&front, &backend), joined(&front, &backend)];
+        proxy.again(End::Told);
+        // Once it has been taken over, its own end is one.
+        let (client, mut served) = first;
+        drop(client);
+        assert!(read_all(&mut served).1.is_ok());
+        drop(served);
+        proxy.running.lines.wait_for("Connection closed");
+        proxy.end(End::Told);
+        let log = proxy.running.lines.all();
+        assert!(log.contains("Stopping, stored open connections: 1."), "{log}");
+        // As systemd does when nothing is started again.
+        proxy.keeper.clear();
+        let (mut client, mut served) = second;
+        assert!(is_reset(&read_all(&mut client).1));
+        assert!(is_reset(&read_all(&mut served).1));
+    }
+}
+
+/// The store as it is without privileges, by default.
+const DEFAULT_WMEM_MAX: usize = 212_992;
+
+fn keeper_with_queue(bytes: usize) -> Keeper {
+    let keeper = Keeper::new(8);
+    let queue = Queue::new().unwrap();
+    for (end, fd) in ["queue", "sender"].into_iter().zip(queue.ends()) {
+        rustix::net::sockopt::set_socket_send_buffer_size(fd, bytes).unwrap();
+        keeper.put(&format!("handover-of-socket-proxyd.{end}"), fd);
+    }
+    keeper
+}
+
+#[test]
+fn by_default_the_store_holds_thousands() {
+    const CONNECTIONS: usize = 2000;
+    raise_descriptor_limit();
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let keeper = keeper_with_queue(DEFAULT_WMEM_MAX);
+    let mut all: Vec<Socket> = Vec::new();
+    // Also one way after the other, with forms and pipes of their own.
+    for (handover, end) in [("crash", End::Killed), ("crash", End::Told), ("restart", End::Told)] {
+        let arguments = [format!("--handover={handover}"), "-c3000".into(), backend.target.clone()];
+        let mut proxy = launch(&front, &arguments, &keeper);
+        keeper.wait_for("READY=1");
+        while all.len() < CONNECTIONS {
+            all.push(front.connect());
+            echoes(all.last_mut().unwrap());
+        }
+        for _ in 0..200 {
+            echoes(&mut front.connect());
+        }
+        all.iter_mut().for_each(echoes);
+        proxy.signal(if end == End::Told { Signal::TERM } else { Signal::KILL });
+        proxy.wait();
+        let log = proxy.lines.all();
+        assert!(!log.contains("store is full") && !log.contains("not stored"), "{log}");
+    }
+    let arguments = ["--handover=crash".into(), "-c3000".into(), backend.target.clone()];
+    let proxy = launch(&front, &arguments, &keeper);
+    proxy.lines.wait_for(&format!("Recovered connections: {CONNECTIONS}."));
+    all.iter_mut().for_each(echoes);
+    assert_eq!(proxy.lines.count("store"), 0);
+}
+
+#[test]
+fn few_descriptors_are_enough_again() {
+    for (handover, end) in WAYS {
+        let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+        let arguments = [format!("--handover={handover}"), "-c100".into(), backend.target.clone()];
+        let keeper = Keeper::new(4);
+        let launch = || {
+            let launch = Launch::new(OURS).args(&arguments).listener(&front);
+            keeper.launch(launch.descriptors(1024), 1).start()
+        };
+        let mut proxy = launch();
+        let mut all: Vec<_> = (0..90).map(|_| front.connect()).collect();
+        all.iter_mut().for_each(echoes);
+        for _ in 0..3 {
+            proxy.signal(if end == End::Told { Signal::TERM } else { Signal::KILL });
+            proxy.wait();
+            proxy = launch();
+            all.iter_mut().for_each(echoes);
+            let mut newcomers: Vec<_> = (0..10).map(|_| front.connect()).collect();
+            newcomers.iter_mut().for_each(echoes);
+        }
+        assert_eq!(proxy.lines.count("Out of"), 0);
     }
 }
 
@@ -539,6 +658,23 @@ fn what_is_no_connection_is_closed_and_removed() {
 }
 
 #[test]
+fn a_stranger_is_no_listener_beside_one_that_was_opened() {
+    let backend = echo_backend(Family::Unix);
+    let keeper = Keeper::new(8);
+    keeper.put("config", tempfile::tempfile().unwrap());
+    let listen = format!("127.0.0.1:{}", free_port());
+    let launch = Launch::new(OURS).args([
+        "--handover=crash",
+        &format!("--listen={listen}"),
+        &backend.target,
+    ]);
+    let proxy = keeper.launch(launch, 0).start();
+    proxy.lines.wait_for("closing it: config.");
+    keeper.wait_for("READY=1");
+    echoes(&mut connect(&listen.parse::<std::net::SocketAddr>().unwrap().into()));
+}
+
+#[test]
 fn without_a_store_it_warns_and_serves() {
     for handover in ["restart", "crash"] {
         for max in [None, Some(0), Some(1), Some(2)] {
@@ -559,8 +695,8 @@ fn without_a_store_it_warns_and_serves() {
                 None => "there is no NOTIFY_SOCKET",
                 Some(_) => "set FileDescriptorStoreMax=4",
             };
-            assert_eq!(proxy.lines.count("--handover="), 1);
-            assert!(proxy.lines.all().contains(says), "{}", proxy.lines.all());
+            let log = proxy.lines.all();
+            assert!(log.matches("--handover=").count() == 1 && log.contains(says), "{log}");
             if let Some(keeper) = keeper {
                 assert!(keeper.names().is_empty(), "{:?}", keeper.names());
             }
@@ -571,12 +707,7 @@ fn without_a_store_it_warns_and_serves() {
 #[test]
 fn a_full_store_takes_no_more_and_all_are_served() {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
-    let keeper = Keeper::new(8);
-    let queue = Queue::new().unwrap();
-    for (end, fd) in ["queue", "sender"].into_iter().zip(queue.ends()) {
-        rustix::net::sockopt::set_socket_send_buffer_size(fd, 8192).unwrap();
-        keeper.put(&format!("handover-of-socket-proxyd.{end}"), fd);
-    }
+    let keeper = keeper_with_queue(2304);
     let arguments = ["--handover=crash".into(), backend.target.clone()];
     let proxy = launch(&front, &arguments, &keeper);
     keeper.wait_for("READY=1");
@@ -680,9 +811,8 @@ fn it_grows_with_nothing_but_what_lives() {
             }
             proxy.end(end);
             // Those that were on their way out at the end, and twice what lives.
-            let messages = messages(&proxy.keeper);
-            let parcels: usize =
-                messages.into_iter().map(|it| unpack(&it.bytes, it.fds).unwrap().len()).sum();
+            let texts = queue(&proxy.keeper).texts().unwrap();
+            let parcels: usize = texts.iter().map(|text| ids(text).unwrap().len()).sum();
             assert!(parcels <= 2 * 200 + 32, "{parcels} parcels");
             proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
             proxy.keeper.wait_for("READY=1");

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         ("a client that is held", held),
         ("a thousand connections, twenty restarts", thousand),
         ("killed three times while it recovers", killed_while_recovering),
+        ("a store with garbage in it", garbage),
     ];
     container::run(Container::missing(), tests, || Container::boot(&Container::files()))
 }
@@ -331,7 +332,7 @@ fn thousand(container: &Container) {
         assert_eq!(recovered, 20, "{journal}");
         container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
         for mut client in all {
-            assert!(read_all(&mut client).0.is_empty(), "a stop is a stop");
+            assert!(is_reset(&read_all(&mut client).1), "a stop is a stop, and no end");
         }
     }
 }
@@ -357,4 +358,54 @@ fn killed_while_recovering(container: &Container) {
     container.run(&["systemctl", "kill", "-s", "KILL", "recovering.service"]);
     all.iter_mut().for_each(echoes);
     container.run(&["systemctl", "stop", "recovering.socket", "recovering.service"]);
+}
+
+/// Stores a regular file, one socket of a queue without the other, and what nobody knows, once.
+const LITTER: &str = r#"
+import array, os, socket
+notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+notify.connect(os.environ["NOTIFY_SOCKET"])
+def send(text, fd):
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
+    notify.sendmsg([text.encode()], [rights])
+def store(name, fd):
+    send(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fd)
+if not os.path.exists("/run/littered"):
+    open("/run/littered", "w").close()
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    store("config", os.open("/etc/passwd", os.O_RDONLY))
+    store("handover-of-socket-proxyd.queue", one.fileno())
+    store("peer", other.fileno())
+    read, write = os.pipe()
+    send("BARRIER=1", write)
+    os.close(write)
+    os.read(read, 1)
+"#;
+
+fn garbage(container: &Container) {
+    let (front, back) = ("127.0.0.1:7600", "@garbage");
+    let backend = container.inside(|| listen(back));
+    serve_on(backend, echo);
+    container.write("/usr/local/lib/litter.py", LITTER);
+    container.start_units(&[
+        (
+            "garbage.service",
+            &format!(
+                "[Service]\nType=notify\nNotifyAccess=all\nFileDescriptorStoreMax=8\n\
+                 Restart=on-failure\nExecStartPre=/usr/bin/python3 /usr/local/lib/litter.py\n\
+                 ExecStart=/usr/bin/socket-proxyd --handover=crash {back}\n"
+            ),
+        ),
+        ("garbage.socket", &format!("[Socket]\nListenStream={front}\n")),
+    ]);
+    let mut client = container.inside(|| connect(&address(front)));
+    echoes(&mut client);
+    let journal = container.run(&["journalctl", "-u", "garbage.service", "-o", "cat"]);
+    let strangers = ["closing it: config, peer.", "closing it: peer, config."];
+    assert!(strangers.iter().any(|line| journal.contains(line)), "{journal}");
+    assert!(journal.contains("What was stored is damaged, closing it."), "{journal}");
+    assert_eq!(container.show("garbage.service")["NFileDescriptorStore"], "2");
+    replace(container, "garbage.service", "crash");
+    echoes(&mut client);
+    container.run(&["systemctl", "stop", "garbage.socket", "garbage.service"]);
 }

@@ -472,9 +472,9 @@ fn isolated(container: &Container) {
 
 fn steady(container: &Container) {
     let mut client = container.inside(|| {
-        serve(&Endpoint::tcp("127.0.0.1:18085", 16), echo);
+        serve(&Endpoint::tcp("127.0.0.1:18086", 16), echo);
         container.run(&["systemctl", "start", "steady.socket"]);
-        connect(&std::net::SocketAddr::from(([127, 0, 0, 1], 8085)).into())
+        connect(&std::net::SocketAddr::from(([127, 0, 0, 1], 8086)).into())
     });
     echoes(&mut client);
     // More often than systemd starts a service within 10 seconds by default.
