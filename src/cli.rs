@@ -111,7 +111,7 @@ impl Config {
         }
         if arguments.handover.is_some() && command.is_some() {
             let why = "--handover= can't be had with a COMMAND, which ends with the proxy, and with \
-                       it the connections; make it a service of its own.";
+                       it the connections; give it a unit of its own.";
             return Err(why.into());
         }
         if arguments.handover.is_some() && !arguments.drain_time.is_zero() {
@@ -260,7 +260,7 @@ mod tests {
             (
                 &["--handover=restart", "a", "--", "b"],
                 "--handover= can't be had with a COMMAND, which ends with the proxy, and with it the \
-                 connections; make it a service of its own.",
+                 connections; give it a unit of its own.",
             ),
             (
                 &["--handover=crash", "--drain-time=5", "a"],

@@ -255,7 +255,9 @@ impl Pair {
         if has_vsock {
             self.keep_no_more(None);
         } else if !has_pipes {
-            self.keep_no_more(Some("there are no pipes, or too small ones"));
+            self.keep_no_more(Some(
+                "there is no pipe for it; see pipe-user-pages-soft in pipe(7), and LimitNOFILE=",
+            ));
         }
         self.store();
     }
@@ -275,7 +277,7 @@ impl Pair {
             && let Some(suppressed) = UNSTORED.pass()
         {
             tracing::warn!(
-                "A connection is not stored, and ends with the proxy: {why}.{suppressed}"
+                "A connection is not stored, and would end with the proxy: {why}.{suppressed}"
             );
         }
         self.flows.iter_mut().for_each(Flow::give_its_own_up);

@@ -96,10 +96,14 @@ impl Handover {
             },
         };
         let read = queue.texts().and_then(|texts| sort_out(&texts, queue.messages()));
-        let SortedOut { messages, parcels, refused } =
-            read.map_err(|error| format!("Failed to read the store: {}.", in_words(&error)))?;
+        let SortedOut { messages, parcels, refused } = read.map_err(|error| {
+            format!("Failed to read the store, which is left as it is: {}.", in_words(&error))
+        })?;
         if refused > 0 {
-            tracing::warn!("Stored connections are damaged or unknown, closing them: {refused}.");
+            tracing::warn!(
+                "Stored connections can't be taken back, closing them: {refused}. (They are damaged, of \
+                 another version, or more than LimitNOFILE= allows.)"
+            );
         }
         // A connection that systemd passes (Accept=yes) and has stored as well is one.
         let stored: HashSet<_> = parcels.iter().flat_map(Parcel::identities).collect();
@@ -239,7 +243,10 @@ async fn remove_strangers(inherited: &mut Vec<Inherited>, opens: bool, notifier:
         return;
     }
     let names: Vec<_> = strangers.iter().map(|it| &*it.name).collect();
-    tracing::warn!("Got what is no listening socket passed in, closing it: {}.", names.join(", "));
+    tracing::warn!(
+        "Got what is no listening socket passed in or stored, closing it: {}.",
+        names.join(", ")
+    );
     for stranger in &strangers {
         store::remove(&stranger.name, notifier).await;
     }

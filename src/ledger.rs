@@ -117,8 +117,8 @@ impl Ledger {
         }
         if let Some(suppressed) = IS_FULL.pass() {
             tracing::warn!(
-                "The store is full, new connections would not survive the proxy; raise \
-                 net.core.wmem_max or LimitNOFILE=.{suppressed}"
+                "The store is full, new connections are served and end with the proxy; raise \
+                 LimitNOFILE=, or net.core.wmem_max, which counts after a stop.{suppressed}"
             );
         }
         None
@@ -318,7 +318,10 @@ impl Book {
             let number = self.taken_out + seen as u64;
             if ids(&message.bytes).unwrap_or_default() != noted.ids {
                 if let Some(suppressed) = DIFFERS.pass() {
-                    tracing::error!("The store is not what it should be, leaving it.{suppressed}");
+                    tracing::error!(
+                        "The store is not as it was left, and is cleaned no more; restart to have it read \
+                         anew.{suppressed}"
+                    );
                 }
                 return false;
             }

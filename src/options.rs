@@ -35,7 +35,7 @@ Sockets: (in brackets the default; TIME as in systemd.time(7), like 5min 20s)
      --overflow=refuse|wait  Close clients above that, or let them wait [refuse]
      --exit-idle-time=TIME   Exit after TIME without a connection [infinity]
      --drain-time=TIME       When told to stop, let connections end for TIME [0]
-     --handover=restart|crash  Connections outlive the proxy, or a crash [never]
+     --handover=restart|crash  Connections outlive a restart, or a crash [never]
 Backend:
      --backend-wait=TIME     Hold clients until TARGET is up [0; COMMAND: 90s]
      --connect-timeout=TIME  Give up on one address of TARGET [10s]

@@ -289,7 +289,7 @@ impl Server {
                 tracing::warn!(
                     client = %address,
                     listener = %entrance,
-                    "No socket leads to where a stored client came in, closing it."
+                    "A stored client came in at a socket that is not passed any more, closing it."
                 );
                 continue;
             };
@@ -484,11 +484,19 @@ impl Server {
         self.workers.leave(handover).await;
         let [stored, lost] = handover.left_behind();
         let stored = stored.saturating_sub(listening);
-        let status = format!("Stored connections: {stored}.");
+        let status = format!("Left open connections with systemd: {stored}.");
         notifier.send(&[NotifyState::Stopping, NotifyState::Status(&status)]).await;
-        tracing::info!("Stopping, stored open connections: {stored}.");
+        if stored > 0 {
+            tracing::info!(
+                "Stopping, left open connections with systemd: {stored}. (Without a restart it resets \
+                 them.)"
+            );
+        }
         if lost > 0 {
-            tracing::warn!("The store is full, resetting open connections: {lost}.");
+            tracing::warn!(
+                "Open connections could not be stored, resetting them: {lost}. (If the store is full, \
+                 raise LimitNOFILE= or net.core.wmem_max.)"
+            );
         }
     }
 }

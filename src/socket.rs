@@ -281,9 +281,12 @@ impl Socket {
         self.io.get_ref().try_clone()
     }
 
-    /// Notes that a second reference to it exists, so that its end has to be said.
+    /// Notes that a second reference to it exists, so that its end has to be said. If it never is, and
+    /// both are closed, it is reset: nobody is to take half a transfer for a whole one.
     pub fn set_stored(&self) {
-        self.is_stored.set(true);
+        if !self.is_stored.replace(true) && self.family == Family::Tcp {
+            self.set_reset_by_close(true);
+        }
     }
 
     /// Ends it as closing it does, and leaves it open: everything sent is still delivered, and bytes
@@ -293,6 +296,9 @@ impl Socket {
         if self.family == Family::Tcp && has_unread() {
             self.abort();
         } else {
+            if self.is_stored.get() && self.family == Family::Tcp {
+                self.set_reset_by_close(false);
+            }
             // Fails only where there is nothing to end any more.
             let _ = SockRef::from(&self.io).shutdown(Shutdown::Both);
         }
@@ -316,18 +322,15 @@ impl Socket {
         self.closes_cleanly = true;
     }
 
-    /// Leaves it to whoever else holds it: here it is over, and its peer does not notice. If they just
-    /// close it, it is reset: nobody is to take half a transfer for a whole one.
+    /// Leaves it to whoever else holds it: here it is over, and its peer does not notice.
     pub fn leave(mut self) {
-        if self.family == Family::Tcp {
-            self.reset_when_closed();
-        }
+        self.set_stored();
         self.closes_cleanly = true;
     }
 
-    fn reset_when_closed(&self) {
+    fn set_reset_by_close(&self, is_reset: bool) {
         // tcp(7): closing with a linger time of zero sends RST instead of FIN.
-        let _ = sockopt::set_socket_linger(&self.io, Some(Duration::ZERO));
+        let _ = sockopt::set_socket_linger(&self.io, is_reset.then_some(Duration::ZERO));
     }
 
     /// Closes; a TCP peer sees a reset, and bytes it has not acknowledged are lost.
@@ -344,7 +347,7 @@ impl Drop for Socket {
         if self.is_stored.get() {
             self.abort();
         } else if self.family == Family::Tcp {
-            self.reset_when_closed();
+            self.set_reset_by_close(true);
         }
     }
 }

@@ -61,7 +61,7 @@ impl Returned {
         if queue.is_some() && self.stored.is_empty() {
             return queue;
         }
-        tracing::warn!("What was stored is damaged, closing it.");
+        tracing::warn!("The store is damaged, closing it, and the connections in it.");
         self.discard(notifier).await;
         // Under the names of what was closed it stood as well.
         match queue {
@@ -91,7 +91,7 @@ pub async fn remove(name: &str, notifier: &Notifier) {
 /// Why it does not, in words.
 pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str> {
     if !notifier.has_manager() {
-        return Err("there is no NOTIFY_SOCKET");
+        return Err("there is no NOTIFY_SOCKET; set Type=notify and FileDescriptorStoreMax=4");
     }
     // It never says whether it keeps what it is given, and closes what it does not. It keeps as many
     // as there is room for, in the order in which they come; so where it keeps the third, it has kept
@@ -119,9 +119,9 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     remove(QUEUE, notifier).await;
     remove(SENDER, notifier).await;
     Err(if answers {
-        "systemd does not keep them; set FileDescriptorStoreMax=4"
+        "systemd does not keep what it is given; set FileDescriptorStoreMax=4"
     } else {
-        "systemd does not answer"
+        "systemd has not answered within 5 seconds; see NotifyAccess= and restart to try again"
     })
 }
 

@@ -511,21 +511,22 @@ fn a_start_that_fails_leaves_what_is_stored() {
 
 #[test]
 fn a_stop_is_a_reset_and_no_end() {
-    for handover in ["restart", "crash"] {
+    for (handover, end) in WAYS {
         let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
         let handover = format!("--handover={handover}");
         let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
         let [first, second] = [joined(&front, &backend), joined(&front, &backend)];
-        proxy.again(End::Told);
+        proxy.again(end);
         // Once it has been taken over, its own end is one.
         let (client, mut served) = first;
         drop(client);
         assert!(read_all(&mut served).1.is_ok());
         drop(served);
         proxy.running.lines.wait_for("Connection closed");
-        proxy.end(End::Told);
+        proxy.end(end);
         let log = proxy.running.lines.all();
-        assert!(log.contains("Stopping, stored open connections: 1."), "{log}");
+        let says = log.contains("Stopping, left open connections with systemd: 1.");
+        assert_eq!(says, end == End::Told, "{log}");
         // As systemd does when nothing is started again.
         proxy.keeper.clear();
         let (mut client, mut served) = second;
@@ -621,7 +622,7 @@ fn what_is_no_connection_is_closed_and_removed() {
             keeper.put("config", file());
             keeper.put("peer", &one);
         }),
-        ("damaged or unknown, closing them: 3.", &|keeper| {
+        ("can't be taken back, closing them: 3.", &|keeper| {
             let queue = Queue::new().unwrap();
             let [inner, sender] = queue.ends();
             keeper.put(&name("queue"), inner);
