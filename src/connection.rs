@@ -23,7 +23,7 @@ use crate::flow::{Carried, Shared, Stored};
 use crate::forward::{Ending, Outcome, Pair, Side};
 use crate::handover::Handover;
 use crate::hold::{Hold, Probing};
-use crate::leave::{Leave, Stay};
+use crate::leave::{Leave, Stay, told};
 use crate::ledger::Kept;
 use crate::listen::Entrance;
 use crate::logging::{RateLimit, in_words};
@@ -358,24 +358,18 @@ enum Reached {
 
 /// Connects to the backend, unless the client leaves first.
 async fn reach(client: &Socket, backend: &Backend, stay: Option<&Stay>) -> Reached {
-    let told = async {
-        match stay {
-            Some(stay) => stay.told().await,
-            None => std::future::pending().await,
-        }
-    };
     tokio::select! {
         biased;
-        () = told => Reached::ToldToLeave,
+        () = told(stay) => Reached::ToldToLeave,
         dialled = backend.connect() => dialled.map_or_else(Reached::Nobody, Reached::Backend),
-        () = left(client, backend.holds()) => Reached::TooLate,
+        () = client_gone(client, backend.holds()) => Reached::TooLate,
     }
 }
 
 /// Waits until the client of a dial has gone: reset, or a Unix client that closed. (A FIN says only
 /// that it waits for its answer.) Its last bytes wait for the backend, but where clients are held,
 /// which may be for long, not for long.
-async fn left(client: &Socket, held: bool) {
+async fn client_gone(client: &Socket, held: bool) {
     let gone = poll_fn(|cx| client.poll_hung_up(cx)).await.is_ok();
     let unread = client.has_unread();
     if !gone || (unread && !held) {

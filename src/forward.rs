@@ -82,7 +82,7 @@ use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::flow::{End, Fault, Flow, Held, Shared, State, Step, Stored};
-use crate::leave::Stay;
+use crate::leave::{Stay, told};
 use crate::ledger::Kept;
 use crate::logging::RateLimit;
 use crate::parcel::{Content, StoredEnd, StoredPair};
@@ -192,7 +192,7 @@ impl Pair {
     /// Goes on with one that was stored, and is to be `kept` so.
     ///
     /// # Errors
-    /// When a socket can't be watched, or what was under way can't be had; both are reset then.
+    /// When a socket can't be watched, or what was under way can't be had; it ends then.
     pub fn resume(
         stored: StoredPair<OwnedFd>,
         shared: Rc<Shared>,
@@ -348,16 +348,10 @@ impl Pair {
             let linger = self.watched.take().map_or(LINGER, |it| it.idle_time().min(LINGER));
             if !is_quiet && SIDES.map(|side| self.is_delivering(side)) != [false; 2] {
                 let finish = Box::pin(self.finish(linger));
-                let told = async {
-                    match stay {
-                        Some(stay) => stay.told().await,
-                        None => std::future::pending().await,
-                    }
-                };
                 tokio::select! {
                     biased;
                     () = finish => {}
-                    () = told => return Ok(Outcome::Left(Box::new(self))),
+                    () = told(stay) => return Ok(Outcome::Left(Box::new(self))),
                 }
             }
             let [from_client, from_backend] = &self.flows;

@@ -58,15 +58,16 @@ impl Stay {
     pub fn is_told(&self) -> bool {
         self.leave.told.get()
     }
+}
 
-    /// Waits until it is to leave, in the task that was named.
-    pub async fn told(&self) {
-        poll_fn(|cx| {
-            self.register(cx.waker());
-            if self.is_told() { Poll::Ready(()) } else { Poll::Pending }
-        })
-        .await;
-    }
+/// Waits until it is to leave, in the task that is named by that; for ever if it never is.
+pub async fn told(stay: Option<&Stay>) {
+    poll_fn(|cx| {
+        let Some(stay) = stay else { return Poll::Pending };
+        stay.register(cx.waker());
+        if stay.is_told() { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
 }
 
 impl Drop for Stay {

@@ -109,10 +109,11 @@ impl Ledger {
         Arc::new(Self { queue, next: next.into(), book: book.into(), outdated })
     }
 
-    /// Keeps something new, if there is room.
+    /// Keeps something new, if there is room. Some is left for listeners, and for changes of what is there.
     pub fn keep<Fd: AsFd>(self: &Arc<Self>, start: u64, content: Content<Fd>) -> Option<Kept> {
         let kept = self.kept(self.next.fetch_add(1, Ordering::Relaxed), start);
-        if kept.write(content, FULL) {
+        let full = if matches!(content, Content::Listener(..)) { BRIM } else { FULL };
+        if kept.write(content, full) {
             return Some(kept.take_over());
         }
         if let Some(suppressed) = IS_FULL.pass() {
@@ -153,7 +154,13 @@ impl Ledger {
             while left > 0 {
                 // Not held while others run.
                 let gone = self.lock().clean(&self.queue);
-                let Some(gone) = gone else { break };
+                let Some(gone) = gone else {
+                    // What stands in the way may pass.
+                    if self.lock().is_outdated() {
+                        self.outdated.notify_one();
+                    }
+                    break;
+                };
                 left = left.saturating_sub(gone);
                 yield_now().await;
             }
@@ -206,10 +213,10 @@ impl Kept {
         let queue = &self.ledger.queue;
         let mut book = self.ledger.lock();
         let mut fullness = book.fullness(queue);
-        if fullness >= TIGHT {
-            book.pack_if_worth_it(queue);
-        }
-        while fullness >= full && book.pack_if_worth_it(queue) {
+        for _ in 0..book.packs_for(fullness) {
+            if !book.pack_if_worth_it(queue) {
+                break;
+            }
             fullness = book.fullness(queue);
         }
         let is_written = fullness < full && book.write(queue, &sealed).is_ok();
@@ -258,6 +265,17 @@ impl Book {
     /// In percent, of bytes or of descriptors.
     fn fullness(&self, queue: &Queue) -> usize {
         queue.fullness().max(self.descriptors * 100 / self.descriptors_max)
+    }
+
+    /// How much to pack before a message is written: the more, the fuller it is, so that all of it has
+    /// been gone through before it is full; then all of it, once.
+    fn packs_for(&self, fullness: usize) -> usize {
+        match fullness {
+            0..TIGHT => 0,
+            TIGHT..FULL => 2,
+            FULL..BRIM => 4,
+            _ => self.messages.len(),
+        }
     }
 
     fn is_outdated(&self) -> bool {
@@ -340,7 +358,7 @@ impl Book {
         if !counts.is_empty() && self.write(queue, &counts).is_err() {
             return false;
         }
-        (0..seen).all(|_| self.drop_first(queue))
+        seen > 0 && (0..seen).all(|_| self.drop_first(queue))
     }
 }
 

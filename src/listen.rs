@@ -6,6 +6,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::fs;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -212,9 +213,12 @@ impl Listener {
 
     /// Leaves its socket file where it is, for the next process.
     pub fn leave_file(&self) {
-        if let Some(file) = &self.file {
-            file.stays.set(true);
-        }
+        self.file.iter().for_each(|file| file.stays.set(true));
+    }
+
+    /// Takes its socket file along when it is gone.
+    pub fn own_file(&self) {
+        self.file.iter().for_each(|file| file.stays.set(false));
     }
 
     /// It, as its connections know it.
@@ -338,15 +342,16 @@ impl StoredListener {
         self.file.is_none() || file.is_some()
     }
 
-    /// Listens on.
+    /// Listens on. Its file stays until [`Listener::own_file`]: a start that fails leaves it.
     pub(crate) fn into_listener(self) -> io::Result<Listener> {
-        let file = self.socket_file();
+        let file = self.socket_file().inspect(|file| file.stays.set(true));
         Listener::from_fd(self.fd, None, file)
     }
 
-    /// Listens no more, and takes its file along.
+    /// Listens no more, wherever else it is kept, and takes its file along.
     pub(crate) fn end(self) {
         drop(self.socket_file());
+        let _ = SockRef::from(&self.fd).shutdown(Shutdown::Both);
     }
 }
 

@@ -167,7 +167,18 @@ fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Resul
     if address.is_ipv6() {
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
-    socket.bind(&address.into())?;
+    match socket.bind(&address.into()) {
+        // By one of the process before this one, which is asked for in other words now.
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::ADDRINUSE) => {
+            let is_in_the_way =
+                |it: &Address| matches!(it, Address::Inet(it) if it.port() == address.port());
+            while let Some(stored) = take_stored(stored, is_in_the_way) {
+                stored.end();
+            }
+            socket.bind(&address.into())?;
+        }
+        bound => bound?,
+    }
     socket.listen(BACKLOG)?;
     Listener::from_fd(socket.into(), None, None)
 }

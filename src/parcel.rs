@@ -52,6 +52,9 @@ const FORM: usize = 48;
 /// Where the seal begins.
 const SEAL: usize = 40;
 
+/// Numbers are below this: there is always a next one.
+const ID_MAX: u64 = 1 << 63;
+
 /// Which form this is.
 const VERSION: u8 = 1;
 
@@ -234,7 +237,7 @@ pub fn pack<Fd: AsFd>(parcels: &[Sealed<Fd>]) -> (Vec<u8>, Vec<BorrowedFd<'_>>) 
 pub fn ids(bytes: &[u8]) -> Option<Vec<u64>> {
     let (head, forms) = bytes.split_at_checked(HEAD)?;
     let count = usize::from(head[3]);
-    if head[..2] != *b"sp" || count == 0 && !forms.is_empty() {
+    if head[..2] != *b"sp" || count > 2 * PARCELS_MAX || count == 0 && !forms.is_empty() {
         return None;
     }
     // In all versions each form begins with its number, and all are of one length.
@@ -243,7 +246,11 @@ pub fn ids(bytes: &[u8]) -> Option<Vec<u64>> {
         return None;
     }
     let number = |form: &[u8]| form.first_chunk().map(|number| u64::from_ne_bytes(*number));
-    forms.chunks(length.max(1)).map(number).collect()
+    let ids: Vec<u64> = forms.chunks(length.max(1)).map(number).collect::<Option<_>>()?;
+    let mut distinct = ids.clone();
+    distinct.sort_unstable();
+    distinct.dedup();
+    (distinct.len() == ids.len() && ids.iter().all(|id| *id < ID_MAX)).then_some(ids)
 }
 
 /// The parcels of a message, unopened.

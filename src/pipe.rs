@@ -152,7 +152,7 @@ impl PipePool {
     /// Takes a pipe back; one with bytes in it is closed instead.
     pub fn give_back(&self, pipe: Pipe) {
         let mut idle = self.idle.borrow_mut();
-        if pipe.filled == 0 && idle.len() <= self.limits.held {
+        if pipe.filled == 0 && pipe.size >= SMALLEST_USEFUL && idle.len() <= self.limits.held {
             idle.push(pipe);
         }
     }

@@ -13,11 +13,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
-    sendmsg, socketpair, sockopt,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    bind, getpeername, getsockname, recvmsg, sendmsg, socketpair, sockopt,
 };
 
-use crate::parcel::{DESCRIPTORS_MAX, MESSAGE_MAX, pack};
+use crate::parcel::{DESCRIPTORS_MAX, MESSAGE_MAX};
 use crate::socket::{queued, set_peek_offset};
 
 /// Bytes of the queue that are asked for: some 10,000 messages. Whoever may not have them gets
@@ -54,6 +54,9 @@ impl Queue {
     pub fn new() -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (inner, sender) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        // The kernel gives it a name that nobody else has ("autobind" in unix(7)), by which the other
+        // knows it.
+        bind(&inner, &SocketAddrUnix::new_unnamed())?;
         // With CAP_NET_ADMIN whatever the limit is.
         let _ = sockopt::set_socket_send_buffer_size_force(&sender, SIZE)
             .or_else(|_| sockopt::set_socket_send_buffer_size(&sender, SIZE));
@@ -66,22 +69,18 @@ impl Queue {
         Self { inner, sender, size }
     }
 
-    /// The same, if they are: what is sent to the one has to come out of the other.
+    /// The same, if they are: the sender's peer has the name of the other.
     pub fn of(inner: OwnedFd, sender: OwnedFd) -> Option<Self> {
         let is_one = |fd: &OwnedFd| {
             rustix::io::ioctl_fionbio(fd, true).is_ok()
                 && sockopt::socket_type(fd) == Ok(SocketType::SEQPACKET)
         };
-        let queue = (is_one(&inner) && is_one(&sender)).then(|| Self::from_ends(inner, sender))?;
-        // What is sent to the one has to be in the other, behind all that is there.
-        let (probe, _) = pack::<OwnedFd>(&[]);
-        let before = queue.texts().ok()?.len();
-        let is_it = match queue.append(&probe, &[]) {
-            Ok(()) => queue.texts().ok()?.get(before) == Some(&probe),
-            // It is full, which it is of its own messages.
-            Err(errno) => errno == Errno::AGAIN,
-        };
-        is_it.then_some(queue)
+        let name = getsockname(&inner).ok().and_then(|name| SocketAddrUnix::try_from(name).ok())?;
+        let peer =
+            getpeername(&sender).ok()?.and_then(|name| SocketAddrUnix::try_from(name).ok())?;
+        let are_two = is_one(&inner) && is_one(&sender);
+        let are_connected = name.abstract_name().is_some_and(|it| !it.is_empty()) && name == peer;
+        (are_two && are_connected).then(|| Self::from_ends(inner, sender))
     }
 
     /// The two sockets, the one with the messages first.
@@ -115,22 +114,21 @@ impl Queue {
             let mut space =
                 [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
-            let (bytes, mut is_whole, flags) =
-                match self.peek(&mut offset, &mut control).transpose()? {
-                    Ok(read) => read,
-                    Err(error) => return Some(Err(error)),
-                };
+            let (bytes, is_whole, flags) = match self.peek(&mut offset, &mut control).transpose()? {
+                Ok(read) => read,
+                Err(error) => return Some(Err(error)),
+            };
             let rights = control.drain().filter_map(|message| match message {
                 RecvAncillaryMessage::ScmRights(fds) => Some(fds),
                 _ => None,
             });
             let fds = rights.flatten().collect();
-            is_whole &= !flags.contains(ReturnFlags::CTRUNC);
+            let is_whole = is_whole && !flags.contains(ReturnFlags::CTRUNC);
             Some(Ok(Message { bytes, fds, is_whole }))
         })
     }
 
-    /// What the messages say, without what came with them; nothing of one that is too long.
+    /// What the messages say, without what came with them.
     ///
     /// # Errors
     /// recvmsg(2)'s.
@@ -138,15 +136,14 @@ impl Queue {
         let mut texts = Vec::new();
         let mut offset = 0;
         // Without a place for descriptors none are made.
-        while let Some((bytes, is_whole, _)) =
-            self.peek(&mut offset, &mut RecvAncillaryBuffer::default())?
-        {
-            texts.push(if is_whole { bytes } else { Vec::new() });
+        while let Some((bytes, ..)) = self.peek(&mut offset, &mut RecvAncillaryBuffer::default())? {
+            texts.push(bytes);
         }
         Ok(texts)
     }
 
-    /// The message at an offset, which is moved on behind it: what it says, and whether that is all.
+    /// The message at an offset, which is moved on behind it: what it says, or nothing if that is too
+    /// long, and whether it was not.
     fn peek(
         &self,
         offset: &mut usize,
@@ -167,8 +164,8 @@ impl Queue {
             return Ok(None);
         }
         *offset += received.bytes;
-        bytes.truncate(received.bytes);
         let is_whole = !received.flags.contains(ReturnFlags::TRUNC);
+        bytes.truncate(if is_whole { received.bytes } else { 0 });
         Ok(Some((bytes, is_whole, received.flags)))
     }
 
@@ -205,12 +202,12 @@ mod tests {
             .map(|it| it.unwrap())
             .map(|it| (it.bytes.len(), it.is_whole))
             .collect();
-        assert_eq!(rest, [(MESSAGE_MAX, false), (1, true)]);
+        assert_eq!(rest, [(0, false), (1, true)]);
         assert_eq!(queue.texts().unwrap()[2..], [&b"ef"[..], b"", b"h"]);
         assert_eq!(queue.messages().next().unwrap().unwrap().fds.len(), 2);
         assert!(queue.drop_first());
         queue.append(b"g", &[]).unwrap();
-        assert_eq!(bytes(&queue), [&b"bcd"[..], b"ef", &too_long[..MESSAGE_MAX], b"h", b"g"]);
+        assert_eq!(bytes(&queue), [&b"bcd"[..], b"ef", b"", b"h", b"g"]);
         while queue.drop_first() {}
         assert!(bytes(&queue).is_empty());
     }
@@ -221,7 +218,9 @@ mod tests {
         let (one, other) = (Queue::new().unwrap(), Queue::new().unwrap());
         one.append(b"first", &[]).unwrap();
         let [inner, sender] = ends(&one);
-        assert_eq!(bytes(&Queue::of(inner, sender).unwrap())[0], b"first");
+        assert_eq!(bytes(&Queue::of(inner, sender).unwrap()), [b"first"]);
+        let [inner, sender] = ends(&one);
+        assert!(Queue::of(sender, inner).is_none(), "the other way round");
         let ([inner, _], [_, sender]) = (ends(&one), ends(&other));
         assert!(Queue::of(inner, sender).is_none());
         let file = || OwnedFd::from(tempfile::tempfile().unwrap());

@@ -8,9 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::ioctl_fionread;
-use rustix::net::sockopt;
 use socket2::SockRef;
 use tokio::time::Instant;
 
@@ -18,7 +16,7 @@ use crate::ledger::{Kept, Ledger, now};
 use crate::listen::StoredListener;
 use crate::parcel::{Content, Parcel, StoredHeld, StoredPair, ids, unpack};
 use crate::queue::Message;
-use crate::socket::{Family, queued};
+use crate::socket::{has_hung_up, has_unread, queued};
 
 /// What the process before this one has left.
 #[derive(Debug, Default)]
@@ -147,22 +145,10 @@ fn is_empty(held: &StoredHeld<OwnedFd>) -> bool {
     }
 }
 
-fn has_unread(socket: &OwnedFd) -> bool {
-    Family::of(socket).is_ok_and(|family| family == Some(Family::Unix))
-        && ioctl_fionread(socket).is_ok_and(|bytes| bytes > 0)
-}
-
 /// Whether its peer's kernel has bytes yet to acknowledge. (One that was reset has no peer, and counts
 /// as if it had sent more than it has.)
 fn is_delivering(socket: &OwnedFd) -> bool {
     SockRef::from(socket).peer_addr().is_ok() && queued(socket) > 0
-}
-
-fn has_hung_up(fd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(fd, PollFlags::empty())];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut fds, Some(&now)).is_ok()
-        && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
 }
 
 /// As this process goes on with it: kept in the ledger, or else left as it is until all is taken.
@@ -179,21 +165,14 @@ pub fn recover(parcels: Vec<Parcel<OwnedFd>>, kept_in: Option<&Arc<Ledger>>) -> 
                 recovered.kept_listeners.extend(kept);
             }
             Content::Client(content) => {
-                lasts(&content);
                 recovered.clients.push(Recovery { content, start, kept });
             }
             Content::Pair(content) => {
-                content.ends.iter().for_each(|end| lasts(&end.socket));
                 recovered.pairs.push(Recovery { content, start, kept });
             }
         }
     }
     recovered
-}
-
-/// It is not to be reset any more when the last reference goes: see [`crate::socket::Socket::leave`].
-fn lasts(socket: &OwnedFd) {
-    let _ = sockopt::set_socket_linger(socket, None);
 }
 
 #[cfg(test)]

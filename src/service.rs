@@ -36,7 +36,7 @@ use crate::ready::{NotifySocket, Ready};
 use crate::recovery::{Recovered, Recovery};
 use crate::selector::Targets;
 use crate::signals::Signals;
-use crate::socket::Family;
+use crate::socket::{Family, end, lasts};
 use crate::sockets::Sockets;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -177,7 +177,11 @@ impl Server {
         recovered: usize,
     ) -> Result<Self, String> {
         let identities = sockets.identities();
-        let backends = config.targets.assign(&identities)?;
+        let backends = match sockets {
+            // Nobody comes in any more.
+            Sockets::Stored => Vec::new(),
+            _ => config.targets.assign(&identities)?,
+        };
         if let Some(target) = config.targets.looks_selected(&identities) {
             tracing::warn!(
                 "TARGET {target} is taken as a whole, since it begins with / or @; one TARGET for all \
@@ -266,9 +270,11 @@ impl Server {
         self.recovered = recovered.connections();
         // From here on it is this process's, and before any of it is moved.
         handover.has_recovered();
+        self.sources.listeners().iter().for_each(|(listener, _)| listener.own_file());
         // Those of them that are still used are stored anew.
         recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));
         for Recovery { content, start, kept } in recovered.pairs {
+            content.ends.iter().for_each(|end| lasts(&end.socket));
             let [client, backend] = content.ends.each_ref().map(|end| SockRef::from(&end.socket));
             let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
             let (entrance, _) = self.way_in(&client);
@@ -280,6 +286,7 @@ impl Server {
             });
         }
         for Recovery { content: fd, kept, .. } in recovered.clients {
+            lasts(&fd);
             let kept = kept.map(Kept::take_over);
             let Ok(Some(family)) = Family::of(&fd) else { continue };
             let client = SockRef::from(&fd);
@@ -291,6 +298,7 @@ impl Server {
                     listener = %entrance,
                     "A stored client came in at a socket that is not passed any more, closing it."
                 );
+                end(&fd);
                 continue;
             };
             let (entered, reserved) = (entrance.enter(), self.descriptors.reserve_anyway());
@@ -326,8 +334,8 @@ impl Server {
         if let Sources::Connection(connection) = &mut self.sources
             && let Some((connection, backend)) = connection.take()
         {
-            let place = self.descriptors.try_reserve().zip(self.admission.admit());
-            let (reserved, permit) = place.expect("there is room for one, and nobody came before");
+            // It has them already.
+            let (reserved, permit) = (self.descriptors.reserve_anyway(), self.admission.readmit());
             match connection.into_newcomer(reserved) {
                 Some(mut newcomer) => {
                     let handover = self.handover.as_ref();
@@ -474,9 +482,11 @@ impl Server {
     /// Stores what is open, for the next process.
     async fn leave(&self, handover: &Handover, notifier: &Notifier) {
         let listeners = self.sources.listeners().iter().filter(|_| self.has_opened);
-        let mut listening = 0;
+        let mut listening = self.kept_listeners.len();
         for (listener, _) in listeners {
-            if handover.is_for_crashes() || handover.leave_listener(listener) {
+            if handover.is_for_crashes() {
+                listener.leave_file();
+            } else if handover.leave_listener(listener) {
                 listener.leave_file();
                 listening += 1;
             }

@@ -254,8 +254,7 @@ impl Socket {
     /// Whether bytes have come that a Unix peer, now gone, wanted delivered. What a TCP peer sent
     /// before its reset is not waited for.
     pub fn has_unread(&self) -> bool {
-        self.family == Family::Unix
-            && rustix::io::ioctl_fionread(&self.io).is_ok_and(|bytes| bytes > 0)
+        has_unread(&self.io)
     }
 
     /// Whether an error waits on the socket: the peer reset it, or can't be reached any more.
@@ -265,14 +264,12 @@ impl Socket {
 
     /// Whether nothing can be sent any more.
     pub fn is_over(&self) -> bool {
-        self.polls(PollFlags::ERR | PollFlags::HUP)
+        has_hung_up(&self.io)
     }
 
     /// Whether poll(2) tells one of these at this moment.
     fn polls(&self, events: PollFlags) -> bool {
-        let mut fds = [PollFd::new(&self.io, events)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(events)
+        polls(&self.io, events)
     }
 
     /// The descriptor alone, for another event loop.
@@ -306,12 +303,7 @@ impl Socket {
 
     /// Resets it, and leaves it open. A Unix socket knows no reset, and just ends.
     pub fn abort(&self) {
-        if self.family == Family::Tcp {
-            // connect(2), "AF_UNSPEC": dissolves the association, which TCP does by an RST.
-            let _ = rustix::net::connect_unspec(&self.io);
-        } else {
-            let _ = SockRef::from(&self.io).shutdown(Shutdown::Both);
-        }
+        end(&self.io);
     }
 
     /// Closes without a reset: everything sent is still delivered by the kernel.
@@ -355,6 +347,38 @@ impl Drop for Socket {
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.as_fd()
+    }
+}
+
+fn polls(fd: impl AsFd, events: PollFlags) -> bool {
+    let mut fds = [PollFd::new(&fd, events)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(events)
+}
+
+/// Whether nothing can be sent on a socket any more.
+pub fn has_hung_up(fd: impl AsFd) -> bool {
+    polls(fd, PollFlags::ERR | PollFlags::HUP)
+}
+
+/// Whether bytes have come on a Unix socket that nobody has received.
+pub fn has_unread(fd: impl AsFd) -> bool {
+    Family::of(&fd).is_ok_and(|family| family == Some(Family::Unix))
+        && rustix::io::ioctl_fionread(&fd).is_ok_and(|bytes| bytes > 0)
+}
+
+/// Makes a socket that was left end by its close again, and not by a reset: see [`Socket::leave`].
+pub fn lasts(fd: impl AsFd) {
+    let _ = sockopt::set_socket_linger(fd, None);
+}
+
+/// Ends a socket that somebody else holds, too: TCP by a reset.
+pub fn end(fd: impl AsFd) {
+    if Family::of(&fd).is_ok_and(|family| family == Some(Family::Tcp)) {
+        // connect(2), "AF_UNSPEC": dissolves the association, which TCP does by an RST.
+        let _ = rustix::net::connect_unspec(&fd);
+    } else {
+        let _ = SockRef::from(&fd).shutdown(Shutdown::Both);
     }
 }
 

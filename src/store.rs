@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use sd_notify::NotifyState;
 use tokio::io::Interest;
@@ -72,6 +73,12 @@ impl Returned {
 
     /// Closes all of it, here and in the store.
     pub async fn discard(self, notifier: &Notifier) {
+        // What is in the queue now, and not when systemd comes to it: listeners would be in the way.
+        for queue in self.stored.iter().filter(|it| it.name == QUEUE) {
+            while rustix::net::recv(&queue.fd, &mut [0; 1], RecvFlags::DONTWAIT)
+                .is_ok_and(|it| it.1 > 0)
+            {}
+        }
         for name in [QUEUE, SENDER, PROBE] {
             remove(name, notifier).await;
         }

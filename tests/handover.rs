@@ -209,7 +209,8 @@ fn an_end_is_an_end_and_a_reset_is_a_reset() {
                 let near = if swapped { back } else { front_family };
                 let ends_well = |(one, mut other): (Socket, Socket)| {
                     drop(one);
-                    assert_eq!(read_all(&mut other).0, b"");
+                    let (bytes, end) = read_all(&mut other);
+                    assert!(bytes.is_empty() && end.is_ok(), "{end:?}");
                 };
                 let is_cut = |(one, mut other): (Socket, Socket)| {
                     one.set_linger(Some(Duration::ZERO)).unwrap();
@@ -407,14 +408,7 @@ fn newcomers_wait_at_a_socket_that_was_opened_here() {
         for (handover, end) in WAYS {
             let backend = Endpoint::new(Family::Tcp);
             let directory = tempfile::TempDir::new().unwrap();
-            let path = directory.path().join("socket");
-            let (listen, address) = match family {
-                Family::Tcp => {
-                    let address = format!("127.0.0.1:{}", free_port());
-                    (address.clone(), address.parse::<std::net::SocketAddr>().unwrap().into())
-                }
-                Family::Unix => (path.display().to_string(), SockAddr::unix(&path).unwrap()),
-            };
+            let (listen, address) = place(family, &directory);
             let arguments = [
                 format!("--handover={handover}"),
                 format!("--listen={listen}"),
@@ -490,22 +484,95 @@ fn killed_while_it_recovers_it_loses_nothing() {
 
 #[test]
 fn a_start_that_fails_leaves_what_is_stored() {
-    for (handover, end) in WAYS {
-        let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
-        let handover = format!("--handover={handover}");
-        let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
-        let (mut client, mut served) = joined(&front, &backend);
-        proxy.end(end);
-        // Nothing leads from the one socket that there is.
-        let wrong = [handover, "other=/nowhere".into()];
-        for _ in 0..2 {
-            let mut failing = launch(&front, &wrong, &proxy.keeper);
-            assert_eq!(failing.wait().code(), Some(1));
+    for family in [Family::Tcp, Family::Unix] {
+        for (handover, end) in WAYS {
+            let backend = Endpoint::new(Family::Tcp);
+            let directory = tempfile::TempDir::new().unwrap();
+            let (listen, address) = place(family, &directory);
+            let handover = format!("--handover={handover}");
+            let listen = format!("--listen={listen}");
+            let keeper = Keeper::new(4);
+            let launch =
+                |arguments: &[&str]| keeper.launch(Launch::new(OURS).args(arguments), 0).start();
+            let right = [&*handover, &listen, &backend.target];
+            let mut proxy = launch(&right);
+            keeper.wait_for("READY=1");
+            let joined = || {
+                let (mut client, mut served) = (connect(&address), backend.accept());
+                passes(&mut client, &mut served);
+                (client, served)
+            };
+            let (mut client, mut served) = joined();
+            end_by(&mut proxy, end);
+            // Nothing leads from the one socket that there is.
+            for _ in 0..5 {
+                let wrong = [&*handover, &listen, "other=/nowhere"];
+                assert_eq!(launch(&wrong).wait().code(), Some(1));
+            }
+            let mut newcomer = connect(&address);
+            newcomer.write_all(b"hello").unwrap();
+            let mut proxy = launch(&right);
+            let mut newcomers_backend = backend.accept();
+            newcomers_backend.read_exact(&mut [0; 5]).unwrap();
+            passes(&mut client, &mut served);
+            passes(&mut served, &mut client);
+            // And then nothing is started any more.
+            end_by(&mut proxy, end);
+            assert_eq!(launch(&[&handover, &listen, "other=/nowhere"]).wait().code(), Some(1));
+            keeper.clear();
+            assert!(is_reset(&read_all(&mut served).1));
         }
-        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
-        proxy.running.lines.wait_for("Recovered connections: 1.");
+    }
+}
+
+/// Where a listener may be opened.
+fn place(family: Family, directory: &tempfile::TempDir) -> (String, SockAddr) {
+    let path = directory.path().join("socket");
+    match family {
+        Family::Tcp => {
+            let address = format!("127.0.0.1:{}", free_port());
+            (address.clone(), address.parse::<std::net::SocketAddr>().unwrap().into())
+        }
+        Family::Unix => (path.display().to_string(), SockAddr::unix(&path).unwrap()),
+    }
+}
+
+fn end_by(proxy: &mut Running, end: End) {
+    proxy.signal(if end == End::Told { Signal::TERM } else { Signal::KILL });
+    proxy.wait();
+}
+
+#[test]
+fn a_place_is_asked_for_in_other_words() {
+    for (handover, end) in WAYS {
+        let backend = Endpoint::new(Family::Unix);
+        let port = free_port();
+        let handover = format!("--handover={handover}");
+        let keeper = Keeper::new(4);
+        let launch = |handover: &str, listen: &str| {
+            let arguments = [handover, &format!("--listen={listen}"), &backend.target];
+            let running = keeper.launch(Launch::new(OURS).args(arguments), 0).start();
+            keeper.wait_for("READY=1");
+            running
+        };
+        let address = std::net::SocketAddr::from(([127, 0, 0, 1], port)).into();
+        let mut proxy = launch(&handover, &format!("127.0.0.1:{port}"));
+        let (mut client, mut served) = (connect(&address), backend.accept());
         passes(&mut client, &mut served);
-        passes(&mut served, &mut client);
+        for listen in [format!("{port}"), format!("localhost:{port}"), format!("127.0.0.1:{port}")]
+        {
+            end_by(&mut proxy, end);
+            proxy = launch(&handover, &listen);
+            passes(&mut client, &mut served);
+            let (mut newcomer, mut newcomers_backend) = (connect(&address), backend.accept());
+            passes(&mut newcomer, &mut newcomers_backend);
+        }
+        // And without the option at once.
+        end_by(&mut proxy, end);
+        let _proxy = launch("--handover=never", &format!("127.0.0.1:{port}"));
+        assert!(is_reset(&read_all(&mut client).1));
+        let (mut newcomer, mut newcomers_backend) = (connect(&address), backend.accept());
+        passes(&mut newcomer, &mut newcomers_backend);
     }
 }
 
