@@ -12,6 +12,13 @@
 //!   or open                connected                         hold, dial                pipe, quiet
 //! ```
 //!
+//! With `--handover=` a connection that leaves its process goes on in the next one:
+//!
+//! ```text
+//! Pair -> Left -> Parcel -> Queue, which systemd keeps -> Parcel -> Recovery -> Returning -> Pair
+//! leave   connection parcel  ledger, queue, store         recovery             takeover
+//! ```
+//!
 //! Two functions know the order: [`service::run`], the life of the process, and
 //! [`connection::serve`], the life of a connection. Beside them COMMAND has a life of its own,
 //! [`application::Application::live`]; a connection only waits for its phases.
@@ -48,6 +55,7 @@ pub mod service;
 pub mod sockets;
 pub mod signals;
 pub mod drain;
+pub mod takeover;
 
 // The life of COMMAND.
 pub mod application;

@@ -29,7 +29,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{SocketType, sockopt};
 
 use crate::flow::{COPY_SIZE, State};
@@ -386,9 +386,10 @@ fn is_socket(fd: OwnedFd, listens: bool) -> Result<OwnedFd, Refused> {
     if is_one() == Some(true) { Ok(fd) } else { Err(Refused) }
 }
 
-/// One that does would hold up all connections of an event loop.
+/// Makes it one on which nobody waits in the kernel, which would hold up all connections of an event
+/// loop. (systemd undoes that on a connection that it has accepted, and passes to the next process.)
 fn never_waits(fd: impl AsFd) -> bool {
-    fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK))
+    ioctl_fionbio(fd, true).is_ok()
 }
 
 /// A file of bytes, of which there are not more than a flow copies at a time.

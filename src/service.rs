@@ -3,24 +3,21 @@
 #![forbid(unsafe_code)]
 
 use std::convert::Infallible;
-use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
-use socket2::{SockAddr, SockRef};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::timeout;
 
 use crate::activation::{Inherited, hide_descriptors};
-use crate::address::{Address, Identity};
 use crate::admission::{Admission, Occupancy, Overflow};
 use crate::application::Application;
 use crate::cli::{self, Config};
 use crate::connected::Connected;
-use crate::connection::{Place, Plan, Returning, Way};
+use crate::connection::{Plan, Way};
 use crate::descriptors::{Descriptors, Division, Uses, raise_limit};
 use crate::dial::Dialer;
 use crate::drain::drain;
@@ -28,15 +25,13 @@ use crate::handover::Handover;
 use crate::hold::Probing;
 use crate::idle::idle_for;
 use crate::ledger::Kept;
-use crate::listen::{Entrance, Listener, Newcomer};
+use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
-use crate::recovery::{Recovered, Recovery};
 use crate::selector::Targets;
 use crate::signals::Signals;
-use crate::socket::{Family, end, lasts};
 use crate::sockets::Sockets;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -117,24 +112,24 @@ enum End {
 }
 
 /// What serves, for as long as the process does.
-struct Server {
-    sources: Sources,
-    descriptors: Rc<Descriptors>,
-    admission: Admission,
-    workers: Rc<Workers>,
-    application: Option<Arc<Application>>,
-    exit_idle_time: TimeSpan,
-    handover: Option<Arc<Handover>>,
+pub(crate) struct Server {
+    pub(crate) sources: Sources,
+    pub(crate) descriptors: Rc<Descriptors>,
+    pub(crate) admission: Admission,
+    pub(crate) workers: Rc<Workers>,
+    pub(crate) application: Option<Arc<Application>>,
+    pub(crate) exit_idle_time: TimeSpan,
+    pub(crate) handover: Option<Arc<Handover>>,
     /// Connections of the process before this one.
-    recovered: usize,
+    pub(crate) recovered: usize,
     /// Whether the listeners are ours, and end with the process.
-    has_opened: bool,
+    pub(crate) has_opened: bool,
     /// That they don't.
-    kept_listeners: Vec<Kept>,
+    pub(crate) kept_listeners: Vec<Kept>,
 }
 
 /// Where clients come from, each with the backend of the plan that it leads to.
-enum Sources {
+pub(crate) enum Sources {
     Listeners(Vec<(Rc<Listener>, usize)>),
     /// Somebody who came in before the start, until they are served; nobody will after them.
     Connection(Option<(Connected, usize)>),
@@ -153,7 +148,7 @@ impl Sources {
         }
     }
 
-    fn listeners(&self) -> &[(Rc<Listener>, usize)] {
+    pub(crate) fn listeners(&self) -> &[(Rc<Listener>, usize)] {
         match self {
             Self::Listeners(listeners) => listeners,
             Self::Connection(_) => &[],
@@ -262,71 +257,6 @@ impl Server {
             application,
             exit_idle_time: config.exit_idle_time,
         })
-    }
-
-    /// Goes on with the connections of the process before this one.
-    fn take_back(&mut self, recovered: Recovered) {
-        let Some(handover) = &self.handover else { return };
-        self.recovered = recovered.connections();
-        // From here on it is this process's, and before any of it is moved.
-        handover.has_recovered();
-        self.sources.listeners().iter().for_each(|(listener, _)| listener.own_file());
-        // Those of them that are still used are stored anew.
-        recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));
-        for Recovery { content, start, kept } in recovered.pairs {
-            content.ends.iter().for_each(|end| lasts(&end.socket));
-            let [client, backend] = content.ends.each_ref().map(|end| SockRef::from(&end.socket));
-            let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
-            let (entrance, _) = self.way_in(&client);
-            let (entered, permit) = (entrance.enter(), self.admission.readmit());
-            let reserved = self.descriptors.reserve_anyway();
-            self.workers.resume(|seat| {
-                let place = Place { entered, seat, permit, reserved };
-                Returning { pair: content, address, entrance, backend, start, place, kept }
-            });
-        }
-        for Recovery { content: fd, kept, .. } in recovered.clients {
-            lasts(&fd);
-            let kept = kept.map(Kept::take_over);
-            let Ok(Some(family)) = Family::of(&fd) else { continue };
-            let client = SockRef::from(&fd);
-            let address = or_unnamed(client.peer_addr());
-            let (entrance, backend) = self.way_in(&client);
-            let Some(backend) = backend else {
-                tracing::warn!(
-                    client = %address,
-                    listener = %entrance,
-                    "A stored client came in at a socket that is not passed any more, closing it."
-                );
-                end(&fd);
-                continue;
-            };
-            let (entered, reserved) = (entrance.enter(), self.descriptors.reserve_anyway());
-            let newcomer = Newcomer { fd, family, address, entrance, entered, reserved, kept };
-            self.workers.serve(newcomer, self.admission.readmit(), backend);
-        }
-        if self.recovered > 0 {
-            tracing::info!("Recovered connections: {}.", self.recovered);
-        }
-    }
-
-    /// The listener at which an accepted socket came in, as far as its own address tells, and the
-    /// backend that it leads to.
-    fn way_in(&self, client: &socket2::Socket) -> (Arc<Entrance>, Option<usize>) {
-        let at = or_unnamed(client.local_addr());
-        let listeners = self.sources.listeners();
-        let is_at = |address: &Address| *address == at || address.is_any_of(&at);
-        let found = listeners.iter().find(|(it, _)| it.identity().address == at);
-        let found =
-            found.or_else(|| listeners.iter().find(|(it, _)| is_at(&it.identity().address)));
-        match found {
-            Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
-            // With one backend there is no question which.
-            None => {
-                let backend = (self.workers.backends() == 1).then_some(0);
-                (Entrance::new(&Identity { name: None, address: at }), backend)
-            }
-        }
     }
 
     /// Lets clients in.
@@ -478,41 +408,6 @@ impl Server {
             tracing::info!("Stopping, resetting open connections: {open}.");
         }
     }
-
-    /// Stores what is open, for the next process.
-    async fn leave(&self, handover: &Handover, notifier: &Notifier) {
-        let listeners = self.sources.listeners().iter().filter(|_| self.has_opened);
-        let mut listening = self.kept_listeners.len();
-        for (listener, _) in listeners {
-            if handover.is_for_crashes() {
-                listener.leave_file();
-            } else if handover.leave_listener(listener) {
-                listener.leave_file();
-                listening += 1;
-            }
-        }
-        self.workers.leave(handover).await;
-        let [stored, lost] = handover.left_behind();
-        let stored = stored.saturating_sub(listening);
-        let status = format!("Left open connections with systemd: {stored}.");
-        notifier.send(&[NotifyState::Stopping, NotifyState::Status(&status)]).await;
-        if stored > 0 {
-            tracing::info!(
-                "Stopping, left open connections with systemd: {stored}. (Without a restart it resets \
-                 them.)"
-            );
-        }
-        if lost > 0 {
-            tracing::warn!(
-                "Open connections could not be stored, resetting them: {lost}. (If the store is full, \
-                 raise LimitNOFILE= or net.core.wmem_max.)"
-            );
-        }
-    }
-}
-
-fn or_unnamed(address: io::Result<SockAddr>) -> Address {
-    address.map_or(Address::Unix(None), |address| Address::from_sockaddr(&address))
 }
 
 /// The way to each target; they share the lookups.

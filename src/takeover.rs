@@ -1,0 +1,122 @@
+//! Between two processes: what the one before has left is taken over, and what is open is left to the
+//! next.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+
+use sd_notify::NotifyState;
+use socket2::{SockAddr, SockRef};
+
+use crate::address::{Address, Identity};
+use crate::connection::{Place, Returning};
+use crate::handover::Handover;
+use crate::ledger::Kept;
+use crate::listen::{Entrance, Newcomer};
+use crate::notify::Notifier;
+use crate::recovery::{Recovered, Recovery};
+use crate::service::Server;
+use crate::socket::{Family, end, lasts};
+
+impl Server {
+    /// Goes on with the connections of the process before this one.
+    pub(crate) fn take_back(&mut self, recovered: Recovered) {
+        let Some(handover) = &self.handover else { return };
+        self.recovered = recovered.connections();
+        // From here on it is this process's, and before any of it is moved.
+        handover.has_recovered();
+        self.sources.listeners().iter().for_each(|(listener, _)| listener.own_file());
+        // Those of them that are still used are stored anew.
+        recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));
+        for Recovery { content, start, kept } in recovered.pairs {
+            content.ends.iter().for_each(|end| lasts(&end.socket));
+            let [client, backend] = content.ends.each_ref().map(|end| SockRef::from(&end.socket));
+            let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
+            let (entrance, _) = self.way_in(&client);
+            let (entered, permit) = (entrance.enter(), self.admission.readmit());
+            let reserved = self.descriptors.reserve_anyway();
+            self.workers.resume(|seat| {
+                let place = Place { entered, seat, permit, reserved };
+                Returning { pair: content, address, entrance, backend, start, place, kept }
+            });
+        }
+        for Recovery { content: fd, kept, .. } in recovered.clients {
+            lasts(&fd);
+            let kept = kept.map(Kept::take_over);
+            let Ok(Some(family)) = Family::of(&fd) else { continue };
+            let client = SockRef::from(&fd);
+            let address = or_unnamed(client.peer_addr());
+            let (entrance, backend) = self.way_in(&client);
+            let Some(backend) = backend else {
+                tracing::warn!(
+                    client = %address,
+                    listener = %entrance,
+                    "A stored client came in at a socket that is not passed any more, closing it."
+                );
+                end(&fd);
+                continue;
+            };
+            let (entered, reserved) = (entrance.enter(), self.descriptors.reserve_anyway());
+            let newcomer = Newcomer { fd, family, address, entrance, entered, reserved, kept };
+            self.workers.serve(newcomer, self.admission.readmit(), backend);
+        }
+        if self.recovered > 0 {
+            tracing::info!("Recovered connections: {}.", self.recovered);
+        }
+    }
+
+    /// The listener at which an accepted socket came in, as far as its own address tells, and the
+    /// backend that it leads to.
+    fn way_in(&self, client: &socket2::Socket) -> (Arc<Entrance>, Option<usize>) {
+        let at = or_unnamed(client.local_addr());
+        let listeners = self.sources.listeners();
+        let is_at = |address: &Address| *address == at || address.is_any_of(&at);
+        let found = listeners.iter().find(|(it, _)| it.identity().address == at);
+        let found =
+            found.or_else(|| listeners.iter().find(|(it, _)| is_at(&it.identity().address)));
+        match found {
+            Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
+            // With one backend there is no question which.
+            None => {
+                let backend = (self.workers.backends() == 1).then_some(0);
+                (Entrance::new(&Identity { name: None, address: at }), backend)
+            }
+        }
+    }
+
+    /// Stores what is open, for the next process.
+    pub(crate) async fn leave(&self, handover: &Handover, notifier: &Notifier) {
+        let listeners = self.sources.listeners().iter().filter(|_| self.has_opened);
+        let mut listening = self.kept_listeners.len();
+        for (listener, _) in listeners {
+            if handover.is_for_crashes() {
+                listener.leave_file();
+            } else if handover.leave_listener(listener) {
+                listener.leave_file();
+                listening += 1;
+            }
+        }
+        self.workers.leave(handover).await;
+        let [stored, lost] = handover.left_behind();
+        let stored = stored.saturating_sub(listening);
+        let status = format!("Left open connections with systemd: {stored}.");
+        notifier.send(&[NotifyState::Stopping, NotifyState::Status(&status)]).await;
+        if stored > 0 {
+            tracing::info!(
+                "Stopping, left open connections with systemd: {stored}. (Without a restart it resets \
+                 them.)"
+            );
+        }
+        if lost > 0 {
+            tracing::warn!(
+                "Open connections could not be stored, resetting them: {lost}. (If the store is full, \
+                 raise LimitNOFILE= or net.core.wmem_max.)"
+            );
+        }
+    }
+}
+
+fn or_unnamed(address: io::Result<SockAddr>) -> Address {
+    address.map_or(Address::Unix(None), |address| Address::from_sockaddr(&address))
+}
