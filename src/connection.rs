@@ -17,16 +17,17 @@ use crate::address::Address;
 use crate::admission::{Permit, Seat};
 use crate::application::Application;
 use crate::backend::Backend;
+use crate::bytes::Bytes;
 use crate::descriptors::Reserved;
 use crate::dial::Dialer;
 use crate::flow::{Carried, Shared, Stored};
-use crate::forward::{Ending, Outcome, Pair, Side};
+use crate::forward::{Condition, Ending, Outcome, Pair, Side};
 use crate::handover::Handover;
 use crate::hold::{Hold, Probing};
-use crate::leave::{Leave, Stay, told};
 use crate::ledger::Kept;
 use crate::listen::Entrance;
 use crate::logging::{RateLimit, in_words};
+use crate::orders::{Orders, Presence};
 use crate::parcel::{Content, StoredPair};
 use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
@@ -79,8 +80,8 @@ pub struct Route {
     pub shared: Rc<Shared>,
     /// Who ends the quiet ones, if they are to be ended.
     pub watch: Option<Rc<Watch>>,
-    /// Who tells them to leave, if they ever are.
-    pub leave: Option<Rc<Leave>>,
+    /// What they are told.
+    pub orders: Rc<Orders>,
     /// Those that have left, and are not stored yet.
     pub left: RefCell<Vec<Left>>,
 }
@@ -98,13 +99,9 @@ impl Route {
             proxy_protocol: plan.proxy_protocol,
             shared: Rc::new(Shared::new(plan.pipes, carried)),
             watch: plan.connection_idle_time.finite().map(|time| Rc::new(Watch::new(time))),
-            leave: plan.handover.is_some().then(Rc::default),
+            orders: Rc::default(),
             left: RefCell::default(),
         }
-    }
-
-    fn stay(&self) -> Option<Stay> {
-        self.leave.as_ref().map(Leave::join)
     }
 
     fn watched(&self) -> Option<Watched> {
@@ -203,13 +200,13 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
     let start = Instant::now();
     let Client { socket, address, entrance, backend, place, kept } = client;
     // From now on, however late it is polled for the first time.
-    let stay = route.stay();
+    let presence = route.orders.join();
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
         let way = &route.backends[backend];
         let story = Story { start, address, entrance };
         // Boxed: what dialling needs is gone when the connection stands, which may be for days.
-        let backend = match Box::pin(reach(&socket, way, stay.as_ref())).await {
+        let backend = match Box::pin(reach(&socket, way, &presence, &story)).await {
             Reached::Backend(backend) => backend,
             Reached::Nobody(error) => {
                 if let Some(suppressed) = UNREACHABLE.pass() {
@@ -238,7 +235,9 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
             },
         };
         tracing::debug!(client = %story.address, listener = %story.entrance, "Connection established");
-        let outcome = pair(socket, backend, &story.address, kept, &route).run(stay.as_ref()).await;
+        let answer = |condition| story.tell(condition, way.target());
+        let pair = pair(socket, backend, &story.address, kept, &route);
+        let outcome = pair.run(Some(&presence), answer).await;
         story.conclude(outcome, way.target(), place, &route);
     }
 }
@@ -246,7 +245,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
 /// Goes on with a connection that was stored, until it is over.
 pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()> {
     let Returning { pair, address, entrance, backend, start, place, kept } = returning;
-    let stay = route.stay();
+    let presence = route.orders.join();
     async move {
         let story = Story { start, address, entrance };
         let kept = kept.map(Kept::take_over);
@@ -261,7 +260,7 @@ pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()
                 );
             }
         };
-        let outcome = pair.run(stay.as_ref()).await;
+        let outcome = pair.run(Some(&presence), |condition| story.tell(condition, &backend)).await;
         story.conclude(outcome, &backend, place, &route);
     }
 }
@@ -335,6 +334,24 @@ impl Story {
         self.end(&outcome_of(closed.end), backend, [closed.from_client, closed.from_backend]);
     }
 
+    /// Logs how it is.
+    fn tell(&self, condition: Condition, backend: &dyn fmt::Display) {
+        let Condition { from_client, from_backend, idle } = condition;
+        let [there, back] = [from_client, from_backend].map(Bytes);
+        let idle = idle.map(|idle| format!(", idle for {}", seconds(idle))).unwrap_or_default();
+        self.tell_that(&format!("{there} to the backend, {back} back{idle}"), backend);
+    }
+
+    fn tell_that(&self, what: &str, backend: &dyn fmt::Display) {
+        let age = seconds(self.start.elapsed());
+        tracing::info!(
+            client = %self.address,
+            listener = %self.entrance,
+            %backend,
+            "Connection of {age}: {what}."
+        );
+    }
+
     fn end(&self, outcome: &str, backend: &dyn fmt::Display, [to, from]: [u64; 2]) {
         tracing::debug!(
             client = %self.address,
@@ -348,6 +365,10 @@ impl Story {
     }
 }
 
+fn seconds(time: Duration) -> TimeSpan {
+    TimeSpan::new(Duration::from_secs(time.as_secs()))
+}
+
 /// What came of dialling.
 enum Reached {
     Backend(Socket),
@@ -357,10 +378,11 @@ enum Reached {
 }
 
 /// Connects to the backend, unless the client leaves first.
-async fn reach(client: &Socket, backend: &Backend, stay: Option<&Stay>) -> Reached {
+async fn reach(client: &Socket, backend: &Backend, presence: &Presence, story: &Story) -> Reached {
+    let answer = || story.tell_that("There is no backend yet", backend.target());
     tokio::select! {
         biased;
-        () = told(stay) => Reached::ToldToLeave,
+        () = presence.told_to_leave(answer) => Reached::ToldToLeave,
         dialled = backend.connect() => dialled.map_or_else(Reached::Nobody, Reached::Backend),
         () = client_gone(client, backend.holds()) => Reached::TooLate,
     }

@@ -82,9 +82,9 @@ use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::flow::{End, Fault, Flow, Held, Shared, State, Step, Stored};
-use crate::leave::{Stay, told};
 use crate::ledger::Kept;
 use crate::logging::RateLimit;
+use crate::orders::Presence;
 use crate::parcel::{Content, StoredEnd, StoredPair};
 use crate::quiet::Watched;
 use crate::socket::{Family, Socket};
@@ -152,6 +152,17 @@ pub struct Pair {
     fault: Option<(Side, Errno)>,
     /// That it is stored as it stands, wherever it stands.
     kept: Option<Kept>,
+}
+
+/// How a connection is.
+#[derive(Clone, Copy, Debug)]
+pub struct Condition {
+    /// Bytes of the client's that were delivered to the backend.
+    pub from_client: u64,
+    /// Bytes delivered to the client.
+    pub from_backend: u64,
+    /// For how long nothing was sent or received, where a TCP socket tells.
+    pub idle: Option<Duration>,
 }
 
 /// What became of a connection.
@@ -308,14 +319,19 @@ impl Pair {
     }
 
     /// Carries bytes until both directions are over, and closes both sockets, or until it is told to
-    /// leave.
+    /// leave; when it is asked how it is, it gives the answer.
     ///
     /// # Errors
     /// Only the event loop's own, when it is being shut down.
     #[expect(clippy::manual_async_fn, reason = "it would keep its argument twice, 248 bytes")]
-    pub fn run(mut self, stay: Option<&Stay>) -> impl Future<Output = io::Result<Outcome>> {
+    pub fn run(
+        mut self,
+        presence: Option<&Presence>,
+        answer: impl Fn(Condition),
+    ) -> impl Future<Output = io::Result<Outcome>> {
         async move {
-            let is_told = || stay.is_some_and(Stay::is_told);
+            let is_told = || presence.is_some_and(Presence::is_to_leave);
+            let is_called = || presence.is_some_and(|it| it.is_to_leave() || it.is_asked());
             // An edge of the time of dialling tells of bytes.
             poll_fn(|cx| {
                 let client = &mut self.ends[Side::Client as usize];
@@ -323,23 +339,26 @@ impl Pair {
                 if let Some(watched) = &self.watched {
                     watched.register(cx.waker());
                 }
-                if let Some(stay) = stay {
-                    stay.register(cx.waker());
+                if let Some(presence) = presence {
+                    presence.register(cx.waker());
                 }
                 Poll::Ready(())
             })
             .await;
             while !self.is_over() {
+                if let Some(presence) = presence {
+                    presence.answer(|| answer(self.condition()));
+                }
                 match self.turn() {
                     Turn::Stuck if self.is_over() || self.is_quiet() => break,
                     _ if is_told() => return Ok(Outcome::Left(Box::new(self))),
                     Turn::Stuck if self.is_stalled() => {
                         // Boxed, like the end below: what few connections need is no part of all.
-                        if !Box::pin(self.wait_for_the_stalled(&is_told)).await? {
+                        if !Box::pin(self.wait_for_the_stalled(&is_called)).await? {
                             break;
                         }
                     }
-                    Turn::Stuck => self.wait(&is_told).await?,
+                    Turn::Stuck => self.wait(&is_called).await?,
                     Turn::More => tokio::task::yield_now().await,
                 }
             }
@@ -348,16 +367,24 @@ impl Pair {
             let linger = self.watched.take().map_or(LINGER, |it| it.idle_time().min(LINGER));
             if !is_quiet && SIDES.map(|side| self.is_delivering(side)) != [false; 2] {
                 let finish = Box::pin(self.finish(linger));
+                let told_to_leave = async {
+                    match presence {
+                        Some(presence) => {
+                            presence.told_to_leave(|| answer(self.condition())).await;
+                        }
+                        None => std::future::pending().await,
+                    }
+                };
                 tokio::select! {
                     biased;
                     () = finish => {}
-                    () = told(stay) => return Ok(Outcome::Left(Box::new(self))),
+                    () = Box::pin(told_to_leave) => return Ok(Outcome::Left(Box::new(self))),
                 }
             }
-            let [from_client, from_backend] = &self.flows;
+            let Condition { from_client, from_backend, .. } = self.delivered();
             let closed = Closed {
-                from_client: from_client.delivered.saturating_sub(self.preface),
-                from_backend: from_backend.delivered,
+                from_client,
+                from_backend,
                 end: match self.fault {
                     _ if is_quiet => Ending::Quiet,
                     Some((side, errno)) => Ending::Fault(side, errno),
@@ -370,6 +397,17 @@ impl Pair {
             }
             Ok(Outcome::Closed(closed))
         }
+    }
+
+    fn delivered(&self) -> Condition {
+        let [from_client, from_backend] = self.flows.each_ref().map(|flow| flow.delivered);
+        let from_client = from_client.saturating_sub(self.preface);
+        Condition { from_client, from_backend, idle: None }
+    }
+
+    fn condition(&self) -> Condition {
+        let idle = self.ends.iter().filter_map(|end| end.socket.idle()).min();
+        Condition { idle, ..self.delivered() }
     }
 
     fn is_quiet(&self) -> bool {
@@ -467,10 +505,10 @@ impl Pair {
         turn
     }
 
-    /// Waits until a turn can do something.
-    async fn wait(&mut self, is_told: impl Fn() -> bool) -> io::Result<()> {
+    /// Waits until a turn can do something, or it is called.
+    async fn wait(&mut self, is_called: impl Fn() -> bool) -> io::Result<()> {
         poll_fn(|cx| match self.poll_edges(cx) {
-            Poll::Pending if is_told() => Poll::Ready(Ok(())),
+            Poll::Pending if is_called() => Poll::Ready(Ok(())),
             edge => edge,
         })
         .await
@@ -522,10 +560,10 @@ impl Pair {
     /// Waits; but once the sender is gone, not for a receiver that takes nothing for [`LINGER`].
     ///
     /// Here the sender is not read from, and EPOLLHUP would not tell its reset from two FINs.
-    async fn wait_for_the_stalled(&mut self, is_told: impl Fn() -> bool) -> io::Result<bool> {
+    async fn wait_for_the_stalled(&mut self, is_called: impl Fn() -> bool) -> io::Result<bool> {
         let mut left = self.undelivered();
         loop {
-            if let Ok(waited) = timeout(LINGER, self.wait(&is_told)).await {
+            if let Ok(waited) = timeout(LINGER, self.wait(&is_called)).await {
                 return waited.map(|()| true);
             }
             let was_gone = self.ends.iter().any(|end| end.gone);
@@ -555,8 +593,11 @@ impl Pair {
         if self.is_delivering(side) {
             delivered(socket, linger).await;
         }
+        let (from, to) = (&self.flows[side as usize], &self.flows[side.other() as usize]);
+        let peer_has_ended =
+            from.state == State::Ended && matches!(to.state, State::SinkGone { .. });
         // If the other is not waited for either, both are closed at once.
-        if self.is_delivering(side.other()) {
+        if !peer_has_ended && self.is_delivering(side.other()) {
             if self.is_to_be_reset(side) { socket.abort() } else { socket.end() }
         }
     }

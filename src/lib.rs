@@ -16,7 +16,7 @@
 //!
 //! ```text
 //! Pair -> Left -> Parcel -> Queue, which systemd keeps -> Parcel -> Recovery -> Returning -> Pair
-//! leave   connection parcel  ledger, queue, store         recovery             takeover
+//! orders  connection parcel  ledger, queue, store         recovery             takeover
 //! ```
 //!
 //! Two functions know the order: [`service::run`], the life of the process, and
@@ -82,7 +82,7 @@ pub mod flow;
 pub mod pipe;
 pub mod quiet;
 pub mod roster;
-pub mod leave;
+pub mod orders;
 pub mod socket;
 
 // What outlives the process.
@@ -95,6 +95,7 @@ pub mod store;
 
 // What they lean on.
 pub mod address;
+pub mod bytes;
 pub mod descriptors;
 pub mod idle;
 pub mod logging;

@@ -24,6 +24,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::admission::{Admission, Load};
 use crate::application::Application;
+use crate::bytes::Bytes;
 use crate::listen::Entrance;
 use crate::logging::{RateLimit, bounded_line, in_words};
 use crate::phase::Phase;
@@ -215,7 +216,7 @@ impl fmt::Display for Status {
         if refused > 0 {
             write!(f, "{refused} refused, ")?;
         }
-        write_bytes(f, self.carried)?;
+        write!(f, "{}", Bytes(self.carried))?;
         if self.recovered > 0 {
             write!(f, "; {} recovered", self.recovered)?;
         }
@@ -229,22 +230,6 @@ impl fmt::Display for Status {
             Some((name, phase)) => write!(f, "; {name}: {phase}"),
             None => Ok(()),
         }
-    }
-}
-
-fn write_bytes(f: &mut fmt::Formatter<'_>, bytes: u64) -> fmt::Result {
-    let mut amount = bytes as f64;
-    let mut units = ["KiB", "MiB", "GiB", "TiB", "PiB"].iter();
-    let mut unit = None;
-    while amount >= 1024.0
-        && let Some(next) = units.next()
-    {
-        amount /= 1024.0;
-        unit = Some(next);
-    }
-    match unit {
-        Some(unit) => write!(f, "{amount:.1} {unit}"),
-        None => write!(f, "{bytes} bytes"),
     }
 }
 

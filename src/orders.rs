@@ -1,4 +1,4 @@
-//! Leaving an event loop: its connections are told to.
+//! What the connections of one event loop are told: to leave it, or to say how they are.
 
 #![forbid(unsafe_code)]
 
@@ -11,70 +11,98 @@ use tokio::sync::Notify;
 
 use crate::roster::{Member, Roster};
 
-/// The connections of one event loop.
+/// The connections of one event loop, and what they were told.
 #[derive(Debug, Default)]
-pub struct Leave {
-    told: Cell<bool>,
-    staying: Rc<Roster<OnceCell<Waker>>>,
+pub struct Orders {
+    leave: Cell<bool>,
+    /// How often they were asked how they are.
+    asked: Cell<u32>,
+    present: Rc<Roster<OnceCell<Waker>>>,
     last_left: Notify,
 }
 
-/// A connection that stays until it is told to leave, or this is dropped.
+/// A connection that is there until it is told to leave, or this is dropped.
 #[derive(Debug)]
-pub struct Stay {
-    member: Option<Member<OnceCell<Waker>>>,
-    leave: Rc<Leave>,
+pub struct Presence {
+    waker: Option<Member<OnceCell<Waker>>>,
+    orders: Rc<Orders>,
+    /// The last question that it has answered.
+    answered: Cell<u32>,
 }
 
-impl Leave {
+impl Orders {
     /// One more.
-    pub fn join(self: &Rc<Self>) -> Stay {
-        Stay { member: Some(self.staying.join(OnceCell::new())), leave: Rc::clone(self) }
+    pub fn join(self: &Rc<Self>) -> Presence {
+        let waker = Some(self.present.join(OnceCell::new()));
+        Presence { waker, orders: Rc::clone(self), answered: self.asked.clone() }
     }
 
     /// Tells all to leave, and waits until they have.
-    pub async fn tell(&self) {
-        self.told.set(true);
-        self.staying.for_each(|waker| {
+    pub async fn leave(&self) {
+        self.leave.set(true);
+        self.wake_all();
+        while !self.present.is_empty() {
+            self.last_left.notified().await;
+        }
+    }
+
+    /// Asks all how they are.
+    pub fn ask(&self) {
+        self.asked.set(self.asked.get().wrapping_add(1));
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
+        self.present.for_each(|waker| {
             if let Some(waker) = waker.get() {
                 waker.wake_by_ref();
             }
         });
-        while !self.staying.is_empty() {
-            self.last_left.notified().await;
-        }
     }
 }
 
-impl Stay {
+impl Presence {
     /// Names the task that is to be woken, once: a connection stays with its task.
     pub fn register(&self, waker: &Waker) {
-        if let Some(member) = &self.member {
-            let _ = member.set(waker.clone());
+        if let Some(named) = &self.waker {
+            let _ = named.set(waker.clone());
         }
     }
 
     /// Whether it is to leave.
-    pub fn is_told(&self) -> bool {
-        self.leave.told.get()
+    pub fn is_to_leave(&self) -> bool {
+        self.orders.leave.get()
+    }
+
+    /// Whether it is asked how it is.
+    pub fn is_asked(&self) -> bool {
+        self.answered.get() != self.orders.asked.get()
+    }
+
+    /// Answers if it is asked, once each time.
+    pub fn answer(&self, answer: impl FnOnce()) {
+        if self.is_asked() {
+            self.answered.set(self.orders.asked.get());
+            answer();
+        }
+    }
+
+    /// Waits until it is to leave, and answers meanwhile, in the task that is named by that.
+    pub async fn told_to_leave(&self, answer: impl Fn()) {
+        poll_fn(|cx| {
+            self.register(cx.waker());
+            self.answer(&answer);
+            if self.is_to_leave() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 }
 
-/// Waits until it is to leave, in the task that is named by that; for ever if it never is.
-pub async fn told(stay: Option<&Stay>) {
-    poll_fn(|cx| {
-        let Some(stay) = stay else { return Poll::Pending };
-        stay.register(cx.waker());
-        if stay.is_told() { Poll::Ready(()) } else { Poll::Pending }
-    })
-    .await;
-}
-
-impl Drop for Stay {
+impl Drop for Presence {
     fn drop(&mut self) {
-        self.member = None;
-        if self.leave.staying.is_empty() {
-            self.leave.last_left.notify_one();
+        self.waker = None;
+        if self.orders.present.is_empty() {
+            self.orders.last_left.notify_one();
         }
     }
 }

@@ -31,7 +31,7 @@ use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
 use crate::selector::Targets;
-use crate::signals::Signals;
+use crate::signals::{Questions, Signals};
 use crate::sockets::Sockets;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -56,7 +56,7 @@ pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
 }
 
 async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), String> {
-    let mut signals = Signals::catch()?;
+    let (mut signals, questions) = (Signals::catch()?, Questions::catch()?);
     let notifier = Notifier::from_environment();
 
     if config.handover.is_some() {
@@ -87,7 +87,7 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
     }
     let _abort = server.handover.as_ref().and_then(|it| it.abort_on_panic());
     let mut tasks = server.start();
-    let ended = server.serve(&mut tasks, &mut signals, &notifier).await;
+    let ended = server.serve(&mut tasks, &mut signals, questions, &notifier).await;
     let was_told = ended == Ok(End::Told);
     let drain_time = if was_told { drain_time } else { TimeSpan::new(Duration::ZERO) };
     let again = async {
@@ -299,6 +299,7 @@ impl Server {
         &self,
         tasks: &mut Tasks,
         signals: &mut Signals,
+        mut questions: Questions,
         notifier: &Notifier,
     ) -> Result<End, String> {
         // Whoever is queued comes first: the loop finds them, and then they are accepted and
@@ -324,7 +325,15 @@ impl Server {
                 notifier.publish_status(admission, recovered, &entrances, carried, application);
             tokio::join!(status, notifier.feed_watchdog(), clean).1
         };
+        let asked = async {
+            loop {
+                questions.next().await;
+                tracing::info!("Open connections: {}.", self.admission.load().open);
+                self.workers.ask();
+            }
+        };
         tokio::select! {
+            never = asked => never,
             () = signals.stop() => Ok(End::Told),
             () = self.idle() => Ok(End::Idle),
             Some(ended) = tasks.accepting.join_next() => Err(ended.unwrap_or_else(internal)),

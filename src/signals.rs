@@ -1,4 +1,4 @@
-//! The signals that end the process.
+//! The signals that end the process, and the one that asks.
 
 #![forbid(unsafe_code)]
 
@@ -14,16 +14,35 @@ pub struct Signals {
     hangup: Signal,
 }
 
+/// SIGUSR1.
+#[derive(Debug)]
+pub struct Questions(Signal);
+
+impl Questions {
+    /// From now on it does not end the process.
+    ///
+    /// # Errors
+    /// One line on sigaction(2)'s.
+    pub fn catch() -> Result<Self, String> {
+        catch(SignalKind::user_defined1()).map(Self)
+    }
+
+    /// Waits for the next.
+    pub async fn next(&mut self) {
+        let _ = self.0.recv().await;
+    }
+}
+
+fn catch(kind: SignalKind) -> Result<Signal, String> {
+    signal(kind).map_err(|error| format!("Failed to wait for signals: {}.", in_words(&error)))
+}
+
 impl Signals {
     /// From now on they don't end it by themselves.
     ///
     /// # Errors
     /// One line on sigaction(2)'s.
     pub fn catch() -> Result<Self, String> {
-        let catch = |kind| {
-            signal(kind)
-                .map_err(|error| format!("Failed to wait for signals: {}.", in_words(&error)))
-        };
         Ok(Self {
             terminate: catch(SignalKind::terminate())?,
             interrupt: catch(SignalKind::interrupt())?,

@@ -251,6 +251,28 @@ impl Socket {
         queued(&self.io)
     }
 
+    /// For how long a TCP socket has neither sent nor received data (`TCP_INFO` in tcp(7)).
+    pub fn idle(&self) -> Option<Duration> {
+        if self.family != Family::Tcp {
+            return None;
+        }
+        // SAFETY: all zero is one: it has numbers only.
+        let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+        let mut length = size_of_val(&info) as libc::socklen_t;
+        // SAFETY: getsockopt(2) writes at most `length` bytes to `info`, which is that long.
+        let result = unsafe {
+            libc::getsockopt(
+                self.io.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                (&raw mut info).cast(),
+                &raw mut length,
+            )
+        };
+        let last = info.tcpi_last_data_sent.min(info.tcpi_last_data_recv);
+        (result == 0).then(|| Duration::from_millis(last.into()))
+    }
+
     /// Whether bytes have come that a Unix peer, now gone, wanted delivered. What a TCP peer sent
     /// before its reset is not waited for.
     pub fn has_unread(&self) -> bool {

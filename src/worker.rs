@@ -132,8 +132,19 @@ impl Workers {
             let dead = threads.remove(index);
             self.here_load.carried.add(dead.load.carried.get());
             let mut arrival = unsent.0;
-            arrival.place().seat = self.here_load.seats.take();
+            if let Some(place) = arrival.place() {
+                place.seat = self.here_load.seats.take();
+            }
             self.here.serve(arrival);
+        }
+    }
+
+    /// Asks all connections how they are.
+    pub fn ask(&self) {
+        self.here.route.orders.ask();
+        for thread in self.threads.borrow().iter() {
+            // If it has ended, there are none.
+            let _ = thread.arrivals.send(Arrival::Question);
         }
     }
 
@@ -189,11 +200,13 @@ impl Drop for Workers {
     }
 }
 
-/// Somebody on the way to their event loop.
+/// What is on the way to an event loop.
 #[derive(Debug)]
 enum Arrival {
     Client(ArrivingClient),
     Returning(Box<Returning>),
+    /// How its connections are.
+    Question,
 }
 
 #[derive(Debug)]
@@ -208,10 +221,11 @@ struct ArrivingClient {
 }
 
 impl Arrival {
-    fn place(&mut self) -> &mut Place {
+    fn place(&mut self) -> Option<&mut Place> {
         match self {
-            Self::Client(client) => &mut client.place,
-            Self::Returning(returning) => &mut returning.place,
+            Self::Client(client) => Some(&mut client.place),
+            Self::Returning(returning) => Some(&mut returning.place),
+            Self::Question => None,
         }
     }
 }
@@ -237,6 +251,7 @@ impl Worker {
     fn serve(&self, arrival: Arrival) {
         let arriving = match arrival {
             Arrival::Client(client) => client,
+            Arrival::Question => return self.route.orders.ask(),
             Arrival::Returning(returning) => {
                 spawn_local(resume(*returning, Rc::clone(&self.route)));
                 return;
@@ -266,9 +281,7 @@ impl Worker {
     }
 
     async fn leave(&self, handover: &Handover) {
-        if let Some(leave) = &self.route.leave {
-            leave.tell().await;
-        }
+        self.route.orders.leave().await;
         handover.store(self.route.left.take());
     }
 }

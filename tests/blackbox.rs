@@ -194,6 +194,7 @@ fn cases() -> Vec<Case> {
     case("SIGTERM stops and resets", OnlyOurs("the last notification"), terminate);
     case("SIGINT stops", OnlyOurs("killed by a signal"), |it| stops_on(it, Signal::INT));
     case("SIGHUP stops", OnlyOurs("killed by a signal"), |it| stops_on(it, Signal::HUP));
+    case("SIGUSR1 tells of each connection", OnlyOurs("no line with"), tells_of_each);
     case("STATUS once a second", OnlyOurs("a notification comes"), status_rate);
     case("who hangs up is not news", Shared, silent_about_peers);
     case("lines have a priority under systemd", OnlyOurs("no line with"), prefixed_lines);
@@ -509,6 +510,32 @@ fn stops_on(program: &Path, signal: Signal) {
     proxy.signal(signal);
     assert_eq!(proxy.wait().code(), Some(0), "killed by a signal");
     manager.wait_for("STOPPING=1");
+}
+
+fn tells_of_each(program: &Path) {
+    for (front_family, back) in PAIRS {
+        let (front, backend) = (Endpoint::new(front_family), echo_backend(back));
+        let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+        let mut clients: Vec<_> = (0..5).map(|_| front.connect()).collect();
+        for (round, client) in clients.iter_mut().enumerate() {
+            (0..=round).for_each(|_| echoes(client));
+        }
+        for times in 1..=2 {
+            proxy.signal(Signal::USR1);
+            proxy.lines.wait_for("Open connections: 5.");
+            for round in 0..5 {
+                let bytes = 14 * (round + 1);
+                let line = format!(": {bytes} bytes to the backend, {bytes} bytes back");
+                let said = || (proxy.lines.count(&line) == times).then_some(());
+                poll_until(Instant::now() + PATIENCE, said).expect("no line with what it carried");
+            }
+        }
+        let line = proxy.lines.wait_for("Connection of ");
+        assert!(line.contains(&backend.target), "{line}");
+        let has_tcp = [front_family, back].contains(&Family::Tcp);
+        assert_eq!(line.contains(", idle for "), has_tcp, "{line}");
+        clients.iter_mut().for_each(echoes);
+    }
 }
 
 /// Waits until somebody accepts: the backend is not there, so that the client is closed.

@@ -74,7 +74,7 @@ impl Carried {
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
                 let preface_len = preface.len() as u64;
                 let pair = Pair::new(client, backend, preface, Rc::clone(&shared), None);
-                let forward::Outcome::Closed(closed) = pair.run(None).await.unwrap() else {
+                let forward::Outcome::Closed(closed) = pair.run(None, |_| {}).await.unwrap() else {
                     unreachable!("nobody tells it to leave")
                 };
                 let delivered = preface_len + closed.from_client + closed.from_backend;
