@@ -55,6 +55,18 @@ install:
 	@test -x $(TARGET)/release/socket-proxyd || { echo "Run make first." >&2; exit 1; }
 	$(INSTALL) -D -m 755 $(TARGET)/release/socket-proxyd $(DESTDIR)$(PREFIX)/bin/socket-proxyd
 	$(INSTALL) -D -m 644 man/socket-proxyd.8 $(DESTDIR)$(PREFIX)/share/man/man8/socket-proxyd.8
+	$(INSTALL) -D -m 644 completions/socket-proxyd.bash \
+	    $(DESTDIR)$(PREFIX)/share/bash-completion/completions/socket-proxyd
+	$(INSTALL) -D -m 644 completions/_socket-proxyd \
+	    $(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_socket-proxyd
+	$(INSTALL) -D -m 644 completions/socket-proxyd.fish \
+	    $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/socket-proxyd.fish
+	$(INSTALL) -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd \
+	    README.md CHANGELOG.md BENCHMARKS.md LICENSE-MIT LICENSE-APACHE
+	for set in units/*; do \
+	    $(INSTALL) -d $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} && \
+	    cp -r $$set/. $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} || exit 1; \
+	done
 
 clean:
 	$(CARGO) clean

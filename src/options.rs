@@ -211,6 +211,19 @@ mod tests {
         assert_eq!(options_in(&manual), known_options());
     }
 
+    #[test]
+    fn the_shells_complete_every_option_and_no_other() {
+        let bash = include_str!("../completions/socket-proxyd.bash");
+        let zsh = include_str!("../completions/_socket-proxyd");
+        // fish says what is a long option by one of its own.
+        let fish =
+            include_str!("../completions/socket-proxyd.fish").replace("proxyd -l ", "proxyd --");
+        let fish = fish.replace("-s c -l ", "--").replace("-s h -l ", "--");
+        for completion in [bash, zsh, &fish] {
+            assert_eq!(options_in(completion), known_options());
+        }
+    }
+
     fn options_in(text: &str) -> BTreeSet<String> {
         text.split(|c: char| c != '-' && !c.is_ascii_alphanumeric())
             // In the manual a change of font may stand right in front.

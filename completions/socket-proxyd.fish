@@ -1,0 +1,21 @@
+# fish completion for socket-proxyd(8)
+
+set -l times '30s 5min 1h infinity'
+
+complete -c socket-proxyd -l listen -r -d 'Open PORT, HOST:PORT, /path...'
+complete -c socket-proxyd -s c -l connections-max -x -d 'Serve up to N connections at a time'
+complete -c socket-proxyd -l overflow -x -a 'refuse wait' -d 'What becomes of clients above that'
+complete -c socket-proxyd -l exit-idle-time -x -a $times -d 'Exit after TIME without a connection'
+complete -c socket-proxyd -l drain-time -x -a $times -d 'When told to stop, let connections end'
+complete -c socket-proxyd -l handover -x -a 'never restart crash' -d 'Connections outlive a restart, or a crash'
+complete -c socket-proxyd -l backend-wait -x -a $times -d 'Hold clients until TARGET is up'
+complete -c socket-proxyd -l connect-timeout -x -a $times -d 'Give up on one address of TARGET'
+complete -c socket-proxyd -l connection-idle-time -x -a $times -d 'Close what carries nothing for TIME'
+complete -c socket-proxyd -l keepalive -x -a $times -d 'Probe silent TCP peers'
+complete -c socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Tell TARGET the address of the client'
+complete -c socket-proxyd -l ready -x -a 'connect notify' -d 'How COMMAND is known to be up'
+complete -c socket-proxyd -l stop-idle-time -x -a $times -d 'Stop COMMAND after TIME without clients'
+complete -c socket-proxyd -l threads -x -d 'Serve with up to N threads'
+complete -c socket-proxyd -l log-level -x -a 'err warning notice info debug' -d 'What is logged'
+complete -c socket-proxyd -s h -l help -d 'Show a summary of the options'
+complete -c socket-proxyd -l version -d 'Show the version'

@@ -1,0 +1,131 @@
+//! `make install`, and what the shells make of it.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::TempDir;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// Installs the program that is tested, in a directory of its own.
+fn install() -> TempDir {
+    let (built, installed) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let release = built.path().join("release");
+    fs::create_dir(&release).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_socket-proxyd"), release.join("socket-proxyd")).unwrap();
+    let status = Command::new("make")
+        .args(["-s", "-C", ROOT, "install", "PREFIX=/usr"])
+        .arg(format!("TARGET={}", built.path().display()))
+        .arg(format!("DESTDIR={}", installed.path().display()))
+        .status();
+    assert!(status.unwrap().success());
+    installed
+}
+
+/// All files below a directory, as seen from there.
+fn files(directory: &Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut rest = vec![directory.to_path_buf()];
+    while let Some(path) = rest.pop() {
+        if path.is_dir() {
+            rest.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        } else {
+            found.insert(path.strip_prefix(directory).unwrap().display().to_string());
+        }
+    }
+    found
+}
+
+#[test]
+fn what_is_shipped_is_installed() {
+    let installed = install();
+    let there = files(installed.path());
+    let mut expected: BTreeSet<String> = [
+        "usr/bin/socket-proxyd",
+        "usr/share/man/man8/socket-proxyd.8",
+        "usr/share/bash-completion/completions/socket-proxyd",
+        "usr/share/zsh/vendor-completions/_socket-proxyd",
+        "usr/share/fish/vendor_completions.d/socket-proxyd.fish",
+    ]
+    .map(String::from)
+    .into();
+    let doc = "usr/share/doc/socket-proxyd";
+    for text in ["README.md", "CHANGELOG.md", "BENCHMARKS.md", "LICENSE-MIT", "LICENSE-APACHE"] {
+        expected.insert(format!("{doc}/{text}"));
+    }
+    let units = files(&Path::new(ROOT).join("units"));
+    expected.extend(units.iter().map(|unit| format!("{doc}/examples/{unit}")));
+    assert_eq!(there, expected);
+    let program = installed.path().join("usr/bin/socket-proxyd");
+    assert!(Command::new(program).arg("--version").status().unwrap().success());
+}
+
+/// Whether a shell is there; in CI it has to be.
+fn is_there(path: &str) -> bool {
+    let is_there = PathBuf::from(path).exists();
+    if !is_there {
+        assert!(env::var_os("CI").is_none(), "{path} is missing");
+        eprintln!("SKIPPED: {path} is missing; `make test` installs it");
+    }
+    is_there
+}
+
+#[test]
+fn bash_completes() {
+    if !is_there("/usr/share/bash-completion/bash_completion") {
+        return;
+    }
+    // As readline does it: words, the one under the cursor, and then what came of it.
+    let complete = |words: &str| {
+        let script = format!(
+            ". /usr/share/bash-completion/bash_completion\n. {ROOT}/completions/socket-proxyd.bash\n\
+             COMP_LINE='{words}'; COMP_POINT=${{#COMP_LINE}}; eval \"COMP_WORDS=({words})\"\n\
+             COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMP_TYPE=9; compopt() {{ :; }}\n\
+             _socket_proxyd; printf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
+        );
+        let output = Command::new("bash").args(["--norc", "-c", &script]).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.is_empty(), "{words}: {stderr}");
+        String::from_utf8(output.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(complete("socket-proxyd --hand"), "--handover=");
+    assert_eq!(complete("socket-proxyd --handover cr"), "crash");
+    assert_eq!(
+        complete("socket-proxyd --connect"),
+        "--connections-max= --connect-timeout= --connection-idle-time="
+    );
+    assert!(complete("socket-proxyd /run/a.sock -- ls --al").contains("--all"), "COMMAND's own");
+}
+
+#[test]
+fn fish_completes() {
+    if !is_there("/usr/bin/fish") {
+        return;
+    }
+    let complete = |words: &str| {
+        let script = format!("source {ROOT}/completions/socket-proxyd.fish; complete -C '{words}'");
+        let output = Command::new("fish").args(["--no-config", "-c", &script]).output().unwrap();
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let handover = complete("socket-proxyd --hand");
+    assert!(handover.starts_with("--handover\tConnections outlive"), "{handover}");
+    assert!(complete("socket-proxyd --overflow=w").starts_with("--overflow=wait\t"));
+}
+
+#[test]
+fn zsh_understands_what_it_is_given() {
+    if !is_there("/usr/bin/zsh") {
+        return;
+    }
+    let script = format!(
+        "fpath=({ROOT}/completions $fpath); autoload -Uz compinit; compinit -u -D\n\
+         [[ $_comps[socket-proxyd] == _socket-proxyd ]] && autoload +X _socket-proxyd"
+    );
+    let output = Command::new("zsh").args(["-f", "-c", &script]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.is_empty(), "{said}");
+}
