@@ -24,6 +24,7 @@ const YAQ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/yaq");
 fn main() -> ExitCode {
     let tests: &[Test] = &[
         ("units are verified without a word", verify),
+        ("a proxy has what it needs and little else", hardened),
         ("aptly", aptly),
         ("webhook", webhook),
         ("Radicale", radicale),
@@ -187,6 +188,19 @@ fn verify(container: &Container) {
         let words = [output.stdout, output.stderr].concat();
         assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
         assert!(output.status.success());
+    }
+}
+
+/// systemd's own measure: at most 1.5 of 10, for each unit that runs the proxy.
+fn hardened(container: &Container) {
+    let find = "cd /etc/systemd/system && grep -l 'ExecStart=/usr/bin/socket-proxyd' *.service";
+    let units = container.run(&["sh", "-c", find]);
+    assert!(units.lines().count() >= 10, "{units}");
+    for unit in units.lines() {
+        let analyze = ["systemd-analyze", "security", "--no-pager", "--threshold=15", unit];
+        let output = container.output(&analyze);
+        let table = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{unit}: {table}");
     }
 }
 
