@@ -102,6 +102,14 @@ impl Address {
         }
     }
 
+    /// The TCP port.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Inet(address) => Some(address.port()),
+            Self::Unix(_) | Self::Vsock { .. } => None,
+        }
+    }
+
     /// Whether it is every address, and `other` is one of them.
     pub fn is_any_of(&self, other: &Self) -> bool {
         self.is_any()

@@ -52,6 +52,7 @@ pub mod command;
 
 // The life of the process.
 pub mod service;
+pub mod sandbox;
 pub mod sockets;
 pub mod signals;
 pub mod drain;

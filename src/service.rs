@@ -30,6 +30,7 @@ use crate::logging::{RateLimit, in_words};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
+use crate::sandbox;
 use crate::selector::Targets;
 use crate::signals::{Questions, Signals};
 use crate::sockets::Sockets;
@@ -47,6 +48,7 @@ static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));
 /// # Errors
 /// One line on what kept it from starting, or on what broke.
 pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
+    sandbox::enter(&config);
     let runtime = event_loop()
         .map_err(|error| format!("Failed to start the event loop: {}.", in_words(&error)))?;
     let result = runtime.block_on(live(config, inherited));

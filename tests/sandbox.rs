@@ -1,0 +1,99 @@
+//! What the process gives up before it serves.
+
+mod support;
+
+use std::env;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+
+use socket_proxyd::cli::{Config, Request};
+use socket_proxyd::sandbox;
+use support::*;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// The command line that the child is to be restricted by, and a port beside its target's.
+const ARGUMENTS: &str = "SANDBOX_ARGUMENTS";
+const OTHER_PORT: &str = "SANDBOX_OTHER_PORT";
+
+/// Runs `inside` in a process of its own; needs root, so that nothing else keeps it from its files.
+fn run_inside(arguments: &str) -> Option<String> {
+    let elsewhere = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = elsewhere.local_addr().unwrap().port();
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "inside", "--nocapture"])
+        .env(ARGUMENTS, arguments)
+        .env(OTHER_PORT, port.to_string())
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{stdout}");
+    stdout.lines().find_map(|line| line.strip_prefix("inside: ").map(String::from))
+}
+
+/// Says what this process may after it has entered: only in the child.
+#[test]
+fn inside() {
+    let Ok(arguments) = env::var(ARGUMENTS) else { return };
+    let words = format!("socket-proxyd {arguments}");
+    let Request::Serve(config) = Config::parse(words.split(' ').map(Into::into)).unwrap() else {
+        unreachable!()
+    };
+    sandbox::enter(&config);
+    let may = |result: std::io::Result<()>| match result {
+        Ok(()) => "yes",
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => "no",
+        Err(_) => "perhaps",
+    };
+    let connect = |port: u16| may(TcpStream::connect(("127.0.0.1", port)).map(drop));
+    let target = arguments.rsplit(':').next().and_then(|port| port.parse().ok());
+    println!(
+        "inside: shadow {}, hosts {}, count {}, elsewhere {}, target {}",
+        may(File::open("/etc/shadow").map(drop)),
+        may(File::open("/etc/hosts").map(drop)),
+        may(fs::read_dir("/proc/self/fd").map(drop)),
+        connect(env::var(OTHER_PORT).unwrap().parse().unwrap()),
+        target.map_or("none", connect),
+    );
+}
+
+#[test]
+fn it_opens_no_file_and_connects_to_its_target_only() {
+    if !rustix::process::geteuid().is_root() {
+        assert!(env::var_os("CI").is_none(), "root is missing");
+        eprintln!("SKIPPED: what a sandbox keeps from root needs root");
+        return;
+    }
+    let target = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = target.local_addr().unwrap().port();
+    for (arguments, may) in [
+        (format!("127.0.0.1:{port}"), "shadow no, hosts no, count yes, elsewhere no, target yes"),
+        ("/run/app".into(), "shadow no, hosts no, count yes, elsewhere no, target none"),
+        // Whatever its name service modules need.
+        (format!("localhost:{port}"), "shadow yes, hosts yes, count yes, elsewhere no, target yes"),
+        ("127.0.0.1:http".into(), "shadow yes, hosts yes, count yes, elsewhere yes, target none"),
+    ] {
+        assert_eq!(run_inside(&arguments).as_deref(), Some(may), "{arguments}");
+    }
+}
+
+#[test]
+fn the_program_enters_but_for_a_command() {
+    for (command, entered) in [(&[][..], "1"), (&["--", "/bin/sleep", "1000"][..], "0")] {
+        let front = Endpoint::new(Family::Tcp);
+        let mut manager = Manager::new();
+        let proxy = Launch::new(OURS)
+            .arg("127.0.0.1:9")
+            .args(command)
+            .listener(&front)
+            .env("NOTIFY_SOCKET", manager.path.display())
+            .start();
+        manager.wait_for("READY=1");
+        let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:"));
+        assert_eq!(line.unwrap().trim(), entered, "{command:?}");
+        assert_eq!(proxy.lines.count("Landlock"), 0, "this kernel enforces all of it");
+    }
+}
