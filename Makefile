@@ -5,6 +5,8 @@ PREFIX ?= /usr
 DESTDIR ?=
 CARGO ?= cargo
 INSTALL ?= install
+# Where Debian has them of packages, and everybody else of all.
+ZSHDIR ?= $(PREFIX)/share/zsh/$(if $(filter /usr,$(PREFIX)),vendor-completions,site-functions)
 
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 NEWEST = $(CURDIR)/target/newest-original
@@ -58,7 +60,7 @@ install:
 	$(INSTALL) -D -m 644 completions/socket-proxyd.bash \
 	    $(DESTDIR)$(PREFIX)/share/bash-completion/completions/socket-proxyd
 	$(INSTALL) -D -m 644 completions/_socket-proxyd \
-	    $(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_socket-proxyd
+	    $(DESTDIR)$(ZSHDIR)/_socket-proxyd
 	$(INSTALL) -D -m 644 completions/socket-proxyd.fish \
 	    $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/socket-proxyd.fish
 	$(INSTALL) -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd \
@@ -67,6 +69,7 @@ install:
 	    $(INSTALL) -d $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} && \
 	    cp -r $$set/. $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} || exit 1; \
 	done
+	chmod -R u=rwX,go=rX $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples
 
 clean:
 	$(CARGO) clean

@@ -1,14 +1,14 @@
 # bash completion for socket-proxyd(8)
 
 _socket_proxyd() {
-    local cur prev words cword
+    local cur prev words cword split
     # With its value behind a "=", as a word of its own.
     _init_completion -n : -s || return
 
+    # COMMAND and its arguments; among the words as they are split at : and =.
     local before
-    for ((before = 1; before < cword; before++)); do
-        if [[ ${words[before]} == -- ]] && ((before > 1)); then
-            # COMMAND and its arguments.
+    for ((before = 2; before < COMP_CWORD; before++)); do
+        if [[ ${COMP_WORDS[before]} == -- ]]; then
             _command_offset $((before + 1))
             return
         fi

@@ -338,12 +338,12 @@ impl Story {
     fn tell(&self, condition: Condition, backend: &dyn fmt::Display) {
         let Condition { from_client, from_backend, idle } = condition;
         let [there, back] = [from_client, from_backend].map(Bytes);
-        let idle = idle.map(|idle| format!(", idle for {}", seconds(idle))).unwrap_or_default();
+        let idle = idle.map(|idle| format!(", idle for {}", in_units(idle))).unwrap_or_default();
         self.tell_that(&format!("{there} to the backend, {back} back{idle}"), backend);
     }
 
     fn tell_that(&self, what: &str, backend: &dyn fmt::Display) {
-        let age = seconds(self.start.elapsed());
+        let age = in_units(self.start.elapsed());
         tracing::info!(
             client = %self.address,
             listener = %self.entrance,
@@ -365,8 +365,16 @@ impl Story {
     }
 }
 
-fn seconds(time: Duration) -> TimeSpan {
-    TimeSpan::new(Duration::from_secs(time.as_secs()))
+/// `1d 2h`, `3min 4s`: the two largest units.
+fn in_units(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let [days, hours, minutes] = [seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60];
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}min {}s", seconds % 60),
+        (0, ..) => format!("{hours}h {minutes}min"),
+        _ => format!("{days}d {hours}h"),
+    }
 }
 
 /// What came of dialling.

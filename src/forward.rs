@@ -79,7 +79,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::flow::{End, Fault, Flow, Held, Shared, State, Step, Stored};
 use crate::ledger::Kept;
@@ -354,11 +354,11 @@ impl Pair {
                     _ if is_told() => return Ok(Outcome::Left(Box::new(self))),
                     Turn::Stuck if self.is_stalled() => {
                         // Boxed, like the end below: what few connections need is no part of all.
-                        if !Box::pin(self.wait_for_the_stalled(&is_called)).await? {
+                        if !Box::pin(self.wait_for_the_stalled(presence, &answer)).await? {
                             break;
                         }
                     }
-                    Turn::Stuck => self.wait(&is_called).await?,
+                    Turn::Stuck => drop(self.wait(&is_called).await?),
                     Turn::More => tokio::task::yield_now().await,
                 }
             }
@@ -506,10 +506,12 @@ impl Pair {
     }
 
     /// Waits until a turn can do something, or it is called.
-    async fn wait(&mut self, is_called: impl Fn() -> bool) -> io::Result<()> {
+    ///
+    /// Whether it was an edge.
+    async fn wait(&mut self, is_called: impl Fn() -> bool) -> io::Result<bool> {
         poll_fn(|cx| match self.poll_edges(cx) {
-            Poll::Pending if is_called() => Poll::Ready(Ok(())),
-            edge => edge,
+            Poll::Pending if is_called() => Poll::Ready(Ok(false)),
+            edge => edge.map_ok(|()| true),
         })
         .await
     }
@@ -560,11 +562,25 @@ impl Pair {
     /// Waits; but once the sender is gone, not for a receiver that takes nothing for [`LINGER`].
     ///
     /// Here the sender is not read from, and EPOLLHUP would not tell its reset from two FINs.
-    async fn wait_for_the_stalled(&mut self, is_called: impl Fn() -> bool) -> io::Result<bool> {
+    async fn wait_for_the_stalled(
+        &mut self,
+        presence: Option<&Presence>,
+        answer: &impl Fn(Condition),
+    ) -> io::Result<bool> {
+        let is_called = || presence.is_some_and(|it| it.is_to_leave() || it.is_asked());
         let mut left = self.undelivered();
+        let mut deadline = Instant::now() + LINGER;
         loop {
-            if let Ok(waited) = timeout(LINGER, self.wait(&is_called)).await {
-                return waited.map(|()| true);
+            if let Ok(waited) = timeout_at(deadline, self.wait(is_called)).await {
+                let is_edge = waited?;
+                match presence {
+                    // To be asked is no reason to wait longer.
+                    Some(presence) if !is_edge && !presence.is_to_leave() => {
+                        presence.answer(|| answer(self.condition()));
+                        continue;
+                    }
+                    _ => return Ok(true),
+                }
             }
             let was_gone = self.ends.iter().any(|end| end.gone);
             for end in &mut self.ends {
@@ -575,6 +591,7 @@ impl Pair {
                 return Ok(false);
             }
             left = now;
+            deadline = Instant::now() + LINGER;
         }
     }
 

@@ -104,6 +104,8 @@ fn guard() -> io::Result<()> {
         let _terminate = signal(SignalKind::terminate())?;
         let _interrupt = signal(SignalKind::interrupt())?;
         let _hangup = signal(SignalKind::hangup())?;
+        // Of the proxy it asks something.
+        let _question = signal(SignalKind::user_defined1())?;
         let child_ended = signal(SignalKind::child())?;
         match Guard::start().await {
             Ok(guard) => guard.watch(child_ended).await,

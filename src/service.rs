@@ -58,7 +58,7 @@ pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
 }
 
 async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), String> {
-    let (mut signals, questions) = (Signals::catch()?, Questions::catch()?);
+    let (mut signals, mut questions) = (Signals::catch()?, Questions::catch()?);
     let notifier = Notifier::from_environment();
 
     if config.handover.is_some() {
@@ -89,7 +89,7 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
     }
     let _abort = server.handover.as_ref().and_then(|it| it.abort_on_panic());
     let mut tasks = server.start();
-    let ended = server.serve(&mut tasks, &mut signals, questions, &notifier).await;
+    let ended = server.serve(&mut tasks, &mut signals, &mut questions, &notifier).await;
     let was_told = ended == Ok(End::Told);
     let drain_time = if was_told { drain_time } else { TimeSpan::new(Duration::ZERO) };
     let again = async {
@@ -100,7 +100,7 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
     };
     // Who has failed has connections, too.
     let leaves = ended != Ok(End::Idle);
-    server.stop(tasks, leaves, drain_time, again, &notifier).await;
+    server.stop(tasks, leaves, drain_time, again, &mut questions, &notifier).await;
     ended.map(|_| ())
 }
 
@@ -301,7 +301,7 @@ impl Server {
         &self,
         tasks: &mut Tasks,
         signals: &mut Signals,
-        mut questions: Questions,
+        questions: &mut Questions,
         notifier: &Notifier,
     ) -> Result<End, String> {
         // Whoever is queued comes first: the loop finds them, and then they are accepted and
@@ -327,15 +327,8 @@ impl Server {
                 notifier.publish_status(admission, recovered, &entrances, carried, application);
             tokio::join!(status, notifier.feed_watchdog(), clean).1
         };
-        let asked = async {
-            loop {
-                questions.next().await;
-                tracing::info!("Open connections: {}.", self.admission.load().open);
-                self.workers.ask();
-            }
-        };
         tokio::select! {
-            never = asked => never,
+            never = answer(questions, &self.admission, &self.workers) => match never {},
             () = signals.stop() => Ok(End::Told),
             () = self.idle() => Ok(End::Idle),
             Some(ended) = tasks.accepting.join_next() => Err(ended.unwrap_or_else(internal)),
@@ -377,6 +370,7 @@ impl Server {
         leaves: bool,
         drain_time: TimeSpan,
         again: impl Future<Output = ()>,
+        questions: &mut Questions,
         notifier: &Notifier,
     ) {
         // From here on newcomers wait in the kernel, for the next process; where nobody else keeps
@@ -413,11 +407,21 @@ impl Server {
         tokio::select! {
             () = end => {}
             () = again => {}
+            never = answer(questions, &self.admission, &self.workers) => match never {},
         }
         let open = self.admission.load().open;
         if open > 0 {
             tracing::info!("Stopping, resetting open connections: {open}.");
         }
+    }
+}
+
+/// Has all connections say how they are whenever that is asked, for ever.
+async fn answer(questions: &mut Questions, admission: &Admission, workers: &Workers) -> Infallible {
+    loop {
+        questions.next().await;
+        tracing::info!("Open connections: {}.", admission.load().open);
+        workers.ask();
     }
 }
 

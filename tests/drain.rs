@@ -76,6 +76,10 @@ fn when_the_time_is_over_the_rest_is_reset() {
         let start = Instant::now();
         proxy.signal(Signal::INT);
         manager.wait_for("STATUS=Draining, 2 connections are left, for up to 2s");
+        // Who is it that is waited for?
+        proxy.signal(Signal::USR1);
+        proxy.lines.wait_for("Open connections: 2.");
+        proxy.lines.wait_for("to the backend");
         drop(first);
         manager.wait_for("STATUS=Draining, 1 connection is left, for up to 1s");
         for (socket, family) in [(&mut client, front_family), (&mut served, back)] {

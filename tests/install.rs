@@ -16,8 +16,18 @@ fn install() -> TempDir {
     let release = built.path().join("release");
     fs::create_dir(&release).unwrap();
     fs::copy(env!("CARGO_BIN_EXE_socket-proxyd"), release.join("socket-proxyd")).unwrap();
-    let status = Command::new("make")
-        .args(["-s", "-C", ROOT, "install", "PREFIX=/usr"])
+    // With a umask that lets nobody else read.
+    let status = Command::new("sh")
+        .args([
+            "-c",
+            "umask 077 && exec make \"$@\"",
+            "sh",
+            "-s",
+            "-C",
+            ROOT,
+            "install",
+            "PREFIX=/usr",
+        ])
         .arg(format!("TARGET={}", built.path().display()))
         .arg(format!("DESTDIR={}", installed.path().display()))
         .status();
@@ -59,6 +69,11 @@ fn what_is_shipped_is_installed() {
     let units = files(&Path::new(ROOT).join("units"));
     expected.extend(units.iter().map(|unit| format!("{doc}/examples/{unit}")));
     assert_eq!(there, expected);
+    use std::os::unix::fs::PermissionsExt;
+    for file in &there {
+        let mode = fs::metadata(installed.path().join(file)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o444, 0o444, "{file} is for everybody to read: {mode:o}");
+    }
     let program = installed.path().join("usr/bin/socket-proxyd");
     assert!(Command::new(program).arg("--version").status().unwrap().success());
 }
@@ -80,9 +95,10 @@ fn bash_completes() {
     }
     // As readline does it: words, the one under the cursor, and then what came of it.
     let complete = |words: &str| {
+        let split = words.replace(':', " : ").replace('=', " = ");
         let script = format!(
             ". /usr/share/bash-completion/bash_completion\n. {ROOT}/completions/socket-proxyd.bash\n\
-             COMP_LINE='{words}'; COMP_POINT=${{#COMP_LINE}}; eval \"COMP_WORDS=({words})\"\n\
+             COMP_LINE='{words}'; COMP_POINT=${{#COMP_LINE}}; eval \"COMP_WORDS=({split})\"\n\
              COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMP_TYPE=9; compopt() {{ :; }}\n\
              _socket_proxyd; printf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
         );
@@ -97,7 +113,11 @@ fn bash_completes() {
         complete("socket-proxyd --connect"),
         "--connections-max= --connect-timeout= --connection-idle-time="
     );
-    assert!(complete("socket-proxyd /run/a.sock -- ls --al").contains("--all"), "COMMAND's own");
+    assert_eq!(complete("socket-proxyd --handover=cr"), "crash");
+    for target in ["/run/a.sock", "127.0.0.1:80", "--ready=notify /run/a.sock"] {
+        let words = format!("socket-proxyd {target} -- ls --al");
+        assert!(complete(&words).contains("--all"), "{words}: what COMMAND completes");
+    }
 }
 
 #[test]

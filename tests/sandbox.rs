@@ -66,15 +66,27 @@ fn it_opens_no_file_and_connects_to_its_target_only() {
         eprintln!("SKIPPED: what a sandbox keeps from root needs root");
         return;
     }
+    let has_landlock = run_inside("/run/app").is_some_and(|it| it.contains("elsewhere no"));
+    if !has_landlock {
+        assert!(env::var_os("CI").is_none(), "Landlock with TCP ports is missing");
+        eprintln!("SKIPPED: this kernel has no Landlock with TCP ports");
+    }
     let target = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = target.local_addr().unwrap().port();
     for (arguments, may) in [
         (format!("127.0.0.1:{port}"), "shadow no, hosts no, count yes, elsewhere no, target yes"),
         ("/run/app".into(), "shadow no, hosts no, count yes, elsewhere no, target none"),
         // Whatever its name service modules need.
-        (format!("localhost:{port}"), "shadow yes, hosts yes, count yes, elsewhere no, target yes"),
+        (
+            format!("localhost:{port}"),
+            "shadow yes, hosts yes, count yes, elsewhere yes, target yes",
+        ),
         ("127.0.0.1:http".into(), "shadow yes, hosts yes, count yes, elsewhere yes, target none"),
     ] {
+        if !has_landlock {
+            assert!(run_inside(&arguments).is_some());
+            continue;
+        }
         assert_eq!(run_inside(&arguments).as_deref(), Some(may), "{arguments}");
     }
 }
@@ -94,6 +106,5 @@ fn the_program_enters_but_for_a_command() {
         let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:"));
         assert_eq!(line.unwrap().trim(), entered, "{command:?}");
-        assert_eq!(proxy.lines.count("Landlock"), 0, "this kernel enforces all of it");
     }
 }

@@ -88,6 +88,7 @@ fn drop_in(container: &Container) {
             &format!(
                 "[Unit]\nRequires=drop-in.socket\nAfter=drop-in.socket\n\
                  [Service]\nType=notify\nDynamicUser=yes\nPrivateTmp=yes\n\
+                 SystemCallFilter=@system-service\n\
                  ExecStart={IN_ITS_PLACE} --connections-max=1 --exit-idle-time=1s {}\n",
                 backend.target
             ),

@@ -68,8 +68,7 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 exec systemd-nspawn -q -D "$base/root" -b --register=no --keep-unit --console=pipe -M "$name" \
-    --private-network --tmpfs=/tmp --link-journal=no \
-    --system-call-filter="landlock_create_ruleset landlock_add_rule landlock_restrict_self"
+    --private-network --tmpfs=/tmp --link-journal=no
 "#;
 
 impl Container {
