@@ -15,8 +15,8 @@
 //! With `--handover=` a connection that leaves its process goes on in the next one:
 //!
 //! ```text
-//! Pair -> Left -> Parcel -> Queue, which systemd keeps -> Parcel -> Recovery -> Returning -> Pair
-//! orders  connection parcel  ledger, queue, store         recovery             takeover
+//! Pair  -> Left      -> Parcel -> Queue, which systemd keeps -> Parcel   -> Returning -> Pair
+//! orders   connection   parcel    ledger, queue, store         recovery    takeover     keep
 //! ```
 //!
 //! Two functions know the order: [`service::run`], the life of the process, and
@@ -87,6 +87,7 @@ pub mod orders;
 pub mod socket;
 
 // What outlives the process.
+pub mod keep;
 pub mod handover;
 pub mod recovery;
 pub mod ledger;
