@@ -235,7 +235,9 @@ impl Pair {
                             break;
                         }
                     }
-                    Turn::Stuck => drop(self.wait(&is_called).await?),
+                    Turn::Stuck => {
+                        self.wait(&is_called).await?;
+                    }
                     Turn::More => tokio::task::yield_now().await,
                 }
             }

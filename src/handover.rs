@@ -79,10 +79,7 @@ impl Handover {
             return nothing;
         };
         remove_strangers(inherited, opens, notifier).await;
-        let queue = match returned.is_empty() {
-            false => returned.into_queue(notifier).await,
-            true => None,
-        };
+        let queue = if returned.is_empty() { None } else { returned.into_queue(notifier).await };
         let queue = match queue {
             Some(queue) => queue,
             None => match new_queue(notifier).await {

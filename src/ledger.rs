@@ -3,7 +3,7 @@
 //! The queue is a log: what changes is written anew, and the last parcel of a number counts. What
 //! stands in front of it and does not count any more is taken out; when more than half of it does
 //! not count, or the queue becomes full, what does is written anew behind the rest, many parcels to a
-//! message, one message at each change. So the queue holds at most twice what lives, and a little.
+//! message, a few messages at each change: twice what lives, and a little, is the most it holds.
 //!
 //! The book says what is in the queue, message by message, and is held against it whenever that is
 //! read.
@@ -179,6 +179,14 @@ impl Ledger {
         self.lock().current.len()
     }
 
+    /// After a change.
+    fn settle(&self, book: &mut Book) {
+        book.tidy(&self.queue);
+        if book.is_outdated() {
+            self.outdated.notify_one();
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -220,10 +228,7 @@ impl Kept {
             fullness = book.fullness(queue);
         }
         let is_written = fullness < full && book.write(queue, &sealed).is_ok();
-        book.tidy(queue);
-        if book.is_outdated() {
-            self.ledger.outdated.notify_one();
-        }
+        self.ledger.settle(&mut book);
         is_written
     }
 }
@@ -233,10 +238,7 @@ impl Drop for Kept {
         if !self.stays {
             let mut book = self.ledger.lock();
             book.current.remove(&self.id);
-            book.tidy(&self.ledger.queue);
-            if book.is_outdated() {
-                self.ledger.outdated.notify_one();
-            }
+            self.ledger.settle(&mut book);
         }
     }
 }

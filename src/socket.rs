@@ -325,7 +325,7 @@ impl Socket {
 
     /// Resets it, and leaves it open. A Unix socket knows no reset, and just ends.
     pub fn abort(&self) {
-        end(&self.io);
+        abort(&self.io);
     }
 
     /// Closes without a reset: everything sent is still delivered by the kernel.
@@ -395,7 +395,7 @@ pub fn lasts(fd: impl AsFd) {
 }
 
 /// Ends a socket that somebody else holds, too: TCP by a reset.
-pub fn end(fd: impl AsFd) {
+pub fn abort(fd: impl AsFd) {
     if Family::of(&fd).is_ok_and(|family| family == Some(Family::Tcp)) {
         // connect(2), "AF_UNSPEC": dissolves the association, which TCP does by an RST.
         let _ = rustix::net::connect_unspec(&fd);

@@ -17,7 +17,7 @@ use crate::listen::{Entrance, Newcomer};
 use crate::notify::Notifier;
 use crate::recovery::{Recovered, Recovery};
 use crate::service::Server;
-use crate::socket::{Family, end, lasts};
+use crate::socket::{Family, abort, lasts};
 
 impl Server {
     /// Goes on with the connections of the process before this one.
@@ -54,7 +54,7 @@ impl Server {
                     listener = %entrance,
                     "A stored client came in at a socket that is not passed any more, closing it."
                 );
-                end(&fd);
+                abort(&fd);
                 continue;
             };
             let (entered, reserved) = (entrance.enter(), self.descriptors.reserve_anyway());
@@ -71,11 +71,10 @@ impl Server {
     fn way_in(&self, client: &socket2::Socket) -> (Arc<Entrance>, Option<usize>) {
         let at = or_unnamed(client.local_addr());
         let listeners = self.sources.listeners();
-        let is_at = |address: &Address| *address == at || address.is_any_of(&at);
-        let found = listeners.iter().find(|(it, _)| it.identity().address == at);
-        let found =
-            found.or_else(|| listeners.iter().find(|(it, _)| is_at(&it.identity().address)));
-        match found {
+        let find = |is_it: &dyn Fn(&Address) -> bool| {
+            listeners.iter().find(|(listener, _)| is_it(&listener.identity().address))
+        };
+        match find(&|it| *it == at).or_else(|| find(&|it| it.is_any_of(&at))) {
             Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
             // With one backend there is no question which.
             None => {

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         ("a store with garbage in it", garbage),
         ("a connection that systemd has accepted", accepted),
         ("a start that fails", failing_start),
+        ("a signal that is not systemd's", foreign_signal),
     ];
     container::run(Container::missing(), tests, || Container::boot(&Container::files()))
 }
@@ -478,4 +479,16 @@ fn failing_start(container: &Container) {
     container.wait_for("failing.service", "ActiveState", "active");
     container.run(&["systemctl", "stop", "failing.socket", "failing.service"]);
     assert!(is_reset(&read_all(&mut client).1));
+}
+
+fn foreign_signal(container: &Container) {
+    let (front, back) = ("127.0.0.1:7900", "@foreign");
+    let backend = container.inside(|| listen(back));
+    serve_on(backend, echo);
+    start_proxy(container, "foreign", front, &format!("--handover=crash {back}"));
+    let mut client = container.inside(|| connect(&address(front)));
+    echoes(&mut client);
+    container.run(&["systemctl", "kill", "-s", "TERM", "foreign.service"]);
+    assert!(is_reset(&read_all(&mut client).1), "a success is not restarted");
+    container.run(&["systemctl", "stop", "foreign.socket", "foreign.service"]);
 }
