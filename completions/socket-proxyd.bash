@@ -40,7 +40,7 @@ _socket_proxyd() {
             COMPREPLY=($(compgen -W '30s 5min 1h infinity' -- "$cur"))
             return
             ;;
-        --listen)
+        --listen | --metrics)
             _filedir
             return
             ;;
@@ -53,7 +53,7 @@ _socket_proxyd() {
         COMPREPLY=($(compgen -W '--listen= --connections-max= --overflow= --exit-idle-time=
             --drain-time= --handover= --backend-wait= --connect-timeout=
             --connection-idle-time= --keepalive= --proxy-protocol= --ready= --stop-idle-time=
-            --threads= --log-level= --help --version' -- "$cur"))
+            --threads= --metrics= --log-level= --help --version' -- "$cur"))
         [[ ${COMPREPLY-} == *= ]] && compopt -o nospace
         return
     fi

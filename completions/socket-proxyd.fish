@@ -16,6 +16,7 @@ complete -c socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Tell TARGET the ad
 complete -c socket-proxyd -l ready -x -a 'connect notify' -d 'How COMMAND is known to be up'
 complete -c socket-proxyd -l stop-idle-time -x -a $times -d 'Stop COMMAND after TIME without clients'
 complete -c socket-proxyd -l threads -x -d 'Serve with up to N threads'
+complete -c socket-proxyd -l metrics -r -d 'Answer Prometheus at ADDRESS or fd:NAME'
 complete -c socket-proxyd -l log-level -x -a 'err warning notice info debug' -d 'What is logged'
 complete -c socket-proxyd -s h -l help -d 'Show a summary of the options'
 complete -c socket-proxyd -l version -d 'Show the version'

@@ -8,7 +8,7 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::{Notify, watch};
 
@@ -138,34 +138,6 @@ impl Drop for Permit {
             counts.turned.send_replace(());
         }
         counts.changed.notify_one();
-    }
-}
-
-/// Connections at one place: on an event loop, those included that are on their way there, or from a
-/// listener.
-#[derive(Clone, Debug, Default)]
-pub struct Seats(Arc<AtomicUsize>);
-
-/// A connection's place there.
-#[derive(Debug)]
-pub struct Seat(Arc<AtomicUsize>);
-
-impl Seats {
-    /// How many there are.
-    pub fn taken(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// One more.
-    pub fn take(&self) -> Seat {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        Seat(Arc::clone(&self.0))
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -26,6 +26,7 @@ use crate::phase::Phase;
 use crate::ready::{Family, NotifySocket};
 use crate::run::Run;
 use crate::socket::Socket;
+use crate::statistics::{Seats, Starts};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 
@@ -70,6 +71,7 @@ pub struct Application {
     waiting: watch::Sender<usize>,
     /// Nobody is to be started, and who runs is to be stopped.
     halted: watch::Sender<bool>,
+    starts: Arc<Starts>,
 }
 
 /// A run of COMMAND that was ready when it was given out.
@@ -121,6 +123,7 @@ impl Application {
             obstacle: Mutex::default(),
             waiting: watch::Sender::default(),
             halted: watch::Sender::default(),
+            starts: Arc::default(),
         }
     }
 
@@ -134,21 +137,26 @@ impl Application {
         self.phase.subscribe()
     }
 
+    /// How often it was started.
+    pub fn starts(&self) -> &Arc<Starts> {
+        &self.starts
+    }
+
     /// What keeps clients waiting; `None` when it is not COMMAND.
     pub fn obstacle(&self) -> Option<String> {
         (*self.phase.borrow() != Phase::Ready).then(|| self.current_obstacle())
     }
 
-    /// Waits until COMMAND is ready; that somebody waits is what starts it.
+    /// Waits until COMMAND is ready; that somebody waits, counted as `held`, is what starts it.
     ///
     /// # Errors
     /// In words, what time can't mend.
-    pub async fn ready(&self) -> Result<ReadyRun, String> {
+    pub async fn ready(&self, held: &Seats) -> Result<ReadyRun, String> {
         let mut phase = self.watch();
         if *phase.borrow_and_update() == Phase::Ready {
             return Ok(ReadyRun(phase));
         }
-        let _waiting = Waiting::new(self);
+        let (_held, _waiting) = (held.take(), Waiting::new(self));
         loop {
             if phase.changed().await.is_err() {
                 std::future::pending().await
@@ -250,6 +258,7 @@ impl Application {
         if let Some(notify) = &self.notify {
             notify.forget();
         }
+        self.starts.all.add_one();
         let start = Instant::now();
         let failed = |error| End::Failed(format!("Failed to start {name}: {}", in_words(&error)));
         let started = match Run::start(self.notify.as_ref().map(NotifySocket::path)) {
@@ -371,6 +380,7 @@ impl Application {
                 return Duration::ZERO;
             }
             End::Failed(failure) => {
+                self.starts.failed.add_one();
                 *failures = before.saturating_add(1);
                 let pause = PAUSE_FIRST * 2_u32.pow(before.min(DOUBLINGS_MAX));
                 (failure, Phase::Failed(*failures), pause.min(PAUSE_MAX))

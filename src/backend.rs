@@ -11,6 +11,7 @@ use crate::application::Application;
 use crate::dial::Dialer;
 use crate::hold::Hold;
 use crate::socket::Socket;
+use crate::statistics::Seats;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 
@@ -47,30 +48,32 @@ impl Backend {
         !self.wait.is_zero()
     }
 
-    /// Connects, now or as soon as the backend is up.
+    /// Connects, now or as soon as the backend is up; who has to wait for that is counted as `held`.
     ///
     /// # Errors
     /// In words, what stood in the way: something that time can't mend, or the last obstacle when
     /// the time is over.
-    pub async fn connect(&self) -> Result<Socket, String> {
+    pub async fn connect(&self, held: &Seats) -> Result<Socket, String> {
         if !self.holds() {
             return self.dialer().dial().await.map_err(|error| error.to_string());
         }
-        timeout_at(self.wait.deadline(), Box::pin(self.held())).await.unwrap_or_else(|_| {
-            let application = self.application.as_ref();
-            let obstacle = application.and_then(|application| application.obstacle());
-            let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle());
-            Err(format!("{obstacle}, for {}", self.wait))
-        })
+        timeout_at(self.wait.deadline(), Box::pin(self.wait_for_it(held))).await.unwrap_or_else(
+            |_| {
+                let application = self.application.as_ref();
+                let obstacle = application.and_then(|application| application.obstacle());
+                let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle());
+                Err(format!("{obstacle}, for {}", self.wait))
+            },
+        )
     }
 
-    async fn held(&self) -> Result<Socket, String> {
-        let connect = async || self.hold.connect().await.map_err(|error| error.to_string());
+    async fn wait_for_it(&self, held: &Seats) -> Result<Socket, String> {
+        let connect = async || self.hold.connect(held).await.map_err(|error| error.to_string());
         let Some(application) = &self.application else {
             return connect().await;
         };
         loop {
-            let mut run = application.ready().await?;
+            let mut run = application.ready(held).await?;
             tokio::select! {
                 biased;
                 // First: nobody is handed to one that is being stopped.

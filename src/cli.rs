@@ -17,6 +17,7 @@ use crate::open::ListenAddress;
 use crate::options::{Arguments, OPTIONS};
 use crate::proxy_header::ProxyProtocol;
 use crate::ready::Ready;
+use crate::scrape::MetricsAddress;
 use crate::selector::Targets;
 use crate::socket::Keepalive;
 use crate::timespan::TimeSpan;
@@ -52,6 +53,8 @@ pub struct Config {
     pub proxy_protocol: Option<ProxyProtocol>,
     /// Event loops, each a thread.
     pub threads: NonZeroUsize,
+    /// Where scrapers ask for metrics.
+    pub metrics: Option<MetricsAddress>,
     /// What is logged; from `--log-level=`, or else `$SYSTEMD_LOG_LEVEL`.
     pub log_level: LogLevel,
 }
@@ -162,6 +165,7 @@ impl Config {
             keepalive: arguments.keepalive.finite().map(Keepalive::after),
             proxy_protocol: arguments.proxy_protocol,
             threads: arguments.threads,
+            metrics: arguments.metrics,
             log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
         })))
     }

@@ -14,13 +14,13 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use crate::address::Address;
-use crate::admission::{Permit, Seat};
+use crate::admission::Permit;
 use crate::application::Application;
 use crate::backend::Backend;
 use crate::bytes::Bytes;
 use crate::descriptors::Reserved;
 use crate::dial::Dialer;
-use crate::flow::{Carried, Shared, Stored};
+use crate::flow::{Shared, Stored};
 use crate::forward::{Condition, Ending, Outcome, Pair, Side};
 use crate::handover::Handover;
 use crate::hold::{Hold, Probing};
@@ -33,6 +33,7 @@ use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
 use crate::quiet::{Watch, Watched};
 use crate::socket::Socket;
+use crate::statistics::{Carried, LoopCounts, Loops, Seat};
 use crate::timespan::TimeSpan;
 
 /// How long the last bytes of a Unix client that has closed wait for a backend.
@@ -58,6 +59,8 @@ pub struct Plan {
     pub pipes: Limits,
     /// Where connections are stored, if they are.
     pub handover: Option<Arc<Handover>>,
+    /// What they count.
+    pub loops: Arc<Loops>,
 }
 
 /// The way to one backend.
@@ -78,6 +81,8 @@ pub struct Route {
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The forwarder's buffer and pipes.
     pub shared: Rc<Shared>,
+    /// Their bytes, for each backend, and behind them for what is no backend any more.
+    pub carried: Vec<Arc<Carried>>,
     /// Who ends the quiet ones, if they are to be ended.
     pub watch: Option<Rc<Watch>>,
     /// What they are told.
@@ -87,8 +92,9 @@ pub struct Route {
 }
 
 impl Route {
-    /// The plan, for one event loop; `carried` counts its bytes.
-    pub fn new(plan: &Plan, carried: Arc<Carried>) -> Self {
+    /// The plan, for one event loop.
+    pub fn new(plan: &Plan) -> Self {
+        let LoopCounts { carried, pipes } = plan.loops.add(plan.ways.len());
         let wait = plan.backend_wait;
         let backend = |Way { dialer, probing }: &Way| {
             let hold = Rc::new(Hold::new(dialer.clone(), wait, probing.clone()));
@@ -97,11 +103,17 @@ impl Route {
         Self {
             backends: plan.ways.iter().map(backend).collect(),
             proxy_protocol: plan.proxy_protocol,
-            shared: Rc::new(Shared::new(plan.pipes, carried)),
+            shared: Rc::new(Shared::new(plan.pipes, pipes)),
+            carried,
             watch: plan.connection_idle_time.finite().map(|time| Rc::new(Watch::new(time))),
             orders: Rc::default(),
             left: RefCell::default(),
         }
+    }
+
+    /// Where to count the bytes between clients and a backend; `None` is one that the plan does not know.
+    fn carried(&self, backend: Option<usize>) -> Arc<Carried> {
+        Arc::clone(&self.carried[backend.unwrap_or(self.backends.len())])
     }
 
     fn watched(&self) -> Option<Watched> {
@@ -137,6 +149,8 @@ pub struct Returning {
     pub entrance: Arc<Entrance>,
     /// The backend, whatever the targets are by now.
     pub backend: Address,
+    /// Which of the plan's its listener leads to by now, if there is one.
+    pub known_backend: Option<usize>,
     /// When it began.
     pub start: Instant,
     /// What it takes up until it is over.
@@ -204,11 +218,13 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
         let way = &route.backends[backend];
+        let carried = route.carried(Some(backend));
         let story = Story { start, address, entrance };
         // Boxed: what dialling needs is gone when the connection stands, which may be for days.
         let backend = match Box::pin(reach(&socket, way, &presence, &story)).await {
             Reached::Backend(backend) => backend,
             Reached::Nobody(error) => {
+                story.entrance.visits().failed.add_one();
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
                         client = %story.address,
@@ -236,7 +252,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
         };
         tracing::debug!(client = %story.address, listener = %story.entrance, "Connection established");
         let answer = |condition| story.tell(condition, way.target());
-        let pair = pair(socket, backend, &story.address, kept, &route);
+        let pair = pair(socket, backend, &story.address, kept, carried, &route);
         let outcome = pair.run(Some(&presence), answer).await;
         story.conclude(outcome, way.target(), place, &route);
     }
@@ -244,12 +260,14 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
 
 /// Goes on with a connection that was stored, until it is over.
 pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()> {
-    let Returning { pair, address, entrance, backend, start, place, kept } = returning;
+    let Returning { pair, address, entrance, backend, known_backend, start, place, kept } =
+        returning;
     let presence = route.orders.join();
     async move {
         let story = Story { start, address, entrance };
         let kept = kept.map(Kept::take_over);
-        let pair = match Pair::resume(*pair, Rc::clone(&route.shared), route.watched(), kept) {
+        let (shared, carried) = (Rc::clone(&route.shared), route.carried(known_backend));
+        let pair = match Pair::resume(*pair, shared, carried, route.watched(), kept) {
             Ok(pair) => pair,
             Err(error) => {
                 let error = in_words(&error);
@@ -271,6 +289,7 @@ fn pair(
     backend: Socket,
     address: &Address,
     kept: Option<Kept>,
+    carried: Arc<Carried>,
     route: &Route,
 ) -> Pair {
     let header = match route.proxy_protocol {
@@ -280,7 +299,8 @@ fn pair(
         }
         None => Vec::new(),
     };
-    let mut pair = Pair::new(socket, backend, header, Rc::clone(&route.shared), route.watched());
+    let shared = Rc::clone(&route.shared);
+    let mut pair = Pair::new(socket, backend, header, shared, carried, route.watched());
     if let Some(kept) = kept {
         pair.keep(kept);
     }
@@ -391,7 +411,7 @@ async fn reach(client: &Socket, backend: &Backend, presence: &Presence, story: &
     tokio::select! {
         biased;
         () = presence.told_to_leave(answer) => Reached::ToldToLeave,
-        dialled = backend.connect() => dialled.map_or_else(Reached::Nobody, Reached::Backend),
+        dialled = backend.connect(&story.entrance.visits().held) => dialled.map_or_else(Reached::Nobody, Reached::Backend),
         () = client_gone(client, backend.holds()) => Reached::TooLate,
     }
 }

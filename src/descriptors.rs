@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::scrape::SCRAPERS_MAX;
+
 /// A client's and its backend's.
 const PER_CONNECTION: usize = 2;
 
@@ -41,6 +43,9 @@ const FOR_COMMAND: usize = 12;
 /// For an event loop of another thread: epoll, its wake-up, its end of the signals.
 const PER_THREAD: usize = 4;
 
+/// For scrapers, one of them in the moment in which another gives way, and their event loop.
+const FOR_METRICS: usize = SCRAPERS_MAX + 1 + PER_THREAD;
+
 /// What start-up opens at most, beside the listeners: counted only when descriptors are few.
 const OPEN_AT_START: usize = 64;
 
@@ -66,6 +71,8 @@ pub struct Uses {
     pub command: bool,
     /// Event loops beside the main thread's.
     pub threads: usize,
+    /// Metrics.
+    pub metrics: bool,
     /// Connections that are stored at every moment.
     pub kept: bool,
     /// Descriptors of connections that are there already, and are counted as such.
@@ -87,7 +94,8 @@ impl Division {
         let for_command = if uses.command { FOR_COMMAND } else { 0 };
         let for_threads = uses.threads * PER_THREAD;
         let (per_connection, for_store) = uses.kept();
-        let beside = RESERVE + for_command + for_threads + for_store;
+        let for_metrics = if uses.metrics { FOR_METRICS } else { 0 };
+        let beside = RESERVE + for_command + for_threads + for_store + for_metrics;
         let free = limit.saturating_sub(open + beside);
         let lookups = if uses.lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
@@ -114,6 +122,7 @@ impl Division {
             + for_store
             + RESERVE
             + FOR_COMMAND
+            + FOR_METRICS
             + uses.threads * PER_THREAD
             + LOOKUPS_MAX * PER_LOOKUP
             + PIPES_MAX * 2;
@@ -235,6 +244,7 @@ mod tests {
                             lookups,
                             command: lookups,
                             threads: 3,
+                            metrics: !lookups,
                             kept: false,
                             recovered: 0,
                         };
@@ -253,7 +263,14 @@ mod tests {
                 }
             }
         }
-        let uses = Uses { lookups: false, command: false, threads: 0, kept: false, recovered: 0 };
+        let uses = Uses {
+            lookups: false,
+            command: false,
+            threads: 0,
+            metrics: false,
+            kept: false,
+            recovered: 0,
+        };
         let small = Division::new(40, 10, 256, uses);
         assert_eq!((small.connections, small.pipes), (11, 1));
         let roomy = Division::new(20_000, 16, 4096, uses);

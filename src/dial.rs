@@ -12,12 +12,13 @@ use std::time::Duration;
 use rustix::io::Errno;
 use socket2::{Domain, Type};
 use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::address::Address;
 use crate::logging::{RateLimit, in_words};
 use crate::resolve::{ResolveError, resolve};
 use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::statistics::{Dials, Failure};
 use crate::target::{HostPort, Target};
 use crate::timespan::TimeSpan;
 
@@ -35,6 +36,7 @@ pub struct Dialer {
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
+    dials: Arc<Dials>,
 }
 
 /// What to do about a Unix backend's full backlog.
@@ -83,6 +85,28 @@ impl DialError {
         matches!(self, Self::Connect(_, error) if Errno::from_io_error(error) == Some(Errno::AGAIN))
     }
 
+    /// What it is counted as.
+    pub fn failure(&self) -> Failure {
+        let Self::Connect(_, error) = self else { return Failure::Name };
+        match Errno::from_io_error(error) {
+            Some(Errno::CONNREFUSED) => Failure::Refused,
+            Some(Errno::TIMEDOUT) => Failure::Timeout,
+            Some(
+                Errno::NETUNREACH
+                | Errno::HOSTUNREACH
+                | Errno::NETDOWN
+                | Errno::HOSTDOWN
+                | Errno::ADDRNOTAVAIL
+                | Errno::NODEV,
+            ) => Failure::Unreachable,
+            Some(Errno::NOENT) => Failure::Missing,
+            Some(Errno::AGAIN) => Failure::Backlog,
+            Some(Errno::ACCESS | Errno::PERM) => Failure::Denied,
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => Failure::Resources,
+            _ => Failure::Other,
+        }
+    }
+
     /// Whether the backend may just not be up yet; a name that does not exist, or a sandbox's
     /// prohibition (EPERM), is not mended by time.
     pub fn may_pass(&self) -> bool {
@@ -112,14 +136,20 @@ impl DialError {
 
 impl Dialer {
     /// `connect_timeout` is for each address; `keepalive` for TCP backends; as many lookups run at a
-    /// time as there are places in `lookups`.
+    /// time as there are places in `lookups`; all attempts are counted in `dials`.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
         lookups: Arc<Semaphore>,
+        dials: Arc<Dials>,
     ) -> Self {
-        Self { target, connect_timeout, keepalive, lookups }
+        Self { target, connect_timeout, keepalive, lookups, dials }
+    }
+
+    /// What has become of all attempts.
+    pub fn dials(&self) -> &Arc<Dials> {
+        &self.dials
     }
 
     /// The target, for messages.
@@ -139,11 +169,17 @@ impl Dialer {
     }
 
     async fn dial_all(&self, backlog: Backlog) -> Result<Socket, DialError> {
-        match &self.target {
+        let start = Instant::now();
+        let dialled = match &self.target {
             Target::Address(address) => self.try_address(address, backlog).await,
             // Boxed, here and below, for the sake of thousands that dial at a time.
             Target::Name(name) => Box::pin(self.dial_name(name, backlog)).await,
+        };
+        match &dialled {
+            Ok(_) => self.dials.latency.record(start.elapsed()),
+            Err(error) => self.dials.fail(error.failure()),
         }
+        dialled
     }
 
     async fn dial_name(&self, name: &HostPort, backlog: Backlog) -> Result<Socket, DialError> {

@@ -8,8 +8,6 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
@@ -17,6 +15,7 @@ use rustix::io::Errno;
 use crate::parcel::{StoredFlow, StoredHeld};
 use crate::pipe::{Limits, Pipe, PipePool};
 use crate::socket::{Family, Socket};
+use crate::statistics::Seats;
 
 /// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
 /// comes as a short read.
@@ -33,45 +32,13 @@ const QUIET_BELOW: usize = COPY_SIZE;
 pub struct Shared {
     buffer: RefCell<Box<[u8]>>,
     pipes: PipePool,
-    carried: Arc<Carried>,
-}
-
-/// Bytes delivered, counted by one thread and read by any. It has its cache lines for itself: another
-/// thread's count is not to take them away.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-pub struct Carried(AtomicU64);
-
-impl Carried {
-    /// So far, in both directions of all connections.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// A load and a store: nobody else stores.
-    pub(crate) fn add(&self, bytes: u64) {
-        self.0.store(self.get() + bytes, Ordering::Relaxed);
-    }
 }
 
 impl Shared {
-    /// `pipes` bounds them; `carried` is this thread's to add to.
-    pub fn new(pipes: Limits, carried: Arc<Carried>) -> Self {
-        Self {
-            buffer: RefCell::new(vec![0; COPY_SIZE].into()),
-            pipes: PipePool::new(pipes),
-            carried,
-        }
-    }
-
-    /// Counts bytes as delivered.
-    pub(crate) fn carry(&self, bytes: u64) {
-        self.carried.add(bytes);
-    }
-
-    /// Pipes in existence.
-    pub fn pipes_in_use(&self) -> usize {
-        self.pipes.in_use()
+    /// `limits` bounds the pipes, which are counted in `pipes`.
+    pub fn new(limits: Limits, pipes: Seats) -> Self {
+        let buffer = RefCell::new(vec![0; COPY_SIZE].into());
+        Self { buffer, pipes: PipePool::new(limits, pipes) }
     }
 }
 

@@ -74,6 +74,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -85,6 +86,7 @@ use crate::ledger::Kept;
 use crate::orders::Presence;
 use crate::quiet::Watched;
 use crate::socket::{Family, Socket};
+use crate::statistics::Carried;
 
 /// How long a receiver may make no progress after its counterpart was reset.
 const LINGER: Duration = Duration::from_secs(60);
@@ -142,6 +144,7 @@ pub struct Pair {
     pub(crate) ends: [End; 2],
     pub(crate) flows: [Flow; 2],
     pub(crate) shared: Rc<Shared>,
+    pub(crate) carried: Arc<Carried>,
     pub(crate) watched: Option<Watched>,
     pub(crate) preface: u64,
     pub(crate) fault: Option<(Side, Errno)>,
@@ -171,12 +174,13 @@ pub enum Outcome {
 
 impl Pair {
     /// Joins two sockets; `preface` goes to the backend ahead of the client's bytes, in one write.
-    /// It ends when it is quiet, if that is `watched`.
+    /// What is delivered is counted as `carried`. It ends when it is quiet, if that is `watched`.
     pub fn new(
         client: Socket,
         backend: Socket,
         preface: Vec<u8>,
         shared: Rc<Shared>,
+        carried: Arc<Carried>,
         watched: Option<Watched>,
     ) -> Self {
         let mut flows = [Flow::default(), Flow::default()];
@@ -188,6 +192,7 @@ impl Pair {
             ends: [End::new(client), End::new(backend)],
             flows,
             shared,
+            carried,
             watched,
             preface: preface_len,
             fault: None,
@@ -367,7 +372,7 @@ impl Pair {
             }
         }
         if flow.delivered > before {
-            self.shared.carry(flow.delivered - before);
+            self.carried.add(side as usize, flow.delivered - before);
             if let Some(watched) = &self.watched {
                 watched.beat();
             }

@@ -19,6 +19,7 @@ use tokio::time::sleep;
 use crate::dial::{DialError, Dialer};
 use crate::logging::RateLimit;
 use crate::socket::{Family, Socket};
+use crate::statistics::Seats;
 use crate::timespan::TimeSpan;
 
 /// Between two probes, at first and at most: how late a backend may be noticed whose refusal is
@@ -102,11 +103,12 @@ impl Hold {
         Self { dialer, wait, probing }
     }
 
-    /// Connects, now or as soon as the backend is up, however long that takes.
+    /// Connects, now or as soon as the backend is up, however long that takes; who waits is counted
+    /// as `held`.
     ///
     /// # Errors
     /// What time can't mend.
-    pub async fn connect(self: &Rc<Self>) -> Result<Socket, DialError> {
+    pub async fn connect(self: &Rc<Self>, held: &Seats) -> Result<Socket, DialError> {
         loop {
             if let Some(socket) = self.probing.take_reached() {
                 return Ok(socket);
@@ -118,6 +120,7 @@ impl Hold {
                     dialled => return dialled,
                 },
             };
+            let _held = held.take();
             let _ = probe.changed().await;
         }
     }

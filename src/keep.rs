@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -16,6 +17,7 @@ use crate::logging::RateLimit;
 use crate::parcel::{Content, StoredEnd, StoredPair};
 use crate::quiet::Watched;
 use crate::socket::{Family, Socket};
+use crate::statistics::Carried;
 
 static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
@@ -27,6 +29,7 @@ impl Pair {
     pub fn resume(
         stored: StoredPair<OwnedFd>,
         shared: Rc<Shared>,
+        carried: Arc<Carried>,
         watched: Option<Watched>,
         kept: Option<Kept>,
     ) -> io::Result<Self> {
@@ -44,8 +47,8 @@ impl Pair {
         let (client, backend) = (end(client), end(backend));
         let ends = [client?, backend?];
         let flows = [Flow::resume(there, is_kept, &shared)?, Flow::resume(back, is_kept, &shared)?];
-        let mut pair =
-            Self { ends, flows, shared, watched, preface: preface.into(), fault, kept: None };
+        let preface = preface.into();
+        let mut pair = Self { ends, flows, shared, carried, watched, preface, fault, kept: None };
         match kept {
             // It is stored as it stands.
             Some(kept) if pair.flows.iter().all(Flow::has_its_own) => pair.kept = Some(kept),

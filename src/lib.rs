@@ -95,6 +95,12 @@ pub mod parcel;
 pub mod queue;
 pub mod store;
 
+// What is seen from outside.
+pub mod scrape;
+pub mod metrics;
+pub mod exposition;
+pub mod statistics;
+
 // What they lean on.
 pub mod address;
 pub mod bytes;

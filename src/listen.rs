@@ -24,11 +24,11 @@ use tokio::time::sleep;
 
 use crate::activation::Inherited;
 use crate::address::{Address, Identity};
-use crate::admission::{Seat, Seats};
 use crate::descriptors::{Descriptors, Reserved};
 use crate::ledger::Kept;
 use crate::logging::{RateLimit, in_words};
 use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::statistics::{Seat, Visits};
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -182,6 +182,11 @@ impl Listener {
         }
     }
 
+    /// For somebody who accepts otherwise: the socket, and its file, which goes when that is dropped.
+    pub(crate) fn into_parts(self) -> (OwnedFd, Family, Option<SocketFile>) {
+        (self.io.into_inner(), self.family, self.file)
+    }
+
     /// Says why newcomers wait in the kernel.
     fn warn_of_shortage(&self, descriptors: &Descriptors) {
         if descriptors.are_capped() {
@@ -250,23 +255,28 @@ impl fmt::Display for Listener {
 #[derive(Debug)]
 pub struct Entrance {
     label: String,
-    seats: Seats,
+    visits: Arc<Visits>,
 }
 
 impl Entrance {
     /// Nobody has come in yet.
     pub fn new(identity: &Identity) -> Arc<Self> {
-        Arc::new(Self { label: identity.to_string(), seats: Seats::default() })
+        Self::counted_among(identity, Arc::default())
     }
 
-    /// Connections that have come in here and are not over.
-    pub fn open(&self) -> usize {
-        self.seats.taken()
+    /// One whose connections are counted together with others.
+    pub fn counted_among(identity: &Identity, visits: Arc<Visits>) -> Arc<Self> {
+        Arc::new(Self { label: identity.to_string(), visits })
     }
 
-    /// One more.
+    /// What has happened here.
+    pub fn visits(&self) -> &Arc<Visits> {
+        &self.visits
+    }
+
+    /// One more has come in, and is not over.
     pub fn enter(&self) -> Seat {
-        self.seats.take()
+        self.visits.open.take()
     }
 }
 

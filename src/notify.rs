@@ -167,7 +167,9 @@ impl Notifier {
                 (application.name().to_string(), *phase.borrow_and_update())
             });
             let load = admission.load();
-            let open = entrances.iter().map(|entrance| (entrance.to_string(), entrance.open()));
+            let open = entrances
+                .iter()
+                .map(|entrance| (entrance.to_string(), entrance.visits().open.taken()));
             let open = open.filter(|(_, open)| *open > 0 && entrances.len() > 1).collect();
             let carried = carried();
             let status = Status { load, max, carried, recovered, open, application }.to_string();

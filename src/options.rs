@@ -13,6 +13,7 @@ use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
 use crate::ready::Ready;
+use crate::scrape::MetricsAddress;
 use crate::timespan::TimeSpan;
 use crate::values;
 
@@ -26,9 +27,8 @@ const VERSION: &str = concat!("socket-proxyd ", env!("CARGO_PKG_VERSION"), "\n")
 
 const HELP: &str = "\
 socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]] | SELECTOR=TARGET...
-Carry each connection on a listening socket to TARGET: HOST:PORT, HOST (port
-80), /path, @abstract or vsock:CID:PORT. The first client starts COMMAND. With
-a SELECTOR, :PORT, address or name, each socket leads to a TARGET of its own.
+Carry connections on listening sockets to TARGET: HOST[:PORT], /path, @abstract
+or vsock:CID:PORT; the first one starts COMMAND. SELECTOR: :PORT, address, name.
 Sockets: (in brackets the default; TIME as in systemd.time(7), like 5min 20s)
      --listen=ADDRESS        Open PORT, HOST:PORT, /path... [passed by systemd]
   -c --connections-max=N     Serve up to N connections at a time [256]
@@ -46,6 +46,7 @@ Backend:
      --stop-idle-time=TIME   Stop COMMAND after TIME without clients [infinity]
 Other:
      --threads=N             Serve with up to N threads, 1 to 256 [1]
+     --metrics=ADDRESS       Answer Prometheus there, or at fd:NAME [nowhere]
      --log-level=LEVEL       err, warning, notice, info or debug [info]
   -h --help, --version       Show this help or the version; see socket-proxyd(8)
 ";
@@ -54,7 +55,7 @@ Other:
 pub(crate) type Set = fn(&mut Arguments, &OsStr) -> Result<(), String>;
 
 /// All options, in the order of `--help`.
-pub(crate) const OPTIONS: [Known<Set>; 17] = {
+pub(crate) const OPTIONS: [Known<Set>; 18] = {
     const fn option(name: &'static str, set: Set) -> Known<Set> {
         Known { name, letter: None, is_upstreams: false, meaning: Meaning::Takes(set) }
     }
@@ -113,6 +114,10 @@ pub(crate) const OPTIONS: [Known<Set>; 17] = {
             put_some(&mut it.stop_idle_time, value, |text| values::span("stop-idle-time", text))
         }),
         option("threads", |it, value| put(&mut it.threads, value, values::threads)),
+        option("metrics", |it, value| {
+            it.metrics = Some(values::metrics(value)?);
+            Ok(())
+        }),
         option("log-level", |it, value| put_some(&mut it.log_level, value, values::log_level)),
         upstreams("help", Some('h'), Meaning::Prints(HELP)),
         upstreams("version", None, Meaning::Prints(VERSION)),
@@ -157,6 +162,7 @@ pub(crate) struct Arguments {
     pub(crate) ready: Option<Ready>,
     pub(crate) stop_idle_time: Option<TimeSpan>,
     pub(crate) threads: NonZeroUsize,
+    pub(crate) metrics: Option<MetricsAddress>,
     pub(crate) log_level: Option<LogLevel>,
 }
 
@@ -178,6 +184,7 @@ impl Default for Arguments {
             ready: None,
             stop_idle_time: None,
             threads: NonZeroUsize::MIN,
+            metrics: None,
             log_level: None,
         }
     }

@@ -8,7 +8,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -16,6 +15,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags};
 use tokio::time::Instant;
 
 use crate::socket::Socket;
+use crate::statistics::{Seat, Seats};
 
 /// What is asked for, in bytes, one after the other: the most that anybody may have by default
 /// (`pipe-max-size`), and what a user's quota lasts longer for. Each slot of a pipe takes one buffer
@@ -41,7 +41,7 @@ pub struct Pipe {
     size: usize,
     filled: usize,
     /// Counts the pipes of a pool by being held.
-    _counted: Rc<()>,
+    _counted: Seat,
 }
 
 impl Pipe {
@@ -110,16 +110,15 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct PipePool {
     idle: RefCell<Vec<Pipe>>,
-    counted: Rc<()>,
+    counted: Seats,
     limits: Limits,
     scarce_until: Cell<Option<Instant>>,
 }
 
 impl PipePool {
-    /// A pool that makes pipes within these limits when they are needed.
-    pub fn new(limits: Limits) -> Self {
-        let (idle, counted) = (RefCell::default(), Rc::new(()));
-        Self { idle, counted, limits, scarce_until: Cell::new(None) }
+    /// A pool that makes pipes within these limits when they are needed, and counts them.
+    pub fn new(limits: Limits, counted: Seats) -> Self {
+        Self { idle: RefCell::default(), counted, limits, scarce_until: Cell::new(None) }
     }
 
     /// An empty pipe, or `None` when the limit, the descriptors or the user's quota of pipe memory
@@ -159,21 +158,21 @@ impl PipePool {
 
     /// Pipes in existence, idle ones included.
     pub fn in_use(&self) -> usize {
-        Rc::strong_count(&self.counted) - 1
+        self.counted.taken()
     }
 
     /// A pipe that is counted, and not bounded, here: for somebody who keeps it.
     pub fn make(&self) -> Option<Pipe> {
         let (read, write) = rustix::pipe::pipe_with(PIPE_FLAGS).ok()?;
         let size = rustix::pipe::fcntl_getpipe_size(&write).ok()?;
-        Some(Pipe { read, write, size, filled: 0, _counted: Rc::clone(&self.counted) })
+        Some(Pipe { read, write, size, filled: 0, _counted: self.counted.take() })
     }
 
     /// The same with a pipe that exists, and what is in it.
     pub fn adopt(&self, read: OwnedFd, write: OwnedFd) -> Result<Pipe, Errno> {
         let size = rustix::pipe::fcntl_getpipe_size(&write)?;
         let filled = rustix::io::ioctl_fionread(&read)? as usize;
-        Ok(Pipe { read, write, size, filled, _counted: Rc::clone(&self.counted) })
+        Ok(Pipe { read, write, size, filled, _counted: self.counted.take() })
     }
 
     fn create(&self) -> Option<Pipe> {
@@ -187,7 +186,7 @@ impl PipePool {
             write,
             size,
             filled: 0,
-            _counted: Rc::clone(&self.counted),
+            _counted: self.counted.take(),
         })
     }
 }
@@ -202,7 +201,7 @@ mod tests {
 
     #[test]
     fn the_pool_is_bounded() {
-        let pool = PipePool::new(Limits { max: 2, held: 1 });
+        let pool = PipePool::new(Limits { max: 2, held: 1 }, Seats::default());
         let pipes = (pool.take().unwrap(), pool.take().unwrap());
         assert!(pool.take().is_none());
         pool.give_back(pipes.0);
@@ -212,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_pipe_with_bytes_in_it_never_returns() {
-        let pool = PipePool::new(Limits { max: 1, held: 1 });
+        let pool = PipePool::new(Limits { max: 1, held: 1 }, Seats::default());
         let mut pipe = pool.take().unwrap();
         pipe.filled = rustix::io::write(&pipe.write, b"left over").unwrap();
         pool.give_back(pipe);

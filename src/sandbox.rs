@@ -18,6 +18,7 @@ use rustix::thread::{SecureComputingMode, secure_computing_mode, set_no_new_priv
 
 use crate::cli::Config;
 use crate::open::ListenAddress;
+use crate::scrape::MetricsAddress;
 use crate::target::Target;
 
 /// The file rights that are taken away: all that this version knows. Later ones, such as connecting to
@@ -58,7 +59,7 @@ fn ports(config: &Config) -> Option<Vec<u16>> {
         ListenAddress::Host(host) => host.literal().is_none(),
         _ => false,
     };
-    if config.listen.iter().any(is_name) {
+    if opened(config).any(is_name) {
         return None;
     }
     let ports = config.targets.iter().map(|target| match target {
@@ -66,6 +67,15 @@ fn ports(config: &Config) -> Option<Vec<u16>> {
         Target::Address(address) => Some(address.port()),
     });
     Some(ports.collect::<Option<Vec<_>>>()?.into_iter().flatten().collect())
+}
+
+/// What it listens on itself.
+fn opened(config: &Config) -> impl Iterator<Item = &ListenAddress> {
+    let metrics = match &config.metrics {
+        Some(MetricsAddress::Open(address)) => Some(address),
+        _ => None,
+    };
+    config.listen.iter().chain(metrics)
 }
 
 fn restrict(config: &Config, ports: &[u16]) -> Result<RestrictionStatus, RulesetError> {
@@ -78,7 +88,7 @@ fn restrict(config: &Config, ports: &[u16]) -> Result<RestrictionStatus, Ruleset
     let mut rules = rules.create()?;
     // How many descriptors are open.
     rules = allow(rules, Path::new("/proc/self/fd"), AccessFs::ReadDir.into())?;
-    for address in &config.listen {
+    for address in opened(config) {
         if let ListenAddress::Unix(name) = address
             && let Some(directory) = name.path().and_then(Path::parent)
         {
@@ -122,6 +132,7 @@ mod tests {
         assert_eq!(needs(&["--listen=80", "127.0.0.1:80"]), Some(vec![80]));
         assert_eq!(needs(&["a=[::1]:80", "b=/x", "c=127.0.0.1:81"]), Some(vec![80, 81]));
         assert_eq!(needs(&["localhost:80"]), None);
+        assert_eq!(needs(&["--metrics=localhost:1", "127.0.0.1:80"]), None);
         assert_eq!(needs(&["127.0.0.1:http"]), None);
         assert_eq!(needs(&["--listen=localhost:1", "127.0.0.1:80"]), None);
     }

@@ -27,13 +27,16 @@ use crate::idle::idle_for;
 use crate::ledger::Kept;
 use crate::listen::Listener;
 use crate::logging::{RateLimit, in_words};
+use crate::metrics::{self, Metrics};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
 use crate::sandbox;
+use crate::scrape::Scrapes;
 use crate::selector::Targets;
 use crate::signals::{Questions, Signals};
 use crate::sockets::Sockets;
+use crate::statistics::{Dials, Loops, Visits};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 use crate::worker::{Workers, event_loop};
@@ -70,16 +73,28 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
         let opens = !config.listen.is_empty();
         let (handover, mut recovered) =
             Handover::open(config.handover, opens, &mut inherited, &notifier).await?;
+        let scrapes = match &config.metrics {
+            Some(address) => {
+                let opened = Scrapes::open(address, &mut inherited).await;
+                Some(opened.map_err(|error| format!("--metrics={address}: {error}"))?)
+            }
+            None => None,
+        };
         let sockets = Sockets::gather(&config.listen, inherited, &mut recovered).await?;
-        Ok::<_, String>((handover, recovered, sockets))
+        Ok::<_, String>((handover, recovered, sockets, scrapes))
     };
-    let (handover, recovered, sockets) = tokio::select! {
+    let (handover, recovered, sockets, mut scrapes) = tokio::select! {
         gathered = gather => gathered?,
         () = signals.stop() => return Ok(()),
     };
     let drain_time = config.drain_time;
     let mut server = Server::new(config, sockets, handover, recovered.descriptors())?;
     server.take_back(recovered);
+    if let Some(scrapes) = &mut scrapes {
+        scrapes.serve(server.metrics()).map_err(|error| {
+            format!("Failed to start a thread for --metrics=: {}.", in_words(&error))
+        })?;
+    }
     if !drain_time.is_zero() && !notifier.has_manager() {
         tracing::warn!(
             "--drain-time={} without NOTIFY_SOCKET: systemd can't be asked to wait (Type=notify), \
@@ -128,6 +143,8 @@ pub(crate) struct Server {
     pub(crate) has_opened: bool,
     /// That they don't.
     pub(crate) kept_listeners: Vec<Kept>,
+    /// Connections of the process before this one that came in elsewhere.
+    pub(crate) elsewhere: Arc<Visits>,
 }
 
 /// Where clients come from, each with the backend of the plan that it leads to.
@@ -194,12 +211,20 @@ impl Server {
                         Accept=no in the .socket unit.)"
                 .into());
         }
+        if matches!(sockets, Sockets::Connection(_)) && config.metrics.is_some() {
+            return Err(
+                "--metrics= is for one process that serves all connections, and only one was \
+                        passed in. (Write Accept=no in the .socket unit.)"
+                    .into(),
+            );
+        }
         let sources = Sources::new(sockets, backends);
         let threads = config.threads.get();
         let uses = Uses {
             lookups: by_name,
             command: config.application.is_some(),
             threads: threads - 1,
+            metrics: config.metrics.is_some(),
             kept: handover.as_ref().is_some_and(|it| it.is_for_crashes()),
             recovered,
         };
@@ -226,6 +251,7 @@ impl Server {
                 held: (pipe::HELD_MAX / threads).max(1),
             },
             handover: handover.clone(),
+            loops: Arc::new(Loops::default()),
         };
         for (listener, backend) in sources.listeners() {
             let target = plan.ways[*backend].dialer.target();
@@ -243,6 +269,7 @@ impl Server {
         let kept_listeners = listeners.filter_map(|(listener, _)| keep(listener)).collect();
         Ok(Self {
             recovered: 0,
+            elsewhere: Arc::default(),
             has_opened,
             kept_listeners,
             handover,
@@ -258,6 +285,24 @@ impl Server {
             workers: Rc::new(Workers::new(plan, config.threads)),
             application,
             exit_idle_time: config.exit_idle_time,
+        })
+    }
+
+    /// What it counts.
+    fn metrics(&self) -> Metrics {
+        let plan = self.workers.plan();
+        let listener = |(listener, backend): &(Rc<Listener>, usize)| {
+            (listener.to_string(), *backend, Arc::clone(listener.entrance().visits()))
+        };
+        let backend = |way: &Way| (way.dialer.target().to_string(), Arc::clone(way.dialer.dials()));
+        Metrics::new(metrics::Sources {
+            admission: self.admission.clone(),
+            listeners: self.sources.listeners().iter().map(listener).collect(),
+            elsewhere: Arc::clone(&self.elsewhere),
+            backends: plan.ways.iter().map(backend).collect(),
+            loops: Arc::clone(&plan.loops),
+            recovered: self.recovered,
+            starts: self.application.as_ref().map(|it| Arc::clone(it.starts())),
         })
     }
 
@@ -434,6 +479,7 @@ fn ways(config: &Config, lookups_max: usize) -> Vec<Way> {
             config.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),
+            Arc::new(Dials::default()),
         ),
         probing: Probing::default(),
     };
@@ -484,10 +530,12 @@ async fn admit(
         };
         match admission.admit() {
             Some(permit) => {
+                newcomer.entrance.visits().admitted.add_one();
                 newcomer.kept = handover.as_ref().and_then(|it| it.keep_client(&newcomer.fd));
                 workers.serve(newcomer, permit, backend);
             }
             None => {
+                newcomer.entrance.visits().refused.add_one();
                 if let Some(suppressed) = REFUSED.pass() {
                     tracing::warn!(
                         client = %newcomer.address,

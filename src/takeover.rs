@@ -33,12 +33,21 @@ impl Server {
             content.ends.iter().for_each(|end| lasts(&end.socket));
             let [client, backend] = content.ends.each_ref().map(|end| SockRef::from(&end.socket));
             let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
-            let (entrance, _) = self.way_in(&client);
+            let (entrance, known_backend) = self.way_in(&client);
             let (entered, permit) = (entrance.enter(), self.admission.readmit());
             let reserved = self.descriptors.reserve_anyway();
             self.workers.resume(|seat| {
                 let place = Place { entered, seat, permit, reserved };
-                Returning { pair: content, address, entrance, backend, start, place, kept }
+                Returning {
+                    pair: content,
+                    address,
+                    entrance,
+                    backend,
+                    known_backend,
+                    start,
+                    place,
+                    kept,
+                }
             });
         }
         for Recovery { content: fd, kept, .. } in recovered.clients {
@@ -78,8 +87,9 @@ impl Server {
             Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
             // With one backend there is no question which.
             None => {
-                let backend = (self.workers.backends() == 1).then_some(0);
-                (Entrance::new(&Identity { name: None, address: at }), backend)
+                let backend = (self.workers.plan().ways.len() == 1).then_some(0);
+                let identity = Identity { name: None, address: at };
+                (Entrance::counted_among(&identity, Arc::clone(&self.elsewhere)), backend)
             }
         }
     }

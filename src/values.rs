@@ -13,6 +13,7 @@ use crate::logging::LogLevel;
 use crate::open::ListenAddress;
 use crate::proxy_header::ProxyProtocol;
 use crate::ready::Ready;
+use crate::scrape::MetricsAddress;
 use crate::socket::Keepalive;
 use crate::timespan::TimeSpan;
 
@@ -75,6 +76,11 @@ pub(crate) fn threads(text: &str) -> Result<NonZeroUsize, String> {
     count
         .and_then(|count| NonZeroUsize::new(count as usize))
         .ok_or_else(|| failed("threads", text) + &format!(" (1 to {THREADS_MAX})"))
+}
+
+pub(crate) fn metrics(text: &OsStr) -> Result<MetricsAddress, String> {
+    MetricsAddress::parse(text)
+        .map_err(|error| format!("Invalid --metrics={}: {error}.", text.display()))
 }
 
 pub(crate) fn log_level(text: &str) -> Result<LogLevel, String> {

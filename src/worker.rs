@@ -26,15 +26,15 @@ use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep};
 
 use crate::address::Address;
-use crate::admission::{Permit, Seat, Seats};
+use crate::admission::Permit;
 use crate::connection::{Client, Place, Plan, Returning, Route, resume, serve};
-use crate::flow::Carried;
 use crate::handover::Handover;
 use crate::hold::Hold;
 use crate::ledger::Kept;
 use crate::listen::{Entrance, Newcomer};
 use crate::logging::{RateLimit, in_words};
 use crate::socket::{Family, Socket};
+use crate::statistics::{Seat, Seats};
 
 /// Shorter than the connect timeout by default.
 const TIMER_AHEAD: Duration = Duration::from_secs(5);
@@ -53,33 +53,47 @@ pub fn event_loop() -> io::Result<LocalRuntime> {
     Builder::new_current_thread().enable_all().build_local(Default::default())
 }
 
+/// Starts a thread with an event loop for this life, and waits until it has it.
+///
+/// # Errors
+/// clone(2)'s, and those of [`event_loop`].
+pub fn start_thread(
+    name: &str,
+    life: impl AsyncFnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let (made, is_made) = sync_channel(1);
+    let live = move || {
+        let event_loop = match event_loop() {
+            Ok(event_loop) => event_loop,
+            Err(error) => return drop(made.send(Err(error))),
+        };
+        let _ = made.send(Ok(()));
+        event_loop.block_on(life());
+    };
+    let handle = thread::Builder::new().name(name.into()).spawn(live)?;
+    is_made.recv().map_err(|_| io::Error::other("it has panicked"))??;
+    Ok(handle)
+}
+
 /// All event loops.
 #[derive(Debug)]
 pub struct Workers {
     plan: Plan,
     /// The main thread's.
     here: Worker,
-    here_load: WorkerLoad,
+    /// Connections on it.
+    here_seats: Seats,
     threads: RefCell<Vec<Thread>>,
     threads_max: usize,
     scarce_until: Cell<Option<Instant>>,
 }
 
-/// What a loop has to do, as others see it.
-#[derive(Clone, Debug, Default)]
-struct WorkerLoad {
-    /// Connections on it, those included that are on their way there.
-    seats: Seats,
-    carried: Arc<Carried>,
-}
-
 impl Workers {
     /// At most `count` loops, of which the calling one is the first.
     pub fn new(plan: Plan, count: NonZeroUsize) -> Self {
-        let here_load = WorkerLoad::default();
         Self {
-            here: Worker::start(&plan, &here_load),
-            here_load,
+            here: Worker::start(&plan),
+            here_seats: Seats::default(),
             plan,
             threads: RefCell::default(),
             threads_max: count.get() - 1,
@@ -93,16 +107,14 @@ impl Workers {
         self.here.route.backends[0].hold()
     }
 
-    /// How many backends there are.
-    pub fn backends(&self) -> usize {
-        self.plan.ways.len()
+    /// What all connections have in common.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// Bytes delivered so far, on all loops.
     pub fn carried(&self) -> u64 {
-        let elsewhere: u64 =
-            self.threads.borrow().iter().map(|thread| thread.load.carried.get()).sum();
-        self.here_load.carried.get() + elsewhere
+        self.plan.loops.carried().into_iter().flatten().sum()
     }
 
     /// Gives somebody who was admitted, and is for that backend of the plan, to the loop with the
@@ -123,17 +135,16 @@ impl Workers {
     fn place(&self, arrival: impl FnOnce(Seat) -> Arrival) {
         let mut threads = self.threads.borrow_mut();
         let Some(index) = self.choose(&mut threads) else {
-            return self.here.serve(arrival(self.here_load.seats.take()));
+            return self.here.serve(arrival(self.here_seats.take()));
         };
         let thread = &threads[index];
-        let arrival = arrival(thread.load.seats.take());
+        let arrival = arrival(thread.seats.take());
         if let Err(unsent) = thread.arrivals.send(arrival) {
             // Its event loop has panicked, which was said.
-            let dead = threads.remove(index);
-            self.here_load.carried.add(dead.load.carried.get());
+            threads.remove(index);
             let mut arrival = unsent.0;
             if let Some(place) = arrival.place() {
-                place.seat = self.here_load.seats.take();
+                place.seat = self.here_seats.take();
             }
             self.here.serve(arrival);
         }
@@ -157,8 +168,8 @@ impl Workers {
 
     /// The thread for the next connection; `None` is the main one, which is first among equals.
     fn choose(&self, threads: &mut Vec<Thread>) -> Option<usize> {
-        let here = self.here_load.seats.taken();
-        let loads = threads.iter().map(|thread| thread.load.seats.taken());
+        let here = self.here_seats.taken();
+        let loads = threads.iter().map(|thread| thread.seats.taken());
         let least = loads.enumerate().min_by_key(|(_, connections)| *connections);
         let (index, elsewhere) = least.unwrap_or((0, usize::MAX));
         if here > 0
@@ -238,10 +249,10 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(plan: &Plan, load: &WorkerLoad) -> Self {
+    fn start(plan: &Plan) -> Self {
         let arrived = Rc::new(Notify::new());
         spawn_local(keep_a_timer(Rc::clone(&arrived)));
-        let route = Rc::new(Route::new(plan, Arc::clone(&load.carried)));
+        let route = Rc::new(Route::new(plan));
         if let Some(watch) = &route.watch {
             spawn_local(Rc::clone(watch).look());
         }
@@ -303,7 +314,8 @@ async fn keep_a_timer(arrived: Rc<Notify>) -> Infallible {
 struct Thread {
     /// Open for as long as the thread is to live.
     arrivals: UnboundedSender<Arrival>,
-    load: WorkerLoad,
+    /// Connections on it, those included that are on their way there.
+    seats: Seats,
     handle: JoinHandle<()>,
 }
 
@@ -319,26 +331,14 @@ impl Thread {
     fn start(plan: Plan) -> io::Result<Self> {
         // Not bounded here: whoever is sent has been admitted.
         let (arrivals, receiver) = unbounded_channel();
-        let load = WorkerLoad::default();
-        let its_load = load.clone();
-        let (made, is_made) = sync_channel(1);
-        let life = move || {
-            let event_loop = match event_loop() {
-                Ok(event_loop) => event_loop,
-                Err(error) => return drop(made.send(Err(error))),
-            };
-            let _ = made.send(Ok(()));
-            event_loop.block_on(live(&plan, &its_load, receiver));
-        };
-        let handle = thread::Builder::new().name("proxyd-worker".into()).spawn(life)?;
-        is_made.recv().map_err(|_| io::Error::other("it has panicked"))??;
-        Ok(Self { arrivals, load, handle })
+        let handle = start_thread("proxyd-worker", async move || live(&plan, receiver).await)?;
+        Ok(Self { arrivals, seats: Seats::default(), handle })
     }
 }
 
 /// The life of a thread.
-async fn live(plan: &Plan, load: &WorkerLoad, mut arrivals: UnboundedReceiver<Arrival>) {
-    let worker = Worker::start(plan, load);
+async fn live(plan: &Plan, mut arrivals: UnboundedReceiver<Arrival>) {
+    let worker = Worker::start(plan);
     let _abort = plan.handover.as_ref().and_then(|it| it.abort_on_panic());
     while let Some(arrival) = arrivals.recv().await {
         worker.serve(arrival);

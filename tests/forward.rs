@@ -12,10 +12,11 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::{Digest, Sha256};
-use socket_proxyd::flow::{self, Shared};
+use socket_proxyd::flow::Shared;
 use socket_proxyd::forward::{self, Closed, Ending, Pair};
 use socket_proxyd::pipe::Limits;
 use socket_proxyd::socket;
+use socket_proxyd::statistics::{self, Seats};
 use socket2::Socket;
 use support::*;
 use tokio::time::Instant;
@@ -67,19 +68,20 @@ impl Carried {
                 .build_local(Default::default())
                 .unwrap();
             runtime.block_on(async {
-                let carried = Arc::<flow::Carried>::default();
-                let shared =
-                    Rc::new(Shared::new(Limits { max: pipes_max, held: 16 }, Arc::clone(&carried)));
+                let carried = Arc::<statistics::Carried>::default();
+                let (limits, pipes) = (Limits { max: pipes_max, held: 16 }, Seats::default());
+                let shared = Rc::new(Shared::new(limits, pipes.clone()));
                 let (near, far) = (ours(near_inner, near), ours(far_inner, far));
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
                 let preface_len = preface.len() as u64;
-                let pair = Pair::new(client, backend, preface, Rc::clone(&shared), None);
+                let (ours, count) = (Rc::clone(&shared), Arc::clone(&carried));
+                let pair = Pair::new(client, backend, preface, ours, count, None);
                 let forward::Outcome::Closed(closed) = pair.run(None, |_| {}).await.unwrap() else {
                     unreachable!("nobody tells it to leave")
                 };
-                let delivered = preface_len + closed.from_client + closed.from_backend;
+                let delivered = [preface_len + closed.from_client, closed.from_backend];
                 assert_eq!(carried.get(), delivered);
-                Outcome { closed, pipes: shared.pipes_in_use() }
+                Outcome { closed, pipes: pipes.taken() }
             })
         });
         Self { near: near_outer, far: far_outer, families: (near, far), forwarder }

@@ -1,0 +1,398 @@
+//! `--metrics=`: what is counted, who may ask, and that nobody who asks is in a client's way.
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Output, Stdio};
+
+use support::*;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// A proxy that answers scrapers on a TCP port.
+struct Scraped {
+    proxy: Running,
+    metrics: SocketAddr,
+}
+
+impl Scraped {
+    fn start(launch: Launch) -> Self {
+        let proxy = launch.arg("--metrics=127.0.0.1:0").start();
+        let line = proxy.lines.wait_for("Metrics on ");
+        let address = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap();
+        let metrics = address.parse().unwrap();
+        Self { proxy, metrics }
+    }
+
+    fn stream(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.metrics).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// What is answered to one request.
+    fn ask(&self, request: &str) -> String {
+        ask(self.stream(), request)
+    }
+
+    fn text(&self) -> String {
+        self.ask("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    }
+
+    fn value(&self, series: &str) -> f64 {
+        value(&self.text(), series)
+    }
+
+    /// Waits until a series has this value.
+    fn wait_for(&self, series: &str, expected: f64) {
+        let reached = poll_until(Instant::now() + PATIENCE, || {
+            (self.value(series) == expected).then_some(())
+        });
+        assert!(reached.is_some(), "{series} is not {expected}: {}", self.text());
+    }
+}
+
+fn ask(mut stream: impl Read + Write, request: &str) -> String {
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+fn value(text: &str, series: &str) -> f64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {series} in {text}")).parse().unwrap()
+}
+
+fn labelled(name: &str, listener: &str, backend: &str) -> String {
+    format!("{name}{{listener=\"{listener}\",backend=\"{backend}\"}}")
+}
+
+#[test]
+fn connections_and_bytes_are_counted_by_listener_and_backend() {
+    for threads in [1, 2] {
+        let [web, api] = [Family::Tcp, Family::Unix].map(Endpoint::new);
+        let (echo, gone) = (echo_backend(Family::Unix), Endpoint::new(Family::Tcp).target);
+        let launch = Launch::new(OURS).listener(&web).listener(&api);
+        let targets = [format!("web={}", echo.target), format!("api={gone}")];
+        let launch = launch.env("LISTEN_FDNAMES", "web:api").args(["-c2", "--threads"]);
+        let scraped = Scraped::start(launch.arg(threads).args(&targets));
+        let series = |name, at: &Endpoint, named: &str, backend: &str| {
+            labelled(name, &format!("{named} ({})", at.target), backend)
+        };
+        let web_series = |name| series(name, &web, "web", &echo.target);
+        let api_series = |name| series(name, &api, "api", &gone);
+
+        let mut clients = [web.connect(), web.connect()];
+        clients.iter_mut().for_each(echoes);
+        scraped.wait_for(&web_series("socket_proxyd_connections_open"), 2.0);
+        let refused = read_all(&mut web.connect());
+        assert_eq!(refused.0, b"", "the cap is 2");
+        scraped.wait_for(&web_series("socket_proxyd_connections_refused_total"), 1.0);
+        drop(clients);
+        scraped.wait_for(&web_series("socket_proxyd_connections_open"), 0.0);
+        let failed = read_all(&mut api.connect());
+        assert_eq!(failed.0, b"", "nobody listens");
+        scraped.wait_for(&api_series("socket_proxyd_connections_failed_total"), 1.0);
+
+        let text = scraped.text();
+        let value = |series: &str| value(&text, series);
+        assert_eq!(value(&web_series("socket_proxyd_connections_total")), 2.0);
+        assert_eq!(value(&api_series("socket_proxyd_connections_total")), 1.0);
+        assert_eq!(value(&api_series("socket_proxyd_connections_refused_total")), 0.0);
+        assert_eq!(value("socket_proxyd_connections_max"), 2.0);
+        let of = |backend: &str, more: &str| format!("{{backend=\"{backend}\"{more}}}");
+        let dials = "socket_proxyd_dial_duration_seconds";
+        assert_eq!(value(&format!("{dials}_count{}", of(&echo.target, ""))), 2.0);
+        assert_eq!(value(&format!("{dials}_bucket{}", of(&echo.target, ",le=\"+Inf\""))), 2.0);
+        assert!(value(&format!("{dials}_sum{}", of(&echo.target, ""))) > 0.0);
+        let errors = |kind| {
+            format!("socket_proxyd_dial_errors_total{}", of(&gone, &format!(",kind=\"{kind}\"")))
+        };
+        assert_eq!(value(&errors("refused")), 1.0);
+        assert_eq!(value(&errors("timeout")), 0.0);
+        let bytes = |direction| {
+            let labels = of(&echo.target, &format!(",direction=\"{direction}\""));
+            value(&format!("socket_proxyd_bytes_total{labels}"))
+        };
+        assert!(bytes("from_client") > 0.0);
+        assert_eq!(bytes("from_client"), bytes("from_backend"), "an echo");
+    }
+}
+
+#[test]
+fn clients_that_are_held_and_pipes_are_counted_while_they_are_there() {
+    let (listener, backend) = (Endpoint::new(Family::Tcp), free_port());
+    let target = format!("127.0.0.1:{backend}");
+    let launch = Launch::new(OURS).listener(&listener).args(["--backend-wait=1min", &target]);
+    let scraped = Scraped::start(launch);
+    let name = format!("unknown ({})", listener.target);
+    let held = labelled("socket_proxyd_connections_held", &name, &target);
+    let mut clients = [listener.connect(), listener.connect()];
+    scraped.wait_for(&held, 2.0);
+    scraped.wait_for(&labelled("socket_proxyd_connections_open", &name, &target), 2.0);
+    let backend = Endpoint::tcp(&target, 16);
+    let _accepted = [backend.accept(), backend.accept()];
+    scraped.wait_for(&held, 0.0);
+    assert_eq!(scraped.value("socket_proxyd_pipes"), 0.0);
+    // Until nobody reads any more.
+    clients[0].set_nonblocking(true).unwrap();
+    let bulk = noise(1, 1 << 20);
+    let pipes = poll_until(Instant::now() + PATIENCE, || {
+        while clients[0].write(&bulk).is_ok() {}
+        (scraped.value("socket_proxyd_pipes") > 0.0).then_some(())
+    });
+    pipes.expect("bulk goes through a pipe");
+}
+
+#[test]
+fn starts_of_the_command_are_counted() {
+    let (listener, port) = (Endpoint::new(Family::Tcp), free_port());
+    let target = format!("127.0.0.1:{port}");
+    let launch = Launch::new(OURS).listener(&listener).args([&target, "--backend-wait=1min"]);
+    // The options come in front of the target, so the address of the metrics does, too.
+    let proxy = launch.args(["--metrics=127.0.0.1:0", "--", "/bin/false"]).start();
+    let line = proxy.lines.wait_for("Metrics on ");
+    let metrics = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap().parse().unwrap();
+    let scraped = Scraped { proxy, metrics };
+    let _client = listener.connect();
+    let series = |name| format!("socket_proxyd_backend_{name}_total{{backend=\"{target}\"}}");
+    let failed = poll_until(Instant::now() + PATIENCE, || {
+        let text = scraped.text();
+        let [all, failed] = ["starts", "start_failures"].map(|name| value(&text, &series(name)));
+        assert!(all >= failed && all - failed <= 1.0);
+        (failed >= 2.0).then_some(())
+    });
+    failed.expect("it fails again and again");
+}
+
+#[test]
+fn only_metrics_are_answered_and_in_the_form_that_is_asked_for() {
+    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let scraped = Scraped::start(Launch::new(OURS).listener(&listener).arg(&backend.target));
+    for (request, status) in [
+        ("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "HTTP/1.1 200 OK"),
+        ("GET /metrics?x=1 HTTP/1.1\r\nHost: x\r\n\r\n", "HTTP/1.1 200 OK"),
+        ("GET /metrics HTTP/1.0\r\n\r\n", "HTTP/1.0 200 OK"),
+        ("HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "HTTP/1.1 200 OK"),
+        ("GET / HTTP/1.1\r\nHost: x\r\n\r\n", "HTTP/1.1 404 Not Found"),
+        ("POST /metrics HTTP/1.1\r\nHost: x\r\n\r\n", "HTTP/1.1 405 Method Not Allowed"),
+        ("nonsense\r\n\r\n", "HTTP/1.1 400 Bad Request"),
+    ] {
+        let answer = scraped.ask(request);
+        assert!(answer.starts_with(status), "{request}: {answer}");
+        let body = answer.split_once("\r\n\r\n").unwrap().1;
+        let has_metrics = body.contains("socket_proxyd_build_info");
+        assert_eq!(has_metrics, request.starts_with("GET /metrics"), "{request}: {answer}");
+    }
+    let long = "GET /metrics HTTP/1.1\r\nHost: x\r\nX: ".to_string() + &"x".repeat(100_000);
+    let mut stream = scraped.stream();
+    let mut start = [0; 12];
+    // It may be refused before all of it is sent.
+    let _ = stream.write_all(long.as_bytes());
+    match stream.read_exact(&mut start) {
+        Ok(()) => assert_eq!(&start, b"HTTP/1.1 431"),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),
+    }
+    let text = scraped.text();
+    assert!(text.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{text}");
+    let accept = "Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5";
+    let open = scraped.ask(&format!("GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}\r\n\r\n"));
+    let kind = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8";
+    assert!(open.contains(kind) && open.ends_with("# EOF\n"), "{open}");
+}
+
+#[test]
+fn the_socket_may_be_passed_or_of_unix() {
+    let backend = echo_backend(Family::Tcp);
+    let [clients, scrapers] = [Family::Tcp, Family::Unix].map(Endpoint::new);
+    let launch = |name| {
+        let launch = Launch::new(OURS).listener(&clients).listener(&scrapers);
+        let metrics = format!("--metrics=fd:{name}");
+        launch.env("LISTEN_FDNAMES", "web:numbers").args([&metrics, &backend.target])
+    };
+    let proxy = launch("numbers").start();
+    proxy.lines.wait_for("Metrics on numbers (");
+    echoes(&mut clients.connect());
+    let request = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+    let text = ask(UnixStream::connect(&scrapers.target).unwrap(), request);
+    let name = format!("web ({})", clients.target);
+    let series = labelled("socket_proxyd_connections_total", &name, &backend.target);
+    assert_eq!(value(&text, &series), 1.0);
+    drop(proxy);
+
+    let mut refused = launch("other").start();
+    refused.lines.wait_for(
+        "--metrics=fd:other: no socket of that name was passed in. (Write FileDescriptorName= in its \
+         .socket unit.)",
+    );
+    assert_eq!(refused.wait().code(), Some(1));
+
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("metrics");
+    let mut proxy = Launch::new(OURS)
+        .listener(&clients)
+        .args([format!("--metrics={}", path.display()), backend.target.clone()])
+        .start();
+    proxy.lines.wait_for("Metrics on /");
+    let text = ask(UnixStream::connect(&path).unwrap(), request);
+    assert_eq!(value(&text, "socket_proxyd_connections_max"), 256.0);
+    proxy.signal(rustix::process::Signal::TERM);
+    assert!(proxy.wait().success());
+    assert!(!path.exists(), "its socket file stayed");
+}
+
+#[test]
+fn what_is_no_address_or_is_taken_is_said() {
+    let taken = Endpoint::new(Family::Tcp);
+    let metrics = format!("--metrics={}", taken.target);
+    for (option, line) in [
+        (
+            "--metrics=fd:",
+            "Invalid --metrics=fd:: fd: stands before the FileDescriptorName= of a passed socket.",
+        ),
+        ("--metrics=vsock:1:2", "Invalid --metrics=vsock:1:2: it has to be TCP or a Unix socket."),
+        ("--metrics=99999", "Invalid --metrics=99999: port 99999 is above 65535."),
+        (
+            &metrics,
+            &format!("{metrics}: Failed to listen on {}: Address already in use.", taken.target),
+        ),
+    ] {
+        let (code, _, stderr) = run(&OURS.into(), &[option, "--listen=127.0.0.1:0", "/nowhere"]);
+        assert_eq!((code, stderr.trim_end()), (Some(1), line));
+    }
+}
+
+/// 200 that say nothing, one that says a byte now and then, 200 that ask and never read.
+#[test]
+fn nobody_keeps_others_from_an_answer() {
+    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let scraped = Scraped::start(Launch::new(OURS).listener(&listener).arg(&backend.target));
+    let before = scraped.proxy.descriptors();
+    let mut silent: Vec<_> = (0..200).map(|_| scraped.stream()).collect();
+    let mut slow = scraped.stream();
+    slow.write_all(b"G").unwrap();
+    let never_read: Vec<_> = (0..200)
+        .map(|_| {
+            let mut stream = scraped.stream();
+            // Whoever has to give way has had their time.
+            let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+            stream
+        })
+        .collect();
+    assert_eq!(scraped.value("socket_proxyd_connections_max"), 256.0);
+    assert!(scraped.proxy.descriptors() <= before + 5, "four, and one in between");
+    // All are let go, whatever they do.
+    slow.read_to_end(&mut Vec::new())
+        .map_or_else(|error| assert_eq!(error.kind(), ErrorKind::ConnectionReset), drop);
+    for stream in &mut silent {
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    }
+    drop(never_read);
+    let mut alone = scraped.stream();
+    assert_eq!(alone.read(&mut [0]).unwrap(), 0, "after two seconds");
+    echoes(&mut listener.connect());
+}
+
+/// Runs a program of Debian's package prometheus; in CI it has to be there.
+fn debians(program: &str) -> Option<Command> {
+    let path = format!("/usr/bin/{program}");
+    if !std::path::Path::new(&path).exists() {
+        eprintln!("SKIPPED: this needs {path}; `make test` installs it");
+        assert!(std::env::var_os("CI").is_none());
+        return None;
+    }
+    Some(Command::new(path))
+}
+
+#[test]
+fn promtool_has_nothing_to_say() {
+    let Some(mut promtool) = debians("promtool") else { return };
+    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let scraped = Scraped::start(Launch::new(OURS).listener(&listener).arg(&backend.target));
+    echoes(&mut listener.connect());
+    let text = scraped.text();
+    let body = text.split_once("\r\n\r\n").unwrap().1;
+    let mut child = promtool
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(body.as_bytes()).unwrap();
+    let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
+    let words = [stdout, stderr].concat();
+    assert_eq!(String::from_utf8_lossy(&words), "");
+    assert!(status.success());
+}
+
+/// Ended with the test.
+struct Prometheus(Child);
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn prometheus_scrapes_it_while_clients_come_and_go() {
+    let Some(mut prometheus) = debians("prometheus") else { return };
+    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let scraped = Scraped::start(Launch::new(OURS).listener(&listener).arg(&backend.target));
+    let directory = TempDir::new().unwrap();
+    let config = directory.path().join("prometheus.yml");
+    let metrics = scraped.metrics;
+    let text = format!(
+        "global: {{scrape_interval: 1s}}\n\
+         scrape_configs: [{{job_name: proxy, static_configs: [{{targets: ['{metrics}']}}]}}]\n"
+    );
+    std::fs::write(&config, text).unwrap();
+    let web = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let child = prometheus
+        .arg(format!("--config.file={}", config.display()))
+        .arg(format!("--storage.tsdb.path={}", directory.path().join("data").display()))
+        .arg(format!("--web.listen-address={web}"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _prometheus = Prometheus(child);
+    // What it knows of a series.
+    let query = |series: &str| -> Option<f64> {
+        let mut stream = TcpStream::connect(web).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let request = format!("GET /api/v1/query?query={series} HTTP/1.0\r\n\r\n");
+        stream.write_all(request.as_bytes()).ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        let json: serde_json::Value =
+            serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()?;
+        json["data"]["result"][0]["value"][1].as_str()?.parse().ok()
+    };
+    let mut clients = 0;
+    let deadline = Instant::now() + 3 * PATIENCE;
+    let seen = poll_until(deadline, || {
+        echoes(&mut listener.connect());
+        clients += 1;
+        let all = query("sum(socket_proxyd_connections_total)")?;
+        // Some of them, and some later.
+        (all > 0.0 && all < f64::from(clients)).then_some(all)
+    });
+    let before = seen.expect("Prometheus counts connections");
+    poll_until(deadline, || {
+        echoes(&mut listener.connect());
+        (query("sum(socket_proxyd_connections_total)")? > before).then_some(())
+    })
+    .expect("and goes on counting");
+    assert_eq!(query("up"), Some(1.0));
+    assert_eq!(query("socket_proxyd_build_info"), Some(1.0));
+    let types = query("count(socket_proxyd_dial_duration_seconds_bucket)").unwrap();
+    assert!(types >= 2.0, "buckets: {types}");
+}
