@@ -42,10 +42,13 @@ doc:
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" \
 	    $(CARGO) doc --locked --no-deps --document-private-items
 
-# The page renders without a word.
+# The pages render without a word.
 man:
-	@words=$$(groff -man -ww -Tutf8 -z man/socket-proxyd.8 2>&1); \
-	    test -z "$$words" || { echo "$$words"; exit 1; }
+	@for page in man/*.8; do \
+	    words=$$(groff -man -ww -Tutf8 -z $$page 2>&1; \
+	        MANWIDTH=80 man --warnings=w --local-file $$page 2>&1 >/dev/null); \
+	    test -z "$$words" || { echo "$$words"; exit 1; }; \
+	done
 
 # Licences, sources and duplicates; the advisories need a network that CI may not have.
 deny:
@@ -55,16 +58,17 @@ deny:
 # After `make`, which needs no root.
 install:
 	@test -x $(TARGET)/release/socket-proxyd || { echo "Run make first." >&2; exit 1; }
-	$(INSTALL) -D -m 755 $(TARGET)/release/socket-proxyd $(DESTDIR)$(PREFIX)/bin/socket-proxyd
-	$(INSTALL) -D -m 644 man/socket-proxyd.8 $(DESTDIR)$(PREFIX)/share/man/man8/socket-proxyd.8
-	$(INSTALL) -D -m 644 completions/socket-proxyd.bash \
-	    $(DESTDIR)$(PREFIX)/share/bash-completion/completions/socket-proxyd
-	$(INSTALL) -D -m 644 completions/_socket-proxyd \
-	    $(DESTDIR)$(ZSHDIR)/_socket-proxyd
-	$(INSTALL) -D -m 644 completions/socket-proxyd.fish \
-	    $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/socket-proxyd.fish
+	for program in socket-proxyd socket-proxyd-units; do \
+	    $(INSTALL) -D -m 755 $(TARGET)/release/$$program $(DESTDIR)$(PREFIX)/bin/$$program && \
+	    $(INSTALL) -D -m 644 man/$$program.8 $(DESTDIR)$(PREFIX)/share/man/man8/$$program.8 && \
+	    $(INSTALL) -D -m 644 completions/$$program.bash \
+	        $(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$program && \
+	    $(INSTALL) -D -m 644 completions/_$$program $(DESTDIR)$(ZSHDIR)/_$$program && \
+	    $(INSTALL) -D -m 644 completions/$$program.fish \
+	        $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/$$program.fish || exit 1; \
+	done
 	$(INSTALL) -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd \
-	    README.md CHANGELOG.md BENCHMARKS.md LICENSE-MIT LICENSE-APACHE
+	    README.md CHANGELOG.md BENCHMARKS.md LICENSE-MIT LICENSE-APACHE docs/grafana.json
 	for set in units/*; do \
 	    $(INSTALL) -d $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} && \
 	    cp -r $$set/. $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} || exit 1; \

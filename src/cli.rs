@@ -87,7 +87,7 @@ impl Config {
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
         let mut arguments = Arguments::default();
         let mut command = None;
-        let mut words = Words::new(&OPTIONS, args);
+        let mut words = Words::new("socket-proxyd", &OPTIONS, args);
         // Each value is read as it comes, so that the first mistake is the one that is said, as
         // upstream.
         while let Some(word) = words.next()? {

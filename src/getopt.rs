@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 
 use clap_lex::{ArgCursor, RawArgs};
 
@@ -26,6 +27,11 @@ pub(crate) struct Known<S> {
 pub(crate) enum Meaning<S> {
     /// It has a value, of which this becomes something.
     Takes(S),
+    /// It may have one: behind a `=`, or as the next word, if that is a path by its first letter.
+    /// Without one it is empty.
+    MayTakePath(S),
+    /// It has none.
+    Flag(S),
     /// It has none, and this is all that is asked for.
     Prints(&'static str),
 }
@@ -46,6 +52,7 @@ pub(crate) enum Word<'a, S> {
 /// A command line, word by word.
 #[derive(Debug)]
 pub(crate) struct Words<'a, S> {
+    program: &'static str,
     known: &'a [Known<S>],
     raw: RawArgs,
     cursor: ArgCursor,
@@ -55,12 +62,17 @@ pub(crate) struct Words<'a, S> {
 }
 
 impl<'a, S> Words<'a, S> {
-    /// Those of `args`, the program's name first, by the options that are `known`.
-    pub(crate) fn new(known: &'a [Known<S>], args: impl IntoIterator<Item = OsString>) -> Self {
+    /// Those of `args`, the program's name first, by the options that are `known`; `program` is what
+    /// it is called in messages.
+    pub(crate) fn new(
+        program: &'static str,
+        known: &'a [Known<S>],
+        args: impl IntoIterator<Item = OsString>,
+    ) -> Self {
         let raw = RawArgs::new(args);
         let mut cursor = raw.cursor();
         raw.next_os(&mut cursor);
-        Self { known, raw, cursor, had_argument: false, options_ended: false }
+        Self { program, known, raw, cursor, had_argument: false, options_ended: false }
     }
 
     /// The next one.
@@ -80,9 +92,12 @@ impl<'a, S> Words<'a, S> {
         if !self.options_ended {
             if let Some((name, attached)) = word.to_long() {
                 let (known, attached) = (self.by_name(name)?, attached.map(OsString::from));
-                if matches!(known.meaning, Meaning::Prints(_)) && attached.is_some() {
+                let takes_none = matches!(known.meaning, Meaning::Prints(_) | Meaning::Flag(_));
+                if takes_none && attached.is_some() {
                     let name = known.name;
-                    return Err(refused(&format!("option '--{name}' doesn't allow an argument")));
+                    return Err(
+                        self.refused(&format!("option '--{name}' doesn't allow an argument"))
+                    );
                 }
                 return self.option(known, attached).map(Some);
             }
@@ -105,23 +120,31 @@ impl<'a, S> Words<'a, S> {
     ) -> Result<Word<'a, S>, String> {
         let set = match &known.meaning {
             Meaning::Takes(set) => set,
+            Meaning::MayTakePath(set) => {
+                let next = self.raw.peek_os(&self.cursor).map(OsStr::as_bytes);
+                let takes_next = attached.is_none() && matches!(next, Some([b'/' | b'.', ..]));
+                let next = takes_next.then(|| self.raw.next_os(&mut self.cursor)).flatten();
+                let value = attached.or_else(|| next.map(OsString::from));
+                return Ok(Word::Value(set, value.unwrap_or_default()));
+            }
+            Meaning::Flag(set) => return Ok(Word::Value(set, OsString::new())),
             Meaning::Prints(text) => return Ok(Word::Prints(text)),
         };
         let value = attached.or_else(|| self.raw.next_os(&mut self.cursor).map(OsString::from));
-        let missing = || refused(&format!("option '--{}' requires an argument", known.name));
+        let missing = || self.refused(&format!("option '--{}' requires an argument", known.name));
         Ok(Word::Value(set, value.ok_or_else(missing)?))
     }
 
     fn by_letter(&self, letter: Option<Result<char, &OsStr>>) -> Result<&'a Known<S>, String> {
         let letter = letter.and_then(Result::ok).unwrap_or(char::REPLACEMENT_CHARACTER);
         let known = self.known.iter().find(|known| known.letter == Some(letter));
-        known.ok_or_else(|| refused(&format!("unrecognized option '-{letter}'")))
+        known.ok_or_else(|| self.refused(&format!("unrecognized option '-{letter}'")))
     }
 
     /// The option of a name, the upstream one that a prefix means, or else the only one of all.
     fn by_name(&self, name: Result<&str, &OsStr>) -> Result<&'a Known<S>, String> {
         let unknown =
-            |name: &OsStr| refused(&format!("unrecognized option '--{}'", name.display()));
+            |name: &OsStr| self.refused(&format!("unrecognized option '--{}'", name.display()));
         let name = name.map_err(unknown)?;
         if name.is_empty() {
             // It would be a prefix of every option.
@@ -138,13 +161,14 @@ impl<'a, S> Words<'a, S> {
             (_, several) => {
                 let names: Vec<_> = several.iter().map(|it| format!("--{}", it.name)).collect();
                 let names = names.join(", ");
-                Err(refused(&format!("option '--{name}' is ambiguous; possibilities: {names}")))
+                Err(self
+                    .refused(&format!("option '--{name}' is ambiguous; possibilities: {names}")))
             }
         }
     }
-}
 
-/// In the words of systemd 262.
-fn refused(why: &str) -> String {
-    format!("socket-proxyd: {why}")
+    /// In the words of systemd 262.
+    fn refused(&self, why: &str) -> String {
+        format!("{}: {why}", self.program)
+    }
 }

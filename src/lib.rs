@@ -95,6 +95,9 @@ pub mod parcel;
 pub mod queue;
 pub mod store;
 
+// The unit writer, a program of its own.
+pub mod units;
+
 // What is seen from outside.
 pub mod scrape;
 pub mod metrics;

@@ -191,7 +191,7 @@ impl Default for Arguments {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
@@ -220,18 +220,24 @@ mod tests {
 
     #[test]
     fn the_shells_complete_every_option_and_no_other() {
-        let bash = include_str!("../completions/socket-proxyd.bash");
-        let zsh = include_str!("../completions/_socket-proxyd");
-        // fish says what is a long option by one of its own.
-        let fish =
-            include_str!("../completions/socket-proxyd.fish").replace("proxyd -l ", "proxyd --");
-        let fish = fish.replace("-s c -l ", "--").replace("-s h -l ", "--");
-        for completion in [bash, zsh, &fish] {
+        let fish = include_str!("../completions/socket-proxyd.fish");
+        for completion in [
+            include_str!("../completions/socket-proxyd.bash"),
+            include_str!("../completions/_socket-proxyd"),
+            &options_of_fish(fish),
+        ] {
             assert_eq!(options_in(completion), known_options());
         }
     }
 
-    fn options_in(text: &str) -> BTreeSet<String> {
+    /// fish says what is a long option by one of its own.
+    pub(crate) fn options_of_fish(completion: &str) -> String {
+        let options = completion.lines().filter(|line| line.starts_with("complete "));
+        let options = options.map(|line| line.replace(" -s c", "").replace(" -s h", ""));
+        options.map(|line| line.replace(" -l ", " --") + "\n").collect()
+    }
+
+    pub(crate) fn options_in(text: &str) -> BTreeSet<String> {
         text.split(|c: char| c != '-' && !c.is_ascii_alphanumeric())
             // In the manual a change of font may stand right in front.
             .filter_map(|word| word.split_once("--"))

@@ -10,12 +10,19 @@ use tempfile::TempDir;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
+const PROGRAMS: [(&str, &str); 2] = [
+    (env!("CARGO_BIN_EXE_socket-proxyd"), "socket-proxyd"),
+    (env!("CARGO_BIN_EXE_socket-proxyd-units"), "socket-proxyd-units"),
+];
+
 /// Installs the program that is tested, in a directory of its own.
 fn install() -> TempDir {
     let (built, installed) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let release = built.path().join("release");
     fs::create_dir(&release).unwrap();
-    fs::copy(env!("CARGO_BIN_EXE_socket-proxyd"), release.join("socket-proxyd")).unwrap();
+    for (program, name) in PROGRAMS {
+        fs::copy(program, release.join(name)).unwrap();
+    }
     // With a umask that lets nobody else read.
     let status = Command::new("sh")
         .args([
@@ -53,19 +60,20 @@ fn files(directory: &Path) -> BTreeSet<String> {
 fn what_is_shipped_is_installed() {
     let installed = install();
     let there = files(installed.path());
-    let mut expected: BTreeSet<String> = [
-        "usr/bin/socket-proxyd",
-        "usr/share/man/man8/socket-proxyd.8",
-        "usr/share/bash-completion/completions/socket-proxyd",
-        "usr/share/zsh/vendor-completions/_socket-proxyd",
-        "usr/share/fish/vendor_completions.d/socket-proxyd.fish",
-    ]
-    .map(String::from)
-    .into();
-    let doc = "usr/share/doc/socket-proxyd";
-    for text in ["README.md", "CHANGELOG.md", "BENCHMARKS.md", "LICENSE-MIT", "LICENSE-APACHE"] {
-        expected.insert(format!("{doc}/{text}"));
+    let mut expected: BTreeSet<String> = BTreeSet::new();
+    for (_, program) in PROGRAMS {
+        expected.extend([
+            format!("usr/bin/{program}"),
+            format!("usr/share/man/man8/{program}.8"),
+            format!("usr/share/bash-completion/completions/{program}"),
+            format!("usr/share/zsh/vendor-completions/_{program}"),
+            format!("usr/share/fish/vendor_completions.d/{program}.fish"),
+        ]);
     }
+    let doc = "usr/share/doc/socket-proxyd";
+    let texts = ["README.md", "CHANGELOG.md", "BENCHMARKS.md", "LICENSE-MIT", "LICENSE-APACHE"];
+    expected.extend(texts.map(|text| format!("{doc}/{text}")));
+    expected.insert(format!("{doc}/grafana.json"));
     let units = files(&Path::new(ROOT).join("units"));
     expected.extend(units.iter().map(|unit| format!("{doc}/examples/{unit}")));
     assert_eq!(there, expected);
@@ -74,8 +82,10 @@ fn what_is_shipped_is_installed() {
         let mode = fs::metadata(installed.path().join(file)).unwrap().permissions().mode();
         assert_eq!(mode & 0o444, 0o444, "{file} is for everybody to read: {mode:o}");
     }
-    let program = installed.path().join("usr/bin/socket-proxyd");
-    assert!(Command::new(program).arg("--version").status().unwrap().success());
+    for (_, program) in PROGRAMS {
+        let program = installed.path().join("usr/bin").join(program);
+        assert!(Command::new(program).arg("--version").status().unwrap().success());
+    }
 }
 
 /// Whether a shell is there; in CI it has to be.
@@ -96,11 +106,13 @@ fn bash_completes() {
     // As readline does it: words, the one under the cursor, and then what came of it.
     let complete = |words: &str| {
         let split = words.replace(':', " : ").replace('=', " = ");
+        let program = words.split(' ').next().unwrap();
+        let function = format!("_{}", program.replace('-', "_"));
         let script = format!(
-            ". /usr/share/bash-completion/bash_completion\n. {ROOT}/completions/socket-proxyd.bash\n\
+            ". /usr/share/bash-completion/bash_completion\n. {ROOT}/completions/{program}.bash\n\
              COMP_LINE='{words}'; COMP_POINT=${{#COMP_LINE}}; eval \"COMP_WORDS=({split})\"\n\
              COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMP_TYPE=9; compopt() {{ :; }}\n\
-             _socket_proxyd; printf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
+             {function}; printf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
         );
         let output = Command::new("bash").args(["--norc", "-c", &script]).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -118,6 +130,9 @@ fn bash_completes() {
         let words = format!("socket-proxyd {target} -- ls --al");
         assert!(complete(&words).contains("--all"), "{words}: what COMMAND completes");
     }
+    assert_eq!(complete("socket-proxyd-units --wr"), "--write");
+    assert_eq!(complete("socket-proxyd-units --user=roo"), "root");
+    assert!(complete("socket-proxyd-units app -- ls --al").contains("--all"));
 }
 
 #[test]
@@ -126,7 +141,8 @@ fn fish_completes() {
         return;
     }
     let complete = |words: &str| {
-        let script = format!("source {ROOT}/completions/socket-proxyd.fish; complete -C '{words}'");
+        let program = words.split(' ').next().unwrap();
+        let script = format!("source {ROOT}/completions/{program}.fish; complete -C '{words}'");
         let output = Command::new("fish").args(["--no-config", "-c", &script]).output().unwrap();
         assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
@@ -134,6 +150,7 @@ fn fish_completes() {
     let handover = complete("socket-proxyd --hand");
     assert!(handover.starts_with("--handover\tConnections outlive"), "{handover}");
     assert!(complete("socket-proxyd --overflow=w").starts_with("--overflow=wait\t"));
+    assert!(complete("socket-proxyd-units --fo").starts_with("--force\tEven over"));
 }
 
 #[test]
@@ -143,7 +160,8 @@ fn zsh_understands_what_it_is_given() {
     }
     let script = format!(
         "fpath=({ROOT}/completions $fpath); autoload -Uz compinit; compinit -u -D\n\
-         [[ $_comps[socket-proxyd] == _socket-proxyd ]] && autoload +X _socket-proxyd"
+         for program in socket-proxyd socket-proxyd-units; do\n\
+         [[ $_comps[$program] == _$program ]] && autoload +X _$program || exit 1\ndone"
     );
     let output = Command::new("zsh").args(["-f", "-c", &script]).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);

@@ -34,8 +34,26 @@ pub type Test = (&'static str, fn(&Container));
 
 /// Runs tests in one container, two at a time; without what they need it says so, and fails in CI.
 pub fn run(missing: Option<&str>, tests: &[Test], boot: impl FnOnce() -> Container) -> ExitCode {
+    run_some(2, missing, tests, boot)
+}
+
+/// The same, for tests that use the same names.
+pub fn run_one_by_one(
+    missing: Option<&str>,
+    tests: &[Test],
+    boot: impl FnOnce() -> Container,
+) -> ExitCode {
+    run_some(1, missing, tests, boot)
+}
+
+fn run_some(
+    at_a_time: usize,
+    missing: Option<&str>,
+    tests: &[Test],
+    boot: impl FnOnce() -> Container,
+) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads = arguments.test_threads.or(Some(2));
+    arguments.test_threads = arguments.test_threads.or(Some(at_a_time));
     if let Some(missing) = missing {
         eprintln!("SKIPPED: the tests in a real systemd need {missing}; `make test` installs it");
         let in_ci = env::var_os("CI").is_some();
@@ -124,13 +142,25 @@ impl Container {
         this
     }
 
-    /// The program, and everything in units/ in its place.
+    /// The programs and their manuals.
+    pub fn programs() -> Vec<(PathBuf, String)> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let manual = |name| (root.join("man").join(name), format!("/usr/share/man/man8/{name}"));
+        vec![
+            (env!("CARGO_BIN_EXE_socket-proxyd").into(), "/usr/bin/socket-proxyd".into()),
+            (
+                env!("CARGO_BIN_EXE_socket-proxyd-units").into(),
+                "/usr/bin/socket-proxyd-units".into(),
+            ),
+            manual("socket-proxyd.8"),
+            manual("socket-proxyd-units.8"),
+        ]
+    }
+
+    /// The same, and everything in units/ in its place.
     pub fn files() -> Vec<(PathBuf, String)> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let mut files = vec![
-            (env!("CARGO_BIN_EXE_socket-proxyd").into(), "/usr/bin/socket-proxyd".into()),
-            (root.join("man/socket-proxyd.8"), "/usr/share/man/man8/socket-proxyd.8".into()),
-        ];
+        let mut files = Self::programs();
         for set in fs::read_dir(root.join("units")).unwrap() {
             for file in fs::read_dir(set.unwrap().path()).unwrap() {
                 let file = file.unwrap().path();

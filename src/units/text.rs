@@ -1,0 +1,375 @@
+//! The units themselves: each setting for a reason, and beside it what a user may have to change.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::address::{Address, UnixName};
+use crate::target::Target;
+use crate::units::arguments::{Starts, Units};
+use crate::units::escape::{exec_word, value};
+
+/// What every file begins with that was written here.
+pub(crate) const MARK: &str = "# Written by socket-proxyd-units";
+
+/// How long clients are held: while a backend is restarted, and while a service starts.
+const BRIDGE_WAIT: &str = "30s";
+const SERVICE_WAIT: &str = "90s";
+
+/// What no proxy needs. (The measure is systemd-analyze(1)'s `security`.)
+const PROXY: &str = "\
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+UMask=0777
+ProtectSystem=strict
+ProtectHome=yes
+ProtectProc=invisible
+ProcSubset=pid
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateMounts=yes
+PrivateUsers=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+";
+
+/// What most applications can live without.
+const APPLICATION: &str = "\
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+UMask=0077
+ProtectSystem=strict
+ProtectHome=yes
+ProtectProc=invisible
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateMounts=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+RemoveIPC=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+";
+
+/// Below these a service with `ProtectHome=yes` finds nothing.
+const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
+
+/// Of these each service with `PrivateTmp=yes` has its own, and a dynamic user has that always.
+const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+
+/// A file, below the directory of the units.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct UnitFile {
+    pub(crate) path: PathBuf,
+    pub(crate) text: String,
+}
+
+/// All files of a set, in the order in which they are read; `program` is the proxy's.
+///
+/// # Errors
+/// What can't be said in a unit.
+pub(crate) fn files(units: &Units, program: &Path) -> Result<Vec<UnitFile>, String> {
+    let mut paths = units.targets.iter().filter_map(path);
+    let hidden = paths.find(|path| TEMPORARY.iter().any(|directory| path.starts_with(directory)));
+    if let Some(path) = hidden
+        && units.user.is_none()
+        && !matches!(units.starts, Starts::Command(_))
+    {
+        return Err(format!(
+            "Invalid --target={}: a dynamic user has a /tmp of its own; add --user=, or have the \
+             backend listen elsewhere.",
+            path.display()
+        ));
+    }
+    let title =
+        value(&units.name).map_err(|why| format!("Invalid NAME {:?}: {why}.", units.name))?;
+    let mut files = vec![
+        UnitFile { path: format!("{}.socket", units.unit).into(), text: socket(units, &title) },
+        UnitFile {
+            path: format!("{}.service", units.unit).into(),
+            text: service(units, &title, program),
+        },
+    ];
+    if let Starts::Service(service) = &units.starts {
+        files.push(UnitFile {
+            path: format!("{service}.d/{}.conf", units.unit).into(),
+            text: drop_in(units, service),
+        });
+    }
+    Ok(files)
+}
+
+/// The first lines: by what, and how to have it otherwise.
+fn head(units: &Units) -> String {
+    format!("{MARK}, as asked for by\n#   {}\n", units.command_line)
+}
+
+fn socket(units: &Units, title: &str) -> String {
+    let Units { unit, listen, .. } = units;
+    let is_file = listen.iter().any(|address| address.starts_with('/'));
+    let lines: String = listen.iter().map(|it| format!("ListenStream={it}\n")).collect();
+    let who = if is_file {
+        "# Everybody may connect to the file; SocketMode=0660 with SocketUser= or SocketGroup= changes that.\n"
+    } else {
+        ""
+    };
+    let plural = if listen.len() == 1 { "socket" } else { "sockets" };
+    format!(
+        "{}# The {plural} that clients know, open from boot on: systemctl enable --now {}\n\
+         [Unit]\n\
+         Description={title}, what clients connect to\n\
+         Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n\
+         \n\
+         [Socket]\n\
+         {who}{lines}\
+         \n\
+         [Install]\n\
+         WantedBy=sockets.target\n",
+        head(units),
+        quoted(&format!("{unit}.socket")),
+    )
+}
+
+fn service(units: &Units, title: &str, program: &Path) -> String {
+    let Units { unit, starts, idle, user, group, .. } = units;
+    let mut text = head(units);
+    let ends = match idle.as_deref() {
+        None | Some("infinity") => "which then stays".to_string(),
+        Some(idle) => format!("which is stopped when nobody has been connected for {idle}"),
+    };
+    text += &match starts {
+        Starts::Nothing => "# It starts with the first client. Other options of socket-proxyd(8) go into ExecStart=,\n\
+             # in front of the target.\n"
+            .to_string(),
+        Starts::Service(service) => format!(
+            "# The first client starts this and {service},\n# {ends}.\n\
+             # Nothing else should start it: systemctl disable --now {service}\n"
+        ),
+        Starts::Command(_) => format!(
+            "# The first client starts this and the program behind the two dashes,\n# {ends}.\n\
+             # It has to listen at the address in front of the dashes and to stay in the foreground; if it\n\
+             # says READY=1, as sd_notify(3) does, add --ready=notify.\n"
+        ),
+    };
+    text += &format!(
+        "[Unit]\n\
+         Description=Proxy in front of {title}\n\
+         Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n\
+         Requires={unit}.socket\n"
+    );
+    text += &match starts {
+        Starts::Service(service) => format!(
+            "# Wanted, not required: a service that was killed is started again by its Restart=, and one\n\
+             # that can't start does not take the socket down with it.\n\
+             Wants={service}\n\
+             After={unit}.socket {service}\n"
+        ),
+        _ => format!("After={unit}.socket\n"),
+    };
+    text += "\n[Service]\nType=notify\n";
+    text += &exec_start(units, program);
+    if let Starts::Command(_) = starts {
+        text += "# The proxy stops the program itself, and with it whatever that has started.\nKillMode=mixed\n";
+    }
+    text.push('\n');
+    text += &match user {
+        Some(user) => format!("User={user}\n"),
+        None => "# A user without a home or a file.\nDynamicUser=yes\n".into(),
+    };
+    if let Some(group) = group {
+        text += &format!("# It may use the target's socket.\nSupplementaryGroups={group}\n");
+    }
+    match starts {
+        Starts::Command(_) => {
+            text += "# What most programs can live with. One that keeps files needs StateDirectory= (it is in\n\
+                     # /var/lib, and in $STATE_DIRECTORY); whatever else it needs has to be allowed here.\n";
+            text += &directory(units);
+            let is_vsock = matches!(units.targets[..], [Target::Address(Address::Vsock { .. })]);
+            let vsock = if is_vsock { " AF_VSOCK" } else { "" };
+            text += &format!("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6{vsock}\n");
+            text += APPLICATION;
+        }
+        _ => {
+            text += &network(&units.targets, group.is_some());
+            text += &files_of(&units.targets);
+        }
+    }
+    text
+}
+
+fn exec_start(units: &Units, program: &Path) -> String {
+    let idle = |option: &str| {
+        let idle = units.idle.as_deref().unwrap_or("infinity");
+        (idle != "infinity").then(|| format!("{option}={idle}"))
+    };
+    let (wait, idle) = match &units.starts {
+        Starts::Nothing => (Some(BRIDGE_WAIT), idle("--exit-idle-time")),
+        Starts::Service(_) => (Some(SERVICE_WAIT), idle("--exit-idle-time")),
+        // It has a default of its own.
+        Starts::Command(_) => (None, idle("--stop-idle-time")),
+    };
+    let options = wait.map(|wait| format!("--backend-wait={wait}")).into_iter().chain(idle);
+    let mut line = format!("ExecStart={}", exec_word(program.as_os_str().as_bytes()));
+    for option in options {
+        line += &format!(" {}", exec_word(option.as_bytes()));
+    }
+    let several = units.target_words.len() > 1;
+    for word in &units.target_words {
+        line += if several { " \\\n    " } else { " " };
+        line += &exec_word(word.as_bytes());
+    }
+    if let Starts::Command(words) = &units.starts {
+        line += " -- \\\n   ";
+        for word in words {
+            line += &format!(" {}", exec_word(word.as_bytes()));
+        }
+    }
+    line + "\n"
+}
+
+/// Where COMMAND makes its socket, if that is below /run: it can write nowhere else.
+fn directory(units: &Units) -> String {
+    let socket = units.targets.iter().find_map(path);
+    let below = socket.and_then(|path| path.parent()?.strip_prefix("/run").ok()?.to_str());
+    match below.filter(|below| !below.is_empty()).map(value) {
+        Some(Ok(directory)) => format!("RuntimeDirectory={}\n", exec_word(directory.as_bytes())),
+        _ => String::new(),
+    }
+}
+
+/// What a proxy needs of files: the sockets of its targets.
+fn files_of(targets: &[Target]) -> String {
+    let is_below = |directories: &[&str]| {
+        let mut paths = targets.iter().filter_map(path);
+        paths.any(|path| directories.iter().any(|directory| path.starts_with(directory)))
+    };
+    let mut text = PROXY.to_string();
+    if is_below(&HOMES) {
+        let needed = "# The target is in one of them.\nProtectHome=read-only";
+        text = text.replace("ProtectHome=yes", needed);
+    }
+    if is_below(&TEMPORARY) {
+        text = text.replace("PrivateTmp=yes", "# The target is there.\nPrivateTmp=no");
+    }
+    text
+}
+
+/// The file of a target.
+fn path(target: &Target) -> Option<&Path> {
+    match target {
+        Target::Address(Address::Unix(Some(name))) => name.path(),
+        _ => None,
+    }
+}
+
+/// Which networks the way to the targets needs; the clients' sockets are not meant, they are systemd's.
+fn network(targets: &[Target], has_group: bool) -> String {
+    let (mut families, mut allowed) = (vec!["AF_UNIX"], Vec::<String>::new());
+    let mut add = |new: &[&'static str]| {
+        for family in new {
+            if !families.contains(family) {
+                families.push(family);
+            }
+        }
+    };
+    let mut allow = |address: String| {
+        if !allowed.contains(&address) {
+            allowed.push(address);
+        }
+    };
+    let (mut anywhere, mut is_private) = (false, true);
+    let mut is_file = false;
+    for target in targets {
+        match target {
+            Target::Address(Address::Unix(Some(name))) => {
+                is_private &= name.path().is_some();
+                is_file |= matches!(**name, UnixName::Path(_));
+            }
+            Target::Address(Address::Unix(None)) => {}
+            Target::Address(Address::Vsock { .. }) => {
+                is_private = false;
+                add(&["AF_VSOCK"]);
+            }
+            Target::Address(Address::Inet(address)) => {
+                is_private = false;
+                add(&["AF_INET", "AF_INET6"]);
+                let ip = address.ip().to_canonical();
+                let is_here = ip.is_loopback() || ip.is_unspecified();
+                allow(if is_here { "localhost".into() } else { ip.to_string() });
+            }
+            Target::Name(name) => {
+                is_private = false;
+                if name.host == "localhost" {
+                    allow("localhost".into());
+                } else {
+                    anywhere = true;
+                }
+                add(&["AF_INET", "AF_INET6"]);
+            }
+        }
+    }
+    let mut text = String::new();
+    if is_file && !has_group {
+        text += "# If only a group may use the target's socket: SupplementaryGroups= that group.\n";
+    }
+    if is_private {
+        text += "# The target is a file: no network is needed. For another one remove these three lines.\n\
+                 PrivateNetwork=yes\n";
+    }
+    if anywhere {
+        text += "# Wherever the name leads. IPAddressDeny=any and IPAddressAllow= can say where that is.\n";
+    } else {
+        if !allowed.is_empty() {
+            text += "# Where the target is; another one has to be allowed here.\n";
+        }
+        text += "IPAddressDeny=any\n";
+        if !allowed.is_empty() {
+            text += &format!("IPAddressAllow={}\n", allowed.join(" "));
+        }
+    }
+    text += &format!("RestrictAddressFamilies={}\n", families.join(" "));
+    text
+}
+
+fn drop_in(units: &Units, service: &str) -> String {
+    format!(
+        "{}# {service} runs while its proxy does, which wants it.\n\
+         [Unit]\n\
+         StopWhenUnneeded=yes\n\
+         # An attempt a second for as long as the proxy holds clients; then it has failed.\n\
+         StartLimitIntervalSec=2min\n\
+         StartLimitBurst=90\n\
+         \n\
+         [Service]\n\
+         Restart=on-failure\n\
+         RestartSec=1s\n",
+        head(units)
+    )
+}
+
+/// A unit's name for a shell.
+pub(crate) fn quoted(unit: &str) -> String {
+    crate::units::escape::shell_word(unit.as_bytes())
+}

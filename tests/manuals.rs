@@ -1,0 +1,272 @@
+//! What the manuals show, and what the unit writer writes, in a real systemd: every example is run as it
+//! is printed, and every case of tests/unit_writer/ is verified and weighed there.
+//!
+//! Needs root, systemd-nspawn and aptly (`make test` installs them), and says so when it is skipped; in
+//! CI it is not.
+
+#[path = "support/container.rs"]
+mod container;
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use container::{Container, Test};
+use support::*;
+use tokio::time::Instant;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn main() -> ExitCode {
+    let tests: &[Test] = &[
+        ("whatever is written is verified without a word, and hardened", written),
+        ("a command gets its arguments as they were given", arguments),
+        ("the examples of both manuals", examples),
+    ];
+    let aptly = (!Path::new("/usr/bin/aptly").exists()).then_some("aptly");
+    container::run_one_by_one(Container::missing().or(aptly), tests, || {
+        let mut files = Container::programs();
+        let aptly = Path::new(ROOT).join("units/aptly/aptly-api.service");
+        files.push((aptly, "/etc/systemd/system/aptly-api.service".into()));
+        Container::boot(&files)
+    })
+}
+
+/// Verifies units and weighs those that run the proxy.
+fn check(container: &Container, units: &[&str]) {
+    for unit in units {
+        let output = container.output(&["systemd-analyze", "verify", unit]);
+        let words = [output.stdout, output.stderr].concat();
+        assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
+        assert!(output.status.success());
+        if unit.ends_with("-proxy.service") {
+            let analyze = ["systemd-analyze", "security", "--no-pager", "--threshold=15", unit];
+            let output = container.output(&analyze);
+            let table = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{unit}: {table}");
+        }
+    }
+}
+
+fn written(container: &Container) {
+    // Elsewhere than the examples, and found all the same.
+    let directory = "/run/systemd/system";
+    for case in fs::read_dir(Path::new(ROOT).join("tests/unit_writer")).unwrap() {
+        let arguments = fs::read_to_string(case.unwrap().path().join("arguments")).unwrap();
+        // Each of its own name: those beside it are the other cases'.
+        let words = ["socket-proxyd-units", "--write", directory, "--force"];
+        let said = container.run(&[&words[..], &arguments.lines().collect::<Vec<_>>()].concat());
+        let written: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("Wrote ")).collect();
+        assert!(written.len() >= 2, "{said}");
+        let names = written.iter().filter_map(|path| path.strip_prefix("/run/systemd/system/"));
+        let units: Vec<_> = names.filter(|name| !name.contains('/')).collect();
+        let _reloading = container.not_reloading();
+        container.run(&["systemctl", "daemon-reload"]);
+        check(container, &units);
+        container.run(&[&["rm"], &written[..]].concat());
+        container.run(&["systemctl", "daemon-reload"]);
+    }
+}
+
+fn arguments(container: &Container) {
+    let script = "#!/bin/sh\nfor word; do printf '<%s>' \"$word\"; done >\"$STATE_DIRECTORY/words\"\nexec sleep 60\n";
+    container.write("/usr/local/bin/words", script);
+    container.run(&["chmod", "755", "/usr/local/bin/words"]);
+    let words =
+        ["100%", "$HOME", "${HOME}", "two words", "it's", "\"", "\\", ";", "", "%%", "a\nb", "é"];
+    let name = "strange: 100% it's @1";
+    let command = ["--", "/usr/local/bin/words"];
+    let options = ["--listen=127.0.0.1:38701", "--target=127.0.0.1:38702", "--write", name];
+    let all = [&["socket-proxyd-units"], &options[..], &command[..], &words[..]].concat();
+    let said = container.run(&all);
+    let next = said.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
+    // Where the words go.
+    let unit = "strange:\\x20100\\x25\\x20it\\x27s\\x20\\x401-proxy.service";
+    let drop_in = format!("/etc/systemd/system/{unit}.d/state.conf");
+    container.write(&drop_in, "[Service]\nStateDirectory=words\n");
+    {
+        let _reloading = container.not_reloading();
+        container.run(&["systemctl", "daemon-reload"]);
+        container.run(&["sh", "-c", next]);
+    }
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], 38701)).into();
+    let _client = container.inside(|| connect(&address));
+    let expected: String = words.iter().map(|word| format!("<{word}>")).collect();
+    let mut got = String::new();
+    let written = poll_until(Instant::now() + PATIENCE, || {
+        let output = container.output(&["cat", "/var/lib/words/words"]);
+        got = String::from_utf8_lossy(&output.stdout).into();
+        (got == expected).then_some(())
+    });
+    assert!(written.is_some(), "{got:?} and not {expected:?}");
+    container.run(&["systemctl", "stop", unit, &unit.replace(".service", ".socket")]);
+}
+
+/// The examples of a manual: what stands there between .nf and .fi, as a reader sees it.
+fn shown(manual: &str) -> Vec<String> {
+    let text = fs::read_to_string(Path::new(ROOT).join("man").join(manual)).unwrap();
+    let (_, text) = text.split_once("\n.SH EXAMPLES\n").unwrap();
+    let (text, _) = text.split_once("\n.SH ").unwrap();
+    let blocks = text.split(".nf\n").skip(1);
+    let blocks = blocks.map(|block| block.split_once(".fi").unwrap().0);
+    blocks.map(|block| block.replace("\\-", "-").replace("\\e", "\\")).collect()
+}
+
+/// The files of an example, each behind its name.
+fn files(example: &str) -> Vec<(&str, String)> {
+    let mut files: Vec<(&str, String)> = Vec::new();
+    let mut is_file = false;
+    for line in example.lines() {
+        if let Some(title) = line.strip_prefix("# ") {
+            let name = title.split(' ').next().unwrap();
+            is_file = [".socket", ".service", ".conf"].iter().any(|it| name.ends_with(it));
+            if is_file {
+                files.push((name, String::new()));
+            }
+        } else if is_file {
+            let text = &mut files.last_mut().unwrap().1;
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    files
+}
+
+/// Has a request answered at a socket, whoever answers.
+fn answers(container: &Container, example: &str, listen: &str) {
+    let url = match listen {
+        address if address.contains(':') => format!("http://{address}/"),
+        port => format!("http://127.0.0.1:{port}/"),
+    };
+    let place = match listen {
+        path if path.starts_with('/') => vec!["--unix-socket", path, "http://localhost/"],
+        _ => vec![&*url],
+    };
+    let curl = ["curl", "-s", "--max-time", "60", "-o", "/dev/null", "-w", "%{http_code}"];
+    let mut code = String::new();
+    let answered = poll_until(Instant::now() + PATIENCE, || {
+        let output = container.output(&[&curl[..], &place].concat());
+        code = String::from_utf8(output.stdout).unwrap();
+        output.status.success().then_some(())
+    });
+    let journal = || container.run(&["journalctl", "--no-pager", "-n", "40"]);
+    assert!(answered.is_some(), "{listen}: {code}, with\n{example}\n{}", journal());
+    assert!(["200", "301", "404"].contains(&&*code), "{listen}: {code}");
+}
+
+fn examples(container: &Container) {
+    container.run(&["useradd", "--system", "aptly"]);
+    container.run(&["useradd", "--system", "app"]);
+    // As its first lines say, to have it run always.
+    let aptly = "/etc/systemd/system/aptly-api.service";
+    container.run(&["sed", "-i", "/^StopWhenUnneeded/d", aptly]);
+    let serve = |port| {
+        format!(
+            "[Service]\nDynamicUser=yes\n\
+             ExecStart=/usr/bin/python3 -m http.server -b 127.0.0.1 -d /usr/share/doc {port}\n\
+             [Install]\nWantedBy=multi-user.target\n"
+        )
+    };
+    container.start_units(&[
+        ("other.service", &serve(3001)),
+        (
+            "admin.service",
+            "[Service]\nGroup=app\nRuntimeDirectory=app\nExecStart=/usr/bin/socat \
+             UNIX-LISTEN:/run/app/admin.sock,fork,mode=660 TCP:127.0.0.1:3001\n",
+        ),
+    ]);
+    container.run(&["systemctl", "start", "other.service"]);
+    let app = "/etc/systemd/system/app.service";
+    for example in shown("socket-proxyd.8") {
+        let mut files = files(&example);
+        if !files.iter().any(|(name, _)| *name == "app.service") {
+            // What stands for the user's application, where it is not shown.
+            container.write(app, &serve(3000));
+        }
+        let is_ours =
+            |text: &str| text.contains("http.server") || text.contains("Wants=app.service");
+        {
+            let _reloading = container.not_reloading();
+            for (name, text) in &files {
+                container.write(&format!("/etc/systemd/system/{name}"), text);
+            }
+            container.run(&["systemctl", "daemon-reload"]);
+            if !is_ours(&example) {
+                container.run(&["systemctl", "start", "app.service"]);
+            }
+            if example.contains("/run/aptly/") {
+                container.run(&["systemctl", "start", "aptly-api.service"]);
+            }
+        }
+        if files.is_empty() {
+            container.run(&[
+                "systemd-run",
+                "-q",
+                "--collect",
+                "--unit=shown",
+                "sh",
+                "-c",
+                &example,
+            ]);
+            files.push(("shown.service", "ListenStream=127.0.0.1:8080".into()));
+        }
+        let mut sockets: Vec<_> = files.iter().map(|(name, _)| *name).collect();
+        sockets.retain(|name| name.ends_with(".socket"));
+        if !sockets.is_empty() {
+            let _reloading = container.not_reloading();
+            container.run(&[&["systemctl", "start"], &sockets[..]].concat());
+        }
+        for (_, text) in &files {
+            for listen in text.lines().filter_map(|line| line.strip_prefix("ListenStream=")) {
+                answers(container, &example, listen);
+            }
+        }
+        clean_up(container, &files.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+    }
+    container.write(app, &serve(3000));
+    for example in shown("socket-proxyd-units.8") {
+        {
+            let _reloading = container.not_reloading();
+            container.run(&["systemctl", "daemon-reload"]);
+            let needs = if example.contains("app.service") || example.contains("http.server") {
+                "app.service"
+            } else {
+                container.run(&["systemctl", "start", "app.service"]);
+                "aptly-api.service"
+            };
+            container.run(&["systemctl", "enable", needs]);
+            if needs == "aptly-api.service" {
+                container.run(&["systemctl", "start", needs]);
+            }
+            container.run(&["sh", "-ec", &example]);
+        }
+        let words = example.split_whitespace();
+        for listen in words.filter_map(|word| word.strip_prefix("--listen=")) {
+            answers(container, &example, listen);
+        }
+        let socket = example.trim_end().rsplit(' ').next().unwrap();
+        let service = socket.replace(".socket", ".service");
+        check(container, &[socket, &service]);
+        let files =
+            [socket, &service, &format!("app.service.d/{}", service.replace(".service", ".conf"))];
+        container.run(&["systemctl", "disable", socket]);
+        clean_up(container, &files);
+    }
+}
+
+/// Stops units and takes them away, for the next example.
+fn clean_up(container: &Container, files: &[&str]) {
+    let _reloading = container.not_reloading();
+    let mut units = files.to_vec();
+    units.retain(|name| !name.contains('@') && !name.ends_with(".conf"));
+    // The sockets first: a client can't start anything any more.
+    units.sort_by_key(|name| !name.ends_with(".socket"));
+    for unit in units.iter().copied().chain(["app.service"]) {
+        container.run(&["systemctl", "stop", unit]);
+    }
+    for file in files {
+        container.run(&["rm", "-f", &format!("/etc/systemd/system/{file}")]);
+    }
+    container.run(&["systemctl", "daemon-reload"]);
+}

@@ -1,0 +1,110 @@
+//! What `socket-proxyd-units` writes, file by file: tests/unit_writer/ has a directory for each case,
+//! with the arguments in `arguments`, a word a line. `UPDATE=1` writes them anew. (tests/unit_writer_systemd.rs runs
+//! one of each form.)
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+const WRITER: &str = env!("CARGO_BIN_EXE_socket-proxyd-units");
+const PROXY: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/unit_writer");
+
+fn write(arguments: &[&str]) -> Output {
+    Command::new(WRITER).args(arguments).output().unwrap()
+}
+
+/// All files below a directory, by their names there.
+fn files(directory: &Path) -> BTreeMap<PathBuf, String> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let name: PathBuf = path.file_name().unwrap().into();
+        if path.is_dir() {
+            all.extend(files(&path).into_iter().map(|(below, text)| (name.join(below), text)));
+        } else {
+            // As a package has it.
+            let text = fs::read_to_string(&path).unwrap().replace(PROXY, "/usr/bin/socket-proxyd");
+            all.insert(name, text);
+        }
+    }
+    all
+}
+
+#[test]
+fn each_case_is_written_as_it_stands_there() {
+    let mut cases = 0;
+    for case in fs::read_dir(CASES).unwrap() {
+        let case = case.unwrap().path();
+        let arguments = fs::read_to_string(case.join("arguments")).unwrap();
+        let directory = TempDir::new().unwrap();
+        let write_to = format!("--write={}", directory.path().display());
+        let arguments: Vec<_> = std::iter::once(&*write_to).chain(arguments.lines()).collect();
+        let output = write(&arguments);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let written = files(directory.path());
+        if std::env::var_os("UPDATE").is_some() {
+            for (name, text) in &written {
+                let path = case.join(name);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, text).unwrap();
+            }
+        }
+        let mut expected = files(&case);
+        expected.remove(Path::new("arguments"));
+        assert_eq!(written, expected, "{}", case.display());
+        cases += 1;
+    }
+    assert!(cases >= 8);
+}
+
+#[test]
+fn without_write_they_are_printed_and_nothing_is_written() {
+    let output = write(&["--listen=8080", "--target=/run/a.sock", "it's"]);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.starts_with("# /etc/systemd/system/it\\x27s-proxy.socket\n# Written by"),
+        "{text}"
+    );
+    assert!(text.contains("\n\n# /etc/systemd/system/it\\x27s-proxy.service\n"), "{text}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(stderr, "Next: the same with --write, as root.\n");
+}
+
+#[test]
+fn it_says_what_it_did_and_what_it_will_not_do() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().display();
+    let arguments = ["--listen=8080", "--target=/run/a.sock", &format!("--write={path}"), "app"];
+    let said = |arguments: &[&str]| {
+        let output = write(arguments);
+        let [stdout, stderr] =
+            [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        (output.status.code(), stdout, stderr)
+    };
+    let next = "Next: copy them to /etc/systemd/system.\n";
+    let wrote =
+        |what| format!("{what} {path}/app-proxy.socket\n{what} {path}/app-proxy.service\n{next}");
+    assert_eq!(said(&arguments), (Some(0), wrote("Wrote"), String::new()));
+    assert_eq!(said(&arguments), (Some(0), wrote("Already there:"), String::new()));
+    fs::write(directory.path().join("app-proxy.service"), "[Service]\n").unwrap();
+    let theirs = format!(
+        "{path}/app-proxy.service is there, and not written by this program; nothing was written. \
+         (--force replaces it.)\n"
+    );
+    assert_eq!(said(&arguments), (Some(1), String::new(), theirs));
+    let (code, stdout, _) = said(&[&arguments[..], &["--force"]].concat());
+    assert_eq!(code, Some(0));
+    assert!(stdout.contains("Wrote"), "{stdout}");
+
+    let (code, _, stderr) = said(&["--listen=1", "--target=/tmp/a", "app"]);
+    let why = "Invalid --target=/tmp/a: a dynamic user has a /tmp of its own; add --user=, or have the \
+               backend listen elsewhere.\n";
+    assert_eq!((code, &*stderr), (Some(1), why));
+    let (_, stdout, _) = said(&["--version"]);
+    assert!(stdout.starts_with("socket-proxyd-units "), "{stdout}");
+}
