@@ -11,8 +11,9 @@ ZSHDIR ?= $(PREFIX)/share/zsh/$(if $(filter /usr,$(PREFIX)),vendor-completions,s
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 NEWEST = $(CURDIR)/target/newest-original
 YAQ = $(CURDIR)/target/yaq
+FRESH = $(CURDIR)/target/fresh-debian
 
-.PHONY: build demo test check bench fmt clippy doc man deny install clean
+.PHONY: build demo test check bench fmt clippy doc man deny install deb rpm clean
 
 build:
 	$(CARGO) build --release --locked
@@ -23,7 +24,7 @@ demo: build
 
 # Installs what the tests need (as root, or by sudo) and runs them all.
 test:
-	tests/prepare $(NEWEST) $(YAQ)
+	tests/prepare $(NEWEST) $(YAQ) $(FRESH)
 	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd $(CARGO) test --locked
 
 check: fmt clippy doc man deny bench
@@ -74,6 +75,15 @@ install:
 	    cp -r $$set/. $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} || exit 1; \
 	done
 	chmod -R u=rwX,go=rX $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples
+
+# The packages, from what `make` has built; they say where they are.
+deb: build
+	@command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
+	@$(CARGO) deb --locked --no-build
+
+rpm: build
+	@command -v cargo-generate-rpm >/dev/null || $(CARGO) install --locked cargo-generate-rpm
+	@$(CARGO) generate-rpm && ls $(TARGET)/generate-rpm/*.rpm
 
 clean:
 	$(CARGO) clean

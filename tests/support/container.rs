@@ -70,14 +70,14 @@ fn run_some(
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
-/// Runs in a mount namespace of its own, so that no mount outlives it: $1 the empty directory, the
-/// rest pairs of a file and the place it is copied to in the container.
+/// Runs in a mount namespace of its own, so that no mount outlives it: $1 the empty directory, $2 its
+/// name, $3 the root that it is an overlay of, the rest pairs of a file and the place it is copied to in the container.
 const BOOT: &str = r#"
 set -e
-base=$1; name=$2; shift 2
+base=$1; name=$2; lower=$3; shift 3
 mount -t tmpfs tmpfs "$base"
 mkdir "$base/upper" "$base/work" "$base/root"
-mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work" "$base/root"
+mount -t overlay overlay -o "lowerdir=$lower,upperdir=$base/upper,workdir=$base/work" "$base/root"
 # What this machine has enabled is no business of the tests.
 rm -rf "$base"/root/etc/systemd/system/*.wants
 while [ $# -gt 0 ]; do
@@ -102,6 +102,11 @@ impl Container {
     /// Boots with files copied in. To be called on the main thread: the container ends with the
     /// thread that started it.
     pub fn boot(files: &[(PathBuf, String)]) -> Self {
+        Self::boot_on(Path::new("/"), files)
+    }
+
+    /// The same with another root than this machine's.
+    pub fn boot_on(root: &Path, files: &[(PathBuf, String)]) -> Self {
         let directory = TempDir::new_in("/var/tmp").unwrap();
         let name = format!("socket-proxyd-{}", std::process::id());
         // Killing nspawn leaves the container behind. So both are in a PID namespace, whose end is
@@ -110,7 +115,7 @@ impl Container {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork"]);
         command.args(["--kill-child", "--mount-proc", "/bin/sh", "-c", BOOT, "sh"]);
-        command.arg(directory.path()).arg(name);
+        command.arg(directory.path()).arg(name).arg(root);
         for (from, to) in files {
             command.arg(from).arg(to);
         }

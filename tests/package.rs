@@ -1,0 +1,165 @@
+//! The packages: what is in them, and the .deb in a small Debian of its own, without a compiler, with the
+//! four commands of the README, as they are printed there.
+//!
+//! Needs root, systemd-nspawn, and what `make test` prepares, and says so when it is skipped; in CI it
+//! is not.
+
+#[path = "support/container.rs"]
+mod container;
+mod support;
+
+use std::collections::BTreeSet;
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use container::{Container, Test};
+use support::*;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// Where `make test` puts a small Debian.
+const FRESH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/fresh-debian");
+
+fn main() -> ExitCode {
+    let tests: &[Test] = &[
+        ("both packages hold what make install installs", contents),
+        ("the four commands of the README", four_commands),
+        ("a bridge, and nothing is left of it", bridge),
+    ];
+    let fresh = (!Path::new(FRESH).join("complete").exists()).then_some("a small Debian");
+    container::run_one_by_one(Container::missing().or(fresh), tests, || {
+        let package = make("deb");
+        let name = package.file_name().unwrap().to_str().unwrap();
+        Container::boot_on(Path::new(FRESH), &[(package.clone(), format!("/root/{name}"))])
+    })
+}
+
+/// Makes a package, from the program as it is released.
+fn make(kind: &str) -> PathBuf {
+    let output = Command::new("make").args(["-s", "-C", ROOT, kind]).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    Path::new(ROOT).join(said.lines().last().expect("it says where the package is"))
+}
+
+/// What a program prints, line by line.
+fn lines(program: &str, words: &[&str]) -> Vec<String> {
+    let output = Command::new(program).args(words).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().lines().map(String::from).collect()
+}
+
+fn contents(_: &Container) {
+    let directory = TempDir::new().unwrap();
+    let to = format!("DESTDIR={}", directory.path().display());
+    lines("make", &["-s", "-C", ROOT, "install", "PREFIX=/usr", &to]);
+    let installed =
+        lines("find", &[directory.path().to_str().unwrap(), "-type", "f", "-printf", "%m /%P\n"]);
+    let installed: BTreeSet<_> = installed.into_iter().collect();
+    assert!(installed.contains("755 /usr/bin/socket-proxyd-units"), "{installed:?}");
+
+    // Unpacked, since permissions in its list are words.
+    let unpacked = TempDir::new().unwrap();
+    let (deb, path) = (make("deb"), unpacked.path().to_str().unwrap());
+    lines("dpkg-deb", &["-x", deb.to_str().unwrap(), path]);
+    let in_deb = lines("find", &[path, "-type", "f", "-printf", "%m /%P\n"]);
+    // As Debian has them: manuals are compressed, and there is one file for the licence.
+    let in_deb = in_deb.iter().map(|line| line.replace(".8.gz", ".8"));
+    let in_deb: BTreeSet<_> = in_deb.filter(|line| !line.ends_with("/copyright")).collect();
+    assert_eq!(in_deb, installed);
+
+    let rpm = make("rpm");
+    let words = ["-qp", "--queryformat", "[%{FILEMODES:octal} %{FILENAMES}\\n]"];
+    let in_rpm = lines("rpm", &[&words[..], &[rpm.to_str().unwrap()]].concat());
+    // As everybody but Debian has them.
+    let in_rpm = in_rpm.iter().map(|line| {
+        let line = line.strip_prefix("100").unwrap_or(line);
+        line.replace("/zsh/site-functions/", "/zsh/vendor-completions/")
+    });
+    assert_eq!(in_rpm.collect::<BTreeSet<_>>(), installed);
+    // Nothing is enabled or started: there is nothing that could.
+    assert_eq!(lines("rpm", &["-qp", "--scripts", rpm.to_str().unwrap()]), [""; 0]);
+    let control = lines("dpkg-deb", &["-I", deb.to_str().unwrap()]);
+    for script in ["preinst", "postinst", "prerm", "postrm"] {
+        assert!(!control.iter().any(|line| line.contains(script)), "{control:?}");
+    }
+}
+
+/// The block of the README that begins with this, without its indentation.
+fn block(start: &str) -> String {
+    let readme = fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
+    let (_, block) = readme.split_once(&format!("\n    {start}")).expect("the README shows it");
+    let lines = block.lines().skip(1).take_while(|line| line.starts_with("    "));
+    let first = format!("{start}{}", block.lines().next().unwrap());
+    let rest = lines.map(|line| line.trim_start_matches("    ").to_string());
+    [first].into_iter().chain(rest).collect::<Vec<_>>().join("\n")
+}
+
+fn four_commands(container: &Container) {
+    assert!(!container.output(&["sh", "-c", "command -v cargo gcc"]).status.success());
+    let commands = block("apt install ./socket-proxyd_");
+    // A line that goes on is no command of its own.
+    let count = commands.lines().count() - commands.matches("\\\n").count();
+    assert_eq!(count, 4, "{commands}");
+    let said = container.run(&["sh", "-exc", &format!("cd /root\n{commands}")]);
+    let next = "Next: systemctl enable --now docs-proxy.socket\n";
+    assert!(said.contains(next), "{said}");
+    assert!(said.contains("Directory listing for /"), "{said}");
+    assert!(
+        !container
+            .output(&["sh", "-c", "ls /etc/systemd/system | grep -v docs-proxy | grep prox"])
+            .status
+            .success(),
+        "nothing is enabled that nobody asked for"
+    );
+    container.wait_for_status("docs-proxy.service", "0 connections of 256, 1 served");
+    for unit in ["docs-proxy.socket", "docs-proxy.service"] {
+        let output = container.output(&["systemd-analyze", "verify", unit]);
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        // A small Debian has no man(1) to look into the manual with.
+        let words: Vec<_> = words.lines().filter(|line| !line.contains("man ")).collect();
+        assert!(words.is_empty(), "{words:?}");
+    }
+}
+
+fn bridge(container: &Container) {
+    let write = |options: &[&str]| {
+        let said = container.run(&[&["socket-proxyd-units", "--write"], options].concat());
+        let next = said.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
+        container.run(&["sh", "-c", next]);
+    };
+    container.write(
+        "/etc/systemd/system/backend.service",
+        "[Service]\nDynamicUser=yes\nExecStart=/usr/bin/python3 -m http.server -b 127.0.0.1 -d /usr/share/doc 3001\n",
+    );
+    container.run(&["systemctl", "start", "backend.service"]);
+    // From TCP to a Unix socket, and from a Unix socket to TCP.
+    write(&["--listen=/run/bridge.sock", "--target=127.0.0.1:3001", "inner"]);
+    write(&["--listen=127.0.0.1:8081", "--target=/run/bridge.sock", "outer"]);
+    let page = poll_until(Instant::now() + PATIENCE, || {
+        let output =
+            container.output(&["curl", "-sS", "--max-time", "60", "http://127.0.0.1:8081/"]);
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    });
+    assert!(page.is_some_and(|page| page.contains("Directory listing for /")));
+    for unit in ["inner-proxy.service", "outer-proxy.service"] {
+        let analyze = ["systemd-analyze", "security", "--no-pager", "--threshold=15", unit];
+        assert!(container.output(&analyze).status.success(), "{unit}");
+        assert_eq!(container.show(unit)["ActiveState"], "active");
+    }
+    container.run(&[
+        "sh",
+        "-c",
+        "systemctl stop '*-proxy.socket' '*-proxy.service' && dpkg --purge socket-proxyd",
+    ]);
+    let left = container.output(&[
+        "sh",
+        "-c",
+        "ls -d /usr/bin/socket-proxyd* /usr/share/doc/socket-proxyd",
+    ]);
+    assert_eq!(String::from_utf8_lossy(&left.stdout), "");
+}
