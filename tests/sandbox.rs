@@ -50,10 +50,11 @@ fn inside() {
     let connect = |port: u16| may(TcpStream::connect(("127.0.0.1", port)).map(drop));
     let target = arguments.rsplit(':').next().and_then(|port| port.parse().ok());
     println!(
-        "inside: shadow {}, hosts {}, count {}, elsewhere {}, target {}",
+        "inside: shadow {}, hosts {}, count {}, create {}, elsewhere {}, target {}",
         may(File::open("/etc/shadow").map(drop)),
         may(File::open("/etc/hosts").map(drop)),
         may(fs::read_dir("/proc/self/fd").map(drop)),
+        may(File::create("/tmp/socket-proxyd-sandbox").map(drop)),
         connect(env::var(OTHER_PORT).unwrap().parse().unwrap()),
         target.map_or("none", connect),
     );
@@ -74,14 +75,20 @@ fn it_opens_no_file_and_connects_to_its_target_only() {
     let target = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = target.local_addr().unwrap().port();
     for (arguments, may) in [
-        (format!("127.0.0.1:{port}"), "shadow no, hosts no, count yes, elsewhere no, target yes"),
-        ("/run/app".into(), "shadow no, hosts no, count yes, elsewhere no, target none"),
-        // Whatever its name service modules need.
+        (
+            format!("127.0.0.1:{port}"),
+            "shadow no, hosts no, count yes, create no, elsewhere no, target yes",
+        ),
+        ("/run/app".into(), "shadow no, hosts no, count yes, create no, elsewhere no, target none"),
+        // Whatever its name service modules read.
         (
             format!("localhost:{port}"),
-            "shadow yes, hosts yes, count yes, elsewhere yes, target yes",
+            "shadow yes, hosts yes, count yes, create no, elsewhere no, target yes",
         ),
-        ("127.0.0.1:http".into(), "shadow yes, hosts yes, count yes, elsewhere yes, target none"),
+        (
+            "127.0.0.1:http".into(),
+            "shadow yes, hosts yes, count yes, create no, elsewhere yes, target none",
+        ),
     ] {
         if !has_landlock {
             assert!(run_inside(&arguments).is_some());
@@ -106,5 +113,32 @@ fn the_program_enters_but_for_a_command() {
         let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:"));
         assert_eq!(line.unwrap().trim(), entered, "{command:?}");
+    }
+}
+
+#[test]
+fn what_can_not_be_enforced_is_logged() {
+    let reads = "Not restricting which files are read: names are looked up.";
+    let ports = "Not restricting TCP ports: a target's is a name, or nsswitch.conf has a module for hosts that \
+                 may need others.";
+    let command = "Not restricting privileges, files and TCP ports: COMMAND would be, too.";
+    for (words, lines) in [
+        (&["127.0.0.1:9"][..], &[][..]),
+        (&["localhost:9"], &[reads]),
+        (&["127.0.0.1:discard"], &[reads, ports]),
+        (&["127.0.0.1:9", "--", "/bin/sleep", "1000"], &[command]),
+    ] {
+        let (front, mut manager) = (Endpoint::new(Family::Tcp), Manager::new());
+        let proxy = Launch::new(OURS)
+            .arg("--log-level=debug")
+            .args(words)
+            .listener(&front)
+            .env("NOTIFY_SOCKET", manager.path.display())
+            .start();
+        manager.wait_for("READY=1");
+        proxy.signal(rustix::process::Signal::TERM);
+        let log = proxy.lines.all();
+        let said: Vec<_> = log.lines().filter(|line| line.starts_with("Not restricting")).collect();
+        assert_eq!(said, lines, "{words:?}");
     }
 }
