@@ -272,7 +272,9 @@ fn what_is_no_address_or_is_taken_is_said() {
 fn nobody_keeps_others_from_an_answer() {
     let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let scraped = Scraped::start(Launch::new(OURS).listener(&listener).arg(&backend.target));
-    let before = scraped.proxy.descriptors();
+    // What the thread makes once is there.
+    scraped.text();
+    let (before, resident) = (scraped.proxy.descriptors(), scraped.proxy.resident());
     let mut silent: Vec<_> = (0..200).map(|_| scraped.stream()).collect();
     let mut slow = scraped.stream();
     slow.write_all(b"G").unwrap();
@@ -286,6 +288,8 @@ fn nobody_keeps_others_from_an_answer() {
         .collect();
     assert_eq!(scraped.value("socket_proxyd_connections_max"), 256.0);
     assert!(scraped.proxy.descriptors() <= before + 5, "four, and one in between");
+    let now = scraped.proxy.resident();
+    assert!(now as f64 <= resident as f64 * 1.1, "{resident} KiB before, {now} KiB now");
     // All are let go, whatever they do.
     slow.read_to_end(&mut Vec::new())
         .map_or_else(|error| assert_eq!(error.kind(), ErrorKind::ConnectionReset), drop);

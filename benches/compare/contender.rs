@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::clock;
 use crate::keeper::Keeper;
+use crate::scrapers::Scrapers;
 
 /// The families on both sides of the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,12 @@ const WATCHED: &[&str] = &["64B-4000", "short"];
 /// What it costs to be stored: where connections come and go, in small messages, in bulk, at rest.
 const STORED: &[&str] = &["bulk-up", "bulk-down", "64B-100", "short", "idle-100"];
 
+/// What scrapers cost, the worst there are: in small messages, in bulk, where connections come and go.
+const SCRAPED: &[&str] = &["bulk-up", "64B-100", "short"];
+
+/// Stands for an address that is not known yet.
+const METRICS: &str = "--metrics=";
+
 /// Where a connection's end is a large part of it.
 const ENDING: &[&str] = &["short"];
 
@@ -71,12 +78,14 @@ pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
             Kind::Activated(vec![ours.into(), format!("--handover={way}")]),
         )
     };
+    let scraped = Kind::Activated(vec![ours.into(), METRICS.into()]);
     let mut all = vec![
         new("socket-proxyd", Kind::Activated(vec![ours.into()])),
         Contender { rows: THREADED, ..new("socket-proxyd (2 threads)", threads) },
         Contender { rows: WATCHED, ..new("socket-proxyd (idle time)", watched) },
         stored("restart"),
         stored("crash"),
+        Contender { rows: SCRAPED, ..new("socket-proxyd (scraped)", scraped) },
         new("direct", Kind::Direct),
     ];
     let old = "/lib/systemd/systemd-socket-proxyd";
@@ -127,12 +136,18 @@ pub(crate) struct Running {
     /// When it was executed, where that is known.
     pub(crate) executed: Option<u64>,
     _keeper: Option<Keeper>,
+    scrapers: Option<Scrapers>,
     _directory: TempDir,
 }
 
 impl Running {
     pub(crate) fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(Child::id)
+    }
+
+    /// What went wrong beside the connections.
+    pub(crate) fn failures(&self) -> u64 {
+        self.scrapers.as_ref().map_or(0, Scrapers::failures)
     }
 }
 
@@ -207,20 +222,28 @@ impl Contender {
                     process: None,
                     executed: None,
                     _keeper: None,
+                    scrapers: None,
                     _directory: directory,
                 };
             }
             Kind::Activated(words) => {
                 let (socket, front) = listener(front, path);
                 queue(&front);
+                let mut words = words.clone();
+                let metrics = words.iter_mut().find(|word| *word == METRICS).map(|word| {
+                    let address = free_front(Family::Tcp, path);
+                    word.push_str(&written(&address));
+                    address.as_socket().expect("a TCP address")
+                });
                 let is_stored = words.iter().any(|word| word.starts_with("--handover="));
                 let keeper = is_stored.then(|| Keeper::start(path));
                 let notify = keeper.as_ref().map(|keeper| &*keeper.path);
-                let (process, executed) = activate(words, &socket, &written(target), user, notify);
+                let (process, executed) = activate(&words, &socket, &written(target), user, notify);
                 return Running {
                     front,
                     process: Some(process),
                     executed,
+                    scrapers: metrics.map(Scrapers::start),
                     _keeper: keeper,
                     _directory: directory,
                 };
@@ -247,6 +270,7 @@ impl Contender {
             process: Some(process),
             executed: None,
             _keeper: None,
+            scrapers: None,
             _directory: directory,
         }
     }

@@ -13,6 +13,7 @@ mod keeper;
 mod load;
 mod process;
 mod report;
+mod scrapers;
 mod work;
 
 use std::io::{IsTerminal, Write};

@@ -337,7 +337,7 @@ fn measure(
         rate: amount / took,
         cost: before.zip(after).map(|(before, after)| (after - before) / amount),
         latency: (!latency.is_empty()).then(|| [at(0.5), at(0.99), at(0.999)]),
-        failures: load.stats.failures + early + missing,
+        failures: load.stats.failures + early + missing + running.failures(),
         held: None,
     }
 }

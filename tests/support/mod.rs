@@ -386,6 +386,13 @@ impl Running {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
+    /// Memory in KiB.
+    pub fn resident(&self) -> usize {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
     /// Ends of pipes that are open now, those it was started with among them.
     pub fn pipes(&self) -> usize {
         let links = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
