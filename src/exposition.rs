@@ -118,8 +118,7 @@ impl Family<'_> {
             self.line("_bucket", &labels, count);
         };
         for (bound, count) in within {
-            // With a point, as both forms have it.
-            bucket(&format!("{bound:?}"), *count);
+            bucket(&canonical(*bound), *count);
         }
         bucket("+Inf", count);
         self.line("_sum", labels, sum);
@@ -135,6 +134,18 @@ impl Family<'_> {
         }
         let after = if labels.is_empty() { "" } else { "}" };
         let _ = writeln!(self.text, "{after} {value}");
+    }
+}
+
+/// A bound as OpenMetrics wants it, so that the same one is the same label everywhere: with a point, and two
+/// digits of an exponent.
+fn canonical(bound: f64) -> String {
+    let text = format!("{bound:?}");
+    match text.split_once("e-") {
+        Some((digits, exponent @ ("1" | "2" | "3" | "4" | "5" | "6" | "7" | "8" | "9"))) => {
+            format!("{digits}e-0{exponent}")
+        }
+        _ => text,
     }
 }
 
@@ -174,6 +185,13 @@ c 1.25
 # EOF
 "#
         );
+    }
+
+    #[test]
+    fn bounds_are_canonical() {
+        for (bound, text) in [(2.5e-5, "2.5e-05"), (1e-4, "0.0001"), (1.0, "1.0"), (10.0, "10.0")] {
+            assert_eq!(canonical(bound), text);
+        }
     }
 
     #[test]

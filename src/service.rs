@@ -70,9 +70,7 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
     }
     // systemd, or a name to listen on, may take its time; a signal must not.
     let gather = async {
-        let opens = !config.listen.is_empty();
-        let (handover, mut recovered) =
-            Handover::open(config.handover, opens, &mut inherited, &notifier).await?;
+        // First: what is passed for it is nobody's listener.
         let scrapes = match &config.metrics {
             Some(address) => {
                 let opened = Scrapes::open(address, &mut inherited).await;
@@ -80,6 +78,9 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
             }
             None => None,
         };
+        let opens = !config.listen.is_empty();
+        let (handover, mut recovered) =
+            Handover::open(config.handover, opens, &mut inherited, &notifier).await?;
         let sockets = Sockets::gather(&config.listen, inherited, &mut recovered).await?;
         Ok::<_, String>((handover, recovered, sockets, scrapes))
     };

@@ -1,5 +1,7 @@
 //! `--metrics=`: what is counted, who may ask, and that nobody who asks is in a client's way.
 
+#[path = "support/keeper.rs"]
+mod keeper;
 mod support;
 
 use std::io::{ErrorKind, Read, Write};
@@ -7,6 +9,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Output, Stdio};
 
+use keeper::Keeper;
+use rustix::process::Signal;
 use support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -241,7 +245,7 @@ fn the_socket_may_be_passed_or_of_unix() {
     proxy.lines.wait_for("Metrics on /");
     let text = ask(UnixStream::connect(&path).unwrap(), request);
     assert_eq!(value(&text, "socket_proxyd_connections_max"), 256.0);
-    proxy.signal(rustix::process::Signal::TERM);
+    proxy.signal(Signal::TERM);
     assert!(proxy.wait().success());
     assert!(!path.exists(), "its socket file stayed");
 }
@@ -265,6 +269,49 @@ fn what_is_no_address_or_is_taken_is_said() {
         let (code, _, stderr) = run(&OURS.into(), &[option, "--listen=127.0.0.1:0", "/nowhere"]);
         assert_eq!((code, stderr.trim_end()), (Some(1), line));
     }
+}
+
+/// With sockets of its own, what is passed is only for scrapers, and nobody's that was left in the store.
+#[test]
+fn connections_that_were_taken_over_are_counted_as_such() {
+    let (scrapers, keeper) = (Endpoint::new(Family::Tcp), Keeper::new(8));
+    let (port, backend) = (free_port(), echo_backend(Family::Tcp));
+    let listen = format!("--listen=127.0.0.1:{port}");
+    let start = |listen: &str, target: &str| {
+        let words = ["--metrics=fd:front", "--handover=restart", listen, target];
+        let proxy = keeper.launch(Launch::new(OURS).args(words).listener(&scrapers), 1).start();
+        keeper.wait_for("READY=1");
+        proxy
+    };
+    let text = || {
+        let stream = TcpStream::connect(&*scrapers.target).unwrap();
+        ask(stream, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    };
+    let mut first = start(&listen, &backend.target);
+    let mut client = connect(&SocketAddr::from(([127, 0, 0, 1], port)).into());
+    echoes(&mut client);
+    assert_eq!(value(&text(), "socket_proxyd_handover_connections_total"), 0.0);
+    first.signal(Signal::TERM);
+    assert!(first.wait().success());
+
+    let mut second = start(&listen, &backend.target);
+    echoes(&mut client);
+    let name = format!("127.0.0.1:{port}");
+    let after = text();
+    let series =
+        |name: &str, listener: &str, target: &str| value(&after, &labelled(name, listener, target));
+    assert_eq!(value(&after, "socket_proxyd_handover_connections_total"), 1.0);
+    assert_eq!(series("socket_proxyd_connections_open", &name, &backend.target), 1.0);
+    assert_eq!(series("socket_proxyd_connections_total", &name, &backend.target), 0.0);
+    second.signal(Signal::TERM);
+    assert!(second.wait().success());
+
+    // Its listener is not asked for any more.
+    let _third = start("--listen=[::1]:0", &backend.target);
+    echoes(&mut client);
+    let after = text();
+    let others = labelled("socket_proxyd_connections_open", "others", "others");
+    assert_eq!(value(&after, &others), 1.0);
 }
 
 /// 200 that say nothing, one that says a byte now and then, 200 that ask and never read.

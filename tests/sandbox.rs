@@ -98,21 +98,24 @@ fn it_opens_no_file_and_connects_to_its_target_only() {
     }
 }
 
+/// Starts the program, and waits until it is ready.
+fn ready(words: &[&str]) -> Running {
+    let (front, mut manager) = (Endpoint::new(Family::Tcp), Manager::new());
+    let launch = Launch::new(OURS).arg("--log-level=debug").args(words).listener(&front);
+    let proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+    manager.wait_for("READY=1");
+    proxy
+}
+
 #[test]
 fn the_program_enters_but_for_a_command() {
-    for (command, entered) in [(&[][..], "1"), (&["--", "/bin/sleep", "1000"][..], "0")] {
-        let front = Endpoint::new(Family::Tcp);
-        let mut manager = Manager::new();
-        let proxy = Launch::new(OURS)
-            .arg("127.0.0.1:9")
-            .args(command)
-            .listener(&front)
-            .env("NOTIFY_SOCKET", manager.path.display())
-            .start();
-        manager.wait_for("READY=1");
+    for (words, entered) in
+        [(&["127.0.0.1:9"][..], "1"), (&["127.0.0.1:9", "--", "/bin/sleep", "1000"], "0")]
+    {
+        let proxy = ready(words);
         let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:"));
-        assert_eq!(line.unwrap().trim(), entered, "{command:?}");
+        assert_eq!(line.unwrap().trim(), entered, "{words:?}");
     }
 }
 
@@ -128,14 +131,7 @@ fn what_can_not_be_enforced_is_logged() {
         (&["127.0.0.1:discard"], &[reads, ports]),
         (&["127.0.0.1:9", "--", "/bin/sleep", "1000"], &[command]),
     ] {
-        let (front, mut manager) = (Endpoint::new(Family::Tcp), Manager::new());
-        let proxy = Launch::new(OURS)
-            .arg("--log-level=debug")
-            .args(words)
-            .listener(&front)
-            .env("NOTIFY_SOCKET", manager.path.display())
-            .start();
-        manager.wait_for("READY=1");
+        let proxy = ready(words);
         proxy.signal(rustix::process::Signal::TERM);
         let log = proxy.lines.all();
         let said: Vec<_> = log.lines().filter(|line| line.starts_with("Not restricting")).collect();

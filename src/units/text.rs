@@ -15,19 +15,16 @@ pub(crate) const MARK: &str = "# Written by socket-proxyd-units";
 const BRIDGE_WAIT: &str = "30s";
 const SERVICE_WAIT: &str = "90s";
 
-/// What no proxy needs. (The measure is systemd-analyze(1)'s `security`.)
-const PROXY: &str = "\
+/// What neither a proxy nor most applications need. (The measure is `systemd-analyze security`.)
+const BOTH: &str = "\
 CapabilityBoundingSet=
 NoNewPrivileges=yes
-UMask=0777
 ProtectSystem=strict
 ProtectHome=yes
 ProtectProc=invisible
-ProcSubset=pid
 PrivateDevices=yes
 PrivateTmp=yes
 PrivateMounts=yes
-PrivateUsers=yes
 ProtectClock=yes
 ProtectControlGroups=yes
 ProtectHostname=yes
@@ -35,43 +32,26 @@ ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
 LockPersonality=yes
-MemoryDenyWriteExecute=yes
 RemoveIPC=yes
 RestrictNamespaces=yes
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
-SystemCallFilter=~@privileged
 SystemCallErrorNumber=EPERM
 ";
 
-/// What most applications can live without.
-const APPLICATION: &str = "\
-CapabilityBoundingSet=
-NoNewPrivileges=yes
-UMask=0077
-ProtectSystem=strict
-ProtectHome=yes
-ProtectProc=invisible
-PrivateDevices=yes
-PrivateTmp=yes
-PrivateMounts=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-LockPersonality=yes
-RemoveIPC=yes
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallErrorNumber=EPERM
+/// What a proxy does not need beyond that.
+const PROXY: &str = "\
+UMask=0777
+ProcSubset=pid
+PrivateUsers=yes
+MemoryDenyWriteExecute=yes
+SystemCallFilter=~@privileged
 ";
+
+/// Files of an application are its own.
+const APPLICATION: &str = "UMask=0077\n";
 
 /// Below these a service with `ProtectHome=yes` finds nothing.
 const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
@@ -209,7 +189,7 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
             let is_vsock = matches!(units.targets[..], [Target::Address(Address::Vsock { .. })]);
             let vsock = if is_vsock { " AF_VSOCK" } else { "" };
             text += &format!("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6{vsock}\n");
-            text += APPLICATION;
+            text += &[BOTH, APPLICATION].concat();
         }
         _ => {
             text += &network(&units.targets, group.is_some());
@@ -265,7 +245,7 @@ fn files_of(targets: &[Target]) -> String {
         let mut paths = targets.iter().filter_map(path);
         paths.any(|path| directories.iter().any(|directory| path.starts_with(directory)))
     };
-    let mut text = PROXY.to_string();
+    let mut text = [BOTH, PROXY].concat();
     if is_below(&HOMES) {
         let needed = "# The target is in one of them.\nProtectHome=read-only";
         text = text.replace("ProtectHome=yes", needed);
