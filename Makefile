@@ -11,7 +11,7 @@ ZSHDIR ?= $(PREFIX)/share/zsh/$(if $(filter /usr,$(PREFIX)),vendor-completions,s
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 NEWEST = $(CURDIR)/target/newest-original
 YAQ = $(CURDIR)/target/yaq
-FRESH = $(CURDIR)/target/fresh-debian
+FRESH = $(CURDIR)/target/fresh-debian.tar
 
 .PHONY: build demo test check bench fmt clippy doc man deny install deb rpm clean
 

@@ -15,13 +15,16 @@ _socket_proxyd_units() {
     done
 
     case $prev in
-        --listen | --target)
+        --listen | --target | --metrics)
             _filedir
             return
             ;;
         --write)
-            _filedir -d
-            return
+            # As a word of its own it would be NAME, but for a path.
+            if [[ $split == true || $cur == [./]* ]]; then
+                _filedir -d
+                return
+            fi
             ;;
         --service)
             COMPREPLY=($(compgen -W "$(systemctl list-unit-files --no-legend --type=service \
@@ -43,8 +46,8 @@ _socket_proxyd_units() {
     esac
 
     if [[ $cur == -* ]]; then
-        COMPREPLY=($(compgen -W '--listen= --target= --service= --idle= --user= --group= --write
-            --force --help --version' -- "$cur"))
+        COMPREPLY=($(compgen -W '--listen= --target= --service= --idle= --user= --group= --metrics=
+            --write --force --help --version' -- "$cur"))
         [[ ${COMPREPLY-} == *= ]] && compopt -o nospace
     fi
 } && complete -F _socket_proxyd_units socket-proxyd-units

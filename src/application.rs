@@ -26,7 +26,7 @@ use crate::phase::Phase;
 use crate::ready::{Family, NotifySocket};
 use crate::run::Run;
 use crate::socket::Socket;
-use crate::statistics::{Seats, Starts};
+use crate::statistics::Starts;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 
@@ -147,16 +147,16 @@ impl Application {
         (*self.phase.borrow() != Phase::Ready).then(|| self.current_obstacle())
     }
 
-    /// Waits until COMMAND is ready; that somebody waits, counted as `held`, is what starts it.
+    /// Waits until COMMAND is ready; that somebody waits is what starts it.
     ///
     /// # Errors
     /// In words, what time can't mend.
-    pub async fn ready(&self, held: &Seats) -> Result<ReadyRun, String> {
+    pub async fn ready(&self) -> Result<ReadyRun, String> {
         let mut phase = self.watch();
         if *phase.borrow_and_update() == Phase::Ready {
             return Ok(ReadyRun(phase));
         }
-        let (_held, _waiting) = (held.take(), Waiting::new(self));
+        let _waiting = Waiting::new(self);
         loop {
             if phase.changed().await.is_err() {
                 std::future::pending().await

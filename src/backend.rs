@@ -57,23 +57,22 @@ impl Backend {
         if !self.holds() {
             return self.dialer().dial().await.map_err(|error| error.to_string());
         }
-        timeout_at(self.wait.deadline(), Box::pin(self.wait_for_it(held))).await.unwrap_or_else(
-            |_| {
-                let application = self.application.as_ref();
-                let obstacle = application.and_then(|application| application.obstacle());
-                let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle());
-                Err(format!("{obstacle}, for {}", self.wait))
-            },
-        )
+        let _held = held.take();
+        timeout_at(self.wait.deadline(), Box::pin(self.held())).await.unwrap_or_else(|_| {
+            let application = self.application.as_ref();
+            let obstacle = application.and_then(|application| application.obstacle());
+            let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle_at_the_end());
+            Err(format!("{obstacle}, for {}", self.wait))
+        })
     }
 
-    async fn wait_for_it(&self, held: &Seats) -> Result<Socket, String> {
-        let connect = async || self.hold.connect(held).await.map_err(|error| error.to_string());
+    async fn held(&self) -> Result<Socket, String> {
+        let connect = async || self.hold.connect().await.map_err(|error| error.to_string());
         let Some(application) = &self.application else {
             return connect().await;
         };
         loop {
-            let mut run = application.ready(held).await?;
+            let mut run = application.ready().await?;
             tokio::select! {
                 biased;
                 // First: nobody is handed to one that is being stopped.

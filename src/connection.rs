@@ -224,7 +224,7 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
         let backend = match Box::pin(reach(&socket, way, &presence, &story)).await {
             Reached::Backend(backend) => backend,
             Reached::Nobody(error) => {
-                story.entrance.visits().failed.add_one();
+                story.entrance.counts().failed.add_one();
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
                         client = %story.address,
@@ -411,7 +411,7 @@ async fn reach(client: &Socket, backend: &Backend, presence: &Presence, story: &
     tokio::select! {
         biased;
         () = presence.told_to_leave(answer) => Reached::ToldToLeave,
-        dialled = backend.connect(&story.entrance.visits().held) => dialled.map_or_else(Reached::Nobody, Reached::Backend),
+        dialled = backend.connect(&story.entrance.counts().held) => dialled.map_or_else(Reached::Nobody, Reached::Backend),
         () = client_gone(client, backend.holds()) => Reached::TooLate,
     }
 }

@@ -13,8 +13,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use crate::scrape::SCRAPERS_MAX;
-
 /// A client's and its backend's.
 const PER_CONNECTION: usize = 2;
 
@@ -43,8 +41,14 @@ const FOR_COMMAND: usize = 12;
 /// For an event loop of another thread: epoll, its wake-up, its end of the signals.
 const PER_THREAD: usize = 4;
 
-/// For scrapers, one of them in the moment in which another gives way, and their event loop.
-const FOR_METRICS: usize = SCRAPERS_MAX + 1 + PER_THREAD;
+/// Scrapers that are served at a time.
+pub const SCRAPERS_MAX: usize = 4;
+
+/// Scrapers whose answer is written, and which have not taken it yet.
+pub const UNTAKEN_MAX: usize = 32;
+
+/// For all of them, one more in the moment in which another gives way, and their event loop.
+const FOR_METRICS: usize = SCRAPERS_MAX + UNTAKEN_MAX + 2 + PER_THREAD;
 
 /// What start-up opens at most, beside the listeners: counted only when descriptors are few.
 const OPEN_AT_START: usize = 64;

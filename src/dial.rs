@@ -101,7 +101,8 @@ impl DialError {
             ) => Failure::Unreachable,
             Some(Errno::NOENT) => Failure::Missing,
             Some(Errno::AGAIN) => Failure::Backlog,
-            Some(Errno::ACCESS | Errno::PERM) => Failure::Denied,
+            // The last is what RestrictAddressFamilies= says.
+            Some(Errno::ACCESS | Errno::PERM | Errno::AFNOSUPPORT) => Failure::Denied,
             Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => Failure::Resources,
             _ => Failure::Other,
         }

@@ -19,7 +19,16 @@ pub enum Form {
 impl Form {
     /// The form for a client whose `Accept:` says this.
     pub fn accepted(accept: &str) -> Self {
-        if accept.contains("application/openmetrics-text") { Self::OpenMetrics } else { Self::Text }
+        let is_open = |range: &str| {
+            let mut parts = range.split(';').map(str::trim);
+            let is_it = parts
+                .next()
+                .is_some_and(|it| it.eq_ignore_ascii_case("application/openmetrics-text"));
+            let is_none = |weight: &str| weight.parse::<f32>().is_ok_and(|weight| weight == 0.0);
+            let mut weights = parts.filter_map(|part| part.strip_prefix("q="));
+            is_it && !weights.any(is_none)
+        };
+        if accept.split(',').any(is_open) { Self::OpenMetrics } else { Self::Text }
     }
 
     /// `Content-Type:` for it.
@@ -207,6 +216,8 @@ c 1.25
         let prometheus =
             "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5";
         assert_eq!(Form::accepted(prometheus), Form::OpenMetrics);
-        assert_eq!(Form::accepted("*/*"), Form::Text);
+        for accept in ["*/*", "", "application/openmetrics-text;q=0, text/plain"] {
+            assert_eq!(Form::accepted(accept), Form::Text);
+        }
     }
 }

@@ -121,6 +121,10 @@ impl<'a, S> Words<'a, S> {
         let set = match &known.meaning {
             Meaning::Takes(set) => set,
             Meaning::MayTakePath(set) => {
+                if attached.as_ref().is_some_and(|value| value.is_empty()) {
+                    let name = known.name;
+                    return Err(self.refused(&format!("option '--{name}=' has an empty argument")));
+                }
                 let next = self.raw.peek_os(&self.cursor).map(OsStr::as_bytes);
                 let takes_next = attached.is_none() && matches!(next, Some([b'/' | b'.', ..]));
                 let next = takes_next.then(|| self.raw.next_os(&mut self.cursor)).flatten();

@@ -19,7 +19,7 @@ use tokio::time::sleep;
 use crate::dial::{DialError, Dialer};
 use crate::logging::RateLimit;
 use crate::socket::{Family, Socket};
-use crate::statistics::Seats;
+use crate::statistics::Failure;
 use crate::timespan::TimeSpan;
 
 /// Between two probes, at first and at most: how late a backend may be noticed whose refusal is
@@ -103,12 +103,11 @@ impl Hold {
         Self { dialer, wait, probing }
     }
 
-    /// Connects, now or as soon as the backend is up, however long that takes; who waits is counted
-    /// as `held`.
+    /// Connects, now or as soon as the backend is up, however long that takes.
     ///
     /// # Errors
     /// What time can't mend.
-    pub async fn connect(self: &Rc<Self>, held: &Seats) -> Result<Socket, DialError> {
+    pub async fn connect(self: &Rc<Self>) -> Result<Socket, DialError> {
         loop {
             if let Some(socket) = self.probing.take_reached() {
                 return Ok(socket);
@@ -120,15 +119,16 @@ impl Hold {
                     dialled => return dialled,
                 },
             };
-            let _held = held.take();
             let _ = probe.changed().await;
         }
     }
 
-    /// What stands between the clients and the backend.
-    pub fn obstacle(&self) -> String {
+    /// What stands between a client and the backend when its time is over: if that is not known, its own
+    /// attempt, which ends with that.
+    pub fn obstacle_at_the_end(&self) -> String {
         let obstacle = self.probing.lock().obstacle.clone();
         obstacle.unwrap_or_else(|| {
+            self.dialer.dials().fail(Failure::Timeout);
             let target = self.dialer.target();
             format!("Failed to connect to remote host: {target}: Connection timed out")
         })

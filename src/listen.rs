@@ -28,7 +28,7 @@ use crate::descriptors::{Descriptors, Reserved};
 use crate::ledger::Kept;
 use crate::logging::{RateLimit, in_words};
 use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
-use crate::statistics::{Seat, Visits};
+use crate::statistics::{EntranceCounts, Seat};
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -255,7 +255,7 @@ impl fmt::Display for Listener {
 #[derive(Debug)]
 pub struct Entrance {
     label: String,
-    visits: Arc<Visits>,
+    counts: Arc<EntranceCounts>,
 }
 
 impl Entrance {
@@ -265,18 +265,18 @@ impl Entrance {
     }
 
     /// One whose connections are counted together with others.
-    pub fn counted_among(identity: &Identity, visits: Arc<Visits>) -> Arc<Self> {
-        Arc::new(Self { label: identity.to_string(), visits })
+    pub fn counted_among(identity: &Identity, counts: Arc<EntranceCounts>) -> Arc<Self> {
+        Arc::new(Self { label: identity.to_string(), counts })
     }
 
     /// What has happened here.
-    pub fn visits(&self) -> &Arc<Visits> {
-        &self.visits
+    pub fn counts(&self) -> &Arc<EntranceCounts> {
+        &self.counts
     }
 
     /// One more has come in, and is not over.
     pub fn enter(&self) -> Seat {
-        self.visits.open.take()
+        self.counts.open.take()
     }
 }
 

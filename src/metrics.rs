@@ -1,7 +1,8 @@
 //! What `--metrics=` shows: each family, its name and its help, from what was counted.
 //!
 //! Its size is bounded: so many listeners and backends have lines of their own, and what is beyond them
-//! is added up as `others`, as are connections of the process before this one that came in elsewhere.
+//! is added up as `others`, as are connections of the process before this one that came in elsewhere,
+//! if there was one.
 
 #![forbid(unsafe_code)]
 
@@ -11,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::admission::Admission;
 use crate::exposition::{Exposition, Form, Kind};
 use crate::logging::bounded_line;
-use crate::statistics::{Dials, Histogram, Loops, Starts, Visits};
+use crate::statistics::{Dials, EntranceCounts, Histogram, Loops, Starts};
 
 /// Listeners, and backends, that have lines of their own.
 const SHOWN_MAX: usize = 64;
@@ -26,7 +27,7 @@ const OTHERS: &str = "others";
 pub struct Metrics {
     admission: Admission,
     /// By listener and backend.
-    visits: Vec<([String; 2], Vec<Arc<Visits>>)>,
+    counts: Vec<([String; 2], Vec<Arc<EntranceCounts>>)>,
     /// Which of the plan's backends have this name.
     backends: Vec<(String, Vec<usize>)>,
     dials: Vec<Arc<Dials>>,
@@ -42,9 +43,9 @@ pub struct Sources {
     /// The cap.
     pub admission: Admission,
     /// Each listener, and which backend it leads to.
-    pub listeners: Vec<(String, usize, Arc<Visits>)>,
+    pub listeners: Vec<(String, usize, Arc<EntranceCounts>)>,
     /// Connections of the process before this one that came in elsewhere.
-    pub elsewhere: Arc<Visits>,
+    pub elsewhere: Arc<EntranceCounts>,
     /// Each backend.
     pub backends: Vec<(String, Arc<Dials>)>,
     /// The event loops.
@@ -61,16 +62,17 @@ impl Metrics {
         let Sources { admission, listeners, elsewhere, backends, loops, recovered, starts } =
             sources;
         let name = |index: usize| backends.get(index).map_or("", |(name, _)| name).to_string();
-        let visits = listeners.into_iter();
-        let visits = visits.map(|(listener, backend, visits)| ([listener, name(backend)], visits));
-        let elsewhere = ([OTHERS; 2].map(String::from), elsewhere);
+        let counts = listeners.into_iter();
+        let counts = counts.map(|(listener, backend, counts)| ([listener, name(backend)], counts));
+        let has_others = recovered > 0;
+        let elsewhere = has_others.then(|| ([OTHERS; 2].map(String::from), elsewhere));
         let known = (0..backends.len()).map(|index| ([name(index)], index));
-        let unknown = ([OTHERS.to_string()], backends.len());
-        let grouped = group(known.chain([unknown])).into_iter();
+        let unknown = has_others.then(|| ([OTHERS.to_string()], backends.len()));
+        let grouped = group(known.chain(unknown)).into_iter();
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
             admission,
-            visits: group(visits.chain([elsewhere])),
+            counts: group(counts.chain(elsewhere)),
             backends: grouped.map(|([name], indexes)| (name, indexes)).collect(),
             dials: backends.into_iter().map(|(_, dials)| dials).collect(),
             loops,
@@ -124,43 +126,43 @@ impl Metrics {
     }
 
     fn connections(&self, all: &mut Exposition) {
-        type Value = fn(&Visits) -> u64;
+        type Value = fn(&EntranceCounts) -> u64;
         let families: [(&str, Kind, &str, Value); 5] = [
             (
                 "socket_proxyd_connections_open",
                 Kind::Gauge,
                 "Connections that are open, those included that wait for their backend.",
-                |visits| visits.open.taken() as u64,
+                |counts| counts.open.taken() as u64,
             ),
             (
                 "socket_proxyd_connections_held",
                 Kind::Gauge,
-                "Clients that wait for a backend that is not up yet.",
-                |visits| visits.held.taken() as u64,
+                "Clients that are held until their backend is up.",
+                |counts| counts.held.taken() as u64,
             ),
             (
                 "socket_proxyd_connections",
                 Kind::Counter,
                 "Connections that were accepted and admitted.",
-                |visits| visits.admitted.get(),
+                |counts| counts.admitted.get(),
             ),
             (
                 "socket_proxyd_connections_refused",
                 Kind::Counter,
                 "Connections that were closed at the cap.",
-                |visits| visits.refused.get(),
+                |counts| counts.refused.get(),
             ),
             (
                 "socket_proxyd_connections_failed",
                 Kind::Counter,
                 "Connections that ended because there was no backend.",
-                |visits| visits.failed.get(),
+                |counts| counts.failed.get(),
             ),
         ];
         for (name, kind, help, value) in families {
             let mut family = all.family(name, kind, help);
-            for ([listener, backend], visits) in &self.visits {
-                let value: u64 = visits.iter().map(|visits| value(visits)).sum();
+            for ([listener, backend], counts) in &self.counts {
+                let value: u64 = counts.iter().map(|counts| value(counts)).sum();
                 family.sample(&[("listener", listener), ("backend", backend)], value);
             }
         }
@@ -247,10 +249,11 @@ mod tests {
     use crate::statistics::Failure;
 
     fn metrics(listeners: usize, name: impl Fn(usize) -> String) -> Metrics {
-        let listeners: Vec<_> =
-            (0..listeners).map(|index| (name(index), index, Arc::<Visits>::default())).collect();
-        for (_, _, visits) in &listeners {
-            visits.admitted.add_one();
+        let listeners: Vec<_> = (0..listeners)
+            .map(|index| (name(index), index, Arc::<EntranceCounts>::default()))
+            .collect();
+        for (_, _, counts) in &listeners {
+            counts.admitted.add_one();
         }
         let backends: Vec<_> =
             listeners.iter().map(|(name, ..)| (name.clone(), Arc::<Dials>::default())).collect();
@@ -276,6 +279,22 @@ mod tests {
     }
 
     #[test]
+    fn the_dashboard_asks_for_what_is_there() {
+        let text = metrics(1, |_| "web".into()).render(Form::Text);
+        let dashboard = include_str!("../docs/grafana.json");
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let names = dashboard.split(|c| !is_name(c));
+        let names: BTreeSet<_> = names.filter(|name| name.starts_with("socket_proxyd_")).collect();
+        assert!(names.len() >= 10, "{names:?}");
+        for name in names {
+            let is_there = text.lines().any(|line| {
+                line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+            });
+            assert!(is_there, "{name}");
+        }
+    }
+
+    #[test]
     fn nothing_is_said_twice_however_sockets_are_named() {
         let text = metrics(3, |_| "the same".into()).render(Form::OpenMetrics);
         let series: Vec<_> =
@@ -283,7 +302,8 @@ mod tests {
         let unique: BTreeSet<_> = series.iter().collect();
         assert_eq!(series.len(), unique.len(), "{text}");
         assert_eq!(sum(&text, "socket_proxyd_connections_total{"), 3);
-        assert_eq!(sum(&text, "socket_proxyd_bytes_total{"), 4);
+        assert_eq!(sum(&text, "socket_proxyd_bytes_total{"), 3);
+        assert!(!text.contains(OTHERS), "{text}");
     }
 
     #[test]
@@ -292,7 +312,7 @@ mod tests {
         let text = metrics(1000, name).render(Form::Text);
         assert!(text.len() < 1024 * 1024, "{}", text.len());
         assert_eq!(sum(&text, "socket_proxyd_connections_total{"), 1000);
-        assert_eq!(sum(&text, "socket_proxyd_bytes_total{"), 1001);
+        assert_eq!(sum(&text, "socket_proxyd_bytes_total{"), 1000);
         assert_eq!(sum(&text, "socket_proxyd_dial_errors_total{"), 1000);
     }
 }

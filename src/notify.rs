@@ -169,7 +169,7 @@ impl Notifier {
             let load = admission.load();
             let open = entrances
                 .iter()
-                .map(|entrance| (entrance.to_string(), entrance.visits().open.taken()));
+                .map(|entrance| (entrance.to_string(), entrance.counts().open.taken()));
             let open = open.filter(|(_, open)| *open > 0 && entrances.len() > 1).collect();
             let carried = carried();
             let status = Status { load, max, carried, recovered, open, application }.to_string();

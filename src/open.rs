@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::Duration;
@@ -57,8 +58,10 @@ impl ListenAddress {
         if let Some(vsock) = parse_vsock(text) {
             return vsock.map(Self::Vsock);
         }
-        if let Some(port) = text.strip_prefix(':') {
-            return Err(format!("every address is --listen={port}"));
+        if let Some(port) = text.strip_prefix(':')
+            && port.bytes().all(|byte| byte.is_ascii_digit())
+        {
+            return Err(format!("every address is the port alone, {port}"));
         }
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
             let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
@@ -75,6 +78,41 @@ impl fmt::Display for ListenAddress {
             Self::Host(host_port) => host_port.fmt(f),
             Self::Unix(name) => name.fmt(f),
             Self::Vsock(address) => address.fmt(f),
+        }
+    }
+}
+
+/// The value of `--metrics=`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsAddress {
+    /// To be opened.
+    Open(ListenAddress),
+    /// Passed by systemd, with this `FileDescriptorName=`.
+    Passed(String),
+}
+
+impl MetricsAddress {
+    /// Reads `fd:NAME`, or what `--listen=` takes, but vsock, which no scraper speaks.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(text: &OsStr) -> Result<Self, String> {
+        match text.as_bytes().strip_prefix(b"fd:") {
+            Some(b"") => Err("fd: stands before the FileDescriptorName= of a passed socket".into()),
+            Some(name) => Ok(Self::Passed(String::from_utf8_lossy(name).into())),
+            None => match ListenAddress::parse(text)? {
+                ListenAddress::Vsock(_) => Err("it has to be TCP or a Unix socket".into()),
+                address => Ok(Self::Open(address)),
+            },
+        }
+    }
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Open(address) => address.fmt(f),
+            Self::Passed(name) => write!(f, "fd:{name}"),
         }
     }
 }

@@ -19,8 +19,7 @@ use landlock::{
 use rustix::thread::{SecureComputingMode, secure_computing_mode, set_no_new_privs};
 
 use crate::cli::Config;
-use crate::open::ListenAddress;
-use crate::scrape::MetricsAddress;
+use crate::open::{ListenAddress, MetricsAddress};
 use crate::target::{Port, Target};
 
 /// The file rights that are taken away: all that this version knows. Later ones, such as connecting to
@@ -66,8 +65,8 @@ pub fn enter(config: &Config) {
     }
     if secure_computing_mode() != Ok(SecureComputingMode::Disabled) {
         tracing::debug!(
-            "Not restricting files and TCP ports: there is a filter of system calls, which might \
-             kill for Landlock's."
+            "Not restricting files and TCP ports: there is a filter of system calls, as of most of systemd's \
+             hardening, which might kill for Landlock's."
         );
         return;
     }

@@ -1,21 +1,20 @@
 //! Who asks for the metrics: HTTP on a thread of its own, so that no scraper is in a client's way.
 //!
-//! Nobody can hold on to it: four are served at a time, the next one takes the place of the one who has
-//! been there longest, newcomers come one a millisecond, and all is over after two seconds. So 200 that
-//! never say anything don't keep a well-behaved one waiting. (hyper reads what they say, and at most
-//! [`BUFFER_MAX`] of it.)
+//! Nobody can hold on to it, and whoever asks is answered. Four are served at a time; the next one takes
+//! the place of the one who has been there longest, and gets a turn before another comes. An answer that
+//! was written waits until its scraper has taken it, beside [`UNTAKEN_MAX`] others, since what is only
+//! closed stays in the kernel's memory for minutes. All is over after two seconds, by a reset if need be.
+//! (hyper reads what they say, and at most [`REQUEST_MAX`] bytes of it.)
 
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::ffi::OsStr;
-use std::fmt;
+use std::future::{poll_fn, ready};
 use std::io;
 use std::net;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net as unix;
 use std::rc::Rc;
 use std::time::Duration;
@@ -26,84 +25,55 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::task::{AbortHandle, JoinSet, spawn_local};
-use tokio::time::{sleep, timeout};
+use tokio::task::{AbortHandle, JoinSet, spawn_local, yield_now};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::activation::Inherited;
+use crate::descriptors::{SCRAPERS_MAX, UNTAKEN_MAX};
 use crate::exposition::Form;
 use crate::listen::{Listener, SocketFile};
 use crate::logging::{RateLimit, in_words};
 use crate::metrics::Metrics;
-use crate::open::{ListenAddress, open};
+use crate::open::{MetricsAddress, open};
 use crate::socket::Family;
 use crate::worker::start_thread;
-
-/// Scrapers that are served at a time.
-pub const SCRAPERS_MAX: usize = 4;
 
 /// For one of them, from accept to close.
 const REQUEST_TIME: Duration = Duration::from_secs(2);
 
-/// Between two newcomers: what a flood of them may cost.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
+/// Newcomers between two pauses, which bound what a flood of them may cost.
+const BURST: usize = 8;
+const BURST_PAUSE: Duration = Duration::from_millis(1);
 
 /// After accept(2) found the system short of something.
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(200);
 
 /// Bytes of a request; hyper's least.
-const BUFFER_MAX: usize = 8192;
+const REQUEST_MAX: usize = 8192;
+
+/// Bytes of an answer that are the kernel's at a time; it takes twice that.
+const SEND_BUFFER: usize = 32 * 1024;
+
+/// Turns of the event loop in which a request that is there is read, and its answer written.
+const TURNS: usize = 4;
 
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
-/// The value of `--metrics=`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MetricsAddress {
-    /// To be opened.
-    Open(ListenAddress),
-    /// Passed by systemd, with this `FileDescriptorName=`.
-    Passed(String),
-}
-
-impl MetricsAddress {
-    /// Reads `fd:NAME`, or what `--listen=` takes, but vsock, which no scraper speaks.
-    ///
-    /// # Errors
-    /// What is wrong with it, in words.
-    pub fn parse(text: &OsStr) -> Result<Self, String> {
-        match text.as_bytes().strip_prefix(b"fd:") {
-            Some(b"") => Err("fd: stands before the FileDescriptorName= of a passed socket".into()),
-            Some(name) => Ok(Self::Passed(String::from_utf8_lossy(name).into())),
-            None => match ListenAddress::parse(text)? {
-                ListenAddress::Vsock(_) => Err("it has to be TCP or a Unix socket".into()),
-                address => Ok(Self::Open(address)),
-            },
-        }
-    }
-}
-
-impl fmt::Display for MetricsAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Open(address) => address.fmt(f),
-            Self::Passed(name) => write!(f, "fd:{name}"),
-        }
-    }
-}
-
 /// Where scrapers come in. When this is dropped, its socket files go.
 #[derive(Debug)]
-pub struct Scrapes {
-    doors: Vec<(OwnedFd, Family)>,
+pub struct Exporter {
+    listeners: Vec<(OwnedFd, Family)>,
     _files: Vec<SocketFile>,
 }
 
-impl Scrapes {
+impl Exporter {
     /// Opens the sockets, or takes them out of those that were passed.
     ///
     /// # Errors
-    /// One line that names the option.
+    /// What is wrong, in words that follow the option.
     pub async fn open(
         address: &MetricsAddress,
         inherited: &mut Vec<Inherited>,
@@ -121,23 +91,24 @@ impl Scrapes {
                 listeners
             }
         };
-        let (mut doors, mut files) = (Vec::new(), Vec::new());
+        let (mut parts, mut files) = (Vec::new(), Vec::new());
         for listener in listeners {
             let name = listener.to_string();
             let (fd, family, file) = listener.into_parts();
             if family == Family::Vsock {
                 return Err(format!("{name} has to be TCP or a Unix socket."));
             }
+            // What it accepts inherits both: a socket that is dropped is reset.
+            let socket = SockRef::from(&fd);
+            let bounded = socket.set_send_buffer_size(SEND_BUFFER);
+            bounded.and_then(|()| socket.set_linger(Some(Duration::ZERO))).map_err(|error| {
+                format!("Failed to set options of {name}: {}.", in_words(&error))
+            })?;
             tracing::info!("Metrics on {name}.");
-            doors.push((fd, family));
+            parts.push((fd, family));
             files.extend(file);
         }
-        Ok(Self { doors, _files: files })
-    }
-
-    /// How many sockets there are.
-    pub fn sockets(&self) -> usize {
-        self.doors.len()
+        Ok(Self { listeners: parts, _files: files })
     }
 
     /// Answers scrapers from now on, until the process ends.
@@ -145,85 +116,133 @@ impl Scrapes {
     /// # Errors
     /// When there is no thread for it, or no event loop.
     pub fn serve(&mut self, metrics: Metrics) -> io::Result<()> {
-        let doors = std::mem::take(&mut self.doors);
-        start_thread("proxyd-metrics", async move || live(doors, metrics).await).map(drop)
+        let listeners = std::mem::take(&mut self.listeners);
+        start_thread("proxyd-metrics", async move || live(listeners, metrics).await).map(drop)
     }
 }
 
 /// The life of the thread.
-async fn live(doors: Vec<(OwnedFd, Family)>, metrics: Metrics) {
-    let desk = Rc::new(Desk { metrics, served: RefCell::default() });
+async fn live(listeners: Vec<(OwnedFd, Family)>, metrics: Metrics) {
+    let scrapers = Rc::new(Scrapers {
+        metrics,
+        asking: Places::new(SCRAPERS_MAX),
+        untaken: Places::new(UNTAKEN_MAX),
+    });
     let mut accepting = JoinSet::new();
-    for (fd, family) in doors {
-        accepting.spawn_local(admit(fd, family, Rc::clone(&desk)));
+    for (fd, family) in listeners {
+        accepting.spawn_local(admit(fd, family, Rc::clone(&scrapers)));
     }
     while let Some(ended) = accepting.join_next().await {
-        if let Ok(Err(error)) = ended {
-            tracing::error!("Failed to listen for scrapers: {}", in_words(&error));
-        }
+        let why = match ended {
+            Ok(Err(error)) => in_words(&error),
+            Err(panic) => panic.to_string(),
+        };
+        tracing::error!("Failed to listen for scrapers: {why}");
     }
 }
 
 /// Lets scrapers in at one socket, until it breaks.
-async fn admit(fd: OwnedFd, family: Family, desk: Rc<Desk>) -> io::Result<Infallible> {
+async fn admit(fd: OwnedFd, family: Family, scrapers: Rc<Scrapers>) -> io::Result<Infallible> {
     if family == Family::Tcp {
         let listener = TcpListener::from_std(net::TcpListener::from(fd))?;
-        loop {
-            desk.take(listener.accept().await.map(|(stream, _)| stream)).await;
+        scrapers.admit(async || listener.accept().await.map(|(stream, _)| stream)).await
+    } else {
+        let listener = UnixListener::from_std(unix::UnixListener::from(fd))?;
+        scrapers.admit(async || listener.accept().await.map(|(stream, _)| stream)).await
+    }
+}
+
+/// As many as may be somewhere at a time: one more takes the place of the first.
+#[derive(Debug)]
+struct Places {
+    taken: RefCell<VecDeque<AbortHandle>>,
+    max: usize,
+}
+
+impl Places {
+    fn new(max: usize) -> Self {
+        Self { taken: RefCell::default(), max }
+    }
+
+    fn take(&self, task: AbortHandle) {
+        let mut taken = self.taken.borrow_mut();
+        taken.retain(|task| !task.is_finished());
+        if taken.len() >= self.max
+            && let Some(first) = taken.pop_front()
+        {
+            first.abort();
         }
-    }
-    let listener = UnixListener::from_std(unix::UnixListener::from(fd))?;
-    loop {
-        desk.take(listener.accept().await.map(|(stream, _)| stream)).await;
+        taken.push_back(task);
     }
 }
 
-/// Where they are served.
-struct Desk {
+/// Those who ask, and what they ask for.
+#[derive(Debug)]
+struct Scrapers {
     metrics: Metrics,
-    /// The one who has been there longest is the first.
-    served: RefCell<VecDeque<AbortHandle>>,
+    /// Those who have not been answered.
+    asking: Places,
+    /// Those whose answer is the kernel's, and not yet theirs.
+    untaken: Places,
 }
 
-impl Desk {
-    /// Begins to serve a newcomer, and waits for the time of the next.
-    async fn take<S>(self: &Rc<Self>, newcomer: io::Result<S>)
+impl Scrapers {
+    async fn admit<S>(
+        self: &Rc<Self>,
+        accept: impl AsyncFn() -> io::Result<S>,
+    ) -> io::Result<Infallible>
     where
         S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
-        let stream = match newcomer {
-            Ok(stream) => stream,
-            Err(error) => {
-                if let Some(suppressed) = ACCEPT_FAILED.pass() {
-                    let error = in_words(&error);
-                    tracing::warn!("Failed to accept a scraper, trying again: {error}{suppressed}");
+        let mut in_burst = 0;
+        loop {
+            match accept().await {
+                Ok(stream) => {
+                    let this = Rc::clone(self);
+                    let deadline = Instant::now() + REQUEST_TIME;
+                    let serve = async move {
+                        if let Ok(stream) = timeout_at(deadline, this.serve(stream)).await {
+                            let taken = async move { timeout_at(deadline, taken(stream)).await };
+                            this.untaken.take(spawn_local(taken).abort_handle());
+                        }
+                    };
+                    self.asking.take(spawn_local(serve).abort_handle());
+                    // Whoever was queued has asked already: time for the answer, before the next comes.
+                    for _ in 0..TURNS {
+                        yield_now().await;
+                    }
                 }
-                return sleep(SHORTAGE_PAUSE).await;
+                Err(error) => {
+                    if let Some(suppressed) = ACCEPT_FAILED.pass() {
+                        let error = in_words(&error);
+                        tracing::warn!(
+                            "Failed to accept a scraper, trying again: {error}{suppressed}"
+                        );
+                    }
+                    sleep(SHORTAGE_PAUSE).await;
+                }
             }
-        };
-        {
-            let mut served = self.served.borrow_mut();
-            served.retain(|scraper| !scraper.is_finished());
-            if served.len() >= SCRAPERS_MAX
-                && let Some(longest) = served.pop_front()
-            {
-                longest.abort();
+            in_burst = (in_burst + 1) % BURST;
+            if in_burst == 0 {
+                sleep(BURST_PAUSE).await;
             }
-            let desk = Rc::clone(self);
-            let serve = async move { timeout(REQUEST_TIME, desk.serve(stream)).await };
-            served.push_back(spawn_local(serve).abort_handle());
         }
-        sleep(ACCEPT_PAUSE).await;
     }
 
-    async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Unpin) {
-        let answer = service_fn(async |request| Ok::<_, Infallible>(self.answer(&request)));
+    /// Answers one request, if only that it is none.
+    async fn serve<S>(&self, stream: S) -> S
+    where
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
+    {
+        let answer = service_fn(|request| ready(Ok::<_, Infallible>(self.answer(&request))));
         let mut http = http1::Builder::new();
         // One who stays would have a place that others need.
-        http.keep_alive(false).max_buf_size(BUFFER_MAX);
-        if let Err(error) = http.serve_connection(TokioIo::new(stream), answer).await {
+        http.keep_alive(false).max_buf_size(REQUEST_MAX);
+        let mut connection = http.serve_connection(TokioIo::new(stream), answer);
+        if let Err(error) = poll_fn(|cx| connection.poll_without_shutdown(cx)).await {
             tracing::debug!("A scraper was not served: {error}");
         }
+        connection.into_parts().io.into_inner()
     }
 
     fn answer(&self, request: &Request<Incoming>) -> Response<String> {
@@ -247,5 +266,19 @@ impl Desk {
         let kind = HeaderValue::from_static(form.content_type());
         response.headers_mut().insert(CONTENT_TYPE, kind);
         response
+    }
+}
+
+/// Waits until a scraper has taken its answer: it closes then, having been told to.
+async fn taken(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+    let mut rest = [0; 512];
+    let mut said = 0;
+    if stream.shutdown().await.is_ok() {
+        while let Ok(1..) = stream.read(&mut rest).await {
+            said += rest.len();
+            if said > REQUEST_MAX {
+                return;
+            }
+        }
     }
 }

@@ -32,11 +32,11 @@ use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifySocket, Ready};
 use crate::sandbox;
-use crate::scrape::Scrapes;
+use crate::scrape::Exporter;
 use crate::selector::Targets;
 use crate::signals::{Questions, Signals};
 use crate::sockets::Sockets;
-use crate::statistics::{Dials, Loops, Visits};
+use crate::statistics::{Dials, EntranceCounts, Loops};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
 use crate::worker::{Workers, event_loop};
@@ -71,9 +71,9 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
     // systemd, or a name to listen on, may take its time; a signal must not.
     let gather = async {
         // First: what is passed for it is nobody's listener.
-        let scrapes = match &config.metrics {
+        let exporter = match &config.metrics {
             Some(address) => {
-                let opened = Scrapes::open(address, &mut inherited).await;
+                let opened = Exporter::open(address, &mut inherited).await;
                 Some(opened.map_err(|error| format!("--metrics={address}: {error}"))?)
             }
             None => None,
@@ -82,17 +82,17 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
         let (handover, mut recovered) =
             Handover::open(config.handover, opens, &mut inherited, &notifier).await?;
         let sockets = Sockets::gather(&config.listen, inherited, &mut recovered).await?;
-        Ok::<_, String>((handover, recovered, sockets, scrapes))
+        Ok::<_, String>((handover, recovered, sockets, exporter))
     };
-    let (handover, recovered, sockets, mut scrapes) = tokio::select! {
+    let (handover, recovered, sockets, mut exporter) = tokio::select! {
         gathered = gather => gathered?,
         () = signals.stop() => return Ok(()),
     };
     let drain_time = config.drain_time;
     let mut server = Server::new(config, sockets, handover, recovered.descriptors())?;
     server.take_back(recovered);
-    if let Some(scrapes) = &mut scrapes {
-        scrapes.serve(server.metrics()).map_err(|error| {
+    if let Some(exporter) = &mut exporter {
+        exporter.serve(server.metrics()).map_err(|error| {
             format!("Failed to start a thread for --metrics=: {}.", in_words(&error))
         })?;
     }
@@ -145,7 +145,7 @@ pub(crate) struct Server {
     /// That they don't.
     pub(crate) kept_listeners: Vec<Kept>,
     /// Connections of the process before this one that came in elsewhere.
-    pub(crate) elsewhere: Arc<Visits>,
+    pub(crate) elsewhere: Arc<EntranceCounts>,
 }
 
 /// Where clients come from, each with the backend of the plan that it leads to.
@@ -241,6 +241,11 @@ impl Server {
             }
             _ => None,
         };
+        if !config.listen.is_empty() {
+            sources.listeners().iter().try_for_each(|(listener, backend)| {
+                leads_elsewhere(listener, ways[*backend].dialer.target())
+            })?;
+        }
         let plan = Plan {
             ways,
             backend_wait: config.backend_wait,
@@ -293,7 +298,7 @@ impl Server {
     fn metrics(&self) -> Metrics {
         let plan = self.workers.plan();
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
-            (listener.to_string(), *backend, Arc::clone(listener.entrance().visits()))
+            (listener.to_string(), *backend, Arc::clone(listener.entrance().counts()))
         };
         let backend = |way: &Way| (way.dialer.target().to_string(), Arc::clone(way.dialer.dials()));
         Metrics::new(metrics::Sources {
@@ -515,6 +520,19 @@ fn is_not_itself(target: &Target, listeners: &[(Rc<Listener>, usize)]) -> Result
     }
 }
 
+/// Nobody is carried back to where they came in.
+fn leads_elsewhere(listener: &Listener, target: &Target) -> Result<(), String> {
+    match target {
+        Target::Address(address) if listener.identity().address.answers_at(address) => {
+            Err(format!(
+                "--listen={listener} leads to itself, TARGET {target}; let the backend listen on another \
+             address."
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Lets clients in at one listener, until it breaks.
 async fn admit(
     listener: Rc<Listener>,
@@ -531,12 +549,12 @@ async fn admit(
         };
         match admission.admit() {
             Some(permit) => {
-                newcomer.entrance.visits().admitted.add_one();
+                newcomer.entrance.counts().admitted.add_one();
                 newcomer.kept = handover.as_ref().and_then(|it| it.keep_client(&newcomer.fd));
                 workers.serve(newcomer, permit, backend);
             }
             None => {
-                newcomer.entrance.visits().refused.add_one();
+                newcomer.entrance.counts().refused.add_one();
                 if let Some(suppressed) = REFUSED.pass() {
                     tracing::warn!(
                         client = %newcomer.address,

@@ -55,10 +55,10 @@ impl Count {
 
 /// What happens at one way in.
 #[derive(Debug, Default)]
-pub struct Visits {
+pub struct EntranceCounts {
     /// Connections that are not over.
     pub open: Seats,
-    /// Those of them whose backend is not up yet.
+    /// Those of them that are held until their backend is up.
     pub held: Seats,
     /// Connections that were admitted.
     pub admitted: Count,

@@ -10,10 +10,9 @@ use std::time::Duration;
 use crate::admission::Overflow;
 use crate::handover::Survival;
 use crate::logging::LogLevel;
-use crate::open::ListenAddress;
+use crate::open::{ListenAddress, MetricsAddress};
 use crate::proxy_header::ProxyProtocol;
 use crate::ready::Ready;
-use crate::scrape::MetricsAddress;
 use crate::socket::Keepalive;
 use crate::timespan::TimeSpan;
 

@@ -617,6 +617,9 @@ fn the_target_is_not_what_we_listen_on_ourselves() {
     let (code, _, stderr) = run(&OURS.into(), &[&listen, &target, "--", "sh"]);
     assert_eq!(code, Some(1));
     assert!(stderr.contains(&format!("{listen} takes the address of TARGET {target}")), "{stderr}");
+    let (code, _, stderr) = run(&OURS.into(), &[&listen, &target]);
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains(&format!("{listen} leads to itself, TARGET {target}")), "{stderr}");
 }
 
 #[test]

@@ -245,13 +245,23 @@ fn examples(container: &Container) {
         for listen in words.filter_map(|word| word.strip_prefix("--listen=")) {
             answers(container, &example, listen);
         }
-        let socket = example.trim_end().rsplit(' ').next().unwrap();
-        let service = socket.replace(".socket", ".service");
-        check(container, &[socket, &service]);
-        let files =
-            [socket, &service, &format!("app.service.d/{}", service.replace(".service", ".conf"))];
-        container.run(&["systemctl", "disable", socket]);
-        clean_up(container, &files);
+        if let Some(metrics) =
+            example.split_whitespace().find_map(|it| it.strip_prefix("--metrics="))
+        {
+            let url = format!("http://{metrics}/metrics");
+            let text = container.run(&["curl", "-sSf", "--max-time", "60", &url]);
+            assert!(text.contains("socket_proxyd_connections_total{"), "{text}");
+        }
+        let words = example.split_whitespace();
+        let sockets: Vec<_> = words
+            .filter(|word| word.ends_with("-proxy.socket") || word.ends_with("-metrics.socket"))
+            .collect();
+        let service = sockets[0].replace(".socket", ".service");
+        let units = [&sockets[..], &[&service]].concat();
+        check(container, &units);
+        container.run(&[&["systemctl", "disable"], &sockets[..]].concat());
+        let drop_in = format!("app.service.d/{}", service.replace(".service", ".conf"));
+        clean_up(container, &[&units[..], &[&drop_in]].concat());
     }
 }
 

@@ -11,6 +11,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use keeper::Keeper;
 use rustix::process::Signal;
+use socket2::{Domain, Socket, Type};
 use support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -314,39 +315,66 @@ fn connections_that_were_taken_over_are_counted_as_such() {
     assert_eq!(value(&after, &others), 1.0);
 }
 
+/// Bytes of answers that the kernel keeps for scrapers, and for how many of them.
+fn untaken(metrics: SocketAddr) -> (usize, usize) {
+    let port = format!(":{:04X}", metrics.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let queues = table.lines().skip(1).filter_map(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        let (local, queues) = (words.next()?, words.nth(2)?);
+        let queued = usize::from_str_radix(queues.split_once(':')?.0, 16).ok()?;
+        (local.ends_with(&port) && queued > 0).then_some(queued)
+    });
+    let queues: Vec<_> = queues.collect();
+    (queues.iter().sum(), queues.len())
+}
+
+/// The end of somebody who has had their time.
+fn is_let_go(stream: &mut impl Read) -> bool {
+    match stream.read_to_end(&mut Vec::new()) {
+        Ok(_) => true,
+        Err(error) => error.kind() == ErrorKind::ConnectionReset,
+    }
+}
+
 /// 200 that say nothing, one that says a byte now and then, 200 that ask and never read.
 #[test]
 fn nobody_keeps_others_from_an_answer() {
-    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let scraped = Scraped::start(Launch::new(OURS).listener(&listener).arg(&backend.target));
+    let backend = echo_backend(Family::Tcp);
+    // Many listeners, so that an answer is long.
+    let fronts: Vec<_> = (0..40).map(|_| Endpoint::new(Family::Tcp)).collect();
+    let launch = fronts.iter().fold(Launch::new(OURS), Launch::listener);
+    let targets = fronts.iter().map(|front| format!(":{}={}", front.port(), backend.target));
+    let scraped = Scraped::start(launch.args(targets));
     // What the thread makes once is there.
-    scraped.text();
+    assert!(scraped.text().len() > 16_000);
     let (before, resident) = (scraped.proxy.descriptors(), scraped.proxy.resident());
     let mut silent: Vec<_> = (0..200).map(|_| scraped.stream()).collect();
     let mut slow = scraped.stream();
     slow.write_all(b"G").unwrap();
-    let never_read: Vec<_> = (0..200)
+    let mut never_read: Vec<_> = (0..200)
         .map(|_| {
-            let mut stream = scraped.stream();
+            let stream = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            stream.set_recv_buffer_size(2304).unwrap();
+            stream.connect(&scraped.metrics.into()).unwrap();
             // Whoever has to give way has had their time.
-            let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+            let _ = (&stream).write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
             stream
         })
         .collect();
     assert_eq!(scraped.value("socket_proxyd_connections_max"), 256.0);
-    assert!(scraped.proxy.descriptors() <= before + 5, "four, and one in between");
+    assert!(scraped.proxy.descriptors() <= before + 38, "4, 32, and one in between each");
     let now = scraped.proxy.resident();
     assert!(now as f64 <= resident as f64 * 1.1, "{resident} KiB before, {now} KiB now");
-    // All are let go, whatever they do.
-    slow.read_to_end(&mut Vec::new())
-        .map_or_else(|error| assert_eq!(error.kind(), ErrorKind::ConnectionReset), drop);
-    for stream in &mut silent {
-        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
-    }
-    drop(never_read);
-    let mut alone = scraped.stream();
-    assert_eq!(alone.read(&mut [0]).unwrap(), 0, "after two seconds");
-    echoes(&mut listener.connect());
+    let (bytes, scrapers) = untaken(scraped.metrics);
+    assert!(scrapers <= 36 && bytes <= 36 * 64 * 1024, "{bytes} bytes for {scrapers}");
+    // All are let go, whatever they do, and nothing stays behind.
+    assert!(is_let_go(&mut slow));
+    assert!(silent.iter_mut().all(is_let_go) && never_read.iter_mut().all(is_let_go));
+    assert!(is_let_go(&mut scraped.stream()), "alone, after two seconds");
+    assert_eq!(untaken(scraped.metrics), (0, 0));
+    assert!(scraped.proxy.descriptors() <= before);
+    echoes(&mut fronts[0].connect());
 }
 
 /// Runs a program of Debian's package prometheus; in CI it has to be there.

@@ -11,18 +11,22 @@ use std::process::Command;
 use socket_proxyd::cli::{Config, Request};
 use socket_proxyd::sandbox;
 use support::*;
+use tempfile::TempDir;
 
 const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// The command line that the child is to be restricted by, and a port beside its target's.
 const ARGUMENTS: &str = "SANDBOX_ARGUMENTS";
 const OTHER_PORT: &str = "SANDBOX_OTHER_PORT";
+const NEW_FILE: &str = "SANDBOX_NEW_FILE";
 
 /// Runs `inside` in a process of its own; needs root, so that nothing else keeps it from its files.
 fn run_inside(arguments: &str) -> Option<String> {
     let elsewhere = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = elsewhere.local_addr().unwrap().port();
+    let directory = TempDir::new().unwrap();
     let output = Command::new(env::current_exe().unwrap())
+        .env(NEW_FILE, directory.path().join("new"))
         .args(["--exact", "inside", "--nocapture"])
         .env(ARGUMENTS, arguments)
         .env(OTHER_PORT, port.to_string())
@@ -54,7 +58,7 @@ fn inside() {
         may(File::open("/etc/shadow").map(drop)),
         may(File::open("/etc/hosts").map(drop)),
         may(fs::read_dir("/proc/self/fd").map(drop)),
-        may(File::create("/tmp/socket-proxyd-sandbox").map(drop)),
+        may(File::create(env::var(NEW_FILE).unwrap()).map(drop)),
         connect(env::var(OTHER_PORT).unwrap().parse().unwrap()),
         target.map_or("none", connect),
     );
@@ -137,4 +141,41 @@ fn what_can_not_be_enforced_is_logged() {
         let said: Vec<_> = log.lines().filter(|line| line.starts_with("Not restricting")).collect();
         assert_eq!(said, lines, "{words:?}");
     }
+}
+
+/// As strace(1) sees the program itself: a thread that was there before would not be restricted.
+#[test]
+fn the_program_is_restricted_before_it_has_a_thread() {
+    let strace = "/usr/bin/strace";
+    if !std::path::Path::new(strace).exists() || run_inside("/run/app").is_none() {
+        assert!(env::var_os("CI").is_none(), "strace is missing");
+        eprintln!("SKIPPED: this needs {strace}; `make test` installs it");
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let (log, path) = (directory.path().join("log"), directory.path().join("metrics"));
+    let (front, mut manager) = (Endpoint::new(Family::Tcp), Manager::new());
+    // strace is who gets the sockets, and the program another number.
+    let script =
+        format!("LISTEN_PID=$$ exec {OURS} --threads=2 --metrics={} 127.0.0.1:9", path.display());
+    let launch =
+        Launch::new(strace).args(["-f", "-e", "trace=landlock_restrict_self,clone,clone3", "-o"]);
+    let mut traced = launch
+        .args([log.to_str().unwrap(), "/bin/sh", "-c", &script])
+        .listener(&front)
+        .env("NOTIFY_SOCKET", manager.path.display())
+        .start();
+    manager.wait_for("READY=1");
+    assert!(path.exists(), "it may make its own socket");
+    let calls = fs::read_to_string(&log).unwrap();
+    let restricted = calls.find("landlock_restrict_self(").expect("it is restricted");
+    let line = calls[restricted..].lines().next().unwrap();
+    assert!(line.ends_with("= 0"), "{line}");
+    let thread = calls.find("CLONE_THREAD").expect("metrics have a thread");
+    assert!(restricted < thread, "{calls}");
+    let pid = calls.split(' ').next().unwrap();
+    let pid = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    traced.wait();
+    assert!(!path.exists(), "and remove it");
 }

@@ -1,6 +1,6 @@
 //! What `socket-proxyd-units` writes, file by file: tests/unit_writer/ has a directory for each case,
-//! with the arguments in `arguments`, a word a line. `UPDATE=1` writes them anew. (tests/unit_writer_systemd.rs runs
-//! one of each form.)
+//! with the arguments in `arguments`, a word a line. `UPDATE=1` writes them anew. (tests/manuals.rs runs one of
+//! each form.)
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,6 +28,9 @@ fn files(directory: &Path) -> BTreeMap<PathBuf, String> {
         } else {
             // As a package has it.
             let text = fs::read_to_string(&path).unwrap().replace(PROXY, "/usr/bin/socket-proxyd");
+            let mut lines = text.split_inclusive('\n');
+            // Which is of the text with that path.
+            let text = lines.by_ref().filter(|line| !line.starts_with("# Checksum: ")).collect();
             all.insert(name, text);
         }
     }
@@ -86,7 +89,10 @@ fn it_says_what_it_did_and_what_it_will_not_do() {
             [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
         (output.status.code(), stdout, stderr)
     };
-    let next = "Next: copy them to /etc/systemd/system.\n";
+    let next = format!(
+        "Next: cp -r {path}/app-proxy.socket {path}/app-proxy.service /etc/systemd/system && systemctl \
+         enable --now app-proxy.socket\n"
+    );
     let wrote =
         |what| format!("{what} {path}/app-proxy.socket\n{what} {path}/app-proxy.service\n{next}");
     assert_eq!(said(&arguments), (Some(0), wrote("Wrote"), String::new()));
@@ -99,7 +105,21 @@ fn it_says_what_it_did_and_what_it_will_not_do() {
     assert_eq!(said(&arguments), (Some(1), String::new(), theirs));
     let (code, stdout, _) = said(&[&arguments[..], &["--force"]].concat());
     assert_eq!(code, Some(0));
-    assert!(stdout.contains("Wrote"), "{stdout}");
+    let again = "systemctl daemon-reload && systemctl enable app-proxy.socket && systemctl stop \
+                 app-proxy.service && systemctl restart app-proxy.socket\n";
+    assert!(stdout.contains("Replaced") && stdout.ends_with(again), "{stdout}");
+    let with_service = [&arguments[..], &["--service=app"]].concat();
+    let (_, stdout, _) = said(&with_service);
+    assert!(stdout.contains(" && systemctl disable --now app.service && "), "{stdout}");
+    let (_, stdout, _) = said(&arguments);
+    let left = format!("Removed {path}/app.service.d/app-proxy.conf, of before\n");
+    assert!(stdout.contains(&left), "{stdout}");
+    let (code, _, stderr) = said(&[&arguments[..], &["--", "/nowhere/prog"]].concat());
+    assert_eq!(code, Some(1), "a socket that it can't make: {stderr}");
+    let with_command = ["--listen=1", "--target=127.0.0.1:2", "b", "--", "/nowhere/prog"];
+    let (code, _, stderr) = said(&with_command);
+    let note = "Note: Failed to execute COMMAND \"/nowhere/prog\": No such file or directory.\n";
+    assert!(code == Some(0) && stderr.ends_with(note), "{stderr}");
 
     let (code, _, stderr) = said(&["--listen=1", "--target=/tmp/a", "app"]);
     let why = "Invalid --target=/tmp/a: a dynamic user has a /tmp of its own; add --user=, or have the \

@@ -8,11 +8,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use socket2::{Domain, Socket, Type};
+
 const NEVER_READ: usize = 200;
 const EVERY: Duration = Duration::from_secs(1);
 
 /// What Prometheus gives a scrape by default.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Bytes that wait to be read: fewer than an answer has, and more.
+const SMALL: usize = 2304;
+const LARGE: usize = 128 * 1024;
 
 const REQUEST: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
 
@@ -33,8 +39,9 @@ impl Scrapers {
                 thread::yield_now();
             }
             while !its_end.load(Ordering::Relaxed) {
-                let slow = ask(address, &REQUEST[..1]);
-                let never_read: Vec<_> = (0..NEVER_READ).map(|_| ask(address, REQUEST)).collect();
+                let slow = ask(address, &REQUEST[..1], SMALL);
+                let never_read: Vec<_> =
+                    (0..NEVER_READ).map(|_| ask(address, REQUEST, SMALL)).collect();
                 if !is_answered(address) {
                     its_failures.fetch_add(1, Ordering::Relaxed);
                 }
@@ -61,8 +68,11 @@ impl Drop for Scrapers {
     }
 }
 
-fn ask(address: SocketAddr, request: &[u8]) -> Option<TcpStream> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE).ok()?;
+fn ask(address: SocketAddr, request: &[u8], buffer: usize) -> Option<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).ok()?;
+    socket.set_recv_buffer_size(buffer).ok()?;
+    socket.connect_timeout(&address.into(), PATIENCE).ok()?;
+    let mut stream = TcpStream::from(socket);
     // Whoever had to give way is reset.
     let _ = stream.write_all(request);
     Some(stream)
@@ -70,7 +80,7 @@ fn ask(address: SocketAddr, request: &[u8]) -> Option<TcpStream> {
 
 fn is_answered(address: SocketAddr) -> bool {
     let mut answer = String::new();
-    let read = ask(address, REQUEST).is_some_and(|mut stream| {
+    let read = ask(address, REQUEST, LARGE).is_some_and(|mut stream| {
         let _ = stream.set_read_timeout(Some(PATIENCE));
         stream.read_to_string(&mut answer).is_ok()
     });

@@ -1,16 +1,16 @@
 //! What the command line of `socket-proxyd-units` says, and what is wrong with it.
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use crate::address::{Address, Identity};
+use crate::address::Identity;
 use crate::getopt::{Known, Meaning, Word, Words};
 use crate::open::ListenAddress;
 use crate::selector::Targets;
-use crate::target::{Port, Target};
-use crate::timespan::TimeSpan;
-use crate::units::escape::{shell_word, unit_name, value};
+use crate::target::Target;
+use crate::units::escape::{shell_word, unit_name};
+use crate::units::values::{account, address, check_command, check_socket, idle, listen, service};
 
 const PROGRAM: &str = "socket-proxyd-units";
 
@@ -36,6 +36,7 @@ What it is for:
      --idle=TIME       Stop it, or COMMAND, after TIME without clients [never]
      --user=USER       Run the proxy, and COMMAND, as USER [a dynamic one]
      --group=GROUP     Be in GROUP, which may use the target's Unix socket
+     --metrics=ADDRESS  Answer Prometheus there, from a socket unit of its own
 What becomes of them:
      --write[=DIR]     Write them to DIR [/etc/systemd/system], don't print them
      --force           Even over files that this program has not written
@@ -45,7 +46,7 @@ What becomes of them:
 type Set = fn(&mut Arguments, &OsStr) -> Result<(), String>;
 
 /// All options, in the order of `--help`.
-const OPTIONS: [Known<Set>; 10] = {
+const OPTIONS: [Known<Set>; 11] = {
     const fn option(name: &'static str, meaning: Meaning<Set>) -> Known<Set> {
         let letter = if name.as_bytes()[0] == b'h' { Some('h') } else { None };
         Known { name, letter, is_upstreams: false, meaning }
@@ -53,16 +54,39 @@ const OPTIONS: [Known<Set>; 10] = {
     [
         option("listen", Meaning::Takes(|it, text| it.listen(text))),
         option("target", Meaning::Takes(|it, text| it.target(text))),
-        option("service", Meaning::Takes(|it, text| it.service(text))),
-        option("idle", Meaning::Takes(|it, text| it.idle(text))),
-        option("user", Meaning::Takes(|it, text| it.account("user", text))),
-        option("group", Meaning::Takes(|it, text| it.account("group", text))),
+        option(
+            "service",
+            Meaning::Takes(|it, text| once(&mut it.service, "service", text, service)),
+        ),
+        option("idle", Meaning::Takes(|it, text| once(&mut it.idle, "idle", text, idle))),
+        option("user", Meaning::Takes(|it, text| once(&mut it.user, "user", text, account))),
+        option("group", Meaning::Takes(|it, text| once(&mut it.group, "group", text, account))),
+        option(
+            "metrics",
+            Meaning::Takes(|it, text| once(&mut it.metrics, "metrics", text, listen)),
+        ),
         option("write", Meaning::MayTakePath(|it, text| it.write(text))),
         option("force", Meaning::Flag(|it, _| it.force())),
         option("help", Meaning::Prints(HELP)),
         option("version", Meaning::Prints(VERSION)),
     ]
 };
+
+/// Reads a value that there may be one of.
+fn once<T>(
+    place: &mut Option<T>,
+    option: &str,
+    text: &OsStr,
+    read: fn(&str) -> Result<T, String>,
+) -> Result<(), String> {
+    let refused = |why: &str| format!("Invalid --{option}={}: {why}.", text.display());
+    if place.is_some() {
+        return Err(refused("it is given twice"));
+    }
+    let value = text.to_str().ok_or_else(|| refused("a unit has to be UTF-8"))?;
+    *place = Some(read(value).map_err(|why| refused(&why))?);
+    Ok(())
+}
 
 /// What the command line asks for.
 #[derive(Debug)]
@@ -105,8 +129,49 @@ pub(crate) struct Units {
     pub(crate) idle: Option<String>,
     pub(crate) user: Option<String>,
     pub(crate) group: Option<String>,
+    /// `ListenStream=` for scrapers.
+    pub(crate) metrics: Option<String>,
+}
+
+impl Units {
     /// The command line that asks for them, for a shell.
-    pub(crate) command_line: String,
+    pub(crate) fn command_line(&self) -> String {
+        let mut words = Vec::new();
+        let mut option = |name: &str, value: &OsStr| {
+            let mut word = OsString::from(format!("--{name}="));
+            word.push(value);
+            words.push(word);
+        };
+        for listen in &self.listen {
+            option("listen", OsStr::new(&listen.replace("%%", "%")));
+        }
+        self.target_words.iter().for_each(|target| option("target", target));
+        if let Starts::Service(service) = &self.starts {
+            option("service", OsStr::new(service));
+        }
+        let metrics = self.metrics.as_ref().map(|it| it.replace("%%", "%"));
+        for (name, value) in [
+            ("idle", &self.idle),
+            ("user", &self.user),
+            ("group", &self.group),
+            ("metrics", &metrics),
+        ] {
+            if let Some(value) = value {
+                option(name, OsStr::new(value));
+            }
+        }
+        words.push(OsString::from(&self.name));
+        if let Starts::Command(command) = &self.starts {
+            words.push("--".into());
+            words.extend(command.iter().cloned());
+        }
+        let mut line = PROGRAM.to_string();
+        for word in words {
+            line.push(' ');
+            line.push_str(&shell_word(word.as_bytes()));
+        }
+        line
+    }
 }
 
 /// What the first client starts.
@@ -129,6 +194,7 @@ pub(crate) struct Arguments {
     idle: Option<String>,
     user: Option<String>,
     group: Option<String>,
+    metrics: Option<(ListenAddress, String)>,
     write: Option<PathBuf>,
     force: bool,
 }
@@ -149,12 +215,16 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request,
             Word::Command(given) => command = Some(given),
         }
     }
+    // What follows a -- in front of any argument are arguments, by getopt's rules; here it can't be NAME.
+    let is_in_vain = command.is_none() && args.iter().any(|word| word == "--");
     let name = match &names[..] {
+        _ if is_in_vain => return Err("There is no NAME in front of --; see --help.".into()),
         [] => return Err("There is no NAME for the units; see --help.".into()),
         [name] => name.to_str().ok_or("NAME has to be UTF-8.")?.to_string(),
         [_, another, ..] => {
             return Err(format!(
-                "There is another word after NAME, {another:?}; put -- in front of a COMMAND."
+                "There is another word after NAME, {another:?}; put -- in front of a COMMAND, and write \
+                 a relative directory as --write=DIR."
             ));
         }
     };
@@ -165,66 +235,20 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request,
         }
         None => Destination::Print,
     };
-    let units = arguments.into_units(name, command, command_line(&args))?;
+    let units = arguments.into_units(name, command)?;
     Ok(Request::Units(Box::new(units), destination))
 }
 
 impl Arguments {
     fn listen(&mut self, text: &OsStr) -> Result<(), String> {
-        let refused = |why: &str| format!("Invalid --listen={}: {why}.", text.display());
-        let address = ListenAddress::parse(text).map_err(|why| refused(&why))?;
-        if let ListenAddress::Host(host) = &address
-            && (host.literal().is_none() || matches!(host.port, Port::Service(_)))
-        {
-            return Err(refused("ListenStream= takes no names, write IP:PORT"));
-        }
-        let text = text.to_str().ok_or_else(|| refused("a unit has to be UTF-8"))?;
-        self.listen.push((address, value(text).map_err(|why| refused(&why))?));
+        let mut address = None;
+        once(&mut address, "listen", text, listen)?;
+        self.listen.extend(address);
         Ok(())
     }
 
     fn target(&mut self, text: &OsStr) -> Result<(), String> {
         self.targets.push(text.into());
-        Ok(())
-    }
-
-    fn service(&mut self, text: &OsStr) -> Result<(), String> {
-        let refused = |why: &str| format!("Invalid --service={}: {why}.", text.display());
-        let name = text.to_str().ok_or_else(|| refused("it is no UTF-8"))?;
-        let Some((stem, suffix)) = name.rsplit_once('.').or(Some((name, "service"))) else {
-            unreachable!("one of the two is there")
-        };
-        let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.:\\@".contains(c);
-        if suffix != "service" || stem.is_empty() || !stem.chars().all(is_name) {
-            return Err(refused("it has to be the name of a .service unit"));
-        }
-        if stem.ends_with('@') {
-            return Err(refused("a template has no process; name an instance of it"));
-        }
-        self.service = Some(format!("{stem}.service"));
-        Ok(())
-    }
-
-    fn idle(&mut self, text: &OsStr) -> Result<(), String> {
-        let text = text.to_string_lossy();
-        let refused =
-            || format!("Failed to parse --idle= argument: {text} (30s, 5min 20s, infinity)");
-        TimeSpan::parse(&text).ok_or_else(refused)?;
-        self.idle = Some(text.into());
-        Ok(())
-    }
-
-    fn account(&mut self, option: &str, text: &OsStr) -> Result<(), String> {
-        let name = text.to_str().unwrap_or_default();
-        let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if name.is_empty() || !name.chars().all(is_name) || name.starts_with('-') {
-            return Err(format!(
-                "Invalid --{option}={}: it is no {option}'s name.",
-                text.display()
-            ));
-        }
-        let place = if option == "user" { &mut self.user } else { &mut self.group };
-        *place = Some(name.into());
         Ok(())
     }
 
@@ -239,12 +263,7 @@ impl Arguments {
     }
 
     /// Checks what only all of it together can tell.
-    fn into_units(
-        self,
-        name: String,
-        command: Option<Vec<OsString>>,
-        command_line: String,
-    ) -> Result<Units, String> {
+    fn into_units(self, name: String, command: Option<Vec<OsString>>) -> Result<Units, String> {
         let unit = unit_name(&name);
         if name.is_empty() || unit.len() > NAME_MAX {
             return Err(format!("Invalid NAME {name:?}: it has to have 1 to {NAME_MAX} bytes."));
@@ -259,8 +278,15 @@ impl Arguments {
         if self.targets.is_empty() {
             return Err("There is no --target=, where connections go; see --help.".into());
         }
-        let targets = Targets::parse(&self.targets)
-            .map_err(|error| error.replace("Too many parameters.", "Several --target= options."))?;
+        let is_selected = |target: &OsString| target.as_bytes().contains(&b'=');
+        if self.targets.len() > 1 && !self.targets.iter().any(is_selected) {
+            return Err(
+                "There are several --target= options; write SELECTOR=TARGET in each, as in \
+                        --target=:8080=127.0.0.1:3000."
+                    .into(),
+            );
+        }
+        let targets = Targets::parse(&self.targets)?;
         self.check_assignment(&targets, &unit)?;
         let starts = match (self.service, command) {
             (Some(_), Some(_)) => {
@@ -275,14 +301,20 @@ impl Arguments {
             }
             (Some(service), None) => Starts::Service(service),
             (None, Some(words)) => {
-                if matches!(targets, Targets::Selected(_)) {
+                let Targets::One(target) = &targets else {
                     return Err("A COMMAND serves one --target=, without a selector.".into());
-                }
+                };
                 check_command(&words)?;
+                check_socket(target, &name)?;
                 Starts::Command(words)
             }
             (None, None) => Starts::Nothing,
         };
+        if self.metrics.is_some() && matches!(starts, Starts::Service(_)) {
+            return Err("--metrics= can't be had with --service=: whoever scrapes would start the service. \
+                        (Give the proxy its own --metrics= in ExecStart=, which answers while it runs.)"
+                .into());
+        }
         Ok(Units {
             name,
             unit,
@@ -293,58 +325,39 @@ impl Arguments {
             idle: self.idle,
             user: self.user,
             group: self.group,
-            command_line,
+            metrics: self.metrics.map(|(_, text)| text),
         })
     }
 
     /// That each socket has its backend: as the proxy does at its start, and in its words.
     fn check_assignment(&self, targets: &Targets, unit: &str) -> Result<(), String> {
-        let address = |address: &ListenAddress| match address {
-            ListenAddress::Any(port) => {
-                Address::Inet((std::net::Ipv6Addr::UNSPECIFIED, *port).into())
-            }
-            ListenAddress::Host(host) => host.literal().map_or(Address::Unix(None), Address::Inet),
-            ListenAddress::Unix(name) => Address::Unix(Some(Box::new(name.clone()))),
-            ListenAddress::Vsock(address) => address.clone(),
-        };
         let name = Some(format!("{unit}.socket"));
         let identities: Vec<_> = self
             .listen
             .iter()
             .map(|(listen, _)| Identity { name: name.clone(), address: address(listen) })
             .collect();
-        targets.assign(&identities.iter().collect::<Vec<_>>()).map(drop)
-    }
-}
-
-fn check_command(words: &[OsString]) -> Result<(), String> {
-    match words.first().map(|program| program.as_bytes()) {
-        None | Some(b"") => Err("There is no COMMAND after --.".into()),
-        Some(program) if program.contains(&b'/') && !program.starts_with(b"/") => Err(format!(
-            "Invalid COMMAND {:?}: a service starts in /, write its whole path.",
-            OsStr::from_bytes(program)
-        )),
-        Some(_) => Ok(()),
-    }
-}
-
-/// The same command line, to be run again by a shell: without where it was written to.
-fn command_line(args: &[OsString]) -> String {
-    let mut line = PROGRAM.to_string();
-    let mut is_command = false;
-    let mut was_write = false;
-    for word in args.iter().skip(1).map(|word| word.clone().into_vec()) {
-        let is_directory = was_write && matches!(word.first(), Some(b'/' | b'.'));
-        was_write = !is_command && word == b"--write";
-        is_command |= word == b"--";
-        let is_about_files =
-            was_write || is_directory || word == b"--force" || word.starts_with(b"--write=");
-        if is_command || !is_about_files {
-            line.push(' ');
-            line.push_str(&shell_word(&word));
+        let scrapers = self.metrics.iter().map(|(listen, _)| listen);
+        let all: Vec<_> = self.listen.iter().map(|(listen, _)| listen).chain(scrapers).collect();
+        for (index, listen) in all.iter().enumerate() {
+            if all[..index].contains(listen) {
+                return Err(format!("The address {listen} is given twice."));
+            }
         }
+        let backends = targets.assign(&identities.iter().collect::<Vec<_>>())?;
+        for (identity, backend) in identities.iter().zip(backends) {
+            if let Some(Target::Address(target)) = targets.iter().nth(backend)
+                && identity.address.answers_at(target)
+            {
+                return Err(format!(
+                    "--listen={} leads to itself, --target={target}; let the backend listen on another \
+                     address.",
+                    identity.address
+                ));
+            }
+        }
+        Ok(())
     }
-    line
 }
 
 #[cfg(test)]
@@ -372,7 +385,7 @@ mod tests {
             ("--listen=8080 --target=/a", "There is no NAME for the units; see --help."),
             (
                 "--listen=8080 --target=/a app other",
-                "There is another word after NAME, \"other\"; put -- in front of a COMMAND.",
+                "There is another word after NAME, \"other\"; put -- in front of a COMMAND, and write a relative directory as --write=DIR.",
             ),
             (
                 "--listen=localhost:80 --target=/a app",
@@ -408,17 +421,52 @@ mod tests {
             ),
             (
                 "--listen=1 --target=/a --idle=x app",
-                "Failed to parse --idle= argument: x (30s, 5min 20s, infinity)",
+                "Invalid --idle=x: it has to be a time span (30s, 5min 20s, infinity).",
             ),
-            ("--listen=1 --target=/a --user=-x app", "Invalid --user=-x: it is no user's name."),
+            (
+                "--listen=1 --target=/a --user=-x app",
+                "Invalid --user=-x: that is no name of an account.",
+            ),
             ("--listen=1 --target=/a --force app", "--force is about --write, which is not there."),
             (
                 "--listen=1 --target=/a --target=/b app",
-                "Several --target= options. (Put -- in front of a COMMAND, or write SELECTOR=TARGET for each socket.)",
+                "There are several --target= options; write SELECTOR=TARGET in each, as in --target=:8080=127.0.0.1:3000.",
             ),
             (
                 "--listen=1 --listen=2 --target=:1=/a app",
                 "No selector selects the socket app-proxy.socket ([::]:2). The sockets are: app-proxy.socket ([::]:1), app-proxy.socket ([::]:2).",
+            ),
+            ("--listen=1 --target=/a -- /bin/b", "There is no NAME in front of --; see --help."),
+            (
+                "--listen=1 --target=/a --write= app",
+                "socket-proxyd-units: option '--write=' has an empty argument",
+            ),
+            (
+                "--listen=1 --target=/a --service=a --service=b app",
+                "Invalid --service=b: it is given twice.",
+            ),
+            ("--listen=0 --target=/a app", "Invalid --listen=0: nobody would know the port."),
+            ("--listen=1 --listen=1 --target=/a app", "The address 1 is given twice."),
+            ("--listen=1 --metrics=1 --target=/a app", "The address 1 is given twice."),
+            (
+                "--listen=80 --target=127.0.0.1:80 app",
+                "--listen=[::]:80 leads to itself, --target=127.0.0.1:80; let the backend listen on another address.",
+            ),
+            (
+                "--listen=1 --target=/a --user=root app",
+                "Invalid --user=root: with root's rights no unit is hardened; leave it out.",
+            ),
+            (
+                "--listen=1 --target=/a app -- /home/me/b",
+                "Invalid COMMAND \"/home/me/b\": the service sees no home, and a /tmp of its own; put it in /usr/local or /opt.",
+            ),
+            (
+                "--listen=1 --target=/run/app.sock app -- /bin/b",
+                "Invalid --target=/run/app.sock: COMMAND can make no socket there; write /run/app/NAME, whose directory is made for it, with another NAME of the units than the system's own directories have.",
+            ),
+            (
+                "--listen=1 --target=/run/user/app.sock user -- /bin/b",
+                "Invalid --target=/run/user/app.sock: COMMAND can make no socket there; write /run/user/NAME, whose directory is made for it, with another NAME of the units than the system's own directories have.",
             ),
             ("--frob app", "socket-proxyd-units: unrecognized option '--frob'"),
             ("--force=1 app", "socket-proxyd-units: option '--force' doesn't allow an argument"),
@@ -429,7 +477,7 @@ mod tests {
 
     #[test]
     fn where_they_are_written_stands_behind_the_option_or_after_it() {
-        let base = "--listen=1 --target=/a";
+        let base = "--listen=1 --target=127.0.0.1:2";
         for (words, expected) in [
             ("--write app", "/etc/systemd/system"),
             ("--write=/x app", "/x"),
@@ -444,7 +492,7 @@ mod tests {
             };
             assert_eq!(directory, PathBuf::from(expected), "{words}");
             let again = if words.ends_with("/bin/app") { " -- /bin/app" } else { "" };
-            assert_eq!(units.command_line, format!("{PROGRAM} {base} app{again}"));
+            assert_eq!(units.command_line(), format!("{PROGRAM} {base} app{again}"));
         }
     }
 

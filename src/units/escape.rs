@@ -5,7 +5,7 @@ use std::fmt::Write;
 /// A word of `ExecStart=`: nothing in it is a quote, a variable, a specifier or a separator.
 pub(crate) fn exec_word(word: &[u8]) -> String {
     let is_plain =
-        |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:=@,+[]%$~^#!?&|<>(){}*".contains(byte);
+        |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:=@,+[]%$~^!?&|<>(){}*".contains(byte);
     let is_quoted = word.is_empty() || !word.iter().all(is_plain);
     let mut text = String::new();
     for chunk in word.utf8_chunks() {
@@ -93,6 +93,7 @@ mod tests {
         for (word, written) in [
             ("plain-word_1.2/3:4=5", "plain-word_1.2/3:4=5"),
             ("", r#""""#),
+            ("#no comment", r##""#no comment""##),
             ("two words", r#""two words""#),
             ("100%", "100%%"),
             ("$HOME", "$$HOME"),

@@ -1,14 +1,15 @@
 //! Units to files: all of them or none, and never over what somebody else has written.
 
-use std::fs::{self, Permissions};
+use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
 use crate::logging::in_words;
-use crate::units::text::{MARK, UnitFile};
+use crate::units::mark::Origin;
+use crate::units::text::UnitFile;
 
 /// What was at a file's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,93 +31,154 @@ pub(crate) fn write(
     directory: &Path,
     force: bool,
 ) -> Result<Vec<Before>, String> {
-    // All of them are looked at before one is written.
-    let before = files.iter().map(|file| look(file, directory, force));
+    // Whatever can fail comes before the first of them is in its place.
+    let before = files.iter().map(|file| look(&directory.join(&file.path), &file.text, force));
     let before = before.collect::<Result<Vec<_>, _>>()?;
-    for (file, before) in files.iter().zip(&before) {
-        if *before != Before::Same {
-            let path = directory.join(&file.path);
-            replace(&path, &file.text).map_err(|error| {
-                let hint = match error.kind() {
-                    ErrorKind::PermissionDenied => " (Run it as root.)",
-                    _ => "",
-                };
-                format!("Failed to write {}: {}.{hint}", path.display(), in_words(&error))
-            })?;
-        }
+    let mut prepared = Vec::new();
+    for (file, before) in files.iter().zip(&before).filter(|(_, it)| **it != Before::Same) {
+        let path = directory.join(&file.path);
+        let new = prepare(&path, &file.text).map_err(|error| failed("write", &path, &error))?;
+        prepared.push((new, path, *before));
+    }
+    for (new, path, before) in prepared {
+        let placed = match before {
+            Before::Nothing => new.persist_noclobber(&path),
+            _ => new.persist(&path),
+        };
+        placed.map_err(|error| failed("write", &path, &error.error))?;
     }
     Ok(before)
 }
 
-fn look(file: &UnitFile, directory: &Path, force: bool) -> Result<Before, String> {
-    let path = directory.join(&file.path);
-    // A link is somebody's: systemctl mask makes one.
-    let is_file = match fs::symlink_metadata(&path) {
-        Ok(metadata) => metadata.is_file(),
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Before::Nothing),
-        Err(error) => {
-            return Err(format!("Failed to look at {}: {}.", path.display(), in_words(&error)));
+/// Removes drop-ins of the same proxy beside other services than its own; which they were.
+///
+/// # Errors
+/// One line that names the file.
+pub(crate) fn remove_left(
+    files: &[UnitFile],
+    unit: &str,
+    directory: &Path,
+) -> Result<Vec<PathBuf>, String> {
+    let mut removed = Vec::new();
+    let entries = fs::read_dir(directory).map_err(|error| failed("list", directory, &error))?;
+    for entry in entries.filter_map(Result::ok) {
+        let name = PathBuf::from(entry.file_name()).join(format!("{unit}.conf"));
+        let is_drop_in = entry.file_name().to_string_lossy().ends_with(".service.d");
+        if !is_drop_in || files.iter().any(|file| file.path == name) {
+            continue;
         }
-    };
-    let text = if is_file { fs::read(&path).unwrap_or_default() } else { Vec::new() };
-    if text == file.text.as_bytes() {
-        return Ok(Before::Same);
+        let path = directory.join(name);
+        if fs::read_to_string(&path).is_ok_and(|text| Origin::of(&text) == Origin::Ours) {
+            fs::remove_file(&path).map_err(|error| failed("remove", &path, &error))?;
+            // Others may have drop-ins there.
+            let _ = fs::remove_dir(entry.path());
+            removed.push(path);
+        }
     }
-    if !force && !text.starts_with(MARK.as_bytes()) {
-        return Err(format!(
-            "{} is there, and not written by this program; nothing was written. (--force replaces it.)",
-            path.display()
-        ));
-    }
-    Ok(Before::Other)
+    Ok(removed)
 }
 
-/// A reader finds the old file or the new one, and never a part.
-fn replace(path: &Path, text: &str) -> io::Result<()> {
+fn look(path: &Path, text: &str, force: bool) -> Result<Before, String> {
+    let metadata = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Before::Nothing),
+        Err(error) => return Err(failed("look at", path, &error)),
+    };
+    // A link is somebody's: systemctl mask makes one.
+    let found = if metadata.is_file() { fs::read_to_string(path).ok() } else { None };
+    let origin = found.as_deref().map_or(Origin::Theirs, Origin::of);
+    let why = match origin {
+        _ if metadata.is_dir() => "is a directory",
+        _ if found.as_deref() == Some(text) => return Ok(Before::Same),
+        _ if force => return Ok(Before::Other),
+        Origin::Ours => return Ok(Before::Other),
+        Origin::Changed => "has been changed since it was written",
+        Origin::Theirs => "is there, and not written by this program",
+    };
+    let hint = if metadata.is_dir() { "" } else { " (--force replaces it.)" };
+    Err(format!("{} {why}; nothing was written.{hint}", path.display()))
+}
+
+/// A file that only has to be named.
+fn prepare(path: &Path, text: &str) -> io::Result<NamedTempFile> {
     let directory = path.parent().unwrap_or_else(|| Path::new("/"));
-    fs::create_dir_all(directory)?;
+    if !directory.is_dir() {
+        DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+        fs::set_permissions(directory, Permissions::from_mode(0o755))?;
+    }
     let mut file = NamedTempFile::with_prefix_in(".#", directory)?;
     file.write_all(text.as_bytes())?;
     file.as_file().set_permissions(Permissions::from_mode(0o644))?;
     file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
+    Ok(file)
+}
+
+fn failed(what: &str, path: &Path, error: &io::Error) -> String {
+    let hint = match error.kind() {
+        ErrorKind::PermissionDenied => " (Run it as root.)",
+        _ => "",
+    };
+    format!("Failed to {what} {}: {}.{hint}", path.display(), in_words(error))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::mark::mark;
 
     #[test]
     fn what_somebody_else_has_written_stays() {
         let directory = tempfile::tempdir().unwrap();
-        let file = |name: &str, text: &str| UnitFile {
-            path: name.into(),
-            text: format!("{MARK}\n{text}"),
-        };
+        let file =
+            |name: &str, text: &str| UnitFile { path: name.into(), text: mark("a", "b", text) };
         let files = [file("a.socket", "1"), file("b.service.d/c.conf", "2")];
         let write = |files: &[UnitFile], force| write(files, directory.path(), force);
         assert_eq!(write(&files, false), Ok(vec![Before::Nothing; 2]));
         assert_eq!(write(&files, false), Ok(vec![Before::Same; 2]));
         let changed = [file("a.socket", "3"), file("b.service.d/c.conf", "2")];
         assert_eq!(write(&changed, false), Ok(vec![Before::Other, Before::Same]));
-        let read = |name: &str| fs::read_to_string(directory.path().join(name)).unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let read = |name: &str| fs::read_to_string(path(name)).unwrap();
         assert_eq!(read("a.socket"), changed[0].text);
-        let mode = fs::metadata(directory.path().join("a.socket")).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o644);
+        let mode = |name: &str| fs::metadata(path(name)).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode("a.socket"), mode("b.service.d")), (0o644, 0o755));
 
-        fs::write(directory.path().join("b.service.d/c.conf"), "theirs").unwrap();
-        let error = write(&files, false).unwrap_err();
-        assert!(error.contains("c.conf is there, and not written by this program"), "{error}");
-        assert_eq!(read("a.socket"), changed[0].text, "none or all");
+        for (theirs, why) in [
+            ("theirs".to_string(), "is there, and not written by this program"),
+            (read("b.service.d/c.conf") + "# edited\n", "has been changed since it was written"),
+        ] {
+            fs::write(path("b.service.d/c.conf"), theirs).unwrap();
+            let error = write(&files, false).unwrap_err();
+            assert!(error.contains(&format!("c.conf {why}; nothing was written.")), "{error}");
+            assert_eq!(read("a.socket"), changed[0].text, "none or all");
+        }
         assert_eq!(write(&files, true), Ok(vec![Before::Other; 2]));
         assert_eq!(read("b.service.d/c.conf"), files[1].text);
 
         // As systemctl mask does.
-        let masked = directory.path().join("a.socket");
-        fs::remove_file(&masked).unwrap();
-        std::os::unix::fs::symlink("/dev/null", &masked).unwrap();
+        fs::remove_file(path("a.socket")).unwrap();
+        std::os::unix::fs::symlink("/dev/null", path("a.socket")).unwrap();
         assert!(write(&files, false).is_err());
+        fs::remove_file(path("a.socket")).unwrap();
+        fs::create_dir(path("a.socket")).unwrap();
+        assert!(write(&files, true).is_err(), "no file can take its place");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2, "nothing else is left");
+    }
+
+    #[test]
+    fn a_drop_in_that_is_not_needed_any_more_goes() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str| UnitFile { path: name.into(), text: mark("a", "b", "[Unit]\n") };
+        let [old, new] = ["old.service.d/a.conf", "new.service.d/a.conf"].map(file);
+        let (old, new) = ([old], [new]);
+        write(&old, directory.path(), false).unwrap();
+        fs::create_dir(directory.path().join("theirs.service.d")).unwrap();
+        fs::write(directory.path().join("theirs.service.d/a.conf"), "theirs").unwrap();
+        write(&new, directory.path(), false).unwrap();
+        let removed = remove_left(&new, "a", directory.path()).unwrap();
+        assert_eq!(removed, [directory.path().join("old.service.d/a.conf")]);
+        assert!(!directory.path().join("old.service.d").exists());
+        assert!(directory.path().join("theirs.service.d/a.conf").exists());
+        assert_eq!(remove_left(&new, "a", directory.path()), Ok(vec![]));
     }
 }

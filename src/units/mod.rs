@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! Units -> UnitFile -> Before
-//! arguments  text, escape   files
+//! arguments, text, escape,  files
+//! values     mark
 //! ```
 
 #![forbid(unsafe_code)]
@@ -13,17 +14,22 @@
 mod arguments;
 mod escape;
 mod files;
+mod mark;
 mod text;
+mod values;
 
 use std::env;
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use arguments::{Destination, Request, Starts, Units};
+use escape::shell_word;
 use files::Before;
-use text::quoted;
+use text::{HOMES, TEMPORARY, UnitFile, metrics_unit, own_directory, quoted};
 
+use crate::command::CommandLine;
 use crate::logging::in_words;
 
 /// Where packages put the proxy.
@@ -49,51 +55,86 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
                         let text = format!("{between}# {}\n{}", path.display(), file.text);
                         print(&mut io::stdout(), &text)?;
                     }
-                    print(&mut io::stderr(), "Next: the same with --write, as root.\n")
+                    print(&mut io::stderr(), "Next: the same with --write, as root.\n")?;
                 }
                 Destination::Write { directory, force } => {
                     let before = files::write(&files, &directory, force)?;
                     let mut text = String::new();
                     for (file, before) in files.iter().zip(&before) {
-                        let path = directory.join(&file.path);
                         let what = match before {
-                            Before::Nothing | Before::Other => "Wrote",
+                            Before::Nothing => "Wrote",
+                            Before::Other => "Replaced",
                             Before::Same => "Already there:",
                         };
-                        text += &format!("{what} {}\n", path.display());
+                        text += &format!("{what} {}\n", directory.join(&file.path).display());
                     }
-                    text += &next(&units, &directory, &before);
-                    print(&mut io::stdout(), &text)
+                    for path in files::remove_left(&files, &units.unit, &directory)? {
+                        text += &format!("Removed {}, of before\n", path.display());
+                    }
+                    text += &next(&units, &files, &directory, &before);
+                    print(&mut io::stdout(), &text)?;
                 }
             }
+            note(&units)
         }
     }
 }
 
-/// The proxy beside this program, if there is one.
+/// Says what may be wrong, as far as this machine is the one that the units are for.
+fn note(units: &Units) -> Result<(), String> {
+    let Starts::Command(words) = &units.starts else { return Ok(()) };
+    if let Some(directory) = own_directory(units).filter(|directory| directory.exists()) {
+        let note = format!(
+            "Note: {} is there, and becomes the unit's, which removes it when it stops.\n",
+            directory.display()
+        );
+        print(&mut io::stderr(), &note)?;
+    }
+    match CommandLine::find(words.clone()) {
+        Ok(_) => Ok(()),
+        Err(error) => print(&mut io::stderr(), &format!("Note: {error}\n")),
+    }
+}
+
+/// The proxy beside this program, if there is one, and a hardened unit can see it.
 fn program() -> PathBuf {
+    let is_hidden =
+        |path: &Path| HOMES.iter().chain(&TEMPORARY).any(|directory| path.starts_with(directory));
     let beside = || Some(env::current_exe().ok()?.parent()?.join("socket-proxyd"));
-    beside().filter(|path| path.exists()).unwrap_or_else(|| PROGRAM.into())
+    let found = beside().filter(|path| path.exists() && !is_hidden(path));
+    found.unwrap_or_else(|| PROGRAM.into())
 }
 
 /// What to type now.
-fn next(units: &Units, directory: &Path, before: &[Before]) -> String {
-    let [socket, service] = ["socket", "service"].map(|it| quoted(&format!("{}.{it}", units.unit)));
-    if !SYSTEMDS.iter().any(|it| directory == Path::new(it)) {
-        return format!("Next: copy them to {}.\n", SYSTEMDS[0]);
+fn next(units: &Units, files: &[UnitFile], directory: &Path, before: &[Before]) -> String {
+    let unit = &units.unit;
+    let service = quoted(&format!("{unit}.service"));
+    let mut sockets = quoted(&format!("{unit}.socket"));
+    if units.metrics.is_some() {
+        sockets += &format!(" {}", quoted(&format!("{}.socket", metrics_unit(unit))));
     }
+    let mut commands = Vec::new();
+    let is_systemds = SYSTEMDS.iter().any(|it| directory == Path::new(it));
+    if !is_systemds {
+        let mut paths: Vec<_> = files.iter().filter_map(|file| file.path.iter().next()).collect();
+        paths.dedup();
+        let paths = paths.iter().map(|it| shell_word(directory.join(it).as_os_str().as_bytes()));
+        let paths = paths.collect::<Vec<_>>().join(" ");
+        commands.push(format!("cp -r {paths} {}", SYSTEMDS[0]));
+    }
+    if let Starts::Service(started) = &units.starts {
+        commands.push(format!("systemctl disable --now {}", quoted(started)));
+    }
+    let runtime = if directory == Path::new(SYSTEMDS[1]) { "--runtime " } else { "" };
     if before.contains(&Before::Other) {
-        return format!(
-            "Next: systemctl daemon-reload && systemctl stop {service} && systemctl restart {socket}\n"
-        );
+        commands.push("systemctl daemon-reload".into());
+        commands.push(format!("systemctl enable {runtime}{sockets}"));
+        commands.push(format!("systemctl stop {service}"));
+        commands.push(format!("systemctl restart {sockets}"));
+    } else {
+        commands.push(format!("systemctl enable {runtime}--now {sockets}"));
     }
-    match &units.starts {
-        Starts::Service(started) => {
-            let started = quoted(started);
-            format!("Next: systemctl disable --now {started} && systemctl enable --now {socket}\n")
-        }
-        _ => format!("Next: systemctl enable --now {socket}\n"),
-    }
+    format!("Next: {}\n", commands.join(" && "))
 }
 
 fn print(to: &mut impl Write, text: &str) -> Result<(), String> {

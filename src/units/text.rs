@@ -7,9 +7,7 @@ use crate::address::{Address, UnixName};
 use crate::target::Target;
 use crate::units::arguments::{Starts, Units};
 use crate::units::escape::{exec_word, value};
-
-/// What every file begins with that was written here.
-pub(crate) const MARK: &str = "# Written by socket-proxyd-units";
+use crate::units::mark::mark;
 
 /// How long clients are held: while a backend is restarted, and while a service starts.
 const BRIDGE_WAIT: &str = "30s";
@@ -54,10 +52,10 @@ SystemCallFilter=~@privileged
 const APPLICATION: &str = "UMask=0077\n";
 
 /// Below these a service with `ProtectHome=yes` finds nothing.
-const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
+pub(crate) const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
 
 /// Of these each service with `PrivateTmp=yes` has its own, and a dynamic user has that always.
-const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+pub(crate) const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
 
 /// A file, below the directory of the units.
 #[derive(Debug, PartialEq, Eq)]
@@ -84,30 +82,32 @@ pub(crate) fn files(units: &Units, program: &Path) -> Result<Vec<UnitFile>, Stri
         ));
     }
     let title =
-        value(&units.name).map_err(|why| format!("Invalid NAME {:?}: {why}.", units.name))?;
-    let mut files = vec![
-        UnitFile { path: format!("{}.socket", units.unit).into(), text: socket(units, &title) },
-        UnitFile {
-            path: format!("{}.service", units.unit).into(),
-            text: service(units, &title, program),
-        },
-    ];
+        &value(&units.name).map_err(|why| format!("Invalid NAME {:?}: {why}.", units.name))?;
+    let Units { unit, listen, metrics, .. } = units;
+    let command_line = units.command_line();
+    let file = |name: String, text: String| UnitFile {
+        text: mark(&quoted(name.split(".d/").next().unwrap_or(&name)), &command_line, &text),
+        path: name.into(),
+    };
+    let mut files = vec![file(format!("{unit}.socket"), socket(unit, listen, title, None))];
+    if let Some(metrics) = metrics {
+        let text = socket(&metrics_unit(unit), std::slice::from_ref(metrics), title, Some(unit));
+        files.push(file(format!("{}.socket", metrics_unit(unit)), text));
+    }
+    files.push(file(format!("{unit}.service"), service(units, title, program)));
     if let Starts::Service(service) = &units.starts {
-        files.push(UnitFile {
-            path: format!("{service}.d/{}.conf", units.unit).into(),
-            text: drop_in(units, service),
-        });
+        files.push(file(format!("{service}.d/{unit}.conf"), drop_in(service)));
     }
     Ok(files)
 }
 
-/// The first lines: by what, and how to have it otherwise.
-fn head(units: &Units) -> String {
-    format!("{MARK}, as asked for by\n#   {}\n", units.command_line)
+/// The socket unit for scrapers: one unit has one `FileDescriptorName=` for all its sockets.
+pub(crate) fn metrics_unit(unit: &str) -> String {
+    format!("{}-metrics", unit.strip_suffix("-proxy").unwrap_or(unit))
 }
 
-fn socket(units: &Units, title: &str) -> String {
-    let Units { unit, listen, .. } = units;
+/// A socket unit: for clients, or for the scrapers of a proxy.
+fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>) -> String {
     let is_file = listen.iter().any(|address| address.starts_with('/'));
     let lines: String = listen.iter().map(|it| format!("ListenStream={it}\n")).collect();
     let who = if is_file {
@@ -116,59 +116,76 @@ fn socket(units: &Units, title: &str) -> String {
         ""
     };
     let plural = if listen.len() == 1 { "socket" } else { "sockets" };
+    let (about, what, more) = match scrapers_of {
+        None => {
+            (format!("The {plural} that clients know"), "what clients connect to", String::new())
+        }
+        Some(proxy) => (
+            "Where Prometheus asks for /metrics".into(),
+            "its metrics",
+            format!("FileDescriptorName=metrics\nService={proxy}.service\n"),
+        ),
+    };
     format!(
-        "{}# The {plural} that clients know, open from boot on: systemctl enable --now {}\n\
+        "# {about}, open from boot on: systemctl enable --now {}\n\
          [Unit]\n\
-         Description={title}, what clients connect to\n\
+         Description={title}, {what}\n\
          Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n\
          \n\
          [Socket]\n\
-         {who}{lines}\
+         {who}{lines}{more}\
          \n\
          [Install]\n\
          WantedBy=sockets.target\n",
-        head(units),
         quoted(&format!("{unit}.socket")),
     )
 }
 
 fn service(units: &Units, title: &str, program: &Path) -> String {
-    let Units { unit, starts, idle, user, group, .. } = units;
-    let mut text = head(units);
+    let Units { unit, starts, idle, user, group, metrics, .. } = units;
     let ends = match idle.as_deref() {
         None | Some("infinity") => "which then stays".to_string(),
         Some(idle) => format!("which is stopped when nobody has been connected for {idle}"),
     };
-    text += &match starts {
-        Starts::Nothing => "# It starts with the first client. Other options of socket-proxyd(8) go into ExecStart=,\n\
-             # in front of the target.\n"
-            .to_string(),
+    let mut text = match starts {
+        Starts::Nothing => "# It starts with the first client.\n".to_string(),
         Starts::Service(service) => format!(
-            "# The first client starts this and {service},\n# {ends}.\n\
-             # Nothing else should start it: systemctl disable --now {service}\n"
+            "# The first client starts this and {service},\n\
+             # {ends}.\n\
+             # Nothing else should start it: systemctl disable --now {}\n",
+            quoted(service)
         ),
         Starts::Command(_) => format!(
-            "# The first client starts this and the program behind the two dashes,\n# {ends}.\n\
+            "# The first client starts this and the program behind the two dashes,\n\
+             # {ends}.\n\
              # It has to listen at the address in front of the dashes and to stay in the foreground; if it\n\
-             # says READY=1, as sd_notify(3) does, add --ready=notify.\n"
+             # says READY=1, as sd_notify(3) does, add --ready=notify in front of that address.\n"
         ),
+    };
+    let sockets = match metrics {
+        Some(_) => format!("{unit}.socket {}.socket", metrics_unit(unit)),
+        None => format!("{unit}.socket"),
     };
     text += &format!(
         "[Unit]\n\
          Description=Proxy in front of {title}\n\
          Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n\
-         Requires={unit}.socket\n"
+         Requires={sockets}\n"
     );
     text += &match starts {
         Starts::Service(service) => format!(
             "# Wanted, not required: a service that was killed is started again by its Restart=, and one\n\
              # that can't start does not take the socket down with it.\n\
              Wants={service}\n\
-             After={unit}.socket {service}\n"
+             After={sockets} {service}\n"
         ),
-        _ => format!("After={unit}.socket\n"),
+        _ => format!("After={sockets}\n"),
     };
     text += "\n[Service]\nType=notify\n";
+    if metrics.is_some() {
+        text += &format!("Sockets={sockets}\n");
+    }
+    text += "# Other options of socket-proxyd(8) go in front of the target.\n";
     text += &exec_start(units, program);
     if let Starts::Command(_) = starts {
         text += "# The proxy stops the program itself, and with it whatever that has started.\nKillMode=mixed\n";
@@ -181,20 +198,13 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
     if let Some(group) = group {
         text += &format!("# It may use the target's socket.\nSupplementaryGroups={group}\n");
     }
-    match starts {
-        Starts::Command(_) => {
-            text += "# What most programs can live with. One that keeps files needs StateDirectory= (it is in\n\
-                     # /var/lib, and in $STATE_DIRECTORY); whatever else it needs has to be allowed here.\n";
-            text += &directory(units);
-            let is_vsock = matches!(units.targets[..], [Target::Address(Address::Vsock { .. })]);
-            let vsock = if is_vsock { " AF_VSOCK" } else { "" };
-            text += &format!("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6{vsock}\n");
-            text += &[BOTH, APPLICATION].concat();
-        }
-        _ => {
-            text += &network(&units.targets, group.is_some());
-            text += &files_of(&units.targets);
-        }
+    text += &match starts {
+        Starts::Command(_) => for_application(units),
+        _ => network(&units.targets, group.is_some()) + &for_proxy(&units.targets),
+    };
+    if user.is_some() {
+        // What else that user has in memory is not ours to remove.
+        text = text.replace("RemoveIPC=yes\n", "");
     }
     text
 }
@@ -210,7 +220,9 @@ fn exec_start(units: &Units, program: &Path) -> String {
         // It has a default of its own.
         Starts::Command(_) => (None, idle("--stop-idle-time")),
     };
-    let options = wait.map(|wait| format!("--backend-wait={wait}")).into_iter().chain(idle);
+    let metrics = units.metrics.as_ref().map(|_| "--metrics=fd:metrics".to_string());
+    let wait = wait.map(|wait| format!("--backend-wait={wait}"));
+    let options = wait.into_iter().chain(idle).chain(metrics);
     let mut line = format!("ExecStart={}", exec_word(program.as_os_str().as_bytes()));
     for option in options {
         line += &format!(" {}", exec_word(option.as_bytes()));
@@ -229,25 +241,39 @@ fn exec_start(units: &Units, program: &Path) -> String {
     line + "\n"
 }
 
-/// Where COMMAND makes its socket, if that is below /run: it can write nowhere else.
-fn directory(units: &Units) -> String {
-    let socket = units.targets.iter().find_map(path);
-    let below = socket.and_then(|path| path.parent()?.strip_prefix("/run").ok()?.to_str());
-    match below.filter(|below| !below.is_empty()).map(value) {
-        Some(Ok(directory)) => format!("RuntimeDirectory={}\n", exec_word(directory.as_bytes())),
-        _ => String::new(),
+/// What COMMAND, and the proxy with it, may use.
+fn for_application(units: &Units) -> String {
+    let mut text = "# What most programs can live with. One that keeps files needs StateDirectory= (it is in\n\
+                    # /var/lib, and in $STATE_DIRECTORY); whatever else it needs has to be allowed.\n"
+        .to_string();
+    if let Some(directory) = own_directory(units)
+        && let Some(name) = directory.file_name()
+    {
+        text += &format!("RuntimeDirectory={}\n", name.display());
     }
+    text += match &units.targets[..] {
+        [Target::Address(Address::Vsock { .. })] => "RestrictAddressFamilies=AF_UNIX AF_VSOCK\n",
+        _ => "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n",
+    };
+    text + BOTH + APPLICATION
+}
+
+/// The directory of COMMAND's socket below /run, which is one of its own, as `values` has made sure of: it
+/// goes with the unit.
+pub(crate) fn own_directory(units: &Units) -> Option<&Path> {
+    let directory = units.targets.iter().find_map(path)?.parent()?;
+    directory.starts_with("/run").then_some(directory)
 }
 
 /// What a proxy needs of files: the sockets of its targets.
-fn files_of(targets: &[Target]) -> String {
+fn for_proxy(targets: &[Target]) -> String {
     let is_below = |directories: &[&str]| {
         let mut paths = targets.iter().filter_map(path);
         paths.any(|path| directories.iter().any(|directory| path.starts_with(directory)))
     };
     let mut text = [BOTH, PROXY].concat();
     if is_below(&HOMES) {
-        let needed = "# The target is in one of them.\nProtectHome=read-only";
+        let needed = "# The target is below a home, or below /run/user.\nProtectHome=read-only";
         text = text.replace("ProtectHome=yes", needed);
     }
     if is_below(&TEMPORARY) {
@@ -315,14 +341,14 @@ fn network(targets: &[Target], has_group: bool) -> String {
         text += "# If only a group may use the target's socket: SupplementaryGroups= that group.\n";
     }
     if is_private {
-        text += "# The target is a file: no network is needed. For another one remove these three lines.\n\
+        text += "# The target is a file: no network is needed. For another one these three lines have to go.\n\
                  PrivateNetwork=yes\n";
     }
     if anywhere {
         text += "# Wherever the name leads. IPAddressDeny=any and IPAddressAllow= can say where that is.\n";
     } else {
         if !allowed.is_empty() {
-            text += "# Where the target is; another one has to be allowed here.\n";
+            text += "# Where the target is. Clients are not meant: their sockets are systemd's.\n";
         }
         text += "IPAddressDeny=any\n";
         if !allowed.is_empty() {
@@ -333,19 +359,19 @@ fn network(targets: &[Target], has_group: bool) -> String {
     text
 }
 
-fn drop_in(units: &Units, service: &str) -> String {
+fn drop_in(service: &str) -> String {
     format!(
-        "{}# {service} runs while its proxy does, which wants it.\n\
+        "# {service} runs while its proxy does, which wants it.\n\
          [Unit]\n\
          StopWhenUnneeded=yes\n\
-         # An attempt a second for as long as the proxy holds clients; then it has failed.\n\
+         # An attempt a second for as long as the proxy holds clients; then it has failed. This takes the\n\
+         # place of what the service itself says of restarts.\n\
          StartLimitIntervalSec=2min\n\
          StartLimitBurst=90\n\
          \n\
          [Service]\n\
          Restart=on-failure\n\
-         RestartSec=1s\n",
-        head(units)
+         RestartSec=1s\n"
     )
 }
 

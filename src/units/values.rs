@@ -1,0 +1,123 @@
+//! What each option of `socket-proxyd-units` may be given, and what is wrong with it, in words.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use crate::address::Address;
+use crate::open::ListenAddress;
+use crate::target::{Port, Target};
+use crate::timespan::TimeSpan;
+use crate::units::escape::{unit_name, value};
+use crate::units::text::{HOMES, TEMPORARY};
+
+/// Where a socket that systemd opens is.
+pub(crate) fn address(listen: &ListenAddress) -> Address {
+    match listen {
+        ListenAddress::Any(port) => Address::Inet((std::net::Ipv6Addr::UNSPECIFIED, *port).into()),
+        ListenAddress::Host(host) => host.literal().map_or(Address::Unix(None), Address::Inet),
+        ListenAddress::Unix(name) => Address::Unix(Some(Box::new(name.clone()))),
+        ListenAddress::Vsock(address) => address.clone(),
+    }
+}
+
+/// An address for `ListenStream=`, and as it is written there.
+pub(crate) fn listen(text: &str) -> Result<(ListenAddress, String), String> {
+    let address = ListenAddress::parse(OsStr::new(text))?;
+    if let ListenAddress::Host(host) = &address
+        && (host.literal().is_none() || matches!(host.port, Port::Service(_)))
+    {
+        return Err("ListenStream= takes no names, write IP:PORT".into());
+    }
+    let port = match &address {
+        ListenAddress::Any(port) => Some(*port),
+        ListenAddress::Host(host) => host.literal().map(|address| address.port()),
+        _ => None,
+    };
+    if port == Some(0) {
+        return Err("nobody would know the port".into());
+    }
+    Ok((address, value(text)?))
+}
+
+pub(crate) fn service(text: &str) -> Result<String, String> {
+    const OTHERS: [&str; 10] = [
+        ".socket",
+        ".target",
+        ".timer",
+        ".path",
+        ".mount",
+        ".automount",
+        ".slice",
+        ".scope",
+        ".device",
+        ".swap",
+    ];
+    let stem = text.strip_suffix(".service").unwrap_or(text);
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.:\\@".contains(c);
+    if stem.is_empty() || OTHERS.iter().any(|it| stem.ends_with(it)) {
+        return Err("it has to be the name of a .service unit".into());
+    }
+    if !stem.chars().all(is_name) {
+        return Err("no unit has such a name; see systemd-escape(1)".into());
+    }
+    if stem.ends_with('@') {
+        return Err("a template has no process; name an instance of it".into());
+    }
+    Ok(format!("{stem}.service"))
+}
+
+pub(crate) fn idle(text: &str) -> Result<String, String> {
+    let Some(span) = TimeSpan::parse(text) else {
+        return Err("it has to be a time span (30s, 5min 20s, infinity)".into());
+    };
+    // Without what a unit could not say, and not without a unit.
+    let words: Vec<_> = text.split_whitespace().collect();
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    Ok(if is_number { span.to_string() } else { words.join(" ") })
+}
+
+pub(crate) fn account(text: &str) -> Result<String, String> {
+    let is_first = |c: char| c.is_ascii_alphabetic() || c == '_';
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text == "root" {
+        return Err("with root's rights no unit is hardened; leave it out".into());
+    }
+    if !text.starts_with(is_first) || !text.chars().all(is_name) {
+        return Err("that is no name of an account".into());
+    }
+    Ok(text.into())
+}
+
+/// A Unix socket that COMMAND is to make: there is one directory where it can, beside its own /tmp.
+pub(crate) fn check_socket(target: &Target, name: &str) -> Result<(), String> {
+    let Target::Address(Address::Unix(Some(socket))) = target else { return Ok(()) };
+    let Some(path) = socket.path() else { return Ok(()) };
+    let own = unit_name(name);
+    let is_own = path.parent() == Some(&Path::new("/run").join(&own));
+    let is_taken = ["systemd", "user", "dbus", "lock", "log", "udev"].contains(&&*own);
+    if is_own && !is_taken || TEMPORARY.iter().any(|directory| path.starts_with(directory)) {
+        return Ok(());
+    }
+    Err(format!(
+        "Invalid --target={target}: COMMAND can make no socket there; write /run/{own}/NAME, whose directory \
+         is made for it, with another NAME of the units than the system's own directories have."
+    ))
+}
+
+pub(crate) fn check_command(words: &[OsString]) -> Result<(), String> {
+    let Some(program) = words.first().filter(|program| !program.is_empty()) else {
+        return Err("There is no COMMAND after --.".into());
+    };
+    let path = Path::new(program);
+    let refused = |why: &str| Err(format!("Invalid COMMAND {program:?}: {why}."));
+    if program.as_bytes().contains(&b'/') && path.is_relative() {
+        return refused("a service starts in /, write its whole path");
+    }
+    if HOMES.iter().chain(&TEMPORARY).any(|directory| path.starts_with(directory)) {
+        return refused(
+            "the service sees no home, and a /tmp of its own; put it in /usr/local or /opt",
+        );
+    }
+    Ok(())
+}
