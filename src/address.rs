@@ -8,7 +8,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -70,9 +70,18 @@ impl Address {
     pub fn answers_at(&self, target: &Self) -> bool {
         match (self, target) {
             (Self::Inet(ours), Self::Inet(theirs)) => {
-                let (at, to) = (ours.ip().to_canonical(), theirs.ip().to_canonical());
-                ours.port() == theirs.port()
-                    && (at == to || at.is_unspecified() && to.is_loopback() || to.is_unspecified())
+                // To connect(2) the unspecified address is the loopback one of its family.
+                let to = match theirs.ip().to_canonical() {
+                    IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+                    IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+                    ip => ip,
+                };
+                let is_at = match ours.ip().to_canonical() {
+                    IpAddr::V4(at) if at.is_unspecified() => to.is_ipv4() && to.is_loopback(),
+                    IpAddr::V6(at) if at.is_unspecified() => to.is_loopback(),
+                    at => at == to,
+                };
+                ours.port() == theirs.port() && is_at
             }
             (Self::Unix(None), _) => false,
             _ => self == target,
@@ -273,7 +282,10 @@ mod tests {
             ("127.0.0.1:80", "127.0.0.1:80", true),
             ("127.0.0.1:80", "127.0.0.1:81", false),
             ("[::]:80", "127.0.0.1:80", true),
-            ("0.0.0.0:80", "[::1]:80", true),
+            ("[::]:80", "[::1]:80", true),
+            ("0.0.0.0:80", "[::1]:80", false),
+            ("127.0.0.2:80", "0.0.0.0:80", false),
+            ("127.0.0.1:80", "[::]:80", false),
             ("[::ffff:127.0.0.1]:80", "127.0.0.1:80", true),
             ("0.0.0.0:80", "192.0.2.1:80", false),
             ("127.0.0.1:80", "0.0.0.0:80", true),

@@ -59,6 +59,7 @@ impl ListenAddress {
             return vsock.map(Self::Vsock);
         }
         if let Some(port) = text.strip_prefix(':')
+            && !port.is_empty()
             && port.bytes().all(|byte| byte.is_ascii_digit())
         {
             return Err(format!("every address is the port alone, {port}"));

@@ -1,8 +1,8 @@
 //! Who asks for the metrics: HTTP on a thread of its own, so that no scraper is in a client's way.
 //!
-//! Nobody can hold on to it, and whoever asks is answered. Four are served at a time; the next one takes
+//! Nobody can hold on to it, and so whoever asks is answered. Four are served at a time; the next one takes
 //! the place of the one who has been there longest, and gets a turn before another comes. An answer that
-//! was written waits until its scraper has taken it, beside [`UNTAKEN_MAX`] others, since what is only
+//! was written waits until its scraper has taken it, or [`UNTAKEN_MAX`] others were written, since what is only
 //! closed stays in the kernel's memory for minutes. All is over after two seconds, by a reset if need be.
 //! (hyper reads what they say, and at most [`REQUEST_MAX`] bytes of it.)
 
@@ -14,7 +14,7 @@ use std::convert::Infallible;
 use std::future::{poll_fn, ready};
 use std::io;
 use std::net;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net as unix;
 use std::rc::Rc;
 use std::time::Duration;
@@ -38,7 +38,7 @@ use crate::listen::{Listener, SocketFile};
 use crate::logging::{RateLimit, in_words};
 use crate::metrics::Metrics;
 use crate::open::{MetricsAddress, open};
-use crate::socket::Family;
+use crate::socket::{Family, queued};
 use crate::worker::start_thread;
 
 /// For one of them, from accept to close.
@@ -59,6 +59,9 @@ const SEND_BUFFER: usize = 32 * 1024;
 
 /// Turns of the event loop in which a request that is there is read, and its answer written.
 const TURNS: usize = 4;
+
+/// Between two looks whether all was taken.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
@@ -98,12 +101,6 @@ impl Exporter {
             if family == Family::Vsock {
                 return Err(format!("{name} has to be TCP or a Unix socket."));
             }
-            // What it accepts inherits both: a socket that is dropped is reset.
-            let socket = SockRef::from(&fd);
-            let bounded = socket.set_send_buffer_size(SEND_BUFFER);
-            bounded.and_then(|()| socket.set_linger(Some(Duration::ZERO))).map_err(|error| {
-                format!("Failed to set options of {name}: {}.", in_words(&error))
-            })?;
             tracing::info!("Metrics on {name}.");
             parts.push((fd, family));
             files.extend(file);
@@ -192,12 +189,16 @@ impl Scrapers {
         accept: impl AsyncFn() -> io::Result<S>,
     ) -> io::Result<Infallible>
     where
-        S: AsyncRead + AsyncWrite + Unpin + 'static,
+        S: AsyncRead + AsyncWrite + AsFd + Unpin + 'static,
     {
         let mut in_burst = 0;
         loop {
             match accept().await {
                 Ok(stream) => {
+                    // Not on the listener, which may be somebody's after us. Dropped, it is reset.
+                    let socket = SockRef::from(&stream);
+                    let _ = socket.set_send_buffer_size(SEND_BUFFER);
+                    let _ = socket.set_linger(Some(Duration::ZERO));
                     let this = Rc::clone(self);
                     let deadline = Instant::now() + REQUEST_TIME;
                     let serve = async move {
@@ -269,16 +270,21 @@ impl Scrapers {
     }
 }
 
-/// Waits until a scraper has taken its answer: it closes then, having been told to.
-async fn taken(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+/// Waits until a scraper has taken its answer: it closes then, having been told to, or has only said
+/// that it asks nothing more.
+async fn taken(mut stream: impl AsyncRead + AsyncWrite + AsFd + Unpin) {
     let mut rest = [0; 512];
     let mut said = 0;
-    if stream.shutdown().await.is_ok() {
-        while let Ok(1..) = stream.read(&mut rest).await {
-            said += rest.len();
-            if said > REQUEST_MAX {
-                return;
-            }
+    if stream.shutdown().await.is_err() {
+        return;
+    }
+    while let Ok(bytes @ 1..) = stream.read(&mut rest).await {
+        said += bytes;
+        if said > REQUEST_MAX {
+            return;
         }
+    }
+    while queued(&stream) > 0 {
+        sleep(LOOK_AGAIN).await;
     }
 }

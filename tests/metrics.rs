@@ -211,6 +211,22 @@ fn only_metrics_are_answered_and_in_the_form_that_is_asked_for() {
     assert!(open.contains(kind) && open.ends_with("# EOF\n"), "{open}");
 }
 
+/// As nc -N and other simple ones do; and it reads slowly.
+#[test]
+fn whoever_says_that_they_ask_nothing_more_gets_all_of_the_answer() {
+    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let scraped = Scraped::start(Launch::new(OURS).listener(&listener).arg(&backend.target));
+    let mut stream = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    stream.set_recv_buffer_size(2304).unwrap();
+    stream.connect(&scraped.metrics.into()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let (answer, end) = read_all(&mut stream);
+    end.unwrap();
+    let text = String::from_utf8(answer).unwrap();
+    assert!(text.contains("socket_proxyd_pipes 0\n"), "{text}");
+}
+
 #[test]
 fn the_socket_may_be_passed_or_of_unix() {
     let backend = echo_backend(Family::Tcp);
@@ -367,6 +383,7 @@ fn nobody_keeps_others_from_an_answer() {
     let now = scraped.proxy.resident();
     assert!(now as f64 <= resident as f64 * 1.1, "{resident} KiB before, {now} KiB now");
     let (bytes, scrapers) = untaken(scraped.metrics);
+    assert!(scrapers > 0, "nobody has left anything");
     assert!(scrapers <= 36 && bytes <= 36 * 64 * 1024, "{bytes} bytes for {scrapers}");
     // All are let go, whatever they do, and nothing stays behind.
     assert!(is_let_go(&mut slow));

@@ -10,7 +10,9 @@ use crate::open::ListenAddress;
 use crate::selector::Targets;
 use crate::target::Target;
 use crate::units::escape::{shell_word, unit_name};
-use crate::units::values::{account, address, check_command, check_socket, idle, listen, service};
+use crate::units::values::{
+    account, address, check_command, check_socket, idle, listen, metrics, service,
+};
 
 const PROGRAM: &str = "socket-proxyd-units";
 
@@ -63,7 +65,7 @@ const OPTIONS: [Known<Set>; 11] = {
         option("group", Meaning::Takes(|it, text| once(&mut it.group, "group", text, account))),
         option(
             "metrics",
-            Meaning::Takes(|it, text| once(&mut it.metrics, "metrics", text, listen)),
+            Meaning::Takes(|it, text| once(&mut it.metrics, "metrics", text, metrics)),
         ),
         option("write", Meaning::MayTakePath(|it, text| it.write(text))),
         option("force", Meaning::Flag(|it, _| it.force())),
@@ -253,6 +255,9 @@ impl Arguments {
     }
 
     fn write(&mut self, text: &OsStr) -> Result<(), String> {
+        if self.write.is_some() {
+            return Err("--write is given twice.".into());
+        }
         self.write = Some(if text.is_empty() { DIRECTORY.into() } else { text.into() });
         Ok(())
     }
@@ -310,6 +315,11 @@ impl Arguments {
             }
             (None, None) => Starts::Nothing,
         };
+        if self.metrics.is_some() && self.idle.is_some() && matches!(starts, Starts::Nothing) {
+            return Err("--idle= can't be had with the --metrics= of a bridge: whoever scrapes would start it \
+                        again, and its counters with it."
+                .into());
+        }
         if self.metrics.is_some() && matches!(starts, Starts::Service(_)) {
             return Err("--metrics= can't be had with --service=: whoever scrapes would start the service. \
                         (Give the proxy its own --metrics= in ExecStart=, which answers while it runs.)"
@@ -345,15 +355,26 @@ impl Arguments {
             }
         }
         let backends = targets.assign(&identities.iter().collect::<Vec<_>>())?;
-        for (identity, backend) in identities.iter().zip(backends) {
-            if let Some(Target::Address(target)) = targets.iter().nth(backend)
-                && identity.address.answers_at(target)
-            {
+        let leads_back = |option: &str, listen: &ListenAddress, backend: usize| {
+            let Some(Target::Address(target)) = targets.iter().nth(backend) else { return Ok(()) };
+            if address(listen).answers_at(target) {
                 return Err(format!(
-                    "--listen={} leads to itself, --target={target}; let the backend listen on another \
-                     address.",
-                    identity.address
+                    "--{option}={listen} is what --target={target} leads to; let the backend listen on \
+                     another address."
                 ));
+            }
+            Ok(())
+        };
+        for ((listen, _), backend) in self.listen.iter().zip(backends) {
+            leads_back("listen", listen, backend)?;
+        }
+        if let Some((listen, _)) = &self.metrics {
+            let mut all = 0..targets.iter().count();
+            all.try_for_each(|backend| leads_back("metrics", listen, backend))?;
+            let at = address(listen);
+            let mut listeners = identities.iter().map(|identity| &identity.address);
+            if listeners.any(|it| it.answers_at(&at) || at.answers_at(it)) {
+                return Err(format!("--metrics={listen} is an address that clients know already."));
             }
         }
         Ok(())
@@ -450,11 +471,11 @@ mod tests {
             ("--listen=1 --metrics=1 --target=/a app", "The address 1 is given twice."),
             (
                 "--listen=80 --target=127.0.0.1:80 app",
-                "--listen=[::]:80 leads to itself, --target=127.0.0.1:80; let the backend listen on another address.",
+                "--listen=80 is what --target=127.0.0.1:80 leads to; let the backend listen on another address.",
             ),
             (
                 "--listen=1 --target=/a --user=root app",
-                "Invalid --user=root: with root's rights no unit is hardened; leave it out.",
+                "Invalid --user=root: root's rights are what no unit here has; leave it out.",
             ),
             (
                 "--listen=1 --target=/a app -- /home/me/b",
@@ -462,12 +483,29 @@ mod tests {
             ),
             (
                 "--listen=1 --target=/run/app.sock app -- /bin/b",
-                "Invalid --target=/run/app.sock: COMMAND can make no socket there; write /run/app/NAME, whose directory is made for it, with another NAME of the units than the system's own directories have.",
+                "Invalid --target=/run/app.sock: COMMAND can make no socket there; write /run/app/SOCKET, whose directory is made for it, and as NAME a plain word that is no directory of the system's.",
             ),
             (
                 "--listen=1 --target=/run/user/app.sock user -- /bin/b",
-                "Invalid --target=/run/user/app.sock: COMMAND can make no socket there; write /run/user/NAME, whose directory is made for it, with another NAME of the units than the system's own directories have.",
+                "Invalid --target=/run/user/app.sock: COMMAND can make no socket there; write /run/user/SOCKET, whose directory is made for it, and as NAME a plain word that is no directory of the system's.",
             ),
+            (
+                "--listen=1 --target=127.0.0.1:2 --metrics=2 app",
+                "--metrics=2 is what --target=127.0.0.1:2 leads to; let the backend listen on another address.",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=127.0.0.1:1 app",
+                "--metrics=127.0.0.1:1 is an address that clients know already.",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=vsock::1 app",
+                "Invalid --metrics=vsock::1: it has to be TCP or a Unix socket.",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=2 --idle=1min app",
+                "--idle= can't be had with the --metrics= of a bridge: whoever scrapes would start it again, and its counters with it.",
+            ),
+            ("--listen=1 --target=/a --write=a --write=b app", "--write is given twice."),
             ("--frob app", "socket-proxyd-units: unrecognized option '--frob'"),
             ("--force=1 app", "socket-proxyd-units: option '--force' doesn't allow an argument"),
         ] {

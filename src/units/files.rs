@@ -50,32 +50,55 @@ pub(crate) fn write(
     Ok(before)
 }
 
-/// Removes drop-ins of the same proxy beside other services than its own; which they were.
+/// What was written for the same proxy before, and is not needed any more.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Left {
+    /// Drop-ins beside other services than its own, which are gone now.
+    pub(crate) removed: Vec<PathBuf>,
+    /// Those that somebody has changed since.
+    pub(crate) changed: Vec<PathBuf>,
+    /// A socket unit for scrapers: disabled first, and then removed.
+    pub(crate) metrics: Option<PathBuf>,
+}
+
+/// Looks for that, and removes what can be removed at once; `metrics` is the name that a socket unit for
+/// scrapers has.
 ///
 /// # Errors
 /// One line that names the file.
-pub(crate) fn remove_left(
+pub(crate) fn clear(
     files: &[UnitFile],
     unit: &str,
+    metrics: &str,
     directory: &Path,
-) -> Result<Vec<PathBuf>, String> {
-    let mut removed = Vec::new();
+) -> Result<Left, String> {
+    let mut left = Left::default();
+    let is_needed = |name: &Path| files.iter().any(|file| file.path == name);
+    let origin = |path: &Path| fs::read_to_string(path).ok().map(|text| Origin::of(&text));
+    let path = directory.join(metrics);
+    if !is_needed(Path::new(metrics)) && !matches!(origin(&path), None | Some(Origin::Theirs)) {
+        left.metrics = Some(path);
+    }
     let entries = fs::read_dir(directory).map_err(|error| failed("list", directory, &error))?;
     for entry in entries.filter_map(Result::ok) {
         let name = PathBuf::from(entry.file_name()).join(format!("{unit}.conf"));
         let is_drop_in = entry.file_name().to_string_lossy().ends_with(".service.d");
-        if !is_drop_in || files.iter().any(|file| file.path == name) {
+        if !is_drop_in || is_needed(&name) {
             continue;
         }
         let path = directory.join(name);
-        if fs::read_to_string(&path).is_ok_and(|text| Origin::of(&text) == Origin::Ours) {
-            fs::remove_file(&path).map_err(|error| failed("remove", &path, &error))?;
-            // Others may have drop-ins there.
-            let _ = fs::remove_dir(entry.path());
-            removed.push(path);
+        match origin(&path) {
+            Some(Origin::Ours) => {
+                fs::remove_file(&path).map_err(|error| failed("remove", &path, &error))?;
+                // Others may have drop-ins there.
+                let _ = fs::remove_dir(entry.path());
+                left.removed.push(path);
+            }
+            Some(Origin::Changed) => left.changed.push(path),
+            Some(Origin::Theirs) | None => {}
         }
     }
-    Ok(removed)
+    Ok(left)
 }
 
 fn look(path: &Path, text: &str, force: bool) -> Result<Before, String> {
@@ -175,10 +198,18 @@ mod tests {
         fs::create_dir(directory.path().join("theirs.service.d")).unwrap();
         fs::write(directory.path().join("theirs.service.d/a.conf"), "theirs").unwrap();
         write(&new, directory.path(), false).unwrap();
-        let removed = remove_left(&new, "a", directory.path()).unwrap();
-        assert_eq!(removed, [directory.path().join("old.service.d/a.conf")]);
+        let clear = || clear(&new, "a", "a-metrics.socket", directory.path()).unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let expected = Left { removed: vec![path("old.service.d/a.conf")], ..Left::default() };
+        assert_eq!(clear(), expected);
         assert!(!directory.path().join("old.service.d").exists());
         assert!(directory.path().join("theirs.service.d/a.conf").exists());
-        assert_eq!(remove_left(&new, "a", directory.path()), Ok(vec![]));
+        assert_eq!(clear(), Left::default());
+        let changed = mark("a", "b", "[Unit]\n") + "# changed\n";
+        fs::write(path("theirs.service.d/a.conf"), changed).unwrap();
+        fs::write(path("a-metrics.socket"), mark("a", "b", "[Socket]\n")).unwrap();
+        let changed = vec![path("theirs.service.d/a.conf")];
+        let metrics = Some(path("a-metrics.socket"));
+        assert_eq!(clear(), Left { removed: vec![], changed, metrics });
     }
 }

@@ -68,10 +68,15 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
                         };
                         text += &format!("{what} {}\n", directory.join(&file.path).display());
                     }
-                    for path in files::remove_left(&files, &units.unit, &directory)? {
+                    let metrics = format!("{}.socket", metrics_unit(&units.unit));
+                    let left = files::clear(&files, &units.unit, &metrics, &directory)?;
+                    for path in &left.removed {
                         text += &format!("Removed {}, of before\n", path.display());
                     }
-                    text += &next(&units, &files, &directory, &before);
+                    for path in &left.changed {
+                        text += &format!("Left {}, which has been changed\n", path.display());
+                    }
+                    text += &next(&units, &files, &directory, &before, left.metrics.as_deref());
                     print(&mut io::stdout(), &text)?;
                 }
             }
@@ -106,7 +111,13 @@ fn program() -> PathBuf {
 }
 
 /// What to type now.
-fn next(units: &Units, files: &[UnitFile], directory: &Path, before: &[Before]) -> String {
+fn next(
+    units: &Units,
+    files: &[UnitFile],
+    directory: &Path,
+    before: &[Before],
+    left_metrics: Option<&Path>,
+) -> String {
     let unit = &units.unit;
     let service = quoted(&format!("{unit}.service"));
     let mut sockets = quoted(&format!("{unit}.socket"));
@@ -122,11 +133,19 @@ fn next(units: &Units, files: &[UnitFile], directory: &Path, before: &[Before]) 
         let paths = paths.collect::<Vec<_>>().join(" ");
         commands.push(format!("cp -r {paths} {}", SYSTEMDS[0]));
     }
+    if let Some(path) = left_metrics {
+        // Enabled and without --metrics=, it would be one more way in.
+        if is_systemds {
+            let metrics = quoted(&format!("{}.socket", metrics_unit(unit)));
+            commands.push(format!("systemctl disable --now {metrics}"));
+        }
+        commands.push(format!("rm {}", shell_word(path.as_os_str().as_bytes())));
+    }
     if let Starts::Service(started) = &units.starts {
         commands.push(format!("systemctl disable --now {}", quoted(started)));
     }
     let runtime = if directory == Path::new(SYSTEMDS[1]) { "--runtime " } else { "" };
-    if before.contains(&Before::Other) {
+    if before.contains(&Before::Other) || left_metrics.is_some() {
         commands.push("systemctl daemon-reload".into());
         commands.push(format!("systemctl enable {runtime}{sockets}"));
         commands.push(format!("systemctl stop {service}"));

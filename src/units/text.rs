@@ -183,6 +183,7 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
     };
     text += "\n[Service]\nType=notify\n";
     if metrics.is_some() {
+        text += "# Without the second one, which scrapers use, this does not start: is its address taken?\n";
         text += &format!("Sockets={sockets}\n");
     }
     text += "# Other options of socket-proxyd(8) go in front of the target.\n";

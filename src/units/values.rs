@@ -40,6 +40,14 @@ pub(crate) fn listen(text: &str) -> Result<(ListenAddress, String), String> {
     Ok((address, value(text)?))
 }
 
+/// The same for scrapers, which speak no vsock.
+pub(crate) fn metrics(text: &str) -> Result<(ListenAddress, String), String> {
+    match listen(text)? {
+        (ListenAddress::Vsock(_), _) => Err("it has to be TCP or a Unix socket".into()),
+        address => Ok(address),
+    }
+}
+
 pub(crate) fn service(text: &str) -> Result<String, String> {
     const OTHERS: [&str; 10] = [
         ".socket",
@@ -81,7 +89,7 @@ pub(crate) fn account(text: &str) -> Result<String, String> {
     let is_first = |c: char| c.is_ascii_alphabetic() || c == '_';
     let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if text == "root" {
-        return Err("with root's rights no unit is hardened; leave it out".into());
+        return Err("root's rights are what no unit here has; leave it out".into());
     }
     if !text.starts_with(is_first) || !text.chars().all(is_name) {
         return Err("that is no name of an account".into());
@@ -96,12 +104,16 @@ pub(crate) fn check_socket(target: &Target, name: &str) -> Result<(), String> {
     let own = unit_name(name);
     let is_own = path.parent() == Some(&Path::new("/run").join(&own));
     let is_taken = ["systemd", "user", "dbus", "lock", "log", "udev"].contains(&&*own);
-    if is_own && !is_taken || TEMPORARY.iter().any(|directory| path.starts_with(directory)) {
+    // RuntimeDirectory= has a meaning for a colon, and another one for a backslash.
+    let is_plain = !own.contains([':', '\\']);
+    if is_own && !is_taken && is_plain
+        || TEMPORARY.iter().any(|directory| path.starts_with(directory))
+    {
         return Ok(());
     }
     Err(format!(
-        "Invalid --target={target}: COMMAND can make no socket there; write /run/{own}/NAME, whose directory \
-         is made for it, with another NAME of the units than the system's own directories have."
+        "Invalid --target={target}: COMMAND can make no socket there; write /run/{own}/SOCKET, whose \
+         directory is made for it, and as NAME a plain word that is no directory of the system's."
     ))
 }
 
