@@ -35,7 +35,7 @@ use crate::sandbox;
 use crate::scrape::Exporter;
 use crate::selector::Targets;
 use crate::signals::{Questions, Signals};
-use crate::sockets::Sockets;
+use crate::sockets::{Sockets, is_not_itself, leads_elsewhere};
 use crate::statistics::{Dials, EntranceCounts, Loops};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
@@ -505,32 +505,6 @@ fn prepare(
     };
     let (command, idle_time) = (application.command, application.stop_idle_time);
     Ok(Application::new(command, target, notify, idle_time, descriptors))
-}
-
-/// COMMAND can't serve an address that we have taken. (A passed socket may be of another network
-/// namespace, and then it can.)
-fn is_not_itself(target: &Target, listeners: &[(Rc<Listener>, usize)]) -> Result<(), String> {
-    let Target::Address(address) = target else { return Ok(()) };
-    match listeners.iter().find(|(listener, _)| listener.identity().address.answers_at(address)) {
-        Some((listener, _)) => Err(format!(
-            "--listen={listener} takes the address of TARGET {target}; let COMMAND listen on \
-             another."
-        )),
-        None => Ok(()),
-    }
-}
-
-/// Nobody is carried back to where they came in.
-fn leads_elsewhere(listener: &Listener, target: &Target) -> Result<(), String> {
-    match target {
-        Target::Address(address) if listener.identity().address.answers_at(address) => {
-            Err(format!(
-                "--listen={listener} leads to itself, TARGET {target}; let the backend listen on another \
-             address."
-            ))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Lets clients in at one listener, until it breaks.

@@ -12,6 +12,7 @@ use crate::listen::{Listener, StoredListener};
 use crate::open::{ListenAddress, open};
 use crate::recovery::Recovered;
 use crate::socket::Keepalive;
+use crate::target::Target;
 
 /// What was passed or opened.
 #[derive(Debug)]
@@ -95,5 +96,34 @@ impl Sockets {
             Self::Connection(connection) => connection.keep_alive(keepalive),
             Self::Stored => {}
         }
+    }
+}
+
+/// COMMAND can't serve an address that we have taken. (A passed socket may be of another network
+/// namespace, and then it can.)
+pub(crate) fn is_not_itself(
+    target: &Target,
+    listeners: &[(Rc<Listener>, usize)],
+) -> Result<(), String> {
+    let Target::Address(address) = target else { return Ok(()) };
+    match listeners.iter().find(|(listener, _)| listener.identity().address.answers_at(address)) {
+        Some((listener, _)) => Err(format!(
+            "--listen={listener} takes the address of TARGET {target}; let COMMAND listen on \
+             another."
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Nobody is carried back to where they came in.
+pub(crate) fn leads_elsewhere(listener: &Listener, target: &Target) -> Result<(), String> {
+    match target {
+        Target::Address(address) if listener.identity().address.answers_at(address) => {
+            Err(format!(
+                "--listen={listener} leads to itself, TARGET {target}; let the backend listen on another \
+             address."
+            ))
+        }
+        _ => Ok(()),
     }
 }
