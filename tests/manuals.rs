@@ -36,15 +36,9 @@ fn main() -> ExitCode {
 /// Verifies units and weighs those that run the proxy.
 fn check(container: &Container, units: &[&str]) {
     for unit in units {
-        let output = container.output(&["systemd-analyze", "verify", unit]);
-        let words = [output.stdout, output.stderr].concat();
-        assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
-        assert!(output.status.success());
+        container.verify(unit);
         if unit.ends_with("-proxy.service") {
-            let analyze = ["systemd-analyze", "security", "--no-pager", "--threshold=15", unit];
-            let output = container.output(&analyze);
-            let table = String::from_utf8_lossy(&output.stdout);
-            assert!(output.status.success(), "{unit}: {table}");
+            container.weigh(unit);
         }
     }
 }

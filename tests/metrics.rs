@@ -26,7 +26,11 @@ struct Scraped {
 
 impl Scraped {
     fn start(launch: Launch) -> Self {
-        let proxy = launch.arg("--metrics=127.0.0.1:0").start();
+        Self::of(launch.arg("--metrics=127.0.0.1:0").start())
+    }
+
+    /// One that says where.
+    fn of(proxy: Running) -> Self {
         let line = proxy.lines.wait_for("Metrics on ");
         let address = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap();
         let metrics = address.parse().unwrap();
@@ -160,10 +164,8 @@ fn starts_of_the_command_are_counted() {
     let target = format!("127.0.0.1:{port}");
     let launch = Launch::new(OURS).listener(&listener).args([&target, "--backend-wait=1min"]);
     // The options come in front of the target, so the address of the metrics does, too.
-    let proxy = launch.args(["--metrics=127.0.0.1:0", "--", "/bin/false"]).start();
-    let line = proxy.lines.wait_for("Metrics on ");
-    let metrics = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap().parse().unwrap();
-    let scraped = Scraped { proxy, metrics };
+    let launch = launch.args(["--metrics=127.0.0.1:0", "--", "/bin/false"]);
+    let scraped = Scraped::of(launch.start());
     let _client = listener.connect();
     let series = |name| format!("socket_proxyd_backend_{name}_total{{backend=\"{target}\"}}");
     let failed = poll_until(Instant::now() + PATIENCE, || {

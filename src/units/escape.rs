@@ -23,18 +23,23 @@ pub(crate) fn exec_word(word: &[u8]) -> String {
     if is_quoted { format!("\"{text}\"") } else { text }
 }
 
-/// The whole value of a setting that knows specifiers, and no quotes.
+/// Whether this can be the whole value of a setting that knows no quotes.
 ///
 /// # Errors
 /// What can't be written there, in words.
-pub(crate) fn value(text: &str) -> Result<String, String> {
+pub(crate) fn check_value(text: &str) -> Result<(), String> {
     if text.chars().any(char::is_control) {
         return Err("it has a control character, which no unit can say".into());
     }
     if text.trim() != text || text.ends_with('\\') {
         return Err("it begins or ends with what a unit drops there".into());
     }
-    Ok(text.replace('%', "%%"))
+    Ok(())
+}
+
+/// Such a value, in which nothing is a specifier.
+pub(crate) fn value(text: &str) -> String {
+    text.replace('%', "%%")
 }
 
 /// The name of a unit without its suffix, as systemctl(1) makes it of whatever it is given: `/` becomes
@@ -111,10 +116,10 @@ mod tests {
 
     #[test]
     fn whole_values() {
-        assert_eq!(value("/run/100%"), Ok("/run/100%%".into()));
-        assert_eq!(value("/run/with space"), Ok("/run/with space".into()));
+        assert_eq!(value("/run/100%"), "/run/100%%");
+        assert_eq!(check_value("/run/with space, 100%"), Ok(()));
         for text in ["a\nb", " a", "a ", "a\\"] {
-            assert!(value(text).is_err(), "{text:?}");
+            assert!(check_value(text).is_err(), "{text:?}");
         }
     }
 

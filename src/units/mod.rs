@@ -4,9 +4,9 @@
 //! into files:
 //!
 //! ```text
-//! Units -> UnitFile -> Before
-//! arguments, text, escape,  files
-//! values     mark
+//! Arguments -> Units -> UnitFile  -> Before
+//! arguments,   proxy    text, mark,  files
+//! values                escape
 //! ```
 
 #![forbid(unsafe_code)]
@@ -15,6 +15,7 @@ mod arguments;
 mod escape;
 mod files;
 mod mark;
+mod proxy;
 mod text;
 mod values;
 
@@ -24,9 +25,10 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use arguments::{Destination, Request, Starts, Units};
+use arguments::{Destination, Request};
 use escape::shell_word;
 use files::Before;
+use proxy::{Starts, Units};
 use text::{HOMES, TEMPORARY, UnitFile, metrics_unit, own_directory, quoted};
 
 use crate::command::CommandLine;

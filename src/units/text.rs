@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::address::{Address, UnixName};
 use crate::target::Target;
-use crate::units::arguments::{Starts, Units};
-use crate::units::escape::{exec_word, value};
+use crate::units::escape::{check_value, exec_word, shell_word, value};
 use crate::units::mark::mark;
+use crate::units::proxy::{Starts, Units};
 
 /// How long clients are held: while a backend is restarted, and while a service starts.
 const BRIDGE_WAIT: &str = "30s";
@@ -81,12 +81,12 @@ pub(crate) fn files(units: &Units, program: &Path) -> Result<Vec<UnitFile>, Stri
             path.display()
         ));
     }
-    let title =
-        &value(&units.name).map_err(|why| format!("Invalid NAME {:?}: {why}.", units.name))?;
+    check_value(&units.name).map_err(|why| format!("Invalid NAME {:?}: {why}.", units.name))?;
+    let title = &value(&units.name);
     let Units { unit, listen, metrics, .. } = units;
     let command_line = units.command_line();
     let file = |name: String, text: String| UnitFile {
-        text: mark(&quoted(name.split(".d/").next().unwrap_or(&name)), &command_line, &text),
+        text: mark(&quoted(&name), &command_line, &text),
         path: name.into(),
     };
     let mut files = vec![file(format!("{unit}.socket"), socket(unit, listen, title, None))];
@@ -96,7 +96,10 @@ pub(crate) fn files(units: &Units, program: &Path) -> Result<Vec<UnitFile>, Stri
     }
     files.push(file(format!("{unit}.service"), service(units, title, program)));
     if let Starts::Service(service) = &units.starts {
-        files.push(file(format!("{service}.d/{unit}.conf"), drop_in(service)));
+        files.push(UnitFile {
+            path: format!("{service}.d/{unit}.conf").into(),
+            text: mark(&quoted(service), &command_line, &drop_in(service)),
+        });
     }
     Ok(files)
 }
@@ -109,7 +112,7 @@ pub(crate) fn metrics_unit(unit: &str) -> String {
 /// A socket unit: for clients, or for the scrapers of a proxy.
 fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>) -> String {
     let is_file = listen.iter().any(|address| address.starts_with('/'));
-    let lines: String = listen.iter().map(|it| format!("ListenStream={it}\n")).collect();
+    let lines: String = listen.iter().map(|it| format!("ListenStream={}\n", value(it))).collect();
     let who = if is_file {
         "# Everybody may connect to the file; SocketMode=0660 with SocketUser= or SocketGroup= changes that.\n"
     } else {
@@ -378,5 +381,5 @@ fn drop_in(service: &str) -> String {
 
 /// A unit's name for a shell.
 pub(crate) fn quoted(unit: &str) -> String {
-    crate::units::escape::shell_word(unit.as_bytes())
+    shell_word(unit.as_bytes())
 }

@@ -8,7 +8,7 @@ use crate::address::Address;
 use crate::open::ListenAddress;
 use crate::target::{Port, Target};
 use crate::timespan::TimeSpan;
-use crate::units::escape::{unit_name, value};
+use crate::units::escape::{check_value, unit_name};
 use crate::units::text::{HOMES, TEMPORARY};
 
 /// Where a socket that systemd opens is.
@@ -21,7 +21,7 @@ pub(crate) fn address(listen: &ListenAddress) -> Address {
     }
 }
 
-/// An address for `ListenStream=`, and as it is written there.
+/// An address for `ListenStream=`, and as it was given.
 pub(crate) fn listen(text: &str) -> Result<(ListenAddress, String), String> {
     let address = ListenAddress::parse(OsStr::new(text))?;
     if let ListenAddress::Host(host) = &address
@@ -37,7 +37,8 @@ pub(crate) fn listen(text: &str) -> Result<(ListenAddress, String), String> {
     if port == Some(0) {
         return Err("nobody would know the port".into());
     }
-    Ok((address, value(text)?))
+    check_value(text)?;
+    Ok((address, text.into()))
 }
 
 /// The same for scrapers, which speak no vsock.

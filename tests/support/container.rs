@@ -227,6 +227,22 @@ impl Container {
         self.reloading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Has systemd look at a unit, which has nothing to say of it.
+    pub fn verify(&self, unit: &str) {
+        let output = self.output(&["systemd-analyze", "verify", unit]);
+        let words = [output.stdout, output.stderr].concat();
+        assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
+        assert!(output.status.success());
+    }
+
+    /// Has systemd weigh a service: by its own measure at most 1.5 of 10.
+    pub fn weigh(&self, unit: &str) {
+        let analyze = ["systemd-analyze", "security", "--no-pager", "--threshold=15", unit];
+        let output = self.output(&analyze);
+        let table = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{unit}: {table}");
+    }
+
     /// Properties of a unit.
     pub fn show(&self, unit: &str) -> HashMap<String, String> {
         let text = self.run(&["systemctl", "show", unit]);
