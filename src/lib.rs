@@ -34,7 +34,7 @@
 //!   nothing of a connection leaves its thread.
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: whatever ends a connection
 //!   early (a signal, a panic), its peers don't take it for whole.
-//! - Unsafe code stands in [`socket`] and [`activation`], and nowhere else but in the one call of
+//! - Unsafe code stands in [`socket`], `sys` and [`activation`], and nowhere else but in the one call of
 //!   the latter in `main`.
 
 #[cfg(not(target_os = "linux"))]
@@ -85,6 +85,7 @@ pub mod quiet;
 pub mod roster;
 pub mod orders;
 pub mod socket;
+mod sys;
 
 // What outlives the process.
 pub mod keep;

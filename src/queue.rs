@@ -18,7 +18,7 @@ use rustix::net::{
 };
 
 use crate::parcel::{DESCRIPTORS_MAX, MESSAGE_MAX};
-use crate::socket::{queued, set_peek_offset};
+use crate::sys::{queued, set_peek_offset};
 
 /// Bytes of the queue that are asked for: some 10,000 messages. Whoever may not have them gets
 /// what `net.core.wmem_max` allows.

@@ -16,7 +16,8 @@ use crate::ledger::{Kept, Ledger, now};
 use crate::listen::StoredListener;
 use crate::parcel::{Content, Parcel, StoredHeld, StoredPair, ids, unpack};
 use crate::queue::Message;
-use crate::socket::{has_hung_up, has_unread, queued};
+use crate::socket::{has_hung_up, has_unread};
+use crate::sys::queued;
 
 /// What the process before this one has left.
 #[derive(Debug, Default)]

@@ -38,7 +38,8 @@ use crate::listen::{Listener, SocketFile};
 use crate::logging::{RateLimit, in_words};
 use crate::metrics::Metrics;
 use crate::open::{MetricsAddress, open};
-use crate::socket::{Family, queued};
+use crate::socket::Family;
+use crate::sys::queued;
 use crate::worker::start_thread;
 
 /// For one of them, from accept to close.

@@ -6,13 +6,13 @@
 //! **A socket that is dropped without [`Socket::close`] is reset.** A connection that ends in any
 //! other way than by its own ends (a signal, a panic, a failure) must not look whole to its peers.
 //!
-//! One of the two files with unsafe code (the other is `activation`).
+//! One of the three files with unsafe code (the others are `sys` and `activation`).
 
 use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -25,6 +25,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::address::Address;
+use crate::sys;
 
 /// The families a stream socket can have here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,36 +159,12 @@ impl Socket {
         if !self.polls(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP) {
             return None;
         }
-        let Ok([queued, size]) = self.send_queue() else {
+        let Ok([queued, size]) = sys::send_queue(&self.io, self.family) else {
             return Some(usize::MAX);
         };
         // The kernel counts its own headers, too.
         let room = size.saturating_sub(queued);
         Some((room - room / 8).max(1))
-    }
-
-    /// The memory of bytes that the peer has not taken, and how much of it there may be.
-    fn send_queue(&self) -> io::Result<[usize; 2]> {
-        let mut info = [0_u32; SK_MEMINFO_VARS];
-        let mut length = size_of_val(&info) as libc::socklen_t;
-        // SAFETY: getsockopt(2) writes at most `length` bytes to `info`, which is that long.
-        let result = unsafe {
-            libc::getsockopt(
-                self.io.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_MEMINFO,
-                info.as_mut_ptr().cast(),
-                &raw mut length,
-            )
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let queued = match self.family {
-            Family::Unix => info[SK_MEMINFO_WMEM_ALLOC],
-            Family::Tcp | Family::Vsock => info[SK_MEMINFO_WMEM_QUEUED],
-        };
-        Ok([queued as usize, info[SK_MEMINFO_SNDBUF] as usize])
     }
 
     /// Passes on the end of the other side's bytes.
@@ -248,7 +225,7 @@ impl Socket {
     /// Bytes sent that are still on this side: on TCP those that the peer's kernel has not
     /// acknowledged, on Unix those that its program has not received.
     pub fn unsent(&self) -> usize {
-        queued(&self.io)
+        sys::queued(&self.io)
     }
 
     /// For how long a TCP socket has neither sent nor received data (`TCP_INFO` in tcp(7)).
@@ -256,21 +233,7 @@ impl Socket {
         if self.family != Family::Tcp {
             return None;
         }
-        // SAFETY: all zero is one: it has numbers only.
-        let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-        let mut length = size_of_val(&info) as libc::socklen_t;
-        // SAFETY: getsockopt(2) writes at most `length` bytes to `info`, which is that long.
-        let result = unsafe {
-            libc::getsockopt(
-                self.io.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_INFO,
-                (&raw mut info).cast(),
-                &raw mut length,
-            )
-        };
-        let last = info.tcpi_last_data_sent.min(info.tcpi_last_data_recv);
-        (result == 0).then(|| Duration::from_millis(last.into()))
+        sys::tcp_idle(&self.io).ok()
     }
 
     /// Whether bytes have come that a Unix peer, now gone, wanted delivered. What a TCP peer sent
@@ -404,33 +367,6 @@ pub fn abort(fd: impl AsFd) {
     }
 }
 
-/// What was sent on a socket and is still on this side, in bytes; on a Unix socket with what the kernel
-/// needs for it.
-pub fn queued(fd: impl AsFd) -> usize {
-    // SAFETY: TIOCOUTQ, which is SIOCOUTQ on a socket, writes one int (tcp(7), unix(7)).
-    let bytes = unsafe {
-        let request = rustix::ioctl::Getter::<TIOCOUTQ, i32>::new();
-        rustix::ioctl::ioctl(fd, request)
-    };
-    bytes.map_or(0, |bytes| bytes.max(0) as usize)
-}
-
-/// Where the next receive with `MSG_PEEK` begins, in bytes of what is queued; each moves it on
-/// (`SO_PEEK_OFF` in socket(7)).
-pub fn set_peek_offset(fd: impl AsFd, offset: u32) -> io::Result<()> {
-    // SAFETY: setsockopt(2) reads an int.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEEK_OFF,
-            (&raw const offset).cast(),
-            size_of_val(&offset) as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
 /// Without it about 40 ms are lost to the delayed acknowledgement on some patterns of requests. An
 /// accepted socket inherits it from its listener.
 pub fn set_nodelay_or_warn(fd: impl AsFd) {
@@ -481,23 +417,6 @@ impl Keepalive {
         }
     }
 }
-
-/// linux/sock_diag.h: the places in what SO_MEMINFO tells.
-const SK_MEMINFO_WMEM_ALLOC: usize = 2;
-const SK_MEMINFO_SNDBUF: usize = 3;
-const SK_MEMINFO_WMEM_QUEUED: usize = 5;
-const SK_MEMINFO_VARS: usize = 9;
-
-/// From asm-generic/ioctls.h; the same on every architecture Rust supports Linux on but the
-/// MIPS, PowerPC and SPARC families.
-#[cfg(not(any(
-    target_arch = "mips",
-    target_arch = "mips64",
-    target_arch = "powerpc",
-    target_arch = "powerpc64",
-    target_arch = "sparc64"
-)))]
-const TIOCOUTQ: rustix::ioctl::Opcode = 0x5411;
 
 #[cfg(test)]
 mod tests {

@@ -1,0 +1,100 @@
+//! System calls on sockets that the safe crates don't make, or not in a way that copes with every peer.
+//!
+//! A leaf: it knows nothing of the product. One of the three files with unsafe code (the others are
+//! `socket` and `activation`).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use crate::socket::Family;
+
+/// The memory of bytes that the peer has not taken, and how much of it there may be.
+pub(crate) fn send_queue(fd: impl AsFd, family: Family) -> io::Result<[usize; 2]> {
+    let mut info = [0_u32; SK_MEMINFO_VARS];
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: getsockopt(2) writes at most `length` bytes to `info`, which is that long.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let queued = match family {
+        Family::Unix => info[SK_MEMINFO_WMEM_ALLOC],
+        Family::Tcp | Family::Vsock => info[SK_MEMINFO_WMEM_QUEUED],
+    };
+    Ok([queued as usize, info[SK_MEMINFO_SNDBUF] as usize])
+}
+
+/// For how long a TCP socket has neither sent nor received data (`TCP_INFO` in tcp(7)).
+pub(crate) fn tcp_idle(fd: impl AsFd) -> io::Result<Duration> {
+    // SAFETY: all zero is one: it has numbers only.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: getsockopt(2) writes at most `length` bytes to `info`, which is that long.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let last = info.tcpi_last_data_sent.min(info.tcpi_last_data_recv);
+    Ok(Duration::from_millis(last.into()))
+}
+
+/// What was sent on a socket and is still on this side, in bytes; on a Unix socket with what the kernel
+/// needs for it.
+pub(crate) fn queued(fd: impl AsFd) -> usize {
+    // SAFETY: TIOCOUTQ, which is SIOCOUTQ on a socket, writes one int (tcp(7), unix(7)).
+    let bytes = unsafe {
+        let request = rustix::ioctl::Getter::<TIOCOUTQ, i32>::new();
+        rustix::ioctl::ioctl(fd, request)
+    };
+    bytes.map_or(0, |bytes| bytes.max(0) as usize)
+}
+
+/// Where the next receive with `MSG_PEEK` begins, in bytes of what is queued; each moves it on
+/// (`SO_PEEK_OFF` in socket(7)).
+pub(crate) fn set_peek_offset(fd: impl AsFd, offset: u32) -> io::Result<()> {
+    // SAFETY: setsockopt(2) reads an int.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const offset).cast(),
+            size_of_val(&offset) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// linux/sock_diag.h: the places in what SO_MEMINFO tells.
+const SK_MEMINFO_WMEM_ALLOC: usize = 2;
+const SK_MEMINFO_SNDBUF: usize = 3;
+const SK_MEMINFO_WMEM_QUEUED: usize = 5;
+const SK_MEMINFO_VARS: usize = 9;
+
+/// From asm-generic/ioctls.h; the same on every architecture Rust supports Linux on but the
+/// MIPS, PowerPC and SPARC families.
+#[cfg(not(any(
+    target_arch = "mips",
+    target_arch = "mips64",
+    target_arch = "powerpc",
+    target_arch = "powerpc64",
+    target_arch = "sparc64"
+)))]
+const TIOCOUTQ: rustix::ioctl::Opcode = 0x5411;
