@@ -5,15 +5,14 @@
 
 #![forbid(unsafe_code)]
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
-use rustix::net::{SocketAddrAny, SocketAddrUnix};
 use socket2::SockAddr;
 
 /// What is left of `sun_path` (108 bytes, unix(7)) beside the NUL that ends a path or begins an
@@ -127,24 +126,6 @@ impl Address {
                 (Self::Vsock { port: any, .. }, Self::Vsock { port: other, .. }) => any == other,
                 _ => false,
             }
-    }
-
-    /// Reads what accept4(2) gave; `None` for a family it can't tell (vsock).
-    pub fn from_accepted(address: Option<SocketAddrAny>) -> Option<Self> {
-        let Some(address) = address else {
-            return Some(Self::Unix(None));
-        };
-        if let Ok(inet) = SocketAddr::try_from(address.clone()) {
-            return Some(Self::Inet(inet));
-        }
-        let unix = SocketAddrUnix::try_from(address).ok()?;
-        // Without a name it is an empty one.
-        let path = unix.path().map(|path| path.to_bytes().to_vec());
-        let path = path.filter(|path| !path.is_empty());
-        let name = unix.abstract_name().filter(|name| !name.is_empty());
-        let path = path.map(|path| UnixName::Path(OsString::from_vec(path).into()));
-        let name = name.map(|name| UnixName::Abstract(name.to_vec()));
-        Some(Self::Unix(path.or(name).map(Box::new)))
     }
 }
 

@@ -112,3 +112,4 @@ pub mod descriptors;
 pub mod idle;
 pub mod logging;
 pub mod notify;
+mod unwind;

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, SocketType, acceptfrom_with, sockopt};
+use rustix::net::{SocketType, sockopt};
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -29,9 +29,10 @@ use crate::ledger::Kept;
 use crate::logging::{RateLimit, in_words};
 use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
 use crate::statistics::{EntranceCounts, Seat};
+use crate::sys::accept;
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 static OUT_OF_DESCRIPTORS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static AT_THE_CAP: RateLimit = RateLimit::new(1, Duration::from_secs(60));
@@ -137,37 +138,31 @@ impl Listener {
                     descriptors.reserve().await
                 }
             };
-            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            let (fd, address) = match acceptfrom_with(&self.io, flags) {
-                Ok(accepted) => accepted,
-                Err(Errno::AGAIN) => {
-                    self.inherits.set(true);
-                    ready.clear_ready();
-                    continue;
-                }
-                Err(errno @ (Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::FAULT)) => {
-                    return Err(errno.into());
-                }
-                Err(errno) if is_the_newcomers(errno) => continue,
-                // Out of something, or forbidden by somebody (EPERM, EACCES): that may pass.
-                Err(errno) => {
-                    if let Some(suppressed) = ACCEPT_FAILED.pass() {
-                        let error = in_words(&errno.into());
-                        tracing::warn!(
-                            listener = %self,
-                            "Failed to accept, trying again: {error}{suppressed}"
-                        );
+            let (fd, address) = match accept(&self.io) {
+                Ok((fd, address)) => (fd, Address::from_sockaddr(&address)),
+                Err(error) => match Errno::from_io_error(&error) {
+                    Some(Errno::AGAIN) => {
+                        self.inherits.set(true);
+                        ready.clear_ready();
+                        continue;
                     }
-                    drop(reserved);
-                    sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            let address = match Address::from_accepted(address) {
-                Some(address) => address,
-                None => match SockRef::from(&fd).peer_addr() {
-                    Ok(address) => Address::from_sockaddr(&address),
-                    Err(_) => continue,
+                    Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::FAULT) => {
+                        return Err(error);
+                    }
+                    Some(errno) if is_the_newcomers(errno) => continue,
+                    // Out of something, or forbidden by somebody (EPERM, EACCES): that may pass.
+                    _ => {
+                        if let Some(suppressed) = ACCEPT_FAILED.pass() {
+                            let error = in_words(&error);
+                            tracing::warn!(
+                                listener = %self,
+                                "Failed to accept, trying again: {error}{suppressed}"
+                            );
+                        }
+                        drop(reserved);
+                        sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
                 },
             };
             if !self.inherits.get() && self.family == Family::Tcp {
@@ -304,7 +299,7 @@ fn set_options(fd: &OwnedFd) {
 
 /// accept(2): errors of the new socket, which went away while it was queued. The next one may be
 /// there already.
-fn is_the_newcomers(errno: Errno) -> bool {
+pub(crate) fn is_the_newcomers(errno: Errno) -> bool {
     matches!(
         errno,
         Errno::CONNABORTED

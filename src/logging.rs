@@ -44,6 +44,8 @@ const LINE_MAX: usize = 2048;
 /// How long the end of the process waits for the last lines.
 const FLUSH: Duration = Duration::from_millis(200);
 
+static PANICS: RateLimit = RateLimit::new(5, Duration::from_secs(10));
+
 const JOURNAL_SOCKET: &str = "/run/systemd/journal/socket";
 
 /// What is logged: this and anything worse.
@@ -101,7 +103,9 @@ impl Logging {
         // Fails only when a test has set another: then that one stays.
         let _ = tracing::subscriber::set_global_default(logger);
         std::panic::set_hook(Box::new(|panic| {
-            tracing::error!("Internal error, please report: {panic}");
+            if let Some(suppressed) = PANICS.pass() {
+                tracing::error!("Internal error, please report: {panic}{suppressed}");
+            }
         }));
         Self(queue)
     }

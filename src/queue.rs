@@ -14,8 +14,9 @@ use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    bind, getpeername, getsockname, recvmsg, sendmsg, socketpair, sockopt,
+    bind, recvmsg, sendmsg, socketpair, sockopt,
 };
+use socket2::SockRef;
 
 use crate::parcel::{DESCRIPTORS_MAX, MESSAGE_MAX};
 use crate::sys::{queued, set_peek_offset};
@@ -75,11 +76,11 @@ impl Queue {
             rustix::io::ioctl_fionbio(fd, true).is_ok()
                 && sockopt::socket_type(fd) == Ok(SocketType::SEQPACKET)
         };
-        let name = getsockname(&inner).ok().and_then(|name| SocketAddrUnix::try_from(name).ok())?;
-        let peer =
-            getpeername(&sender).ok()?.and_then(|name| SocketAddrUnix::try_from(name).ok())?;
+        let name = SockRef::from(&inner).local_addr().ok()?;
+        let peer = SockRef::from(&sender).peer_addr().ok()?;
         let are_two = is_one(&inner) && is_one(&sender);
-        let are_connected = name.abstract_name().is_some_and(|it| !it.is_empty()) && name == peer;
+        let is_named = name.as_abstract_namespace().is_some_and(|it| !it.is_empty());
+        let are_connected = is_named && name == peer;
         (are_two && are_connected).then(|| Self::from_ends(inner, sender))
     }
 

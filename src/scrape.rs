@@ -13,9 +13,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::{poll_fn, ready};
 use std::io;
-use std::net;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net as unix;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -25,21 +23,23 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustix::io::Errno;
 use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::task::{AbortHandle, JoinSet, spawn_local, yield_now};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::activation::Inherited;
 use crate::descriptors::{SCRAPERS_MAX, UNTAKEN_MAX};
 use crate::exposition::Form;
-use crate::listen::{Listener, SocketFile};
+use crate::listen::{ACCEPT_PAUSE, Listener, SocketFile, is_the_newcomers};
 use crate::logging::{RateLimit, in_words};
 use crate::metrics::Metrics;
 use crate::open::{MetricsAddress, open};
-use crate::socket::Family;
-use crate::sys::queued;
+use crate::socket::{Family, register};
+use crate::sys::{accept, queued};
+use crate::unwind;
 use crate::worker::start_thread;
 
 /// For one of them, from accept to close.
@@ -48,9 +48,6 @@ const REQUEST_TIME: Duration = Duration::from_secs(2);
 /// Newcomers between two pauses, which bound what a flood of them may cost.
 const BURST: usize = 8;
 const BURST_PAUSE: Duration = Duration::from_millis(1);
-
-/// After accept(2) found the system short of something.
-const SHORTAGE_PAUSE: Duration = Duration::from_millis(200);
 
 /// Bytes of a request; hyper's least.
 const REQUEST_MAX: usize = 8192;
@@ -139,14 +136,28 @@ async fn live(listeners: Vec<(OwnedFd, Family)>, metrics: Metrics) {
     }
 }
 
-/// Lets scrapers in at one socket, until it breaks.
+/// Lets scrapers in at one socket, until it breaks. A panic costs the scraper that it met.
 async fn admit(fd: OwnedFd, family: Family, scrapers: Rc<Scrapers>) -> io::Result<Infallible> {
-    if family == Family::Tcp {
-        let listener = TcpListener::from_std(net::TcpListener::from(fd))?;
-        scrapers.admit(async || listener.accept().await.map(|(stream, _)| stream)).await
-    } else {
-        let listener = UnixListener::from_std(unix::UnixListener::from(fd))?;
-        scrapers.admit(async || listener.accept().await.map(|(stream, _)| stream)).await
+    let listener = register(fd, Interest::READABLE)?;
+    let accept = async || loop {
+        let mut ready = listener.readable().await?;
+        match accept(&listener) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+            accepted => return accepted.map(|(fd, _)| fd),
+        }
+    };
+    loop {
+        let admitted = if family == Family::Tcp {
+            let accept = async || TcpStream::from_std(accept().await?.into());
+            unwind::catch(scrapers.admit(accept)).await
+        } else {
+            let accept = async || UnixStream::from_std(accept().await?.into());
+            unwind::catch(scrapers.admit(accept)).await
+        };
+        match admitted {
+            Some(broken) => return broken,
+            None => sleep(ACCEPT_PAUSE).await,
+        }
     }
 }
 
@@ -214,6 +225,7 @@ impl Scrapers {
                         yield_now().await;
                     }
                 }
+                Err(error) if Errno::from_io_error(&error).is_some_and(is_the_newcomers) => {}
                 Err(error) => {
                     if let Some(suppressed) = ACCEPT_FAILED.pass() {
                         let error = in_words(&error);
@@ -221,7 +233,7 @@ impl Scrapers {
                             "Failed to accept a scraper, trying again: {error}{suppressed}"
                         );
                     }
-                    sleep(SHORTAGE_PAUSE).await;
+                    sleep(ACCEPT_PAUSE).await;
                 }
             }
             in_burst = (in_burst + 1) % BURST;
@@ -239,7 +251,8 @@ impl Scrapers {
         let answer = service_fn(|request| ready(Ok::<_, Infallible>(self.answer(&request))));
         let mut http = http1::Builder::new();
         // One who stays would have a place that others need.
-        http.keep_alive(false).max_buf_size(REQUEST_MAX);
+        // A scraper may end its side after the request: it still waits for the answer.
+        http.keep_alive(false).half_close(true).max_buf_size(REQUEST_MAX);
         let mut connection = http.serve_connection(TokioIo::new(stream), answer);
         if let Err(error) = poll_fn(|cx| connection.poll_without_shutdown(cx)).await {
             tracing::debug!("A scraper was not served: {error}");

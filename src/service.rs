@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::convert::Infallible;
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet, yield_now};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::activation::{Inherited, hide_descriptors};
 use crate::admission::{Admission, Occupancy, Overflow};
@@ -25,7 +26,7 @@ use crate::handover::Handover;
 use crate::hold::Probing;
 use crate::idle::idle_for;
 use crate::ledger::Kept;
-use crate::listen::Listener;
+use crate::listen::{ACCEPT_PAUSE, Listener};
 use crate::logging::{RateLimit, in_words};
 use crate::metrics::{self, Metrics};
 use crate::notify::Notifier;
@@ -39,6 +40,7 @@ use crate::sockets::{Sockets, is_not_itself, leads_elsewhere};
 use crate::statistics::{Dials, EntranceCounts, Loops};
 use crate::target::Target;
 use crate::timespan::TimeSpan;
+use crate::unwind;
 use crate::worker::{Workers, event_loop};
 
 /// How long a client that is queued at the moment of the idle exit has to be accepted.
@@ -507,7 +509,7 @@ fn prepare(
     Ok(Application::new(command, target, notify, idle_time, descriptors))
 }
 
-/// Lets clients in at one listener, until it breaks.
+/// Lets clients in at one listener, until it breaks. A panic costs the client that it met.
 async fn admit(
     listener: Rc<Listener>,
     backend: usize,
@@ -516,11 +518,8 @@ async fn admit(
     workers: Rc<Workers>,
     handover: Option<Arc<Handover>>,
 ) -> String {
-    loop {
-        let mut newcomer = match listener.accept(&descriptors).await {
-            Ok(newcomer) => newcomer,
-            Err(error) => return format!("Failed to accept on {listener}: {}.", in_words(&error)),
-        };
+    let admit_one = async || {
+        let mut newcomer = listener.accept(&descriptors).await?;
         match admission.admit() {
             Some(permit) => {
                 newcomer.entrance.counts().admitted.add_one();
@@ -537,6 +536,16 @@ async fn admit(
                     );
                 }
             }
+        }
+        io::Result::Ok(())
+    };
+    loop {
+        match unwind::catch(admit_one()).await {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                return format!("Failed to accept on {listener}: {}.", in_words(&error));
+            }
+            None => sleep(ACCEPT_PAUSE).await,
         }
     }
 }

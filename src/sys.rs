@@ -4,10 +4,35 @@
 //! `socket` and `activation`).
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use socket2::SockAddr;
+
 use crate::socket::Family;
+
+/// Accepts a connection, non-blocking and close-on-exec, and gives the address of its peer.
+///
+/// A Unix peer may be bound to a path of 108 bytes, all of `sun_path`, without a NUL. Linux then gives
+/// an address of 111 bytes, since it adds the NUL (unix(7), BUGS). rustix and std panic on that length;
+/// socket2 has room for it.
+///
+/// # Errors
+/// accept(2)'s.
+pub(crate) fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SockAddr)> {
+    // SAFETY: accept4(2) writes at most `length` bytes to `storage`, which is that long, and the length
+    // that it wrote to `length`; it returns a descriptor that nothing else owns.
+    unsafe {
+        SockAddr::try_init(|storage, length| {
+            let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+            let listener = listener.as_fd().as_raw_fd();
+            match libc::accept4(listener, storage.cast(), length, flags) {
+                -1 => Err(io::Error::last_os_error()),
+                fd => Ok(OwnedFd::from_raw_fd(fd)),
+            }
+        })
+    }
+}
 
 /// The memory of bytes that the peer has not taken, and how much of it there may be.
 pub(crate) fn send_queue(fd: impl AsFd, family: Family) -> io::Result<[usize; 2]> {

@@ -204,6 +204,8 @@ fn cases() -> Vec<Case> {
     case("a vsock listener", OnlyOurs("a notification comes"), vsock_listener);
     case("PROXY v1", FailsOn(&[Subject::Old], "the option is unknown"), proxy_v1);
     case("PROXY v2", OnlyOurs("a connection to the backend"), proxy_v2);
+    case("Unix clients with names of every length", Shared, names_of_every_length);
+    case("PROXY v2 of a client with the longest name", OnlyOurs("a connection"), longest_name_v2);
     let as_ipv6 = OnlyOurs("instead of TCP4");
     case("PROXY v1 of a dual-stack client", as_ipv6, proxy_v1_dual_stack);
     case(
@@ -871,6 +873,45 @@ fn proxy_v2(program: &Path) {
         let with_nul = [path.as_bytes(), b"\0"].concat();
         assert_eq!(header[at..][..with_nul.len()], with_nul);
     }
+}
+
+/// A directory, and in it a path of 108 bytes, which is all of `sun_path`.
+fn longest_path() -> (TempDir, Vec<u8>) {
+    let directory = TempDir::new().unwrap();
+    let mut path = directory.path().as_os_str().as_encoded_bytes().to_vec();
+    path.push(b'/');
+    path.resize(108, b'x');
+    (directory, path)
+}
+
+fn names_of_every_length(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Unix), echo_backend(Family::Unix));
+    let mut proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let mut stays = front.connect();
+    echoes(&mut stays);
+    let (directory, longest) = longest_path();
+    let shortest = directory.path().as_os_str().len() + 2;
+    let paths = (shortest..=108).map(|length| longest[..length].to_vec());
+    let unique = std::process::id().to_be_bytes();
+    let abstracts = (0..=103).map(|length| [b"\0", &unique[..], &vec![0xff; length]].concat());
+    for name in paths.chain(abstracts) {
+        let mut client = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        client.bind(&unix_address(&name)).unwrap();
+        client.connect(&front.address).unwrap();
+        echoes(&mut client);
+    }
+    echoes(&mut stays);
+    assert!(proxy.is_running());
+}
+
+fn longest_name_v2(program: &Path) {
+    let front = Endpoint::new(Family::Unix);
+    let (_directory, path) = longest_path();
+    let client = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    client.bind(&unix_address(&path)).unwrap();
+    client.connect(&front.address).unwrap();
+    let header = v2_header_of(program, &front, &client);
+    assert_eq!(header[16..][..108], path);
 }
 
 /// What a client that says nothing makes the backend get.

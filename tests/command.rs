@@ -4,15 +4,17 @@
 
 mod support;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
-use socket2::{SockAddr, Socket};
+use socket2::{Domain, SockAddr, Socket, Type};
 use support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -383,8 +385,14 @@ fn readiness_is_believed_of_its_own_only() {
     client.write_all(b"pid\n").unwrap();
     service.wait_for_note("started");
     let socket: PathBuf = fs::read_dir(runtime.path()).unwrap().next().unwrap().unwrap().path();
-    let stranger = UnixDatagram::unbound().unwrap();
-    stranger.send_to(b"READY=1", socket.join("notify")).unwrap();
+    // With the longest name there is: all of sun_path.
+    let mut name = runtime.path().as_os_str().as_encoded_bytes().to_vec();
+    name.push(b'/');
+    name.resize(108, b'x');
+    let stranger = Socket::new(Domain::UNIX, Type::DGRAM, None).unwrap();
+    stranger.bind(&unix_address(&name)).unwrap();
+    stranger.send_to(b"READY=1", &SockAddr::unix(socket.join("notify")).unwrap()).unwrap();
+    fs::remove_file(OsStr::from_bytes(&name)).unwrap();
     let line = service.proxy.lines.wait_for("Ignoring READY=1");
     assert!(line.contains(&std::process::id().to_string()), "{line}");
     assert_eq!(read_all(&mut client).0, b"", "closed at the deadline, unserved");

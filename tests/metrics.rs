@@ -6,12 +6,13 @@ mod support;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Output, Stdio};
 
 use keeper::Keeper;
 use rustix::process::Signal;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 use support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -267,6 +268,29 @@ fn the_socket_may_be_passed_or_of_unix() {
     proxy.signal(Signal::TERM);
     assert!(proxy.wait().success());
     assert!(!path.exists(), "its socket file stayed");
+}
+
+#[test]
+fn a_scraper_with_the_longest_name_is_answered() {
+    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let directory = TempDir::new().unwrap();
+    let metrics = directory.path().join("metrics");
+    let option = format!("--metrics={}", metrics.display());
+    let launch = Launch::new(OURS).listener(&listener).args([&option, &backend.target]);
+    let proxy = launch.start();
+    proxy.lines.wait_for("Metrics on ");
+    // All of sun_path: the kernel gives its address with a NUL behind that.
+    let mut path = directory.path().as_os_str().as_encoded_bytes().to_vec();
+    path.push(b'/');
+    path.resize(108, b'x');
+    for _ in 0..2 {
+        let scraper = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        scraper.bind(&unix_address(&path)).unwrap();
+        scraper.connect(&SockAddr::unix(&metrics).unwrap()).unwrap();
+        let answer = ask(scraper, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+        assert_eq!(value(&answer, "socket_proxyd_connections_max"), 256.0);
+        std::fs::remove_file(std::ffi::OsStr::from_bytes(&path)).unwrap();
+    }
 }
 
 #[test]

@@ -119,6 +119,23 @@ fn patient(socket: Socket) -> Socket {
     socket
 }
 
+/// A Unix socket's address, of whatever bytes and length: bind(2) takes a path of 108 without a NUL.
+pub fn unix_address(name: &[u8]) -> SockAddr {
+    // SAFETY: the address is a sockaddr_un with as many bytes of a path as there is room for.
+    let address = unsafe {
+        SockAddr::try_init(|storage, length| {
+            let address = &mut *storage.cast::<libc::sockaddr_un>();
+            address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+            for (to, from) in address.sun_path.iter_mut().zip(name) {
+                *to = *from as libc::c_char;
+            }
+            *length = (size_of::<libc::sa_family_t>() + name.len()) as libc::socklen_t;
+            Ok(())
+        })
+    };
+    address.unwrap().1
+}
+
 /// Two connected sockets of a family.
 pub fn socket_pair(family: Family) -> (Socket, Socket) {
     match family {
