@@ -16,6 +16,7 @@ use crate::parcel::{StoredFlow, StoredHeld};
 use crate::pipe::{Limits, Pipe, PipePool};
 use crate::socket::{Family, Socket};
 use crate::statistics::Seats;
+use crate::turns::Turns;
 
 /// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
 /// comes as a short read.
@@ -32,13 +33,14 @@ const QUIET_BELOW: usize = COPY_SIZE;
 pub struct Shared {
     buffer: RefCell<Box<[u8]>>,
     pipes: PipePool,
+    pub(crate) turns: Turns,
 }
 
 impl Shared {
     /// `limits` bounds the pipes, which are counted in `pipes`.
     pub fn new(limits: Limits, pipes: Seats) -> Self {
         let buffer = RefCell::new(vec![0; COPY_SIZE].into());
-        Self { buffer, pipes: PipePool::new(limits, pipes) }
+        Self { buffer, pipes: PipePool::new(limits, pipes), turns: Turns::default() }
     }
 }
 
@@ -289,33 +291,33 @@ impl Flow {
     }
 
     fn send_held(&mut self, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
-        while sink.writable {
-            let left = match &mut self.held {
-                Held::Nothing => return Ok(Step::Moved),
-                Held::Copied { bytes, sent } => {
-                    let result = sink.socket.send(&bytes[*sent..]);
-                    if let Ok(now) = result {
-                        *sent += now;
-                    }
-                    let left = bytes.len() - *sent;
-                    self.sent(result, sink)?;
-                    left
-                }
-                Held::Piped(pipe) => {
-                    let result = pipe.drain(&sink.socket);
-                    let left = pipe.filled();
-                    self.sent(result, sink)?;
-                    left
-                }
-            };
-            if left == 0 {
-                if let Held::Piped(pipe) = std::mem::take(&mut self.held) {
-                    shared.pipes.give_back(pipe);
-                }
-                return Ok(Step::Moved);
-            }
+        if !sink.writable {
+            return Ok(Step::Stuck);
         }
-        Ok(Step::Stuck)
+        let left = match &mut self.held {
+            Held::Nothing => return Ok(Step::Moved),
+            Held::Copied { bytes, sent } => {
+                let result = sink.socket.send(&bytes[*sent..]);
+                if let Ok(now) = result {
+                    *sent += now;
+                }
+                let left = bytes.len() - *sent;
+                self.sent(result, sink)?;
+                left
+            }
+            Held::Piped(pipe) => {
+                let result = pipe.drain(&sink.socket);
+                let left = pipe.filled();
+                self.sent(result, sink)?;
+                left
+            }
+        };
+        if left == 0
+            && let Held::Piped(pipe) = std::mem::take(&mut self.held)
+        {
+            shared.pipes.give_back(pipe);
+        }
+        Ok(Step::Moved)
     }
 
     /// The same for a flow with a pipe of its own.
@@ -342,16 +344,12 @@ impl Flow {
                 Err(errno) => return Err(Fault::Source(errno)),
             }
         }
-        while sink.writable {
-            let Some(pipe) = &mut self.own else { break };
-            let result = pipe.drain(&sink.socket);
-            let left = pipe.filled();
-            self.sent(result, sink)?;
-            if left == 0 {
-                return Ok(Step::Moved);
-            }
+        if !sink.writable {
+            return Ok(Step::Stuck);
         }
-        Ok(Step::Stuck)
+        let result = pipe.drain(&sink.socket);
+        self.sent(result, sink)?;
+        Ok(Step::Moved)
     }
 
     /// Takes a pipe of its own, with what is held in it.

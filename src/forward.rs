@@ -7,7 +7,8 @@
 //! at any time without losing what it holds. [`Pair::run`] alternates between two steps:
 //!
 //! - **turn**: each flow moves what can be moved without waiting, what it holds first. System calls
-//!   are tried at once and only wait after `EAGAIN`;
+//!   are tried at once and only wait after `EAGAIN`. A turn is bounded in bytes and in system calls
+//!   ([`Turns`](crate::turns::Turns)): then other connections have theirs;
 //! - **wait**: for an edge on any socket that a flow is stuck on, or that would otherwise not be
 //!   looked at.
 //!
@@ -91,10 +92,9 @@ use crate::statistics::Carried;
 /// How long a receiver may make no progress after its counterpart was reset.
 const LINGER: Duration = Duration::from_secs(60);
 
-/// Bytes a flow moves before other connections get their turn. Only a sender and a receiver of this
-/// machine ever get that far; smaller turns wake them more often and cost a tenth of their rate,
-/// larger ones let messages beside them wait (BENCHMARKS.md).
-const TURN: usize = 8 * 1024 * 1024;
+/// What a step counts for at least, in bytes: a turn is bounded in system calls, too, whatever a peer
+/// sends. Less than the copy buffer, so that bulk is bounded by its bytes alone.
+const STEP: usize = 16 * 1024;
 
 /// One of the two sides of a connection; also the flow that starts there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,6 +148,8 @@ pub struct Pair {
     pub(crate) watched: Option<Watched>,
     pub(crate) preface: u64,
     pub(crate) fault: Option<(Side, Errno)>,
+    /// The number of its last turn, of all on this event loop.
+    pub(crate) last_turn: u64,
     /// That it is stored as it stands, wherever it stands.
     pub(crate) kept: Option<Kept>,
 }
@@ -196,6 +198,7 @@ impl Pair {
             watched,
             preface: preface_len,
             fault: None,
+            last_turn: 0,
             kept: None,
         }
     }
@@ -303,17 +306,18 @@ impl Pair {
     }
 
     fn turn(&mut self) -> Turn {
+        let size = self.shared.turns.begin(&mut self.last_turn);
         let mut turn = Turn::Stuck;
         for side in SIDES {
-            if self.advance(side) == Turn::More {
+            if self.advance(side, size) == Turn::More {
                 turn = Turn::More;
             }
         }
         turn
     }
 
-    /// Moves what the flow from `side` can move.
-    fn advance(&mut self, side: Side) -> Turn {
+    /// Moves what the flow from `side` can move, up to a turn of this size.
+    fn advance(&mut self, side: Side, mut size: usize) -> Turn {
         let [client, backend] = &mut self.ends;
         let (source, sink) = match side {
             Side::Client => (client, backend),
@@ -329,11 +333,14 @@ impl Pair {
         let (mut failed, mut cant_splice) = (false, false);
         let mut turn = Turn::Stuck;
         while flow.state == State::Open {
-            if flow.delivered - before >= TURN as u64 {
+            if size == 0 {
                 turn = Turn::More;
                 break;
             }
-            match flow.step(source, sink, &self.shared) {
+            let delivered = flow.delivered;
+            let step = flow.step(source, sink, &self.shared);
+            size = size.saturating_sub(((flow.delivered - delivered) as usize).max(STEP));
+            match step {
                 Ok(Step::Moved) => {}
                 Ok(Step::Stuck) => break,
                 Ok(Step::CantSplice) => {

@@ -48,7 +48,17 @@ impl Pair {
         let ends = [client?, backend?];
         let flows = [Flow::resume(there, is_kept, &shared)?, Flow::resume(back, is_kept, &shared)?];
         let preface = preface.into();
-        let mut pair = Self { ends, flows, shared, carried, watched, preface, fault, kept: None };
+        let mut pair = Self {
+            ends,
+            flows,
+            shared,
+            carried,
+            watched,
+            preface,
+            fault,
+            last_turn: 0,
+            kept: None,
+        };
         match kept {
             // It is stored as it stands.
             Some(kept) if pair.flows.iter().all(Flow::has_its_own) => pair.kept = Some(kept),

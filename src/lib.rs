@@ -81,6 +81,7 @@ pub mod proxy_header;
 pub mod forward;
 pub mod flow;
 pub mod pipe;
+mod turns;
 pub mod quiet;
 pub mod roster;
 pub mod orders;

@@ -234,6 +234,8 @@ fn cases() -> Vec<Case> {
     }
     case("--listen", OnlyOurs("no line with \"Listening"), own_listeners);
     case("--listen and passed sockets", OnlyOurs("as well"), both_kinds_of_sockets);
+    case("a flood of one-byte messages with descriptors", Shared, |it| floods(it, true));
+    case("a flood of one-byte messages", Shared, |it| floods(it, false));
     case("a stuck log is nobody's business", OnlyOurs("Failed to parse"), stuck_log);
 
     let unknown = OnlyOurs("unrecognized option");
@@ -264,6 +266,21 @@ fn cases() -> Vec<Case> {
         case("the backend ends first", upload_lost, backend_ends_first);
     }
     cases
+}
+
+// One peer and the others.
+
+/// A client's answer comes at once beside two that flood, from either side. (Within 0.1 s: it took 0.5
+/// to 5 s when a turn was bounded in bytes only.)
+fn floods(program: &Path, with_descriptors: bool) {
+    for from_client in [true, false] {
+        // To TCP, where each byte costs more than the flood's: it always has more.
+        let [from, to] = [Family::Unix, Family::Tcp].map(Endpoint::new);
+        let (front, backend) = if from_client { (from, to) } else { (to, from) };
+        let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+        let times = beside_floods(&front, &backend, from_client, with_descriptors);
+        assert!(times[7] < Duration::from_millis(100), "answers took {times:?}");
+    }
 }
 
 // The command line.

@@ -194,6 +194,20 @@ fn passes(from: &mut Socket, to: &mut Socket) {
     assert_eq!(&read, b"are you there?");
 }
 
+/// (Within 0.1 s, as in the black-box suite.)
+#[test]
+fn a_flood_of_one_byte_messages_holds_up_nobody() {
+    for (from_client, with_descriptors) in
+        [(true, false), (false, false), (true, true), (false, true)]
+    {
+        let [from, to] = [Family::Unix, Family::Tcp].map(Endpoint::new);
+        let (front, backend) = if from_client { (from, to) } else { (to, from) };
+        let _proxy = Proxy::start(&front, &["--handover=crash", &backend.target]);
+        let times = beside_floods(&front, &backend, from_client, with_descriptors);
+        assert!(times[7] < Duration::from_millis(100), "answers took {times:?}");
+    }
+}
+
 #[test]
 fn an_end_is_an_end_and_a_reset_is_a_reset() {
     for (front_family, back) in PAIRS {
