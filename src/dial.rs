@@ -286,8 +286,8 @@ fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
     let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), None)?;
     if family == Family::Tcp {
         set_nodelay_or_warn(&socket);
-        set_oobinline_or_warn(&socket);
     }
+    set_oobinline_or_warn(&socket);
     let in_progress = match socket.connect(&sockaddr) {
         Ok(()) => false,
         Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => true,

@@ -254,7 +254,7 @@ impl Flow {
         shared: &Shared,
     ) -> Result<Step, Fault> {
         let filled = pipe.fill(&source.socket, most);
-        if matches!(filled, Ok(0) | Err(Errno::AGAIN)) && source.socket.has_urgent_data() {
+        if is_at_urgent_data(filled, &source.socket) {
             shared.pipes.give_back(pipe);
             self.mode = Mode::CopyOnly;
             return Ok(Step::Moved);
@@ -328,7 +328,7 @@ impl Flow {
                 return Ok(Step::Stuck);
             }
             let filled = pipe.fill(&source.socket, usize::MAX);
-            if matches!(filled, Ok(0) | Err(Errno::AGAIN)) && source.socket.has_urgent_data() {
+            if is_at_urgent_data(filled, &source.socket) {
                 return Ok(Step::CantSplice);
             }
             match filled {
@@ -474,5 +474,16 @@ impl Flow {
             self.own = None;
             self.lacks_room = false;
         }
+    }
+}
+
+/// Whether a splice(2) came to nothing because urgent data is in front of it, which only receiving
+/// gets past. After `EAGAIN` an event that has not been fetched yet comes as an edge; after 0 nothing
+/// would.
+fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
+    match filled {
+        Ok(0) => !source.has_ended(),
+        Err(Errno::AGAIN) => source.has_urgent_data(),
+        _ => false,
     }
 }

@@ -32,7 +32,8 @@
 //! - A small message and its answer: two receives, two sends, and their share of `epoll_wait`.
 //! - A connection of one such message: two `accept4` (the second says that nobody else waits),
 //!   `socket`, `connect`, for a TCP backend two `setsockopt` and one `getsockname` (has it connected
-//!   to itself?), four `epoll_ctl`, four receives, two sends, `shutdown`, two `close`.
+//!   to itself?), for each Unix socket one `setsockopt` (SO_OOBINLINE, which is not inherited there),
+//!   four `epoll_ctl`, four receives, two sends, `shutdown`, two `close`.
 //! - Bulk from a TCP socket: two `splice` for up to 1 MiB; with many stalled flows a `poll` and a
 //!   `getsockopt` more.
 //!

@@ -45,8 +45,8 @@ pub struct Listener {
     family: Family,
     identity: Identity,
     entrance: Arc<Entrance>,
-    /// Whether all are accepted who had connected before the options of this socket were set:
-    /// a connection inherits them when its handshake is complete, not when it is accepted.
+    /// Whether all are accepted who had connected before the options of this socket were set: a TCP
+    /// connection inherits them when its handshake is complete, not when it is accepted.
     inherits: Cell<bool>,
     keepalive: Cell<Option<Keepalive>>,
     /// The socket file made here.
@@ -165,8 +165,8 @@ impl Listener {
                     }
                 },
             };
-            if !self.inherits.get() && self.family == Family::Tcp {
-                set_options(&fd);
+            if !self.inherits.get() || self.family == Family::Unix {
+                set_options(&fd, self.family);
                 if let Some(keepalive) = self.keepalive.get() {
                     keepalive.set_or_warn(&fd);
                 }
@@ -285,15 +285,15 @@ impl fmt::Display for Entrance {
 pub(crate) fn prepare(fd: &OwnedFd) -> io::Result<(Family, Address)> {
     let family = Family::of(fd)?.ok_or(Errno::AFNOSUPPORT)?;
     rustix::io::ioctl_fionbio(fd, true)?;
-    if family == Family::Tcp {
-        set_options(fd);
-    }
+    set_options(fd, family);
     Ok((family, Address::from_sockaddr(&SockRef::from(fd).local_addr()?)))
 }
 
-/// What every TCP client's socket has.
-fn set_options(fd: &OwnedFd) {
-    set_nodelay_or_warn(fd);
+/// What every client's socket has.
+fn set_options(fd: &OwnedFd, family: Family) {
+    if family == Family::Tcp {
+        set_nodelay_or_warn(fd);
+    }
     set_oobinline_or_warn(fd);
 }
 

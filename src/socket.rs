@@ -125,7 +125,7 @@ impl Socket {
     ///
     /// Receiving stops in front of it as if the socket were empty, and splice(2) never gets past
     /// it, not even to a FIN. So from then on a short receive says nothing, and only receiving
-    /// goes. The urgent byte itself is made a byte like any other.
+    /// goes. The urgent byte itself is a byte like any other ([`set_oobinline_or_warn`]).
     pub fn has_urgent_data(&self) -> bool {
         // The first look is one load; it takes the end of the stream for urgent data.
         if !self.urgent.get()
@@ -133,9 +133,19 @@ impl Socket {
             && self.is_priority()
         {
             self.urgent.set(true);
-            set_oobinline_or_warn(&self.io);
         }
         self.urgent.get()
+    }
+
+    /// Whether a splice(2) from here that moved nothing is at the end of the peer's bytes.
+    ///
+    /// With the peer's FIN already there, splice(2) also returns 0 in front of urgent data. The event
+    /// that tells of it may not have been fetched yet, so the kernel is asked.
+    pub fn has_ended(&self) -> bool {
+        if self.polls(PollFlags::PRI) {
+            self.urgent.set(true);
+        }
+        !self.urgent.get()
     }
 
     fn is_priority(&self) -> bool {
@@ -375,7 +385,8 @@ pub fn set_nodelay_or_warn(fd: impl AsFd) {
     }
 }
 
-/// Makes urgent data ordinary: out of line its byte would be lost. An accepted socket inherits it.
+/// Makes urgent data ordinary: out of line its byte would be lost. On TCP an accepted socket inherits
+/// it from its listener; on a Unix socket it does not, and each has to be given it before it is read.
 pub fn set_oobinline_or_warn(fd: impl AsFd) {
     if let Err(error) = sockopt::set_socket_oobinline(fd, true) {
         tracing::debug!("Failed to set SO_OOBINLINE, ignoring: {error}");

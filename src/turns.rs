@@ -73,12 +73,16 @@ mod tests {
         assert_eq!(turns.begin(&mut bulk), ALONE);
         let mut sixteen = [0; 16];
         for _ in 0..2 {
-            sixteen.iter_mut().for_each(|last| drop(turns.begin(last)));
+            for last in &mut sixteen {
+                turns.begin(last);
+            }
         }
         assert_eq!(turns.begin(&mut sixteen[0]), ROUND / 16);
         let mut hundreds = [0; 300];
         for _ in 0..2 {
-            hundreds.iter_mut().for_each(|last| drop(turns.begin(last)));
+            for last in &mut hundreds {
+                turns.begin(last);
+            }
         }
         assert_eq!(turns.begin(&mut hundreds[0]), LEAST);
     }

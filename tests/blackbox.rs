@@ -7,6 +7,8 @@
 //! `PROXY_UNDER_TEST=/path/to/program` runs the cases against that program alone.
 
 mod support;
+#[path = "support/urgent.rs"]
+mod urgent;
 
 use std::env;
 use std::fs::{self, Permissions};
@@ -234,6 +236,7 @@ fn cases() -> Vec<Case> {
     }
     case("--listen", OnlyOurs("no line with \"Listening"), own_listeners);
     case("--listen and passed sockets", OnlyOurs("as well"), both_kinds_of_sockets);
+    case("urgent data", OnlyOurs("was lost"), urgent_data);
     case("a flood of one-byte messages with descriptors", Shared, |it| floods(it, true));
     case("a flood of one-byte messages", Shared, |it| floods(it, false));
     case("a stuck log is nobody's business", OnlyOurs("Failed to parse"), stuck_log);
@@ -281,6 +284,14 @@ fn floods(program: &Path, with_descriptors: bool) {
         let times = beside_floods(&front, &backend, from_client, with_descriptors);
         assert!(times[7] < Duration::from_millis(100), "answers took {times:?}");
     }
+}
+
+/// On every pair of families: tests/urgent.rs.
+fn urgent_data(program: &Path) {
+    let [front, backend] = [Family::Tcp, Family::Tcp].map(Endpoint::new);
+    let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let failures = urgent::carry(&front, &backend, true, 0..20);
+    assert!(failures.is_empty(), "urgent data was lost: {failures:?}");
 }
 
 // The command line.

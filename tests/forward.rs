@@ -55,6 +55,8 @@ impl Carried {
         let [(near_outer, near_inner), (far_outer, far_inner)] = pairs;
         let ours = |socket: Socket, family| {
             socket.set_nonblocking(true).unwrap();
+            // As the listener and the dialler set it.
+            socket.set_out_of_band_inline(true).unwrap();
             let family = match family {
                 Family::Tcp => socket::Family::Tcp,
                 Family::Unix => socket::Family::Unix,
@@ -500,9 +502,7 @@ fn urgent_data_stops_nobody() {
 
 #[test]
 fn urgent_data_may_come_first() {
-    // As the listener and the dialler set it, before anything can have been received.
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
-    pairs[0].1.set_out_of_band_inline(true).unwrap();
     let near = pairs[0].0.try_clone().unwrap();
     near.send_out_of_band(b"!").unwrap();
     (&near).write_all(b"world").unwrap();

@@ -1,0 +1,44 @@
+//! Urgent data (`MSG_OOB` in send(2)) at random places: each byte arrives as a byte like any other, and no
+//! transfer is cut.
+//!
+//! `TRANSFERS=3000 cargo test --test urgent` has that many for each pair of families.
+
+#[path = "support/keeper.rs"]
+mod keeper;
+mod support;
+#[path = "support/urgent.rs"]
+mod urgent;
+
+use std::env;
+
+use keeper::Keeper;
+use support::*;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+fn transfers(options: &[&str]) {
+    let transfers: usize = env::var("TRANSFERS").map_or(240, |it| it.parse().unwrap());
+    for (front_family, back_family) in PAIRS {
+        let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back_family));
+        let keeper = Keeper::new(8);
+        let launch = Launch::new(OURS).args(options).arg(&backend.target).listener(&front);
+        let _proxy = keeper.launch(launch, 1).start();
+        keeper.wait_for("READY=1");
+        let half = transfers / 2;
+        for (from_client, seeds) in [(true, 0..half), (false, half..transfers)] {
+            let failures = urgent::carry(&front, &backend, from_client, seeds);
+            let pair = format!("{front_family:?} to {back_family:?}, from client: {from_client}");
+            assert!(failures.is_empty(), "{pair}: {failures:?}");
+        }
+    }
+}
+
+#[test]
+fn urgent_data_is_carried() {
+    transfers(&[]);
+}
+
+#[test]
+fn urgent_data_is_carried_while_every_byte_is_stored() {
+    transfers(&["--handover=crash"]);
+}
