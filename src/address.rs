@@ -118,14 +118,27 @@ impl Address {
         }
     }
 
-    /// Whether it is every address, and `other` is one of them.
+    /// Whether it is every address of a family, and `other` is one of them. An IPv4 client of a
+    /// dual-stack listener has an IPv6 address, `::ffff:a.b.c.d`.
     pub fn is_any_of(&self, other: &Self) -> bool {
         self.is_any()
             && match (self, other) {
-                (Self::Inet(any), Self::Inet(other)) => any.port() == other.port(),
+                (Self::Inet(any), Self::Inet(other)) => {
+                    any.port() == other.port() && any.is_ipv4() == other.is_ipv4()
+                }
                 (Self::Vsock { port: any, .. }, Self::Vsock { port: other, .. }) => any == other,
                 _ => false,
             }
+    }
+
+    /// An IPv4 address as a socket of the other family has it: `::ffff:a.b.c.d` or `a.b.c.d`.
+    pub fn in_other_family(&self) -> Option<Self> {
+        let Self::Inet(address) = self else { return None };
+        let ip = match address.ip() {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().into(),
+            IpAddr::V6(ip) => ip.to_ipv4_mapped()?.into(),
+        };
+        Some(Self::Inet(SocketAddr::new(ip, address.port())))
     }
 }
 
@@ -275,6 +288,26 @@ mod tests {
         }
         let unnamed = Address::Unix(None);
         assert!(!unnamed.answers_at(&unnamed));
+    }
+
+    #[test]
+    fn a_wildcard_is_any_of_its_own_family() {
+        let inet = |text: &str| Address::Inet(text.parse().unwrap());
+        for (any, other, is_any_of) in [
+            ("0.0.0.0:80", "127.0.0.1:80", true),
+            ("0.0.0.0:80", "127.0.0.1:81", false),
+            ("[::]:80", "127.0.0.1:80", false),
+            ("[::]:80", "[::ffff:127.0.0.1]:80", true),
+            ("0.0.0.0:80", "[::ffff:127.0.0.1]:80", false),
+            ("[::]:80", "[::1]:80", true),
+            ("127.0.0.1:80", "127.0.0.1:80", false),
+        ] {
+            assert_eq!(inet(any).is_any_of(&inet(other)), is_any_of, "{any} {other}");
+        }
+        let (ipv4, mapped) = (inet("127.0.0.1:80"), inet("[::ffff:127.0.0.1]:80"));
+        assert_eq!(ipv4.in_other_family().as_ref(), Some(&mapped));
+        assert_eq!(mapped.in_other_family(), Some(ipv4));
+        assert_eq!(inet("[::1]:80").in_other_family(), None);
     }
 
     #[test]

@@ -206,6 +206,12 @@ impl Listener {
         &self.identity
     }
 
+    /// Whether it takes no IPv4 clients, though it listens on an IPv6 address (`IPV6_V6ONLY` in
+    /// ipv6(7)).
+    pub fn is_ipv6_only(&self) -> bool {
+        sockopt::ipv6_v6only(&self.io).unwrap_or(false)
+    }
+
     /// Its socket file, device and inode.
     pub fn file(&self) -> Option<(u64, u64)> {
         self.file.as_ref().map(|file| file.identity)

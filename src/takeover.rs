@@ -13,7 +13,7 @@ use crate::address::{Address, Identity};
 use crate::connection::{Place, Returning};
 use crate::handover::Handover;
 use crate::ledger::Kept;
-use crate::listen::{Entrance, Newcomer};
+use crate::listen::{Entrance, Listener, Newcomer};
 use crate::notify::Notifier;
 use crate::recovery::{Recovered, Recovery};
 use crate::service::Server;
@@ -80,10 +80,19 @@ impl Server {
     fn way_in(&self, client: &socket2::Socket) -> (Arc<Entrance>, Option<usize>) {
         let at = or_unnamed(client.local_addr());
         let listeners = self.sources.listeners();
-        let find = |is_it: &dyn Fn(&Address) -> bool| {
-            listeners.iter().find(|(listener, _)| is_it(&listener.identity().address))
+        let find = |is_it: &dyn Fn(&Listener) -> bool| {
+            listeners.iter().find(|(listener, _)| is_it(listener))
         };
-        match find(&|it| *it == at).or_else(|| find(&|it| it.is_any_of(&at))) {
+        let address = |listener: &Listener| listener.identity().address.clone();
+        // The same listener is of the same family; one that has taken its place may be of another, if
+        // it has the same clients.
+        let found = find(&|it| address(it) == at)
+            .or_else(|| find(&|it| address(it).is_any_of(&at)))
+            .or_else(|| {
+                let at = at.in_other_family()?;
+                find(&|it| !it.is_ipv6_only() && address(it).is_any_of(&at))
+            });
+        match found {
             Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
             // With one backend there is no question which.
             None => {

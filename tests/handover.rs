@@ -380,6 +380,67 @@ fn a_connection_keeps_the_backend_that_it_has() {
 }
 
 #[test]
+fn who_is_held_stays_with_the_listener_of_its_family() {
+    let wildcard = |address: &str, domain| {
+        let address: std::net::SocketAddr = address.parse().unwrap();
+        let socket = Socket::new(domain, socket2::Type::STREAM, None).unwrap();
+        if address.is_ipv6() {
+            socket.set_only_v6(true).unwrap();
+        }
+        socket.bind(&address.into()).unwrap();
+        socket.listen(16).unwrap();
+        socket
+    };
+    for (handover, end) in WAYS {
+        let six = wildcard("[::]:0", socket2::Domain::IPV6);
+        let port = six.local_addr().unwrap().as_socket().unwrap().port();
+        let four = wildcard(&format!("0.0.0.0:{port}"), socket2::Domain::IPV4);
+        let backends = [free_port(), free_port()];
+        let keeper = Keeper::new(8);
+        let launch = || {
+            let launch = Launch::new(OURS).socket(&six).socket(&four);
+            let handover = format!("--handover={handover}");
+            let launch = launch.args([&*handover, "--backend-wait=1min"]);
+            let launch = launch.arg(format!("[::]:{port}=127.0.0.1:{}", backends[0]));
+            let launch = launch.arg(format!("0.0.0.0:{port}=127.0.0.1:{}", backends[1]));
+            let running = keeper.launch(launch, 2).start();
+            keeper.wait_for("READY=1");
+            running
+        };
+        let mut proxy = launch();
+        let clients = [format!("[::1]:{port}"), format!("127.0.0.1:{port}")].map(|address| {
+            let client = connect(&address.parse::<std::net::SocketAddr>().unwrap().into());
+            (&client).write_all(address.as_bytes()).unwrap();
+            proxy.lines.wait_for(&format!(
+                "Failed to connect to remote host: 127.0.0.1:{}",
+                backends[usize::from(address.starts_with('1'))]
+            ));
+            (client, address)
+        });
+        proxy.signal(if end == End::Told { Signal::TERM } else { Signal::KILL });
+        proxy.wait();
+        proxy = launch();
+        proxy.lines.wait_for("Recovered connections: 2.");
+        proxy.signal(Signal::USR1);
+        for (client, listener, backend) in
+            [("[::1]", "[::]", backends[0]), ("127.0.0.1", "0.0.0.0", backends[1])]
+        {
+            let line = proxy.lines.wait_for(&format!("yet. client={client}"));
+            assert!(line.contains(&format!("({listener}:{port})")), "{line}");
+            assert!(line.contains(&format!("backend=127.0.0.1:{backend}")), "{line}");
+        }
+        for ((mut client, address), port) in clients.into_iter().zip(backends) {
+            let backend = Endpoint::tcp(&format!("127.0.0.1:{port}"), 16);
+            let mut served = backend.accept();
+            let mut read = vec![0; address.len()];
+            served.read_exact(&mut read).unwrap();
+            assert_eq!(String::from_utf8(read).unwrap(), address);
+            passes(&mut served, &mut client);
+        }
+    }
+}
+
+#[test]
 fn one_way_follows_the_other() {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
     let mut proxy = Proxy::start(&front, &["--handover=restart", &backend.target]);
