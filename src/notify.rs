@@ -1,7 +1,8 @@
 //! What systemd is told: READY, STATUS, STOPPING, WATCHDOG (sd_notify(3)).
 //!
-//! Nothing here blocks the event loop: the socket is non-blocking, and what systemd does not take
-//! at once is tried again for a second, but for a status that goes on changing, which is left out.
+//! Nothing here blocks the event loop: the socket is non-blocking. While the queue of systemd's socket is
+//! full (a daemon-reload, the boot), what systemd acts on is tried again until it is sent: `READY=1`,
+//! `WATCHDOG=1`, and what the store is told. A status, and `STOPPING=1`, are left out.
 
 #![forbid(unsafe_code)]
 
@@ -29,9 +30,9 @@ use crate::listen::Entrance;
 use crate::logging::{RateLimit, bounded_line, in_words};
 use crate::phase::Phase;
 
-/// Tries again while systemd does not take a message that matters, this often and this far apart.
-const RETRIES: usize = 50;
+/// Between two attempts while systemd does not take a message, and how long before that is logged.
 const RETRY_AFTER: Duration = Duration::from_millis(20);
+const WARN_AFTER: Duration = Duration::from_secs(5);
 
 /// Between two `STATUS=` messages.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
@@ -46,6 +47,7 @@ const ENTRANCES_MAX: usize = 8;
 const STATUS_MAX: usize = 2048;
 
 static UNSENT: RateLimit = RateLimit::new(3, Duration::from_secs(60));
+static BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// The service manager, or nobody.
 #[derive(Debug)]
@@ -80,13 +82,12 @@ impl Notifier {
         self.0.is_some()
     }
 
-    /// Sends once; what systemd does not take at once is lost.
-    pub fn try_send(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
-        self.try_send_with(states, &[])
+    /// Sends a message that may be left out: if systemd does not take it at once, it is.
+    pub fn send_once(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
+        self.try_send(states, &[])
     }
 
-    /// The same, with descriptors for it to have.
-    fn try_send_with(&self, states: &[NotifyState<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn try_send(&self, states: &[NotifyState<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let Some((socket, address)) = &self.0 else {
             return Ok(());
         };
@@ -101,27 +102,38 @@ impl Notifier {
         Ok(())
     }
 
-    /// Sends, and tries again for a second.
+    /// Sends, however long systemd takes for it.
     pub async fn send(&self, states: &[NotifyState<'_>]) {
         self.send_with(states, &[]).await;
     }
 
-    /// The same, with at most one descriptor for it to have; whether it has got it.
+    /// Sends with at most one descriptor for systemd to have; whether it has got it.
     pub async fn send_with(&self, states: &[NotifyState<'_>], fds: &[BorrowedFd<'_>]) -> bool {
-        for _ in 0..RETRIES {
-            match self.try_send_with(states, fds) {
+        let start = Instant::now();
+        loop {
+            match self.try_send(states, fds) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if start.elapsed() > WARN_AFTER
+                        && let Some(suppressed) = BUSY.pass()
+                    {
+                        let message = states.first().map(ToString::to_string).unwrap_or_default();
+                        tracing::warn!(
+                            "Failed to send {message} to systemd, trying again: its queue is \
+                             full.{suppressed}"
+                        );
+                    }
                     sleep(RETRY_AFTER).await;
                 }
                 Err(error) => {
-                    warn_of_unsent(&in_words(&error));
+                    if let Some(suppressed) = UNSENT.pass() {
+                        let error = in_words(&error);
+                        tracing::warn!("Failed to notify systemd, ignoring: {error}{suppressed}");
+                    }
                     return false;
                 }
                 Ok(()) => return true,
             }
         }
-        warn_of_unsent("it takes no messages");
-        false
     }
 
     /// Answers the watchdog at twice the rate it asks for, for ever. (It asks for nothing any more after
@@ -175,16 +187,10 @@ impl Notifier {
             let status = Status { load, max, carried, recovered, open, application }.to_string();
             // A socket's name is anything.
             let status = bounded_line(&status, STATUS_MAX);
-            if status != said && self.try_send(&[NotifyState::Status(&status)]).is_ok() {
+            if status != said && self.send_once(&[NotifyState::Status(&status)]).is_ok() {
                 said = status;
             }
         }
-    }
-}
-
-fn warn_of_unsent(why: &str) {
-    if let Some(suppressed) = UNSENT.pass() {
-        tracing::warn!("Failed to notify systemd, ignoring: {why}{suppressed}");
     }
 }
 

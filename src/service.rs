@@ -2,8 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::io;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -357,14 +359,18 @@ impl Server {
         questions: &mut Questions,
         notifier: &Notifier,
     ) -> Result<End, String> {
-        // Whoever is queued comes first: the loop finds them, and then they are accepted and
-        // dialled for. What is said to systemd may have to wait; but it is said, however soon the
-        // end is.
-        yield_now().await;
-        yield_now().await;
-        let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
-        notifier.send(&ready).await;
+        let is_ready = Cell::new(false);
+        let mut get_ready = pin!(async {
+            // Clients that are queued come first: the loop finds them, and then they are accepted and
+            // dialled for. What systemd is told may have to wait.
+            yield_now().await;
+            yield_now().await;
+            let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
+            notifier.send(&ready).await;
+            is_ready.set(true);
+        });
         let told = async {
+            get_ready.as_mut().await;
             let carried = || self.workers.carried();
             let application = self.application.as_deref();
             let clean = async {
@@ -380,14 +386,22 @@ impl Server {
                 notifier.publish_status(admission, recovered, &entrances, carried, application);
             tokio::join!(status, notifier.feed_watchdog(), clean).1
         };
-        tokio::select! {
+        let end = tokio::select! {
             never = answer(questions, &self.admission, &self.workers) => match never {},
-            () = signals.stop() => Ok(End::Told),
-            () = self.idle() => Ok(End::Idle),
-            Some(ended) = tasks.accepting.join_next() => Err(ended.unwrap_or_else(internal)),
-            Some(Err(panic)) = tasks.application.join_next() => Err(internal(panic)),
+            () = signals.stop() => End::Told,
+            () = self.idle() => End::Idle,
+            Some(ended) = tasks.accepting.join_next() => return Err(ended.unwrap_or_else(internal)),
+            Some(Err(panic)) = tasks.application.join_next() => return Err(internal(panic)),
             never = told => match never {},
+        };
+        // A unit whose process ends before it is ready has failed.
+        if !is_ready.get() {
+            tokio::select! {
+                () = get_ready => {}
+                () = signals.again() => {}
+            }
         }
+        Ok(end)
     }
 
     /// Waits until there has been no connection for the idle time, nobody is queued, and COMMAND is
@@ -436,7 +450,7 @@ impl Server {
             return self.kept_listeners.into_iter().for_each(Kept::leave);
         }
         drop(self.sources);
-        notifier.send(&[NotifyState::Stopping]).await;
+        let _ = notifier.send_once(&[NotifyState::Stopping]);
         let end = async {
             // An idle exit may have been under way, and somebody may need COMMAND after all.
             if let Some(application) = &self.application
@@ -445,7 +459,7 @@ impl Server {
                 application.resume();
             }
             drain(drain_time, &self.admission, notifier).await;
-            notifier.send(&[NotifyState::Status("Shutting down...")]).await;
+            let _ = notifier.send_once(&[NotifyState::Status("Shutting down...")]);
             if let Some(application) = &self.application
                 && !tasks.application.is_empty()
             {

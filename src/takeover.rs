@@ -119,7 +119,7 @@ impl Server {
         let [stored, lost] = handover.left_behind();
         let stored = stored.saturating_sub(listening);
         let status = format!("Left open connections with systemd: {stored}.");
-        notifier.send(&[NotifyState::Stopping, NotifyState::Status(&status)]).await;
+        let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);
         if stored > 0 {
             tracing::info!(
                 "Stopping, left open connections with systemd: {stored}. (Without a restart it resets \

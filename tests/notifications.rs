@@ -1,0 +1,64 @@
+//! Notifications while the queue of the service manager's socket is full, as in a daemon-reload or at boot.
+
+mod support;
+
+use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use support::*;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// Fills the manager's queue (net.unix.max_dgram_qlen).
+fn fill(manager: &Manager) {
+    let socket = UnixDatagram::unbound().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.send_to(b"FULL=1", &manager.path).is_ok() {}
+}
+
+fn start(front: &Endpoint, manager: &Manager, args: &[&str]) -> Running {
+    let launch = Launch::new(OURS).args(args).listener(front);
+    launch.env("NOTIFY_SOCKET", manager.path.display()).start()
+}
+
+#[test]
+fn ready_is_sent_when_there_is_room_and_clients_are_served_meanwhile() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut manager = Manager::new();
+    fill(&manager);
+    let proxy = start(&front, &manager, &[&backend.target]);
+    let mut client = front.connect();
+    echoes(&mut client);
+    proxy.lines.wait_for("Failed to send READY=1 to systemd, trying again");
+    manager.wait_for("READY=1");
+    manager.wait_for("STATUS=1 connection");
+    echoes(&mut client);
+}
+
+#[test]
+fn an_idle_exit_waits_until_ready_is_sent() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut manager = Manager::new();
+    fill(&manager);
+    let mut proxy = start(&front, &manager, &["--exit-idle-time=50ms", &backend.target]);
+    echoes(&mut front.connect());
+    pause(Duration::from_secs(2));
+    assert!(proxy.is_running(), "a unit whose process ends before it is ready has failed");
+    manager.wait_for("READY=1");
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+#[test]
+fn a_stop_waits_for_nothing() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut manager = Manager::new();
+    let mut proxy = start(&front, &manager, &[&backend.target]);
+    manager.wait_for("READY=1");
+    fill(&manager);
+    let start = Instant::now();
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(1), "it took {:?}", start.elapsed());
+}
