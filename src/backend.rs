@@ -44,7 +44,7 @@ impl Backend {
     }
 
     /// Whether clients are held at all.
-    pub fn holds(&self) -> bool {
+    fn holds(&self) -> bool {
         !self.wait.is_zero()
     }
 

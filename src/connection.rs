@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 use crate::address::Address;
 use crate::admission::Permit;
@@ -35,9 +35,6 @@ use crate::quiet::{Watch, Watched};
 use crate::socket::Socket;
 use crate::statistics::{Carried, LoopCounts, Loops, Seat};
 use crate::timespan::TimeSpan;
-
-/// How long the last bytes of a Unix client that has closed wait for a backend.
-const LAST_WORDS: Duration = Duration::from_millis(800);
 
 static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 static QUIET: RateLimit = RateLimit::new(10, Duration::from_secs(10));
@@ -412,21 +409,17 @@ async fn reach(client: &Socket, backend: &Backend, presence: &Presence, story: &
         biased;
         () = presence.told_to_leave(answer) => Reached::ToldToLeave,
         dialled = backend.connect(&story.entrance.counts().held) => dialled.map_or_else(Reached::Nobody, Reached::Backend),
-        () = client_gone(client, backend.holds()) => Reached::TooLate,
+        () = client_gone(client) => Reached::TooLate,
     }
 }
 
-/// Waits until the client of a dial has gone: reset, or a Unix client that closed. (A FIN says only
-/// that it waits for its answer.) Its last bytes wait for the backend, but where clients are held,
-/// which may be for long, not for long.
-async fn client_gone(client: &Socket, held: bool) {
+/// Waits until the client of a dial has gone: reset, or a Unix client that closed. A FIN says only that it
+/// waits for its answer, and a Unix client may have closed after it sent all it had to say: the backend
+/// gets its bytes.
+async fn client_gone(client: &Socket) {
     let gone = poll_fn(|cx| client.poll_hung_up(cx)).await.is_ok();
-    let unread = client.has_unread();
-    if !gone || (unread && !held) {
+    if !gone || client.has_unread() {
         std::future::pending().await
-    }
-    if unread {
-        Box::pin(sleep(LAST_WORDS)).await;
     }
 }
 

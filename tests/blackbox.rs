@@ -247,6 +247,7 @@ fn cases() -> Vec<Case> {
     case("a backend that never comes", unknown, never_up);
     case("200 held clients, one prober", unknown, one_prober);
     case("a held client that leaves gives its place back", unknown, held_client_leaves);
+    case("a held Unix client that has sent and closed", unknown, held_sent_and_closed);
     case("a held client that has half-closed is served", unknown, held_half_closed);
     case("what time can't mend ends at once", unknown, not_mended_by_time);
     if rustix::process::geteuid().is_root() {
@@ -1596,7 +1597,9 @@ fn held_client_leaves(program: &Path) {
         let args = ["--backend-wait=1h", "--log-level=debug", "-c1", &target];
         let proxy = started(Launch::new(program).args(args).listener(&front));
         let mut client = front.connect();
-        client.write_all(b"hello?").unwrap();
+        if family == Family::Tcp {
+            client.write_all(b"hello?").unwrap();
+        }
         proxy.lines.wait_for("holding clients");
         let left = Instant::now();
         match family {
@@ -1611,6 +1614,27 @@ fn held_client_leaves(program: &Path) {
         let waiting = (&next).read(&mut [0]).expect_err("refused");
         assert_eq!(waiting.kind(), ErrorKind::WouldBlock);
     }
+}
+
+/// As `echo x | nc -U`, with a backend that is slow to start.
+fn held_sent_and_closed(program: &Path) {
+    let front = Endpoint::new(Family::Unix);
+    let (address, target, _directory) = absent_backend(Family::Unix);
+    let args = ["--backend-wait=30s", "--log-level=debug", &target];
+    let proxy = started(Launch::new(program).args(args).listener(&front));
+    let mut client = front.connect();
+    client.write_all(b"that was all").unwrap();
+    drop(client);
+    proxy.lines.wait_for("holding clients");
+    pause(Duration::from_secs(2));
+    let listener = come_up(&address);
+    listener.set_nonblocking(true).unwrap();
+    let accepted = poll_until(Instant::now() + PATIENCE, || listener.accept().ok());
+    let (mut served, _) = accepted.expect("the client's bytes come to the backend");
+    served.set_nonblocking(false).unwrap();
+    let (bytes, end) = read_all(&mut served);
+    end.unwrap();
+    assert_eq!(bytes, b"that was all");
 }
 
 fn held_half_closed(program: &Path) {
