@@ -1,9 +1,9 @@
 //! Who asks for the metrics: HTTP on a thread of its own, so that no scraper is in a client's way.
 //!
-//! Nobody can hold on to it, and so whoever asks is answered. Four are served at a time; the next one takes
-//! the place of the one who has been there longest, and gets a turn before another comes. An answer that
-//! was written waits until its scraper has taken it, or [`UNTAKEN_MAX`] others were written, since what is only
-//! closed stays in the kernel's memory for minutes. All is over after two seconds, by a reset if need be.
+//! No scraper can keep others from an answer. [`SCRAPERS_MAX`] are served at a time. One more takes the place of
+//! the oldest request of the address that has the most, and gets a turn before another comes. An answer that
+//! was written waits until its scraper has taken it, in one of [`UNTAKEN_MAX`] such places, since what is only
+//! closed stays in the kernel's memory for minutes. A request is over after two seconds, by a reset if need be.
 //! (hyper reads what they say, and at most [`REQUEST_MAX`] bytes of it.)
 
 #![forbid(unsafe_code)]
@@ -13,8 +13,10 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::{poll_fn, ready};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -31,6 +33,7 @@ use tokio::task::{AbortHandle, JoinSet, spawn_local, yield_now};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::activation::Inherited;
+use crate::address::Address;
 use crate::descriptors::{SCRAPERS_MAX, UNTAKEN_MAX};
 use crate::exposition::Form;
 use crate::listen::{ACCEPT_PAUSE, Listener, SocketFile, is_the_newcomers};
@@ -143,15 +146,24 @@ async fn admit(fd: OwnedFd, family: Family, scrapers: Rc<Scrapers>) -> io::Resul
         let mut ready = listener.readable().await?;
         match accept(&listener) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
-            accepted => return accepted.map(|(fd, _)| fd),
+            accepted => {
+                let (fd, address) = accepted?;
+                return io::Result::Ok((fd, Peer::of(&Address::from_sockaddr(&address))));
+            }
         }
     };
     loop {
         let admitted = if family == Family::Tcp {
-            let accept = async || TcpStream::from_std(accept().await?.into());
+            let accept = async || {
+                let (fd, peer) = accept().await?;
+                Ok((TcpStream::from_std(fd.into())?, peer))
+            };
             unwind::catch(scrapers.admit(accept)).await
         } else {
-            let accept = async || UnixStream::from_std(accept().await?.into());
+            let accept = async || {
+                let (fd, peer) = accept().await?;
+                Ok((UnixStream::from_std(fd.into())?, peer))
+            };
             unwind::catch(scrapers.admit(accept)).await
         };
         match admitted {
@@ -161,11 +173,49 @@ async fn admit(fd: OwnedFd, family: Family, scrapers: Rc<Scrapers>) -> io::Resul
     }
 }
 
-/// As many as may be somewhere at a time: one more takes the place of the first.
+/// A scraper's socket.
+trait Stream: AsyncRead + AsyncWrite + AsFd + Unpin + 'static {
+    /// Waits until a byte has come, or the end.
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+}
+
+impl Stream for TcpStream {
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_read_ready(cx)
+    }
+}
+
+impl Stream for UnixStream {
+    fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_read_ready(cx)
+    }
+}
+
+/// As many as may be somewhere at a time. One more takes the place of the first of the peer that has the
+/// most, so that a flood from one peer is in its own way only.
 #[derive(Debug)]
 struct Places {
-    taken: RefCell<VecDeque<AbortHandle>>,
+    taken: RefCell<VecDeque<(Peer, AbortHandle)>>,
     max: usize,
+}
+
+/// What scrapers have in common that one machine can make in any number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Peer {
+    /// An IPv4 address, as IPv6 has it, or the 64 bits of an IPv6 address that a network has.
+    Network(u128),
+    /// This machine, by a Unix socket.
+    Local,
+}
+
+impl Peer {
+    fn of(address: &Address) -> Self {
+        let Address::Inet(address) = address else { return Self::Local };
+        match address.ip().to_canonical() {
+            IpAddr::V4(ip) => Self::Network(ip.to_ipv6_mapped().into()),
+            IpAddr::V6(ip) => Self::Network(u128::from(ip) >> 64 << 64),
+        }
+    }
 }
 
 impl Places {
@@ -173,15 +223,19 @@ impl Places {
         Self { taken: RefCell::default(), max }
     }
 
-    fn take(&self, task: AbortHandle) {
+    fn take(&self, peer: Peer, task: AbortHandle) {
         let mut taken = self.taken.borrow_mut();
-        taken.retain(|task| !task.is_finished());
-        if taken.len() >= self.max
-            && let Some(first) = taken.pop_front()
-        {
-            first.abort();
+        taken.retain(|(_, task)| !task.is_finished());
+        taken.push_back((peer, task));
+        if taken.len() > self.max {
+            let count = |peer| taken.iter().filter(|(other, _)| *other == peer).count();
+            // The first of several that have as many.
+            let largest = taken.iter().map(|(peer, _)| *peer).rev().max_by_key(|peer| count(*peer));
+            let first = taken.iter().position(|(peer, _)| Some(*peer) == largest);
+            if let Some((_, task)) = first.and_then(|first| taken.remove(first)) {
+                task.abort();
+            }
         }
-        taken.push_back(task);
     }
 }
 
@@ -196,17 +250,14 @@ struct Scrapers {
 }
 
 impl Scrapers {
-    async fn admit<S>(
+    async fn admit<S: Stream>(
         self: &Rc<Self>,
-        accept: impl AsyncFn() -> io::Result<S>,
-    ) -> io::Result<Infallible>
-    where
-        S: AsyncRead + AsyncWrite + AsFd + Unpin + 'static,
-    {
+        accept: impl AsyncFn() -> io::Result<(S, Peer)>,
+    ) -> io::Result<Infallible> {
         let mut in_burst = 0;
         loop {
             match accept().await {
-                Ok(stream) => {
+                Ok((stream, peer)) => {
                     // Not on the listener, which may be somebody's after us. Dropped, it is reset.
                     let socket = SockRef::from(&stream);
                     let _ = socket.set_send_buffer_size(SEND_BUFFER);
@@ -216,10 +267,10 @@ impl Scrapers {
                     let serve = async move {
                         if let Ok(stream) = timeout_at(deadline, this.serve(stream)).await {
                             let taken = async move { timeout_at(deadline, taken(stream)).await };
-                            this.untaken.take(spawn_local(taken).abort_handle());
+                            this.untaken.take(peer, spawn_local(taken).abort_handle());
                         }
                     };
-                    self.asking.take(spawn_local(serve).abort_handle());
+                    self.asking.take(peer, spawn_local(serve).abort_handle());
                     // Whoever was queued has asked already: time for the answer, before the next comes.
                     for _ in 0..TURNS {
                         yield_now().await;
@@ -244,10 +295,9 @@ impl Scrapers {
     }
 
     /// Answers one request, if only that it is none.
-    async fn serve<S>(&self, stream: S) -> S
-    where
-        S: AsyncRead + AsyncWrite + Unpin + 'static,
-    {
+    async fn serve<S: Stream>(&self, stream: S) -> S {
+        // A scraper that says nothing takes up none of hyper's buffers.
+        let _ = poll_fn(|cx| stream.poll_readable(cx)).await;
         let answer = service_fn(|request| ready(Ok::<_, Infallible>(self.answer(&request))));
         let mut http = http1::Builder::new();
         // One who stays would have a place that others need.
