@@ -16,14 +16,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt};
-use rustix::process::Pid;
+use rustix::process::{Pid, Uid};
 use tempfile::TempDir;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
 
 use crate::logging::{RateLimit, in_words};
 use crate::socket::register;
@@ -34,7 +36,20 @@ const GENERATIONS_MAX: usize = 64;
 /// Longer than any notification that is meant for us.
 const MESSAGE_MAX: usize = 4096;
 
-static STRANGERS: RateLimit = RateLimit::new(1, std::time::Duration::from_secs(60));
+/// Messages between two pauses, which bound what a flood of them may cost.
+const BURST: usize = 8;
+const BURST_PAUSE: Duration = Duration::from_millis(1);
+
+/// More than the kernel queues (net.unix.max_dgram_qlen, which systemd sets to 512).
+const QUEUED_MAX: usize = 1024;
+
+/// Within one second: users whose messages are looked into apart from all others', messages of one
+/// user, and processes that are known to be none of COMMAND's.
+const USERS_MAX: usize = 8;
+const LOOKUPS_MAX: usize = 10;
+const STRANGERS_MAX: usize = 64;
+
+static STRANGERS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// How COMMAND is known to be ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +138,12 @@ impl NotifySocket {
     pub fn forget(&self) {
         self.family.send_replace(None);
         self.ready.send_replace(false);
-        while self.receive().is_ok() {}
+        // A flood refills it, and is judged later, as any other message.
+        for _ in 0..QUEUED_MAX {
+            if self.receive(&mut Lookups::default()).is_err() {
+                break;
+            }
+        }
     }
 
     /// Waits for `READY=1` from one of `family`.
@@ -135,12 +155,17 @@ impl NotifySocket {
     /// Takes what comes, for ever.
     pub async fn hear(&self) -> Infallible {
         let mut family = self.family.subscribe();
+        let (mut lookups, mut in_burst) = (Lookups::default(), 0);
         loop {
+            in_burst = (in_burst + 1) % BURST;
+            if in_burst == 0 {
+                sleep(BURST_PAUSE).await;
+            }
             let mut readable = self.io.readable().await.expect("the event loop runs");
             if family.wait_for(Option::is_some).await.is_err() {
                 std::future::pending().await
             }
-            match self.receive() {
+            match self.receive(&mut lookups) {
                 Ok(true) => {
                     self.ready.send_replace(true);
                 }
@@ -153,7 +178,7 @@ impl NotifySocket {
 
     /// Takes a message; whether it is a `READY=1` that counts. Judged while its descriptors are
     /// open, since its sender may live no longer than those of its `BARRIER=1`.
-    fn receive(&self) -> Result<bool, Errno> {
+    fn receive(&self, lookups: &mut Lookups) -> Result<bool, Errno> {
         let mut text = [0; MESSAGE_MAX];
         let mut space =
             [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(4))];
@@ -164,14 +189,68 @@ impl NotifySocket {
         let mut descriptors = Vec::new();
         for message in ancillary.drain() {
             match message {
-                RecvAncillaryMessage::ScmCredentials(credentials) => sender = Some(credentials.pid),
+                RecvAncillaryMessage::ScmCredentials(credentials) => sender = Some(credentials),
                 RecvAncillaryMessage::ScmRights(passed) => descriptors.extend(passed),
                 _ => {}
             }
         }
         let mut lines = text[..received.bytes].split(|&byte| byte == b'\n');
-        Ok(lines.any(|line| line == b"READY=1")
-            && self.family.borrow().is_some_and(|family| family.has_or_warn(sender)))
+        let says_news = lines.any(|line| line == b"READY=1") && !*self.ready.borrow();
+        let Some((family, sender)) = self.family.borrow().zip(sender).filter(|_| says_news) else {
+            return Ok(false);
+        };
+        if !lookups.may_look(sender.pid, sender.uid) {
+            return Ok(false);
+        }
+        let is_ours = family.has_or_warn(sender.pid);
+        if !is_ours {
+            lookups.note_stranger(sender.pid);
+        }
+        Ok(is_ours)
+    }
+}
+
+/// How often it was looked up who a sender is, which costs up to [`GENERATIONS_MAX`] reads of /proc.
+///
+/// Anybody may send `READY=1`, as often as they like. A process of which it is known who it is, and a user
+/// that has sent many, are not looked up again within a second: so a flood from one user costs little,
+/// and does not keep COMMAND, which may have changed its user, from being heard.
+#[derive(Debug, Default)]
+struct Lookups {
+    since: Option<Instant>,
+    /// Lookups of each user's messages, and of all others'.
+    users: Vec<(Uid, usize)>,
+    others: usize,
+    strangers: Vec<Pid>,
+}
+
+impl Lookups {
+    fn may_look(&mut self, process: Pid, user: Uid) -> bool {
+        let now = Instant::now();
+        if self.since.is_none_or(|since| now - since >= Duration::from_secs(1)) {
+            *self = Self { since: Some(now), ..Self::default() };
+        }
+        if self.strangers.contains(&process) {
+            return false;
+        }
+        let known = self.users.iter().position(|(it, _)| *it == user);
+        let lookups = match known {
+            Some(index) => &mut self.users[index].1,
+            None if self.users.len() < USERS_MAX => {
+                self.users.push((user, 0));
+                let last = self.users.len() - 1;
+                &mut self.users[last].1
+            }
+            None => &mut self.others,
+        };
+        *lookups += 1;
+        *lookups <= LOOKUPS_MAX
+    }
+
+    fn note_stranger(&mut self, process: Pid) {
+        if self.strangers.len() < STRANGERS_MAX {
+            self.strangers.push(process);
+        }
     }
 }
 
@@ -187,10 +266,10 @@ pub struct Family {
 }
 
 impl Family {
-    fn has_or_warn(self, sender: Option<Pid>) -> bool {
-        let has = sender.is_some_and(|sender| self.has(sender));
+    fn has_or_warn(self, sender: Pid) -> bool {
+        let has = self.has(sender);
         if !has && let Some(suppressed) = STRANGERS.pass() {
-            let sender = sender.map_or(0, |sender| sender.as_raw_nonzero().get());
+            let sender = sender.as_raw_nonzero();
             tracing::warn!(
                 "Ignoring READY=1 of process {sender}, it is not COMMAND's.{suppressed}"
             );

@@ -5,11 +5,13 @@
 mod support;
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -400,6 +402,60 @@ fn readiness_is_believed_of_its_own_only() {
     let mut service = service;
     service.proxy.wait();
     assert_eq!(fs::read_dir(runtime.path()).unwrap().count(), 0, "nothing is left of the socket");
+}
+
+/// A process of another user that sends READY=1 as often as it can.
+fn flood(socket: &Path, user: u32) -> Child {
+    let script = "use Socket; socket my $s, AF_UNIX, SOCK_DGRAM, 0 or die; \
+                  my $to = pack_sockaddr_un($ARGV[0]); \
+                  print \"flooding\\n\"; close STDOUT; \
+                  while (1) { send $s, 'READY=1', 0, $to or exit }";
+    let mut flood = Command::new("setpriv");
+    flood.args(["--reuid", &user.to_string(), "--clear-groups", "perl", "-e", script]).arg(socket);
+    let mut flood = flood.stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    flood.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "flooding\n");
+    flood
+}
+
+#[test]
+fn a_flood_of_ready_messages_costs_little_and_hides_none() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: a flood of READY=1: needs root, for another user");
+        assert!(std::env::var_os("CI").is_none());
+        return;
+    }
+    let runtime = TempDir::new().unwrap();
+    fs::set_permissions(runtime.path(), Permissions::from_mode(0o755)).unwrap();
+    let service = Service::start_as(
+        Family::Tcp,
+        &["--ready=notify", "--backend-wait=10s"],
+        &["perl", APP],
+        &["ready=2"],
+        |launch| launch.env("RUNTIME_DIRECTORY", runtime.path().display()),
+    );
+    let mut client = service.connect();
+    client.write_all(b"pid\n").unwrap();
+    let app = service.wait_for_note("started");
+    let socket = fs::read_dir(runtime.path()).unwrap().next().unwrap().unwrap().path();
+    let mut floods = [1, 2].map(|user| flood(&socket.join("notify"), 60_000 + user));
+    let cost = || {
+        let (before, start) = (service.proxy.cpu(), Instant::now());
+        pause(Duration::from_secs(1));
+        (service.proxy.cpu() - before).as_secs_f64() / start.elapsed().as_secs_f64()
+    };
+    let waiting = cost();
+    let mut answer = [0; 20];
+    let bytes = client.read(&mut answer).expect("COMMAND's own READY=1 is heard");
+    assert_eq!(std::str::from_utf8(&answer[..bytes]).unwrap().trim(), app.to_string());
+    let ready = cost();
+    for flood in &mut floods {
+        flood.kill().unwrap();
+        flood.wait().unwrap();
+    }
+    // It took most of a processor.
+    assert!(waiting < 0.3 && ready < 0.3, "{waiting} of a processor, and {ready} when it is ready");
 }
 
 #[test]
