@@ -22,10 +22,10 @@ build:
 demo: build
 	examples/demo $(TARGET)/release/socket-proxyd
 
-# Installs what the tests need (as root, or by sudo) and runs them all.
+# Installs what the tests need (as root, or by sudo) and runs them all, whichever fail.
 test:
 	tests/prepare $(NEWEST) $(YAQ) $(FRESH)
-	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd $(CARGO) test --locked
+	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd $(CARGO) test --locked --no-fail-fast
 
 check: fmt clippy doc man deny bench
 

@@ -1,7 +1,7 @@
 //! The sockets systemd passes: `LISTEN_PID`, `LISTEN_FDS`, `LISTEN_FDNAMES` (sd_listen_fds(3)), or
 //! standard input (`StandardInput=socket` in systemd.exec(5), and inetd).
 //!
-//! One of the three files with unsafe code (the others are `socket` and `sys`).
+//! One of the four files with unsafe code (the others are `socket`, `sys` and `dispositions`).
 
 use std::env;
 use std::fs::{self, OpenOptions};

@@ -40,6 +40,7 @@ use tokio::signal::unix::{self, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
 use crate::command::CommandLine;
+use crate::dispositions::hand_down;
 use crate::logging::in_words;
 use crate::run::{Event, GUARD, THIS_PROGRAM};
 
@@ -147,13 +148,11 @@ impl Guard {
             let maximum = getrlimit(Resource::Nofile).maximum;
             setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum })?;
         }
-        let child = Command::new(THIS_PROGRAM)
-            .arg0(LAUNCH)
-            .arg(getpid().to_string())
-            .args(&command.words)
-            .stdin(Stdio::null())
-            .process_group(0)
-            .spawn()?;
+        let mut launch = Command::new(THIS_PROGRAM);
+        launch.arg0(LAUNCH).arg(getpid().to_string()).args(&command.words);
+        launch.stdin(Stdio::null()).process_group(0);
+        hand_down(&mut launch);
+        let child = launch.spawn()?;
         let (name, command) = (command.to_string(), Pid::from_child(&child));
         let this = Self { control, name, command, exited: false, group_gone: false };
         this.tell(Event::Started(command.as_raw_nonzero().get()));
@@ -276,5 +275,8 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
     if getppid() != guard.and_then(Pid::from_raw) {
         return Err(failed(Errno::SRCH.into()));
     }
-    Err(failed(Command::new(&program).args(args).exec()))
+    let mut command = Command::new(&program);
+    command.args(args);
+    hand_down(&mut command);
+    Err(failed(command.exec()))
 }

@@ -34,7 +34,7 @@
 //!   nothing of a connection leaves its thread.
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: whatever ends a connection
 //!   early (a signal, a panic), its peers don't take it for whole.
-//! - Unsafe code stands in [`socket`], `sys` and [`activation`], and nowhere else but in the one call of
+//! - Unsafe code stands in [`socket`], `sys`, [`activation`] and [`dispositions`], and in the one call of
 //!   the latter in `main`.
 
 #[cfg(not(target_os = "linux"))]
@@ -54,6 +54,7 @@ pub mod command;
 pub mod service;
 pub mod sandbox;
 pub mod sockets;
+pub mod dispositions;
 pub mod signals;
 pub mod drain;
 pub mod takeover;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use socket_proxyd::activation::{self, Stdin};
 use socket_proxyd::cli::{Config, Request};
+use socket_proxyd::dispositions;
 use socket_proxyd::guard::Role;
 use socket_proxyd::logging::{LogLevel, Logging};
 use socket_proxyd::service;
@@ -13,6 +14,7 @@ use socket_proxyd::service;
 fn main() -> ExitCode {
     // SAFETY: this is the first thing main() does.
     let inherited = unsafe { activation::take_inherited() };
+    dispositions::unblock_signals();
     if let Some(role) = Role::of_this_process() {
         let _logging = Logging::start(LogLevel::from_environment());
         return exit_code(role.play());

@@ -23,6 +23,7 @@ use tokio::process::Child;
 use tokio::time::sleep;
 
 use crate::command::CommandLine;
+use crate::dispositions::hand_down;
 use crate::ready::Family;
 
 /// This program, whatever has become of its file since it was started.
@@ -108,6 +109,7 @@ impl Run {
         if let Some(path) = notify {
             command.env("NOTIFY_SOCKET", path);
         }
+        hand_down(&mut command);
         let guard = tokio::process::Command::from(command).spawn()?;
         Ok(Self { control: UnixStream::from_std(control)?, guard, launched: false, group: None })
     }

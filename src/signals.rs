@@ -4,14 +4,16 @@
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::dispositions::was_ignored;
 use crate::logging::in_words;
 
-/// SIGTERM, SIGINT and SIGHUP.
+/// SIGTERM, SIGINT and SIGHUP. The last two stay ignored if they were at the start: nohup(1) ignores
+/// SIGHUP, and a shell's script SIGINT in what it starts with `&`.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
-    interrupt: Signal,
-    hangup: Signal,
+    interrupt: Option<Signal>,
+    hangup: Option<Signal>,
 }
 
 /// SIGUSR1.
@@ -37,6 +39,19 @@ fn catch(kind: SignalKind) -> Result<Signal, String> {
     signal(kind).map_err(|error| format!("Failed to wait for signals: {}.", in_words(&error)))
 }
 
+fn catch_unless_ignored(kind: SignalKind) -> Result<Option<Signal>, String> {
+    (!was_ignored(kind.as_raw_value())).then(|| catch(kind)).transpose()
+}
+
+async fn next(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => {
+            signal.recv().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
 impl Signals {
     /// From now on they don't end it by themselves.
     ///
@@ -45,8 +60,8 @@ impl Signals {
     pub fn catch() -> Result<Self, String> {
         Ok(Self {
             terminate: catch(SignalKind::terminate())?,
-            interrupt: catch(SignalKind::interrupt())?,
-            hangup: catch(SignalKind::hangup())?,
+            interrupt: catch_unless_ignored(SignalKind::interrupt())?,
+            hangup: catch_unless_ignored(SignalKind::hangup())?,
         })
     }
 
@@ -54,8 +69,8 @@ impl Signals {
     pub async fn stop(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-            _ = self.hangup.recv() => {}
+            () = next(&mut self.interrupt) => {}
+            () = next(&mut self.hangup) => {}
         }
     }
 
@@ -64,7 +79,7 @@ impl Signals {
     pub async fn again(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            () = next(&mut self.interrupt) => {}
         }
     }
 }

@@ -6,7 +6,7 @@
 //! **A socket that is dropped without [`Socket::close`] is reset.** A connection that ends in any
 //! other way than by its own ends (a signal, a panic, a failure) must not look whole to its peers.
 //!
-//! One of the three files with unsafe code (the others are `sys` and `activation`).
+//! One of the four files with unsafe code (the others are `sys`, `activation` and `dispositions`).
 
 use std::cell::Cell;
 use std::future::Future;

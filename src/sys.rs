@@ -1,7 +1,7 @@
 //! System calls on sockets that the safe crates don't make, or not in a way that copes with every peer.
 //!
-//! A leaf: it knows nothing of the product. One of the three files with unsafe code (the others are
-//! `socket` and `activation`).
+//! A leaf: it knows nothing of the product. One of the four files with unsafe code (the others are
+//! `socket`, `activation` and `dispositions`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};

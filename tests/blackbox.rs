@@ -196,6 +196,7 @@ fn cases() -> Vec<Case> {
     case("SIGTERM stops and resets", OnlyOurs("the last notification"), terminate);
     case("SIGINT stops", OnlyOurs("killed by a signal"), |it| stops_on(it, Signal::INT));
     case("SIGHUP stops", OnlyOurs("killed by a signal"), |it| stops_on(it, Signal::HUP));
+    case("SIGHUP and SIGINT stay ignored", Shared, ignored_signals);
     case("SIGUSR1 tells of each connection", OnlyOurs("no line with"), tells_of_each);
     case("STATUS once a second", OnlyOurs("a notification comes"), status_rate);
     case("who hangs up is not news", Shared, silent_about_peers);
@@ -541,6 +542,24 @@ fn stops_on(program: &Path, signal: Signal) {
     proxy.signal(signal);
     assert_eq!(proxy.wait().code(), Some(0), "killed by a signal");
     manager.wait_for("STOPPING=1");
+}
+
+/// As with nohup(1), and in what a shell's script starts with `&`.
+fn ignored_signals(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let launch = Launch::new(program).arg(&backend.target).listener(&front);
+    let launch = launch.signals("--ignore-signal=HUP,INT");
+    let mut proxy = launch.start();
+    let mut client = front.connect();
+    echoes(&mut client);
+    proxy.signal(Signal::HUP);
+    proxy.signal(Signal::INT);
+    // A signal that is not ignored is handled before the next system call ends.
+    (0..10).for_each(|_| echoes(&mut front.connect()));
+    echoes(&mut client);
+    assert!(proxy.is_running());
+    proxy.signal(Signal::TERM);
+    proxy.wait();
 }
 
 fn tells_of_each(program: &Path) {

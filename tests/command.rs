@@ -360,6 +360,49 @@ fn it_sees_nothing_of_the_proxys() {
     }
 }
 
+/// What the kernel says of a process's signals: those that it ignores, and those that it blocks.
+fn signals(status: &str) -> [u64; 2] {
+    ["SigIgn:", "SigBlk:"].map(|name| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        // 32 and 33 are the C library's own, and nobody can change them.
+        u64::from_str_radix(line.trim(), 16).unwrap() & !(3 << 31)
+    })
+}
+
+#[test]
+fn it_gets_the_signals_that_the_proxy_was_started_with() {
+    let cases: [(&[&str], [u64; 2]); 3] = [
+        (&[], [0, 0]),
+        // SIGPIPE is 13, as systemd ignores it by default; SIGHUP 1, as nohup(1) does.
+        (&["--ignore-signal=PIPE", "--ignore-signal=HUP"], [1 << 12 | 1, 0]),
+        // SIGUSR2 is 12, SIGUSR1 10.
+        (&["--ignore-signal=USR2", "--block-signal=USR1,USR2"], [1 << 11, 1 << 11 | 1 << 9]),
+    ];
+    for (options, expected) in cases {
+        // Perl ignores SIGFPE, and dash blocks nothing.
+        let script = format!("cat /proc/self/status >\"$2.status\"; exec perl {APP} \"$@\"");
+        let program = ["bash", "-c", &script, "bash"];
+        let mut service = Service::start_as(Family::Tcp, &[], &program, &[], |launch| {
+            options.iter().fold(launch, |launch, option| launch.signals(option))
+        });
+        service.pid();
+        let status = fs::read_to_string(service.directory.path().join("log.status")).unwrap();
+        assert_eq!(signals(&status), expected, "{options:?}");
+        service.proxy.signal(Signal::TERM);
+        assert!(service.proxy.wait().success());
+    }
+}
+
+#[test]
+fn a_signal_that_was_blocked_stops_the_proxy() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let launch = Launch::new(OURS).listener(&front).arg(&backend.target);
+    let mut proxy = launch.signals("--block-signal=TERM").start();
+    echoes(&mut front.connect());
+    proxy.signal(Signal::TERM);
+    assert!(proxy.wait().success());
+}
+
 #[test]
 fn ready_when_it_says_so() {
     for family in [Family::Tcp, Family::Unix] {

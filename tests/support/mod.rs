@@ -312,6 +312,7 @@ pub struct Launch {
     before_exec: String,
     hosts: Option<PathBuf>,
     exec: &'static str,
+    signals: Vec<&'static str>,
     read_stderr: bool,
 }
 
@@ -325,6 +326,7 @@ impl Launch {
             before_exec: "export LISTEN_PID=$$".into(),
             hosts: None,
             exec: "exec",
+            signals: Vec::new(),
             read_stderr: true,
         }
     }
@@ -391,6 +393,13 @@ impl Launch {
         self
     }
 
+    /// Starts the program with signals ignored or blocked: an option of env(1), such as
+    /// `--ignore-signal=HUP`. Otherwise they are as by default, whatever runs the tests.
+    pub fn signals(mut self, option: &'static str) -> Self {
+        self.signals.push(option);
+        self
+    }
+
     /// Leaves standard error unread.
     pub fn stderr_unread(mut self) -> Self {
         self.read_stderr = false;
@@ -399,7 +408,8 @@ impl Launch {
 
     pub fn start(self) -> Running {
         // The shell knows its pid before it becomes the program.
-        let script = format!("{} && {} \"$0\" \"$@\"", self.before_exec, self.exec);
+        let signals = format!("env --default-signal {}", self.signals.join(" "));
+        let script = format!("{} && {} {signals} \"$0\" \"$@\"", self.before_exec, self.exec);
         let mut command = match &self.hosts {
             None => {
                 let mut command = Command::new("/bin/sh");
