@@ -2,7 +2,8 @@
 //!
 //! **Logging never waits.** A line goes into a bounded queue and a thread of its own, started with
 //! the first line, writes it. When the reader of standard error or the journal is stuck, lines are
-//! dropped and counted, and the count is said once it moves again.
+//! dropped and counted, and the count is said once it moves again. Where no thread can be started
+//! (`TasksMax=`, `RLIMIT_NPROC`), a line is written at once, or dropped if that would wait.
 //!
 //! tracing's five levels stand for syslog(3)'s: error is `err`, warn `warning`, info `notice` and
 //! `info`, debug and trace `debug`. There are no spans: an event carries the fields it needs.
@@ -20,6 +21,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendFlags, SocketAddrUnix, sendto};
 use tokio::time::Instant;
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
@@ -85,20 +88,20 @@ pub struct Logging(Arc<Queue>);
 impl Logging {
     /// Makes this the destination of all events and panics.
     pub fn start(level: LogLevel) -> Self {
-        Self::start_as(level, Form::detect())
+        Self::start_as(level, Output::detect())
     }
 
     /// The same, where standard error is not there to be written to: the journal or nowhere.
     pub fn without_stderr(level: LogLevel) -> Self {
-        if has_journal() {
-            Self::start_as(level, Form::Journal)
-        } else {
-            Self::start_as(LogLevel(LevelFilter::OFF), Form::Plain)
+        match Output::journal() {
+            Some(journal) => Self::start_as(level, journal),
+            None => Self::start_as(LogLevel(LevelFilter::OFF), Output::Stderr(Form::Plain)),
         }
     }
 
-    fn start_as(level: LogLevel, form: Form) -> Self {
-        let queue = Arc::new(Queue { form, sender: OnceLock::new(), dropped: Arc::default() });
+    fn start_as(level: LogLevel, output: Output) -> Self {
+        let (output, dropped) = (Arc::new(output), Arc::default());
+        let queue = Arc::new(Queue { output, sender: OnceLock::new(), dropped });
         let logger = Logger { level: level.0, queue: Arc::clone(&queue) };
         // Fails only when a test has set another: then that one stays.
         let _ = tracing::subscriber::set_global_default(logger);
@@ -174,23 +177,68 @@ enum Form {
     Plain,
 }
 
-impl Form {
+/// Where lines are written.
+#[derive(Debug)]
+enum Output {
+    Stderr(Form),
+    /// Opened at the start, when there are descriptors.
+    Journal(UnixDatagram),
+}
+
+impl Output {
     fn detect() -> Self {
         if is_journal_stream() {
-            return if has_journal() { Self::Journal } else { Self::Prefixed };
+            return Self::journal().unwrap_or(Self::Stderr(Form::Prefixed));
         }
         // systemd.exec(5): set for the process that systemd itself started.
         let pid = std::process::id().to_string();
-        match env::var("SYSTEMD_EXEC_PID") {
-            Ok(started) if started == pid => Self::Prefixed,
-            _ => Self::Plain,
+        Self::Stderr(match env::var("SYSTEMD_EXEC_PID") {
+            Ok(started) if started == pid => Form::Prefixed,
+            _ => Form::Plain,
+        })
+    }
+
+    /// The journal, if there is one that takes entries.
+    fn journal() -> Option<Self> {
+        UnixDatagram::unbound().and_then(|socket| socket.connect(JOURNAL_SOCKET)).ok()?;
+        // Not connected: a journal that is restarted is another socket of the same name.
+        UnixDatagram::unbound().ok().map(Self::Journal)
+    }
+
+    fn form(&self) -> Form {
+        match self {
+            Self::Stderr(form) => *form,
+            Self::Journal(_) => Form::Journal,
         }
     }
-}
 
-/// Whether there is a journal that takes entries.
-fn has_journal() -> bool {
-    UnixDatagram::unbound().and_then(|socket| socket.connect(JOURNAL_SOCKET)).is_ok()
+    fn write(&self, line: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Stderr(_) => io::stderr().write_all(line),
+            Self::Journal(socket) => socket.send_to(line, JOURNAL_SOCKET).map(drop),
+        }
+    }
+
+    /// Writes a line unless that would wait.
+    fn try_write(&self, line: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Stderr(_) => {
+                // A pipe that can be written to has room for a line (PIPE_BUF in pipe(7)).
+                let stderr = io::stderr();
+                let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
+                poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+                if !fds[0].revents().contains(PollFlags::OUT) {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                self.write(line)
+            }
+            Self::Journal(socket) => {
+                let name = SocketAddrUnix::new(JOURNAL_SOCKET)?;
+                sendto(socket, line, SendFlags::DONTWAIT | SendFlags::NOSIGNAL, &name)?;
+                Ok(())
+            }
+        }
+    }
 }
 
 /// systemd.exec(5): `$JOURNAL_STREAM` names the device and inode of the stream that was connected;
@@ -207,7 +255,7 @@ fn is_journal_stream() -> bool {
 /// The way to the writing thread.
 #[derive(Debug)]
 struct Queue {
-    form: Form,
+    output: Arc<Output>,
     /// To the writing thread, once there is one.
     sender: OnceLock<SyncSender<Item>>,
     dropped: Arc<AtomicU64>,
@@ -220,21 +268,32 @@ enum Item {
 
 impl Queue {
     fn push(&self, line: Vec<u8>) {
-        if let Some(sender) = self.sender()
-            && sender.try_send(Item::Line(line)).is_ok()
-        {
-            return;
+        let written = match self.sender() {
+            Some(sender) => sender.try_send(Item::Line(line)).is_ok(),
+            None => self.write_now(&line).is_ok(),
+        };
+        if !written {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
         }
-        self.dropped.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Starts the thread with the first line, and tries again with the next where it can't be had.
+    /// Writes a line, and before it how many were dropped.
+    fn write_now(&self, line: &[u8]) -> io::Result<()> {
+        let lost = self.dropped.load(Ordering::Relaxed);
+        if lost > 0 {
+            self.output.try_write(&lines_were_dropped(lost, self.output.form()))?;
+            self.dropped.fetch_sub(lost, Ordering::Relaxed);
+        }
+        self.output.try_write(line)
+    }
+
+    /// Starts the thread with the first line, and tries again with the next if that fails.
     fn sender(&self) -> Option<&SyncSender<Item>> {
         if self.sender.get().is_none() {
             let (sender, items) = sync_channel(QUEUE_MAX);
-            let (form, dropped) = (self.form, Arc::clone(&self.dropped));
+            let (output, dropped) = (Arc::clone(&self.output), Arc::clone(&self.dropped));
             let writer = std::thread::Builder::new().name("log".into());
-            writer.spawn(move || write_items(form, &items, &dropped)).ok()?;
+            writer.spawn(move || write_items(&output, &items, &dropped)).ok()?;
             // Another thread may have been quicker; then this one's writer ends by itself.
             let _ = self.sender.set(sender);
         }
@@ -243,14 +302,9 @@ impl Queue {
 }
 
 /// The thread that may wait.
-fn write_items(form: Form, items: &Receiver<Item>, dropped: &AtomicU64) {
-    let journal = UnixDatagram::unbound();
+fn write_items(output: &Output, items: &Receiver<Item>, dropped: &AtomicU64) {
     let write = |line: &[u8]| {
-        let written = match (form, &journal) {
-            (Form::Journal, Ok(journal)) => journal.send_to(line, JOURNAL_SOCKET).map(drop),
-            _ => io::stderr().write_all(line),
-        };
-        if written.is_err() {
+        if output.write(line).is_err() {
             dropped.fetch_add(1, Ordering::Relaxed);
         }
     };
@@ -265,11 +319,15 @@ fn write_items(form: Form, items: &Receiver<Item>, dropped: &AtomicU64) {
         // Whatever was dropped, it was while this thread waited for the reader.
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            let text = format!("{lost} log lines were dropped, their reader was stuck.");
-            write(&Line { text, fields: Vec::new() }.render(form, Level::WARN));
+            write(&lines_were_dropped(lost, output.form()));
         }
         drop(flushed);
     }
+}
+
+fn lines_were_dropped(lost: u64, form: Form) -> Vec<u8> {
+    let text = format!("{lost} log lines were dropped, their reader was stuck.");
+    Line { text, fields: Vec::new() }.render(form, Level::WARN)
 }
 
 /// tracing's side: which events, and what becomes of one.
@@ -290,7 +348,7 @@ impl Subscriber for Logger {
     fn event(&self, event: &Event<'_>) {
         let mut line = Line::default();
         event.record(&mut line);
-        self.queue.push(line.render(self.queue.form, *event.metadata().level()));
+        self.queue.push(line.render(self.queue.output.form(), *event.metadata().level()));
     }
 
     // No span is ever enabled.
@@ -388,12 +446,14 @@ mod tests {
         let line =
             Line { text: "cut\noff".into(), fields: vec![("client", "a\nPRIORITY=0".into())] };
         let render = |form| String::from_utf8(line.render(form, Level::WARN)).unwrap();
-        assert_eq!(render(Form::Plain), "cut off client=a PRIORITY=0\n");
-        assert_eq!(render(Form::Prefixed), "<4>cut off client=a PRIORITY=0\n");
+        let text = "cut off client=a PRIORITY=0";
+        assert_eq!(render(Form::Plain), format!("{text}\n"));
+        assert_eq!(render(Form::Prefixed), format!("<4>{text}\n"));
         assert_eq!(
             render(Form::Journal),
-            "CLIENT=a PRIORITY=0\nPRIORITY=4\nSYSLOG_IDENTIFIER=socket-proxyd\n\
-             MESSAGE=cut off client=a PRIORITY=0\n"
+            format!(
+                "CLIENT=a PRIORITY=0\nPRIORITY=4\nSYSLOG_IDENTIFIER=socket-proxyd\nMESSAGE={text}\n"
+            )
         );
     }
 

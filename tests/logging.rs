@@ -1,0 +1,75 @@
+//! What is logged where threads are forbidden, and of clients with strange names.
+
+mod support;
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use rustix::process::Signal;
+use socket2::{Domain, Socket, Type};
+use support::*;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// A user of its own for each test, which may have one task.
+fn without_threads(directory: &TempDir, user: u32) -> Option<Launch> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: without threads: needs root, for users of its own");
+        assert!(std::env::var_os("CI").is_none());
+        return None;
+    }
+    let program: PathBuf = directory.path().join("program");
+    fs::copy(OURS, &program).unwrap();
+    fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let launch = Launch::new("prlimit").args(["--nproc=1", "setpriv", "--clear-groups", "--reuid"]);
+    Some(launch.arg(user).arg(program.display()))
+}
+
+#[test]
+fn without_a_thread_for_it_lines_are_written_at_once() {
+    let directory = TempDir::new().unwrap();
+    let Some(launch) = without_threads(&directory, 61_001) else { return };
+    let front = Endpoint::new(Family::Tcp);
+    let mut proxy = launch.arg("/no/such/socket").listener(&front).start();
+    assert!(read_all(&mut front.connect()).0.is_empty());
+    proxy.lines.wait_for("Failed to connect to remote host: /no/such/socket");
+    proxy.signal(Signal::TERM);
+    assert!(proxy.wait().success());
+}
+
+#[test]
+fn without_a_thread_for_metrics_the_start_fails_with_a_line() {
+    let directory = TempDir::new().unwrap();
+    let Some(launch) = without_threads(&directory, 61_002) else { return };
+    let front = Endpoint::new(Family::Tcp);
+    let mut proxy = launch.args(["--metrics=127.0.0.1:0", "/x"]).listener(&front).start();
+    assert_eq!(proxy.wait().code(), Some(1));
+    let stderr = proxy.lines.all();
+    assert!(stderr.contains("Failed to start a thread for --metrics="), "{stderr:?}");
+}
+
+#[test]
+fn without_a_thread_a_stuck_reader_holds_up_nobody() {
+    let directory = TempDir::new().unwrap();
+    let Some(launch) = without_threads(&directory, 61_003) else { return };
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let launch = launch.args(["--log-level=debug", &backend.target]).listener(&front);
+    let mut proxy = launch.stderr_unread().start();
+    // Two lines each: far more than a pipe takes.
+    (0..1000).for_each(|_| echoes(&mut front.connect()));
+    let stderr = proxy.unread_stderr.take().unwrap();
+    proxy.lines.collect(stderr);
+    let written = || {
+        echoes(&mut front.connect());
+        (proxy.lines.count("log lines were dropped") == 1).then_some(())
+    };
+    poll_until(Instant::now() + PATIENCE, written).expect("what is dropped is counted");
+    proxy.signal(Signal::TERM);
+    assert!(proxy.wait().success());
+    let log = proxy.lines.all();
+    assert!(log.lines().all(|it| it.starts_with("Connection ") || it.ends_with('.')), "{log}");
+}
