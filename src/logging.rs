@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::env;
 use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
@@ -386,7 +387,7 @@ impl Line {
     fn render(&self, form: Form, level: Level) -> Vec<u8> {
         let mut text = self.text.clone();
         for (name, value) in &self.fields {
-            let _ = write!(text, " {name}={value}");
+            let _ = write!(text, " {name}={}", quoted(value));
         }
         let text = one_line(&text);
         let priority = match level {
@@ -410,6 +411,16 @@ impl Line {
             }
         };
         line.into_bytes()
+    }
+}
+
+/// A field's value as a word of a line: in quotes if a reader could take it for more than one word.
+fn quoted(value: &str) -> Cow<'_, str> {
+    let is_plain = |byte: u8| byte.is_ascii_graphic() && !b"\"'\\=".contains(&byte);
+    match value {
+        "" => "\"\"".into(),
+        _ if value.bytes().all(is_plain) => value.into(),
+        _ => format!("{value:?}").into(),
     }
 }
 
@@ -446,7 +457,7 @@ mod tests {
         let line =
             Line { text: "cut\noff".into(), fields: vec![("client", "a\nPRIORITY=0".into())] };
         let render = |form| String::from_utf8(line.render(form, Level::WARN)).unwrap();
-        let text = "cut off client=a PRIORITY=0";
+        let text = "cut off client=\"a\\nPRIORITY=0\"";
         assert_eq!(render(Form::Plain), format!("{text}\n"));
         assert_eq!(render(Form::Prefixed), format!("<4>{text}\n"));
         assert_eq!(
@@ -455,6 +466,22 @@ mod tests {
                 "CLIENT=a PRIORITY=0\nPRIORITY=4\nSYSLOG_IDENTIFIER=socket-proxyd\nMESSAGE={text}\n"
             )
         );
+    }
+
+    #[test]
+    fn a_value_is_one_word() {
+        for (value, word) in [
+            ("127.0.0.1:80", "127.0.0.1:80"),
+            ("[fe80::1%2]:80", "[fe80::1%2]:80"),
+            ("web (127.0.0.1:80)", "\"web (127.0.0.1:80)\""),
+            ("/x listener=y", "\"/x listener=y\""),
+            ("/x\" listener=\"y", "\"/x\\\" listener=\\\"y\""),
+            ("/x\\", "\"/x\\\\\""),
+            ("/\u{e9}\u{202e}", "\"/\u{e9}\\u{202e}\""),
+            ("", "\"\""),
+        ] {
+            assert_eq!(quoted(value), word);
+        }
     }
 
     #[test]

@@ -234,7 +234,7 @@ fn a_standard_error_of_its_own_is_used() {
     let lines = Lines::default();
     lines.collect(proxy.stderr.take().unwrap());
     assert_eq!(read_all(&mut client).0, b"");
-    lines.wait_for("listener=stdin (127.0.0.1:");
+    lines.wait_for("listener=\"stdin (127.0.0.1:");
     assert_eq!(exit_code(&mut proxy), Some(0));
 }
 

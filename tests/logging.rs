@@ -73,3 +73,24 @@ fn without_a_thread_a_stuck_reader_holds_up_nobody() {
     let log = proxy.lines.all();
     assert!(log.lines().all(|it| it.starts_with("Connection ") || it.ends_with('.')), "{log}");
 }
+
+#[test]
+fn a_clients_name_adds_no_field() {
+    let (front, backend) = (Endpoint::new(Family::Unix), echo_backend(Family::Unix));
+    let launch = Launch::new(OURS).args(["--log-level=debug", &backend.target]).listener(&front);
+    let proxy = launch.start();
+    // Abstract names are the machine's.
+    let unique = std::process::id();
+    for (name, written) in [
+        (format!("\0{unique} listener=/x"), format!(r#"client="@{unique} listener=/x" l"#)),
+        (format!("\0{unique}\" listener=\"/x"), format!(r#"client="@{unique}\" listener=\"/x" l"#)),
+        (format!("\0{unique}\nMESSAGE=x"), format!(r#"client="@{unique}\nMESSAGE=x" l"#)),
+    ] {
+        let mut client = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        client.bind(&unix_address(name.as_bytes())).unwrap();
+        client.connect(&front.address).unwrap();
+        echoes(&mut client);
+        drop(client);
+        proxy.lines.wait_for(&written);
+    }
+}

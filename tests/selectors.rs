@@ -112,7 +112,7 @@ fn logs_and_status_name_the_listener() {
     let [web, api] = fronts.each_ref().map(|front| &front.target);
     assert_eq!(read_all(&mut fronts[1].connect()).0, b"");
     let failed = proxy.lines.wait_for("Failed to connect to remote host");
-    assert!(failed.ends_with(&format!("listener=api ({api}) backend={nobody}")), "{failed}");
+    assert!(failed.ends_with(&format!("listener=\"api ({api})\" backend={nobody}")), "{failed}");
     let mut clients = [fronts[0].connect(), fronts[0].connect()];
     assert_eq!(clients.each_mut().map(greeting), ["one", "one"]);
     loop {
@@ -123,7 +123,10 @@ fn logs_and_status_name_the_listener() {
     }
     drop(clients);
     let closed = proxy.lines.wait_for("Connection closed client=");
-    assert!(closed.contains(&format!("listener=web ({web}) backend={} ", one.target)), "{closed}");
+    assert!(
+        closed.contains(&format!("listener=\"web ({web})\" backend={} ", one.target)),
+        "{closed}"
+    );
     proxy.signal(Signal::TERM);
 }
 
