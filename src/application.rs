@@ -23,7 +23,7 @@ use crate::hold::{Hold, Pauses};
 use crate::idle::idle_for;
 use crate::logging::{RateLimit, in_words};
 use crate::phase::Phase;
-use crate::ready::{Family, NotifySocket};
+use crate::ready::{Family, NotifyPlace, NotifySocket};
 use crate::run::Run;
 use crate::socket::Socket;
 use crate::statistics::Starts;
@@ -60,7 +60,7 @@ pub struct Application {
     /// What it has to serve.
     target: Target,
     /// Where it says that it is ready; without it, it is when the target answers.
-    notify: Option<NotifySocket>,
+    notify: Option<NotifyPlace>,
     stop_idle_time: TimeSpan,
     /// The soft limit on descriptors that it is given.
     descriptors: Option<u64>,
@@ -109,7 +109,7 @@ impl Application {
     pub fn new(
         command: CommandLine,
         target: Target,
-        notify: Option<NotifySocket>,
+        notify: Option<NotifyPlace>,
         stop_idle_time: TimeSpan,
         descriptors: Option<u64>,
     ) -> Self {
@@ -183,24 +183,12 @@ impl Application {
 
     /// Lives its life, for ever. `occupancy` is the proxy's, for the idle time.
     pub async fn live(self: Arc<Self>, hold: Rc<Hold>, mut occupancy: Occupancy) -> Infallible {
-        let hear = async {
-            match &self.notify {
-                Some(notify) => notify.hear().await,
-                None => std::future::pending().await,
-            }
-        };
-        let live = async {
-            let mut failures = 0;
-            loop {
-                self.needed().await;
-                let end = self.run(&hold, &mut occupancy).await;
-                let pause = self.take_note(end, &mut failures);
-                sleep(pause).await;
-            }
-        };
-        tokio::select! {
-            never = hear => never,
-            never = live => never,
+        let mut failures = 0;
+        loop {
+            self.needed().await;
+            let end = self.run(&hold, &mut occupancy).await;
+            let pause = self.take_note(end, &mut failures);
+            sleep(pause).await;
         }
     }
 
@@ -218,13 +206,36 @@ impl Application {
     /// From the decision to start it to the moment when nothing of it is left.
     async fn run(&self, hold: &Hold, occupancy: &mut Occupancy) -> End {
         self.phase.send_replace(Phase::Starting);
+        let notify = match self.notify.as_ref().map(NotifyPlace::open).transpose() {
+            Ok(notify) => notify,
+            Err(error) => return End::Failed(error),
+        };
+        let hear = async {
+            match &notify {
+                Some(notify) => notify.hear().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            end = self.run_with(notify.as_ref(), hold, occupancy) => end,
+            never = hear => match never {},
+        }
+    }
+
+    /// A run that says on a socket that it is ready, if there is one.
+    async fn run_with(
+        &self,
+        notify: Option<&NotifySocket>,
+        hold: &Hold,
+        occupancy: &mut Occupancy,
+    ) -> End {
         let mut run = None;
         let mut halted = self.halted.subscribe();
         let end = tokio::select! {
             biased;
             _ = halted.wait_for(|halted| *halted) => End::Asked,
             () = idle_for(self.stop_idle_time, occupancy) => End::Idle,
-            end = self.serve(hold, &mut run) => end,
+            end = self.serve(notify, hold, &mut run) => end,
         };
         if let Some(run) = run {
             let name = &self.command;
@@ -246,7 +257,12 @@ impl Application {
     }
 
     /// Starts it, and waits until it is ready and until it ends.
-    async fn serve(&self, hold: &Hold, run: &mut Option<Run>) -> End {
+    async fn serve(
+        &self,
+        notify: Option<&NotifySocket>,
+        hold: &Hold,
+        run: &mut Option<Run>,
+    ) -> End {
         let (name, target) = (&self.command, &self.target);
         let reason = match self.nobody_answers(hold).await {
             Ok(reason) => reason,
@@ -255,13 +271,10 @@ impl Application {
         if let Some(suppressed) = LIFE.pass() {
             tracing::info!("Starting {name}, {target} does not answer yet ({reason}).{suppressed}");
         }
-        if let Some(notify) = &self.notify {
-            notify.forget();
-        }
         self.starts.all.add_one();
         let start = Instant::now();
         let failed = |error| End::Failed(format!("Failed to start {name}: {}", in_words(&error)));
-        let started = match Run::start(self.notify.as_ref().map(NotifySocket::path)) {
+        let started = match Run::start(notify.map(NotifySocket::path)) {
             Ok(started) => run.insert(started),
             Err(error) => return failed(error),
         };
@@ -275,7 +288,7 @@ impl Application {
             status = started.exited() => {
                 return self.has_failed("before", status);
             }
-            reached = self.is_ready(hold, family) => reached,
+            reached = self.is_ready(notify, hold, family) => reached,
             never = self.warn_if_slow() => match never {},
         };
         let reached = match reached {
@@ -326,9 +339,14 @@ impl Application {
 
     /// Waits until it says that it is ready, or answers, as long as somebody waits for that; then
     /// gives the connection.
-    async fn is_ready(&self, hold: &Hold, family: Family) -> Result<Option<Socket>, DialError> {
+    async fn is_ready(
+        &self,
+        notify: Option<&NotifySocket>,
+        hold: &Hold,
+        family: Family,
+    ) -> Result<Option<Socket>, DialError> {
         let name = &self.command;
-        if let Some(notify) = &self.notify {
+        if let Some(notify) = notify {
             self.set_obstacle(format!("{name} runs, but has not sent READY=1"));
             notify.ready(family).await;
             return Ok(None);

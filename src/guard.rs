@@ -42,6 +42,7 @@ use tokio::time::{Instant, sleep};
 use crate::command::CommandLine;
 use crate::dispositions::hand_down;
 use crate::logging::in_words;
+use crate::ready::remove_left_behind;
 use crate::run::{Event, GUARD, THIS_PROGRAM};
 
 /// The name under which this program is the moment before COMMAND.
@@ -108,11 +109,14 @@ fn guard() -> io::Result<()> {
         // Of the proxy it asks something.
         let _question = signal(SignalKind::user_defined1())?;
         let child_ended = signal(SignalKind::child())?;
-        match Guard::start().await {
+        let proxy_is_gone = match Guard::start().await {
             Ok(guard) => guard.watch(child_ended).await,
             // The proxy has changed its mind, or is gone.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => true,
             Err(error) => return Err(error),
+        };
+        if proxy_is_gone {
+            remove_left_behind();
         }
         Ok(())
     })
@@ -159,8 +163,8 @@ impl Guard {
         Ok(this)
     }
 
-    /// Until nothing is left of what COMMAND has started.
-    async fn watch(mut self, mut child_ended: unix::Signal) {
+    /// Waits until nothing is left of what COMMAND has started; whether the proxy is gone, too.
+    async fn watch(mut self, mut child_ended: unix::Signal) -> bool {
         let mut proxy_is_gone = false;
         // When SIGKILL is due, once SIGTERM was sent.
         let mut deadline: Option<Instant> = None;
@@ -202,6 +206,7 @@ impl Guard {
             }
         }
         self.tell(Event::Gone);
+        proxy_is_gone
     }
 
     /// Takes note of who has ended; whether anybody is left.

@@ -40,9 +40,6 @@ const MESSAGE_MAX: usize = 4096;
 const BURST: usize = 8;
 const BURST_PAUSE: Duration = Duration::from_millis(1);
 
-/// More than the kernel queues (net.unix.max_dgram_qlen, which systemd sets to 512).
-const QUEUED_MAX: usize = 1024;
-
 /// Within one second: users whose messages are looked into apart from all others', messages of one
 /// user, and processes that are known to be none of COMMAND's.
 const USERS_MAX: usize = 8;
@@ -71,7 +68,57 @@ impl Ready {
     }
 }
 
-/// The socket COMMAND notifies; its file goes with it.
+/// The directory in which a socket is made for each run of COMMAND.
+#[derive(Debug)]
+pub struct NotifyPlace(PathBuf);
+
+impl NotifyPlace {
+    /// The unit's runtime directory, the user's, or the one for temporary files. A socket is made there to
+    /// see that one can be.
+    ///
+    /// # Errors
+    /// One line on what is wrong with the directory.
+    pub fn find() -> Result<Self, String> {
+        let runtime = env::var_os("RUNTIME_DIRECTORY").and_then(|directories| {
+            let first = env::split_paths(&directories).next();
+            first.filter(|first| !first.as_os_str().is_empty())
+        });
+        let parent = runtime
+            .or_else(|| env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from))
+            .filter(|parent| parent.is_absolute())
+            .unwrap_or_else(env::temp_dir);
+        let this = Self(parent);
+        this.open().map(drop)?;
+        Ok(this)
+    }
+
+    /// Makes a socket for a run.
+    ///
+    /// # Errors
+    /// One line on what is wrong with the directory.
+    pub fn open(&self) -> Result<NotifySocket, String> {
+        NotifySocket::open_in(&self.0).map_err(|error| {
+            let error = in_words(&error);
+            format!(
+                "Failed to open a socket for --ready=notify in {}: {error}; RuntimeDirectory= in \
+                 the unit gives it a place.",
+                self.0.display()
+            )
+        })
+    }
+}
+
+/// Removes the socket that `$NOTIFY_SOCKET` names, and its directory, when the proxy that has made them
+/// is gone.
+pub(crate) fn remove_left_behind() {
+    if let Some(path) = env::var_os("NOTIFY_SOCKET").map(PathBuf::from) {
+        // Whatever fails, the proxy may have removed it.
+        let _ = fs::remove_file(&path);
+        let _ = path.parent().map(fs::remove_dir);
+    }
+}
+
+/// The socket that a run of COMMAND notifies; its file goes with it.
 ///
 /// It is read for as long as it is there ([`NotifySocket::hear`]), ready or not: sd_notify(3) waits
 /// when ten messages are queued, and systemd-notify(1) until the descriptor of its last is closed.
@@ -88,29 +135,6 @@ pub struct NotifySocket {
 }
 
 impl NotifySocket {
-    /// Makes one, in the unit's runtime directory, the user's, or the one for temporary files.
-    ///
-    /// # Errors
-    /// One line on what is wrong with the directory.
-    pub fn open() -> Result<Self, String> {
-        let runtime = env::var_os("RUNTIME_DIRECTORY").and_then(|directories| {
-            let first = env::split_paths(&directories).next();
-            first.filter(|first| !first.as_os_str().is_empty())
-        });
-        let parent = runtime
-            .or_else(|| env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from))
-            .filter(|parent| parent.is_absolute())
-            .unwrap_or_else(env::temp_dir);
-        Self::open_in(&parent).map_err(|error| {
-            let error = in_words(&error);
-            format!(
-                "Failed to open a socket for --ready=notify in {}: {error}; RuntimeDirectory= in \
-                 the unit gives it a place.",
-                parent.display()
-            )
-        })
-    }
-
     fn open_in(parent: &Path) -> io::Result<Self> {
         let mut directory = tempfile::Builder::new();
         let directory = directory.prefix("socket-proxyd-").tempdir_in(parent)?;
@@ -132,18 +156,6 @@ impl NotifySocket {
     /// For `$NOTIFY_SOCKET`.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Forgets who ran before, and what they have sent.
-    pub fn forget(&self) {
-        self.family.send_replace(None);
-        self.ready.send_replace(false);
-        // A flood refills it, and is judged later, as any other message.
-        for _ in 0..QUEUED_MAX {
-            if self.receive(&mut Lookups::default()).is_err() {
-                break;
-            }
-        }
     }
 
     /// Waits for `READY=1` from one of `family`.

@@ -33,7 +33,7 @@ use crate::logging::{RateLimit, in_words};
 use crate::metrics::{self, Metrics};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
-use crate::ready::{NotifySocket, Ready};
+use crate::ready::{NotifyPlace, Ready};
 use crate::sandbox;
 use crate::scrape::Exporter;
 use crate::selector::Targets;
@@ -517,7 +517,7 @@ fn prepare(
     hide_descriptors().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
     let notify = match application.ready {
         Ready::Connect => None,
-        Ready::Notify => Some(NotifySocket::open()?),
+        Ready::Notify => Some(NotifyPlace::find()?),
     };
     let (command, idle_time) = (application.command, application.stop_idle_time);
     Ok(Application::new(command, target, notify, idle_time, descriptors))

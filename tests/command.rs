@@ -502,6 +502,36 @@ fn a_flood_of_ready_messages_costs_little_and_hides_none() {
 }
 
 #[test]
+fn a_killed_proxy_leaves_no_socket_to_notify() {
+    // While COMMAND starts, while it is ready, and before it was ever started.
+    for ready in [Some("ready=600"), Some("ready=0"), None] {
+        let runtime = TempDir::new().unwrap();
+        let mut service = Service::start_as(
+            Family::Tcp,
+            &["--ready=notify", "--log-level=debug"],
+            &["perl", APP],
+            &[ready.unwrap_or("ready=0")],
+            |launch| launch.env("RUNTIME_DIRECTORY", runtime.path().display()),
+        );
+        service.proxy.lines.wait_for("Serving");
+        let _client = ready.map(|ready| {
+            let mut client = service.connect();
+            if ready == "ready=0" {
+                pid(&mut client);
+            } else {
+                service.wait_for_note("started");
+            }
+            client
+        });
+        service.proxy.signal(Signal::KILL);
+        service.proxy.wait();
+        let left = || fs::read_dir(runtime.path()).unwrap().next().is_none().then_some(());
+        let gone = poll_until(Instant::now() + PATIENCE, left);
+        assert!(gone.is_some(), "{ready:?}: the directory of the socket is left");
+    }
+}
+
+#[test]
 fn a_shell_script_says_it_is_ready() {
     // systemd-notify(1) is another process, which waits until it is heard and then goes.
     let script = format!(
