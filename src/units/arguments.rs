@@ -227,6 +227,10 @@ mod tests {
                 "Invalid --service=a.socket: it has to be the name of a .service unit.",
             ),
             (
+                "--listen=1 --target=/a --service=-x app",
+                "Invalid --service=-x: it begins with a dash, as an option of systemctl(1) does.",
+            ),
+            (
                 "--listen=1 --target=/a --service=a@ app",
                 "Invalid --service=a@: a template has no process; name an instance of it.",
             ),

@@ -70,6 +70,9 @@ pub(crate) fn service(text: &str) -> Result<String, String> {
     if !stem.chars().all(is_name) {
         return Err("no unit has such a name; see systemd-escape(1)".into());
     }
+    if stem.starts_with('-') {
+        return Err("it begins with a dash, as an option of systemctl(1) does".into());
+    }
     if stem.ends_with('@') {
         return Err("a template has no process; name an instance of it".into());
     }
