@@ -114,6 +114,12 @@ fn it_says_what_it_did_and_what_it_will_not_do() {
     let (_, stdout, _) = said(&arguments);
     let left = format!("Removed {path}/app.service.d/app-proxy.conf, of before\n");
     assert!(stdout.contains(&left), "{stdout}");
+    let lost = "\napp.service has lost its proxy: if it runs, it runs on, and no client starts it any more. \
+                (systemctl stop app.service, or systemctl enable --now app.service)\nNext: ";
+    assert!(stdout.contains(lost), "{stdout}");
+    said(&with_service);
+    let (_, stdout, _) = said(&[&arguments[..], &["--service=app2"]].concat());
+    assert!(stdout.contains(lost) && stdout.contains("disable --now app2.service"), "{stdout}");
     let (code, _, stderr) = said(&[&arguments[..], &["--", "/nowhere/prog"]].concat());
     assert_eq!(code, Some(1), "a socket that it can't make: {stderr}");
     let with_command = ["--listen=1", "--target=127.0.0.1:2", "b", "--", "/nowhere/prog"];

@@ -78,6 +78,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
                     for path in &left.changed {
                         text += &format!("Left {}, which has been changed\n", path.display());
                     }
+                    for path in left.removed.iter().chain(&left.changed) {
+                        text += &lost_its_proxy(path);
+                    }
                     text += &next(&units, &files, &directory, &before, left.metrics.as_deref());
                     print(&mut io::stdout(), &text)?;
                 }
@@ -110,6 +113,18 @@ fn program() -> PathBuf {
     let beside = || Some(env::current_exe().ok()?.parent()?.join("socket-proxyd"));
     let found = beside().filter(|path| path.exists() && !is_hidden(path));
     found.unwrap_or_else(|| PROGRAM.into())
+}
+
+/// What becomes of the service whose drop-in this was.
+fn lost_its_proxy(drop_in: &Path) -> String {
+    let directory = drop_in.parent().and_then(Path::file_name).unwrap_or_default();
+    let directory = directory.to_string_lossy();
+    let service = directory.strip_suffix(".d").unwrap_or(&directory);
+    let word = quoted(service);
+    format!(
+        "{service} has lost its proxy: if it runs, it runs on, and no client starts it any more. (systemctl \
+         stop {word}, or systemctl enable --now {word})\n"
+    )
 }
 
 /// What to type now.
