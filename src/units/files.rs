@@ -22,6 +22,24 @@ pub(crate) enum Before {
     Other,
 }
 
+/// Where systemd looks for a unit, the first before the others ("System Unit Search Path" in
+/// systemd.unit(5)).
+const SEARCH_PATH: [&str; 13] = [
+    "/etc/systemd/system.control",
+    "/run/systemd/system.control",
+    "/run/systemd/transient",
+    "/run/systemd/generator.early",
+    "/etc/systemd/system",
+    "/etc/systemd/system.attached",
+    "/run/systemd/system",
+    "/run/systemd/system.attached",
+    "/run/systemd/generator",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+    "/run/systemd/generator.late",
+];
+
 /// Writes them; what was there before, file by file.
 ///
 /// # Errors
@@ -32,6 +50,9 @@ pub(crate) fn write(
     force: bool,
 ) -> Result<Vec<Before>, String> {
     // Whatever can fail comes before the first of them is in its place.
+    if !force {
+        files.iter().try_for_each(|file| look_elsewhere(&file.path, directory, &SEARCH_PATH))?;
+    }
     let before = files.iter().map(|file| look(&directory.join(&file.path), &file.text, force));
     let before = before.collect::<Result<Vec<_>, _>>()?;
     let mut prepared = Vec::new();
@@ -99,6 +120,30 @@ pub(crate) fn clear(
         }
     }
     Ok(left)
+}
+
+/// Looks whether a unit of that name in another directory of the search path would be overridden, or
+/// would override what is written: `systemctl mask --runtime` makes one below /run.
+fn look_elsewhere(name: &Path, directory: &Path, search_path: &[&str]) -> Result<(), String> {
+    let Some(place) = search_path.iter().position(|it| Path::new(it) == directory) else {
+        return Ok(());
+    };
+    for (index, other) in search_path.iter().enumerate().filter(|(index, _)| *index != place) {
+        let path = Path::new(other).join(name);
+        let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
+        let is_mask = fs::read_link(&path).is_ok_and(|to| to == Path::new("/dev/null"));
+        let is_ours = metadata.is_file()
+            && fs::read_to_string(&path).is_ok_and(|text| Origin::of(&text) != Origin::Theirs);
+        let why = match () {
+            () if is_mask => "is a mask (systemctl unmask, or unmask --runtime, removes it)",
+            // The same directory by another name, or what was written there before.
+            () if is_ours && index > place => continue,
+            () if index > place => "is there, and would be overridden (--force does so)",
+            () => "is there, and goes before what would be written",
+        };
+        return Err(format!("{} {why}; nothing was written.", path.display()));
+    }
+    Ok(())
 }
 
 fn look(path: &Path, text: &str, force: bool) -> Result<Before, String> {
@@ -186,6 +231,28 @@ mod tests {
         fs::create_dir(path("a.socket")).unwrap();
         assert!(write(&files, true).is_err(), "no file can take its place");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2, "nothing else is left");
+    }
+
+    #[test]
+    fn it_looks_where_systemd_looks() {
+        let root = tempfile::tempdir().unwrap();
+        let directories = ["etc", "run", "usr"].map(|name| root.path().join(name));
+        directories.iter().for_each(|directory| fs::create_dir(directory).unwrap());
+        let search_path = directories.each_ref().map(|directory| directory.to_str().unwrap());
+        let name = Path::new("a.socket");
+        let look = |directory: &Path| look_elsewhere(name, directory, &search_path);
+        let [etc, run, usr] = &directories;
+        assert_eq!(look(etc), Ok(()));
+        std::os::unix::fs::symlink("/dev/null", run.join(name)).unwrap();
+        assert!(look(etc).unwrap_err().contains("run/a.socket is a mask"));
+        assert!(look(usr).unwrap_err().contains("run/a.socket is a mask"));
+        assert_eq!(look(root.path()), Ok(()), "no directory of systemd's");
+        fs::remove_file(run.join(name)).unwrap();
+        fs::write(run.join(name), mark("a", "b", "[Socket]\n")).unwrap();
+        assert_eq!(look(etc), Ok(()), "it was written here");
+        assert!(look(usr).unwrap_err().contains("run/a.socket is there, and goes before"));
+        fs::write(run.join(name), "[Socket]\n").unwrap();
+        assert!(look(etc).unwrap_err().contains("run/a.socket is there, and would be overridden"));
     }
 
     #[test]
