@@ -88,9 +88,11 @@ impl Exporter {
                 let passed = inherited.extract_if(.., |it| it.name == *name);
                 let listeners = passed.map(Listener::adopt).collect::<Result<Vec<_>, _>>()?;
                 if listeners.is_empty() {
-                    return Err("no socket of that name was passed in. (Write \
-                                FileDescriptorName= in its .socket unit.)"
-                        .into());
+                    // The metrics are missing, and clients are served all the same.
+                    tracing::warn!(
+                        "--metrics={address}: no socket of that name was passed in, there are no \
+                         metrics. (Does its .socket unit run, and has it FileDescriptorName=?)"
+                    );
                 }
                 listeners
             }
@@ -115,6 +117,9 @@ impl Exporter {
     /// When there is no thread for it, or no event loop.
     pub fn serve(&mut self, metrics: Metrics) -> io::Result<()> {
         let listeners = std::mem::take(&mut self.listeners);
+        if listeners.is_empty() {
+            return Ok(());
+        }
         start_thread("proxyd-metrics", async move || live(listeners, metrics).await).map(drop)
     }
 }

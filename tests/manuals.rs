@@ -22,6 +22,9 @@ fn main() -> ExitCode {
     let tests: &[Test] = &[
         ("whatever is written is verified without a word, and hardened", written),
         ("a command gets its arguments as they were given", arguments),
+        ("a short idle time closes no port", short_idle),
+        ("a lost metrics socket costs the metrics", lost_metrics),
+        ("a mask below /run stays", masked),
         ("the examples of both manuals", examples),
     ];
     let aptly = (!Path::new("/usr/bin/aptly").exists()).then_some("aptly");
@@ -95,6 +98,81 @@ fn arguments(container: &Container) {
     });
     assert!(written.is_some(), "{got:?} and not {expected:?}");
     container.run(&["systemctl", "stop", unit, &unit.replace(".service", ".socket")]);
+}
+
+/// Writes units, and does what comes next; `name` is that of the units.
+fn set_up(container: &Container, words: &[&str]) {
+    let said = container.run(&[&["socket-proxyd-units", "--write"], words].concat());
+    let next = said.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
+    let _reloading = container.not_reloading();
+    container.run(&["systemctl", "daemon-reload"]);
+    container.run(&["sh", "-c", next]);
+}
+
+fn address(port: u16) -> socket2::SockAddr {
+    std::net::SocketAddr::from(([127, 0, 0, 1], port)).into()
+}
+
+/// An echo at a port of the container's.
+fn echo_inside(container: &Container, port: u16) {
+    serve(&container.inside(|| Endpoint::tcp(&format!("127.0.0.1:{port}"), 16)), echo);
+}
+
+fn short_idle(container: &Container) {
+    echo_inside(container, 38802);
+    let words = ["--listen=127.0.0.1:38801", "--target=127.0.0.1:38802", "--idle=100ms", "quick"];
+    set_up(container, &words);
+    let starts = || container.show("quick-proxy.service")["InvocationID"].clone();
+    let mut all = std::collections::HashSet::new();
+    for _ in 0..12 {
+        echoes(&mut container.inside(|| connect(&address(38801))));
+        all.insert(starts());
+        container.wait_for("quick-proxy.service", "ActiveState", "inactive");
+    }
+    assert!(all.len() >= 10, "it was started for nearly each: {}", all.len());
+    for _ in 0..100 {
+        echoes(&mut container.inside(|| connect(&address(38801))));
+        pause(std::time::Duration::from_millis(90));
+    }
+    assert_eq!(container.show("quick-proxy.socket")["Result"], "success");
+    container.run(&["systemctl", "disable", "--now", "quick-proxy.socket"]);
+}
+
+fn lost_metrics(container: &Container) {
+    echo_inside(container, 38812);
+    let taken = container.inside(|| Endpoint::tcp("127.0.0.1:38813", 1));
+    let options = ["--listen=127.0.0.1:38811", "--target=127.0.0.1:38812"];
+    let words = [&options[..], &["--metrics=127.0.0.1:38813", "--write", "lost"]].concat();
+    container.run(&[&["socket-proxyd-units"], &words[..]].concat());
+    {
+        let _reloading = container.not_reloading();
+        container.run(&["systemctl", "daemon-reload"]);
+        container.run(&["systemctl", "start", "lost-proxy.socket"]);
+    }
+    let mut client = container.inside(|| connect(&address(38811)));
+    echoes(&mut client);
+    let log = container.run(&["journalctl", "--no-pager", "-u", "lost-proxy.service"]);
+    assert!(log.contains("there are no metrics"), "{log}");
+    drop(taken);
+    container.run(&["systemctl", "stop", "lost-proxy.service"]);
+    container.run(&["systemctl", "start", "lost-metrics.socket"]);
+    let mut client = container.inside(|| connect(&address(38811)));
+    echoes(&mut client);
+    let metrics = ["curl", "-sSf", "--max-time", "20", "http://127.0.0.1:38813/metrics"];
+    assert!(container.run(&metrics).contains("socket_proxyd_connections_open"));
+    container.run(&["systemctl", "stop", "lost-metrics.socket"]);
+    echoes(&mut client);
+    container.run(&["systemctl", "stop", "lost-proxy.socket", "lost-proxy.service"]);
+}
+
+fn masked(container: &Container) {
+    container.run(&["systemctl", "mask", "--runtime", "masked-proxy.socket"]);
+    let words = ["socket-proxyd-units", "--listen=1", "--target=/a", "--write", "masked"];
+    let output = container.output(&words);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("/run/systemd/system/masked-proxy.socket is a mask"), "{said}");
+    assert!(!output.status.success());
+    container.run(&["systemctl", "unmask", "--runtime", "masked-proxy.socket"]);
 }
 
 /// The examples of a manual: what stands there between .nf and .fi, as a reader sees it.

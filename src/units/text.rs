@@ -165,16 +165,28 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
              # says READY=1, as sd_notify(3) does, add --ready=notify in front of that address.\n"
         ),
     };
-    let sockets = match metrics {
-        Some(_) => format!("{unit}.socket {}.socket", metrics_unit(unit)),
+    let metrics_socket = metrics.as_ref().map(|_| format!("{}.socket", metrics_unit(unit)));
+    let sockets = match &metrics_socket {
+        Some(metrics) => format!("{unit}.socket {metrics}"),
         None => format!("{unit}.socket"),
     };
     text += &format!(
         "[Unit]\n\
          Description=Proxy in front of {title}\n\
-         Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n\
-         Requires={sockets}\n"
+         Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n"
     );
+    if !matches!(starts, Starts::Command(_)) && idle.as_deref().is_some_and(|it| it != "infinity") {
+        text += "# Each idle exit is followed by a start: with a start limit, a few clients of a short idle time\n\
+                 # would close the socket for good.\n\
+                 StartLimitIntervalSec=0\n";
+    }
+    text += &format!("Requires={unit}.socket\n");
+    if let Some(metrics) = &metrics_socket {
+        text += &format!(
+            "# Wanted, not required: if its address is taken, the metrics are missing and clients are served.\n\
+             Wants={metrics}\n"
+        );
+    }
     text += &match starts {
         Starts::Service(service) => format!(
             "# Wanted, not required: a service that was killed is started again by its Restart=, and one\n\
@@ -186,7 +198,6 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
     };
     text += "\n[Service]\nType=notify\n";
     if metrics.is_some() {
-        text += "# Without the second one, which scrapers use, this does not start: is its address taken?\n";
         text += &format!("Sockets={sockets}\n");
     }
     text += "# Other options of socket-proxyd(8) go in front of the target.\n";
