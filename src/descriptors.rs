@@ -145,6 +145,17 @@ impl Division {
     }
 }
 
+/// Whether this process may open so many descriptors, and serve a connection beside them.
+///
+/// # Errors
+/// The limit that is in the way.
+pub fn may_open(count: usize) -> Result<(), usize> {
+    let limit = raise_limit();
+    let open = open_now().unwrap_or(OPEN_AT_START);
+    let needed = open + count + RESERVE + PER_CONNECTION_WITH_PIPES;
+    if needed <= limit { Ok(()) } else { Err(limit) }
+}
+
 /// The descriptors that connections may take, counted.
 #[derive(Debug)]
 pub struct Descriptors {

@@ -18,11 +18,12 @@ use rustix::net::{SocketType, sockopt};
 
 use crate::activation::Inherited;
 use crate::connection::Left;
+use crate::descriptors::may_open;
 use crate::ledger::{Kept, Ledger, now};
 use crate::listen::Listener;
 use crate::logging::in_words;
 use crate::notify::Notifier;
-use crate::parcel::{Content, PARCELS_MAX, Parcel, identity};
+use crate::parcel::{Content, PARCELS_MAX, Parcel, descriptors_of, identity};
 use crate::queue::Queue;
 use crate::recovery::{Recovered, SortedOut, recover, sort_out};
 use crate::store::{self, Returned};
@@ -92,22 +93,28 @@ impl Handover {
                 }
             },
         };
-        let read = queue.texts().and_then(|texts| sort_out(&texts, queue.messages()));
-        let SortedOut { messages, parcels, refused } = read.map_err(|error| {
-            format!("Failed to read the store, which is left as it is: {}.", in_words(&error))
+        let failed = |error| {
+            let error = in_words(&error);
+            format!("Failed to read the store, which is left as it is: {error}.")
+        };
+        let texts = queue.texts().map_err(failed)?;
+        let (descriptors, at_a_time) = descriptors_of(&texts);
+        // A message may also have what does not count any more.
+        may_open(descriptors + at_a_time).map_err(|limit| {
+            format!(
+                "RLIMIT_NOFILE={limit} leaves no room for the stored connections, which have \
+                 {descriptors} file descriptors and stay stored; raise LimitNOFILE=."
+            )
         })?;
-        if refused > 0 {
-            tracing::warn!(
-                "Stored connections can't be taken back, closing them: {refused}. (They are damaged, of \
-                 another version, or more than LimitNOFILE= allows.)"
-            );
-        }
+        let sorted = sort_out(&texts, queue.messages()).map_err(failed)?;
+        let SortedOut { messages, parcels, refused } = sorted;
         // A connection that systemd passes (Accept=yes) and has stored as well is one.
         let stored: HashSet<_> = parcels.iter().flat_map(Parcel::identities).collect();
         inherited.retain(|it| !identity(&it.fd).is_some_and(|it| stored.contains(&it)));
         let current: HashSet<_> = parcels.iter().map(|parcel| parcel.id).collect();
         let ledger = Ledger::new(queue, messages, &current);
-        let recovered = recover(parcels, (survival == Survival::Crash).then_some(&ledger));
+        let kept_in = (survival == Survival::Crash).then_some(&ledger);
+        let recovered = Recovered { refused, ..recover(parcels, kept_in) };
         let handover = Self {
             survival,
             ledger,

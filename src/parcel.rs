@@ -26,6 +26,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
@@ -251,6 +252,26 @@ pub fn ids(bytes: &[u8]) -> Option<Vec<u64>> {
     distinct.sort_unstable();
     distinct.dedup();
     (distinct.len() == ids.len() && ids.iter().all(|id| *id < ID_MAX)).then_some(ids)
+}
+
+/// How many descriptors the last parcels of each number have that these messages speak of, and the most
+/// that one message has. What is of another version is not counted.
+pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
+    let (mut last, mut most) = (HashMap::new(), 0);
+    for message in messages {
+        let Some((head, forms)) = message.split_at_checked(HEAD) else { continue };
+        if head[..3] != [b's', b'p', VERSION] {
+            continue;
+        }
+        let mut all = 0;
+        for form in forms.as_chunks::<FORM>().0 {
+            let count = descriptors(form).unwrap_or(0);
+            last.insert(number(form, 0), count);
+            all += count;
+        }
+        most = most.max(all);
+    }
+    (last.values().sum(), most)
 }
 
 /// The parcels of a message, unopened.

@@ -30,6 +30,8 @@ pub struct Recovered {
     pub clients: Vec<Recovery<OwnedFd>>,
     /// Connections.
     pub pairs: Vec<Recovery<Box<StoredPair<OwnedFd>>>>,
+    /// What can't be taken back.
+    pub refused: usize,
 }
 
 impl Recovered {

@@ -26,6 +26,13 @@ impl Server {
         self.recovered = recovered.connections();
         // From here on it is this process's, and before any of it is moved.
         handover.has_recovered();
+        if recovered.refused > 0 {
+            tracing::warn!(
+                "Stored connections can't be taken back, closing them: {}. (They are damaged, or of another \
+                 version.)",
+                recovered.refused
+            );
+        }
         self.sources.listeners().iter().for_each(|(listener, _)| listener.own_file());
         // Those of them that are still used are stored anew.
         recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));

@@ -748,6 +748,35 @@ fn few_descriptors_are_enough_again() {
 }
 
 #[test]
+fn too_few_descriptors_leave_what_is_stored() {
+    for (handover, end) in WAYS {
+        let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+        let arguments = [format!("--handover={handover}"), "-c100".into(), backend.target.clone()];
+        let keeper = Keeper::new(4);
+        let launch = |descriptors| {
+            let launch = Launch::new(OURS).args(&arguments).listener(&front);
+            keeper.launch(launch.descriptors(descriptors), 1).start()
+        };
+        let mut proxy = launch(1024);
+        let mut all: Vec<_> = (0..90).map(|_| front.connect()).collect();
+        all.iter_mut().for_each(echoes);
+        proxy.signal(if end == End::Told { Signal::TERM } else { Signal::KILL });
+        proxy.wait();
+        for descriptors in [100, 150] {
+            let mut proxy = launch(descriptors);
+            assert_eq!(proxy.wait().code(), Some(1));
+            let stderr = proxy.lines.all();
+            let line = format!("RLIMIT_NOFILE={descriptors} leaves no room for the stored");
+            assert!(stderr.contains(&line) && stderr.contains("stay stored"), "{stderr}");
+            assert!(!stderr.contains("closing them"), "{stderr}");
+        }
+        let proxy = launch(1024);
+        proxy.lines.wait_for("Recovered connections: 90.");
+        all.iter_mut().for_each(echoes);
+    }
+}
+
+#[test]
 fn what_is_no_connection_is_closed_and_removed() {
     let file = || tempfile::tempfile().unwrap();
     let name = |end: &str| format!("handover-of-socket-proxyd.{end}");

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         ("a store with garbage in it", garbage),
         ("a connection that systemd has accepted", accepted),
         ("a start that fails", failing_start),
+        ("a start with too few descriptors", too_few_descriptors),
         ("a signal that is not systemd's", foreign_signal),
     ];
     container::run(Container::missing(), tests, || Container::boot(&Container::files()))
@@ -479,6 +480,38 @@ fn failing_start(container: &Container) {
     container.wait_for("failing.service", "ActiveState", "active");
     container.run(&["systemctl", "stop", "failing.socket", "failing.service"]);
     assert!(is_reset(&read_all(&mut client).1));
+}
+
+fn too_few_descriptors(container: &Container) {
+    let (front, back) = ("127.0.0.1:7850", "@few");
+    let backend = container.inside(|| listen(back));
+    serve_on(backend, echo);
+    start_proxy(container, "few", front, &format!("--handover=crash {back}"));
+    let connect = || container.inside(|| connect(&address(front)));
+    let mut clients: Vec<_> = std::iter::repeat_with(connect).take(150).collect();
+    clients.iter_mut().for_each(echoes);
+    let drop_in = "/run/systemd/system/few.service.d/limit.conf";
+    container.write(drop_in, "[Service]\nLimitNOFILE=200\n");
+    let reload = || {
+        let _reloading = container.not_reloading();
+        container.run(&["systemctl", "daemon-reload"]);
+    };
+    reload();
+    container.run(&["systemctl", "kill", "-s", "KILL", "few.service"]);
+    let failed = poll_until(Instant::now() + PATIENCE, || {
+        let restarts = container.show("few.service")["NRestarts"].parse::<u32>().unwrap();
+        (restarts >= 3).then_some(())
+    });
+    failed.expect("it is started again and again");
+    container.run(&["rm", drop_in]);
+    reload();
+    clients.iter_mut().for_each(echoes);
+    let log = container.run(&["journalctl", "--no-pager", "-o", "cat", "-u", "few.service"]);
+    assert!(log.contains("stay stored; raise LimitNOFILE="), "{log}");
+    assert!(!log.contains("closing them"), "nothing was closed: {log}");
+    let is_raw = |line: &str| ["PRIORITY=", "MESSAGE="].iter().any(|it| line.starts_with(it));
+    assert!(!log.lines().any(is_raw), "entries in the journal's form: {log}");
+    container.run(&["systemctl", "stop", "few.socket", "few.service"]);
 }
 
 fn foreign_signal(container: &Container) {
