@@ -18,15 +18,24 @@ use crate::socket::{Family, Socket};
 use crate::statistics::Seats;
 use crate::turns::Turns;
 
-/// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
-/// comes as a short read.
-pub(crate) const COPY_SIZE: usize = 32 * 1024;
+/// The copy buffer. All of it is for bulk that is not spliced at the moment: as much as a TCP socket takes
+/// at a time while the kernel is short of memory for TCP.
+pub(crate) const BUFFER_SIZE: usize = 64 * 1024;
 
-/// Full buffers in a row that make a flow bulky.
-const BULKY_AFTER: u8 = 2;
+/// What is received of it at a time otherwise. Larger than the 16 KiB most protocols write at once, so that
+/// such a message comes as a short read; of bulk from a Unix socket more at a time costs more.
+const MESSAGE_SIZE: usize = 32 * 1024;
 
-/// Bytes between two empty sockets below which a bulky flow counts as quiet again.
-const QUIET_BELOW: usize = COPY_SIZE;
+/// Bytes between two empty sockets below which a bulky flow may be quiet again. It is, when that happens
+/// twice in a row: a message of 33 to 64 KiB may come in two parts.
+const QUIET_BELOW: usize = 32 * 1024;
+
+/// Bytes from a Unix socket without any the other way from which on they are bulk, and copied. Its many
+/// small buffers cost more to splice than to copy, but for messages that fit into the socket.
+const UNIX_BULK: usize = 128 * 1024;
+
+/// The size from which on a pipe that a flow has for itself is one for bulk: those before have grown.
+const BULK_PIPE: usize = 128 * 1024;
 
 /// What the connections of one thread share.
 #[derive(Debug)]
@@ -39,7 +48,7 @@ pub struct Shared {
 impl Shared {
     /// `limits` bounds the pipes, which are counted in `pipes`.
     pub fn new(limits: Limits, pipes: Seats) -> Self {
-        let buffer = RefCell::new(vec![0; COPY_SIZE].into());
+        let buffer = RefCell::new(vec![0; BUFFER_SIZE].into());
         Self { buffer, pipes: PipePool::new(limits, pipes), turns: Turns::default() }
     }
 }
@@ -74,6 +83,8 @@ pub(crate) struct Flow {
     /// Nothing is taken from the source, because the sink has no room for it.
     lacks_room: bool,
     mode: Mode,
+    /// Bytes that were spliced since the other direction carried any.
+    pub(crate) unanswered: usize,
     /// Bytes the sink took.
     pub(crate) delivered: u64,
     /// Where all bytes are that it has taken and not delivered, if it may not hold them otherwise.
@@ -115,20 +126,14 @@ impl Held {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 enum Mode {
-    /// `full` buffers came in a row.
-    Copy { full: u8 },
-    /// `bytes` came since the source was last empty.
-    Splice { bytes: usize },
-    /// The source can't be spliced from, or sends urgent data.
+    #[default]
+    Copy,
+    /// `bytes` came since the source was last empty; `was_little` came before that.
+    Splice { bytes: usize, was_little: bool },
+    /// The source can't be spliced from, or sends urgent data, or bulk on a Unix socket.
     CopyOnly,
-}
-
-impl Default for Mode {
-    fn default() -> Self {
-        Self::Copy { full: 0 }
-    }
 }
 
 /// What came of a step.
@@ -173,15 +178,16 @@ impl Pipe {
 }
 
 impl Flow {
-    /// Sends what is held, or else moves one bufferful or pipeful.
+    /// Sends what is held, or else moves one bufferful or pipeful, of at most `size` bytes.
     pub(crate) fn step(
         &mut self,
         source: &mut End,
         sink: &mut End,
+        size: usize,
         shared: &Shared,
     ) -> Result<Step, Fault> {
         if self.own.is_some() {
-            return self.step_through_its_own(source, sink);
+            return self.step_through_its_own(source, sink, size);
         }
         if !self.held.is_nothing() {
             return self.send_held(sink, shared);
@@ -190,27 +196,37 @@ impl Flow {
         if !source.readable || self.lacks_room {
             return Ok(Step::Stuck);
         }
-        if let Mode::Splice { bytes } = self.mode
-            && let Some(pipe) = shared.pipes.take()
-        {
-            // A pipe may be filled beyond what the sink takes now, and is held until it takes more:
-            // fewer and larger steps, as long as few flows do so.
-            let most =
-                if shared.pipes.few_are_out() { Some(usize::MAX) } else { sink.socket.room() };
-            if let Some(most) = most {
-                return self.splice(bytes, pipe, most, source, sink, shared);
+        if !matches!(self.mode, Mode::Splice { .. }) {
+            return self.copy(source, sink, shared);
+        }
+        // A pipe may be filled beyond what the sink takes now, and is held until it takes more: fewer and
+        // larger steps, as long as few flows do so.
+        let most = if shared.pipes.few_are_out() { Some(usize::MAX) } else { sink.socket.room() };
+        match most {
+            None => {
+                sink.writable = false;
+                self.lacks_room = true;
+                return Ok(Step::Stuck);
             }
-            shared.pipes.give_back(pipe);
-            sink.writable = false;
-            self.lacks_room = true;
-            return Ok(Step::Stuck);
+            // A sink that is writable takes more than its buffer has room for, above all while the kernel
+            // is short of memory for TCP and has cut that buffer to a page (tcp_mem in tcp(7)). What it
+            // does not take is less than a buffer, and no pipe is held for it.
+            Some(..BUFFER_SIZE) => {}
+            Some(most) => {
+                if let Some(pipe) = shared.pipes.take() {
+                    return self.splice(pipe, most.min(size), source, sink, shared);
+                }
+            }
         }
         self.copy(source, sink, shared)
     }
 
     fn copy(&mut self, source: &mut End, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
         let mut buffer = shared.buffer.borrow_mut();
-        let received = match source.socket.receive(&mut buffer) {
+        let size =
+            if matches!(self.mode, Mode::Splice { .. }) { BUFFER_SIZE } else { MESSAGE_SIZE };
+        let buffer = &mut buffer[..size];
+        let received = match source.socket.receive(buffer) {
             Ok(received) => received,
             Err(Errno::AGAIN) => {
                 source.readable = false;
@@ -223,18 +239,14 @@ impl Flow {
             return Ok(Step::End);
         }
         source.readable = !received.drained;
-        if let Mode::Copy { full } = self.mode {
-            self.mode = match full + 1 {
-                _ if received.bytes < buffer.len() => Mode::Copy { full: 0 },
-                // A Unix socket's buffers would go through the pipe piece by piece, which costs
-                // more than to copy them.
-                BULKY_AFTER if source.socket.family() == Family::Unix => Mode::CopyOnly,
-                BULKY_AFTER => Mode::Splice { bytes: 0 },
-                full => Mode::Copy { full },
-            };
-        } else if received.drained && matches!(self.mode, Mode::Splice { .. }) {
+        match self.mode {
+            // A full buffer: there is more than a message.
+            Mode::Copy if received.bytes == buffer.len() => {
+                self.mode = Mode::Splice { bytes: received.bytes, was_little: false };
+            }
             // There was no pipe, and now there is no bulk.
-            self.mode = Mode::Copy { full: 0 };
+            Mode::Splice { .. } if received.drained => self.mode = Mode::Copy,
+            _ => {}
         }
         let bytes = &buffer[..received.bytes];
         let sent = self.sent(sink.socket.send(bytes), sink)?;
@@ -246,7 +258,6 @@ impl Flow {
 
     fn splice(
         &mut self,
-        before: usize,
         mut pipe: Pipe,
         most: usize,
         source: &mut End,
@@ -264,17 +275,26 @@ impl Flow {
                 shared.pipes.give_back(pipe);
                 return Ok(Step::End);
             }
-            Ok(bytes) => self.mode = Mode::Splice { bytes: before + bytes },
+            Ok(now) => {
+                self.unanswered = self.unanswered.saturating_add(now);
+                if source.socket.family() == Family::Unix && self.unanswered > UNIX_BULK {
+                    self.mode = Mode::CopyOnly;
+                } else if let Mode::Splice { bytes, .. } = &mut self.mode {
+                    *bytes = bytes.saturating_add(now);
+                }
+            }
             Err(errno) => {
                 shared.pipes.give_back(pipe);
                 return match errno {
                     Errno::AGAIN => {
                         source.readable = false;
-                        self.mode = if before < QUIET_BELOW {
-                            Mode::Copy { full: 0 }
-                        } else {
-                            Mode::Splice { bytes: 0 }
-                        };
+                        if let Mode::Splice { bytes, was_little } = self.mode {
+                            let is_little = bytes < QUIET_BELOW;
+                            self.mode = match is_little && was_little {
+                                true => Mode::Copy,
+                                false => Mode::Splice { bytes: 0, was_little: is_little },
+                            };
+                        }
                         Ok(Step::Stuck)
                     }
                     Errno::INTR => Ok(Step::Moved),
@@ -321,13 +341,18 @@ impl Flow {
     }
 
     /// The same for a flow with a pipe of its own.
-    fn step_through_its_own(&mut self, source: &mut End, sink: &mut End) -> Result<Step, Fault> {
+    fn step_through_its_own(
+        &mut self,
+        source: &mut End,
+        sink: &mut End,
+        size: usize,
+    ) -> Result<Step, Fault> {
         let Some(pipe) = &mut self.own else { return Ok(Step::Stuck) };
         if pipe.filled() == 0 {
             if !source.readable {
                 return Ok(Step::Stuck);
             }
-            let filled = pipe.fill(&source.socket, usize::MAX);
+            let filled = pipe.fill(&source.socket, size);
             if is_at_urgent_data(filled, &source.socket) {
                 return Ok(Step::CantSplice);
             }
@@ -420,7 +445,7 @@ impl Flow {
                 let mut bytes = Vec::new();
                 let mut file = File::from(file);
                 file.rewind()?;
-                file.take(COPY_SIZE as u64).read_to_end(&mut bytes)?;
+                file.take(BUFFER_SIZE as u64).read_to_end(&mut bytes)?;
                 flow.held = Held::Copied { bytes, sent: 0 };
             }
             StoredHeld::Piped { read, write } => {
@@ -433,6 +458,14 @@ impl Flow {
             }
         }
         Ok(flow)
+    }
+
+    /// Whether it has carried more at a time than a message.
+    pub(crate) fn is_bulky(&self) -> bool {
+        match &self.own {
+            Some(pipe) => pipe.size() >= BULK_PIPE,
+            None => !matches!(self.mode, Mode::Copy),
+        }
     }
 
     /// Whether it has a pipe of its own, or needs none any more.

@@ -17,11 +17,11 @@
 //! - *Copying*, through one buffer a thread: `recv` and `send`. A receive that comes short leaves
 //!   the socket empty, so there is no third call: a request and its answer are two receives and two
 //!   sends.
-//! - *Splicing*, once a flow from a TCP socket filled the whole buffer several times in a row: socket
-//!   to pipe, pipe to socket, half the CPU of copying. (A Unix socket's many small buffers cost more
-//!   that way, so a flow from one goes on copying.) The pipe comes from the thread's pool for the turn
-//!   and goes back when it is empty; a flow that turns quiet goes back to copying. Where no pipe is
-//!   to be had, copying carries on.
+//! - *Splicing*, once a flow filled the whole buffer: socket to pipe, pipe to socket, half the CPU of
+//!   copying. The pipe comes from the thread's pool for the turn and goes back when it is empty; a flow
+//!   that turns quiet goes back to copying. Bulk from a Unix socket is copied: its many small buffers
+//!   cost more to splice, except in messages that fit into the socket. Where no pipe is to be had,
+//!   copying carries on.
 //!
 //! A pipe is filled with more than the sink takes as long as few are held for slow sinks: fewer and
 //! larger steps. When many are, a flow takes only what its sink has room for, and nothing where that
@@ -149,7 +149,7 @@ pub struct Pair {
     pub(crate) watched: Option<Watched>,
     pub(crate) preface: u64,
     pub(crate) fault: Option<(Side, Errno)>,
-    /// The number of its last turn, of all on this event loop.
+    /// The number of its last turn of bulk, of all on this event loop.
     pub(crate) last_turn: u64,
     /// That it is stored as it stands, wherever it stands.
     pub(crate) kept: Option<Kept>,
@@ -307,7 +307,11 @@ impl Pair {
     }
 
     fn turn(&mut self) -> Turn {
-        let size = self.shared.turns.begin(&mut self.last_turn);
+        let size = if self.flows.iter().any(Flow::is_bulky) {
+            self.shared.turns.begin_bulk(&mut self.last_turn)
+        } else {
+            self.shared.turns.begin_message()
+        };
         let mut turn = Turn::Stuck;
         for side in SIDES {
             if self.advance(side, size) == Turn::More {
@@ -339,7 +343,7 @@ impl Pair {
                 break;
             }
             let delivered = flow.delivered;
-            let step = flow.step(source, sink, &self.shared);
+            let step = flow.step(source, sink, size, &self.shared);
             size = size.saturating_sub(((flow.delivered - delivered) as usize).max(STEP));
             match step {
                 Ok(Step::Moved) => {}
@@ -380,6 +384,7 @@ impl Pair {
             }
         }
         if flow.delivered > before {
+            opposite.unanswered = 0;
             self.carried.add(side as usize, flow.delivered - before);
             if let Some(watched) = &self.watched {
                 watched.beat();

@@ -20,6 +20,9 @@ use hdrhistogram::Histogram;
 
 /// What bulk is made of: the byte at each offset is known.
 const PERIOD: usize = 4096;
+/// What no message begins with.
+const ASK_FOR_BULK: &[u8] = &[0xff];
+
 /// Bytes a send or receive of bulk.
 const PIECE: usize = 256 * 1024;
 
@@ -32,6 +35,13 @@ pub(crate) enum Role {
     Source,
     /// Receives and receives.
     Sink,
+    /// Receives nothing.
+    Stalled,
+    /// A backend that is an [`Role::Echo`], or a [`Role::Source`] for an [`Role::AskForBulk`], by the first
+    /// byte.
+    Ask,
+    /// A client that asks for bulk, and is a [`Role::Sink`] then.
+    AskForBulk,
     /// A client that sends a message when it has the answer to the last.
     Ping,
     /// A client that sends one message and then is quiet.
@@ -71,6 +81,8 @@ struct Connection {
     offset: usize,
     receives: usize,
     sent_at: u64,
+    /// What has to be sent yet, of a message that did not fit into the socket at once.
+    unsent: Vec<u8>,
 }
 
 /// Clients, backends, and the loop that serves them.
@@ -101,7 +113,7 @@ impl Load {
             free: Vec::new(),
             message: (0..message).map(|at| (byte(at) >> 24) as u8).collect(),
             pattern: (0..PIECE + PERIOD).map(|at| (byte(at) >> 24) as u8).collect(),
-            buffer: vec![0; PIECE],
+            buffer: vec![0; PIECE.max(message + 1)],
             front: None,
             stats: Stats::new(),
         }
@@ -131,7 +143,35 @@ impl Load {
         if matches!(role, Role::Ping | Role::Once) {
             self.ask(number);
         }
+        if role == Role::AskForBulk
+            && let Some(connection) = &mut self.connections[number]
+        {
+            connection.role = Role::Sink;
+            return rustix::net::send(&connection.socket, ASK_FOR_BULK, SendFlags::NOSIGNAL)
+                == Ok(1);
+        }
         true
+    }
+
+    /// What connections get from now on that are accepted.
+    pub(crate) fn set_role(&mut self, role: Role) {
+        if let Some(listener) = &mut self.listener {
+            listener.1 = role;
+        }
+    }
+
+    /// Open connections.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.iter().flatten().count()
+    }
+
+    /// Runs for so many seconds; whether a source has sent anything.
+    pub(crate) fn moved(&mut self, seconds: f64) -> bool {
+        let sent =
+            |load: &Self| load.connections.iter().flatten().map(|it| it.offset).sum::<usize>();
+        let before = sent(self);
+        self.run(clock::after(seconds), |_| false);
+        sent(self) > before
     }
 
     /// Keeps this many short connections going.
@@ -192,15 +232,17 @@ impl Load {
             offset: 0,
             receives: 0,
             sent_at: clock::now(),
+            unsent: Vec::new(),
         };
         let number = self.free.pop().unwrap_or_else(|| {
             self.connections.push(None);
             self.connections.len() - 1
         });
-        let interest = if connecting || role == Role::Source {
-            epoll::EventFlags::OUT
-        } else {
-            epoll::EventFlags::IN
+        let interest = match role {
+            _ if connecting => epoll::EventFlags::OUT,
+            Role::Source => epoll::EventFlags::OUT,
+            Role::Stalled => epoll::EventFlags::empty(),
+            _ => epoll::EventFlags::IN,
         };
         let data = epoll::EventData::new_u64(number as u64);
         epoll::add(&self.epoll, &connection.socket, data, interest).expect("room");
@@ -249,9 +291,35 @@ impl Load {
         let Some(connection) = &mut self.connections[number] else { return };
         connection.offset = 0;
         connection.sent_at = clock::now();
-        let sent = rustix::net::send(&connection.socket, &self.message, SendFlags::NOSIGNAL);
-        if sent != Ok(self.message.len()) {
-            self.fail(number);
+        match rustix::net::send(&connection.socket, &self.message, SendFlags::NOSIGNAL) {
+            Ok(sent) if sent == self.message.len() => {}
+            Ok(sent) => {
+                connection.unsent = self.message[sent..].to_vec();
+                self.watch(number, epoll::EventFlags::OUT);
+            }
+            Err(_) => self.fail(number),
+        }
+    }
+
+    fn watch(&self, number: usize, interest: epoll::EventFlags) {
+        if let Some(connection) = &self.connections[number] {
+            let data = epoll::EventData::new_u64(number as u64);
+            let _ = epoll::modify(&self.epoll, &connection.socket, data, interest);
+        }
+    }
+
+    /// Sends the rest of a message; nothing is received meanwhile.
+    fn send_rest(&mut self, number: usize) {
+        let Some(connection) = &mut self.connections[number] else { return };
+        match rustix::net::send(&connection.socket, &connection.unsent, SendFlags::NOSIGNAL) {
+            Ok(sent) => {
+                connection.unsent.drain(..sent);
+                if connection.unsent.is_empty() {
+                    self.watch(number, epoll::EventFlags::IN);
+                }
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => self.fail(number),
         }
     }
 
@@ -273,30 +341,57 @@ impl Load {
 
     fn handle(&mut self, number: usize) {
         let Some(connection) = &mut self.connections[number] else { return };
+        if !connection.unsent.is_empty() {
+            return self.send_rest(number);
+        }
         match connection.role {
             Role::Echo => self.echo(number),
             Role::Source => self.send_bulk(number),
             Role::Sink => self.take_bulk(number),
+            Role::Ask => self.decide(number),
+            // Only its end is an event that comes.
+            Role::Stalled | Role::AskForBulk => {
+                self.remove(number);
+            }
             Role::Short if connection.connecting => {
                 connection.connecting = false;
-                let data = epoll::EventData::new_u64(number as u64);
-                let flags = epoll::EventFlags::IN;
-                let _ = epoll::modify(&self.epoll, &connection.socket, data, flags);
+                self.watch(number, epoll::EventFlags::IN);
                 self.ask(number);
             }
             Role::Short | Role::Ping | Role::Once => self.take_answer(number),
         }
     }
 
+    /// By its first byte.
+    fn decide(&mut self, number: usize) {
+        let Some(connection) = &mut self.connections[number] else { return };
+        let mut first = [0];
+        match rustix::net::recv(&connection.socket, &mut first[..], RecvFlags::PEEK) {
+            Ok((1, _)) if first == *ASK_FOR_BULK => {
+                connection.role = Role::Source;
+                self.watch(number, epoll::EventFlags::OUT);
+            }
+            Ok((1, _)) => connection.role = Role::Echo,
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            _ => {
+                self.remove(number);
+            }
+        }
+    }
+
     fn echo(&mut self, number: usize) {
-        let Some(connection) = &self.connections[number] else { return };
+        let Some(connection) = &mut self.connections[number] else { return };
         let buffer = &mut self.buffer[..];
         match rustix::net::recv(&connection.socket, buffer, RecvFlags::empty()) {
             Ok((bytes, _)) if bytes > 0 => {
                 let answer = &self.buffer[..bytes];
-                let sent = rustix::net::send(&connection.socket, answer, SendFlags::NOSIGNAL);
-                if sent != Ok(bytes) {
-                    self.fail(number);
+                match rustix::net::send(&connection.socket, answer, SendFlags::NOSIGNAL) {
+                    Ok(sent) if sent == bytes => {}
+                    Err(errno) if errno != Errno::AGAIN => self.fail(number),
+                    sent => {
+                        connection.unsent = answer[sent.unwrap_or(0)..].to_vec();
+                        self.watch(number, epoll::EventFlags::OUT);
+                    }
                 }
             }
             Err(Errno::AGAIN | Errno::INTR) => {}

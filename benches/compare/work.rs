@@ -22,6 +22,10 @@ pub(crate) enum Work {
     BulkDown(usize),
     /// Messages of so many bytes, each answered, on so many connections.
     RoundTrips(usize, usize),
+    /// The same beside so many connections of bulk, whose bytes are the work.
+    Beside(usize),
+    /// Bytes from one client to the backend, beside so many receivers that have stopped reading.
+    BesideStalled(usize),
     /// Connect, 64 bytes there and back, close.
     Short,
     /// So many connections that are quiet after one message.
@@ -45,7 +49,7 @@ pub(crate) struct Row {
 const MICRO: f64 = 1e-6;
 
 /// All rows.
-pub(crate) const ROWS: [Row; 16] = {
+pub(crate) const ROWS: [Row; 25] = {
     use Work::*;
     const fn row(
         name: &'static str,
@@ -72,6 +76,33 @@ pub(crate) const ROWS: [Row; 16] = {
             "us",
             MICRO,
         ),
+        row("1K-50", "1 KiB round trips, 50 connections", RoundTrips(1024, 50), "us", MICRO),
+        row("4K-50", "4 KiB round trips, 50 connections", RoundTrips(4096, 50), "us", MICRO),
+        row("32K-50", "32 KiB round trips, 50 connections", RoundTrips(32_768, 50), "us", MICRO),
+        row("48K-50", "48 KiB round trips, 50 connections", RoundTrips(49_152, 50), "us", MICRO),
+        row("64K-50", "64 KiB round trips, 50 connections", RoundTrips(65_536, 50), "us", MICRO),
+        row("256K-50", "256 KiB round trips, 50 connections", RoundTrips(262_144, 50), "us", MICRO),
+        row(
+            "beside-1",
+            "1 bulk connection from the backend, and 64 B round trips beside it",
+            Beside(1),
+            "s/GB",
+            1.0,
+        ),
+        row(
+            "beside-8",
+            "8 bulk connections from the backend, and 64 B round trips beside them",
+            Beside(8),
+            "s/GB",
+            1.0,
+        ),
+        row(
+            "beside-stalled",
+            "1 bulk connection beside 500 whose receivers have stopped reading",
+            BesideStalled(500),
+            "s/GB",
+            1.0,
+        ),
         row("short", "connect, 64 B there and back, close", Short, "us", MICRO),
         row("idle-100", "100 idle connections", Idle(100), "us", MICRO),
         row("idle-4000", "4,000 idle connections", Idle(4000), "us", MICRO),
@@ -88,6 +119,9 @@ pub(crate) const ROWS: [Row; 16] = {
         row("activation", "exec to the answer of a queued client", Activation, "us", MICRO),
     ]
 };
+
+/// Connections of small messages beside bulk.
+const MESSAGES_BESIDE: usize = 4;
 
 /// What one round of a contender came to.
 #[derive(Clone, Debug, Default)]
@@ -128,7 +162,10 @@ impl Row {
             Work::Idle(8000) => activated && !contender.name.starts_with("systemd"),
             Work::Idle(_) => contender.kind != Kind::Direct && contender.kind != Kind::Socat,
             _ if self.user == User::Nobody => activated,
-            Work::BulkUp(600) => contender.kind != Kind::Socat,
+            // Socat has a process for each, of which only the first is measured.
+            Work::BulkUp(600) | Work::Beside(_) | Work::BesideStalled(_) => {
+                contender.kind != Kind::Socat
+            }
             Work::RoundTrips(_, 1000) => contender.kind != Kind::Socat,
             Work::RoundTrips(_, 4000) => {
                 contender.kind != Kind::Socat && !contender.name.starts_with("systemd")
@@ -157,6 +194,10 @@ impl Row {
             }
             Work::RoundTrips(size, connections) => {
                 stage.round_trips(contender, size, divide(connections), effort)
+            }
+            Work::Beside(connections) => stage.beside(contender, connections, effort),
+            Work::BesideStalled(connections) => {
+                stage.beside_stalled(contender, divide(connections), effort)
             }
             Work::Short => stage.short(contender, effort),
             Work::Idle(connections) => stage.idle(contender, divide(connections)),
@@ -221,6 +262,70 @@ impl Stage {
                 }
             });
             let sample = measure(&mut clients, &running, missing, effort.seconds, |_| {
+                bytes.swap(0, Ordering::Relaxed) as f64 / 1e9
+            });
+            over.store(true, Ordering::Relaxed);
+            sample
+        })
+    }
+
+    /// Small messages on connections of their own, while the backend sends bulk on others: a backend's
+    /// connection sends when its client has asked for bulk.
+    fn beside(&self, contender: &Contender, bulk: usize, effort: Effort) -> Sample {
+        let (mut backends, target) = self.backend(64, Role::Ask);
+        let running = self.start(contender, &target);
+        let (mut sinks, mut pings) = (Load::new(64), Load::new(64));
+        let connected = |load: &mut Load, count: usize, role| {
+            count - (0..count).filter(|_| load.connect(&running.front, role)).count()
+        };
+        let missing = connected(&mut sinks, bulk, Role::AskForBulk)
+            + connected(&mut pings, MESSAGES_BESIDE, Role::Ping);
+        let bytes = Arc::clone(&sinks.stats.bytes);
+        let over = AtomicBool::new(false);
+        let mut sample = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    backends.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
+                }
+            });
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    sinks.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
+                }
+            });
+            let sample = measure(&mut pings, &running, missing as u64, effort.seconds, |_| {
+                bytes.swap(0, Ordering::Relaxed) as f64 / 1e9
+            });
+            over.store(true, Ordering::Relaxed);
+            sample
+        });
+        sample.failures += sinks.stats.failures;
+        sample
+    }
+
+    fn beside_stalled(&self, contender: &Contender, stalled: usize, effort: Effort) -> Sample {
+        let (mut backends, target) = self.backend(0, Role::Stalled);
+        let running = self.start(contender, &target);
+        let mut clients = Load::new(0);
+        let mut missing = stalled
+            - (0..stalled).filter(|_| clients.connect(&running.front, Role::Source)).count();
+        // Until nothing moves any more.
+        let accepted = |backends: &Load| backends.connections() >= stalled;
+        let deadline = clock::after(10.0);
+        while clock::now() < deadline && (!accepted(&backends) || clients.moved(0.3)) {
+            backends.run(clock::after(0.01), |_| false);
+        }
+        backends.set_role(Role::Sink);
+        missing += usize::from(!clients.connect(&running.front, Role::Source));
+        let bytes = Arc::clone(&backends.stats.bytes);
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    backends.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
+                }
+            });
+            let sample = measure(&mut clients, &running, missing as u64, effort.seconds, |_| {
                 bytes.swap(0, Ordering::Relaxed) as f64 / 1e9
             });
             over.store(true, Ordering::Relaxed);
