@@ -7,11 +7,12 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
 use socket2::{Domain, Type};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::address::Address;
@@ -22,9 +23,14 @@ use crate::statistics::{Dials, Failure};
 use crate::target::{HostPort, Target};
 use crate::timespan::TimeSpan;
 
-/// Between two attempts at a backend whose backlog is full, at first and at most.
+/// Between two attempts while descriptors or memory are short, at first and at most.
 const RETRY_FIRST: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_millis(100);
+
+/// Clients that try a backend at a time whose backlog is full, and how long each waits between two
+/// attempts, at most. The others wait in the order in which they came.
+const ATTEMPTS_MAX: usize = 4;
+const BACKLOG_RETRY_MAX: Duration = Duration::from_millis(20);
 
 static LOOKUPS_BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));
@@ -36,14 +42,55 @@ pub struct Dialer {
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
+    backlog: Arc<BacklogQueue>,
     dials: Arc<Dials>,
 }
 
 /// What to do about a Unix backend's full backlog.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Backlog {
+    /// Wait for the connect timeout.
     Wait,
+    /// Wait for as long as the caller does.
+    WaitOn,
     Fail,
+}
+
+/// The clients that wait for room in the backlog of a backend, on all event loops.
+#[derive(Debug)]
+struct BacklogQueue {
+    attempts: Semaphore,
+    waiting: AtomicUsize,
+}
+
+impl BacklogQueue {
+    fn new() -> Self {
+        Self { attempts: Semaphore::new(ATTEMPTS_MAX), waiting: AtomicUsize::default() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) == 0
+    }
+
+    /// Waits until it is the caller's turn to try, which lasts until the value is dropped.
+    async fn turn(&self) -> BacklogTurn<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let mut turn = BacklogTurn { queue: self, _attempt: None };
+        turn._attempt = self.attempts.acquire().await.ok();
+        turn
+    }
+}
+
+/// A place in the queue.
+struct BacklogTurn<'a> {
+    queue: &'a BacklogQueue,
+    _attempt: Option<SemaphorePermit<'a>>,
+}
+
+impl Drop for BacklogTurn<'_> {
+    fn drop(&mut self) {
+        self.queue.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Why there is no connection.
@@ -82,7 +129,7 @@ impl DialError {
 
     /// Whether a Unix backend listens, and has no room for another client (EAGAIN).
     pub fn is_full_backlog(&self) -> bool {
-        matches!(self, Self::Connect(_, error) if Errno::from_io_error(error) == Some(Errno::AGAIN))
+        matches!(self, Self::Connect(_, error) if is_full_backlog(error))
     }
 
     /// What it is counted as.
@@ -145,7 +192,8 @@ impl Dialer {
         lookups: Arc<Semaphore>,
         dials: Arc<Dials>,
     ) -> Self {
-        Self { target, connect_timeout, keepalive, lookups, dials }
+        let backlog = Arc::new(BacklogQueue::new());
+        Self { target, connect_timeout, keepalive, lookups, backlog, dials }
     }
 
     /// What has become of all attempts.
@@ -159,14 +207,24 @@ impl Dialer {
     }
 
     /// Looks the target up, and tries each of its addresses until one answers; a full backlog is
-    /// tried again until the connect timeout is over.
+    /// waited for until the connect timeout is over.
     pub async fn dial(&self) -> Result<Socket, DialError> {
         self.dial_all(Backlog::Wait).await
     }
 
-    /// The same, for somebody who tries again by himself: a full backlog fails at once.
+    /// Dials for a caller that tries again by itself: a full backlog fails at once.
     pub async fn dial_once(&self) -> Result<Socket, DialError> {
         self.dial_all(Backlog::Fail).await
+    }
+
+    /// Dials, and waits for room in the backlog for as long as the caller does.
+    pub async fn dial_in_turn(&self) -> Result<Socket, DialError> {
+        self.dial_all(Backlog::WaitOn).await
+    }
+
+    /// Whether clients wait for room in the backlog.
+    pub fn has_queue(&self) -> bool {
+        !self.backlog.is_empty()
     }
 
     async fn dial_all(&self, backlog: Backlog) -> Result<Socket, DialError> {
@@ -210,8 +268,10 @@ impl Dialer {
     async fn try_address(&self, address: &Address, backlog: Backlog) -> Result<Socket, DialError> {
         // What kept us waiting says more than that time is up.
         let obstacle = RefCell::new(None);
-        let attempt = connect(address, backlog, &obstacle);
-        let connected = match self.connect_timeout.finite() {
+        let attempt = self.connect(address, backlog, &obstacle);
+        // A Unix socket connects at once or not at all.
+        let waits_on = backlog == Backlog::WaitOn && matches!(address, Address::Unix(_));
+        let connected = match self.connect_timeout.finite().filter(|_| !waits_on) {
             Some(limit) => timeout(limit, attempt).await.unwrap_or_else(|_| {
                 let timed_out = || io::Error::from(Errno::TIMEDOUT);
                 Err(obstacle.take().unwrap_or_else(timed_out))
@@ -224,36 +284,68 @@ impl Dialer {
         }
         Ok(socket)
     }
+
+    /// Connects to one address; waits for a Unix backend's backlog, and for descriptors and memory, and
+    /// leaves a note of what it waits for.
+    async fn connect(
+        &self,
+        address: &Address,
+        backlog: Backlog,
+        obstacle: &RefCell<Option<io::Error>>,
+    ) -> io::Result<Socket> {
+        let waits = backlog != Backlog::Fail;
+        if !(waits && self.has_queue()) {
+            match connect_or_retry(address, obstacle).await {
+                Err(error) if waits && is_full_backlog(&error) => {
+                    obstacle.replace(Some(error));
+                }
+                connected => return connected,
+            }
+        }
+        let _turn = Box::pin(self.backlog.turn()).await;
+        let mut pause = RETRY_FIRST;
+        loop {
+            match connect_or_retry(address, obstacle).await {
+                Err(error) if is_full_backlog(&error) => {
+                    obstacle.replace(Some(error));
+                }
+                connected => return connected,
+            }
+            Box::pin(sleep(pause)).await;
+            pause = (pause * 2).min(BACKLOG_RETRY_MAX);
+        }
+    }
 }
 
-/// Connects to one address; waits for a Unix backend's backlog, and for descriptors and memory, and
-/// leaves a note of what it waits for.
-async fn connect(
+fn is_full_backlog(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::AGAIN)
+}
+
+/// Connects to one address, and tries again while descriptors or memory are short.
+async fn connect_or_retry(
     address: &Address,
-    backlog: Backlog,
     obstacle: &RefCell<Option<io::Error>>,
 ) -> io::Result<Socket> {
     let mut pause = RETRY_FIRST;
     loop {
-        match try_connect(address).await {
+        let error = match try_connect(address).await {
             Ok(socket) => return Ok(socket),
-            Err(error) => {
-                match Errno::from_io_error(&error) {
-                    Some(Errno::AGAIN) if backlog == Backlog::Wait => {}
-                    Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                        if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
-                            tracing::error!(
-                                "Failed to open a socket to the backend, trying again: \
-                                 {}{suppressed}",
-                                in_words(&error)
-                            );
-                        }
-                    }
-                    _ => return Err(error),
-                }
-                obstacle.replace(Some(error));
-            }
+            Err(error) => error,
+        };
+        let is_short = matches!(
+            Errno::from_io_error(&error),
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
+        );
+        if !is_short {
+            return Err(error);
         }
+        if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
+            tracing::error!(
+                "Failed to open a socket to the backend, trying again: {}{suppressed}",
+                in_words(&error)
+            );
+        }
+        obstacle.replace(Some(error));
         Box::pin(sleep(pause)).await;
         pause = (pause * 2).min(RETRY_MAX);
     }

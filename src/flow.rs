@@ -34,6 +34,9 @@ const QUIET_BELOW: usize = 32 * 1024;
 /// small buffers cost more to splice than to copy, but for messages that fit into the socket.
 const UNIX_BULK: usize = 128 * 1024;
 
+/// Buffers that are copied to a sink with little room before it is asked again.
+const COPIES: u8 = 16;
+
 /// The size from which on a pipe that a flow has for itself is one for bulk: those before have grown.
 const BULK_PIPE: usize = 128 * 1024;
 
@@ -83,6 +86,8 @@ pub(crate) struct Flow {
     /// Nothing is taken from the source, because the sink has no room for it.
     lacks_room: bool,
     mode: Mode,
+    /// Buffers to copy before the sink is asked again how much room it has.
+    copies_left: u8,
     /// Bytes that were spliced since the other direction carried any.
     pub(crate) unanswered: usize,
     /// Bytes the sink took.
@@ -201,7 +206,14 @@ impl Flow {
         }
         // A pipe may be filled beyond what the sink takes now, and is held until it takes more: fewer and
         // larger steps, as long as few flows do so.
-        let most = if shared.pipes.few_are_out() { Some(usize::MAX) } else { sink.socket.room() };
+        let most = match self.copies_left {
+            _ if shared.pipes.few_are_out() => Some(usize::MAX),
+            0 => sink.socket.room(),
+            left => {
+                self.copies_left = left - 1;
+                return self.copy(source, sink, shared);
+            }
+        };
         match most {
             None => {
                 sink.writable = false;
@@ -211,7 +223,7 @@ impl Flow {
             // A sink that is writable takes more than its buffer has room for, above all while the kernel
             // is short of memory for TCP and has cut that buffer to a page (tcp_mem in tcp(7)). What it
             // does not take is less than a buffer, and no pipe is held for it.
-            Some(..BUFFER_SIZE) => {}
+            Some(..BUFFER_SIZE) => self.copies_left = COPIES,
             Some(most) => {
                 if let Some(pipe) = shared.pipes.take() {
                     return self.splice(pipe, most.min(size), source, sink, shared);
@@ -244,8 +256,10 @@ impl Flow {
             Mode::Copy if received.bytes == buffer.len() => {
                 self.mode = Mode::Splice { bytes: received.bytes, was_little: false };
             }
-            // There was no pipe, and now there is no bulk.
-            Mode::Splice { .. } if received.drained => self.mode = Mode::Copy,
+            // It was not spliced, and now there is no bulk.
+            Mode::Splice { .. } if received.drained && received.bytes < QUIET_BELOW => {
+                self.mode = Mode::Copy;
+            }
             _ => {}
         }
         let bytes = &buffer[..received.bytes];

@@ -114,13 +114,28 @@ impl Hold {
             }
             let mut probe = match self.probing.current() {
                 Some(probe) => probe,
-                None => match self.dialer.dial_once().await {
+                None => match self.dial_in_turn().await {
                     Err(error) if error.may_pass() => self.start_probing(error.to_string()),
                     dialled => return dialled,
                 },
             };
             let _ = probe.changed().await;
         }
+    }
+
+    /// Dials once, or, where the backend's backlog is full, when there is room. (A probe that succeeds would
+    /// let all clients go at once, for one place.)
+    async fn dial_in_turn(&self) -> Result<Socket, DialError> {
+        if !self.dialer.has_queue() {
+            match self.dialer.dial_once().await {
+                Err(error) if error.is_full_backlog() => {
+                    self.note_holding(&error.to_string());
+                    self.probing.set_obstacle(Some(error.to_string()));
+                }
+                dialled => return dialled,
+            }
+        }
+        self.dialer.dial_in_turn().await
     }
 
     /// What stands between a client and the backend when its time is over: if that is not known, its own
@@ -158,15 +173,19 @@ impl Hold {
         if let Some(over) = probe.current() {
             return over;
         }
-        if let Some(suppressed) = HOLDING.pass() {
-            let wait = self.wait;
-            tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
-        }
+        self.note_holding(&obstacle);
         let (sender, receiver) = watch::channel(());
         probe.over = Some(receiver.clone());
         probe.obstacle = Some(obstacle);
         tokio::task::spawn_local(Rc::clone(self).probe(sender));
         receiver
+    }
+
+    fn note_holding(&self, obstacle: &str) {
+        if let Some(suppressed) = HOLDING.pass() {
+            let wait = self.wait;
+            tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
+        }
     }
 
     async fn probe(self: Rc<Self>, probing: watch::Sender<()>) {
