@@ -18,13 +18,9 @@ use crate::socket::{Family, Socket};
 use crate::statistics::Seats;
 use crate::turns::Turns;
 
-/// The copy buffer. All of it is for bulk that is not spliced at the moment: as much as a TCP socket takes
-/// at a time while the kernel is short of memory for TCP.
-pub(crate) const BUFFER_SIZE: usize = 64 * 1024;
-
-/// What is received of it at a time otherwise. Larger than the 16 KiB most protocols write at once, so that
-/// such a message comes as a short read; of bulk from a Unix socket more at a time costs more.
-const MESSAGE_SIZE: usize = 32 * 1024;
+/// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
+/// comes as a short read.
+pub(crate) const COPY_SIZE: usize = 32 * 1024;
 
 /// Bytes between two empty sockets below which a bulky flow may be quiet again. It is, when that happens
 /// twice in a row: a message of 33 to 64 KiB may come in two parts.
@@ -33,9 +29,6 @@ const QUIET_BELOW: usize = 32 * 1024;
 /// Bytes from a Unix socket without any the other way from which on they are bulk, and copied. Its many
 /// small buffers cost more to splice than to copy, but for messages that fit into the socket.
 const UNIX_BULK: usize = 128 * 1024;
-
-/// Buffers that are copied to a sink with little room before it is asked again.
-const COPIES: u8 = 16;
 
 /// The size from which on a pipe that a flow has for itself is one for bulk: those before have grown.
 const BULK_PIPE: usize = 128 * 1024;
@@ -51,7 +44,7 @@ pub struct Shared {
 impl Shared {
     /// `limits` bounds the pipes, which are counted in `pipes`.
     pub fn new(limits: Limits, pipes: Seats) -> Self {
-        let buffer = RefCell::new(vec![0; BUFFER_SIZE].into());
+        let buffer = RefCell::new(vec![0; COPY_SIZE].into());
         Self { buffer, pipes: PipePool::new(limits, pipes), turns: Turns::default() }
     }
 }
@@ -86,8 +79,6 @@ pub(crate) struct Flow {
     /// Nothing is taken from the source, because the sink has no room for it.
     lacks_room: bool,
     mode: Mode,
-    /// Buffers to copy before the sink is asked again how much room it has.
-    copies_left: u8,
     /// Bytes that were spliced since the other direction carried any.
     pub(crate) unanswered: usize,
     /// Bytes the sink took.
@@ -206,14 +197,7 @@ impl Flow {
         }
         // A pipe may be filled beyond what the sink takes now, and is held until it takes more: fewer and
         // larger steps, as long as few flows do so.
-        let most = match self.copies_left {
-            _ if shared.pipes.few_are_out() => Some(usize::MAX),
-            0 => sink.socket.room(),
-            left => {
-                self.copies_left = left - 1;
-                return self.copy(source, sink, shared);
-            }
-        };
+        let most = if shared.pipes.few_are_out() { Some(usize::MAX) } else { sink.socket.room() };
         match most {
             None => {
                 sink.writable = false;
@@ -223,7 +207,7 @@ impl Flow {
             // A sink that is writable takes more than its buffer has room for, above all while the kernel
             // is short of memory for TCP and has cut that buffer to a page (tcp_mem in tcp(7)). What it
             // does not take is less than a buffer, and no pipe is held for it.
-            Some(..BUFFER_SIZE) => self.copies_left = COPIES,
+            Some(..COPY_SIZE) => {}
             Some(most) => {
                 if let Some(pipe) = shared.pipes.take() {
                     return self.splice(pipe, most.min(size), source, sink, shared);
@@ -235,10 +219,7 @@ impl Flow {
 
     fn copy(&mut self, source: &mut End, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
         let mut buffer = shared.buffer.borrow_mut();
-        let size =
-            if matches!(self.mode, Mode::Splice { .. }) { BUFFER_SIZE } else { MESSAGE_SIZE };
-        let buffer = &mut buffer[..size];
-        let received = match source.socket.receive(buffer) {
+        let received = match source.socket.receive(&mut buffer) {
             Ok(received) => received,
             Err(Errno::AGAIN) => {
                 source.readable = false;
@@ -459,7 +440,7 @@ impl Flow {
                 let mut bytes = Vec::new();
                 let mut file = File::from(file);
                 file.rewind()?;
-                file.take(BUFFER_SIZE as u64).read_to_end(&mut bytes)?;
+                file.take(COPY_SIZE as u64).read_to_end(&mut bytes)?;
                 flow.held = Held::Copied { bytes, sent: 0 };
             }
             StoredHeld::Piped { read, write } => {

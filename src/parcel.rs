@@ -33,7 +33,7 @@ use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{SocketType, sockopt};
 
-use crate::flow::{BUFFER_SIZE, State};
+use crate::flow::{COPY_SIZE, State};
 use crate::forward::Side;
 use crate::socket::Family;
 
@@ -417,7 +417,7 @@ fn never_waits(fd: impl AsFd) -> bool {
 fn is_file(fd: OwnedFd) -> Result<OwnedFd, Refused> {
     let stat = fstat(&fd).map_err(|_| Refused)?;
     let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    if is_file && (1..=BUFFER_SIZE as i64).contains(&stat.st_size) { Ok(fd) } else { Err(Refused) }
+    if is_file && (1..=COPY_SIZE as i64).contains(&stat.st_size) { Ok(fd) } else { Err(Refused) }
 }
 
 fn are_pipe(read: OwnedFd, write: OwnedFd) -> Result<StoredHeld<OwnedFd>, Refused> {
