@@ -143,9 +143,9 @@ impl PipePool {
         pipe
     }
 
-    /// Whether those that were taken may be held for as long as their sinks like.
+    /// Whether one more may be taken that is held for as long as its sink likes.
     pub fn few_are_out(&self) -> bool {
-        self.in_use() - self.idle.borrow().len() <= self.limits.held
+        self.in_use() - self.idle.borrow().len() < self.limits.held
     }
 
     /// Takes a pipe back; one with bytes in it is closed instead.
