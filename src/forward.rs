@@ -343,7 +343,8 @@ impl Pair {
                 break;
             }
             let delivered = flow.delivered;
-            let step = flow.step(source, sink, size, &self.shared);
+            // What is left of a turn may be too little to be worth two system calls.
+            let step = flow.step(source, sink, size.max(STEP), &self.shared);
             size = size.saturating_sub(((flow.delivered - delivered) as usize).max(STEP));
             match step {
                 Ok(Step::Moved) => {}

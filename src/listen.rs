@@ -150,7 +150,7 @@ impl Listener {
                         return Err(error);
                     }
                     Some(errno) if is_the_newcomers(errno) => continue,
-                    // Out of something, or forbidden by somebody (EPERM, EACCES): that may pass.
+                    // Out of something, or forbidden (EPERM, EACCES): that may pass.
                     _ => {
                         if let Some(suppressed) = ACCEPT_FAILED.pass() {
                             let error = in_words(&error);

@@ -169,11 +169,15 @@ impl Socket {
         if !self.polls(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP) {
             return None;
         }
-        let Ok([queued, size]) = sys::send_queue(&self.io, self.family) else {
+        let Ok(memory) = sys::send_memory(&self.io) else {
             return Some(usize::MAX);
         };
+        let queued = match self.family {
+            Family::Unix => memory.allocated,
+            Family::Tcp | Family::Vsock => memory.queued,
+        };
         // The kernel counts its own headers, too.
-        let room = size.saturating_sub(queued);
+        let room = memory.limit.saturating_sub(queued);
         Some((room - room / 8).max(1))
     }
 

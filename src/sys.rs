@@ -9,8 +9,6 @@ use std::time::Duration;
 
 use socket2::SockAddr;
 
-use crate::socket::Family;
-
 /// Accepts a connection, non-blocking and close-on-exec, and gives the address of its peer.
 ///
 /// A Unix peer may be bound to a path of 108 bytes, all of `sun_path`, without a NUL. Linux then gives
@@ -34,8 +32,18 @@ pub(crate) fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SockAddr)> {
     }
 }
 
-/// The memory of bytes that the peer has not taken, and how much of it there may be.
-pub(crate) fn send_queue(fd: impl AsFd, family: Family) -> io::Result<[usize; 2]> {
+/// The memory that a socket has for what it sends (`SO_MEMINFO`).
+pub(crate) struct SendMemory {
+    /// Of the bytes that a Unix peer has not received.
+    pub(crate) allocated: usize,
+    /// Of the bytes that a TCP or vsock peer has not acknowledged.
+    pub(crate) queued: usize,
+    /// How much there may be.
+    pub(crate) limit: usize,
+}
+
+/// Asks for the memory that a socket has for what it sends.
+pub(crate) fn send_memory(fd: impl AsFd) -> io::Result<SendMemory> {
     let mut info = [0_u32; SK_MEMINFO_VARS];
     let mut length = size_of_val(&info) as libc::socklen_t;
     // SAFETY: getsockopt(2) writes at most `length` bytes to `info`, which is that long.
@@ -51,11 +59,12 @@ pub(crate) fn send_queue(fd: impl AsFd, family: Family) -> io::Result<[usize; 2]
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    let queued = match family {
-        Family::Unix => info[SK_MEMINFO_WMEM_ALLOC],
-        Family::Tcp | Family::Vsock => info[SK_MEMINFO_WMEM_QUEUED],
-    };
-    Ok([queued as usize, info[SK_MEMINFO_SNDBUF] as usize])
+    let at = |place: usize| info[place] as usize;
+    Ok(SendMemory {
+        allocated: at(SK_MEMINFO_WMEM_ALLOC),
+        queued: at(SK_MEMINFO_WMEM_QUEUED),
+        limit: at(SK_MEMINFO_SNDBUF),
+    })
 }
 
 /// For how long a TCP socket has neither sent nor received data (`TCP_INFO` in tcp(7)).

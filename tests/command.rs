@@ -364,7 +364,7 @@ fn it_sees_nothing_of_the_proxys() {
 fn signals(status: &str) -> [u64; 2] {
     ["SigIgn:", "SigBlk:"].map(|name| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-        // 32 and 33 are the C library's own, and nobody can change them.
+        // 32 and 33 are the C library's own, which it does not let a program change.
         u64::from_str_radix(line.trim(), 16).unwrap() & !(3 << 31)
     })
 }

@@ -7,7 +7,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
@@ -212,6 +212,13 @@ impl Load {
                     number => self.handle(number as usize),
                 }
             }
+        }
+    }
+
+    /// Serves on a thread of its own until that is over.
+    pub(crate) fn run_until(&mut self, over: &AtomicBool) {
+        while !over.load(Ordering::Relaxed) {
+            self.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
         }
     }
 

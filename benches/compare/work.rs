@@ -256,11 +256,7 @@ impl Stage {
         let bytes = Arc::clone(&sink.stats.bytes);
         let over = AtomicBool::new(false);
         thread::scope(|scope| {
-            scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    backends.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
-                }
-            });
+            scope.spawn(|| backends.run_until(&over));
             let sample = measure(&mut clients, &running, missing, effort.seconds, |_| {
                 bytes.swap(0, Ordering::Relaxed) as f64 / 1e9
             });
@@ -283,16 +279,8 @@ impl Stage {
         let bytes = Arc::clone(&sinks.stats.bytes);
         let over = AtomicBool::new(false);
         let mut sample = thread::scope(|scope| {
-            scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    backends.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
-                }
-            });
-            scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    sinks.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
-                }
-            });
+            scope.spawn(|| backends.run_until(&over));
+            scope.spawn(|| sinks.run_until(&over));
             let sample = measure(&mut pings, &running, missing as u64, effort.seconds, |_| {
                 bytes.swap(0, Ordering::Relaxed) as f64 / 1e9
             });
@@ -320,11 +308,7 @@ impl Stage {
         let bytes = Arc::clone(&backends.stats.bytes);
         let over = AtomicBool::new(false);
         thread::scope(|scope| {
-            scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    backends.run(clock::after(0.05), |_| over.load(Ordering::Relaxed));
-                }
-            });
+            scope.spawn(|| backends.run_until(&over));
             let sample = measure(&mut clients, &running, missing as u64, effort.seconds, |_| {
                 bytes.swap(0, Ordering::Relaxed) as f64 / 1e9
             });
