@@ -42,7 +42,7 @@ const FOR_COMMAND: usize = 12;
 const PER_THREAD: usize = 4;
 
 /// Scrapers that are served at a time.
-pub const SCRAPERS_MAX: usize = 64;
+pub const SCRAPERS_MAX: usize = 256;
 
 /// Scrapers whose answer is written, and which have not taken it yet.
 pub const UNTAKEN_MAX: usize = 32;

@@ -67,7 +67,8 @@ pub(crate) struct End {
 impl End {
     /// A socket of which no edge has told yet that it is worth reading from.
     pub(crate) fn new(socket: Socket) -> Self {
-        Self { socket, readable: false, writable: true, reset: false, gone: false }
+        let was_reset = socket.was_reset();
+        Self { socket, readable: false, writable: true, reset: was_reset, gone: was_reset }
     }
 }
 

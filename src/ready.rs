@@ -13,7 +13,7 @@ use std::io::{self, IoSliceMut};
 use std::iter;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -211,7 +211,7 @@ impl NotifySocket {
         let Some((family, sender)) = self.family.borrow().zip(sender).filter(|_| says_news) else {
             return Ok(false);
         };
-        if !lookups.may_look(sender.pid, sender.uid) {
+        if !lookups.may_look(sender.pid, sender.uid, family) {
             return Ok(false);
         }
         let is_ours = family.has_or_warn(sender.pid);
@@ -237,7 +237,7 @@ struct Lookups {
 }
 
 impl Lookups {
-    fn may_look(&mut self, process: Pid, user: Uid) -> bool {
+    fn may_look(&mut self, process: Pid, user: Uid, family: Family) -> bool {
         let now = Instant::now();
         if self.since.is_none_or(|since| now - since >= Duration::from_secs(1)) {
             *self = Self { since: Some(now), ..Self::default() };
@@ -248,7 +248,8 @@ impl Lookups {
         let known = self.users.iter().position(|(it, _)| *it == user);
         let lookups = match known {
             Some(index) => &mut self.users[index].1,
-            None if self.users.len() < USERS_MAX => {
+            // COMMAND's user is never one of the others, however many there are.
+            None if self.users.len() < USERS_MAX || family.is_of(user) => {
                 self.users.push((user, 0));
                 let last = self.users.len() - 1;
                 &mut self.users[last].1
@@ -278,6 +279,14 @@ pub struct Family {
 }
 
 impl Family {
+    /// Whether COMMAND, or the guard, runs as this user.
+    fn is_of(self, user: Uid) -> bool {
+        [self.group, self.guard].into_iter().any(|process| {
+            let directory = fs::metadata(format!("/proc/{}", process.as_raw_nonzero()));
+            directory.is_ok_and(|it| it.uid() == user.as_raw())
+        })
+    }
+
     fn has_or_warn(self, sender: Pid) -> bool {
         let has = self.has(sender);
         if !has && let Some(suppressed) = STRANGERS.pass() {

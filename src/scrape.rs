@@ -48,8 +48,10 @@ use crate::worker::start_thread;
 /// For one of them, from accept to close.
 const REQUEST_TIME: Duration = Duration::from_secs(2);
 
-/// Newcomers between two pauses, which bound what a flood of them may cost.
-const BURST: usize = 8;
+/// Scrapers that are accepted between two pauses: what a flood may cost is bounded. However many addresses
+/// it comes from, a place lasts for 64 ms, and a faster flood waits in the kernel, with the requests of
+/// others, which are answered as soon as they are accepted.
+const BURST: usize = 4;
 const BURST_PAUSE: Duration = Duration::from_millis(1);
 
 /// Bytes of a request; hyper's least.

@@ -69,6 +69,7 @@ pub struct Socket {
     family: Family,
     /// Urgent data was seen: see [`Socket::has_urgent_data`].
     urgent: Cell<bool>,
+    was_reset: Cell<bool>,
     /// Somebody else holds it, too: closing it here ends nothing.
     is_stored: Cell<bool>,
     /// Whether both ends agreed that the connection is over.
@@ -91,6 +92,7 @@ impl Socket {
             io: register(fd, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)?,
             family,
             urgent: Cell::new(false),
+            was_reset: Cell::new(false),
             is_stored: Cell::new(false),
             closes_cleanly: false,
         })
@@ -226,9 +228,19 @@ impl Socket {
             return Ok(());
         }
         match SockRef::from(&self.io).take_error()? {
+            Some(error) if self.family == Family::Tcp && is_after_connect(&error) => {
+                self.was_reset.set(true);
+                Ok(())
+            }
             Some(error) => Err(error),
             None => Ok(()),
         }
+    }
+
+    /// Whether the peer's reset was taken from the socket, which will not tell it again: behind the bytes
+    /// that came before it stands what looks like a FIN.
+    pub fn was_reset(&self) -> bool {
+        self.was_reset.get()
     }
 
     /// The address of this side.
@@ -347,6 +359,12 @@ impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.as_fd()
     }
+}
+
+/// Whether a TCP connection was made before it failed: a reset in answer to a SYN is `ECONNREFUSED`. The
+/// backend may have sent an answer before the reset.
+fn is_after_connect(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::CONNRESET | Errno::PIPE))
 }
 
 fn polls(fd: impl AsFd, events: PollFlags) -> bool {

@@ -78,7 +78,7 @@ impl Subject {
     }
 }
 
-use Expected::{FailsOn, OnlyOurs, Shared};
+use Expected::{FailsOn, OnlyOurs, OursAlone, Shared};
 
 /// What a case expects of the originals.
 #[derive(Clone, Copy)]
@@ -89,6 +89,8 @@ enum Expected {
     FailsOn(&'static [Subject], &'static str),
     /// Only ours has what the case is about; the originals fail, with these words.
     OnlyOurs(&'static str),
+    /// The originals are not asked: whether they pass depends on how busy the machine is.
+    OursAlone,
 }
 
 struct Case {
@@ -120,7 +122,11 @@ fn main() -> ExitCode {
             trials.push(trial.with_ignored_flag(!in_ci));
             continue;
         };
+        let is_original = matches!(subject, Subject::Old | Subject::New);
         for case in cases() {
+            if is_original && matches!(case.expected, OursAlone) {
+                continue;
+            }
             let path = path.clone();
             let name = format!("{}: {}", subject.name(), case.name);
             trials.push(Trial::test(name, move || judge(subject, &path, &case)));
@@ -200,6 +206,8 @@ fn cases() -> Vec<Case> {
     case("what can be known to be wrong is refused", OnlyOurs("started"), wrong_at_start);
     case("reset by the client", OnlyOurs("not a reset: Ok"), |program| reset_by(program, true));
     case("reset by the backend", OnlyOurs("not a reset: Ok"), |program| reset_by(program, false));
+    let all_clean = OnlyOurs("ends were clean");
+    case("an answer and a reset at once", all_clean, answer_and_reset_at_once);
     case("SIGTERM stops and resets", OnlyOurs("the last notification"), terminate);
     case("SIGINT stops", OnlyOurs("killed by a signal"), |it| stops_on(it, Signal::INT));
     case("SIGHUP stops", OnlyOurs("killed by a signal"), |it| stops_on(it, Signal::HUP));
@@ -245,7 +253,7 @@ fn cases() -> Vec<Case> {
     case("--listen", OnlyOurs("no line with \"Listening"), own_listeners);
     case("--listen and passed sockets", OnlyOurs("as well"), both_kinds_of_sockets);
     case("urgent data", OnlyOurs("was lost"), urgent_data);
-    case("a flood of one-byte messages with descriptors", Shared, |it| floods(it, true));
+    case("a flood of one-byte messages with descriptors", OursAlone, |it| floods(it, true));
     case("a flood of one-byte messages", Shared, |it| floods(it, false));
     case("a stuck log is nobody's business", OnlyOurs("Failed to parse"), stuck_log);
 
@@ -1158,6 +1166,30 @@ fn reset_by(program: &Path, the_client: bool) {
     reset(one);
     let (_, end) = read_all(&mut other);
     assert!(is_reset(&end), "not a reset: {end:?}");
+}
+
+/// The reset may be there before the proxy has seen that it is connected.
+fn answer_and_reset_at_once(program: &Path) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let listener = backend.socket.try_clone().unwrap();
+    thread::spawn(move || {
+        while let Ok((mut socket, _)) = listener.accept() {
+            let _ = socket.write_all(&[b'y'; 100]);
+            reset(socket);
+        }
+    });
+    let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let mut clean = 0;
+    for _ in 0..100 {
+        // Several at a time, so that the proxy is late.
+        let mut clients: Vec<_> = (0..20).map(|_| front.connect()).collect();
+        for client in &mut clients {
+            let (bytes, end) = read_all(client);
+            clean += usize::from(!is_reset(&end));
+            assert!(bytes.is_empty() || bytes.len() == 100, "{} bytes", bytes.len());
+        }
+    }
+    assert_eq!(clean, 0, "of 2,000 ends were clean");
 }
 
 fn early_answer(program: &Path) {

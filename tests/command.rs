@@ -452,7 +452,7 @@ fn flood(socket: &Path, user: u32) -> Child {
     let script = "use Socket; socket my $s, AF_UNIX, SOCK_DGRAM, 0 or die; \
                   my $to = pack_sockaddr_un($ARGV[0]); \
                   print \"flooding\\n\"; close STDOUT; \
-                  while (1) { send $s, 'READY=1', 0, $to or exit }";
+                  while (1) { if (!fork) { send $s, 'READY=1', 0, $to; exit } wait }";
     let mut flood = Command::new("setpriv");
     flood.args(["--reuid", &user.to_string(), "--clear-groups", "perl", "-e", script]).arg(socket);
     let mut flood = flood.stdout(Stdio::piped()).spawn().unwrap();
@@ -482,7 +482,9 @@ fn a_flood_of_ready_messages_costs_little_and_hides_none() {
     client.write_all(b"pid\n").unwrap();
     let app = service.wait_for_note("started");
     let socket = fs::read_dir(runtime.path()).unwrap().next().unwrap().unwrap().path();
-    let mut floods = [1, 2].map(|user| flood(&socket.join("notify"), 60_000 + user));
+    // More users than are told apart.
+    let mut floods: Vec<_> =
+        (1..=10).map(|user| flood(&socket.join("notify"), 60_000 + user)).collect();
     let cost = || {
         let (before, start) = (service.proxy.cpu(), Instant::now());
         pause(Duration::from_secs(1));
