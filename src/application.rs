@@ -206,6 +206,21 @@ impl Application {
     /// From the decision to start it to the moment when nothing of it is left.
     async fn run(&self, hold: &Hold, occupancy: &mut Occupancy) -> End {
         self.phase.send_replace(Phase::Starting);
+        let mut halted = self.halted.subscribe();
+        let reason = tokio::select! {
+            biased;
+            _ = halted.wait_for(|halted| *halted) => return End::Asked,
+            () = idle_for(self.stop_idle_time, occupancy) => return End::Idle,
+            reason = self.nobody_answers(hold) => match reason {
+                Ok(reason) => reason,
+                Err(end) => return end,
+            },
+        };
+        if let Some(suppressed) = LIFE.pass() {
+            let (name, target) = (&self.command, &self.target);
+            tracing::info!("Starting {name}, {target} does not answer yet ({reason}).{suppressed}");
+        }
+        // Not earlier: what is left of it when the proxy is killed is removed by the guard.
         let notify = match self.notify.as_ref().map(NotifyPlace::open).transpose() {
             Ok(notify) => notify,
             Err(error) => return End::Failed(error),
@@ -263,14 +278,7 @@ impl Application {
         hold: &Hold,
         run: &mut Option<Run>,
     ) -> End {
-        let (name, target) = (&self.command, &self.target);
-        let reason = match self.nobody_answers(hold).await {
-            Ok(reason) => reason,
-            Err(end) => return end,
-        };
-        if let Some(suppressed) = LIFE.pass() {
-            tracing::info!("Starting {name}, {target} does not answer yet ({reason}).{suppressed}");
-        }
+        let name = &self.command;
         self.starts.all.add_one();
         let start = Instant::now();
         let failed = |error| End::Failed(format!("Failed to start {name}: {}", in_words(&error)));
