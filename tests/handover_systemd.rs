@@ -104,7 +104,9 @@ fn listen(text: &str) -> Socket {
     if address.domain() != Domain::UNIX {
         socket.set_reuse_address(true).unwrap();
     }
-    socket.bind(&address).unwrap();
+    // Between fork(2) and execve(2) a process that another test starts has the last listener there, too.
+    let bound = || socket.bind(&address).ok();
+    poll_until(Instant::now() + PATIENCE, bound).unwrap_or_else(|| panic!("{text} is in use"));
     socket.listen(4096).unwrap();
     socket
 }
