@@ -13,6 +13,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use socket2::{Domain, Type};
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::address::Address;
@@ -27,9 +28,14 @@ use crate::timespan::TimeSpan;
 const RETRY_FIRST: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_millis(100);
 
-/// Clients that try a backend at a time whose backlog is full, and how long each waits between two
-/// attempts, at most. The others wait in the order in which they came.
+/// Clients that try a backend at a time whose backlog is full. The others wait in the order in which they
+/// came.
 const ATTEMPTS_MAX: usize = 4;
+
+/// Attempts without a pause, for a backend that takes its clients faster than a timer ticks; then the
+/// pause between two attempts, at first and at most.
+const BACKLOG_TRIES: usize = 16;
+const BACKLOG_RETRY_FIRST: Duration = Duration::from_millis(1);
 const BACKLOG_RETRY_MAX: Duration = Duration::from_millis(20);
 
 static LOOKUPS_BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
@@ -303,7 +309,7 @@ impl Dialer {
             }
         }
         let _turn = Box::pin(self.backlog.turn()).await;
-        let mut pause = RETRY_FIRST;
+        let (mut tries, mut pause) = (0, BACKLOG_RETRY_FIRST);
         loop {
             match connect_or_retry(address, obstacle).await {
                 Err(error) if is_full_backlog(&error) => {
@@ -311,8 +317,13 @@ impl Dialer {
                 }
                 connected => return connected,
             }
-            Box::pin(sleep(pause)).await;
-            pause = (pause * 2).min(BACKLOG_RETRY_MAX);
+            if tries < BACKLOG_TRIES {
+                tries += 1;
+                yield_now().await;
+            } else {
+                Box::pin(sleep(pause)).await;
+                pause = (pause * 2).min(BACKLOG_RETRY_MAX);
+            }
         }
     }
 }
