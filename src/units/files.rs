@@ -95,7 +95,10 @@ pub(crate) fn clear(
 ) -> Result<Left, String> {
     let mut left = Left::default();
     let is_needed = |name: &Path| files.iter().any(|file| file.path == name);
-    let origin = |path: &Path| fs::read_to_string(path).ok().map(|text| Origin::of(&text));
+    // A pipe or a device has no end.
+    let is_file = |path: &Path| fs::symlink_metadata(path).is_ok_and(|it| it.is_file());
+    let read = |path: &Path| is_file(path).then(|| fs::read_to_string(path).ok()).flatten();
+    let origin = |path: &Path| read(path).map(|text| Origin::of(&text));
     let path = directory.join(metrics);
     if !is_needed(Path::new(metrics)) && !matches!(origin(&path), None | Some(Origin::Theirs)) {
         left.metrics = Some(path);
@@ -267,6 +270,9 @@ mod tests {
         write(&new, directory.path(), false).unwrap();
         let clear = || clear(&new, "a", "a-metrics.socket", directory.path()).unwrap();
         let path = |name: &str| directory.path().join(name);
+        fs::create_dir(path("pipe.service.d")).unwrap();
+        let pipe = path("pipe.service.d/a.conf");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
         let expected = Left { removed: vec![path("old.service.d/a.conf")], ..Left::default() };
         assert_eq!(clear(), expected);
         assert!(!directory.path().join("old.service.d").exists());
