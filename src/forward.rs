@@ -191,6 +191,7 @@ impl Pair {
         if !preface.is_empty() {
             flows[Side::Client as usize].held = Held::Copied { bytes: preface, sent: 0 };
         }
+        let fault = backend.was_reset().then_some((Side::Backend, Errno::CONNRESET));
         Self {
             ends: [End::new(client), End::new(backend)],
             flows,
@@ -198,7 +199,7 @@ impl Pair {
             carried,
             watched,
             preface: preface_len,
-            fault: None,
+            fault,
             last_turn: 0,
             kept: None,
         }

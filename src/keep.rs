@@ -9,14 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use socket2::SockRef;
 
-use crate::flow::{End, Flow, Shared, Stored};
+use crate::flow::{End, Flow, Shared, State, Stored};
 use crate::forward::{Pair, SIDES, Side};
 use crate::ledger::Kept;
 use crate::logging::RateLimit;
 use crate::parcel::{Content, StoredEnd, StoredPair};
 use crate::quiet::Watched;
-use crate::socket::{Family, Socket};
+use crate::socket::{Family, Socket, has_hung_up_reading};
 use crate::statistics::Carried;
 
 static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
@@ -33,18 +34,20 @@ impl Pair {
         watched: Option<Watched>,
         kept: Option<Kept>,
     ) -> io::Result<Self> {
+        let was_reset = SIDES.map(|side| was_reset(&stored, side));
         let StoredPair { ends: [client, backend], flows: [there, back], preface, fault } = stored;
         let is_kept = kept.is_some();
-        let end = |end: StoredEnd<OwnedFd>| -> io::Result<End> {
+        let end = |end: StoredEnd<OwnedFd>, was_reset: bool| -> io::Result<End> {
             let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
             let socket = Socket::register(end.socket, family)?;
             if is_kept {
                 socket.set_stored();
             }
-            Ok(End { reset: end.reset, gone: end.gone, ..End::new(socket) })
+            let (reset, gone) = (end.reset || was_reset, end.gone || was_reset);
+            Ok(End { reset, gone, ..End::new(socket) })
         };
         // Both, before it matters whether one failed.
-        let (client, backend) = (end(client), end(backend));
+        let (client, backend) = (end(client, was_reset[0]), end(backend, was_reset[1]));
         let ends = [client?, backend?];
         let flows = [Flow::resume(there, is_kept, &shared)?, Flow::resume(back, is_kept, &shared)?];
         let preface = preface.into();
@@ -150,4 +153,19 @@ impl Pair {
         client.socket.leave();
         backend.socket.leave();
     }
+}
+
+/// Whether a peer reset its TCP connection, and the process before this one took the error from the socket
+/// without coming to store that: the kernel tells the error once.
+///
+/// Nothing was sent after a FIN of ours, since the other side has not ended. So where a socket is not
+/// connected any more, it was a reset; an end by FINs takes both.
+fn was_reset(stored: &StoredPair<OwnedFd>, side: Side) -> bool {
+    let (from, to) = (side as usize, 1 - side as usize);
+    let socket = &stored.ends[from].socket;
+    let are_open = stored.flows.iter().all(|flow| flow.state == State::Open);
+    are_open
+        && Family::of(socket).is_ok_and(|family| family == Some(Family::Tcp))
+        && !has_hung_up_reading(&stored.ends[to].socket)
+        && SockRef::from(socket).peer_addr().is_err()
 }

@@ -378,6 +378,11 @@ pub fn has_hung_up(fd: impl AsFd) -> bool {
     polls(fd, PollFlags::ERR | PollFlags::HUP)
 }
 
+/// Whether the peer has ended its bytes, received or not.
+pub fn has_hung_up_reading(fd: impl AsFd) -> bool {
+    polls(fd, PollFlags::RDHUP | PollFlags::HUP)
+}
+
 /// Whether bytes have come on a Unix socket that nobody has received.
 pub fn has_unread(fd: impl AsFd) -> bool {
     Family::of(&fd).is_ok_and(|family| family == Some(Family::Unix))

@@ -260,6 +260,34 @@ fn an_end_is_an_end_and_a_reset_is_a_reset() {
 }
 
 #[test]
+fn a_reset_that_was_taken_and_not_stored_is_a_reset() {
+    for backend_resets in [true, false] {
+        let [front, backend] = [Family::Tcp, Family::Tcp].map(Endpoint::new);
+        let mut proxy = Proxy::start(&front, &["--handover=crash", &backend.target]);
+        let (mut client, mut served) = joined(&front, &backend);
+        passes(&mut client, &mut served);
+        passes(&mut served, &mut client);
+        proxy.end(End::Killed);
+        let (mut resets, mut stays) =
+            if backend_resets { (served, client) } else { (client, served) };
+        resets.write_all(b"a part").unwrap();
+        reset(resets);
+        // As the process did in its last moment.
+        let queue = queue(&proxy.keeper);
+        for message in queue.messages() {
+            for fd in message.unwrap().fds {
+                let _ = socket2::SockRef::from(&fd).take_error();
+            }
+        }
+        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+        proxy.keeper.wait_for("READY=1");
+        let (bytes, end) = read_all(&mut stays);
+        assert_eq!(bytes, b"a part");
+        assert!(is_reset(&end), "the backend resets: {backend_resets}, {end:?}");
+    }
+}
+
+#[test]
 fn what_the_backend_said_before_a_reset_arrives() {
     for (handover, end) in WAYS {
         let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
