@@ -1,6 +1,7 @@
 //! What the command line of `socket-proxyd-units` says, option by option.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use crate::getopt::{Known, Meaning, Word, Words};
@@ -165,6 +166,12 @@ impl Arguments {
     }
 
     fn target(&mut self, text: &OsStr) -> Result<(), String> {
+        if text.as_bytes().starts_with(b"-") {
+            let text = text.display();
+            return Err(format!(
+                "Invalid --target={text}: it begins with a dash, as an option does."
+            ));
+        }
         self.targets.push(text.into());
         Ok(())
     }
@@ -225,6 +232,11 @@ mod tests {
             (
                 "--listen=1 --target=/a --service=a.socket app",
                 "Invalid --service=a.socket: it has to be the name of a .service unit.",
+            ),
+            ("--listen=/ --target=/a app", "Invalid --listen=/: that is a directory."),
+            (
+                "--listen=1 --target=-x:80 app",
+                "Invalid --target=-x:80: it begins with a dash, as an option does.",
             ),
             (
                 "--listen=1 --target=/a --service=-x app",
@@ -317,6 +329,25 @@ mod tests {
         ] {
             assert_eq!(parse(line).unwrap_err(), error, "{line}");
         }
+    }
+
+    #[test]
+    fn addresses_are_written_as_systemd_reads_them() {
+        for (given, written) in [
+            ("8080", "8080"),
+            ("08080", "8080"),
+            ("127.0.0.1:080", "127.0.0.1:80"),
+            ("::1:80", "[::1]:80"),
+            ("[::1]:0080", "[::1]:80"),
+            ("vsock:2:080", "vsock:2:80"),
+            ("/run/a.sock", "/run/a.sock"),
+            ("@a", "@a"),
+        ] {
+            let (units, _) = parse(&format!("--listen={given} --target=/a app")).unwrap();
+            assert_eq!(units.listen, [written], "{given}");
+        }
+        let (units, _) = parse("--listen=1 --metrics=::1:09464 --target=/a app").unwrap();
+        assert_eq!(units.metrics.as_deref(), Some("[::1]:9464"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(crate) fn address(listen: &ListenAddress) -> Address {
     }
 }
 
-/// An address for `ListenStream=`, and as it was given.
+/// An address for `ListenStream=`, and as systemd reads it: `08080` and `::1:80` are addresses only here.
 pub(crate) fn listen(text: &str) -> Result<(ListenAddress, String), String> {
     let address = ListenAddress::parse(OsStr::new(text))?;
     if let ListenAddress::Host(host) = &address
@@ -38,7 +38,19 @@ pub(crate) fn listen(text: &str) -> Result<(ListenAddress, String), String> {
         return Err("nobody would know the port".into());
     }
     check_value(text)?;
-    Ok((address, text.into()))
+    let written = match &address {
+        ListenAddress::Any(port) => port.to_string(),
+        // The name of an interface is the administrator's.
+        ListenAddress::Host(host) if !text.contains('%') => {
+            host.literal().map_or_else(|| text.into(), |address| address.to_string())
+        }
+        ListenAddress::Unix(name) if name.path() == Some(Path::new("/")) => {
+            return Err("that is a directory".into());
+        }
+        ListenAddress::Vsock(address) => address.to_string(),
+        _ => text.into(),
+    };
+    Ok((address, written))
 }
 
 /// The same for scrapers, which speak no vsock.
