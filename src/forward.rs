@@ -24,8 +24,8 @@
 //!   copying carries on.
 //!
 //! A pipe is filled with more than the sink takes as long as few are held for slow sinks: fewer and
-//! larger steps. When many are, a flow takes only what its sink has room for, and nothing where that
-//! is little, so that hundreds of stalled flows don't use up the user's quota of pipe memory.
+//! larger steps. When many are, a flow takes only what its sink has room for, and copies a buffer where
+//! that is little, so that hundreds of stalled flows don't use up the user's quota of pipe memory.
 //!
 //! ## What it costs in system calls
 //!
