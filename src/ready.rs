@@ -222,11 +222,11 @@ impl NotifySocket {
     }
 }
 
-/// How often it was looked up who a sender is, which costs up to [`GENERATIONS_MAX`] reads of /proc.
+/// Lookups of senders within the current second. Each costs up to [`GENERATIONS_MAX`] reads of /proc.
 ///
-/// Anybody may send `READY=1`, as often as they like. A process of which it is known who it is, and a user
-/// that has sent many, are not looked up again within a second: so a flood from one user costs little,
-/// and does not keep COMMAND, which may have changed its user, from being heard.
+/// Any user may send `READY=1` at any rate. Within a second a process that is known as a stranger is not
+/// looked up again, and a user has [`LOOKUPS_MAX`] lookups. So a flood costs little, and COMMAND, which
+/// may have changed its user, is heard beside it.
 #[derive(Debug, Default)]
 struct Lookups {
     since: Option<Instant>,

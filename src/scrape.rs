@@ -9,7 +9,7 @@
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::future::{poll_fn, ready};
 use std::io;
@@ -207,7 +207,7 @@ struct Places {
 }
 
 /// What scrapers have in common that one machine can make in any number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Peer {
     /// An IPv4 address, as IPv6 has it, or the 64 bits of an IPv6 address that a network has.
     Network(u128),
@@ -235,10 +235,11 @@ impl Places {
         taken.retain(|(_, task)| !task.is_finished());
         taken.push_back((peer, task));
         if taken.len() > self.max {
-            let count = |peer| taken.iter().filter(|(other, _)| *other == peer).count();
-            // The first of several that have as many.
-            let largest = taken.iter().map(|(peer, _)| *peer).rev().max_by_key(|peer| count(*peer));
-            let first = taken.iter().position(|(peer, _)| Some(*peer) == largest);
+            let mut counts = HashMap::new();
+            taken.iter().for_each(|(peer, _)| *counts.entry(*peer).or_insert(0) += 1);
+            // The oldest one of all peers that have as many.
+            let most = counts.values().max().copied();
+            let first = taken.iter().position(|(peer, _)| counts.get(peer).copied() == most);
             if let Some((_, task)) = first.and_then(|first| taken.remove(first)) {
                 task.abort();
             }

@@ -104,6 +104,21 @@ impl Carried {
         Self { near: near_outer, far: far_outer, families: (near, far), forwarder }
     }
 
+    /// Carries 20 MB from `near` to `far`, and ends both directions.
+    fn carry_one_way(mut self) -> Outcome {
+        let message = noise(3, 20_000_000);
+        let expected = Sha256::digest(&message);
+        let mut near = self.near.try_clone().unwrap();
+        let writer = thread::spawn(move || {
+            near.write_all(&message).unwrap();
+            near.shutdown(Shutdown::Write).unwrap();
+        });
+        assert!(Sha256::digest(read_all(&mut self.far).0) == expected);
+        writer.join().unwrap();
+        self.far.shutdown(Shutdown::Write).unwrap();
+        self.forwarder.join().unwrap()
+    }
+
     /// Waits until the forwarder has taken everything that `near` sent.
     fn taken(&self) {
         taken(&self.near);
@@ -206,18 +221,8 @@ fn hundreds_of_megabytes_each_way_at_once() {
 #[test]
 fn without_pipes_copying_carries_on() {
     for (near, far) in PAIRS {
-        let mut it = Carried::with(near, far, false, 0, Vec::new());
-        let message = noise(3, 20_000_000);
-        let expected = Sha256::digest(&message);
-        let mut near = it.near.try_clone().unwrap();
-        let writer = thread::spawn(move || {
-            near.write_all(&message).unwrap();
-            near.shutdown(Shutdown::Write).unwrap();
-        });
-        assert!(Sha256::digest(read_all(&mut it.far).0) == expected);
-        writer.join().unwrap();
-        it.far.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(it.forwarder.join().unwrap().pipes, 0);
+        let it = Carried::with(near, far, false, 0, Vec::new());
+        assert_eq!(it.carry_one_way().pipes, 0);
     }
 }
 
@@ -228,18 +233,8 @@ fn a_sink_with_little_room_is_copied_to() {
     for far in [Family::Tcp, Family::Unix] {
         let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
         pairs[1].1.set_send_buffer_size(4608).unwrap();
-        let mut it = Carried::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
-        let message = noise(30, 20_000_000);
-        let expected = Sha256::digest(&message);
-        let mut near = it.near.try_clone().unwrap();
-        let writer = thread::spawn(move || {
-            near.write_all(&message).unwrap();
-            near.shutdown(Shutdown::Write).unwrap();
-        });
-        assert!(Sha256::digest(read_all(&mut it.far).0) == expected);
-        writer.join().unwrap();
-        it.far.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(it.forwarder.join().unwrap().pipes, 0, "a pipe was made for {far:?}");
+        let it = Carried::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
+        assert_eq!(it.carry_one_way().pipes, 0, "a pipe was made for {far:?}");
     }
 }
 
