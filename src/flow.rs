@@ -33,6 +33,16 @@ const UNIX_BULK: usize = 128 * 1024;
 /// The size from which on a pipe that a flow has for itself is one for bulk: those before have grown.
 const BULK_PIPE: usize = 128 * 1024;
 
+/// Bytes that a TCP sink may hold unsent, once a flow to it is bulk. Without a bound each stalled sink holds
+/// the 4 MiB of `tcp_wmem`. A few hundred of them use up the kernel's memory for TCP (`tcp_mem`), and the
+/// kernel drops segments of the flows that move. A smaller bound costs bulk on hundreds of connections CPU.
+const UNSENT_MAX: u32 = 896 * 1024;
+
+/// Bytes that a flow from TCP to TCP takes at a time while many pipes are held. The kernel sizes the source's
+/// receive buffer by what one system call takes in a round trip. Where memory for
+/// TCP is short, it drops what comes for a socket that holds more than the average one's share.
+const CAREFUL: usize = 24 * 1024;
+
 /// What the connections of one thread share.
 #[derive(Debug)]
 pub struct Shared {
@@ -59,6 +69,8 @@ pub(crate) struct End {
     pub(crate) writable: bool,
     /// An end of its bytes is not a FIN: the error that says so has been taken from the socket.
     pub(crate) reset: bool,
+    /// What may wait on it unsent is bounded by [`UNSENT_MAX`].
+    pub(crate) is_bounded: bool,
     /// The peer reset the connection, or it failed: what is left for its counterpart is waited for
     /// only as long as it moves.
     pub(crate) gone: bool,
@@ -68,7 +80,22 @@ impl End {
     /// A socket of which no edge has told yet that it is worth reading from.
     pub(crate) fn new(socket: Socket) -> Self {
         let was_reset = socket.was_reset();
-        Self { socket, readable: false, writable: true, reset: was_reset, gone: was_reset }
+        Self {
+            socket,
+            readable: false,
+            writable: true,
+            is_bounded: false,
+            reset: was_reset,
+            gone: was_reset,
+        }
+    }
+
+    /// Bounds what may wait on it unsent.
+    fn bound_unsent(&mut self) {
+        if !self.is_bounded && self.socket.family() == Family::Tcp {
+            self.is_bounded = true;
+            self.socket.bound_unsent(UNSENT_MAX);
+        }
     }
 }
 
@@ -198,7 +225,8 @@ impl Flow {
         }
         // A pipe may be filled beyond what the sink takes now, and is held until it takes more: fewer and
         // larger steps, as long as few flows do so.
-        let most = if shared.pipes.few_are_out() { Some(usize::MAX) } else { sink.socket.room() };
+        let is_careful = !shared.pipes.few_are_out();
+        let most = if is_careful { sink.socket.room() } else { Some(usize::MAX) };
         match most {
             None => {
                 sink.writable = false;
@@ -210,6 +238,8 @@ impl Flow {
             // does not take is less than a buffer, and no pipe is held for it.
             Some(..COPY_SIZE) => {}
             Some(most) => {
+                let are_tcp = [&source, &sink].map(|end| end.socket.family()) == [Family::Tcp; 2];
+                let most = if is_careful && are_tcp { most.min(CAREFUL) } else { most };
                 if let Some(pipe) = shared.pipes.take() {
                     return self.splice(pipe, most.min(size), source, sink, shared);
                 }
@@ -237,6 +267,7 @@ impl Flow {
             // A full buffer: there is more than a message.
             Mode::Copy if received.bytes == buffer.len() => {
                 self.mode = Mode::Splice { bytes: received.bytes, was_little: false };
+                sink.bound_unsent();
             }
             // It was not spliced, and now there is no bulk.
             Mode::Splice { .. } if received.drained && received.bytes < QUIET_BELOW => {

@@ -183,6 +183,12 @@ impl Socket {
         Some((room - room / 8).max(1))
     }
 
+    /// Bounds what a TCP socket takes ahead of what its peer lets it send (`TCP_NOTSENT_LOWAT` in tcp(7)).
+    pub fn bound_unsent(&self, bytes: u32) {
+        // Where the kernel does not know it, a socket takes what tcp_wmem allows.
+        let _ = SockRef::from(&self.io).set_tcp_notsent_lowat(bytes);
+    }
+
     /// Passes on the end of the other side's bytes.
     pub fn shutdown_write(&self) -> io::Result<()> {
         SockRef::from(&self.io).shutdown(Shutdown::Write)

@@ -131,16 +131,17 @@ const PAUSED: usize = 3;
 
 fn taken(socket: &Socket) {
     let deadline = Instant::now() + PATIENCE;
-    let empty = || {
-        // SIOCOUTQ: on TCP what the peer's kernel has not got, on Unix what its program has not.
-        // SAFETY: the request writes one int.
-        let bytes: i32 = unsafe {
-            let request = rustix::ioctl::Getter::<0x5411, i32>::new();
-            rustix::ioctl::ioctl(socket, request).unwrap()
-        };
-        (bytes == 0).then_some(())
-    };
+    let empty = || (unsent(socket) == 0).then_some(());
     poll_until(deadline, empty).expect("the forwarder takes what was sent");
+}
+
+/// SIOCOUTQ: on TCP what the peer's kernel has not got, on Unix what its program has not.
+fn unsent(socket: &Socket) -> i32 {
+    // SAFETY: the request writes one int.
+    unsafe {
+        let request = rustix::ioctl::Getter::<0x5411, i32>::new();
+        rustix::ioctl::ioctl(socket, request).unwrap()
+    }
 }
 
 /// Runs a test on every pair of families, each end being the client once.
@@ -236,6 +237,20 @@ fn a_sink_with_little_room_is_copied_to() {
         let it = Carried::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
         assert_eq!(it.carry_one_way().pipes, 0, "a pipe was made for {far:?}");
     }
+}
+
+/// Hundreds of stalled receivers are not to use up the kernel's memory for TCP: each holds what its window
+/// takes, and less than a megabyte behind that.
+#[test]
+fn a_stalled_tcp_sink_holds_little_unsent() {
+    let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
+    let sink = pairs[1].1.try_clone().unwrap();
+    let mut it = Carried::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
+    it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let chunk = noise(4, 100_000);
+    while it.near.write(&chunk).is_ok() {}
+    let held = unsent(&sink);
+    assert!((100_000..2_000_000).contains(&held), "{held} bytes are held");
 }
 
 #[test]
