@@ -52,7 +52,6 @@ pub mod command;
 
 // The life of the process.
 pub mod service;
-pub mod sandbox;
 pub mod sockets;
 pub mod dispositions;
 pub mod signals;

@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::thread::set_no_new_privs;
 use sd_notify::NotifyState;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet, yield_now};
@@ -34,7 +35,6 @@ use crate::metrics::{self, Metrics};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
 use crate::ready::{NotifyPlace, Ready};
-use crate::sandbox;
 use crate::scrape::Exporter;
 use crate::selector::Targets;
 use crate::signals::{Questions, Signals};
@@ -55,7 +55,12 @@ static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));
 /// # Errors
 /// One line on what kept it from starting, or on what broke.
 pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
-    sandbox::enter(&config);
+    // COMMAND may need set-user-ID programs, and would inherit this.
+    if config.application.is_none()
+        && let Err(error) = set_no_new_privs(true)
+    {
+        tracing::debug!("Failed to set PR_SET_NO_NEW_PRIVS, ignoring: {error}");
+    }
     let runtime = event_loop()
         .map_err(|error| format!("Failed to start the event loop: {}.", in_words(&error)))?;
     let result = runtime.block_on(live(config, inherited));

@@ -787,3 +787,18 @@ fn a_place_for_the_socket_is_asked_for() {
         stderr.contains("Failed to open a socket for --ready=notify in /no/such/place: No such")
     );
 }
+
+#[test]
+fn new_privileges_are_forbidden_without_a_command_only() {
+    for (words, forbidden) in
+        [(&["127.0.0.1:9"][..], "1"), (&["127.0.0.1:9", "--", "/bin/sleep", "1000"], "0")]
+    {
+        let (front, mut manager) = (Endpoint::new(Family::Tcp), Manager::new());
+        let launch = Launch::new(OURS).args(words).listener(&front);
+        let proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+        manager.wait_for("READY=1");
+        let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:"));
+        assert_eq!(line.unwrap().trim(), forbidden, "{words:?}");
+    }
+}
