@@ -20,18 +20,19 @@ use crate::backend::Backend;
 use crate::bytes::Bytes;
 use crate::descriptors::Reserved;
 use crate::dial::Dialer;
-use crate::flow::{Shared, Stored};
-use crate::forward::{Condition, Ending, Outcome, Pair, Side};
+use crate::flow::Shared;
+use crate::forward::{Condition, Ending, Outcome, Pair};
 use crate::handover::Handover;
 use crate::hold::{Hold, Probing};
 use crate::ledger::Kept;
 use crate::listen::Entrance;
 use crate::logging::{RateLimit, in_words};
 use crate::orders::{Orders, Presence};
-use crate::parcel::{Content, StoredPair};
+use crate::parcel::Content;
 use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
 use crate::quiet::{Watch, Watched};
+use crate::snapshot::{FdRef, Journal, Side, Snapshot};
 use crate::socket::Socket;
 use crate::statistics::{Carried, LoopCounts, Loops, Seat};
 use crate::timespan::TimeSpan;
@@ -139,7 +140,7 @@ pub struct Client {
 #[derive(Debug)]
 pub struct Returning {
     /// What it consists of.
-    pub pair: Box<StoredPair<OwnedFd>>,
+    pub pair: Box<Snapshot<OwnedFd>>,
     /// Who the client is.
     pub address: Address,
     /// Where they came in, as far as that is still there.
@@ -175,10 +176,10 @@ impl Left {
     ///
     /// # Errors
     /// When bytes that are held have no place outside this process.
-    pub fn stored(&self) -> io::Result<(Duration, Content<Stored<'_>>)> {
+    pub fn stored(&self) -> io::Result<(Duration, Content<FdRef<'_>>)> {
         let content = match &self.remains {
-            Remains::Client(socket) => Content::Client(Stored::Lent(socket.as_fd())),
-            Remains::Pair(pair) => Content::Pair(Box::new(pair.stored()?)),
+            Remains::Client(socket) => Content::Client(FdRef::Borrowed(socket.as_fd())),
+            Remains::Pair(pair) => Content::Pair(Box::new(pair.snapshot()?)),
         };
         Ok((self.start.elapsed(), content))
     }
@@ -187,7 +188,7 @@ impl Left {
     pub fn leave(self) {
         match self.remains {
             Remains::Client(socket) => socket.leave(),
-            Remains::Pair(pair) => pair.leave(),
+            Remains::Pair(pair) => pair.detach(),
         }
     }
 }
@@ -262,9 +263,9 @@ pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()
     let presence = route.orders.join();
     async move {
         let story = Story { start, address, entrance };
-        let kept = kept.map(Kept::take_over);
+        let journal = kept.map(|kept| Box::new(kept.take_over()) as Box<dyn Journal>);
         let (shared, carried) = (Rc::clone(&route.shared), route.carried(known_backend));
-        let pair = match Pair::resume(*pair, shared, carried, route.watched(), kept) {
+        let pair = match Pair::restore(*pair, shared, carried, route.watched(), journal) {
             Ok(pair) => pair,
             Err(error) => {
                 let error = in_words(&error);
@@ -299,7 +300,7 @@ fn pair(
     let shared = Rc::clone(&route.shared);
     let mut pair = Pair::new(socket, backend, header, shared, carried, route.watched());
     if let Some(kept) = kept {
-        pair.keep(kept);
+        pair.set_journal(Box::new(kept));
     }
     pair
 }
@@ -323,7 +324,7 @@ impl Story {
         let closed = match outcome {
             Ok(Outcome::Closed(closed)) => closed,
             Ok(Outcome::Left(pair)) => {
-                if let Err(pair) = pair.leave_to_store() {
+                if let Err(pair) = pair.detach_stored() {
                     let remains = Remains::Pair(pair);
                     route.left.borrow_mut().push(Left {
                         start: self.start,

@@ -7,20 +7,16 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 
-use crate::parcel::{StoredFlow, StoredHeld};
 use crate::pipe::{Limits, Pipe, PipePool};
+use crate::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef, FlowSnapshot, FlowState};
 use crate::socket::{Family, Socket};
 use crate::statistics::Seats;
 use crate::turns::Turns;
-
-/// The copy buffer. Larger than the 16 KiB most protocols write at once, so that such a message
-/// comes as a short read.
-pub(crate) const COPY_SIZE: usize = 32 * 1024;
 
 /// Bytes between two empty sockets below which a bulky flow may be quiet again. It is, when that happens
 /// twice in a row: a message of 33 to 64 KiB may come in two parts.
@@ -38,7 +34,7 @@ const BULK_PIPE: usize = 128 * 1024;
 /// kernel drops segments of the flows that move. A smaller bound costs bulk on hundreds of connections CPU.
 const UNSENT_MAX: u32 = 896 * 1024;
 
-/// Bytes that a flow from TCP to TCP takes at a time while many pipes are held. The kernel sizes the source's
+/// Bytes that a flow from TCP to TCP takes at a time while many pipes are buffered. The kernel sizes the source's
 /// receive buffer by what one system call takes in a round trip. Where memory for
 /// TCP is short, it drops what comes for a socket that holds more than the average one's share.
 const CAREFUL: usize = 24 * 1024;
@@ -61,7 +57,7 @@ impl Shared {
 
 /// A socket, and what is known of it between two edges.
 #[derive(Debug)]
-pub(crate) struct End {
+pub(crate) struct Endpoint {
     pub(crate) socket: Socket,
     /// Worth reading from: no receive came short since the last edge.
     pub(crate) readable: bool,
@@ -76,7 +72,7 @@ pub(crate) struct End {
     pub(crate) gone: bool,
 }
 
-impl End {
+impl Endpoint {
     /// A socket of which no edge has told yet that it is worth reading from.
     pub(crate) fn new(socket: Socket) -> Self {
         let was_reset = socket.was_reset();
@@ -102,8 +98,8 @@ impl End {
 /// One direction.
 #[derive(Debug, Default)]
 pub(crate) struct Flow {
-    pub(crate) state: State,
-    pub(crate) held: Held,
+    pub(crate) state: FlowState,
+    pub(crate) buffered: Buffered,
     /// Nothing is taken from the source, because the sink has no room for it.
     lacks_room: bool,
     mode: Mode,
@@ -112,29 +108,12 @@ pub(crate) struct Flow {
     /// Bytes the sink took.
     pub(crate) delivered: u64,
     /// Where all bytes are that it has taken and not delivered, if it may not hold them otherwise.
-    own: Option<Box<Pipe>>,
-}
-
-/// Whether and how a flow has ended: see `forward`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum State {
-    /// Bytes may come.
-    #[default]
-    Open,
-    /// The source's FIN was passed on.
-    Ended,
-    /// The source was reset.
-    SourceReset,
-    /// The sink takes no more.
-    SinkGone {
-        /// Bytes of the source stay undelivered.
-        lost: bool,
-    },
+    stored_pipe: Option<Box<Pipe>>,
 }
 
 /// Bytes taken from the source that the sink has not taken yet.
 #[derive(Debug, Default)]
-pub(crate) enum Held {
+pub(crate) enum Buffered {
     #[default]
     Nothing,
     Copied {
@@ -144,7 +123,7 @@ pub(crate) enum Held {
     Piped(Pipe),
 }
 
-impl Held {
+impl Buffered {
     pub(crate) fn is_nothing(&self) -> bool {
         matches!(self, Self::Nothing)
     }
@@ -176,44 +155,26 @@ pub(crate) enum Fault {
     Sink(Errno),
 }
 
-/// A descriptor to store: one's own, or one made for it.
-#[derive(Debug)]
-pub enum Stored<'a> {
-    /// It stays whose it is.
-    Lent(BorrowedFd<'a>),
-    /// It has no other place.
-    Made(OwnedFd),
-}
-
-impl AsFd for Stored<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Lent(fd) => *fd,
-            Self::Made(fd) => fd.as_fd(),
-        }
-    }
-}
-
 impl Pipe {
-    fn stored(&self) -> StoredHeld<Stored<'_>> {
-        let [read, write] = self.ends().map(Stored::Lent);
-        StoredHeld::Piped { read, write }
+    fn snapshot(&self) -> BufferedSnapshot<FdRef<'_>> {
+        let [read, write] = self.ends().map(FdRef::Borrowed);
+        BufferedSnapshot::Piped { read, write }
     }
 }
 
 impl Flow {
-    /// Sends what is held, or else moves one bufferful or pipeful, of at most `size` bytes.
+    /// Sends what is buffered, or else moves one bufferful or pipeful, of at most `size` bytes.
     pub(crate) fn step(
         &mut self,
-        source: &mut End,
-        sink: &mut End,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
         size: usize,
         shared: &Shared,
     ) -> Result<Step, Fault> {
-        if self.own.is_some() {
-            return self.step_through_its_own(source, sink, size);
+        if self.stored_pipe.is_some() {
+            return self.step_stored(source, sink, size);
         }
-        if !self.held.is_nothing() {
+        if !self.buffered.is_nothing() {
             return self.send_held(sink, shared);
         }
         self.lacks_room &= !sink.writable;
@@ -223,7 +184,7 @@ impl Flow {
         if !matches!(self.mode, Mode::Splice { .. }) {
             return self.copy(source, sink, shared);
         }
-        // A pipe may be filled beyond what the sink takes now, and is held until it takes more: fewer and
+        // A pipe may be filled beyond what the sink takes now, and is buffered until it takes more: fewer and
         // larger steps, as long as few flows do so.
         let is_careful = !shared.pipes.few_are_out();
         let most = if is_careful { sink.socket.room() } else { Some(usize::MAX) };
@@ -235,7 +196,7 @@ impl Flow {
             }
             // A sink that is writable takes more than its buffer has room for, above all while the kernel
             // is short of memory for TCP and has cut that buffer to a page (tcp_mem in tcp(7)). What it
-            // does not take is less than a buffer, and no pipe is held for it.
+            // does not take is less than a buffer, and no pipe is buffered for it.
             Some(..COPY_SIZE) => {}
             Some(most) => {
                 let are_tcp = [&source, &sink].map(|end| end.socket.family()) == [Family::Tcp; 2];
@@ -248,7 +209,12 @@ impl Flow {
         self.copy(source, sink, shared)
     }
 
-    fn copy(&mut self, source: &mut End, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
+    fn copy(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        shared: &Shared,
+    ) -> Result<Step, Fault> {
         let mut buffer = shared.buffer.borrow_mut();
         let received = match source.socket.receive(&mut buffer) {
             Ok(received) => received,
@@ -278,7 +244,7 @@ impl Flow {
         let bytes = &buffer[..received.bytes];
         let sent = self.sent(sink.socket.send(bytes), sink)?;
         if sent < bytes.len() {
-            self.held = Held::Copied { bytes: bytes[sent..].to_vec(), sent: 0 };
+            self.buffered = Buffered::Copied { bytes: bytes[sent..].to_vec(), sent: 0 };
         }
         Ok(Step::Moved)
     }
@@ -287,8 +253,8 @@ impl Flow {
         &mut self,
         mut pipe: Pipe,
         most: usize,
-        source: &mut End,
-        sink: &mut End,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
         shared: &Shared,
     ) -> Result<Step, Fault> {
         let filled = pipe.fill(&source.socket, most);
@@ -333,17 +299,17 @@ impl Flow {
                 };
             }
         }
-        self.held = Held::Piped(pipe);
+        self.buffered = Buffered::Piped(pipe);
         self.send_held(sink, shared)
     }
 
-    fn send_held(&mut self, sink: &mut End, shared: &Shared) -> Result<Step, Fault> {
+    fn send_held(&mut self, sink: &mut Endpoint, shared: &Shared) -> Result<Step, Fault> {
         if !sink.writable {
             return Ok(Step::Stuck);
         }
-        let left = match &mut self.held {
-            Held::Nothing => return Ok(Step::Moved),
-            Held::Copied { bytes, sent } => {
+        let left = match &mut self.buffered {
+            Buffered::Nothing => return Ok(Step::Moved),
+            Buffered::Copied { bytes, sent } => {
                 let result = sink.socket.send(&bytes[*sent..]);
                 if let Ok(now) = result {
                     *sent += now;
@@ -352,7 +318,7 @@ impl Flow {
                 self.sent(result, sink)?;
                 left
             }
-            Held::Piped(pipe) => {
+            Buffered::Piped(pipe) => {
                 let result = pipe.drain(&sink.socket);
                 let left = pipe.filled();
                 self.sent(result, sink)?;
@@ -360,7 +326,7 @@ impl Flow {
             }
         };
         if left == 0
-            && let Held::Piped(pipe) = std::mem::take(&mut self.held)
+            && let Buffered::Piped(pipe) = std::mem::take(&mut self.buffered)
         {
             shared.pipes.give_back(pipe);
         }
@@ -368,13 +334,13 @@ impl Flow {
     }
 
     /// The same for a flow with a pipe of its own.
-    fn step_through_its_own(
+    fn step_stored(
         &mut self,
-        source: &mut End,
-        sink: &mut End,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
         size: usize,
     ) -> Result<Step, Fault> {
-        let Some(pipe) = &mut self.own else { return Ok(Step::Stuck) };
+        let Some(pipe) = &mut self.stored_pipe else { return Ok(Step::Stuck) };
         if pipe.filled() == 0 {
             if !source.readable {
                 return Ok(Step::Stuck);
@@ -404,33 +370,33 @@ impl Flow {
         Ok(Step::Moved)
     }
 
-    /// Takes a pipe of its own, with what is held in it.
+    /// Takes a pipe of its own, with what is buffered in it.
     ///
     /// # Errors
     /// When there is no pipe, or none with enough room; then all is as before.
-    pub(crate) fn take_its_own(&mut self, shared: &Shared) -> Result<(), Errno> {
-        let pipe = match std::mem::take(&mut self.held) {
-            Held::Piped(pipe) => pipe,
-            held => {
+    pub(crate) fn attach_stored_pipe(&mut self, shared: &Shared) -> Result<(), Errno> {
+        let pipe = match std::mem::take(&mut self.buffered) {
+            Buffered::Piped(pipe) => pipe,
+            buffered => {
                 let pipe = shared.pipes.make().ok_or(Errno::MFILE).and_then(|mut pipe| {
-                    if let Held::Copied { bytes, sent } = &held {
+                    if let Buffered::Copied { bytes, sent } = &buffered {
                         pipe.put(&bytes[*sent..])?;
                     }
                     Ok(pipe)
                 });
-                pipe.inspect_err(|_| self.held = held)?
+                pipe.inspect_err(|_| self.buffered = buffered)?
             }
         };
-        self.own = Some(Box::new(pipe));
+        self.stored_pipe = Some(Box::new(pipe));
         Ok(())
     }
 
     /// Gives its own pipe up, and carries bytes as other flows do.
-    pub(crate) fn give_its_own_up(&mut self) {
-        if let Some(pipe) = self.own.take()
+    pub(crate) fn detach_stored_pipe(&mut self) {
+        if let Some(pipe) = self.stored_pipe.take()
             && pipe.filled() > 0
         {
-            self.held = Held::Piped(*pipe);
+            self.buffered = Buffered::Piped(*pipe);
         }
     }
 
@@ -438,49 +404,49 @@ impl Flow {
     ///
     /// # Errors
     /// When bytes that were copied can't be put into a file: memfd_create(2)'s and write(2)'s.
-    pub(crate) fn stored(&self) -> io::Result<StoredFlow<Stored<'_>>> {
-        let held = match (&self.own, &self.held) {
-            (Some(pipe), _) => pipe.stored(),
-            (None, Held::Piped(pipe)) => pipe.stored(),
-            (None, Held::Copied { bytes, sent }) => {
+    pub(crate) fn snapshot(&self) -> io::Result<FlowSnapshot<FdRef<'_>>> {
+        let buffered = match (&self.stored_pipe, &self.buffered) {
+            (Some(pipe), _) => pipe.snapshot(),
+            (None, Buffered::Piped(pipe)) => pipe.snapshot(),
+            (None, Buffered::Copied { bytes, sent }) => {
                 let file = memfd_create(c"socket-proxyd", MemfdFlags::CLOEXEC)?;
                 File::from(file.try_clone()?).write_all(&bytes[*sent..])?;
-                StoredHeld::Copied(Stored::Made(file))
+                BufferedSnapshot::Copied(FdRef::Owned(file))
             }
-            (None, Held::Nothing) => StoredHeld::Nothing,
+            (None, Buffered::Nothing) => BufferedSnapshot::Nothing,
         };
-        Ok(StoredFlow { state: self.state, delivered: self.delivered, held })
+        Ok(FlowSnapshot { state: self.state, delivered: self.delivered, buffered })
     }
 
     /// One that was stored; with `its_own` pipe, if it had one.
     ///
     /// # Errors
-    /// When what it held can't be had.
-    pub(crate) fn resume(
-        stored: StoredFlow<OwnedFd>,
+    /// When what it buffered can't be had.
+    pub(crate) fn restore(
+        stored: FlowSnapshot<OwnedFd>,
         its_own: bool,
         shared: &Shared,
     ) -> io::Result<Self> {
-        let StoredFlow { state, delivered, held } = stored;
+        let FlowSnapshot { state, delivered, buffered } = stored;
         let mut flow = Self { state, delivered, ..Self::default() };
-        if state != State::Open {
+        if state != FlowState::Open {
             return Ok(flow);
         }
-        match held {
-            StoredHeld::Nothing => {}
-            StoredHeld::Copied(file) => {
+        match buffered {
+            BufferedSnapshot::Nothing => {}
+            BufferedSnapshot::Copied(file) => {
                 let mut bytes = Vec::new();
                 let mut file = File::from(file);
                 file.rewind()?;
                 file.take(COPY_SIZE as u64).read_to_end(&mut bytes)?;
-                flow.held = Held::Copied { bytes, sent: 0 };
+                flow.buffered = Buffered::Copied { bytes, sent: 0 };
             }
-            StoredHeld::Piped { read, write } => {
+            BufferedSnapshot::Piped { read, write } => {
                 let pipe = shared.pipes.adopt(read, write)?;
                 if its_own {
-                    flow.own = Some(Box::new(pipe));
+                    flow.stored_pipe = Some(Box::new(pipe));
                 } else if pipe.filled() > 0 {
-                    flow.held = Held::Piped(pipe);
+                    flow.buffered = Buffered::Piped(pipe);
                 }
             }
         }
@@ -489,19 +455,19 @@ impl Flow {
 
     /// Whether it has carried more at a time than a message.
     pub(crate) fn is_bulky(&self) -> bool {
-        match &self.own {
+        match &self.stored_pipe {
             Some(pipe) => pipe.size() >= BULK_PIPE,
             None => !matches!(self.mode, Mode::Copy),
         }
     }
 
     /// Whether it has a pipe of its own, or needs none any more.
-    pub(crate) fn has_its_own(&self) -> bool {
-        self.own.is_some() || self.state != State::Open
+    pub(crate) fn is_storable(&self) -> bool {
+        self.stored_pipe.is_some() || self.state != FlowState::Open
     }
 
     /// Accounts for a write to the sink; a full sink took nothing.
-    fn sent(&mut self, result: Result<usize, Errno>, sink: &mut End) -> Result<usize, Fault> {
+    fn sent(&mut self, result: Result<usize, Errno>, sink: &mut Endpoint) -> Result<usize, Fault> {
         match result {
             Ok(bytes) => {
                 self.delivered += bytes as u64;
@@ -522,16 +488,17 @@ impl Flow {
     }
 
     fn holds(&self) -> bool {
-        !self.held.is_nothing() || self.own.as_ref().is_some_and(|pipe| pipe.filled() > 0)
+        !self.buffered.is_nothing()
+            || self.stored_pipe.as_ref().is_some_and(|pipe| pipe.filled() > 0)
     }
 
-    /// Nothing more can be delivered; what is held never will be, and its pipe is closed.
-    pub(crate) fn sink_is_gone(&mut self, lost: bool) {
-        if self.state == State::Open {
+    /// Nothing more can be delivered; what is buffered never will be, and its pipe is closed.
+    pub(crate) fn close_sink(&mut self, lost: bool) {
+        if self.state == FlowState::Open {
             let lost = lost || self.holds();
-            self.state = State::SinkGone { lost };
-            self.held = Held::Nothing;
-            self.own = None;
+            self.state = FlowState::SinkClosed { lost };
+            self.buffered = Buffered::Nothing;
+            self.stored_pipe = None;
             self.lacks_room = false;
         }
     }

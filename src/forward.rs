@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //!
-//! A [`Pair`] is two *ends* (the client's socket and the backend's) and two *flows*, one from each
+//! A [`Pair`] is two *endpoints* (the client's socket and the backend's) and two *flows*, one from each
 //! end to the other. All state is in the struct and none in a future, so that a pair can be left
 //! at any time without losing what it holds. [`Pair::run`] alternates between two steps:
 //!
@@ -23,7 +23,7 @@
 //!   cost more to splice, except in messages that fit into the socket. Where no pipe is to be had,
 //!   copying carries on.
 //!
-//! A pipe is filled with more than the sink takes as long as few are held for slow sinks: fewer and
+//! A pipe is filled with more than the sink takes as long as few are buffered for slow sinks: fewer and
 //! larger steps. When many are, a flow takes only what its sink has room for, and copies a buffer where
 //! that is little, so that hundreds of stalled flows don't use up the user's quota of pipe memory. Nor do
 //! they use up the kernel's memory for TCP: what a TCP sink may hold unsent is bounded once a flow to it is
@@ -41,22 +41,22 @@
 //!
 //! `tests/syscalls.rs` counts them, but for what stalled flows add.
 //!
-//! What the sink did not take is *held*: copied bytes in a buffer made for them, spliced bytes in
+//! What the sink did not take is *buffered*: copied bytes in a buffer made for them, spliced bytes in
 //! the pipe. A flow that holds bytes, or whose sink has no room, does not read, so that each flow's
 //! memory is bounded and the kernel's flow control reaches the sender. An idle connection holds
 //! nothing but two descriptors.
 //!
-//! ## How a flow ends
+//! ## How a flow endpoints
 //!
 //! | state | means | the sink sees |
 //! |---|---|---|
 //! | `Open` | bytes may come | |
 //! | `Ended` | the source's FIN was passed on after its last byte | FIN |
 //! | `SourceReset` | the source was reset; what it sent before was delivered | a reset |
-//! | `SinkGone` | the sink takes no more; `lost` if bytes of the source stay undelivered | |
+//! | `SinkClosed` | the sink takes no more; `lost` if bytes of the source stay undelivered | |
 //!
 //! The flows end one by one: a failed write lets the other direction drain, and a FIN lets it live
-//! on until it ends too. When both are over, each end is closed, or *reset* if its counterpart was
+//! on until it endpoints too. When both are over, each end is closed, or *reset* if its counterpart was
 //! reset or its own bytes were lost. A reset overtakes bytes in flight, so it waits until the
 //! peer's kernel has acknowledged them all: an answer followed by a reset arrives whole. Once an
 //! end was reset, a receiver that makes no progress for [`LINGER`] (or the idle time, if that is
@@ -70,7 +70,7 @@
 //! allows, is reset on both sides, whatever its flows wait for.
 //!
 //! Kernel facts this rests on: recv(2) and splice(2) give what was queued before a reset, then
-//! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` ends as if by a
+//! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` endpoints as if by a
 //! FIN; after a FIN, a reset makes `send` fail with `EPIPE` instead.
 
 #![forbid(unsafe_code)]
@@ -85,10 +85,10 @@ use std::time::Duration;
 use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::flow::{End, Fault, Flow, Held, Shared, State, Step};
-use crate::ledger::Kept;
+use crate::flow::{Buffered, Endpoint, Fault, Flow, Shared, Step};
 use crate::orders::Presence;
 use crate::quiet::Watched;
+use crate::snapshot::{FlowState, Journal, SIDES, Side};
 use crate::socket::{Family, Socket};
 use crate::statistics::Carried;
 
@@ -98,26 +98,6 @@ const LINGER: Duration = Duration::from_secs(60);
 /// What a step counts for at least, in bytes: a turn is bounded in system calls, too, whatever a peer
 /// sends. Less than the copy buffer, so that bulk is bounded by its bytes alone.
 const STEP: usize = 16 * 1024;
-
-/// One of the two sides of a connection; also the flow that starts there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// Who connected to us.
-    Client,
-    /// Whom we connected to.
-    Backend,
-}
-
-pub(crate) const SIDES: [Side; 2] = [Side::Client, Side::Backend];
-
-impl Side {
-    const fn other(self) -> Self {
-        match self {
-            Self::Client => Self::Backend,
-            Self::Backend => Self::Client,
-        }
-    }
-}
 
 /// How a connection was, once it is over.
 #[derive(Debug)]
@@ -144,7 +124,7 @@ pub enum Ending {
 /// Two connected sockets and the bytes between them.
 #[derive(Debug)]
 pub struct Pair {
-    pub(crate) ends: [End; 2],
+    pub(crate) endpoints: [Endpoint; 2],
     pub(crate) flows: [Flow; 2],
     pub(crate) shared: Rc<Shared>,
     pub(crate) carried: Arc<Carried>,
@@ -153,8 +133,8 @@ pub struct Pair {
     pub(crate) fault: Option<(Side, Errno)>,
     /// The number of its last turn of bulk, of all on this event loop.
     pub(crate) last_turn: u64,
-    /// That it is stored as it stands, wherever it stands.
-    pub(crate) kept: Option<Kept>,
+    /// The stored form, kept current (crash mode only).
+    pub(crate) journal: Option<Box<dyn Journal>>,
 }
 
 /// How a connection is.
@@ -179,7 +159,7 @@ pub enum Outcome {
 
 impl Pair {
     /// Joins two sockets; `preface` goes to the backend ahead of the client's bytes, in one write.
-    /// What is delivered is counted as `carried`. It ends when it is quiet, if that is `watched`.
+    /// What is delivered is counted as `carried`. It endpoints when it is quiet, if that is `watched`.
     pub fn new(
         client: Socket,
         backend: Socket,
@@ -191,11 +171,11 @@ impl Pair {
         let mut flows = [Flow::default(), Flow::default()];
         let preface_len = preface.len() as u64;
         if !preface.is_empty() {
-            flows[Side::Client as usize].held = Held::Copied { bytes: preface, sent: 0 };
+            flows[Side::Client as usize].buffered = Buffered::Copied { bytes: preface, sent: 0 };
         }
         let fault = backend.was_reset().then_some((Side::Backend, Errno::CONNRESET));
         Self {
-            ends: [End::new(client), End::new(backend)],
+            endpoints: [Endpoint::new(client), Endpoint::new(backend)],
             flows,
             shared,
             carried,
@@ -203,7 +183,7 @@ impl Pair {
             preface: preface_len,
             fault,
             last_turn: 0,
-            kept: None,
+            journal: None,
         }
     }
 
@@ -223,7 +203,7 @@ impl Pair {
             let is_called = || presence.is_some_and(|it| it.is_to_leave() || it.is_asked());
             // An edge of the time of dialling tells of bytes.
             poll_fn(|cx| {
-                let client = &mut self.ends[Side::Client as usize];
+                let client = &mut self.endpoints[Side::Client as usize];
                 client.readable = client.socket.poll_readable(cx).is_ready();
                 if let Some(watched) = &self.watched {
                     watched.register(cx.waker());
@@ -283,7 +263,7 @@ impl Pair {
                 },
             };
             let resets = SIDES.map(|side| is_quiet || self.is_to_be_reset(side));
-            for (end, reset) in self.ends.into_iter().zip(resets) {
+            for (end, reset) in self.endpoints.into_iter().zip(resets) {
                 if reset { end.socket.reset() } else { end.socket.close() }
             }
             Ok(Outcome::Closed(closed))
@@ -297,7 +277,7 @@ impl Pair {
     }
 
     fn condition(&self) -> Condition {
-        let idle = self.ends.iter().filter_map(|end| end.socket.idle()).min();
+        let idle = self.endpoints.iter().filter_map(|end| end.socket.idle()).min();
         Condition { idle, ..self.delivered() }
     }
 
@@ -306,7 +286,7 @@ impl Pair {
     }
 
     fn is_over(&self) -> bool {
-        self.flows.iter().all(|flow| flow.state != State::Open)
+        self.flows.iter().all(|flow| flow.state != FlowState::Open)
     }
 
     fn turn(&mut self) -> Turn {
@@ -326,7 +306,7 @@ impl Pair {
 
     /// Moves what the flow from `side` can move, up to a turn of this size.
     fn advance(&mut self, side: Side, mut size: usize) -> Turn {
-        let [client, backend] = &mut self.ends;
+        let [client, backend] = &mut self.endpoints;
         let (source, sink) = match side {
             Side::Client => (client, backend),
             Side::Backend => (backend, client),
@@ -340,7 +320,7 @@ impl Pair {
         let before = flow.delivered;
         let (mut failed, mut cant_splice) = (false, false);
         let mut turn = Turn::Stuck;
-        while flow.state == State::Open {
+        while flow.state == FlowState::Open {
             if size == 0 {
                 turn = Turn::More;
                 break;
@@ -356,11 +336,11 @@ impl Pair {
                     cant_splice = true;
                     break;
                 }
-                Ok(Step::End) if source.reset => flow.state = State::SourceReset,
+                Ok(Step::End) if source.reset => flow.state = FlowState::SourceReset,
                 Ok(Step::End) => {
-                    flow.state = State::Ended;
+                    flow.state = FlowState::Ended;
                     // When the other flow has ended too, close() sends the FIN.
-                    if opposite.state != State::Ended {
+                    if opposite.state != FlowState::Ended {
                         // Fails only where the sink was reset, which its own flow will see.
                         let _ = sink.socket.shutdown_write();
                     }
@@ -371,8 +351,8 @@ impl Pair {
                     self.fault.get_or_insert((side, errno));
                     source.reset = true;
                     source.gone = true;
-                    flow.state = State::SourceReset;
-                    opposite.sink_is_gone(true);
+                    flow.state = FlowState::SourceReset;
+                    opposite.close_sink(true);
                     break;
                 }
                 Err(Fault::Sink(errno)) => {
@@ -383,7 +363,7 @@ impl Pair {
                     // here, and its flow would take the missing rest for a FIN.
                     sink.reset |= errno != Errno::PIPE;
                     sink.gone |= sink.reset || sink.socket.family() != Family::Unix;
-                    flow.sink_is_gone(true);
+                    flow.close_sink(true);
                 }
             }
         }
@@ -394,13 +374,13 @@ impl Pair {
                 watched.beat();
             }
         }
-        if self.kept.is_some() {
+        if self.journal.is_some() {
             if cant_splice {
-                self.keep_no_more(None);
+                self.drop_journal(None);
                 turn = Turn::More;
             } else if failed {
                 // The error has been taken from the socket, which will not tell it again.
-                self.store();
+                self.update_journal();
             }
         }
         turn
@@ -420,9 +400,9 @@ impl Pair {
     fn poll_edges(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut edge = false;
         for side in SIDES {
-            let end = &mut self.ends[side as usize];
+            let end = &mut self.endpoints[side as usize];
             let from = &self.flows[side as usize];
-            let reads = from.state == State::Open && !from.waits_for_sink();
+            let reads = from.state == FlowState::Open && !from.waits_for_sink();
             let to = &mut self.flows[side.other() as usize];
             if reads && let Poll::Ready(ready) = end.socket.poll_readable(cx) {
                 ready?;
@@ -436,13 +416,13 @@ impl Pair {
                     edge = true;
                 }
             } else if !reads
-                && to.state == State::Open
+                && to.state == FlowState::Open
                 && let Poll::Ready(ready) = end.socket.poll_hung_up(cx)
             {
                 ready?;
                 // A Unix peer may just have closed, after it read all it was sent.
                 end.gone |= end.socket.family() != Family::Unix;
-                to.sink_is_gone(end.gone);
+                to.close_sink(end.gone);
                 edge = true;
             }
         }
@@ -454,10 +434,10 @@ impl Pair {
         if edge || self.is_quiet() { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
-    /// Whether the only thing that can happen is that a receiver takes what is held for it.
+    /// Whether the only thing that can happen is that a receiver takes what is buffered for it.
     fn is_stalled(&self) -> bool {
         let waits = self.flows.iter().any(Flow::waits_for_sink);
-        waits && self.flows.iter().any(|flow| flow.state != State::Open)
+        waits && self.flows.iter().any(|flow| flow.state != FlowState::Open)
     }
 
     /// Waits; but once the sender is gone, not for a receiver that takes nothing for [`LINGER`].
@@ -483,8 +463,8 @@ impl Pair {
                     _ => return Ok(true),
                 }
             }
-            let was_gone = self.ends.iter().any(|end| end.gone);
-            for end in &mut self.ends {
+            let was_gone = self.endpoints.iter().any(|end| end.gone);
+            for end in &mut self.endpoints {
                 end.gone |= end.socket.has_failed();
             }
             let now = self.undelivered();
@@ -497,23 +477,23 @@ impl Pair {
     }
 
     fn undelivered(&self) -> [usize; 2] {
-        [0, 1].map(|end| self.ends[end].socket.unsent())
+        [0, 1].map(|end| self.endpoints[end].socket.unsent())
     }
 
-    /// Both flows are over: the ends get theirs, after `linger` without progress at the latest, and stay
+    /// Both flows are over: the endpoints get theirs, after `linger` without progress at the latest, and stay
     /// open. It can be left at any time and begun anew.
     async fn finish(&self, linger: Duration) {
         tokio::join!(self.finish_end(Side::Client, linger), self.finish_end(Side::Backend, linger));
     }
 
     async fn finish_end(&self, side: Side, linger: Duration) {
-        let socket = &self.ends[side as usize].socket;
+        let socket = &self.endpoints[side as usize].socket;
         if self.is_delivering(side) {
             delivered(socket, linger).await;
         }
         let (from, to) = (&self.flows[side as usize], &self.flows[side.other() as usize]);
         let peer_has_ended =
-            from.state == State::Ended && matches!(to.state, State::SinkGone { .. });
+            from.state == FlowState::Ended && matches!(to.state, FlowState::SinkClosed { .. });
         // If the other is not waited for either, both are closed at once.
         if !peer_has_ended && self.is_delivering(side.other()) {
             if self.is_to_be_reset(side) { socket.abort() } else { socket.end() }
@@ -523,13 +503,13 @@ impl Pair {
     /// Whether bytes are on their way to this side that its end would overtake: a reset would, and so
     /// would bytes that come and are not read.
     fn is_delivering(&self, side: Side) -> bool {
-        let End { socket, gone, .. } = &self.ends[side as usize];
+        let Endpoint { socket, gone, .. } = &self.endpoints[side as usize];
         let states = SIDES.map(|side| self.flows[side as usize].state);
         // What was sent on a Unix socket stays readable, whatever happens to this side; where both
         // FINs are known, nothing can come that would make the kernel send a reset.
-        states != [State::Ended; 2]
+        states != [FlowState::Ended; 2]
             && !gone
-            && matches!(states[side.other() as usize], State::Ended | State::SourceReset)
+            && matches!(states[side.other() as usize], FlowState::Ended | FlowState::SourceReset)
             && socket.family() != Family::Unix
             && socket.unsent() > 0
     }
@@ -537,8 +517,8 @@ impl Pair {
     /// Given how the flow from there and the flow to there ended.
     fn is_to_be_reset(&self, side: Side) -> bool {
         let (from, to) = (&self.flows[side as usize], &self.flows[side.other() as usize]);
-        let bytes_were_lost = from.state == State::SinkGone { lost: true };
-        bytes_were_lost || matches!(to.state, State::SourceReset | State::Open)
+        let bytes_were_lost = from.state == FlowState::SinkClosed { lost: true };
+        bytes_were_lost || matches!(to.state, FlowState::SourceReset | FlowState::Open)
     }
 }
 

@@ -160,7 +160,7 @@ impl Handover {
         self.is_for_crashes().then(|| self.ledger.keep(now(), content)).flatten()
     }
 
-    /// To be held where a panic would end all connections of a thread in order: then the process is
+    /// To be buffered where a panic would end all connections of a thread in order: then the process is
     /// ended at once instead, if they outlive that.
     pub fn abort_on_panic(&self) -> Option<AbortOnPanic> {
         self.is_for_crashes().then_some(AbortOnPanic)

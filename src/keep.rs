@@ -1,4 +1,4 @@
-//! A connection that is stored: as what, at which moments, and how it is taken back.
+//! A forwarder to and from its [`Snapshot`], and the moments at which crash mode stores one.
 
 #![forbid(unsafe_code)]
 
@@ -11,48 +11,51 @@ use std::time::Duration;
 use rustix::io::Errno;
 use socket2::SockRef;
 
-use crate::flow::{End, Flow, Shared, State, Stored};
-use crate::forward::{Pair, SIDES, Side};
-use crate::ledger::Kept;
+use crate::flow::{Endpoint, Flow, Shared};
+use crate::forward::Pair;
 use crate::logging::RateLimit;
-use crate::parcel::{Content, StoredEnd, StoredPair};
 use crate::quiet::Watched;
+use crate::snapshot::{EndpointSnapshot, FdRef, FlowState, Journal, SIDES, Side, Snapshot};
 use crate::socket::{Family, Socket, has_hung_up_reading};
 use crate::statistics::Carried;
 
 static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 impl Pair {
-    /// Goes on with one that was stored, and is to be `kept` so.
+    /// Restores a forwarder. With a `journal` its snapshot is kept current.
     ///
     /// # Errors
-    /// When a socket can't be watched, or what was under way can't be had; it ends then.
-    pub fn resume(
-        stored: StoredPair<OwnedFd>,
+    /// When a socket cannot be registered or buffered bytes cannot be read. Both sides are reset then.
+    pub fn restore(
+        snapshot: Snapshot<OwnedFd>,
         shared: Rc<Shared>,
         carried: Arc<Carried>,
         watched: Option<Watched>,
-        kept: Option<Kept>,
+        journal: Option<Box<dyn Journal>>,
     ) -> io::Result<Self> {
-        let was_reset = SIDES.map(|side| was_reset(&stored, side));
-        let StoredPair { ends: [client, backend], flows: [there, back], preface, fault } = stored;
-        let is_kept = kept.is_some();
-        let end = |end: StoredEnd<OwnedFd>, was_reset: bool| -> io::Result<End> {
+        let was_reset = SIDES.map(|side| was_reset(&snapshot, side));
+        let Snapshot { endpoints: [client, backend], flows: [there, back], preface, fault } =
+            snapshot;
+        let is_journaled = journal.is_some();
+        let endpoint = |end: EndpointSnapshot<OwnedFd>, was_reset: bool| -> io::Result<Endpoint> {
             let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
             let socket = Socket::register(end.socket, family)?;
-            if is_kept {
+            if is_journaled {
                 socket.set_stored();
             }
             let (reset, gone) = (end.reset || was_reset, end.gone || was_reset);
-            Ok(End { reset, gone, ..End::new(socket) })
+            Ok(Endpoint { reset, gone, ..Endpoint::new(socket) })
         };
-        // Both, before it matters whether one failed.
-        let (client, backend) = (end(client, was_reset[0]), end(backend, was_reset[1]));
-        let ends = [client?, backend?];
-        let flows = [Flow::resume(there, is_kept, &shared)?, Flow::resume(back, is_kept, &shared)?];
+        // Both are registered before either error is returned: a socket that is dropped is reset.
+        let (client, backend) = (endpoint(client, was_reset[0]), endpoint(backend, was_reset[1]));
+        let endpoints = [client?, backend?];
+        let flows = [
+            Flow::restore(there, is_journaled, &shared)?,
+            Flow::restore(back, is_journaled, &shared)?,
+        ];
         let preface = preface.into();
         let mut pair = Self {
-            ends,
+            endpoints,
             flows,
             shared,
             carried,
@@ -60,66 +63,67 @@ impl Pair {
             preface,
             fault,
             last_turn: 0,
-            kept: None,
+            journal: None,
         };
-        match kept {
-            // It is stored as it stands.
-            Some(kept) if pair.flows.iter().all(Flow::has_its_own) => pair.kept = Some(kept),
-            Some(kept) => pair.keep(kept),
+        match journal {
+            // The stored snapshot is current.
+            Some(journal) if pair.flows.iter().all(Flow::is_storable) => {
+                pair.journal = Some(journal);
+            }
+            Some(journal) => pair.set_journal(journal),
             None => {}
         }
         Ok(pair)
     }
 
-    /// As it is to be stored.
+    /// Returns what the connection consists of at this moment.
     ///
     /// # Errors
-    /// When bytes that are held have no place outside this process.
-    pub fn stored(&self) -> io::Result<StoredPair<Stored<'_>>> {
-        let end = |side: Side| {
-            let End { socket, reset, gone, .. } = &self.ends[side as usize];
-            StoredEnd { socket: Stored::Lent(socket.as_fd()), reset: *reset, gone: *gone }
+    /// When copied bytes cannot be written to a file.
+    pub fn snapshot(&self) -> io::Result<Snapshot<FdRef<'_>>> {
+        let endpoint = |side: Side| {
+            let Endpoint { socket, reset, gone, .. } = &self.endpoints[side as usize];
+            EndpointSnapshot { socket: FdRef::Borrowed(socket.as_fd()), reset: *reset, gone: *gone }
         };
         let [there, back] = &self.flows;
-        Ok(StoredPair {
-            ends: SIDES.map(end),
-            flows: [there.stored()?, back.stored()?],
+        Ok(Snapshot {
+            endpoints: SIDES.map(endpoint),
+            flows: [there.snapshot()?, back.snapshot()?],
             preface: self.preface as u16,
             fault: self.fault,
         })
     }
 
-    /// From now on it is stored at every moment, and its bytes never are in this process; where that
-    /// can't be, it is carried as others are.
-    pub fn keep(&mut self, kept: Kept) {
-        self.kept = Some(kept);
-        // Whatever becomes of it here.
-        self.ends.iter().for_each(|end| end.socket.set_stored());
-        let has_vsock = self.ends.iter().any(|end| end.socket.family() == Family::Vsock);
+    /// Keeps the snapshot in `journal` current from now on: no byte is in the memory of the process. Where
+    /// that is impossible, the connection goes on without a journal.
+    pub fn set_journal(&mut self, journal: Box<dyn Journal>) {
+        self.journal = Some(journal);
+        // Even without a journal: the stored references keep the sockets open.
+        self.endpoints.iter().for_each(|end| end.socket.set_stored());
+        let has_vsock = self.endpoints.iter().any(|end| end.socket.family() == Family::Vsock);
         let mut flows = self.flows.iter_mut();
         let has_pipes =
-            flows.all(|flow| flow.has_its_own() || flow.take_its_own(&self.shared).is_ok());
+            flows.all(|flow| flow.is_storable() || flow.attach_stored_pipe(&self.shared).is_ok());
         if has_vsock {
-            self.keep_no_more(None);
+            self.drop_journal(None);
         } else if !has_pipes {
-            self.keep_no_more(Some(
+            self.drop_journal(Some(
                 "there is no pipe for it; see pipe-user-pages-soft in pipe(7), and LimitNOFILE=",
             ));
         }
-        self.store();
+        self.update_journal();
     }
 
-    /// Stores it as it stands now.
-    pub(crate) fn store(&mut self) {
-        let Some(kept) = &self.kept else { return };
-        let is_stored = self.stored().is_ok_and(|pair| kept.store(Content::Pair(Box::new(pair))));
-        if !is_stored {
-            self.keep_no_more(Some("the store is full"));
+    /// Stores the snapshot as it is now.
+    pub(crate) fn update_journal(&mut self) {
+        let Some(journal) = &self.journal else { return };
+        if !self.snapshot().is_ok_and(|snapshot| journal.update(snapshot)) {
+            self.drop_journal(Some("the store is full"));
         }
     }
 
-    /// Goes on without being stored; `why`, if that is not its own fault.
-    pub(crate) fn keep_no_more(&mut self, why: Option<&str>) {
+    /// Goes on without a journal. `why` is logged.
+    pub(crate) fn drop_journal(&mut self, why: Option<&str>) {
         if let Some(why) = why
             && let Some(suppressed) = UNSTORED.pass()
         {
@@ -127,29 +131,29 @@ impl Pair {
                 "A connection is not stored, and would end with the proxy: {why}.{suppressed}"
             );
         }
-        self.flows.iter_mut().for_each(Flow::give_its_own_up);
-        if let Some(kept) = self.kept.take()
-            && !kept.forget()
+        self.flows.iter_mut().for_each(Flow::detach_stored_pipe);
+        if let Some(journal) = self.journal.take()
+            && !journal.forget()
         {
-            // What is stored would be taken for how it stands, and its bytes would come twice.
-            self.flows.iter_mut().for_each(|flow| flow.sink_is_gone(true));
+            // The next process would restore the stale snapshot and send its bytes a second time.
+            self.flows.iter_mut().for_each(|flow| flow.close_sink(true));
         }
     }
 
-    /// Leaves it to the store, where it is as it stands.
+    /// Detaches the connection if its stored snapshot is current.
     ///
     /// # Errors
-    /// Itself, when it is not there.
-    pub fn leave_to_store(mut self: Box<Self>) -> Result<(), Box<Self>> {
-        let Some(kept) = self.kept.take() else { return Err(self) };
-        kept.leave();
-        self.leave();
+    /// Itself, when it has no journal.
+    pub fn detach_stored(mut self: Box<Self>) -> Result<(), Box<Self>> {
+        let Some(journal) = self.journal.take() else { return Err(self) };
+        journal.detach();
+        self.detach();
         Ok(())
     }
 
-    /// Ends it here; its peers notice nothing, as long as somebody else has its sockets.
-    pub fn leave(self) {
-        let [client, backend] = self.ends;
+    /// Closes the sockets here without ending the connection: a stored reference keeps it open.
+    pub fn detach(self) {
+        let [client, backend] = self.endpoints;
         client.socket.leave();
         backend.socket.leave();
     }
@@ -160,12 +164,12 @@ impl Pair {
 ///
 /// Nothing was sent after a FIN of ours, since the other side has not ended. So where a socket is not
 /// connected any more, it was a reset; an end by FINs takes both.
-fn was_reset(stored: &StoredPair<OwnedFd>, side: Side) -> bool {
+fn was_reset(snapshot: &Snapshot<OwnedFd>, side: Side) -> bool {
     let (from, to) = (side as usize, 1 - side as usize);
-    let socket = &stored.ends[from].socket;
-    let are_open = stored.flows.iter().all(|flow| flow.state == State::Open);
+    let socket = &snapshot.endpoints[from].socket;
+    let are_open = snapshot.flows.iter().all(|flow| flow.state == FlowState::Open);
     are_open
         && Family::of(socket).is_ok_and(|family| family == Some(Family::Tcp))
-        && !has_hung_up_reading(&stored.ends[to].socket)
+        && !has_hung_up_reading(&snapshot.endpoints[to].socket)
         && SockRef::from(socket).peer_addr().is_err()
 }

@@ -27,6 +27,7 @@ use tokio::time::sleep;
 use crate::logging::RateLimit;
 use crate::parcel::{Content, PARCELS_MAX, Parcel, Sealed, ids, pack, unpack};
 use crate::queue::Queue;
+use crate::snapshot::{FdRef, Journal, Snapshot};
 
 /// Parcels that don't count before it is worth looking.
 const SLACK: usize = 32;
@@ -199,16 +200,6 @@ impl Kept {
         self
     }
 
-    /// Stores how it stands now; whether that went.
-    pub fn store<Fd: AsFd>(&self, content: Content<Fd>) -> bool {
-        self.write(content, BRIM)
-    }
-
-    /// Has it not taken back, although its sockets may be in the queue for some time; whether that went.
-    pub fn forget(self) -> bool {
-        self.take_over().write(Content::<OwnedFd>::Nothing, usize::MAX)
-    }
-
     /// Lets it stay there.
     pub fn leave(mut self) {
         self.stays = true;
@@ -230,6 +221,21 @@ impl Kept {
         let is_written = fullness < full && book.write(queue, &sealed).is_ok();
         self.ledger.settle(&mut book);
         is_written
+    }
+}
+
+impl Journal for Kept {
+    fn update(&self, snapshot: Snapshot<FdRef<'_>>) -> bool {
+        self.write(Content::Pair(Box::new(snapshot)), BRIM)
+    }
+
+    fn forget(self: Box<Self>) -> bool {
+        // A superseding record without content: the sockets may be in the queue for some time.
+        self.take_over().write(Content::<OwnedFd>::Nothing, usize::MAX)
+    }
+
+    fn detach(self: Box<Self>) {
+        self.leave();
     }
 }
 
@@ -423,11 +429,11 @@ mod tests {
                 }
                 (6..8, Some(one)) => {
                     let (kept, fd) = &live[&one];
-                    assert!(kept.store(Content::Listener(fd, None)));
+                    assert!(kept.write(Content::Listener(fd, None), BRIM));
                 }
                 (8, Some(one)) => {
                     let (kept, _) = live.remove(&one).unwrap();
-                    assert!(kept.forget());
+                    assert!(Box::new(kept).forget());
                 }
                 (_, Some(one)) => drop(live.remove(&one)),
                 (_, None) => {}
@@ -464,7 +470,7 @@ mod tests {
         let [first, middle, _last] = [&fds[0], &fds[1], &fds[2]].map(keep);
         let id = middle.id;
         // Behind one that lives, where it can't be taken out.
-        assert!(middle.forget());
+        assert!(Box::new(middle).forget());
         assert!(!read(&queue).contains_key(&id));
         drop(first);
         assert!(!read(&queue).contains_key(&id));

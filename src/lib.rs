@@ -82,6 +82,7 @@ pub mod forward;
 pub mod flow;
 pub mod pipe;
 mod turns;
+pub mod snapshot;
 pub mod quiet;
 pub mod roster;
 pub mod orders;

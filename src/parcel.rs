@@ -33,8 +33,9 @@ use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{SocketType, sockopt};
 
-use crate::flow::{COPY_SIZE, State};
-use crate::forward::Side;
+use crate::snapshot::{
+    BufferedSnapshot, COPY_SIZE, EndpointSnapshot, FlowSnapshot, FlowState, Side, Snapshot,
+};
 use crate::socket::Family;
 
 /// Descriptors that a message can carry (`SCM_MAX_FD` in the kernel).
@@ -80,58 +81,7 @@ pub enum Content<Fd> {
     /// A client without a backend yet.
     Client(Fd),
     /// A connection.
-    Pair(Box<StoredPair<Fd>>),
-}
-
-/// A connection and the bytes under way, each side's by [`Side`].
-#[derive(Debug)]
-pub struct StoredPair<Fd> {
-    /// The client's socket and the backend's.
-    pub ends: [StoredEnd<Fd>; 2],
-    /// The flows from them.
-    pub flows: [StoredFlow<Fd>; 2],
-    /// Bytes of the header that was to be sent.
-    pub preface: u16,
-    /// The first fault.
-    pub fault: Option<(Side, Errno)>,
-}
-
-/// A socket, and what it does not tell itself any more.
-#[derive(Debug)]
-pub struct StoredEnd<Fd> {
-    /// The socket.
-    pub socket: Fd,
-    /// The end of its bytes is no FIN.
-    pub reset: bool,
-    /// Its peer has gone.
-    pub gone: bool,
-}
-
-/// One direction.
-#[derive(Debug)]
-pub struct StoredFlow<Fd> {
-    /// Whether and how it has ended.
-    pub state: State,
-    /// Bytes the sink took.
-    pub delivered: u64,
-    /// What it has taken from its source.
-    pub held: StoredHeld<Fd>,
-}
-
-/// Bytes under way.
-#[derive(Debug)]
-pub enum StoredHeld<Fd> {
-    /// None.
-    Nothing,
-    /// In a file without a name.
-    Copied(Fd),
-    /// In a pipe, which may be empty.
-    Piped {
-        /// Its end to read from.
-        read: Fd,
-        /// Its end to write to.
-        write: Fd,
-    },
+    Pair(Box<Snapshot<Fd>>),
 }
 
 /// It was not written by us, or is damaged.
@@ -183,9 +133,9 @@ impl<Fd: AsFd> Parcel<Fd> {
     }
 }
 
-impl<Fd: AsFd> StoredPair<Fd> {
+impl<Fd: AsFd> Snapshot<Fd> {
     fn seal<'a>(&'a self, form: &mut [u8; FORM], fds: &mut Vec<BorrowedFd<'a>>) {
-        for (index, end) in self.ends.iter().enumerate() {
+        for (index, end) in self.endpoints.iter().enumerate() {
             fds.push(end.socket.as_fd());
             form[ENDS] |= (u8::from(end.reset) | u8::from(end.gone) << 1) << (2 * index);
         }
@@ -193,18 +143,18 @@ impl<Fd: AsFd> StoredPair<Fd> {
             form[16 + 8 * index..24 + 8 * index].copy_from_slice(&flow.delivered.to_ne_bytes());
             let state = STATES.iter().position(|state| *state == flow.state).unwrap_or_default();
             form[STATE] |= (state as u8) << (4 * index);
-            let held = match &flow.held {
-                StoredHeld::Nothing => 0,
-                StoredHeld::Copied(file) => {
+            let buffered = match &flow.buffered {
+                BufferedSnapshot::Nothing => 0,
+                BufferedSnapshot::Copied(file) => {
                     fds.push(file.as_fd());
                     1
                 }
-                StoredHeld::Piped { read, write } => {
+                BufferedSnapshot::Piped { read, write } => {
                     fds.extend([read.as_fd(), write.as_fd()]);
                     2
                 }
             };
-            form[HELD] |= held << (4 * index);
+            form[HELD] |= buffered << (4 * index);
         }
         form[32..34].copy_from_slice(&self.preface.to_ne_bytes());
         if let Some((side, errno)) = self.fault {
@@ -219,12 +169,12 @@ const STATE: usize = 37;
 const ENDS: usize = 38;
 const HELD: usize = 39;
 
-const STATES: [State; 5] = [
-    State::Open,
-    State::Ended,
-    State::SourceReset,
-    State::SinkGone { lost: false },
-    State::SinkGone { lost: true },
+const STATES: [FlowState; 5] = [
+    FlowState::Open,
+    FlowState::Ended,
+    FlowState::SourceReset,
+    FlowState::SinkClosed { lost: false },
+    FlowState::SinkClosed { lost: true },
 ];
 
 /// One message: its bytes and its descriptors.
@@ -341,7 +291,7 @@ impl Sealed<OwnedFd> {
 fn open_pair(
     form: &[u8; FORM],
     next: &mut impl FnMut() -> Result<OwnedFd, Refused>,
-) -> Result<StoredPair<OwnedFd>, Refused> {
+) -> Result<Snapshot<OwnedFd>, Refused> {
     let ends = form[ENDS];
     let errno = u16::from_ne_bytes([form[34], form[35]]);
     let fault = match (errno, ends >> 4) {
@@ -352,22 +302,22 @@ fn open_pair(
     };
     let mut end = |bits: u8| -> Result<_, Refused> {
         let socket = is_socket(next()?, false)?;
-        Ok(StoredEnd { socket, reset: bits & 1 != 0, gone: bits & 2 != 0 })
+        Ok(EndpointSnapshot { socket, reset: bits & 1 != 0, gone: bits & 2 != 0 })
     };
-    let ends = [end(ends)?, end(ends >> 2)?];
+    let endpoints = [end(ends)?, end(ends >> 2)?];
     let mut flow = |index: usize| -> Result<_, Refused> {
         let state = usize::from(nibbles(form[STATE])[index]);
         let state = *STATES.get(state).ok_or(Refused)?;
-        let held = match nibbles(form[HELD])[index] {
-            0 => StoredHeld::Nothing,
-            1 if state == State::Open => StoredHeld::Copied(is_file(next()?)?),
+        let buffered = match nibbles(form[HELD])[index] {
+            0 => BufferedSnapshot::Nothing,
+            1 if state == FlowState::Open => BufferedSnapshot::Copied(is_file(next()?)?),
             2 => are_pipe(next()?, next()?)?,
             _ => return Err(Refused),
         };
-        Ok(StoredFlow { state, delivered: number(form, 16 + 8 * index), held })
+        Ok(FlowSnapshot { state, delivered: number(form, 16 + 8 * index), buffered })
     };
     let flows = [flow(0)?, flow(1)?];
-    Ok(StoredPair { ends, flows, preface: u16::from_ne_bytes([form[32], form[33]]), fault })
+    Ok(Snapshot { endpoints, flows, preface: u16::from_ne_bytes([form[32], form[33]]), fault })
 }
 
 /// FNV-1a: the same in every version of this program.
@@ -420,7 +370,7 @@ fn is_file(fd: OwnedFd) -> Result<OwnedFd, Refused> {
     if is_file && (1..=COPY_SIZE as i64).contains(&stat.st_size) { Ok(fd) } else { Err(Refused) }
 }
 
-fn are_pipe(read: OwnedFd, write: OwnedFd) -> Result<StoredHeld<OwnedFd>, Refused> {
+fn are_pipe(read: OwnedFd, write: OwnedFd) -> Result<BufferedSnapshot<OwnedFd>, Refused> {
     let end = |fd: &OwnedFd, mode: OFlags| -> Option<(u64, u64)> {
         let stat = fstat(fd).ok()?;
         let is_pipe = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
@@ -428,7 +378,7 @@ fn are_pipe(read: OwnedFd, write: OwnedFd) -> Result<StoredHeld<OwnedFd>, Refuse
         (is_pipe && has_mode && never_waits(fd)).then_some((stat.st_dev, stat.st_ino))
     };
     match (end(&read, OFlags::RDONLY), end(&write, OFlags::WRONLY)) {
-        (Some(one), Some(other)) if one == other => Ok(StoredHeld::Piped { read, write }),
+        (Some(one), Some(other)) if one == other => Ok(BufferedSnapshot::Piped { read, write }),
         _ => Err(Refused),
     }
 }
@@ -441,10 +391,12 @@ impl Parcel<OwnedFd> {
             Content::Nothing => {}
             Content::Listener(fd, _) | Content::Client(fd) => fds.push(fd),
             Content::Pair(pair) => {
-                fds.extend(pair.ends.iter().map(|end| &end.socket));
-                fds.extend(pair.flows.iter().filter_map(|flow| match &flow.held {
-                    StoredHeld::Nothing => None,
-                    StoredHeld::Copied(fd) | StoredHeld::Piped { read: fd, .. } => Some(fd),
+                fds.extend(pair.endpoints.iter().map(|end| &end.socket));
+                fds.extend(pair.flows.iter().filter_map(|flow| match &flow.buffered {
+                    BufferedSnapshot::Nothing => None,
+                    BufferedSnapshot::Copied(fd) | BufferedSnapshot::Piped { read: fd, .. } => {
+                        Some(fd)
+                    }
                 }));
             }
         }

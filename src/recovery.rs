@@ -1,4 +1,4 @@
-//! What the process before this one has left in the queue, read and held against what it should be.
+//! What the process before this one has left in the queue, read and buffered against what it should be.
 
 #![forbid(unsafe_code)]
 
@@ -14,8 +14,9 @@ use tokio::time::Instant;
 
 use crate::ledger::{Kept, Ledger, now};
 use crate::listen::StoredListener;
-use crate::parcel::{Content, Parcel, StoredHeld, StoredPair, ids, unpack};
+use crate::parcel::{Content, Parcel, ids, unpack};
 use crate::queue::Message;
+use crate::snapshot::{BufferedSnapshot, Snapshot};
 use crate::socket::{has_hung_up, has_unread};
 use crate::sys::queued;
 
@@ -29,7 +30,7 @@ pub struct Recovered {
     /// Clients without a backend.
     pub clients: Vec<Recovery<OwnedFd>>,
     /// Connections.
-    pub pairs: Vec<Recovery<Box<StoredPair<OwnedFd>>>>,
+    pub pairs: Vec<Recovery<Box<Snapshot<OwnedFd>>>>,
     /// What can't be taken back.
     pub refused: usize,
 }
@@ -47,13 +48,13 @@ impl Recovered {
 
     /// Descriptors that they have.
     pub fn descriptors(&self) -> usize {
-        let held = |held: &StoredHeld<OwnedFd>| match held {
-            StoredHeld::Nothing => 0,
-            StoredHeld::Copied(_) => 1,
-            StoredHeld::Piped { .. } => 2,
+        let buffered = |buffered: &BufferedSnapshot<OwnedFd>| match buffered {
+            BufferedSnapshot::Nothing => 0,
+            BufferedSnapshot::Copied(_) => 1,
+            BufferedSnapshot::Piped { .. } => 2,
         };
-        let pair = |pair: &Recovery<Box<StoredPair<OwnedFd>>>| -> usize {
-            2 + pair.content.flows.iter().map(|flow| held(&flow.held)).sum::<usize>()
+        let pair = |pair: &Recovery<Box<Snapshot<OwnedFd>>>| -> usize {
+            2 + pair.content.flows.iter().map(|flow| buffered(&flow.buffered)).sum::<usize>()
         };
         self.clients.len() + self.pairs.iter().map(pair).sum::<usize>()
     }
@@ -134,17 +135,17 @@ fn is_over(content: &Content<OwnedFd>) -> bool {
         // The last words of a Unix client that has closed are still to be delivered.
         Content::Client(socket) => has_hung_up(socket) && !has_unread(socket),
         Content::Pair(pair) => {
-            pair.ends.iter().all(|end| has_hung_up(&end.socket) && !is_delivering(&end.socket))
-                && pair.flows.iter().all(|flow| is_empty(&flow.held))
+            pair.endpoints.iter().all(|end| has_hung_up(&end.socket) && !is_delivering(&end.socket))
+                && pair.flows.iter().all(|flow| is_empty(&flow.buffered))
         }
     }
 }
 
-fn is_empty(held: &StoredHeld<OwnedFd>) -> bool {
-    match held {
-        StoredHeld::Nothing => true,
-        StoredHeld::Copied(_) => false,
-        StoredHeld::Piped { read, .. } => ioctl_fionread(read) == Ok(0),
+fn is_empty(buffered: &BufferedSnapshot<OwnedFd>) -> bool {
+    match buffered {
+        BufferedSnapshot::Nothing => true,
+        BufferedSnapshot::Copied(_) => false,
+        BufferedSnapshot::Piped { read, .. } => ioctl_fionread(read) == Ok(0),
     }
 }
 
@@ -188,9 +189,8 @@ mod tests {
     use rustix::pipe::{PipeFlags, pipe_with};
 
     use super::*;
-    use crate::flow::State;
-    use crate::forward::Side;
-    use crate::parcel::{PARCELS_MAX, Sealed, StoredEnd, StoredFlow, pack};
+    use crate::parcel::{PARCELS_MAX, Sealed, pack};
+    use crate::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side};
 
     /// The same for the same seed; and the peers of the sockets, which say nothing.
     struct Dice(u64, Vec<OwnedFd>);
@@ -222,40 +222,45 @@ mod tests {
         Parcel { id, start: dice.below(1000) as u64, content }
     }
 
-    fn pair(dice: &mut Dice) -> StoredPair<OwnedFd> {
+    fn pair(dice: &mut Dice) -> Snapshot<OwnedFd> {
         let mut flow = || {
-            let states = [State::Ended, State::SourceReset, State::SinkGone { lost: true }];
-            let state = if dice.says() { State::Open } else { states[dice.below(3)] };
-            let held = match dice.below(3) {
-                0 => StoredHeld::Nothing,
-                1 if state == State::Open => {
+            let states =
+                [FlowState::Ended, FlowState::SourceReset, FlowState::SinkClosed { lost: true }];
+            let state = if dice.says() { FlowState::Open } else { states[dice.below(3)] };
+            let buffered = match dice.below(3) {
+                0 => BufferedSnapshot::Nothing,
+                1 if state == FlowState::Open => {
                     let file = tempfile::tempfile().unwrap();
                     file.set_len(1 + dice.below(100) as u64).unwrap();
-                    StoredHeld::Copied(file.into())
+                    BufferedSnapshot::Copied(file.into())
                 }
                 _ => {
                     let (read, write) = pipe_with(PipeFlags::NONBLOCK).unwrap();
-                    StoredHeld::Piped { read, write }
+                    BufferedSnapshot::Piped { read, write }
                 }
             };
-            StoredFlow { state, delivered: dice.below(1 << 30) as u64, held }
+            FlowSnapshot { state, delivered: dice.below(1 << 30) as u64, buffered }
         };
         let flows = [flow(), flow()];
-        let mut end = || StoredEnd { socket: socket(dice), reset: dice.says(), gone: dice.says() };
-        let ends = [end(), end()];
+        let mut end =
+            || EndpointSnapshot { socket: socket(dice), reset: dice.says(), gone: dice.says() };
+        let endpoints = [end(), end()];
         let side = if dice.says() { Side::Client } else { Side::Backend };
         let fault = dice.says().then_some((side, Errno::CONNRESET));
-        StoredPair { ends, flows, preface: dice.below(300) as u16, fault }
+        Snapshot { endpoints, flows, preface: dice.below(300) as u16, fault }
     }
 
     /// All that a parcel says, descriptors as the kernel knows them.
     fn told(parcel: &Parcel<OwnedFd>) -> String {
         let told = match &parcel.content {
             Content::Pair(pair) => {
-                let flow = |it: &StoredFlow<OwnedFd>| (it.state, it.delivered);
-                let end = |it: &StoredEnd<OwnedFd>| (it.reset, it.gone);
+                let flow = |it: &FlowSnapshot<OwnedFd>| (it.state, it.delivered);
+                let end = |it: &EndpointSnapshot<OwnedFd>| (it.reset, it.gone);
                 let flows = pair.flows.each_ref().map(flow);
-                format!("{:?}", (flows, pair.ends.each_ref().map(end), pair.preface, pair.fault))
+                format!(
+                    "{:?}",
+                    (flows, pair.endpoints.each_ref().map(end), pair.preface, pair.fault)
+                )
             }
             _ => "client".into(),
         };

@@ -37,8 +37,9 @@ impl Server {
         // Those of them that are still used are stored anew.
         recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));
         for Recovery { content, start, kept } in recovered.pairs {
-            content.ends.iter().for_each(|end| lasts(&end.socket));
-            let [client, backend] = content.ends.each_ref().map(|end| SockRef::from(&end.socket));
+            content.endpoints.iter().for_each(|end| lasts(&end.socket));
+            let [client, backend] =
+                content.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
             let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
             let (entrance, known_backend) = self.way_in(&client);
             let (entered, permit) = (entrance.enter(), self.admission.readmit());
