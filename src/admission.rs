@@ -23,26 +23,6 @@ pub struct Load {
     pub refused: u64,
 }
 
-/// What becomes of clients above the cap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Overflow {
-    /// They are accepted and closed.
-    Refuse,
-    /// They stay queued in the kernel, and are accepted in order as others leave.
-    Wait,
-}
-
-impl Overflow {
-    /// Reads the value of `--overflow=`.
-    pub fn parse(text: &str) -> Option<Self> {
-        match text {
-            "refuse" => Some(Self::Refuse),
-            "wait" => Some(Self::Wait),
-            _ => None,
-        }
-    }
-}
-
 /// The cap on connections.
 #[derive(Clone, Debug)]
 pub struct Admission(Arc<Counts>);

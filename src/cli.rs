@@ -8,18 +8,16 @@ use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
-use crate::admission::Overflow;
 use crate::command::CommandLine;
 use crate::getopt::{Word, Words};
-use crate::handover::Survival;
 use crate::logging::LogLevel;
 use crate::open::{ListenAddress, MetricsAddress};
 use crate::options::{Arguments, OPTIONS};
 use crate::proxy_header::ProxyProtocol;
-use crate::ready::Ready;
 use crate::selector::Targets;
 use crate::socket::Keepalive;
 use crate::timespan::TimeSpan;
+use crate::values::{HandoverMode, Overflow, ReadyMode};
 
 /// Everything the command line says, read and checked.
 #[derive(Clone, Debug)]
@@ -37,7 +35,7 @@ pub struct Config {
     /// On a signal, open connections have this long to end.
     pub drain_time: TimeSpan,
     /// What open connections outlive.
-    pub handover: Option<Survival>,
+    pub handover: Option<HandoverMode>,
     /// What serves the target, if it is ours to start and stop.
     pub application: Option<Application>,
     /// How long a client is held while the backend is not up yet.
@@ -64,7 +62,7 @@ pub struct Application {
     /// COMMAND and its arguments.
     pub command: CommandLine,
     /// How it is known to be ready.
-    pub ready: Ready,
+    pub ready: ReadyMode,
     /// It is stopped after this long without a connection.
     pub stop_idle_time: TimeSpan,
 }
@@ -124,7 +122,7 @@ impl Config {
         let application = match command {
             Some(words) => Some(Application {
                 command: CommandLine::find(words)?,
-                ready: arguments.ready.unwrap_or(Ready::Connect),
+                ready: arguments.ready.unwrap_or(ReadyMode::Connect),
                 stop_idle_time: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
             }),
             None => {

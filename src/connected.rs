@@ -11,8 +11,9 @@ use socket2::SockRef;
 use crate::activation::{Inherited, STDIN};
 use crate::address::{Address, Identity};
 use crate::descriptors::Reserved;
-use crate::listen::{Entrance, Newcomer, prepare};
+use crate::listen::{Accepted, Entrance, prepare};
 use crate::logging::in_words;
+use crate::slot::Slot;
 use crate::socket::{Family, Keepalive};
 
 /// What systemd calls it, sd_listen_fds_with_names(3).
@@ -77,10 +78,10 @@ impl Connected {
     }
 
     /// As if they had just been accepted; `None` if they have gone.
-    pub fn into_newcomer(self, reserved: Reserved) -> Option<Newcomer> {
-        let entrance = Entrance::new(&self.identity);
-        let entered = entrance.enter();
+    pub fn into_accepted(self, descriptors: Reserved) -> Option<Accepted> {
+        let listener = Entrance::new(&self.identity);
+        let slot = Slot::new(listener.enter(), descriptors);
         let Self { fd, family, peer, .. } = self;
-        Some(Newcomer { fd, family, address: peer?, entrance, entered, reserved, kept: None })
+        Some(Accepted { socket: fd, family, client: peer?, listener, slot })
     }
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,27 +14,25 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::address::Address;
-use crate::admission::Permit;
 use crate::application::Application;
 use crate::backend::Backend;
 use crate::bytes::Bytes;
-use crate::descriptors::Reserved;
 use crate::dial::Dialer;
 use crate::flow::Shared;
 use crate::forward::{Condition, Ending, Outcome, Pair};
-use crate::handover::Handover;
+use crate::handover::{Detached, Handover};
 use crate::hold::{Hold, Probing};
 use crate::ledger::Kept;
-use crate::listen::Entrance;
+use crate::listen::{Accepted, Entrance};
 use crate::logging::{RateLimit, in_words};
 use crate::orders::{Orders, Presence};
-use crate::parcel::Content;
 use crate::pipe::Limits;
 use crate::proxy_header::ProxyProtocol;
 use crate::quiet::{Watch, Watched};
-use crate::snapshot::{FdRef, Journal, Side, Snapshot};
+use crate::slot::Slot;
+use crate::snapshot::{Journal, Side, Snapshot};
 use crate::socket::Socket;
-use crate::statistics::{Carried, LoopCounts, Loops, Seat};
+use crate::statistics::{Carried, LoopCounts, Loops};
 use crate::timespan::TimeSpan;
 
 static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
@@ -86,7 +84,7 @@ pub struct Route {
     /// What they are told.
     pub orders: Rc<Orders>,
     /// Those that have left, and are not stored yet.
-    pub left: RefCell<Vec<Left>>,
+    pub left: RefCell<Vec<Detached>>,
 }
 
 impl Route {
@@ -119,99 +117,42 @@ impl Route {
     }
 }
 
-/// Somebody who was accepted and admitted, on their event loop.
+/// A connection that the previous process stored.
 #[derive(Debug)]
-pub struct Client {
-    /// Where they are.
-    pub socket: Socket,
-    /// Who they are.
-    pub address: Address,
-    /// Where they came in.
-    pub entrance: Arc<Entrance>,
-    /// Which backend they are for.
-    pub backend: usize,
-    /// What they take up until the connection is over.
-    pub place: Place,
-    /// That it is stored.
-    pub kept: Option<Kept>,
-}
-
-/// A connection that was stored, on its new event loop.
-#[derive(Debug)]
-pub struct Returning {
+pub struct Restored {
     /// What it consists of.
-    pub pair: Box<Snapshot<OwnedFd>>,
-    /// Who the client is.
-    pub address: Address,
-    /// Where they came in, as far as that is still there.
-    pub entrance: Arc<Entrance>,
-    /// The backend, whatever the targets are by now.
+    pub snapshot: Box<Snapshot<OwnedFd>>,
+    /// The client's address.
+    pub client: Address,
+    /// The listener, as far as it still exists.
+    pub listener: Arc<Entrance>,
+    /// The backend's address, whatever the targets are by now.
     pub backend: Address,
-    /// Which of the plan's its listener leads to by now, if there is one.
+    /// The index of the backend that its listener leads to by now, if there is one.
     pub known_backend: Option<usize>,
-    /// When it began.
+    /// When the connection was accepted.
     pub start: Instant,
-    /// What it takes up until it is over.
-    pub place: Place,
-    /// That it is to be stored from now on, too.
-    pub kept: Option<Kept>,
-}
-
-/// What is left of a connection whose event loop is left. When it is dropped both sides are reset.
-#[derive(Debug)]
-pub struct Left {
-    start: Instant,
-    remains: Remains,
-    _place: Place,
-}
-
-#[derive(Debug)]
-enum Remains {
-    Client(Socket),
-    Pair(Box<Pair>),
-}
-
-impl Left {
-    /// As it is to be stored, and how long ago it began.
-    ///
-    /// # Errors
-    /// When bytes that are held have no place outside this process.
-    pub fn stored(&self) -> io::Result<(Duration, Content<FdRef<'_>>)> {
-        let content = match &self.remains {
-            Remains::Client(socket) => Content::Client(FdRef::Borrowed(socket.as_fd())),
-            Remains::Pair(pair) => Content::Pair(Box::new(pair.snapshot()?)),
-        };
-        Ok((self.start.elapsed(), content))
-    }
-
-    /// It is stored: its peers notice nothing.
-    pub fn leave(self) {
-        match self.remains {
-            Remains::Client(socket) => socket.leave(),
-            Remains::Pair(pair) => pair.detach(),
-        }
-    }
-}
-
-/// What a connection takes up: given back when this is dropped, in this order.
-#[derive(Debug)]
-#[expect(dead_code, reason = "held, not read")]
-pub struct Place {
-    pub(crate) entered: Seat,
-    pub(crate) seat: Seat,
-    // After the above: its end is what others look at those counts for.
-    pub(crate) permit: Permit,
-    // After the permit: with `--overflow=wait`, whoever is accepted for it is not to meet the cap.
-    pub(crate) reserved: Reserved,
+    /// What it takes up.
+    pub slot: Slot,
+    /// Its stored form (crash mode only).
+    pub journal: Option<Kept>,
 }
 
 /// Serves a client until the connection is over, and logs how it was.
 ///
 /// Dropped before that, it resets both sides.
-pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
+pub fn serve(
+    accepted: Accepted<Socket>,
+    backend: usize,
+    kept: Option<Kept>,
+    route: Rc<Route>,
+) -> impl Future<Output = ()> {
     let start = Instant::now();
-    let Client { socket, address, entrance, backend, place, kept } = client;
-    // From now on, however late it is polled for the first time.
+    let Accepted { socket, client: address, listener: entrance, slot, .. } = accepted;
+    if kept.is_some() {
+        socket.set_stored();
+    }
+    // Before the task is polled for the first time, however late that is.
     let presence = route.orders.join();
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
@@ -243,8 +184,8 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
                     return socket.leave();
                 }
                 None => {
-                    let left = Left { start, remains: Remains::Client(socket), _place: place };
-                    return route.left.borrow_mut().push(left);
+                    let detached = Detached::client(start, socket, slot);
+                    return route.left.borrow_mut().push(detached);
                 }
             },
         };
@@ -252,20 +193,20 @@ pub fn serve(client: Client, route: Rc<Route>) -> impl Future<Output = ()> {
         let answer = |condition| story.tell(condition, way.target());
         let pair = pair(socket, backend, &story.address, kept, carried, &route);
         let outcome = pair.run(Some(&presence), answer).await;
-        story.conclude(outcome, way.target(), place, &route);
+        story.conclude(outcome, way.target(), slot, &route);
     }
 }
 
 /// Goes on with a connection that was stored, until it is over.
-pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()> {
-    let Returning { pair, address, entrance, backend, known_backend, start, place, kept } =
-        returning;
+pub fn resume(restored: Restored, route: Rc<Route>) -> impl Future<Output = ()> {
+    let Restored { snapshot, client, listener, backend, known_backend, start, slot, journal } =
+        restored;
     let presence = route.orders.join();
     async move {
-        let story = Story { start, address, entrance };
-        let journal = kept.map(|kept| Box::new(kept.take_over()) as Box<dyn Journal>);
+        let story = Story { start, address: client, entrance: listener };
+        let journal = journal.map(|kept| Box::new(kept.take_over()) as Box<dyn Journal>);
         let (shared, carried) = (Rc::clone(&route.shared), route.carried(known_backend));
-        let pair = match Pair::restore(*pair, shared, carried, route.watched(), journal) {
+        let pair = match Pair::restore(*snapshot, shared, carried, route.watched(), journal) {
             Ok(pair) => pair,
             Err(error) => {
                 let error = in_words(&error);
@@ -277,7 +218,7 @@ pub fn resume(returning: Returning, route: Rc<Route>) -> impl Future<Output = ()
             }
         };
         let outcome = pair.run(Some(&presence), |condition| story.tell(condition, &backend)).await;
-        story.conclude(outcome, &backend, place, &route);
+        story.conclude(outcome, &backend, slot, &route);
     }
 }
 
@@ -318,25 +259,21 @@ impl Story {
         self,
         outcome: io::Result<Outcome>,
         backend: &dyn fmt::Display,
-        place: Place,
+        slot: Slot,
         route: &Route,
     ) {
         let closed = match outcome {
             Ok(Outcome::Closed(closed)) => closed,
             Ok(Outcome::Left(pair)) => {
                 if let Err(pair) = pair.detach_stored() {
-                    let remains = Remains::Pair(pair);
-                    route.left.borrow_mut().push(Left {
-                        start: self.start,
-                        remains,
-                        _place: place,
-                    });
+                    let detached = Detached::forwarder(self.start, pair, slot);
+                    route.left.borrow_mut().push(detached);
                 }
                 return;
             }
             Err(_) => return,
         };
-        drop(place);
+        drop(slot);
         if closed.end == Ending::Quiet
             && let Some(watch) = &route.watch
             && let Some(suppressed) = QUIET.pass()

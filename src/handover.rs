@@ -9,16 +9,18 @@
 
 use std::collections::HashSet;
 use std::convert::Infallible;
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::net::{SocketType, sockopt};
+use tokio::time::Instant;
 
 use crate::activation::Inherited;
-use crate::connection::Left;
 use crate::descriptors::may_open;
+use crate::forward::Pair;
 use crate::ledger::{Kept, Ledger, now};
 use crate::listen::Listener;
 use crate::logging::in_words;
@@ -26,33 +28,16 @@ use crate::notify::Notifier;
 use crate::parcel::{Content, PARCELS_MAX, Parcel, descriptors_of, identity};
 use crate::queue::Queue;
 use crate::recovery::{Recovered, SortedOut, recover, sort_out};
+use crate::slot::Slot;
+use crate::snapshot::FdRef;
+use crate::socket::Socket;
 use crate::store::{self, Returned};
-
-/// What connections outlive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Survival {
-    /// That the process is told to stop.
-    Restart,
-    /// Whatever ends the process.
-    Crash,
-}
-
-impl Survival {
-    /// Reads the value of `--handover=`; `Some(None)` is `never`.
-    pub fn parse(text: &str) -> Option<Option<Self>> {
-        match text {
-            "never" => Some(None),
-            "restart" => Some(Some(Self::Restart)),
-            "crash" => Some(Some(Self::Crash)),
-            _ => None,
-        }
-    }
-}
+use crate::values::HandoverMode;
 
 /// The store, as the connections of this process use it.
 #[derive(Debug)]
 pub struct Handover {
-    survival: Survival,
+    survival: HandoverMode,
     ledger: Arc<Ledger>,
     threads_are_told: AtomicBool,
     lost: AtomicUsize,
@@ -65,7 +50,7 @@ impl Handover {
     /// # Errors
     /// One line when what was stored can't be read; then it is still there.
     pub async fn open(
-        survival: Option<Survival>,
+        survival: Option<HandoverMode>,
         opens: bool,
         inherited: &mut Vec<Inherited>,
         notifier: &Notifier,
@@ -113,7 +98,7 @@ impl Handover {
         inherited.retain(|it| !identity(&it.fd).is_some_and(|it| stored.contains(&it)));
         let current: HashSet<_> = parcels.iter().map(|parcel| parcel.id).collect();
         let ledger = Ledger::new(queue, messages, &current);
-        let kept_in = (survival == Survival::Crash).then_some(&ledger);
+        let kept_in = (survival == HandoverMode::Crash).then_some(&ledger);
         let recovered = Recovered { refused, ..recover(parcels, kept_in) };
         let handover = Self {
             survival,
@@ -126,12 +111,12 @@ impl Handover {
 
     /// Whether connections are stored from accept on.
     pub fn is_for_crashes(&self) -> bool {
-        self.survival == Survival::Crash
+        self.survival == HandoverMode::Crash
     }
 
     /// All that was stored is this process's again.
     pub fn has_recovered(&self) {
-        if self.survival == Survival::Restart {
+        if self.survival == HandoverMode::Restart {
             // A second reference would keep peers from seeing the end of their connections.
             self.ledger.clear();
         }
@@ -141,8 +126,8 @@ impl Handover {
     pub async fn clean(&self) -> Infallible {
         match self.survival {
             // There is nothing in it.
-            Survival::Restart => std::future::pending().await,
-            Survival::Crash => self.ledger.clean().await,
+            HandoverMode::Restart => std::future::pending().await,
+            HandoverMode::Crash => self.ledger.clean().await,
         }
     }
 
@@ -177,12 +162,12 @@ impl Handover {
     }
 
     /// Stores what has left; what can't be stored is reset.
-    pub fn store(&self, mut left: Vec<Left>) {
+    pub fn store(&self, mut left: Vec<Detached>) {
         while !left.is_empty() {
             let batch = left.split_off(left.len().saturating_sub(PARCELS_MAX));
             let (mut contents, mut can_be) = (Vec::new(), Vec::new());
             for one in &batch {
-                let stored = one.stored();
+                let stored = one.content();
                 can_be.push(stored.is_ok());
                 match stored {
                     Ok((age, content)) => contents.push((begun(age), content)),
@@ -194,7 +179,7 @@ impl Handover {
             let are_stored = self.ledger.leave(contents).is_ok();
             for (one, can_be) in batch.into_iter().zip(can_be) {
                 if are_stored && can_be {
-                    one.leave();
+                    one.release();
                 } else {
                     self.lost.fetch_add(1, Ordering::Relaxed);
                 }
@@ -211,6 +196,51 @@ impl Handover {
     /// What the next process will find, connections and listeners, and connections that it will not.
     pub fn left_behind(&self) -> [usize; 2] {
         [self.ledger.counting(), self.lost.load(Ordering::Relaxed)]
+    }
+}
+
+/// A connection that has been taken off its event loop and is to be stored. Dropping it resets both
+/// sides.
+#[derive(Debug)]
+pub struct Detached {
+    start: Instant,
+    state: DetachedState,
+    _slot: Slot,
+}
+
+#[derive(Debug)]
+enum DetachedState {
+    /// A client that still waits for its backend.
+    Client(Socket),
+    Forwarder(Box<Pair>),
+}
+
+impl Detached {
+    /// A client without a backend, accepted at `start`.
+    pub fn client(start: Instant, socket: Socket, slot: Slot) -> Self {
+        Self { start, state: DetachedState::Client(socket), _slot: slot }
+    }
+
+    /// A connection with its buffered bytes, accepted at `start`.
+    pub fn forwarder(start: Instant, forwarder: Box<Pair>, slot: Slot) -> Self {
+        Self { start, state: DetachedState::Forwarder(forwarder), _slot: slot }
+    }
+
+    /// Returns the connection's age, and what is to be stored of it.
+    fn content(&self) -> io::Result<(Duration, Content<FdRef<'_>>)> {
+        let content = match &self.state {
+            DetachedState::Client(socket) => Content::Client(FdRef::Borrowed(socket.as_fd())),
+            DetachedState::Forwarder(it) => Content::Pair(Box::new(it.snapshot()?)),
+        };
+        Ok((self.start.elapsed(), content))
+    }
+
+    /// Closes the sockets here: the stored ones keep the connection open.
+    fn release(self) {
+        match self.state {
+            DetachedState::Client(socket) => socket.leave(),
+            DetachedState::Forwarder(forwarder) => forwarder.detach(),
+        }
     }
 }
 

@@ -56,6 +56,7 @@ pub mod sockets;
 pub mod dispositions;
 pub mod signals;
 pub mod drain;
+mod status;
 pub mod takeover;
 
 // The life of COMMAND.
@@ -71,6 +72,7 @@ pub mod open;
 pub mod listen;
 pub mod connected;
 pub mod admission;
+pub mod slot;
 pub mod worker;
 pub mod connection;
 pub mod backend;
@@ -114,4 +116,4 @@ pub mod descriptors;
 pub mod idle;
 pub mod logging;
 pub mod notify;
-mod unwind;
+mod runtime;

@@ -24,10 +24,12 @@ use tokio::time::sleep;
 
 use crate::activation::Inherited;
 use crate::address::{Address, Identity};
-use crate::descriptors::{Descriptors, Reserved};
-use crate::ledger::Kept;
+use crate::descriptors::Descriptors;
 use crate::logging::{RateLimit, in_words};
-use crate::socket::{Family, Keepalive, register, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::slot::Slot;
+use crate::socket::{
+    Family, Keepalive, Socket, register, set_nodelay_or_warn, set_oobinline_or_warn,
+};
 use crate::statistics::{EntranceCounts, Seat};
 use crate::sys::accept;
 
@@ -37,6 +39,7 @@ pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 static OUT_OF_DESCRIPTORS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static AT_THE_CAP: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+static REGISTER_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// A listening stream socket.
 #[derive(Debug)]
@@ -53,23 +56,43 @@ pub struct Listener {
     file: Option<SocketFile>,
 }
 
-/// Somebody who has just come in.
+/// An accepted connection: `S` is its descriptor, and on its event loop the registered socket.
 #[derive(Debug)]
-pub struct Newcomer {
+pub struct Accepted<S = OwnedFd> {
     /// The socket, non-blocking.
-    pub fd: OwnedFd,
-    /// Its family.
+    pub socket: S,
+    /// The socket's family.
     pub family: Family,
-    /// Who they are.
-    pub address: Address,
-    /// Where they came in.
-    pub entrance: Arc<Entrance>,
-    /// That they did, until this is dropped.
-    pub entered: Seat,
-    /// Descriptors for them and their backend.
-    pub reserved: Reserved,
-    /// That they are stored.
-    pub kept: Option<Kept>,
+    /// The client's address.
+    pub client: Address,
+    /// The listener.
+    pub listener: Arc<Entrance>,
+    /// What the connection takes up.
+    pub slot: Slot,
+}
+
+impl Accepted {
+    /// Hands the socket to the event loop of this thread.
+    ///
+    /// # Errors
+    /// epoll_ctl(2)'s; the connection is logged and closed then.
+    pub fn register(self) -> Option<Accepted<Socket>> {
+        let Self { socket, family, client, listener, slot } = self;
+        match Socket::register(socket, family) {
+            Ok(socket) => Some(Accepted { socket, family, client, listener, slot }),
+            Err(error) => {
+                if let Some(suppressed) = REGISTER_FAILED.pass() {
+                    let error = in_words(&error);
+                    tracing::error!(
+                        %client,
+                        %listener,
+                        "Failed to watch a connection, closing it: {error}{suppressed}"
+                    );
+                }
+                None
+            }
+        }
+    }
 }
 
 impl Listener {
@@ -122,7 +145,7 @@ impl Listener {
     ///
     /// # Errors
     /// Only when the listener itself is broken; what passes is waited for, and said once a minute.
-    pub async fn accept(&self, descriptors: &Descriptors) -> io::Result<Newcomer> {
+    pub async fn accept(&self, descriptors: &Descriptors) -> io::Result<Accepted> {
         loop {
             // Lets others run however many are queued: accepting alone never waits.
             consume_budget().await;
@@ -171,9 +194,9 @@ impl Listener {
                     keepalive.set_or_warn(&fd);
                 }
             }
-            let (family, entrance) = (self.family, Arc::clone(&self.entrance));
-            let entered = entrance.enter();
-            return Ok(Newcomer { fd, family, address, entrance, entered, reserved, kept: None });
+            let (family, listener) = (self.family, Arc::clone(&self.entrance));
+            let slot = Slot::new(listener.enter(), reserved);
+            return Ok(Accepted { socket: fd, family, client: address, listener, slot });
         }
     }
 

@@ -6,15 +6,13 @@ use std::ffi::{OsStr, OsString};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
-use crate::admission::Overflow;
 use crate::getopt::{Known, Meaning};
-use crate::handover::Survival;
 use crate::logging::LogLevel;
 use crate::open::{ListenAddress, MetricsAddress};
 use crate::proxy_header::ProxyProtocol;
-use crate::ready::Ready;
 use crate::timespan::TimeSpan;
 use crate::values;
+use crate::values::{HandoverMode, Overflow, ReadyMode};
 
 /// systemd-socket-proxyd's default.
 const CONNECTIONS_MAX: NonZeroU32 = NonZeroU32::new(256).unwrap();
@@ -152,13 +150,13 @@ pub(crate) struct Arguments {
     pub(crate) overflow: Overflow,
     pub(crate) exit_idle_time: TimeSpan,
     pub(crate) drain_time: TimeSpan,
-    pub(crate) handover: Option<Survival>,
+    pub(crate) handover: Option<HandoverMode>,
     pub(crate) backend_wait: Option<TimeSpan>,
     pub(crate) connect_timeout: TimeSpan,
     pub(crate) connection_idle_time: TimeSpan,
     pub(crate) keepalive: TimeSpan,
     pub(crate) proxy_protocol: Option<ProxyProtocol>,
-    pub(crate) ready: Option<Ready>,
+    pub(crate) ready: Option<ReadyMode>,
     pub(crate) stop_idle_time: Option<TimeSpan>,
     pub(crate) threads: NonZeroUsize,
     pub(crate) metrics: Option<MetricsAddress>,

@@ -48,26 +48,6 @@ const STRANGERS_MAX: usize = 64;
 
 static STRANGERS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
-/// How COMMAND is known to be ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ready {
-    /// TARGET answers.
-    Connect,
-    /// It sends `READY=1`.
-    Notify,
-}
-
-impl Ready {
-    /// Reads the value of `--ready=`.
-    pub fn parse(text: &str) -> Option<Self> {
-        match text {
-            "connect" => Some(Self::Connect),
-            "notify" => Some(Self::Notify),
-            _ => None,
-        }
-    }
-}
-
 /// The directory in which a socket is made for each run of COMMAND.
 #[derive(Debug)]
 pub struct NotifyPlace(PathBuf);

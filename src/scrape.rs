@@ -40,10 +40,10 @@ use crate::listen::{ACCEPT_PAUSE, Listener, SocketFile, is_the_newcomers};
 use crate::logging::{RateLimit, in_words};
 use crate::metrics::Metrics;
 use crate::open::{MetricsAddress, open};
+use crate::runtime;
+use crate::runtime::start_thread;
 use crate::socket::{Family, register};
 use crate::sys::{accept, queued};
-use crate::unwind;
-use crate::worker::start_thread;
 
 /// For one of them, from accept to close.
 const REQUEST_TIME: Duration = Duration::from_secs(2);
@@ -165,13 +165,13 @@ async fn admit(fd: OwnedFd, family: Family, scrapers: Rc<Scrapers>) -> io::Resul
                 let (fd, peer) = accept().await?;
                 Ok((TcpStream::from_std(fd.into())?, peer))
             };
-            unwind::catch(scrapers.admit(accept)).await
+            runtime::catch_panic(scrapers.admit(accept)).await
         } else {
             let accept = async || {
                 let (fd, peer) = accept().await?;
                 Ok((UnixStream::from_std(fd.into())?, peer))
             };
-            unwind::catch(scrapers.admit(accept)).await
+            runtime::catch_panic(scrapers.admit(accept)).await
         };
         match admitted {
             Some(broken) => return broken,

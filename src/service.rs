@@ -17,7 +17,7 @@ use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 
 use crate::activation::{Inherited, hide_descriptors};
-use crate::admission::{Admission, Occupancy, Overflow};
+use crate::admission::{Admission, Occupancy};
 use crate::application::Application;
 use crate::cli::{self, Config};
 use crate::connected::Connected;
@@ -34,16 +34,18 @@ use crate::logging::{RateLimit, in_words};
 use crate::metrics::{self, Metrics};
 use crate::notify::Notifier;
 use crate::pipe::{self, Limits};
-use crate::ready::{NotifyPlace, Ready};
+use crate::ready::NotifyPlace;
+use crate::runtime::{catch_panic, event_loop};
 use crate::scrape::Exporter;
 use crate::selector::Targets;
 use crate::signals::{Questions, Signals};
 use crate::sockets::{Sockets, is_not_itself, leads_elsewhere};
 use crate::statistics::{Dials, EntranceCounts, Loops};
+use crate::status::publish_status;
 use crate::target::Target;
 use crate::timespan::TimeSpan;
-use crate::unwind;
-use crate::worker::{Workers, event_loop};
+use crate::values::{Overflow, ReadyMode};
+use crate::worker::Workers;
 
 /// How long a client that is queued at the moment of the idle exit has to be accepted.
 const LAST_CLIENT: Duration = Duration::from_secs(1);
@@ -90,7 +92,11 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
         let opens = !config.listen.is_empty();
         let (handover, mut recovered) =
             Handover::open(config.handover, opens, &mut inherited, &notifier).await?;
-        let sockets = Sockets::gather(&config.listen, inherited, &mut recovered).await?;
+        let sockets = {
+            let has_connections = recovered.has_connections();
+            let stored = &mut recovered.listeners;
+            Sockets::gather(&config.listen, inherited, stored, has_connections).await?
+        };
         Ok::<_, String>((handover, recovered, sockets, exporter))
     };
     let (handover, recovered, sockets, mut exporter) = tokio::select! {
@@ -327,12 +333,12 @@ impl Server {
             && let Some((connection, backend)) = connection.take()
         {
             // It has them already.
-            let (reserved, permit) = (self.descriptors.reserve_anyway(), self.admission.readmit());
-            match connection.into_newcomer(reserved) {
-                Some(mut newcomer) => {
+            match connection.into_accepted(self.descriptors.reserve_anyway()) {
+                Some(mut accepted) => {
+                    accepted.slot.admit(self.admission.readmit());
                     let handover = self.handover.as_ref();
-                    newcomer.kept = handover.and_then(|it| it.keep_client(&newcomer.fd));
-                    self.workers.serve(newcomer, permit, backend);
+                    let journal = handover.and_then(|it| it.keep_client(&accepted.socket));
+                    self.workers.serve(accepted, backend, journal);
                 }
                 None => tracing::debug!("Connection closed, the client has left"),
             }
@@ -388,7 +394,7 @@ impl Server {
             let entrances: Vec<_> = listeners.map(|(listener, _)| &**listener.entrance()).collect();
             let (admission, recovered) = (&self.admission, self.recovered);
             let status =
-                notifier.publish_status(admission, recovered, &entrances, carried, application);
+                publish_status(notifier, admission, recovered, &entrances, carried, application);
             tokio::join!(status, notifier.feed_watchdog(), clean).1
         };
         let end = tokio::select! {
@@ -521,8 +527,8 @@ fn prepare(
 ) -> Result<Application, String> {
     hide_descriptors().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
     let notify = match application.ready {
-        Ready::Connect => None,
-        Ready::Notify => Some(NotifyPlace::find()?),
+        ReadyMode::Connect => None,
+        ReadyMode::Notify => Some(NotifyPlace::find()?),
     };
     let (command, idle_time) = (application.command, application.stop_idle_time);
     Ok(Application::new(command, target, notify, idle_time, descriptors))
@@ -538,18 +544,19 @@ async fn admit(
     handover: Option<Arc<Handover>>,
 ) -> String {
     let admit_one = async || {
-        let mut newcomer = listener.accept(&descriptors).await?;
+        let mut accepted = listener.accept(&descriptors).await?;
         match admission.admit() {
             Some(permit) => {
-                newcomer.entrance.counts().admitted.add_one();
-                newcomer.kept = handover.as_ref().and_then(|it| it.keep_client(&newcomer.fd));
-                workers.serve(newcomer, permit, backend);
+                accepted.slot.admit(permit);
+                accepted.listener.counts().admitted.add_one();
+                let journal = handover.as_ref().and_then(|it| it.keep_client(&accepted.socket));
+                workers.serve(accepted, backend, journal);
             }
             None => {
-                newcomer.entrance.counts().refused.add_one();
+                accepted.listener.counts().refused.add_one();
                 if let Some(suppressed) = REFUSED.pass() {
                     tracing::warn!(
-                        client = %newcomer.address,
+                        client = %accepted.client,
                         %listener,
                         "Hit connection limit, refusing connection.{suppressed}"
                     );
@@ -559,7 +566,7 @@ async fn admit(
         io::Result::Ok(())
     };
     loop {
-        match unwind::catch(admit_one()).await {
+        match catch_panic(admit_one()).await {
             Some(Ok(())) => {}
             Some(Err(error)) => {
                 return format!("Failed to accept on {listener}: {}.", in_words(&error));

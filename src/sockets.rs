@@ -10,7 +10,6 @@ use crate::address::Identity;
 use crate::connected::Connected;
 use crate::listen::{Listener, StoredListener};
 use crate::open::{ListenAddress, open};
-use crate::recovery::Recovered;
 use crate::socket::Keepalive;
 use crate::target::Target;
 
@@ -33,10 +32,11 @@ impl Sockets {
     pub async fn gather(
         addresses: &[ListenAddress],
         inherited: Vec<Inherited>,
-        recovered: &mut Recovered,
+        stored: &mut Vec<StoredListener>,
+        has_connections: bool,
     ) -> Result<Self, String> {
         match (addresses.is_empty(), inherited.is_empty()) {
-            (true, true) if recovered.has_connections() => Ok(Self::Stored),
+            (true, true) if has_connections => Ok(Self::Stored),
             (true, true) => {
                 Err("Didn't get any sockets passed in. (Start it from a .socket unit, \
                                  or open one with --listen=ADDRESS.)"
@@ -49,13 +49,13 @@ impl Sockets {
             (false, true) => {
                 let mut listeners = Vec::new();
                 for address in addresses {
-                    for listener in open(address, &mut recovered.listeners).await? {
+                    for listener in open(address, stored).await? {
                         tracing::info!("Listening on {listener}.");
                         listeners.push(Rc::new(listener));
                     }
                 }
                 // What is not asked for any more.
-                recovered.listeners.drain(..).for_each(StoredListener::end);
+                stored.drain(..).for_each(StoredListener::end);
                 Ok(Self::Listeners(listeners))
             }
         }

@@ -10,13 +10,14 @@ use sd_notify::NotifyState;
 use socket2::{SockAddr, SockRef};
 
 use crate::address::{Address, Identity};
-use crate::connection::{Place, Returning};
+use crate::connection::Restored;
 use crate::handover::Handover;
 use crate::ledger::Kept;
-use crate::listen::{Entrance, Listener, Newcomer};
+use crate::listen::{Accepted, Entrance, Listener};
 use crate::notify::Notifier;
 use crate::recovery::{Recovered, Recovery};
 use crate::service::Server;
+use crate::slot::Slot;
 use crate::socket::{Family, abort, lasts};
 
 impl Server {
@@ -42,20 +43,16 @@ impl Server {
                 content.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
             let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
             let (entrance, known_backend) = self.way_in(&client);
-            let (entered, permit) = (entrance.enter(), self.admission.readmit());
-            let reserved = self.descriptors.reserve_anyway();
-            self.workers.resume(|seat| {
-                let place = Place { entered, seat, permit, reserved };
-                Returning {
-                    pair: content,
-                    address,
-                    entrance,
-                    backend,
-                    known_backend,
-                    start,
-                    place,
-                    kept,
-                }
+            let slot = self.slot(&entrance);
+            self.workers.resume(Restored {
+                snapshot: content,
+                client: address,
+                listener: entrance,
+                backend,
+                known_backend,
+                start,
+                slot,
+                journal: kept,
             });
         }
         for Recovery { content: fd, kept, .. } in recovered.clients {
@@ -74,13 +71,21 @@ impl Server {
                 abort(&fd);
                 continue;
             };
-            let (entered, reserved) = (entrance.enter(), self.descriptors.reserve_anyway());
-            let newcomer = Newcomer { fd, family, address, entrance, entered, reserved, kept };
-            self.workers.serve(newcomer, self.admission.readmit(), backend);
+            let slot = self.slot(&entrance);
+            let accepted =
+                Accepted { socket: fd, family, client: address, listener: entrance, slot };
+            self.workers.serve(accepted, backend, kept);
         }
         if self.recovered > 0 {
             tracing::info!("Recovered connections: {}.", self.recovered);
         }
+    }
+
+    /// Returns a slot for a connection of the previous process, whatever the limits are now.
+    fn slot(&self, listener: &Entrance) -> Slot {
+        let mut slot = Slot::new(listener.enter(), self.descriptors.reserve_anyway());
+        slot.admit(self.admission.readmit());
+        slot
     }
 
     /// The listener at which an accepted socket came in, as far as its own address tells, and the

@@ -7,12 +7,9 @@ use std::ffi::OsStr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
-use crate::admission::Overflow;
-use crate::handover::Survival;
 use crate::logging::LogLevel;
 use crate::open::{ListenAddress, MetricsAddress};
 use crate::proxy_header::ProxyProtocol;
-use crate::ready::Ready;
 use crate::socket::Keepalive;
 use crate::timespan::TimeSpan;
 
@@ -58,16 +55,16 @@ pub(crate) fn keepalive(text: &str) -> Result<TimeSpan, String> {
     }
 }
 
-pub(crate) fn handover(text: &str) -> Result<Option<Survival>, String> {
-    Survival::parse(text).ok_or_else(|| failed("handover", text) + " (never, restart or crash)")
+pub(crate) fn handover(text: &str) -> Result<Option<HandoverMode>, String> {
+    HandoverMode::parse(text).ok_or_else(|| failed("handover", text) + " (never, restart or crash)")
 }
 
 pub(crate) fn proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
     ProxyProtocol::parse(text).ok_or_else(|| failed("proxy-protocol", text) + " (v1 or v2)")
 }
 
-pub(crate) fn ready(text: &str) -> Result<Ready, String> {
-    Ready::parse(text).ok_or_else(|| failed("ready", text) + " (connect or notify)")
+pub(crate) fn ready(text: &str) -> Result<ReadyMode, String> {
+    ReadyMode::parse(text).ok_or_else(|| failed("ready", text) + " (connect or notify)")
 }
 
 pub(crate) fn threads(text: &str) -> Result<NonZeroUsize, String> {
@@ -116,6 +113,67 @@ fn parse_unsigned(text: &str) -> Option<u32> {
         return None;
     }
     u32::from_str_radix(digits, radix).ok().filter(|number| !negative || *number == 0)
+}
+
+/// What happens to clients above the connection limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overflow {
+    /// They are accepted and closed.
+    Refuse,
+    /// They stay queued in the kernel, and are accepted in order as others leave.
+    Wait,
+}
+
+impl Overflow {
+    /// Reads the value of `--overflow=`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "refuse" => Some(Self::Refuse),
+            "wait" => Some(Self::Wait),
+            _ => None,
+        }
+    }
+}
+
+/// What open connections survive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandoverMode {
+    /// A stop of the process.
+    Restart,
+    /// Any end of the process.
+    Crash,
+}
+
+impl HandoverMode {
+    /// Reads the value of `--handover=`; `Some(None)` is `never`.
+    pub fn parse(text: &str) -> Option<Option<Self>> {
+        match text {
+            "never" => Some(None),
+            "restart" => Some(Some(Self::Restart)),
+            "crash" => Some(Some(Self::Crash)),
+            _ => None,
+        }
+    }
+}
+
+/// When COMMAND counts as ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadyMode {
+    /// When TARGET accepts a connection.
+    Connect,
+    /// When it sends `READY=1`.
+    Notify,
+}
+
+impl ReadyMode {
+    /// Reads the value of `--ready=`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "connect" => Some(Self::Connect),
+            "notify" => Some(Self::Notify),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

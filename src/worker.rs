@@ -12,29 +12,23 @@ use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::runtime::{Builder, LocalRuntime};
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep};
 
-use crate::address::Address;
-use crate::admission::Permit;
-use crate::connection::{Client, Place, Plan, Returning, Route, resume, serve};
+use crate::connection::{Plan, Restored, Route, resume, serve};
 use crate::handover::Handover;
 use crate::hold::Hold;
 use crate::ledger::Kept;
-use crate::listen::{Entrance, Newcomer};
+use crate::listen::Accepted;
 use crate::logging::{RateLimit, in_words};
-use crate::socket::{Family, Socket};
-use crate::statistics::{Seat, Seats};
+use crate::runtime::start_thread;
+use crate::statistics::Seats;
 
 /// Shorter than the connect timeout by default.
 const TIMER_AHEAD: Duration = Duration::from_secs(5);
@@ -42,38 +36,7 @@ const TIMER_AHEAD: Duration = Duration::from_secs(5);
 /// How long to do with the threads there are, after the system refused one.
 const SCARCE: Duration = Duration::from_secs(10);
 
-static UNWATCHED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
-
-/// An event loop for the thread that asks for it.
-///
-/// # Errors
-/// epoll_create1(2)'s, eventfd(2)'s and the like.
-pub fn event_loop() -> io::Result<LocalRuntime> {
-    Builder::new_current_thread().enable_all().build_local(Default::default())
-}
-
-/// Starts a thread with an event loop for this life, and waits until it has it.
-///
-/// # Errors
-/// clone(2)'s, and those of [`event_loop`].
-pub fn start_thread(
-    name: &str,
-    life: impl AsyncFnOnce() + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
-    let (made, is_made) = sync_channel(1);
-    let live = move || {
-        let event_loop = match event_loop() {
-            Ok(event_loop) => event_loop,
-            Err(error) => return drop(made.send(Err(error))),
-        };
-        let _ = made.send(Ok(()));
-        event_loop.block_on(life());
-    };
-    let handle = thread::Builder::new().name(name.into()).spawn(live)?;
-    is_made.recv().map_err(|_| io::Error::other("it has panicked"))??;
-    Ok(handle)
-}
 
 /// All event loops.
 #[derive(Debug)]
@@ -117,37 +80,32 @@ impl Workers {
         self.plan.loops.carried().into_iter().flatten().sum()
     }
 
-    /// Gives somebody who was admitted, and is for that backend of the plan, to the loop with the
-    /// fewest connections.
-    pub fn serve(&self, newcomer: Newcomer, permit: Permit, backend: usize) {
-        let Newcomer { fd, family, address, entrance, entered, reserved, kept } = newcomer;
-        self.place(|seat| {
-            let place = Place { entered, seat, permit, reserved };
-            Arrival::Client(ArrivingClient { fd, family, address, entrance, backend, place, kept })
-        });
+    /// Gives a connection for a backend of the plan to the loop with the fewest connections.
+    pub fn serve(&self, accepted: Accepted, backend: usize, journal: Option<Kept>) {
+        self.dispatch(Arrival::Accepted(accepted, backend, journal));
     }
 
     /// Gives a connection that was stored to the loop with the fewest.
-    pub fn resume(&self, returning: impl FnOnce(Seat) -> Returning) {
-        self.place(|seat| Arrival::Returning(Box::new(returning(seat))));
+    pub fn resume(&self, restored: Restored) {
+        self.dispatch(Arrival::Restored(Box::new(restored)));
     }
 
-    fn place(&self, arrival: impl FnOnce(Seat) -> Arrival) {
+    fn dispatch(&self, mut arrival: Arrival) {
         let mut threads = self.threads.borrow_mut();
-        let Some(index) = self.choose(&mut threads) else {
-            return self.here.serve(arrival(self.here_seats.take()));
-        };
-        let thread = &threads[index];
-        let arrival = arrival(thread.seats.take());
-        if let Err(unsent) = thread.arrivals.send(arrival) {
-            // Its event loop has panicked, which was said.
-            threads.remove(index);
-            let mut arrival = unsent.0;
-            if let Some(place) = arrival.place() {
-                place.seat = self.here_seats.take();
+        if let Some(index) = self.choose(&mut threads) {
+            let thread = &threads[index];
+            arrival.assign(&thread.seats);
+            match thread.arrivals.send(arrival) {
+                Ok(()) => return,
+                Err(unsent) => {
+                    // Its event loop has panicked, which was logged.
+                    threads.remove(index);
+                    arrival = unsent.0;
+                }
             }
-            self.here.serve(arrival);
         }
+        arrival.assign(&self.here_seats);
+        self.here.serve(arrival);
     }
 
     /// Asks all connections how they are.
@@ -214,30 +172,21 @@ impl Drop for Workers {
 /// What is on the way to an event loop.
 #[derive(Debug)]
 enum Arrival {
-    Client(ArrivingClient),
-    Returning(Box<Returning>),
+    /// A connection, its backend, and its stored form.
+    Accepted(Accepted, usize, Option<Kept>),
+    Restored(Box<Restored>),
     /// How its connections are.
     Question,
 }
 
-#[derive(Debug)]
-struct ArrivingClient {
-    fd: OwnedFd,
-    family: Family,
-    address: Address,
-    entrance: Arc<Entrance>,
-    backend: usize,
-    place: Place,
-    kept: Option<Kept>,
-}
-
 impl Arrival {
-    fn place(&mut self) -> Option<&mut Place> {
-        match self {
-            Self::Client(client) => Some(&mut client.place),
-            Self::Returning(returning) => Some(&mut returning.place),
-            Self::Question => None,
-        }
+    fn assign(&mut self, event_loop: &Seats) {
+        let slot = match self {
+            Self::Accepted(accepted, ..) => &mut accepted.slot,
+            Self::Restored(restored) => &mut restored.slot,
+            Self::Question => return,
+        };
+        slot.assign(event_loop.take());
     }
 }
 
@@ -260,35 +209,16 @@ impl Worker {
     }
 
     fn serve(&self, arrival: Arrival) {
-        let arriving = match arrival {
-            Arrival::Client(client) => client,
-            Arrival::Question => return self.route.orders.ask(),
-            Arrival::Returning(returning) => {
-                spawn_local(resume(*returning, Rc::clone(&self.route)));
-                return;
+        let route = Rc::clone(&self.route);
+        match arrival {
+            Arrival::Question => self.route.orders.ask(),
+            Arrival::Restored(restored) => drop(spawn_local(resume(*restored, route))),
+            Arrival::Accepted(accepted, backend, journal) => {
+                let Some(accepted) = accepted.register() else { return };
+                self.arrived.notify_one();
+                spawn_local(serve(accepted, backend, journal, route));
             }
-        };
-        let ArrivingClient { fd, family, address, entrance, backend, place, kept } = arriving;
-        let socket = match Socket::register(fd, family) {
-            Ok(socket) => socket,
-            Err(error) => {
-                if let Some(suppressed) = UNWATCHED.pass() {
-                    let error = in_words(&error);
-                    tracing::error!(
-                        client = %address,
-                        listener = %entrance,
-                        "Failed to watch a connection, closing it: {error}{suppressed}"
-                    );
-                }
-                return;
-            }
-        };
-        self.arrived.notify_one();
-        if kept.is_some() {
-            socket.set_stored();
         }
-        let client = Client { socket, address, entrance, backend, place, kept };
-        spawn_local(serve(client, Rc::clone(&self.route)));
     }
 
     async fn leave(&self, handover: &Handover) {
