@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use crate::command::CommandLine;
 use crate::getopt::{Word, Words};
+use crate::listen_address::{ListenAddress, MetricsAddress};
 use crate::logging::LogLevel;
-use crate::open::{ListenAddress, MetricsAddress};
 use crate::options::{Arguments, OPTIONS};
 use crate::proxy_header::ProxyProtocol;
 use crate::selector::Targets;

@@ -17,11 +17,12 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::address::Address;
+use crate::host_port::HostPort;
 use crate::logging::{RateLimit, in_words};
 use crate::resolve::{ResolveError, resolve};
 use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
 use crate::statistics::{Dials, Failure};
-use crate::target::{HostPort, Target};
+use crate::target::Target;
 use crate::timespan::TimeSpan;
 
 /// Between two attempts while descriptors or memory are short, at first and at most.

@@ -47,6 +47,8 @@ pub mod options;
 pub mod values;
 pub mod selector;
 pub mod target;
+pub mod listen_address;
+pub mod host_port;
 pub mod timespan;
 pub mod command;
 
@@ -70,6 +72,7 @@ pub mod guard;
 pub mod activation;
 pub mod open;
 pub mod listen;
+mod stored_listener;
 pub mod connected;
 pub mod admission;
 pub mod slot;

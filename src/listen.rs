@@ -4,12 +4,8 @@
 
 use std::cell::Cell;
 use std::fmt;
-use std::fs;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +27,7 @@ use crate::socket::{
     Family, Keepalive, Socket, register, set_nodelay_or_warn, set_oobinline_or_warn,
 };
 use crate::statistics::{EntranceCounts, Seat};
+use crate::stored_listener::SocketFile;
 use crate::sys::accept;
 
 /// How long to leave newcomers queued after accept(2) found the system short of something.
@@ -237,17 +234,17 @@ impl Listener {
 
     /// Its socket file, device and inode.
     pub fn file(&self) -> Option<(u64, u64)> {
-        self.file.as_ref().map(|file| file.identity)
+        self.file.as_ref().map(SocketFile::identity)
     }
 
     /// Leaves its socket file where it is, for the next process.
     pub fn leave_file(&self) {
-        self.file.iter().for_each(|file| file.stays.set(true));
+        self.file.iter().for_each(|file| file.set_stays(true));
     }
 
     /// Takes its socket file along when it is gone.
     pub fn own_file(&self) {
-        self.file.iter().for_each(|file| file.stays.set(false));
+        self.file.iter().for_each(|file| file.set_stays(false));
     }
 
     /// It, as its connections know it.
@@ -343,77 +340,4 @@ pub(crate) fn is_the_newcomers(errno: Errno) -> bool {
             | Errno::OPNOTSUPP
             | Errno::TIMEDOUT
     )
-}
-
-/// A listening socket that the process before this one had opened.
-#[derive(Debug)]
-pub struct StoredListener {
-    /// The socket.
-    pub fd: OwnedFd,
-    /// Its file, device and inode.
-    pub file: Option<(u64, u64)>,
-}
-
-impl StoredListener {
-    /// Where it listens.
-    pub(crate) fn address(&self) -> Option<Address> {
-        let address = SockRef::from(&self.fd).local_addr();
-        address.ok().map(|address| Address::from_sockaddr(&address))
-    }
-
-    /// Its file, if that is still there.
-    fn socket_file(&self) -> Option<SocketFile> {
-        let (Some(Address::Unix(Some(name))), Some(file)) = (self.address(), self.file) else {
-            return None;
-        };
-        let path = name.path()?;
-        (identity(path).ok()? == file).then(|| SocketFile::of(path).ok()).flatten()
-    }
-
-    /// Whether clients find it.
-    pub(crate) fn is_there(&self) -> bool {
-        let file = self.socket_file().inspect(|file| file.stays.set(true));
-        self.file.is_none() || file.is_some()
-    }
-
-    /// Listens on. Its file stays until [`Listener::own_file`]: a start that fails leaves it.
-    pub(crate) fn into_listener(self) -> io::Result<Listener> {
-        let file = self.socket_file().inspect(|file| file.stays.set(true));
-        Listener::from_fd(self.fd, None, file)
-    }
-
-    /// Listens no more, wherever else it is kept, and takes its file along.
-    pub(crate) fn end(self) {
-        drop(self.socket_file());
-        let _ = SockRef::from(&self.fd).shutdown(Shutdown::Both);
-    }
-}
-
-/// A socket file made here: removed at the end, unless somebody has put another in its place.
-#[derive(Debug)]
-pub(crate) struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-    stays: Cell<bool>,
-}
-
-impl SocketFile {
-    /// Notes which file it is.
-    pub(crate) fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { identity: identity(path)?, path: path.into(), stays: Cell::new(false) })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if !self.stays.get() && identity(&self.path).is_ok_and(|identity| identity == self.identity)
-        {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
 }

@@ -2,13 +2,10 @@
 
 #![forbid(unsafe_code)]
 
-use std::ffi::OsStr;
-use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::Duration;
@@ -18,11 +15,13 @@ use rustix::io::Errno;
 use socket2::{Domain, SockAddr, Type};
 use tokio::time::sleep;
 
-use crate::address::{Address, UnixName, parse_vsock};
-use crate::listen::{Listener, SocketFile, StoredListener};
+use crate::address::{Address, UnixName};
+use crate::host_port::{HostPort, Port};
+use crate::listen::Listener;
+use crate::listen_address::ListenAddress;
 use crate::logging::in_words;
 use crate::resolve::resolve;
-use crate::target::{HostPort, Port};
+use crate::stored_listener::{SocketFile, StoredListener};
 
 /// The kernel lowers it to net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -30,93 +29,6 @@ const BACKLOG: i32 = 4096;
 /// How long to wait for another process that is just opening a socket in the same directory.
 const LOCK_ATTEMPTS: usize = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
-
-/// The value of `--listen=`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ListenAddress {
-    /// A port on every address of the machine, IPv6 and IPv4, as `ListenStream=PORT` has it.
-    Any(u16),
-    /// A port on each address of a host.
-    Host(HostPort),
-    /// A Unix socket.
-    Unix(UnixName),
-    /// A virtual machine's socket, vsock(7).
-    Vsock(Address),
-}
-
-impl ListenAddress {
-    /// Reads `PORT`, `HOST:PORT`, `[V6]:PORT`, `/path`, `@abstract`, `vsock:CID:PORT` or
-    /// `vsock::PORT`.
-    ///
-    /// # Errors
-    /// What is wrong with it, in words.
-    pub fn parse(text: &OsStr) -> Result<Self, String> {
-        if let Some(name) = UnixName::parse(text) {
-            return Ok(Self::Unix(name?));
-        }
-        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
-        if let Some(vsock) = parse_vsock(text) {
-            return vsock.map(Self::Vsock);
-        }
-        if let Some(port) = text.strip_prefix(':')
-            && !port.is_empty()
-            && port.bytes().all(|byte| byte.is_ascii_digit())
-        {
-            return Err(format!("every address is the port alone, {port}"));
-        }
-        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-            let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
-            return Ok(Self::Any(port));
-        }
-        HostPort::parse(text, None).map(Self::Host)
-    }
-}
-
-impl fmt::Display for ListenAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Any(port) => port.fmt(f),
-            Self::Host(host_port) => host_port.fmt(f),
-            Self::Unix(name) => name.fmt(f),
-            Self::Vsock(address) => address.fmt(f),
-        }
-    }
-}
-
-/// The value of `--metrics=`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MetricsAddress {
-    /// To be opened.
-    Open(ListenAddress),
-    /// Passed by systemd, with this `FileDescriptorName=`.
-    Passed(String),
-}
-
-impl MetricsAddress {
-    /// Reads `fd:NAME`, or what `--listen=` takes, but vsock, which no scraper speaks.
-    ///
-    /// # Errors
-    /// What is wrong with it, in words.
-    pub fn parse(text: &OsStr) -> Result<Self, String> {
-        match text.as_bytes().strip_prefix(b"fd:") {
-            Some(b"") => Err("fd: stands before the FileDescriptorName= of a passed socket".into()),
-            Some(name) => Ok(Self::Passed(String::from_utf8_lossy(name).into())),
-            None => match ListenAddress::parse(text)? {
-                ListenAddress::Vsock(_) => Err("it has to be TCP or a Unix socket".into()),
-                address => Ok(Self::Open(address)),
-            },
-        }
-    }
-}
-
-impl fmt::Display for MetricsAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Open(address) => address.fmt(f),
-            Self::Passed(name) => write!(f, "fd:{name}"),
-        }
-    }
-}
 
 /// Opens what `--listen=` asks for: one socket, or one for each address of a host; or takes it out of
 /// those that the process before this one had opened and `stored`.
@@ -198,7 +110,7 @@ fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Resul
         _ => false,
     };
     if let Some(stored) = take_stored(stored, is_it) {
-        return stored.into_listener();
+        return reuse(stored);
     }
     let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     // A restart must not wait for the last connections' TIME_WAIT.
@@ -224,7 +136,7 @@ fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Resul
 
 fn open_vsock(address: &Address, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
     if let Some(stored) = take_stored(stored, |it| it == address) {
-        return stored.into_listener();
+        return reuse(stored);
     }
     let socket = socket2::Socket::new(Domain::VSOCK, Type::STREAM, None)?;
     socket.bind(&address.to_sockaddr()?)?;
@@ -235,7 +147,7 @@ fn open_vsock(address: &Address, stored: &mut Vec<StoredListener>) -> io::Result
 async fn open_unix(name: &UnixName, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
     let address = Address::Unix(Some(Box::new(name.clone())));
     if let Some(stored) = take_stored(stored, |it| *it == address) {
-        return stored.into_listener();
+        return reuse(stored);
     }
     let address = address.to_sockaddr()?;
     let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -277,6 +189,11 @@ fn take_stored(
 }
 
 /// Locks a directory, unless somebody else holds on to it: anybody who can read it can.
+fn reuse(stored: StoredListener) -> io::Result<Listener> {
+    let (fd, file) = stored.into_parts();
+    Listener::from_fd(fd, None, file)
+}
+
 async fn lock_directory(directory: &Path) -> Option<File> {
     let directory = File::open(directory).ok()?;
     for _ in 0..LOCK_ATTEMPTS {
@@ -304,18 +221,6 @@ fn is_stale(path: &Path, address: &SockAddr) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn listen_addresses_read_and_print() {
-        for text in
-            ["8080", "localhost:8080", "[::1]:8080", "/run/a.sock", "@a", "vsock:3:7", "vsock::7"]
-        {
-            assert_eq!(ListenAddress::parse(OsStr::new(text)).unwrap().to_string(), text);
-        }
-        for text in ["", "99999", "localhost", "[::1]", ":80", "@"] {
-            assert!(ListenAddress::parse(OsStr::new(text)).is_err(), "{text}");
-        }
-    }
 
     #[tokio::test]
     async fn only_a_stale_socket_file_is_replaced_and_only_our_own_removed() {

@@ -7,8 +7,8 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use crate::getopt::{Known, Meaning};
+use crate::listen_address::{ListenAddress, MetricsAddress};
 use crate::logging::LogLevel;
-use crate::open::{ListenAddress, MetricsAddress};
 use crate::proxy_header::ProxyProtocol;
 use crate::timespan::TimeSpan;
 use crate::values;

@@ -13,11 +13,11 @@ use socket2::SockRef;
 use tokio::time::Instant;
 
 use crate::ledger::{Kept, Ledger, now};
-use crate::listen::StoredListener;
 use crate::parcel::{Content, Parcel, ids, unpack};
 use crate::queue::Message;
 use crate::snapshot::{BufferedSnapshot, Snapshot};
 use crate::socket::{has_hung_up, has_unread};
+use crate::stored_listener::StoredListener;
 use crate::sys::queued;
 
 /// What the process before this one has left.

@@ -11,8 +11,8 @@ use std::net::SocketAddr;
 use dns_lookup::{AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
+use crate::host_port::HostPort;
 use crate::logging::in_words;
-use crate::target::HostPort;
 
 /// Why there is no address.
 #[derive(Debug)]

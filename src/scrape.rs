@@ -36,13 +36,15 @@ use crate::activation::Inherited;
 use crate::address::Address;
 use crate::descriptors::{SCRAPERS_MAX, UNTAKEN_MAX};
 use crate::exposition::Form;
-use crate::listen::{ACCEPT_PAUSE, Listener, SocketFile, is_the_newcomers};
+use crate::listen::{ACCEPT_PAUSE, Listener, is_the_newcomers};
+use crate::listen_address::MetricsAddress;
 use crate::logging::{RateLimit, in_words};
 use crate::metrics::Metrics;
-use crate::open::{MetricsAddress, open};
+use crate::open::open;
 use crate::runtime;
 use crate::runtime::start_thread;
 use crate::socket::{Family, register};
+use crate::stored_listener::SocketFile;
 use crate::sys::{accept, queued};
 
 /// For one of them, from accept to close.

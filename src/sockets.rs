@@ -8,9 +8,11 @@ use std::rc::Rc;
 use crate::activation::Inherited;
 use crate::address::Identity;
 use crate::connected::Connected;
-use crate::listen::{Listener, StoredListener};
-use crate::open::{ListenAddress, open};
+use crate::listen::Listener;
+use crate::listen_address::ListenAddress;
+use crate::open::open;
 use crate::socket::Keepalive;
+use crate::stored_listener::StoredListener;
 use crate::target::Target;
 
 /// What was passed or opened.

@@ -7,8 +7,8 @@ use std::ffi::OsStr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
+use crate::listen_address::{ListenAddress, MetricsAddress};
 use crate::logging::LogLevel;
-use crate::open::{ListenAddress, MetricsAddress};
 use crate::proxy_header::ProxyProtocol;
 use crate::socket::Keepalive;
 use crate::timespan::TimeSpan;

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use crate::getopt::{Known, Meaning, Word, Words};
-use crate::open::ListenAddress;
+use crate::listen_address::ListenAddress;
 use crate::units::SYSTEMDS;
 use crate::units::proxy::Units;
 use crate::units::values::{account, idle, listen, metrics, service};

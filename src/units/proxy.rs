@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use crate::address::Identity;
-use crate::open::ListenAddress;
+use crate::listen_address::ListenAddress;
 use crate::selector::Targets;
 use crate::target::Target;
 use crate::units::arguments::{Arguments, PROGRAM};

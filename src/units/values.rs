@@ -5,8 +5,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::address::Address;
-use crate::open::ListenAddress;
-use crate::target::{Port, Target};
+use crate::host_port::Port;
+use crate::listen_address::ListenAddress;
+use crate::target::Target;
 use crate::timespan::TimeSpan;
 use crate::units::escape::{check_value, unit_name};
 use crate::units::text::{HOMES, TEMPORARY};

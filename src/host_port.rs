@@ -1,0 +1,132 @@
+//! `HOST:PORT` and `[V6]:PORT`, read and printed. Names are looked up by `resolve`.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+/// A host and a port, neither of them looked up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPort {
+    /// A name or an address; not empty, no brackets.
+    pub host: String,
+    /// A number or a service name.
+    pub port: Port,
+}
+
+/// A TCP port as written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// 0 to 65535.
+    Number(u16),
+    /// A name from services(5).
+    Service(String),
+}
+
+impl HostPort {
+    /// Reads `HOST:PORT`, split at the last colon, or `[V6]:PORT`; with a default port also `HOST`
+    /// and `[V6]`.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(text: &str, default_port: Option<&str>) -> Result<Self, String> {
+        let (host, port) = if let Some(rest) = text.strip_prefix('[') {
+            let (host, rest) = rest.split_once(']').ok_or("there is no ] after the [")?;
+            if !is_ipv6(host) {
+                return Err(format!("\"{host}\" is not an IPv6 address"));
+            }
+            match rest.strip_prefix(':') {
+                Some(port) => (host, Some(port)),
+                None if rest.is_empty() => (host, None),
+                None => return Err("after ] there can only be :PORT".into()),
+            }
+        } else if let Some((host, port)) = text.rsplit_once(':') {
+            if host.contains(':') && !is_ipv6(host) {
+                return Err(if is_ipv6(text) {
+                    format!("an IPv6 address is written [{text}] or [{text}]:PORT")
+                } else {
+                    format!("\"{host}\" is neither a name nor an address")
+                });
+            }
+            (host, Some(port))
+        } else {
+            (text, None)
+        };
+        if host.is_empty() {
+            return Err(match port {
+                Some(port) if !port.is_empty() => {
+                    format!("the host is empty; of this machine it is 127.0.0.1:{port}")
+                }
+                _ => "the host is empty".into(),
+            });
+        }
+        if host.contains('\0') {
+            return Err("the host contains a NUL byte".into());
+        }
+        if host.contains('/') {
+            return Err("no host has a slash in its name, a path begins with one, and a COMMAND follows after --".into());
+        }
+        if host.contains('=') {
+            return Err("no host has a = in its name".into());
+        }
+        if host == "*" {
+            // getaddrinfo(3) takes it for the loopback address.
+            return Err("* is no host; every address is --listen=PORT".into());
+        }
+        let port = port.or(default_port).ok_or("there is no port")?;
+        Ok(Self { host: host.into(), port: Port::parse(port)? })
+    }
+
+    /// The address, when the host is one and the port a number.
+    pub fn literal(&self) -> Option<SocketAddr> {
+        let Port::Number(port) = self.port else {
+            return None;
+        };
+        let host: IpAddr = self.host.parse().ok()?;
+        Some(SocketAddr::new(host, port))
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl Port {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("the port is empty".into());
+        }
+        if text.contains('\0') {
+            return Err("the port contains a NUL byte".into());
+        }
+        if text.contains('/') {
+            return Err("no port has a slash in its name, and a path begins with one".into());
+        }
+        if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return text
+                .parse()
+                .map(Self::Number)
+                .map_err(|_| format!("port {text} is above 65535"));
+        }
+        Ok(Self::Service(text.into()))
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Service(name) => name.fmt(f),
+        }
+    }
+}
+
+/// An IPv6 address, possibly with a scope (`fe80::1%eth0`), which only getaddrinfo can read.
+fn is_ipv6(host: &str) -> bool {
+    let address = host.split_once('%').map_or(host, |(address, _)| address);
+    address.parse::<Ipv6Addr>().is_ok()
+}
