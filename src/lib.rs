@@ -1,122 +1,75 @@
-//! A listening socket from systemd, or one opened here, and each connection on it carried to a TCP
-//! or Unix backend by splice(2).
+//! A proxy from listening sockets, passed by systemd or opened here, to TCP and Unix backends.
 //!
 //! # The map
 //!
-//! Values move forward by ownership, in the order in which a connection lives; no stage calls back
-//! into an earlier one:
+//! A connection passes from one folder to the next by ownership. No stage calls back into an earlier one.
 //!
 //! ```text
-//! Inherited -> Listener -> Newcomer -> + Permit -> Client -> + backend -> + header -> Pair -> Closed
-//! activation   listen      listen, or  admission   worker    backend      proxy_header forward, flow
-//!   or open                connected                         hold, dial                pipe, quiet
+//! listen/           limits/    connection/   backend/     proxy_protocol   forward/      handover/
+//! PassedFd          Permit                   Socket       header bytes     Forwarder     Detached
+//!    |                |                        |             |               |  |           |
+//! Listener -> Accepted + Slot -> EventLoop -> + backend -> + header --------'  '- closed   record in
+//!                                                                                  or -> the journal
 //! ```
 //!
-//! With `--handover=` a connection that leaves its process goes on in the next one:
+//! With `--handover=` the next process replays the journal, and each record becomes a forwarder again.
 //!
-//! ```text
-//! Pair  -> Left      -> Parcel -> Queue, which systemd keeps -> Parcel   -> Returning -> Pair
-//! orders   connection   parcel    ledger, queue, store         recovery    takeover     keep
-//! ```
+//! The modules below stand in this order: a module imports only modules that stand below it.
 //!
-//! Two functions know the order: [`service::run`], the life of the process, and
-//! [`connection::serve`], the life of a connection. Beside them COMMAND has a life of its own,
-//! [`application::Application::live`]; a connection only waits for its phases.
-//!
-//! The modules below stand in that order: what the command line says, the process, a connection on
-//! its way, and what all of them lean on. The leaves ([`timespan`], [`address`], [`target`],
-//! [`proxy_header`], [`pipe`], [`activation`]) know nothing of the product.
-//!
-//! - Parsing ends in [`cli`]: after a [`cli::Config`] exists no string is interpreted again.
-//! - Counting is dropping: a [`admission::Permit`] lives from accept to close, and the idle timers
-//!   and `STATUS=` wait for the count.
-//! - The main thread accepts, and serves; with `--threads=` others serve, too. From [`worker`] on
-//!   nothing of a connection leaves its thread.
-//! - A [`socket::Socket`] that is dropped instead of closed is reset: whatever ends a connection
-//!   early (a signal, a panic), its peers don't take it for whole.
-//! - Unsafe code stands in [`socket`], `sys`, [`activation`] and [`dispositions`], and in the one call of
-//!   the latter in `main`.
+//! - Two functions know the order of things: the life of the process ([`service`]) and the life of a
+//!   connection ([`connection`]).
+//! - COMMAND has a life of its own ([`backend::command`]); a connection only waits for its states.
+//! - Parsing ends in [`config`]: once a [`config::Config`] exists, no string is interpreted again.
+//! - Counting is dropping: a [`limits::slot::Slot`] lives from accept to close, and everything that waits
+//!   for connections to end watches the count.
+//! - The main thread accepts and serves. With `--threads=` other threads serve as well. Nothing of a
+//!   connection leaves its event loop.
+//! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a signal
+//!   or a panic must not look complete to its peers.
+//! - Unsafe code stands in [`socket::sys`], [`listen::activation`] and [`runtime::dispositions`], and in
+//!   one call in `main`.
+
+#![deny(unsafe_code)]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("socket-proxyd needs Linux: splice(2), epoll(7) and systemd");
 
-// What the command line says.
-pub mod cli;
-pub mod getopt;
-pub mod options;
-pub mod values;
-pub mod selector;
-pub mod target;
-pub mod listen_address;
-pub mod host_port;
-pub mod timespan;
-pub mod command;
+// The two programs.
+mod service;
+mod unit_writer;
 
-// The life of the process.
-pub mod service;
-pub mod sockets;
-pub mod dispositions;
-pub mod signals;
-pub mod drain;
-mod status;
-pub mod takeover;
+// The life of a connection, from its end to its beginning.
+mod metrics;
+mod connection;
+mod handover;
+mod backend;
+mod listen;
+mod forward;
+mod limits;
 
-// The life of COMMAND.
-pub mod application;
-pub mod phase;
-pub mod ready;
-pub mod run;
-pub mod guard;
-
-// The life of a connection.
-pub mod activation;
-pub mod open;
-pub mod listen;
-mod stored_listener;
-pub mod connected;
-pub mod admission;
-pub mod slot;
-pub mod worker;
-pub mod connection;
-pub mod backend;
-pub mod hold;
-pub mod dial;
-pub mod resolve;
-pub mod proxy_header;
-pub mod forward;
-pub mod flow;
-pub mod pipe;
-mod turns;
-pub mod snapshot;
-pub mod quiet;
-pub mod roster;
-pub mod orders;
-pub mod socket;
-mod sys;
-
-// What outlives the process.
-pub mod keep;
-pub mod handover;
-pub mod recovery;
-pub mod ledger;
-pub mod parcel;
-pub mod queue;
-pub mod store;
-
-// The unit writer, a program of its own.
-pub mod units;
-
-// What is seen from outside.
-pub mod scrape;
-pub mod metrics;
-pub mod exposition;
-pub mod statistics;
-
-// What they lean on.
-pub mod address;
-pub mod bytes;
-pub mod descriptors;
-pub mod idle;
-pub mod logging;
-pub mod notify;
+// What the others lean on. They know nothing of each other's subjects.
+mod notify;
+mod config;
+mod proxy_protocol;
+mod counters;
 mod runtime;
+mod socket;
+mod logging;
+
+pub use service::program::run;
+pub use unit_writer::run as write_units;
+
+#[doc(hidden)]
+pub mod testing {
+    //! What the tests of the forwarder and of the journal look into.
+    pub use crate::config::timespan::TimeSpan;
+    pub use crate::counters::{Carried, Seats};
+    pub use crate::forward::flow::Shared;
+    pub use crate::forward::pipe::Limits;
+    pub use crate::forward::{Closed, Ending, Outcome, Pair};
+    pub use crate::handover::queue::Queue;
+    pub use crate::handover::record::{Content, Parcel, ids, pack};
+    pub use crate::handover::replay::sort_out;
+    pub use crate::listen::activation::take_inherited;
+    pub use crate::socket::{Family, Socket};
+}

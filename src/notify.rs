@@ -4,8 +4,6 @@
 //! full (a daemon-reload, the boot), what systemd acts on is tried again until it is sent: `READY=1`,
 //! `WATCHDOG=1`, and what the store is told. A status, and `STOPPING=1`, are left out.
 
-#![forbid(unsafe_code)]
-
 use std::convert::Infallible;
 use std::env;
 use std::io::{self, IoSlice};

@@ -6,7 +6,7 @@ mod support;
 use std::env;
 use std::process::Command;
 
-use socket_proxyd::activation::take_inherited;
+use socket_proxyd::testing::take_inherited;
 use support::*;
 
 const CHILD: &str = "ACTIVATION_TEST_CHILD";

@@ -12,11 +12,7 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::{Digest, Sha256};
-use socket_proxyd::flow::Shared;
-use socket_proxyd::forward::{self, Closed, Ending, Pair};
-use socket_proxyd::pipe::Limits;
-use socket_proxyd::socket;
-use socket_proxyd::statistics::{self, Seats};
+use socket_proxyd::testing::{self as proxy, Closed, Ending, Limits, Pair, Seats, Shared};
 use socket2::Socket;
 use support::*;
 use tokio::time::Instant;
@@ -73,10 +69,10 @@ impl Carried {
             // As the listener and the dialler set it.
             socket.set_out_of_band_inline(true).unwrap();
             let family = match family {
-                Family::Tcp => socket::Family::Tcp,
-                Family::Unix => socket::Family::Unix,
+                Family::Tcp => proxy::Family::Tcp,
+                Family::Unix => proxy::Family::Unix,
             };
-            socket::Socket::register(socket.into(), family).unwrap()
+            proxy::Socket::register(socket.into(), family).unwrap()
         };
         let forwarder = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
@@ -85,7 +81,7 @@ impl Carried {
                 .build_local(Default::default())
                 .unwrap();
             runtime.block_on(async {
-                let carried = Arc::<statistics::Carried>::default();
+                let carried = Arc::<proxy::Carried>::default();
                 let pipes = Seats::default();
                 let shared = Rc::new(Shared::new(limits, pipes.clone()));
                 let (near, far) = (ours(near_inner, near), ours(far_inner, far));
@@ -93,7 +89,7 @@ impl Carried {
                 let preface_len = preface.len() as u64;
                 let (ours, count) = (Rc::clone(&shared), Arc::clone(&carried));
                 let pair = Pair::new(client, backend, preface, ours, count, None);
-                let forward::Outcome::Closed(closed) = pair.run(None, |_| {}).await.unwrap() else {
+                let proxy::Outcome::Closed(closed) = pair.run(None, |_| {}).await.unwrap() else {
                     unreachable!("nobody tells it to leave")
                 };
                 let delivered = [preface_len + closed.from_client, closed.from_backend];

@@ -13,9 +13,7 @@ use std::time::Duration;
 
 use keeper::Keeper;
 use rustix::process::Signal;
-use socket_proxyd::parcel::{Content, Parcel, ids, pack};
-use socket_proxyd::queue::Queue;
-use socket_proxyd::recovery::sort_out;
+use socket_proxyd::testing::{Content, Parcel, Queue, ids, pack, sort_out};
 use socket2::{SockAddr, Socket};
 use support::*;
 use tokio::time::Instant;

@@ -1,4 +1,4 @@
-//! What each steady state costs in system calls, as the theory of operation in src/forward.rs says.
+//! What each steady state costs in system calls, as the theory of operation in src/forward/mod.rs says.
 //!
 //! Needs strace(1) and the right to use it; says so when it is skipped.
 

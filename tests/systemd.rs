@@ -46,7 +46,7 @@ fn main() -> ExitCode {
 }
 
 fn time_spans(_: &Container) {
-    use socket_proxyd::timespan::TimeSpan;
+    use socket_proxyd::testing::TimeSpan;
     let numbers = ["", "5", "0", "007", "+12", "99999", "1844674407370955161", "-1"];
     let fractions = ["", ".", ".5", ".0000005", ".999999999999"];
     let units = ["", "s", " sec", "ms", "us", "m", " min", "h", "d", "w", "M", "y", "months", "ns"];

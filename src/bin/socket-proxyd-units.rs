@@ -1,12 +1,10 @@
-//! The unit writer: its work is in `socket_proxyd::units`.
+//! The unit writer: its work is in `socket_proxyd::write_units`.
 
 use std::env;
 use std::process::ExitCode;
 
-use socket_proxyd::units;
-
 fn main() -> ExitCode {
-    match units::run(env::args_os()) {
+    match socket_proxyd::write_units(env::args_os()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(line) => {
             eprintln!("{line}");

@@ -1,0 +1,472 @@
+//! COMMAND's life: started for the first client, ready, idle, stopped, and started again.
+//!
+//! One task lives it ([`Application::live`]), from top to bottom; everybody else watches the
+//! [`Phase`]. A client that needs COMMAND is counted as waiting until it is ready, and that count
+//! is all that starts it.
+
+pub mod guard;
+pub mod process;
+pub mod ready;
+pub mod state;
+
+use std::convert::Infallible;
+use std::mem;
+use std::process::ExitStatus;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::backend::command::process::Run;
+use crate::backend::command::ready::{Family, NotifyPlace, NotifySocket};
+use crate::backend::command::state::Phase;
+use crate::backend::connect::DialError;
+use crate::backend::wait::{Hold, Pauses};
+use crate::config::command::CommandLine;
+use crate::config::target::Target;
+use crate::config::timespan::TimeSpan;
+use crate::counters::Starts;
+use crate::limits::Occupancy;
+use crate::limits::idle::idle_for;
+use crate::logging::{RateLimit, in_words};
+use crate::socket::Socket;
+
+/// Between two attempts to start what fails, at first and at most.
+const PAUSE_FIRST: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+const DOUBLINGS_MAX: u32 = 7;
+
+/// A run that has been ready for this long is no failure to start, however it ends.
+const STEADY: Duration = Duration::from_secs(1);
+
+/// Before COMMAND is started nobody else may answer at the target. Who does not answer within this
+/// time, listens for nobody.
+const FOREIGN_ANSWER: Duration = Duration::from_secs(1);
+
+/// Between two looks whether somebody else still serves the target, or whether it still can't be
+/// reached. It may be COMMAND's last run, ending behind a proxy that was killed.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// COMMAND runs and is not ready: after this long that is said.
+const SLOW: Duration = Duration::from_secs(10);
+
+static LIFE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
+static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
+static STANDING: RateLimit = RateLimit::new(1, Duration::from_secs(10));
+
+/// An application that runs only while somebody uses it.
+#[derive(Debug)]
+pub struct Application {
+    command: CommandLine,
+    /// What it has to serve.
+    target: Target,
+    /// Where it says that it is ready; without it, it is when the target answers.
+    notify: Option<NotifyPlace>,
+    stop_idle_time: TimeSpan,
+    /// The soft limit on descriptors that it is given.
+    descriptors: Option<u64>,
+    phase: watch::Sender<Phase>,
+    /// What it is that keeps clients waiting, while it is not ready.
+    obstacle: Mutex<String>,
+    /// Clients that need it.
+    waiting: watch::Sender<usize>,
+    /// Nobody is to be started, and who runs is to be stopped.
+    halted: watch::Sender<bool>,
+    starts: Arc<Starts>,
+}
+
+/// A run of COMMAND that was ready when it was given out.
+#[derive(Debug)]
+pub struct ReadyRun(watch::Receiver<Phase>);
+
+impl ReadyRun {
+    /// Waits until COMMAND is not ready any more: it has ended, or is about to be stopped.
+    pub async fn over(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
+
+/// A client that waits for COMMAND.
+struct Waiting<'a>(&'a Application);
+
+impl<'a> Waiting<'a> {
+    fn new(application: &'a Application) -> Self {
+        application.waiting.send_modify(|waiting| *waiting += 1);
+        Self(application)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.send_modify(|waiting| *waiting -= 1);
+    }
+}
+
+impl Application {
+    /// `target` is what COMMAND has to serve; `notify` where it says that it is ready; `descriptors`
+    /// the soft limit on them that it is given.
+    pub fn new(
+        command: CommandLine,
+        target: Target,
+        notify: Option<NotifyPlace>,
+        stop_idle_time: TimeSpan,
+        descriptors: Option<u64>,
+    ) -> Self {
+        Self {
+            command,
+            target,
+            notify,
+            stop_idle_time,
+            descriptors,
+            phase: watch::Sender::default(),
+            obstacle: Mutex::default(),
+            waiting: watch::Sender::default(),
+            halted: watch::Sender::default(),
+            starts: Arc::default(),
+        }
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> &CommandLine {
+        &self.command
+    }
+
+    /// To see the phase and wait for it to change.
+    pub fn watch(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    /// How often it was started.
+    pub fn starts(&self) -> &Arc<Starts> {
+        &self.starts
+    }
+
+    /// What keeps clients waiting; `None` when it is not COMMAND.
+    pub fn obstacle(&self) -> Option<String> {
+        (*self.phase.borrow() != Phase::Ready).then(|| self.current_obstacle())
+    }
+
+    /// Waits until COMMAND is ready; that somebody waits is what starts it.
+    ///
+    /// # Errors
+    /// In words, what time can't mend.
+    pub async fn ready(&self) -> Result<ReadyRun, String> {
+        let mut phase = self.watch();
+        if *phase.borrow_and_update() == Phase::Ready {
+            return Ok(ReadyRun(phase));
+        }
+        let _waiting = Waiting::new(self);
+        loop {
+            if phase.changed().await.is_err() {
+                std::future::pending().await
+            }
+            let now = *phase.borrow_and_update();
+            match now {
+                Phase::Ready => return Ok(ReadyRun(phase)),
+                Phase::Hopeless => return Err(self.current_obstacle()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Stops COMMAND and waits until it is gone; starts no other until [`Application::resume`].
+    pub async fn halt(&self) {
+        self.halted.send_replace(true);
+        let _ = self.watch().wait_for(|phase| phase.is_at_rest()).await;
+    }
+
+    /// Lets it be started again.
+    pub fn resume(&self) {
+        self.halted.send_replace(false);
+    }
+
+    /// Lives its life, for ever. `occupancy` is the proxy's, for the idle time.
+    pub async fn live(self: Arc<Self>, hold: Rc<Hold>, mut occupancy: Occupancy) -> Infallible {
+        let mut failures = 0;
+        loop {
+            self.needed().await;
+            let end = self.run(&hold, &mut occupancy).await;
+            let pause = self.take_note(end, &mut failures);
+            sleep(pause).await;
+        }
+    }
+
+    /// Waits until a client needs it, and it may be started.
+    async fn needed(&self) {
+        let (mut waiting, mut halted) = (self.waiting.subscribe(), self.halted.subscribe());
+        while *waiting.borrow_and_update() == 0 || *halted.borrow_and_update() {
+            tokio::select! {
+                _ = waiting.changed() => {}
+                _ = halted.changed() => {}
+            }
+        }
+    }
+
+    /// From the decision to start it to the moment when nothing of it is left.
+    async fn run(&self, hold: &Hold, occupancy: &mut Occupancy) -> End {
+        self.phase.send_replace(Phase::Starting);
+        let mut halted = self.halted.subscribe();
+        let reason = tokio::select! {
+            biased;
+            _ = halted.wait_for(|halted| *halted) => return End::Asked,
+            () = idle_for(self.stop_idle_time, occupancy) => return End::Idle,
+            reason = self.nobody_answers(hold) => match reason {
+                Ok(reason) => reason,
+                Err(end) => return end,
+            },
+        };
+        if let Some(suppressed) = LIFE.pass() {
+            let (name, target) = (&self.command, &self.target);
+            tracing::info!("Starting {name}, {target} does not answer yet ({reason}).{suppressed}");
+        }
+        // Not earlier: what is left of it when the proxy is killed is removed by the guard.
+        let notify = match self.notify.as_ref().map(NotifyPlace::open).transpose() {
+            Ok(notify) => notify,
+            Err(error) => return End::Failed(error),
+        };
+        let hear = async {
+            match &notify {
+                Some(notify) => notify.hear().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            end = self.run_with(notify.as_ref(), hold, occupancy) => end,
+            never = hear => match never {},
+        }
+    }
+
+    /// A run that says on a socket that it is ready, if there is one.
+    async fn run_with(
+        &self,
+        notify: Option<&NotifySocket>,
+        hold: &Hold,
+        occupancy: &mut Occupancy,
+    ) -> End {
+        let mut run = None;
+        let mut halted = self.halted.subscribe();
+        let end = tokio::select! {
+            biased;
+            _ = halted.wait_for(|halted| *halted) => End::Asked,
+            () = idle_for(self.stop_idle_time, occupancy) => End::Idle,
+            end = self.serve(notify, hold, &mut run) => end,
+        };
+        if let Some(run) = run {
+            let name = &self.command;
+            match end {
+                End::Asked => tracing::info!("Stopping {name}."),
+                End::Idle => {
+                    if let Some(suppressed) = LIFE.pass() {
+                        let time = self.stop_idle_time;
+                        tracing::info!("Stopping {name}, no connection for {time}.{suppressed}");
+                    }
+                }
+                _ => {}
+            }
+            self.set_obstacle(format!("{name} is still stopping"));
+            self.phase.send_replace(Phase::Stopping);
+            run.stop().await;
+        }
+        end
+    }
+
+    /// Starts it, and waits until it is ready and until it ends.
+    async fn serve(
+        &self,
+        notify: Option<&NotifySocket>,
+        hold: &Hold,
+        run: &mut Option<Run>,
+    ) -> End {
+        let name = &self.command;
+        self.starts.all.add_one();
+        let start = Instant::now();
+        let failed = |error| End::Failed(format!("Failed to start {name}: {}", in_words(&error)));
+        let started = match Run::start(notify.map(NotifySocket::path)) {
+            Ok(started) => run.insert(started),
+            Err(error) => return failed(error),
+        };
+        let family = match started.launch(&self.command, self.descriptors).await {
+            Ok(family) => family,
+            Err(error) => return failed(error),
+        };
+        let reached = tokio::select! {
+            biased;
+            // First: if it can't listen because somebody else does, that one is not it.
+            status = started.exited() => {
+                return self.has_failed("before", status);
+            }
+            reached = self.is_ready(notify, hold, family) => reached,
+            never = self.warn_if_slow() => match never {},
+        };
+        let reached = match reached {
+            Ok(reached) => reached,
+            Err(error) => return End::Hopeless(error),
+        };
+        if let Some(suppressed) = LIFE.pass() {
+            let took = start.elapsed().as_secs_f32();
+            tracing::info!("{name} is ready after {took:.2}s.{suppressed}");
+        }
+        let ready = Instant::now();
+        // First, so that it is there for whoever wakes up first.
+        if let Some(socket) = reached {
+            hold.offer(socket);
+        }
+        self.phase.send_replace(Phase::Ready);
+        let status = started.exited().await;
+        if ready.elapsed() < STEADY {
+            return self.has_failed("as soon as", status);
+        }
+        End::Died(status)
+    }
+
+    fn has_failed(&self, when: &str, status: Option<ExitStatus>) -> End {
+        let (name, how) = (&self.command, how(status));
+        let hint = match status {
+            Some(status) if status.success() => "; it has to stay in the foreground",
+            _ => "",
+        };
+        End::Failed(format!("{name} has ended {when} it was ready ({how}){hint}"))
+    }
+
+    /// Makes sure that it has the target for itself: why nobody answers there.
+    async fn nobody_answers(&self, hold: &Hold) -> Result<String, End> {
+        let target = &self.target;
+        self.set_obstacle(format!("Failed to connect to remote host: {target}: no answer"));
+        match timeout(FOREIGN_ANSWER, hold.dialer.dial_once()).await {
+            Ok(Ok(socket)) => {
+                socket.close();
+                Err(End::Foreign)
+            }
+            Ok(Err(error)) if error.is_full_backlog() => Err(End::Foreign),
+            Ok(Err(error)) if !error.may_pass() => Err(End::Hopeless(error)),
+            Ok(Err(error)) => Ok(error.reason()),
+            Err(_) => Ok("no answer".into()),
+        }
+    }
+
+    /// Waits until it says that it is ready, or answers, as long as somebody waits for that; then
+    /// gives the connection.
+    async fn is_ready(
+        &self,
+        notify: Option<&NotifySocket>,
+        hold: &Hold,
+        family: Family,
+    ) -> Result<Option<Socket>, DialError> {
+        let name = &self.command;
+        if let Some(notify) = notify {
+            self.set_obstacle(format!("{name} runs, but has not sent READY=1"));
+            notify.ready(family).await;
+            return Ok(None);
+        }
+        let mut pauses = Pauses::default();
+        let mut waiting = self.waiting.subscribe();
+        loop {
+            pauses.next().await;
+            let _ = waiting.wait_for(|waiting| *waiting > 0).await;
+            match hold.dialer.dial_once().await {
+                Ok(socket) => return Ok(Some(socket)),
+                Err(error) if !error.may_pass() => return Err(error),
+                Err(error) => self.set_obstacle(format!("{error} ({name} runs)")),
+            }
+        }
+    }
+
+    /// Says once what it is that clients wait for.
+    async fn warn_if_slow(&self) -> Infallible {
+        sleep(SLOW).await;
+        if let Some(suppressed) = LIFE.pass() {
+            let obstacle = self.current_obstacle();
+            tracing::warn!(
+                "{} is not ready after {}s: {obstacle}.{suppressed}",
+                self.command,
+                SLOW.as_secs()
+            );
+        }
+        std::future::pending().await
+    }
+
+    /// Logs and publishes how a run has ended; how long to wait before the next.
+    fn take_note(&self, end: End, failures: &mut u32) -> Duration {
+        let name = &self.command;
+        let before = mem::take(failures);
+        let (failure, phase, pause) = match end {
+            End::Asked | End::Idle => {
+                self.phase.send_replace(Phase::Stopped);
+                return Duration::ZERO;
+            }
+            End::Died(status) => {
+                if let Some(suppressed) = FAILURES.pass() {
+                    let how = how(status);
+                    tracing::warn!(
+                        "{name} has ended ({how}), the next client starts it again.{suppressed}"
+                    );
+                }
+                self.phase.send_replace(Phase::Stopped);
+                return Duration::ZERO;
+            }
+            End::Failed(failure) => {
+                self.starts.failed.add_one();
+                *failures = before.saturating_add(1);
+                let pause = PAUSE_FIRST * 2_u32.pow(before.min(DOUBLINGS_MAX));
+                (failure, Phase::Failed(*failures), pause.min(PAUSE_MAX))
+            }
+            End::Foreign => {
+                let target = &self.target;
+                let failure =
+                    format!("Failed to start {name}: somebody else serves {target} already");
+                (failure, Phase::Occupied, LOOK_AGAIN)
+            }
+            End::Hopeless(error) => (error.to_string(), Phase::Hopeless, LOOK_AGAIN),
+        };
+        match phase {
+            Phase::Failed(times) => {
+                if let Some(suppressed) = FAILURES.pass() {
+                    let pause = TimeSpan::new(pause);
+                    tracing::error!(
+                        "{failure}; failure {times} in a row, next attempt in {pause}.{suppressed}"
+                    );
+                }
+            }
+            _ => {
+                if let Some(suppressed) = STANDING.pass() {
+                    tracing::error!("{failure}.{suppressed}");
+                }
+            }
+        }
+        self.set_obstacle(failure);
+        self.phase.send_replace(phase);
+        pause
+    }
+
+    fn current_obstacle(&self) -> String {
+        self.obstacle.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_obstacle(&self, obstacle: String) {
+        *self.obstacle.lock().unwrap_or_else(PoisonError::into_inner) = obstacle;
+    }
+}
+
+/// How a run of COMMAND came to its end.
+enum End {
+    /// Halted.
+    Asked,
+    /// Nobody used it.
+    Idle,
+    /// The target answers without it.
+    Foreign,
+    /// Time won't mend what keeps us from the target.
+    Hopeless(DialError),
+    /// It was never ready, or only for a moment.
+    Failed(String),
+    /// By itself, after it had served.
+    Died(Option<ExitStatus>),
+}
+
+fn how(status: Option<ExitStatus>) -> String {
+    status.map_or_else(|| "its guard was killed".into(), |status| status.to_string())
+}

@@ -1,0 +1,86 @@
+//! The way to the backend: at once, or held until it is up, or until COMMAND has started it.
+
+pub mod command;
+pub mod wait;
+pub mod connect;
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::time::timeout_at;
+
+use crate::backend::command::Application;
+use crate::backend::connect::Dialer;
+use crate::backend::wait::Hold;
+use crate::config::target::Target;
+use crate::config::timespan::TimeSpan;
+use crate::counters::Seats;
+use crate::socket::Socket;
+
+/// What all clients are connected to.
+#[derive(Debug)]
+pub struct Backend {
+    hold: Rc<Hold>,
+    wait: TimeSpan,
+    application: Option<Arc<Application>>,
+}
+
+impl Backend {
+    /// `wait` is how long a client is held; with zero it is not, and there is no application.
+    pub fn new(hold: Rc<Hold>, wait: TimeSpan, application: Option<Arc<Application>>) -> Self {
+        Self { hold, wait, application }
+    }
+
+    /// Where it is, for messages.
+    pub fn target(&self) -> &Target {
+        self.dialer().target()
+    }
+
+    /// Where its clients are held.
+    pub fn hold(&self) -> &Rc<Hold> {
+        &self.hold
+    }
+
+    fn dialer(&self) -> &Dialer {
+        &self.hold.dialer
+    }
+
+    /// Whether clients are held at all.
+    fn holds(&self) -> bool {
+        !self.wait.is_zero()
+    }
+
+    /// Connects, now or as soon as the backend is up; who has to wait for that is counted as `held`.
+    ///
+    /// # Errors
+    /// In words, what stood in the way: something that time can't mend, or the last obstacle when
+    /// the time is over.
+    pub async fn connect(&self, held: &Seats) -> Result<Socket, String> {
+        if !self.holds() {
+            return self.dialer().dial().await.map_err(|error| error.to_string());
+        }
+        let _held = held.take();
+        timeout_at(self.wait.deadline(), Box::pin(self.held())).await.unwrap_or_else(|_| {
+            let application = self.application.as_ref();
+            let obstacle = application.and_then(|application| application.obstacle());
+            let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle_at_the_end());
+            Err(format!("{obstacle}, for {}", self.wait))
+        })
+    }
+
+    async fn held(&self) -> Result<Socket, String> {
+        let connect = async || self.hold.connect().await.map_err(|error| error.to_string());
+        let Some(application) = &self.application else {
+            return connect().await;
+        };
+        loop {
+            let mut run = application.ready().await?;
+            tokio::select! {
+                biased;
+                // First: nobody is handed to one that is being stopped.
+                () = run.over() => {}
+                connected = connect() => return connected,
+            }
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Holding clients until the backend is up.
+//!
+//! While the backend can't be reached *yet*, one prober a target tries again and again, however
+//! many clients are held: 200 of them cost one connect(2) every 100 ms. When it succeeds they are
+//! all let go, and one of them gets the prober's connection, so that a backend which serves only
+//! once is not spent on a probe. The prober ends when nobody waits. With several event loops there
+//! is still one: it runs on the loop that began it, and all of them wait for it ([`Probing`]).
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::backend::connect::{DialError, Dialer};
+use crate::config::timespan::TimeSpan;
+use crate::counters::Failure;
+use crate::logging::RateLimit;
+use crate::socket::{Family, Socket};
+
+/// Between two probes, at first and at most: how late a backend may be noticed whose refusal is
+/// immediate.
+const PROBE_FIRST: Duration = Duration::from_millis(5);
+const PROBE_MAX: Duration = Duration::from_millis(100);
+
+/// How long somebody has to take the prober's connection.
+const OFFER: Duration = Duration::from_millis(100);
+
+/// Waits that begin one after the other need not each be said.
+static HOLDING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
+
+/// The pauses between probes, the first of them none.
+#[derive(Debug, Default)]
+pub struct Pauses(Duration);
+
+impl Pauses {
+    /// Waits for the moment of the next probe.
+    pub async fn next(&mut self) {
+        sleep(self.0).await;
+        self.0 = (self.0 * 2).clamp(PROBE_FIRST, PROBE_MAX);
+    }
+}
+
+/// What all event loops know of the prober.
+#[derive(Clone, Debug, Default)]
+pub struct Probing(Arc<Mutex<Probe>>);
+
+#[derive(Debug, Default)]
+struct Probe {
+    /// Closes with the prober; nothing is ever sent, so that a failed probe wakes nobody.
+    over: Option<watch::Receiver<()>>,
+    /// What stands between the clients and the backend, as far as it is known.
+    obstacle: Option<String>,
+    /// A connection that a probe has made, for the first to take it.
+    reached: Option<(OwnedFd, Family)>,
+    /// Which of all these it is.
+    offers: u64,
+}
+
+impl Probing {
+    fn lock(&self) -> MutexGuard<'_, Probe> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The running prober; none that has ended, however it did.
+    fn current(&self) -> Option<watch::Receiver<()>> {
+        self.lock().current()
+    }
+
+    fn set_obstacle(&self, obstacle: Option<String>) {
+        self.lock().obstacle = obstacle;
+    }
+
+    /// The connection that was offered, if the backend has not left it meanwhile.
+    fn take_reached(&self) -> Option<Socket> {
+        let (fd, family) = self.lock().reached.take()?;
+        Socket::register(fd, family).ok().filter(|socket| !socket.is_over())
+    }
+}
+
+impl Probe {
+    fn current(&self) -> Option<watch::Receiver<()>> {
+        self.over.clone().filter(|over| over.has_changed().is_ok())
+    }
+}
+
+/// Where the clients of one event loop are held.
+#[derive(Debug)]
+pub struct Hold {
+    /// The way to a backend that is up.
+    pub dialer: Dialer,
+    wait: TimeSpan,
+    probing: Probing,
+}
+
+impl Hold {
+    /// `wait` is how long clients are held, for messages.
+    pub fn new(dialer: Dialer, wait: TimeSpan, probing: Probing) -> Self {
+        Self { dialer, wait, probing }
+    }
+
+    /// Connects, now or as soon as the backend is up, however long that takes.
+    ///
+    /// # Errors
+    /// What time can't mend.
+    pub async fn connect(self: &Rc<Self>) -> Result<Socket, DialError> {
+        loop {
+            if let Some(socket) = self.probing.take_reached() {
+                return Ok(socket);
+            }
+            let mut probe = match self.probing.current() {
+                Some(probe) => probe,
+                None => match self.dial_in_turn().await {
+                    Err(error) if error.may_pass() => self.start_probing(error.to_string()),
+                    dialled => return dialled,
+                },
+            };
+            let _ = probe.changed().await;
+        }
+    }
+
+    /// Dials once, or, where the backend's backlog is full, when there is room. (A probe that succeeds would
+    /// let all clients go at once, for one place.)
+    async fn dial_in_turn(&self) -> Result<Socket, DialError> {
+        if !self.dialer.has_queue() {
+            match self.dialer.dial_once().await {
+                Err(error) if error.is_full_backlog() => {
+                    self.note_holding(&error.to_string());
+                    self.probing.set_obstacle(Some(error.to_string()));
+                }
+                dialled => return dialled,
+            }
+        }
+        self.dialer.dial_in_turn().await
+    }
+
+    /// What stands between a client and the backend when its time is over: if that is not known, its own
+    /// attempt, which ends with that.
+    pub fn obstacle_at_the_end(&self) -> String {
+        let obstacle = self.probing.lock().obstacle.clone();
+        obstacle.unwrap_or_else(|| {
+            self.dialer.dials().fail(Failure::Timeout);
+            let target = self.dialer.target();
+            format!("Failed to connect to remote host: {target}: Connection timed out")
+        })
+    }
+
+    /// Gives a fresh connection to whoever calls [`Hold::connect`] first, on any event loop; after a
+    /// moment, to nobody.
+    pub fn offer(&self, socket: Socket) {
+        let family = socket.family();
+        let reached = socket.release().ok().map(|fd| (fd, family));
+        let mut probe = self.probing.lock();
+        probe.obstacle = None;
+        probe.reached = reached;
+        probe.offers += 1;
+        let (offer, probing) = (probe.offers, self.probing.clone());
+        tokio::task::spawn_local(async move {
+            sleep(OFFER).await;
+            if probing.lock().offers == offer {
+                drop(probing.take_reached());
+            }
+        });
+    }
+
+    /// Starts the prober, or joins one that somebody else has started meanwhile.
+    fn start_probing(self: &Rc<Self>, obstacle: String) -> watch::Receiver<()> {
+        let mut probe = self.probing.lock();
+        if let Some(over) = probe.current() {
+            return over;
+        }
+        self.note_holding(&obstacle);
+        let (sender, receiver) = watch::channel(());
+        probe.over = Some(receiver.clone());
+        probe.obstacle = Some(obstacle);
+        tokio::task::spawn_local(Rc::clone(self).probe(sender));
+        receiver
+    }
+
+    fn note_holding(&self, obstacle: &str) {
+        if let Some(suppressed) = HOLDING.pass() {
+            let wait = self.wait;
+            tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
+        }
+    }
+
+    async fn probe(self: Rc<Self>, probing: watch::Sender<()>) {
+        let mut pauses = Pauses::default();
+        loop {
+            pauses.next().await;
+            // One receiver is the one that is kept for those who come.
+            if probing.receiver_count() <= 1 {
+                break;
+            }
+            match self.dialer.dial_once().await {
+                Err(error) if error.may_pass() => {
+                    self.probing.set_obstacle(Some(error.to_string()));
+                }
+                // Whoever waits will meet any other error, too.
+                Err(_) => break,
+                Ok(socket) => {
+                    self.offer(socket);
+                    // Lets all go.
+                    return drop(probing);
+                }
+            }
+        }
+        self.probing.set_obstacle(None);
+    }
+}

@@ -1,0 +1,115 @@
+//! COMMAND as the command line gives it: a program that is there, and its arguments.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::io::Errno;
+
+use crate::logging::in_words;
+
+/// Where programs are looked for without `$PATH`, as execvp(3) does.
+const DEFAULT_PATH: &str = "/bin:/usr/bin";
+
+/// A program and its arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommandLine {
+    /// The program and its arguments; at least the program.
+    pub words: Vec<OsString>,
+}
+
+impl CommandLine {
+    /// Takes the words after `--`, once it is seen that the program exists and may be executed.
+    ///
+    /// # Errors
+    /// One line that names the program and says what is wrong with it.
+    pub fn find(words: Vec<OsString>) -> Result<Self, String> {
+        let Some(program) = words.first().filter(|program| !program.is_empty()) else {
+            return Err("There is no COMMAND after --; write TARGET -- COMMAND [ARG...].".into());
+        };
+        match look_for(program) {
+            Ok(()) => Ok(Self { words }),
+            Err(errno) => {
+                let why = match errno {
+                    Errno::NOENT if program.as_encoded_bytes().contains(&b' ') => {
+                        "there is no such file; its arguments are words of their own".into()
+                    }
+                    Errno::NOENT if !has_slash(program) => "it is nowhere in $PATH".into(),
+                    Errno::ISDIR => "it is a directory".into(),
+                    Errno::ACCESS => "it is not executable, or not for this user".into(),
+                    errno => in_words(&errno.into()),
+                };
+                Err(format!("Failed to execute COMMAND {program:?}: {why}."))
+            }
+        }
+    }
+}
+
+/// The program's file name, for messages.
+impl fmt::Display for CommandLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let program = Path::new(&self.words[0]);
+        program.file_name().unwrap_or(program.as_os_str()).display().fmt(f)
+    }
+}
+
+/// execvp(3)'s search, without the execution.
+fn look_for(program: &OsStr) -> Result<(), Errno> {
+    if has_slash(program) {
+        return check(Path::new(program));
+    }
+    let path = env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+    let mut worst = Errno::NOENT;
+    for directory in env::split_paths(&path) {
+        // An empty entry is the current directory.
+        let candidate: PathBuf = Path::new(".").join(directory).join(program);
+        match check(&candidate) {
+            Ok(()) => return Ok(()),
+            Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Err(errno) => worst = errno,
+        }
+    }
+    Err(worst)
+}
+
+fn check(path: &Path) -> Result<(), Errno> {
+    let metadata = std::fs::metadata(path);
+    let metadata = metadata
+        .map_err(|error: io::Error| Errno::from_io_error(&error).unwrap_or(Errno::NOENT))?;
+    if metadata.is_dir() {
+        return Err(Errno::ISDIR);
+    }
+    // execve(2) asks with the effective ids, and so does this.
+    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
+}
+
+fn has_slash(program: &OsStr) -> bool {
+    program.as_encoded_bytes().contains(&b'/')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_has_to_be_there_and_executable() {
+        let find = |program: &str| CommandLine::find(vec![program.into()]);
+        assert_eq!(find("sh").unwrap().to_string(), "sh");
+        assert_eq!(find("/bin/sh").unwrap().to_string(), "sh");
+        for (program, why) in [
+            ("", "There is no COMMAND after --; write TARGET -- COMMAND [ARG...]."),
+            ("no-such-program", "\"no-such-program\": it is nowhere in $PATH."),
+            ("/bin/no-such-program", "No such file or directory."),
+            ("/bin/sh -c true", "there is no such file; its arguments are words of their own."),
+            ("/usr", "it is a directory."),
+            ("/etc/passwd", "it is not executable, or not for this user."),
+        ] {
+            let error = find(program).unwrap_err();
+            assert!(error.ends_with(why), "{program:?}: {error}");
+        }
+        assert!(CommandLine::find(Vec::new()).is_err());
+    }
+}

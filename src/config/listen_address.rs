@@ -1,0 +1,112 @@
+//! What `--listen=` and `--metrics=` take.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+
+use crate::socket::address::{Address, UnixName, parse_vsock};
+use crate::socket::host_port::HostPort;
+
+/// The value of `--listen=`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenAddress {
+    /// A port on every address of the machine, IPv6 and IPv4, as `ListenStream=PORT` has it.
+    Any(u16),
+    /// A port on each address of a host.
+    Host(HostPort),
+    /// A Unix socket.
+    Unix(UnixName),
+    /// A virtual machine's socket, vsock(7).
+    Vsock(Address),
+}
+
+impl ListenAddress {
+    /// Reads `PORT`, `HOST:PORT`, `[V6]:PORT`, `/path`, `@abstract`, `vsock:CID:PORT` or
+    /// `vsock::PORT`.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(text: &OsStr) -> Result<Self, String> {
+        if let Some(name) = UnixName::parse(text) {
+            return Ok(Self::Unix(name?));
+        }
+        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
+        if let Some(vsock) = parse_vsock(text) {
+            return vsock.map(Self::Vsock);
+        }
+        if let Some(port) = text.strip_prefix(':')
+            && !port.is_empty()
+            && port.bytes().all(|byte| byte.is_ascii_digit())
+        {
+            return Err(format!("every address is the port alone, {port}"));
+        }
+        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+            let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
+            return Ok(Self::Any(port));
+        }
+        HostPort::parse(text, None).map(Self::Host)
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any(port) => port.fmt(f),
+            Self::Host(host_port) => host_port.fmt(f),
+            Self::Unix(name) => name.fmt(f),
+            Self::Vsock(address) => address.fmt(f),
+        }
+    }
+}
+
+/// The value of `--metrics=`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsAddress {
+    /// To be opened.
+    Open(ListenAddress),
+    /// Passed by systemd, with this `FileDescriptorName=`.
+    Passed(String),
+}
+
+impl MetricsAddress {
+    /// Reads `fd:NAME`, or what `--listen=` takes, but vsock, which no scraper speaks.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(text: &OsStr) -> Result<Self, String> {
+        match text.as_bytes().strip_prefix(b"fd:") {
+            Some(b"") => Err("fd: stands before the FileDescriptorName= of a passed socket".into()),
+            Some(name) => Ok(Self::Passed(String::from_utf8_lossy(name).into())),
+            None => match ListenAddress::parse(text)? {
+                ListenAddress::Vsock(_) => Err("it has to be TCP or a Unix socket".into()),
+                address => Ok(Self::Open(address)),
+            },
+        }
+    }
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Open(address) => address.fmt(f),
+            Self::Passed(name) => write!(f, "fd:{name}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listen_addresses_read_and_print() {
+        for text in
+            ["8080", "localhost:8080", "[::1]:8080", "/run/a.sock", "@a", "vsock:3:7", "vsock::7"]
+        {
+            assert_eq!(ListenAddress::parse(OsStr::new(text)).unwrap().to_string(), text);
+        }
+        for text in ["", "99999", "localhost", "[::1]", ":80", "@"] {
+            assert!(ListenAddress::parse(OsStr::new(text)).is_err(), "{text}");
+        }
+    }
+}

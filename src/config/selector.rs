@@ -1,0 +1,377 @@
+//! Which socket leads to which backend: one TARGET for all of them, or `SELECTOR=TARGET` for each.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
+
+use crate::config::target::Target;
+use crate::socket::address::{Address, Identity, UnixName, canonical, parse_vsock};
+
+/// The longest `FileDescriptorName=`, systemd.socket(5).
+const NAME_MAX: usize = 255;
+
+/// Sockets that a message lists.
+const LISTED_MAX: usize = 16;
+
+/// What the command line says of backends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Targets {
+    /// All sockets lead to one.
+    One(Target),
+    /// Each socket leads to the one of its selector.
+    Selected(Vec<Selection>),
+}
+
+/// `SELECTOR=TARGET`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selection {
+    selector: Selector,
+    target: Target,
+}
+
+/// What is looked for among the sockets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Selector {
+    /// `FileDescriptorName=`, or by default the socket unit's name.
+    Name(String),
+    /// `:PORT`, on whatever address.
+    Port(u16),
+    /// Where it listens.
+    Address(Address),
+}
+
+impl Targets {
+    /// Reads the arguments that are not options; there is at least one, and a lone `/path` or
+    /// `@name` is a TARGET whatever it contains, as for systemd-socket-proxyd.
+    ///
+    /// # Errors
+    /// One line on the first that is neither.
+    pub fn parse(arguments: &[OsString]) -> Result<Self, String> {
+        if let [lone] = arguments
+            && (is_unix(lone) || !lone.as_bytes().contains(&b'='))
+        {
+            let target = Target::parse(lone);
+            return target
+                .map(Self::One)
+                .map_err(|error| format!("Invalid target {lone:?}: {error}."));
+        }
+        if !arguments.iter().any(|argument| argument.as_bytes().contains(&b'=')) {
+            return Err("Too many parameters. (Put -- in front of a COMMAND, or write \
+                        SELECTOR=TARGET for each socket.)"
+                .into());
+        }
+        let selections = arguments.iter().map(|argument| Selection::parse(argument));
+        selections.collect::<Result<_, _>>().map(Self::Selected)
+    }
+
+    /// All of them, in the order of the command line.
+    pub fn iter(&self) -> impl Iterator<Item = &Target> {
+        let (one, selected) = match self {
+            Self::One(target) => (Some(target), &[][..]),
+            Self::Selected(selections) => (None, &selections[..]),
+        };
+        one.into_iter().chain(selected.iter().map(|selection| &selection.target))
+    }
+
+    /// The one TARGET, if it begins with the address of a socket and a `=`.
+    pub fn looks_selected(&self, sockets: &[&Identity]) -> Option<&Target> {
+        let Self::One(target) = self else { return None };
+        let text = target.to_string();
+        let is_selector = |socket: &&Identity| {
+            text.strip_prefix(&socket.address.to_string()).is_some_and(|rest| rest.starts_with('='))
+        };
+        sockets.iter().any(is_selector).then_some(target)
+    }
+
+    /// For each socket, which of [`Targets::iter`] it leads to.
+    ///
+    /// # Errors
+    /// One line that lists the sockets, when it is not exactly one for each, or when a selector is of
+    /// no use.
+    pub fn assign(&self, sockets: &[&Identity]) -> Result<Vec<usize>, String> {
+        let Self::Selected(selections) = self else {
+            return Ok(vec![0; sockets.len()]);
+        };
+        let refused = |why: String| {
+            let mut listed: Vec<_> =
+                sockets.iter().take(LISTED_MAX).map(|socket| socket.to_string()).collect();
+            if sockets.len() > LISTED_MAX {
+                listed.push(format!("and {} more", sockets.len() - LISTED_MAX));
+            }
+            format!("{why} The sockets are: {}.", listed.join(", "))
+        };
+        for (index, Selection { selector, .. }) in selections.iter().enumerate() {
+            if selections[..index].iter().any(|earlier| earlier.selector == *selector) {
+                return Err(refused(format!("Selector {selector}= is given twice.")));
+            }
+            if !sockets.iter().any(|socket| selector.selects(socket)) {
+                let hint = selector.hint();
+                return Err(refused(format!("Selector {selector}= selects no socket{hint}.")));
+            }
+        }
+        let assign = |socket: &&Identity| {
+            let mut all = selections.iter().enumerate();
+            let mut selects = || all.find(|(_, selection)| selection.selector.selects(socket));
+            match (selects(), selects()) {
+                (Some((index, _)), None) => Ok(index),
+                (Some((_, first)), Some((_, second))) => Err(refused(format!(
+                    "Both {}= and {}= select the socket {socket}.",
+                    first.selector, second.selector
+                ))),
+                (None, _) => Err(refused(format!("No selector selects the socket {socket}."))),
+            }
+        };
+        sockets.iter().map(assign).collect()
+    }
+}
+
+/// Such a word is a TARGET for systemd-socket-proxyd, whatever else it contains.
+fn is_unix(argument: &OsStr) -> bool {
+    matches!(argument.as_bytes(), [b'/' | b'@', ..])
+}
+
+impl Selection {
+    /// Reads `SELECTOR=TARGET`. Names and paths may contain a `=`, hosts don't: of several, the
+    /// first that a TARGET follows is the one between the two.
+    fn parse(argument: &OsStr) -> Result<Self, String> {
+        let bytes = argument.as_bytes();
+        let mut splits =
+            bytes.iter().enumerate().filter(|(_, byte)| **byte == b'=').map(|(at, _)| {
+                let (selector, target) = (&bytes[..at], &bytes[at + 1..]);
+                (OsStr::from_bytes(selector), Target::parse(OsStr::from_bytes(target)))
+            });
+        let Some((selector, target)) = splits.next() else {
+            return Err(format!(
+                "Too many parameters. ({argument:?} needs a selector, as in :80={}.)",
+                argument.display()
+            ));
+        };
+        let (selector, target) = match target {
+            Ok(target) => (selector, target),
+            // What stands after the first is the likeliest mistake.
+            Err(error) => splits
+                .find_map(|(selector, target)| Some((selector, target.ok()?)))
+                .ok_or_else(|| format!("Invalid target in {argument:?}: {error}."))?,
+        };
+        let selector = Selector::parse(selector)
+            .map_err(|error| format!("Invalid selector in {argument:?}: {error}."))?;
+        Ok(Self { selector, target })
+    }
+}
+
+impl Selector {
+    fn parse(text: &OsStr) -> Result<Self, String> {
+        if let Some(name) = UnixName::parse(text) {
+            return Ok(Self::Address(Address::Unix(Some(Box::new(name?)))));
+        }
+        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
+        if let Some(vsock) = parse_vsock(text) {
+            return Ok(Self::Address(vsock?));
+        }
+        if let Some(port) = text.strip_prefix(':') {
+            let number = Some(port).filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()));
+            let number = number.and_then(|port| port.parse().ok());
+            return number.map(Self::Port).ok_or_else(|| format!("\"{port}\" is not a port"));
+        }
+        if text.contains(':') {
+            let address: SocketAddr = text.parse().map_err(|_| {
+                format!("\"{text}\" is not an address with a port; of any address it is :PORT")
+            })?;
+            // What is one address has one form.
+            return Ok(Self::Address(Address::Inet(canonical(address))));
+        }
+        if text.is_empty() {
+            return Err("it is empty".into());
+        }
+        if text.len() > NAME_MAX || !text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            return Err("it is neither an address nor a FileDescriptorName=".into());
+        }
+        Ok(Self::Name(text.into()))
+    }
+
+    /// What may have been meant.
+    fn hint(&self) -> String {
+        match self {
+            Self::Name(name) if name.bytes().all(|byte| byte.is_ascii_digit()) => {
+                format!(" of that name (a port is :{name}=)")
+            }
+            Self::Name(_) => " of that name".into(),
+            _ => String::new(),
+        }
+    }
+
+    fn selects(&self, socket: &Identity) -> bool {
+        match (self, &socket.address) {
+            (Self::Name(name), _) => socket.name.as_ref() == Some(name),
+            (Self::Port(port), Address::Inet(address)) => address.port() == *port,
+            (Self::Port(_), _) => false,
+            (Self::Address(Address::Inet(wanted)), Address::Inet(address)) => {
+                let address = canonical(*address);
+                (wanted.ip(), wanted.port()) == (address.ip(), address.port())
+                    && is_in_scope(wanted, &address)
+            }
+            (Self::Address(wanted), address) => wanted == address,
+        }
+    }
+}
+
+/// Whether a link-local address is that of the interface that is asked for, if one is.
+fn is_in_scope(wanted: &SocketAddr, address: &SocketAddr) -> bool {
+    match (wanted, address) {
+        (SocketAddr::V6(wanted), SocketAddr::V6(address)) => {
+            wanted.scope_id() == 0 || wanted.scope_id() == address.scope_id()
+        }
+        _ => true,
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => f.write_str(name),
+            Self::Port(port) => write!(f, ":{port}"),
+            Self::Address(address) => address.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Targets, String> {
+        let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
+        Targets::parse(&arguments)
+    }
+
+    /// The parts of one argument among several.
+    fn split(argument: &str) -> Result<(String, String), String> {
+        match parse(&[argument, "other=/other"])? {
+            Targets::Selected(selections) => {
+                let Selection { selector, target } = &selections[0];
+                Ok((selector.to_string(), target.to_string()))
+            }
+            Targets::One(target) => panic!("{target}"),
+        }
+    }
+
+    #[test]
+    fn a_lone_word_is_what_it_is_upstream() {
+        for lone in ["/run/a=b.sock", "@a=b", "/run/a=/run/b", "localhost:80"] {
+            let one = Targets::One(Target::parse(OsStr::new(lone)).unwrap());
+            assert_eq!(parse(&[lone]), Ok(one));
+        }
+        assert!(matches!(parse(&["web=localhost"]), Ok(Targets::Selected(_))));
+        assert!(matches!(parse(&[":80=/run/a"]), Ok(Targets::Selected(_))));
+    }
+
+    #[test]
+    fn selectors_and_targets_come_apart() {
+        for (argument, selector, target) in [
+            ("web=localhost:80", "web", "localhost:80"),
+            ("a.socket=@b", "a.socket", "@b"),
+            (":443=[::1]:80", ":443", "[::1]:80"),
+            ("127.0.0.1:80=vsock:3:80", "127.0.0.1:80", "vsock:3:80"),
+            ("[::]:80=host", "[::]:80", "host:80"),
+            ("vsock::80=/a", "vsock::80", "/a"),
+            ("/run/a.sock=/run/b.sock", "/run/a.sock", "/run/b.sock"),
+            ("@a=@b", "@a", "@b"),
+            ("web=/run/a=b.sock", "web", "/run/a=b.sock"),
+            ("/run/a=b.sock=/run/c.sock", "/run/a=b.sock", "/run/c.sock"),
+            ("a=b=localhost:80", "a=b", "localhost:80"),
+        ] {
+            assert_eq!(split(argument), Ok((selector.into(), target.into())), "{argument}");
+        }
+    }
+
+    #[test]
+    fn what_can_be_known_to_be_wrong_is_refused() {
+        for (argument, why) in [
+            ("=/a", "Invalid selector in \"=/a\": it is empty."),
+            (":http=/a", "Invalid selector in \":http=/a\": \"http\" is not a port."),
+            (":+80=/a", "Invalid selector in \":+80=/a\": \"+80\" is not a port."),
+            (
+                "host:80=/a",
+                "Invalid selector in \"host:80=/a\": \"host:80\" is not an address with a port; of any \
+                 address it is :PORT.",
+            ),
+            ("web=", "Invalid target in \"web=\": the host is empty."),
+            (
+                "web=:80",
+                "Invalid target in \"web=:80\": the host is empty; of this machine it is \
+                 127.0.0.1:80.",
+            ),
+        ] {
+            assert_eq!(parse(&[argument, "b=/b"]), Err(why.into()));
+        }
+        assert!(parse(&["a=/a", "/b"]).unwrap_err().starts_with("Too many parameters. "));
+        assert!(parse(&["a", "b"]).unwrap_err().starts_with("Too many parameters. "));
+    }
+
+    fn sockets() -> Vec<Identity> {
+        let inet = |text: &str| Address::Inet(text.parse().unwrap());
+        let path = Address::Unix(Some(Box::new(UnixName::Path("/run/a.sock".into()))));
+        [
+            (Some("web"), inet("[::]:443")),
+            (Some("web"), inet("127.0.0.1:80")),
+            (Some("api"), path),
+            (None, inet("[fe80::1%2]:80")),
+            (Some("vm"), Address::Vsock { cid: u32::MAX, port: 7 }),
+        ]
+        .map(|(name, address)| Identity { name: name.map(String::from), address })
+        .into()
+    }
+
+    fn assign(arguments: &[&str]) -> Result<Vec<usize>, String> {
+        let sockets = sockets();
+        parse(arguments).unwrap().assign(&sockets.iter().collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn each_socket_gets_its_target() {
+        assert_eq!(assign(&["/one"]), Ok(vec![0; 5]));
+        assert_eq!(
+            assign(&["web=/w", "/run/a.sock=/a", "[fe80::1]:80=/f", "vsock::7=/v"]),
+            Ok(vec![0, 0, 1, 2, 3])
+        );
+        assert_eq!(
+            assign(&[
+                "vm=/v",
+                ":443=/s",
+                "[::ffff:127.0.0.1]:80=/p",
+                "api=/a",
+                "[fe80::1%2]:80=/f"
+            ]),
+            Ok(vec![1, 2, 3, 4, 0])
+        );
+    }
+
+    #[test]
+    fn a_list_has_an_end() {
+        let sockets: Vec<_> = (0..100).map(|_| sockets().remove(0)).collect();
+        let error = parse(&["a=/a"]).unwrap().assign(&sockets.iter().collect::<Vec<_>>());
+        assert!(error.unwrap_err().ends_with(", web ([::]:443), and 84 more."));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said_with_all_sockets() {
+        const ALL: &str = "The sockets are: web ([::]:443), web (127.0.0.1:80), \
+                           api (/run/a.sock), [fe80::1%2]:80, vm (vsock::7).";
+        for (arguments, why) in [
+            (&["web=/w", "api=/a"][..], "No selector selects the socket [fe80::1%2]:80."),
+            (&["web=/w", ":80=/p"], "Both web= and :80= select the socket web (127.0.0.1:80)."),
+            (&["web=/w", "db=/d"], "Selector db= selects no socket of that name."),
+            (&["80=/w", "db=/d"], "Selector 80= selects no socket of that name (a port is :80=)."),
+            (&["[fe80::1%3]:80=/w", "db=/d"], "Selector [fe80::1%3]:80= selects no socket."),
+            (&["web=/w", "web=/x"], "Selector web= is given twice."),
+            (&[":80=/w", ":080=/x"], "Selector :80= is given twice."),
+            (
+                &["127.0.0.1:80=/w", "[::ffff:127.0.0.1]:80=/x"],
+                "Selector 127.0.0.1:80= is given twice.",
+            ),
+        ] {
+            assert_eq!(assign(arguments), Err(format!("{why} {ALL}")));
+        }
+    }
+}

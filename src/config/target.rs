@@ -1,0 +1,143 @@
+//! Where connections go: `HOST:PORT`, `/path`, `@abstract`, `vsock:CID:PORT`.
+//!
+//! What can be known to be wrong is refused here, at start; names are looked up for each
+//! connection, in `resolve`.
+
+use std::ffi::OsStr;
+use std::fmt;
+
+use crate::socket::address::{Address, UnixName, parse_vsock};
+use crate::socket::host_port::{HostPort, Port};
+
+/// The port of a `HOST` without one, as in systemd-socket-proxyd(8).
+const DEFAULT_PORT: &str = "80";
+
+/// The backend as the command line names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// An address that needs no resolver.
+    Address(Address),
+    /// Anything for getaddrinfo(3).
+    Name(HostPort),
+}
+
+impl Target {
+    /// Reads a TARGET argument.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words that follow "Invalid target ...:".
+    pub fn parse(text: &OsStr) -> Result<Self, String> {
+        if let Some(name) = UnixName::parse(text) {
+            return Ok(Self::Address(Address::Unix(Some(Box::new(name?)))));
+        }
+        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
+        if let Some(vsock) = parse_vsock(text) {
+            let vsock = vsock?;
+            if vsock.is_any() {
+                return Err("a backend has a CID, vsock:CID:PORT".into());
+            }
+            return Ok(Self::Address(vsock));
+        }
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+        if is_number && text.parse::<u16>().is_ok_and(|port| port != 0) {
+            // As a host it is an address in 0.0.0.0/8, which is nobody's.
+            return Err(format!("that is a port; of this machine it is 127.0.0.1:{text}"));
+        }
+        let host_port = HostPort::parse(text, Some(DEFAULT_PORT))?;
+        if host_port.port == Port::Number(0) {
+            return Err("no backend can be reached at port 0".into());
+        }
+        Ok(match host_port.literal() {
+            Some(address) => Self::Address(Address::Inet(address)),
+            None => Self::Name(host_port),
+        })
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Name(host_port) => host_port.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Target, String> {
+        Target::parse(OsStr::new(text))
+    }
+
+    #[test]
+    fn targets_read_and_print() {
+        for (text, printed) in [
+            ("localhost:80", "localhost:80"),
+            ("localhost", "localhost:80"),
+            ("localhost:postgresql", "localhost:postgresql"),
+            ("127.0.0.1:8080", "127.0.0.1:8080"),
+            ("127.0.0.1:http", "127.0.0.1:http"),
+            ("[::1]:80", "[::1]:80"),
+            ("[::1]", "[::1]:80"),
+            ("::1:80", "[::1]:80"),
+            ("fe80::1%lo:80", "[fe80::1%lo]:80"),
+            ("[fe80::1%lo]:80", "[fe80::1%lo]:80"),
+            ("/run/a=b.sock", "/run/a=b.sock"),
+            ("@name", "@name"),
+            ("vsock:3:80", "vsock:3:80"),
+            ("vsock:80", "vsock:80"),
+            ("0", "0:80"),
+            ("2130706433", "2130706433:80"),
+        ] {
+            assert_eq!(parse(text).unwrap().to_string(), printed, "{text}");
+        }
+    }
+
+    #[test]
+    fn only_literal_addresses_go_without_the_resolver() {
+        for (text, literal) in [
+            ("127.0.0.1:80", true),
+            ("[::1]:80", true),
+            ("127.0.0.1:http", false),
+            ("127.1:80", false),
+            ("fe80::1%lo:80", false),
+            ("localhost:80", false),
+        ] {
+            let target = parse(text).unwrap();
+            assert_eq!(matches!(target, Target::Address(_)), literal, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_can_be_known_to_be_wrong_is_refused() {
+        for text in [
+            "",
+            ":80",
+            "localhost:",
+            "localhost:99999",
+            "localhost:0",
+            "::1",
+            "a:b:80",
+            "*:80",
+            "./socket",
+            "http://localhost:80",
+            "2001:db8::1",
+            "[::1",
+            "[::1]80",
+            "[localhost]:80",
+            "[]:80",
+            "@",
+            "a=b:80",
+            "3000",
+            "unix:/run/a.sock",
+            "vsock::80",
+            "vsock:x:80",
+            "vsock:3:4294967296",
+        ] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+        assert!(parse(&format!("/{}", "x".repeat(107))).is_err());
+    }
+}

@@ -1,0 +1,214 @@
+//! Time spans as systemd.time(7) writes them: `5min 20s`, `1.5`, `infinity`.
+//!
+//! Read here rather than by a library, because a unit must mean the same to the microsecond as it
+//! did to systemd, which cuts each decimal of a fraction by itself, and refuses `3.s` and `+.5`.
+
+use std::fmt;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// A time span on the command line, in whole microseconds as systemd keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeSpan(Option<Duration>);
+
+const WHITE_SPACE: [char; 4] = [' ', '\t', '\n', '\r'];
+
+const SECOND: u64 = 1_000_000;
+const MINUTE: u64 = 60 * SECOND;
+const HOUR: u64 = 60 * MINUTE;
+const DAY: u64 = 24 * HOUR;
+/// 365.25 days.
+const YEAR: u64 = 31_557_600 * SECOND;
+const MONTH: u64 = YEAR / 12;
+
+/// Farther away than anybody waits; a clock can't tell the end of infinity.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// The first that matches is taken, so longer names come before the ones they begin with.
+const UNITS: [(&str, u64); 29] = [
+    ("seconds", SECOND),
+    ("second", SECOND),
+    ("sec", SECOND),
+    ("s", SECOND),
+    ("minutes", MINUTE),
+    ("minute", MINUTE),
+    ("min", MINUTE),
+    ("months", MONTH),
+    ("month", MONTH),
+    ("M", MONTH),
+    ("msec", 1000),
+    ("ms", 1000),
+    ("m", MINUTE),
+    ("hours", HOUR),
+    ("hour", HOUR),
+    ("hr", HOUR),
+    ("h", HOUR),
+    ("days", DAY),
+    ("day", DAY),
+    ("d", DAY),
+    ("weeks", 7 * DAY),
+    ("week", 7 * DAY),
+    ("w", 7 * DAY),
+    ("years", YEAR),
+    ("year", YEAR),
+    ("y", YEAR),
+    ("usec", 1),
+    ("us", 1),
+    ("µs", 1),
+];
+
+impl TimeSpan {
+    /// For ever.
+    pub const INFINITY: Self = Self(None);
+
+    /// Reads one; a number without a unit is seconds. `None` if systemd would refuse it too.
+    pub fn parse(text: &str) -> Option<Self> {
+        // U+03BC, the Greek letter, stands for U+00B5, the sign, as people type either.
+        let text = text.replace('\u{3bc}', "\u{b5}");
+        let mut rest = text.trim_matches(WHITE_SPACE);
+        if rest == "infinity" {
+            return Some(Self::INFINITY);
+        }
+        let mut micros = 0;
+        let mut something = false;
+        while !rest.is_empty() {
+            let (part, behind) = parse_part(rest)?;
+            // The largest value stands for infinity, which only its name may mean.
+            micros = add(micros, part)?;
+            something = true;
+            rest = behind.trim_start_matches(WHITE_SPACE);
+        }
+        something.then(|| Self::new(Duration::from_micros(micros)))
+    }
+
+    /// A finite span.
+    pub const fn new(span: Duration) -> Self {
+        Self(Some(span))
+    }
+
+    /// Whether it is no time at all.
+    pub fn is_zero(self) -> bool {
+        self.0 == Some(Duration::ZERO)
+    }
+
+    /// When it is over, if it begins now.
+    pub fn deadline(self) -> Instant {
+        Instant::now() + self.0.unwrap_or(FOREVER).min(FOREVER)
+    }
+
+    /// How long, or `None` for ever.
+    pub const fn finite(self) -> Option<Duration> {
+        self.0
+    }
+}
+
+impl fmt::Display for TimeSpan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(Duration::ZERO) => f.write_str("0"),
+            Some(span) => write!(f, "{span:?}"),
+            None => f.write_str("infinity"),
+        }
+    }
+}
+
+/// Reads one number with its fraction and unit: the microseconds, and what stands behind it.
+fn parse_part(text: &str) -> Option<(u64, &str)> {
+    let (whole, rest) = match text.strip_prefix('+') {
+        Some(signed) if !signed.starts_with(|c: char| c.is_ascii_digit()) => return None,
+        Some(signed) => digits(signed),
+        None => digits(text),
+    };
+    let (fraction, rest) = match rest.strip_prefix('.') {
+        Some(rest) => digits(rest),
+        None if whole.is_empty() => return None,
+        None => ("0", rest),
+    };
+    if fraction.is_empty() {
+        return None;
+    }
+    let behind = rest.trim_start_matches(WHITE_SPACE);
+    let (unit, behind) = UNITS
+        .iter()
+        .find_map(|(name, unit)| Some((*unit, behind.strip_prefix(name)?)))
+        .unwrap_or((SECOND, behind));
+    // Something has to part two numbers: `12.34.56` is none.
+    if behind.len() == rest.len() && !rest.is_empty() {
+        return None;
+    }
+    let whole = match whole {
+        "" => 0,
+        // systemd's type for it is signed.
+        whole => u64::try_from(whole.parse::<i64>().ok()?).ok()?,
+    };
+    if whole >= u64::MAX / unit {
+        return None;
+    }
+    let mut micros = whole * unit;
+    let mut decimal = unit / 10;
+    for digit in fraction.bytes() {
+        micros = add(micros, u64::from(digit - b'0') * decimal)?;
+        decimal /= 10;
+    }
+    Some((micros, behind))
+}
+
+fn digits(text: &str) -> (&str, &str) {
+    text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
+}
+
+fn add(a: u64, b: u64) -> Option<u64> {
+    a.checked_add(b).filter(|&sum| sum < u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn micros(text: &str) -> Option<u128> {
+        TimeSpan::parse(text).map(|span| span.finite().map_or(u128::MAX, |span| span.as_micros()))
+    }
+
+    // tests/systemd.rs holds the same function against `systemd-analyze timespan`.
+    #[test]
+    fn spans_are_read_as_systemd_reads_them() {
+        for (text, expected) in [
+            ("5", 5_000_000),
+            ("1.5", 1_500_000),
+            ("5min 20s", 320_000_000),
+            ("1M", 2_629_800_000_000),
+            ("10us", 10),
+            ("10\u{3bc}s", 10),
+            (" 3 s ", 3_000_000),
+            (".5s", 500_000),
+            ("5 .5", 5_500_000),
+            ("5s500ms", 5_500_000),
+            ("0.123456789min", 7_407_402),
+            ("0", 0),
+            ("9223372036854775807us", i64::MAX as u128),
+            (" infinity ", u128::MAX),
+        ] {
+            assert_eq!(micros(text), Some(expected), "{text:?}");
+        }
+        for text in [
+            "",
+            " ",
+            "foo",
+            "-5s",
+            "s",
+            "5 parsecs",
+            "3.s",
+            "3.",
+            "12.34.56",
+            "+.5",
+            "5mins",
+            "infinity 3s",
+            "3s infinity",
+            "9223372036854775808us",
+            "584542years",
+        ] {
+            assert_eq!(micros(text), None, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! The life of a connection: dial, header, forward, outcome.
+
+pub mod worker;
+
+use std::cell::RefCell;
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::backend::Backend;
+use crate::backend::command::Application;
+use crate::backend::connect::Dialer;
+use crate::backend::wait::{Hold, Probing};
+use crate::config::timespan::TimeSpan;
+use crate::counters::{Carried, LoopCounts, Loops};
+use crate::forward::control::{Orders, Presence};
+use crate::forward::flow::Shared;
+use crate::forward::idle::{Watch, Watched};
+use crate::forward::pipe::Limits;
+use crate::forward::snapshot::{Journal, Side, Snapshot};
+use crate::forward::{Condition, Ending, Outcome, Pair};
+use crate::handover::journal::Kept;
+use crate::handover::{Detached, Handover};
+use crate::limits::slot::Slot;
+use crate::listen::listener::{Accepted, Entrance};
+use crate::logging::bytes::Bytes;
+use crate::logging::{RateLimit, in_words};
+use crate::proxy_protocol::ProxyProtocol;
+use crate::socket::Socket;
+use crate::socket::address::Address;
+
+static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
+static QUIET: RateLimit = RateLimit::new(10, Duration::from_secs(10));
+
+/// What all connections have in common, wherever they live.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The ways to the backends.
+    pub ways: Vec<Way>,
+    /// How long a client is held until its backend is up; zero is not at all.
+    pub backend_wait: TimeSpan,
+    /// What serves the one backend, if that is ours to start.
+    pub application: Option<Arc<Application>>,
+    /// The header they expect.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// How long a connection may carry nothing.
+    pub connection_idle_time: TimeSpan,
+    /// Pipes for each event loop.
+    pub pipes: Limits,
+    /// Where connections are stored, if they are.
+    pub handover: Option<Arc<Handover>>,
+    /// What they count.
+    pub loops: Arc<Loops>,
+}
+
+/// The way to one backend.
+#[derive(Clone, Debug)]
+pub struct Way {
+    /// To one that is up.
+    pub dialer: Dialer,
+    /// Who looks whether it is.
+    pub probing: Probing,
+}
+
+/// What the connections of one event loop have in common.
+#[derive(Debug)]
+pub struct Route {
+    /// The ways to the backends.
+    pub backends: Vec<Backend>,
+    /// The header they expect.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// The forwarder's buffer and pipes.
+    pub shared: Rc<Shared>,
+    /// Their bytes, for each backend, and behind them for what is no backend any more.
+    pub carried: Vec<Arc<Carried>>,
+    /// Who ends the quiet ones, if they are to be ended.
+    pub watch: Option<Rc<Watch>>,
+    /// What they are told.
+    pub orders: Rc<Orders>,
+    /// Those that have left, and are not stored yet.
+    pub left: RefCell<Vec<Detached>>,
+}
+
+impl Route {
+    /// The plan, for one event loop.
+    pub fn new(plan: &Plan) -> Self {
+        let LoopCounts { carried, pipes } = plan.loops.add(plan.ways.len());
+        let wait = plan.backend_wait;
+        let backend = |Way { dialer, probing }: &Way| {
+            let hold = Rc::new(Hold::new(dialer.clone(), wait, probing.clone()));
+            Backend::new(hold, wait, plan.application.clone())
+        };
+        Self {
+            backends: plan.ways.iter().map(backend).collect(),
+            proxy_protocol: plan.proxy_protocol,
+            shared: Rc::new(Shared::new(plan.pipes, pipes)),
+            carried,
+            watch: plan.connection_idle_time.finite().map(|time| Rc::new(Watch::new(time))),
+            orders: Rc::default(),
+            left: RefCell::default(),
+        }
+    }
+
+    /// Where to count the bytes between clients and a backend; `None` is one that the plan does not know.
+    fn carried(&self, backend: Option<usize>) -> Arc<Carried> {
+        Arc::clone(&self.carried[backend.unwrap_or(self.backends.len())])
+    }
+
+    fn watched(&self) -> Option<Watched> {
+        self.watch.as_ref().map(Watch::join)
+    }
+}
+
+/// A connection that the previous process stored.
+#[derive(Debug)]
+pub struct Restored {
+    /// What it consists of.
+    pub snapshot: Box<Snapshot<OwnedFd>>,
+    /// The client's address.
+    pub client: Address,
+    /// The listener, as far as it still exists.
+    pub listener: Arc<Entrance>,
+    /// The backend's address, whatever the targets are by now.
+    pub backend: Address,
+    /// The index of the backend that its listener leads to by now, if there is one.
+    pub known_backend: Option<usize>,
+    /// When the connection was accepted.
+    pub start: Instant,
+    /// What it takes up.
+    pub slot: Slot,
+    /// Its stored form (crash mode only).
+    pub journal: Option<Kept>,
+}
+
+/// Serves a client until the connection is over, and logs how it was.
+///
+/// Dropped before that, it resets both sides.
+pub fn serve(
+    accepted: Accepted<Socket>,
+    backend: usize,
+    kept: Option<Kept>,
+    route: Rc<Route>,
+) -> impl Future<Output = ()> {
+    let start = Instant::now();
+    let Accepted { socket, client: address, listener: entrance, slot, .. } = accepted;
+    if kept.is_some() {
+        socket.set_stored();
+    }
+    // Before the task is polled for the first time, however late that is.
+    let presence = route.orders.join();
+    // An async fn would keep its arguments twice, in each of thousands of connections.
+    async move {
+        let way = &route.backends[backend];
+        let carried = route.carried(Some(backend));
+        let story = Story { start, address, entrance };
+        // Boxed: what dialling needs is gone when the connection stands, which may be for days.
+        let backend = match Box::pin(reach(&socket, way, &presence, &story)).await {
+            Reached::Backend(backend) => backend,
+            Reached::Nobody(error) => {
+                story.entrance.counts().failed.add_one();
+                if let Some(suppressed) = UNREACHABLE.pass() {
+                    tracing::warn!(
+                        client = %story.address,
+                        listener = %story.entrance,
+                        backend = %way.target(),
+                        "{error}{suppressed}"
+                    );
+                }
+                socket.close();
+                return story.end("Connection closed, there is no backend", way.target(), [0, 0]);
+            }
+            Reached::TooLate => {
+                return story.end("Connection closed, the client has left", way.target(), [0, 0]);
+            }
+            Reached::ToldToLeave => match kept {
+                Some(kept) => {
+                    kept.leave();
+                    return socket.leave();
+                }
+                None => {
+                    let detached = Detached::client(start, socket, slot);
+                    return route.left.borrow_mut().push(detached);
+                }
+            },
+        };
+        tracing::debug!(client = %story.address, listener = %story.entrance, "Connection established");
+        let answer = |condition| story.tell(condition, way.target());
+        let pair = pair(socket, backend, &story.address, kept, carried, &route);
+        let outcome = pair.run(Some(&presence), answer).await;
+        story.conclude(outcome, way.target(), slot, &route);
+    }
+}
+
+/// Goes on with a connection that was stored, until it is over.
+pub fn resume(restored: Restored, route: Rc<Route>) -> impl Future<Output = ()> {
+    let Restored { snapshot, client, listener, backend, known_backend, start, slot, journal } =
+        restored;
+    let presence = route.orders.join();
+    async move {
+        let story = Story { start, address: client, entrance: listener };
+        let journal = journal.map(|kept| Box::new(kept.take_over()) as Box<dyn Journal>);
+        let (shared, carried) = (Rc::clone(&route.shared), route.carried(known_backend));
+        let pair = match Pair::restore(*snapshot, shared, carried, route.watched(), journal) {
+            Ok(pair) => pair,
+            Err(error) => {
+                let error = in_words(&error);
+                return tracing::error!(
+                    client = %story.address,
+                    listener = %story.entrance,
+                    "Failed to take a stored connection back, closing it: {error}"
+                );
+            }
+        };
+        let outcome = pair.run(Some(&presence), |condition| story.tell(condition, &backend)).await;
+        story.conclude(outcome, &backend, slot, &route);
+    }
+}
+
+/// Joins client and backend, the header in front.
+fn pair(
+    socket: Socket,
+    backend: Socket,
+    address: &Address,
+    kept: Option<Kept>,
+    carried: Arc<Carried>,
+    route: &Route,
+) -> Pair {
+    let header = match route.proxy_protocol {
+        Some(version) => {
+            let reached = socket.local_address();
+            version.header(address, &reached.unwrap_or(Address::Unix(None)))
+        }
+        None => Vec::new(),
+    };
+    let shared = Rc::clone(&route.shared);
+    let mut pair = Pair::new(socket, backend, header, shared, carried, route.watched());
+    if let Some(kept) = kept {
+        pair.set_journal(Box::new(kept));
+    }
+    pair
+}
+
+/// What is said of a connection.
+struct Story {
+    start: Instant,
+    address: Address,
+    entrance: Arc<Entrance>,
+}
+
+impl Story {
+    /// Logs how it was, or keeps what is left of it.
+    fn conclude(
+        self,
+        outcome: io::Result<Outcome>,
+        backend: &dyn fmt::Display,
+        slot: Slot,
+        route: &Route,
+    ) {
+        let closed = match outcome {
+            Ok(Outcome::Closed(closed)) => closed,
+            Ok(Outcome::Left(pair)) => {
+                if let Err(pair) = pair.detach_stored() {
+                    let detached = Detached::forwarder(self.start, pair, slot);
+                    route.left.borrow_mut().push(detached);
+                }
+                return;
+            }
+            Err(_) => return,
+        };
+        drop(slot);
+        if closed.end == Ending::Quiet
+            && let Some(watch) = &route.watch
+            && let Some(suppressed) = QUIET.pass()
+        {
+            tracing::info!(
+                client = %self.address,
+                listener = %self.entrance,
+                %backend,
+                "Connection carried nothing for {}, closing it.{suppressed}",
+                TimeSpan::new(watch.idle_time())
+            );
+        }
+        self.end(&outcome_of(closed.end), backend, [closed.from_client, closed.from_backend]);
+    }
+
+    /// Logs how it is.
+    fn tell(&self, condition: Condition, backend: &dyn fmt::Display) {
+        let Condition { from_client, from_backend, idle } = condition;
+        let [there, back] = [from_client, from_backend].map(Bytes);
+        let idle = idle.map(|idle| format!(", idle for {}", in_units(idle))).unwrap_or_default();
+        self.tell_that(&format!("{there} to the backend, {back} back{idle}"), backend);
+    }
+
+    fn tell_that(&self, what: &str, backend: &dyn fmt::Display) {
+        let age = in_units(self.start.elapsed());
+        tracing::info!(
+            client = %self.address,
+            listener = %self.entrance,
+            %backend,
+            "Connection of {age}: {what}."
+        );
+    }
+
+    fn end(&self, outcome: &str, backend: &dyn fmt::Display, [to, from]: [u64; 2]) {
+        tracing::debug!(
+            client = %self.address,
+            listener = %self.entrance,
+            %backend,
+            bytes_from_client = to,
+            bytes_from_backend = from,
+            duration_usec = self.start.elapsed().as_micros() as u64,
+            "{outcome}"
+        );
+    }
+}
+
+/// `1d 2h`, `3min 4s`: the two largest units.
+fn in_units(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let [days, hours, minutes] = [seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60];
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}min {}s", seconds % 60),
+        (0, ..) => format!("{hours}h {minutes}min"),
+        _ => format!("{days}d {hours}h"),
+    }
+}
+
+/// What came of dialling.
+enum Reached {
+    Backend(Socket),
+    Nobody(String),
+    TooLate,
+    ToldToLeave,
+}
+
+/// Connects to the backend, unless the client leaves first.
+async fn reach(client: &Socket, backend: &Backend, presence: &Presence, story: &Story) -> Reached {
+    let answer = || story.tell_that("There is no backend yet", backend.target());
+    tokio::select! {
+        biased;
+        () = presence.told_to_leave(answer) => Reached::ToldToLeave,
+        dialled = backend.connect(&story.entrance.counts().held) => dialled.map_or_else(Reached::Nobody, Reached::Backend),
+        () = client_gone(client) => Reached::TooLate,
+    }
+}
+
+/// Waits until the client of a dial has gone: reset, or a Unix client that closed. A FIN says only that it
+/// waits for its answer, and a Unix client may have closed after it sent all it had to say: the backend
+/// gets its bytes.
+async fn client_gone(client: &Socket) {
+    let gone = poll_fn(|cx| client.poll_hung_up(cx)).await.is_ok();
+    if !gone || client.has_unread() {
+        std::future::pending().await
+    }
+}
+
+fn outcome_of(end: Ending) -> String {
+    let (side, errno) = match end {
+        Ending::Closed => return "Connection closed".into(),
+        Ending::Quiet => return "Connection closed, it was idle".into(),
+        Ending::Fault(Side::Client, errno) => ("client", errno),
+        Ending::Fault(Side::Backend, errno) => ("backend", errno),
+    };
+    let words = in_words(&errno.into());
+    format!("Connection ended by the {side}: {words}")
+}

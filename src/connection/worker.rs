@@ -1,0 +1,277 @@
+//! The event loops, and which of them a connection lives on.
+//!
+//! The main thread's loop accepts, and is the first to serve. With `--threads=` above one a client
+//! goes to the loop with the fewest connections; a thread is started for the first one that finds
+//! all loops at work. A connection stays on its loop from its dial to its end: its buffer, pipes
+//! and timers are the loop's own, so that no byte meets a lock or a line of memory that
+//! another thread writes.
+
+use std::cell::{Cell, RefCell};
+use std::convert::Infallible;
+use std::io;
+use std::num::NonZeroUsize;
+use std::rc::Rc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::spawn_local;
+use tokio::time::{Instant, sleep};
+
+use crate::backend::wait::Hold;
+use crate::connection::{Plan, Restored, Route, resume, serve};
+use crate::counters::Seats;
+use crate::handover::Handover;
+use crate::handover::journal::Kept;
+use crate::listen::listener::Accepted;
+use crate::logging::{RateLimit, in_words};
+use crate::runtime::start_thread;
+
+/// Shorter than the connect timeout by default.
+const TIMER_AHEAD: Duration = Duration::from_secs(5);
+
+/// How long to do with the threads there are, after the system refused one.
+const SCARCE: Duration = Duration::from_secs(10);
+
+static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+
+/// All event loops.
+#[derive(Debug)]
+pub struct Workers {
+    plan: Plan,
+    /// The main thread's.
+    here: Worker,
+    /// Connections on it.
+    here_seats: Seats,
+    threads: RefCell<Vec<Thread>>,
+    threads_max: usize,
+    scarce_until: Cell<Option<Instant>>,
+}
+
+impl Workers {
+    /// At most `count` loops, of which the calling one is the first.
+    pub fn new(plan: Plan, count: NonZeroUsize) -> Self {
+        Self {
+            here: Worker::start(&plan),
+            here_seats: Seats::default(),
+            plan,
+            threads: RefCell::default(),
+            threads_max: count.get() - 1,
+            scarce_until: Cell::new(None),
+        }
+    }
+
+    /// Where clients of the main thread's loop are held, which COMMAND's life needs as well; it has
+    /// one backend.
+    pub fn hold(&self) -> &Rc<Hold> {
+        self.here.route.backends[0].hold()
+    }
+
+    /// What all connections have in common.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Bytes delivered so far, on all loops.
+    pub fn carried(&self) -> u64 {
+        self.plan.loops.carried().into_iter().flatten().sum()
+    }
+
+    /// Gives a connection for a backend of the plan to the loop with the fewest connections.
+    pub fn serve(&self, accepted: Accepted, backend: usize, journal: Option<Kept>) {
+        self.dispatch(Arrival::Accepted(accepted, backend, journal));
+    }
+
+    /// Gives a connection that was stored to the loop with the fewest.
+    pub fn resume(&self, restored: Restored) {
+        self.dispatch(Arrival::Restored(Box::new(restored)));
+    }
+
+    fn dispatch(&self, mut arrival: Arrival) {
+        let mut threads = self.threads.borrow_mut();
+        if let Some(index) = self.choose(&mut threads) {
+            let thread = &threads[index];
+            arrival.assign(&thread.seats);
+            match thread.arrivals.send(arrival) {
+                Ok(()) => return,
+                Err(unsent) => {
+                    // Its event loop has panicked, which was logged.
+                    threads.remove(index);
+                    arrival = unsent.0;
+                }
+            }
+        }
+        arrival.assign(&self.here_seats);
+        self.here.serve(arrival);
+    }
+
+    /// Asks all connections how they are.
+    pub fn ask(&self) {
+        self.here.route.orders.ask();
+        for thread in self.threads.borrow().iter() {
+            // If it has ended, there are none.
+            let _ = thread.arrivals.send(Arrival::Question);
+        }
+    }
+
+    /// Has all connections leave, and stores them.
+    pub async fn leave(&self, handover: &Handover) {
+        handover.tell_threads();
+        self.threads.take().into_iter().for_each(Thread::end);
+        self.here.leave(handover).await;
+    }
+
+    /// The thread for the next connection; `None` is the main one, which is first among equals.
+    fn choose(&self, threads: &mut Vec<Thread>) -> Option<usize> {
+        let here = self.here_seats.taken();
+        let loads = threads.iter().map(|thread| thread.seats.taken());
+        let least = loads.enumerate().min_by_key(|(_, connections)| *connections);
+        let (index, elsewhere) = least.unwrap_or((0, usize::MAX));
+        if here > 0
+            && elsewhere > 0
+            && threads.len() < self.threads_max
+            && let Some(thread) = self.start(threads.len())
+        {
+            threads.push(thread);
+            return Some(threads.len() - 1);
+        }
+        (elsewhere < here).then_some(index)
+    }
+
+    /// Starts another thread beside `running` ones, if the system lets us.
+    fn start(&self, running: usize) -> Option<Thread> {
+        if self.scarce_until.get().is_some_and(|until| Instant::now() < until) {
+            return None;
+        }
+        match Thread::start(self.plan.clone()) {
+            Ok(thread) => Some(thread),
+            Err(error) => {
+                self.scarce_until.set(Some(Instant::now() + SCARCE));
+                if let Some(suppressed) = NO_THREAD.pass() {
+                    tracing::error!(
+                        "Failed to start a thread, serving with {}: {}{suppressed}",
+                        1 + running,
+                        in_words(&error)
+                    );
+                }
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.threads.take().into_iter().for_each(Thread::end);
+    }
+}
+
+/// What is on the way to an event loop.
+#[derive(Debug)]
+enum Arrival {
+    /// A connection, its backend, and its stored form.
+    Accepted(Accepted, usize, Option<Kept>),
+    Restored(Box<Restored>),
+    /// How its connections are.
+    Question,
+}
+
+impl Arrival {
+    fn assign(&mut self, event_loop: &Seats) {
+        let slot = match self {
+            Self::Accepted(accepted, ..) => &mut accepted.slot,
+            Self::Restored(restored) => &mut restored.slot,
+            Self::Question => return,
+        };
+        slot.assign(event_loop.take());
+    }
+}
+
+/// An event loop's own side: it never leaves its thread.
+#[derive(Debug)]
+struct Worker {
+    route: Rc<Route>,
+    arrived: Rc<Notify>,
+}
+
+impl Worker {
+    fn start(plan: &Plan) -> Self {
+        let arrived = Rc::new(Notify::new());
+        spawn_local(keep_a_timer(Rc::clone(&arrived)));
+        let route = Rc::new(Route::new(plan));
+        if let Some(watch) = &route.watch {
+            spawn_local(Rc::clone(watch).look());
+        }
+        Self { route, arrived }
+    }
+
+    fn serve(&self, arrival: Arrival) {
+        let route = Rc::clone(&self.route);
+        match arrival {
+            Arrival::Question => self.route.orders.ask(),
+            Arrival::Restored(restored) => drop(spawn_local(resume(*restored, route))),
+            Arrival::Accepted(accepted, backend, journal) => {
+                let Some(accepted) = accepted.register() else { return };
+                self.arrived.notify_one();
+                spawn_local(serve(accepted, backend, journal, route));
+            }
+        }
+    }
+
+    async fn leave(&self, handover: &Handover) {
+        self.route.orders.leave().await;
+        handover.store(self.route.left.take());
+    }
+}
+
+/// Keeps a timer armed while clients come.
+///
+/// When a timer becomes the next to expire, tokio wakes its own event loop, which is a write to
+/// an eventfd and an event to read. A connect(2) in progress arms one; with this one ahead of
+/// it, it is never the next.
+async fn keep_a_timer(arrived: Rc<Notify>) -> Infallible {
+    loop {
+        arrived.notified().await;
+        sleep(TIMER_AHEAD).await;
+    }
+}
+
+/// A thread with an event loop.
+#[derive(Debug)]
+struct Thread {
+    /// Open for as long as the thread is to live.
+    arrivals: UnboundedSender<Arrival>,
+    /// Connections on it, those included that are on their way there.
+    seats: Seats,
+    handle: JoinHandle<()>,
+}
+
+impl Thread {
+    /// Ends it, and resets the connections on it that were not told to leave.
+    fn end(self) {
+        drop(self.arrivals);
+        // It has said what it had to say of a panic.
+        let _ = self.handle.join();
+    }
+
+    /// Starts one, and waits until it has its event loop.
+    fn start(plan: Plan) -> io::Result<Self> {
+        // Not bounded here: whoever is sent has been admitted.
+        let (arrivals, receiver) = unbounded_channel();
+        let handle = start_thread("proxyd-worker", async move || live(&plan, receiver).await)?;
+        Ok(Self { arrivals, seats: Seats::default(), handle })
+    }
+}
+
+/// The life of a thread.
+async fn live(plan: &Plan, mut arrivals: UnboundedReceiver<Arrival>) {
+    let worker = Worker::start(plan);
+    let _abort = plan.handover.as_ref().and_then(|it| it.abort_on_panic());
+    while let Some(arrival) = arrivals.recv().await {
+        worker.serve(arrival);
+    }
+    if let Some(handover) = plan.handover.as_ref().filter(|it| it.has_told_threads()) {
+        worker.leave(handover).await;
+    }
+}

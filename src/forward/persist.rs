@@ -1,0 +1,175 @@
+//! A forwarder to and from its [`Snapshot`], and the moments at which crash mode stores one.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use socket2::SockRef;
+
+use crate::counters::Carried;
+use crate::forward::Pair;
+use crate::forward::flow::{Endpoint, Flow, Shared};
+use crate::forward::idle::Watched;
+use crate::forward::snapshot::{
+    EndpointSnapshot, FdRef, FlowState, Journal, SIDES, Side, Snapshot,
+};
+use crate::logging::RateLimit;
+use crate::socket::{Family, Socket, has_hung_up_reading};
+
+static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+
+impl Pair {
+    /// Restores a forwarder. With a `journal` its snapshot is kept current.
+    ///
+    /// # Errors
+    /// When a socket cannot be registered or buffered bytes cannot be read. Both sides are reset then.
+    pub fn restore(
+        snapshot: Snapshot<OwnedFd>,
+        shared: Rc<Shared>,
+        carried: Arc<Carried>,
+        watched: Option<Watched>,
+        journal: Option<Box<dyn Journal>>,
+    ) -> io::Result<Self> {
+        let was_reset = SIDES.map(|side| was_reset(&snapshot, side));
+        let Snapshot { endpoints: [client, backend], flows: [there, back], preface, fault } =
+            snapshot;
+        let is_journaled = journal.is_some();
+        let endpoint = |end: EndpointSnapshot<OwnedFd>, was_reset: bool| -> io::Result<Endpoint> {
+            let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
+            let socket = Socket::register(end.socket, family)?;
+            if is_journaled {
+                socket.set_stored();
+            }
+            let (reset, gone) = (end.reset || was_reset, end.gone || was_reset);
+            Ok(Endpoint { reset, gone, ..Endpoint::new(socket) })
+        };
+        // Both are registered before either error is returned: a socket that is dropped is reset.
+        let (client, backend) = (endpoint(client, was_reset[0]), endpoint(backend, was_reset[1]));
+        let endpoints = [client?, backend?];
+        let flows = [
+            Flow::restore(there, is_journaled, &shared)?,
+            Flow::restore(back, is_journaled, &shared)?,
+        ];
+        let preface = preface.into();
+        let mut pair = Self {
+            endpoints,
+            flows,
+            shared,
+            carried,
+            watched,
+            preface,
+            fault,
+            last_turn: 0,
+            journal: None,
+        };
+        match journal {
+            // The stored snapshot is current.
+            Some(journal) if pair.flows.iter().all(Flow::is_storable) => {
+                pair.journal = Some(journal);
+            }
+            Some(journal) => pair.set_journal(journal),
+            None => {}
+        }
+        Ok(pair)
+    }
+
+    /// Returns what the connection consists of at this moment.
+    ///
+    /// # Errors
+    /// When copied bytes cannot be written to a file.
+    pub fn snapshot(&self) -> io::Result<Snapshot<FdRef<'_>>> {
+        let endpoint = |side: Side| {
+            let Endpoint { socket, reset, gone, .. } = &self.endpoints[side as usize];
+            EndpointSnapshot { socket: FdRef::Borrowed(socket.as_fd()), reset: *reset, gone: *gone }
+        };
+        let [there, back] = &self.flows;
+        Ok(Snapshot {
+            endpoints: SIDES.map(endpoint),
+            flows: [there.snapshot()?, back.snapshot()?],
+            preface: self.preface as u16,
+            fault: self.fault,
+        })
+    }
+
+    /// Keeps the snapshot in `journal` current from now on: no byte is in the memory of the process. Where
+    /// that is impossible, the connection goes on without a journal.
+    pub fn set_journal(&mut self, journal: Box<dyn Journal>) {
+        self.journal = Some(journal);
+        // Even without a journal: the stored references keep the sockets open.
+        self.endpoints.iter().for_each(|end| end.socket.set_stored());
+        let has_vsock = self.endpoints.iter().any(|end| end.socket.family() == Family::Vsock);
+        let mut flows = self.flows.iter_mut();
+        let has_pipes =
+            flows.all(|flow| flow.is_storable() || flow.attach_stored_pipe(&self.shared).is_ok());
+        if has_vsock {
+            self.drop_journal(None);
+        } else if !has_pipes {
+            self.drop_journal(Some(
+                "there is no pipe for it; see pipe-user-pages-soft in pipe(7), and LimitNOFILE=",
+            ));
+        }
+        self.update_journal();
+    }
+
+    /// Stores the snapshot as it is now.
+    pub fn update_journal(&mut self) {
+        let Some(journal) = &self.journal else { return };
+        if !self.snapshot().is_ok_and(|snapshot| journal.update(snapshot)) {
+            self.drop_journal(Some("the store is full"));
+        }
+    }
+
+    /// Goes on without a journal. `why` is logged.
+    pub fn drop_journal(&mut self, why: Option<&str>) {
+        if let Some(why) = why
+            && let Some(suppressed) = UNSTORED.pass()
+        {
+            tracing::warn!(
+                "A connection is not stored, and would end with the proxy: {why}.{suppressed}"
+            );
+        }
+        self.flows.iter_mut().for_each(Flow::detach_stored_pipe);
+        if let Some(journal) = self.journal.take()
+            && !journal.forget()
+        {
+            // The next process would restore the stale snapshot and send its bytes a second time.
+            self.flows.iter_mut().for_each(|flow| flow.close_sink(true));
+        }
+    }
+
+    /// Detaches the connection if its stored snapshot is current.
+    ///
+    /// # Errors
+    /// Itself, when it has no journal.
+    pub fn detach_stored(mut self: Box<Self>) -> Result<(), Box<Self>> {
+        let Some(journal) = self.journal.take() else { return Err(self) };
+        journal.detach();
+        self.detach();
+        Ok(())
+    }
+
+    /// Closes the sockets here without ending the connection: a stored reference keeps it open.
+    pub fn detach(self) {
+        let [client, backend] = self.endpoints;
+        client.socket.leave();
+        backend.socket.leave();
+    }
+}
+
+/// Whether a peer reset its TCP connection, and the process before this one took the error from the socket
+/// without coming to store that: the kernel tells the error once.
+///
+/// Nothing was sent after a FIN of ours, since the other side has not ended. So where a socket is not
+/// connected any more, it was a reset; an end by FINs takes both.
+fn was_reset(snapshot: &Snapshot<OwnedFd>, side: Side) -> bool {
+    let (from, to) = (side as usize, 1 - side as usize);
+    let socket = &snapshot.endpoints[from].socket;
+    let are_open = snapshot.flows.iter().all(|flow| flow.state == FlowState::Open);
+    are_open
+        && Family::of(socket).is_ok_and(|family| family == Some(Family::Tcp))
+        && !has_hung_up_reading(&snapshot.endpoints[to].socket)
+        && SockRef::from(socket).peer_addr().is_err()
+}

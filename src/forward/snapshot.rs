@@ -1,0 +1,132 @@
+//! What a connection consists of, as plain data: what a detached connection is stored as, and what a
+//! forwarder is restored from.
+//!
+//! The forwarder knows neither systemd nor the form in which a snapshot is stored. In crash mode it keeps
+//! its snapshot current in a [`Journal`], which the handover implements.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+
+/// The size of the copy buffer. Larger than the 16 KiB most protocols write at once, so that such a
+/// message is a short receive.
+pub const COPY_SIZE: usize = 32 * 1024;
+
+/// One of the two sides of a connection; also the flow that starts there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The peer that connected to a listener.
+    Client,
+    /// The peer that the proxy connected to.
+    Backend,
+}
+
+pub const SIDES: [Side; 2] = [Side::Client, Side::Backend];
+
+impl Side {
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Backend,
+            Self::Backend => Self::Client,
+        }
+    }
+}
+
+/// Whether and how a flow has ended: see "How a flow ends" in `forward`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FlowState {
+    /// Bytes may come.
+    #[default]
+    Open,
+    /// The source's FIN was passed on.
+    Ended,
+    /// The source was reset.
+    SourceReset,
+    /// The sink accepts no more bytes.
+    SinkClosed {
+        /// Bytes of the source stay undelivered.
+        lost: bool,
+    },
+}
+
+/// A connection and its buffered bytes. The arrays are indexed by [`Side`].
+#[derive(Debug)]
+pub struct Snapshot<Fd> {
+    /// The client's socket and the backend's.
+    pub endpoints: [EndpointSnapshot<Fd>; 2],
+    /// The flows that start there.
+    pub flows: [FlowSnapshot<Fd>; 2],
+    /// Length of the PROXY header in bytes, which counts as the client's.
+    pub preface: u16,
+    /// The first error of a socket.
+    pub fault: Option<(Side, Errno)>,
+}
+
+/// A socket, and what can no longer be read from it.
+#[derive(Debug)]
+pub struct EndpointSnapshot<Fd> {
+    /// The socket.
+    pub socket: Fd,
+    /// The end of its bytes is a reset, not a FIN.
+    pub reset: bool,
+    /// Its peer is gone.
+    pub gone: bool,
+}
+
+/// One direction.
+#[derive(Debug)]
+pub struct FlowSnapshot<Fd> {
+    /// Whether and how it has ended.
+    pub state: FlowState,
+    /// Bytes the sink accepted.
+    pub delivered: u64,
+    /// Bytes received and not yet delivered.
+    pub buffered: BufferedSnapshot<Fd>,
+}
+
+/// Where the bytes are that a flow has received and not yet delivered.
+#[derive(Debug)]
+pub enum BufferedSnapshot<Fd> {
+    /// There are none.
+    Nothing,
+    /// In a file without a name.
+    Copied(Fd),
+    /// In a pipe, which may be empty.
+    Piped {
+        /// The pipe's read end.
+        read: Fd,
+        /// The pipe's write end.
+        write: Fd,
+    },
+}
+
+/// A descriptor of a snapshot that is to be stored.
+#[derive(Debug)]
+pub enum FdRef<'a> {
+    /// A descriptor of the forwarder's.
+    Borrowed(BorrowedFd<'a>),
+    /// A descriptor made for the snapshot.
+    Owned(OwnedFd),
+}
+
+impl AsFd for FdRef<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Borrowed(fd) => *fd,
+            Self::Owned(fd) => fd.as_fd(),
+        }
+    }
+}
+
+/// The stored form of one connection, kept current for as long as the connection lives (crash mode).
+pub trait Journal: fmt::Debug {
+    /// Stores the connection as it stands now. Returns whether there was room.
+    fn update(&self, snapshot: Snapshot<FdRef<'_>>) -> bool;
+
+    /// Makes sure the connection is not restored. Returns whether that could be stored.
+    fn forget(self: Box<Self>) -> bool;
+
+    /// Keeps the stored form when the process ends.
+    fn detach(self: Box<Self>);
+}

@@ -1,0 +1,95 @@
+//! How much a bulky connection moves before the other connections of its event loop have their turn.
+//!
+//! An event loop gives each connection that is ready one turn, then it looks for new events. So the
+//! turns of a round add up to what a small message waits. Only a sender and a receiver of this machine
+//! are fast enough to use up a turn.
+
+use std::cell::Cell;
+
+/// Bytes of a turn while only bulk runs. Smaller turns wake sender and receiver more often and cost a
+/// tenth of their rate (BENCHMARKS.md).
+const BULK_ALONE: usize = 8 * 1024 * 1024;
+
+/// Bytes of all turns of a round together, while messages are carried beside bulk, and of one of them.
+const ROUND: usize = 1024 * 1024;
+const MOST: usize = 256 * 1024;
+const LEAST: usize = 64 * 1024;
+
+/// Turns of bulk without a message between them after which there is only bulk: a client that sends a
+/// message now and then is not to meet a large turn.
+const ALONE_AFTER: u32 = 256;
+
+/// The turns on one event loop.
+#[derive(Debug)]
+pub struct Turns {
+    /// Turns of bulky connections.
+    taken: Cell<u64>,
+    /// The last ones, without one of another connection between them.
+    in_a_row: Cell<u32>,
+}
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self { taken: Cell::default(), in_a_row: Cell::new(ALONE_AFTER) }
+    }
+}
+
+impl Turns {
+    /// Begins a turn of a connection that carries messages. Returns how many bytes each of its directions
+    /// may move.
+    pub fn begin_message(&self) -> usize {
+        self.in_a_row.set(0);
+        MOST
+    }
+
+    /// Begins a turn of a bulky connection whose last one had the number `last`, which it replaces.
+    /// Returns how many bytes each of its directions may move.
+    pub fn begin_bulk(&self, last: &mut u64) -> usize {
+        let in_a_row = self.in_a_row.get().saturating_add(1);
+        self.in_a_row.set(in_a_row);
+        // With itself, as many have had a turn since its last one.
+        let connections = (self.taken.get() - *last + 1) as usize;
+        let is_first = *last == 0;
+        self.taken.set(self.taken.get() + 1);
+        *last = self.taken.get();
+        match in_a_row {
+            _ if in_a_row > ALONE_AFTER => BULK_ALONE,
+            _ if is_first => LEAST,
+            _ => (ROUND / connections).clamp(LEAST, MOST),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bulk_alone_has_large_turns_and_beside_messages_a_round_is_shared() {
+        let turns = Turns::default();
+        let mut bulk = [0; 8];
+        for _ in 0..2 {
+            for last in &mut bulk {
+                assert_eq!(turns.begin_bulk(last), BULK_ALONE);
+            }
+        }
+        turns.begin_message();
+        // One message, and turns are small for a while.
+        for turn in 0..ALONE_AFTER as usize {
+            assert_eq!(turns.begin_bulk(&mut bulk[turn % 8]), ROUND / 8);
+        }
+        assert_eq!(turns.begin_bulk(&mut bulk[0]), BULK_ALONE);
+        let mut hundreds = [0; 300];
+        for _ in 0..2 {
+            turns.begin_message();
+            for last in &mut hundreds {
+                turns.begin_bulk(last);
+            }
+        }
+        turns.begin_message();
+        assert_eq!(turns.begin_bulk(&mut hundreds[0]), LEAST);
+        // One alone beside messages.
+        turns.begin_message();
+        assert_eq!(turns.begin_bulk(&mut hundreds[0]), MOST);
+    }
+}

@@ -1,0 +1,478 @@
+//! What is stored of the connections that live, and where in the queue it stands.
+//!
+//! The queue is a log: what changes is written anew, and the last parcel of a number counts. What
+//! stands in front of it and does not count any more is taken out; when more than half of it does
+//! not count, or the queue becomes full, what does is written anew behind the rest, many parcels to a
+//! message, a few messages at each change: twice what lives, and a little, is the most it holds.
+//!
+//! The book says what is in the queue, message by message, and is held against it whenever that is
+//! read.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::convert::Infallible;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+use rustix::time::{ClockId, clock_gettime};
+use tokio::sync::Notify;
+use tokio::task::yield_now;
+use tokio::time::sleep;
+
+use crate::forward::snapshot::{FdRef, Journal, Snapshot};
+use crate::handover::queue::Queue;
+use crate::handover::record::{Content, PARCELS_MAX, Parcel, Sealed, ids, pack, unpack};
+use crate::logging::RateLimit;
+
+/// Parcels that don't count before it is worth looking.
+const SLACK: usize = 32;
+
+/// Descriptors that a parcel has at most.
+const PER_PARCEL: usize = 6;
+
+/// Percent of the queue's bytes, or of the descriptors that may be under way, from which on it is packed;
+/// from which on nobody new is stored; and from which on only what makes room is written.
+const TIGHT: usize = 50;
+const FULL: usize = 75;
+const BRIM: usize = 90;
+
+/// How long what does not count may stay at most, but for the time it takes.
+const CLEANED_AFTER: Duration = Duration::from_secs(5);
+
+static DIFFERS: RateLimit = RateLimit::new(1, Duration::from_secs(600));
+static IS_FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
+
+/// The queue, and what is known of it.
+#[derive(Debug)]
+pub struct Ledger {
+    queue: Queue,
+    next: AtomicU64,
+    book: Mutex<Book>,
+    /// Something does not count any more.
+    outdated: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    /// The messages of the queue.
+    messages: VecDeque<Noted>,
+    /// How many messages have been taken out: the number of the first.
+    taken_out: u64,
+    /// The number of the message that counts, for each parcel that does.
+    current: HashMap<u64, u64>,
+    /// Parcels in the queue; a message without any counts for one.
+    written: usize,
+    /// Descriptors in it, and how many there may be.
+    descriptors: usize,
+    descriptors_max: usize,
+}
+
+/// A message, as it should be.
+#[derive(Debug)]
+struct Noted {
+    /// The numbers of its parcels.
+    ids: Vec<u64>,
+    descriptors: usize,
+}
+
+/// A parcel that is kept for as long as this lives.
+#[derive(Debug)]
+pub struct Kept {
+    ledger: Arc<Ledger>,
+    id: u64,
+    start: u64,
+    /// Whether it is to be there when this is gone.
+    stays: bool,
+}
+
+impl Ledger {
+    /// For a queue with these messages in it, of whose parcels the `current` count.
+    pub fn new(queue: Queue, messages: Vec<Vec<u64>>, current: &HashSet<u64>) -> Arc<Self> {
+        let next = messages.iter().flatten().max().map_or(0, |last| last + 1);
+        let limit = getrlimit(Resource::Nofile).current;
+        let descriptors_max = limit.map_or(usize::MAX / 100, |limit| limit as usize).max(1);
+        let mut book = Book { descriptors_max, ..Book::default() };
+        for ids in messages {
+            let number = book.next_number();
+            for id in ids.iter().filter(|id| current.contains(id)) {
+                book.current.insert(*id, number);
+            }
+            book.note(Noted { descriptors: ids.len() * PER_PARCEL, ids });
+        }
+        let outdated = Notify::new();
+        // What did not count when it was read.
+        outdated.notify_one();
+        Arc::new(Self { queue, next: next.into(), book: book.into(), outdated })
+    }
+
+    /// Keeps something new, if there is room. Some is left for listeners, and for changes of what is there.
+    pub fn keep<Fd: AsFd>(self: &Arc<Self>, start: u64, content: Content<Fd>) -> Option<Kept> {
+        let kept = self.kept(self.next.fetch_add(1, Ordering::Relaxed), start);
+        let full = if matches!(content, Content::Listener(..)) { BRIM } else { FULL };
+        if kept.write(content, full) {
+            return Some(kept.take_over());
+        }
+        if let Some(suppressed) = IS_FULL.pass() {
+            tracing::warn!(
+                "The store is full, new connections are served and end with the proxy; raise \
+                 LimitNOFILE=, or net.core.wmem_max, which counts after a stop.{suppressed}"
+            );
+        }
+        None
+    }
+
+    /// What has this number in the queue; it stays there until it is taken over.
+    pub fn kept(self: &Arc<Self>, id: u64, start: u64) -> Kept {
+        Kept { ledger: Arc::clone(self), id, start, stays: true }
+    }
+
+    /// Writes what is to be there when the process is gone, each with when it began, in one message:
+    /// at most [`PARCELS_MAX`].
+    ///
+    /// # Errors
+    /// When there is no room; then none of them is there.
+    pub fn leave<Fd: AsFd>(&self, contents: Vec<(u64, Content<Fd>)>) -> Result<(), Errno> {
+        let id = || self.next.fetch_add(1, Ordering::Relaxed);
+        let parcel = |(start, content)| Parcel { id: id(), start, content };
+        let parcels: Vec<_> = contents.into_iter().map(parcel).collect();
+        let sealed: Vec<_> = parcels.iter().map(Parcel::seal).collect();
+        self.lock().write(&self.queue, &sealed)
+    }
+
+    /// Takes what does not count out before long, for ever: whoever holds a second reference to a socket
+    /// keeps the kernel from closing it.
+    pub async fn clean(&self) -> Infallible {
+        loop {
+            self.outdated.notified().await;
+            sleep(CLEANED_AFTER).await;
+            // Once round.
+            let mut left = self.lock().messages.len();
+            while left > 0 {
+                // Not held while others run.
+                let gone = self.lock().clean(&self.queue);
+                let Some(gone) = gone else {
+                    // What stands in the way may pass.
+                    if self.lock().is_outdated() {
+                        self.outdated.notify_one();
+                    }
+                    break;
+                };
+                left = left.saturating_sub(gone);
+                yield_now().await;
+            }
+        }
+    }
+
+    /// Takes all out.
+    pub fn clear(&self) {
+        let mut book = self.lock();
+        while self.queue.drop_first() {}
+        *book = Book { descriptors_max: book.descriptors_max, ..Book::default() };
+    }
+
+    /// Parcels that count.
+    pub fn counting(&self) -> usize {
+        self.lock().current.len()
+    }
+
+    /// After a change.
+    fn settle(&self, book: &mut Book) {
+        book.tidy(&self.queue);
+        if book.is_outdated() {
+            self.outdated.notify_one();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    /// From now on it is there for as long as this lives, and no longer.
+    pub fn take_over(mut self) -> Self {
+        self.stays = false;
+        self
+    }
+
+    /// Lets it stay there.
+    pub fn leave(mut self) {
+        self.stays = true;
+    }
+
+    /// Writes it, unless the queue is as full as that, even when it is packed.
+    fn write<Fd: AsFd>(&self, content: Content<Fd>, full: usize) -> bool {
+        let parcel = Parcel { id: self.id, start: self.start, content };
+        let sealed = [parcel.seal()];
+        let queue = &self.ledger.queue;
+        let mut book = self.ledger.lock();
+        let mut fullness = book.fullness(queue);
+        for _ in 0..book.packs_for(fullness) {
+            if !book.pack_if_worth_it(queue) {
+                break;
+            }
+            fullness = book.fullness(queue);
+        }
+        let is_written = fullness < full && book.write(queue, &sealed).is_ok();
+        self.ledger.settle(&mut book);
+        is_written
+    }
+}
+
+impl Journal for Kept {
+    fn update(&self, snapshot: Snapshot<FdRef<'_>>) -> bool {
+        self.write(Content::Pair(Box::new(snapshot)), BRIM)
+    }
+
+    fn forget(self: Box<Self>) -> bool {
+        // A superseding record without content: the sockets may be in the queue for some time.
+        self.take_over().write(Content::<OwnedFd>::Nothing, usize::MAX)
+    }
+
+    fn detach(self: Box<Self>) {
+        self.leave();
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if !self.stays {
+            let mut book = self.ledger.lock();
+            book.current.remove(&self.id);
+            self.ledger.settle(&mut book);
+        }
+    }
+}
+
+impl Book {
+    fn next_number(&self) -> u64 {
+        self.taken_out + self.messages.len() as u64
+    }
+
+    fn write<Fd: AsFd>(&mut self, queue: &Queue, parcels: &[Sealed<Fd>]) -> Result<(), Errno> {
+        let (bytes, fds) = pack(parcels);
+        queue.append(&bytes, &fds)?;
+        let number = self.next_number();
+        let ids: Vec<_> = parcels.iter().map(Sealed::id).collect();
+        self.current.extend(ids.iter().map(|id| (*id, number)));
+        self.note(Noted { ids, descriptors: fds.len() });
+        Ok(())
+    }
+
+    fn note(&mut self, message: Noted) {
+        self.written += message.ids.len().max(1);
+        self.descriptors += message.descriptors;
+        self.messages.push_back(message);
+    }
+
+    /// In percent, of bytes or of descriptors.
+    fn fullness(&self, queue: &Queue) -> usize {
+        queue.fullness().max(self.descriptors * 100 / self.descriptors_max)
+    }
+
+    /// How much to pack before a message is written: the more, the fuller it is, so that all of it has
+    /// been gone through before it is full; then all of it, once.
+    fn packs_for(&self, fullness: usize) -> usize {
+        match fullness {
+            0..TIGHT => 0,
+            TIGHT..FULL => 2,
+            FULL..BRIM => 4,
+            _ => self.messages.len(),
+        }
+    }
+
+    fn is_outdated(&self) -> bool {
+        self.written > self.current.len()
+    }
+
+    /// Takes out what does not count in front, and packs a little where half does not count.
+    fn tidy(&mut self, queue: &Queue) {
+        if self.written > 2 * self.current.len() + SLACK {
+            self.pack(queue);
+        }
+        while self.first_is_over() && self.drop_first(queue) {}
+    }
+
+    /// Packs a little if anything does not count, or stands in more messages than it has to; whether
+    /// that went.
+    fn pack_if_worth_it(&mut self, queue: &Queue) -> bool {
+        let messages = self.current.len().div_ceil(PARCELS_MAX) * 2 + 1;
+        (self.is_outdated() || self.messages.len() > messages) && self.pack(queue)
+    }
+
+    fn first_is_over(&self) -> bool {
+        self.messages.front().is_some_and(|message| self.is_over(message, self.taken_out))
+    }
+
+    /// Whether nothing of the message with this number counts.
+    fn is_over(&self, message: &Noted, number: u64) -> bool {
+        !message.ids.iter().any(|id| self.current.get(id) == Some(&number))
+    }
+
+    fn drop_first(&mut self, queue: &Queue) -> bool {
+        let is_out = queue.drop_first();
+        if is_out && let Some(message) = self.messages.pop_front() {
+            self.taken_out += 1;
+            self.written -= message.ids.len().max(1);
+            self.descriptors -= message.descriptors;
+        }
+        is_out
+    }
+
+    /// The same as [`Book::pack`], for whoever goes through all messages: of how many it has got rid.
+    fn clean(&mut self, queue: &Queue) -> Option<usize> {
+        let before = self.taken_out;
+        (self.is_outdated() && self.pack(queue)).then(|| (self.taken_out - before) as usize)
+    }
+
+    /// Writes what counts of the first messages anew behind the last, and takes these out; whether
+    /// that went.
+    fn pack(&mut self, queue: &Queue) -> bool {
+        let mut messages = queue.messages();
+        let mut counts = Vec::new();
+        let mut seen = 0;
+        while counts.len() < PARCELS_MAX
+            && let Some(noted) = self.messages.get(seen)
+            && counts.len() + noted.ids.len() <= 2 * PARCELS_MAX
+        {
+            let Some(Ok(message)) = messages.next() else { return false };
+            let number = self.taken_out + seen as u64;
+            if ids(&message.bytes).unwrap_or_default() != noted.ids {
+                if let Some(suppressed) = DIFFERS.pass() {
+                    tracing::error!(
+                        "The store is not as it was left, and is cleaned no more; restart to have it read \
+                         anew.{suppressed}"
+                    );
+                }
+                return false;
+            }
+            match unpack(&message.bytes, message.fds) {
+                Ok(parcels) if message.is_whole => {
+                    let is_current = |it: &Sealed<_>| self.current.get(&it.id()) == Some(&number);
+                    counts.extend(parcels.into_iter().filter(is_current));
+                }
+                // There may be no descriptors left for a moment.
+                _ if !self.is_over(noted, number) => return false,
+                _ => {}
+            }
+            seen += 1;
+        }
+        // At first behind the rest, so that it is in the queue at every moment.
+        if !counts.is_empty() && self.write(queue, &counts).is_err() {
+            return false;
+        }
+        seen > 0 && (0..seen).all(|_| self.drop_first(queue))
+    }
+}
+
+/// Now, as parcels have it.
+pub fn now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::os::fd::BorrowedFd;
+
+    use super::*;
+    use crate::handover::queue::Queue;
+    use crate::handover::replay::sort_out;
+
+    fn listener() -> OwnedFd {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        listener.into()
+    }
+
+    fn second(queue: &Queue) -> Queue {
+        let [inner, sender] =
+            queue.ends().map(|fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap());
+        Queue::from_ends(inner, sender)
+    }
+
+    /// Each parcel that counts, and when it began.
+    fn read(queue: &Queue) -> BTreeMap<u64, u64> {
+        let out = sort_out(&queue.texts().unwrap(), queue.messages()).unwrap();
+        assert_eq!(out.refused, 0);
+        out.parcels.iter().map(|parcel| (parcel.id, parcel.start)).collect()
+    }
+
+    #[test]
+    fn what_lives_is_in_the_queue_at_every_moment_and_little_else() {
+        let queue = Queue::new().unwrap();
+        let ledger = Ledger::new(second(&queue), Vec::new(), &HashSet::new());
+        let mut live: BTreeMap<u64, (Kept, OwnedFd)> = BTreeMap::new();
+        let mut dice = 1_u64;
+        let mut below = |sides: usize| {
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (dice >> 33) as usize % sides
+        };
+        let mut grows = true;
+        for round in 0..6000_u64 {
+            // It swells and shrinks, a few hundred at most.
+            if live.len() > 200 || live.is_empty() {
+                grows = !grows;
+            }
+            let one = live.keys().nth(below(live.len().max(1))).copied();
+            match (below(10), one) {
+                (0..6, one) if grows || one.is_none() => {
+                    let fd = listener();
+                    let kept = ledger.keep(round, Content::Listener(&fd, None)).unwrap();
+                    live.insert(kept.id, (kept, fd));
+                }
+                (6..8, Some(one)) => {
+                    let (kept, fd) = &live[&one];
+                    assert!(kept.write(Content::Listener(fd, None), BRIM));
+                }
+                (8, Some(one)) => {
+                    let (kept, _) = live.remove(&one).unwrap();
+                    assert!(Box::new(kept).forget());
+                }
+                (_, Some(one)) => drop(live.remove(&one)),
+                (_, None) => {}
+            }
+            let parcels = ledger.lock().written;
+            assert!(parcels <= 2 * live.len() + SLACK + 1, "{parcels} for {}", live.len());
+            if round % 20 == 0 {
+                let messages = queue.texts().unwrap();
+                assert_eq!(messages.len(), ledger.lock().messages.len());
+                let there = read(&queue);
+                assert!(live.keys().all(|id| there.contains_key(id)), "{round}");
+            }
+        }
+        // Written by one process, read and continued by the next.
+        let out = sort_out(&queue.texts().unwrap(), queue.messages()).unwrap();
+        let current: Vec<_> = live.keys().copied().collect();
+        let next = Ledger::new(second(&queue), out.messages, &current.iter().copied().collect());
+        live.into_values().for_each(|(kept, _)| kept.leave());
+        let kept: Vec<_> = current.iter().map(|id| next.kept(*id, 0).take_over()).collect();
+        while next.lock().clean(&next.queue).is_some() {}
+        assert_eq!(read(&queue).into_keys().collect::<Vec<_>>(), current);
+        assert_eq!(next.lock().written, current.len());
+        drop(kept);
+        assert!(queue.texts().unwrap().is_empty());
+        assert_eq!(next.counting(), 0);
+    }
+
+    #[test]
+    fn what_is_forgotten_does_not_come_back() {
+        let queue = Queue::new().unwrap();
+        let ledger = Ledger::new(second(&queue), Vec::new(), &HashSet::new());
+        let fds: Vec<_> = (0..3).map(|_| listener()).collect();
+        let keep = |fd| ledger.keep(0, Content::Listener(fd, None)).unwrap();
+        let [first, middle, _last] = [&fds[0], &fds[1], &fds[2]].map(keep);
+        let id = middle.id;
+        // Behind one that lives, where it can't be taken out.
+        assert!(Box::new(middle).forget());
+        assert!(!read(&queue).contains_key(&id));
+        drop(first);
+        assert!(!read(&queue).contains_key(&id));
+        while ledger.lock().clean(&ledger.queue).is_some() {}
+        assert_eq!(read(&queue).len(), 1);
+    }
+}

@@ -1,0 +1,295 @@
+//! Connections that outlive the process: `--handover=`.
+//!
+//! With `restart` connections leave when the process is told to stop: each comes to rest, its sockets
+//! and the bytes under way go into the [`Queue`] that systemd keeps, and the next process takes them
+//! from there before it accepts anybody. With `crash` they are there from accept on, and what is
+//! under way never is in the memory of the process; a [`Ledger`] keeps the queue current.
+
+pub mod replay;
+pub mod journal;
+mod fdstore;
+pub mod record;
+pub mod queue;
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rustix::net::{SocketType, sockopt};
+use tokio::time::Instant;
+
+use crate::config::values::HandoverMode;
+use crate::forward::Pair;
+use crate::forward::snapshot::FdRef;
+use crate::handover::fdstore::Returned;
+use crate::handover::journal::{Kept, Ledger, now};
+use crate::handover::queue::Queue;
+use crate::handover::record::{Content, PARCELS_MAX, Parcel, descriptors_of, identity};
+use crate::handover::replay::{Recovered, SortedOut, recover, sort_out};
+use crate::limits::descriptors::may_open;
+use crate::limits::slot::Slot;
+use crate::listen::activation::Inherited;
+use crate::listen::listener::Listener;
+use crate::logging::in_words;
+use crate::notify::Notifier;
+use crate::socket::Socket;
+
+/// The store, as the connections of this process use it.
+#[derive(Debug)]
+pub struct Handover {
+    survival: HandoverMode,
+    ledger: Arc<Ledger>,
+    threads_are_told: AtomicBool,
+    lost: AtomicUsize,
+}
+
+impl Handover {
+    /// Takes what was stored, and makes a store for what is to be. Without one it says so, once. A process
+    /// that `opens` its sockets itself is passed none.
+    ///
+    /// # Errors
+    /// One line when what was stored can't be read; then it is still there.
+    pub async fn open(
+        survival: Option<HandoverMode>,
+        opens: bool,
+        inherited: &mut Vec<Inherited>,
+        notifier: &Notifier,
+    ) -> Result<(Option<Arc<Self>>, Recovered), String> {
+        let nothing = Ok((None, Recovered::default()));
+        let returned = Returned::take(inherited);
+        let Some(survival) = survival else {
+            if !returned.is_empty() {
+                tracing::info!("Closing what was stored, since --handover=never.");
+                returned.discard(notifier).await;
+            }
+            return nothing;
+        };
+        remove_strangers(inherited, opens, notifier).await;
+        let queue = if returned.is_empty() { None } else { returned.into_queue(notifier).await };
+        let queue = match queue {
+            Some(queue) => queue,
+            None => match new_queue(notifier).await {
+                Ok(queue) => queue,
+                Err(error) => {
+                    tracing::warn!(
+                        "--handover= without a store, connections end with the process: {error}."
+                    );
+                    return nothing;
+                }
+            },
+        };
+        let failed = |error| {
+            let error = in_words(&error);
+            format!("Failed to read the store, which is left as it is: {error}.")
+        };
+        let texts = queue.texts().map_err(failed)?;
+        let (descriptors, at_a_time) = descriptors_of(&texts);
+        // A message may also have what does not count any more.
+        may_open(descriptors + at_a_time).map_err(|limit| {
+            format!(
+                "RLIMIT_NOFILE={limit} leaves no room for the stored connections, which have \
+                 {descriptors} file descriptors and stay stored; raise LimitNOFILE=."
+            )
+        })?;
+        let sorted = sort_out(&texts, queue.messages()).map_err(failed)?;
+        let SortedOut { messages, parcels, refused } = sorted;
+        // A connection that systemd passes (Accept=yes) and has stored as well is one.
+        let stored: HashSet<_> = parcels.iter().flat_map(Parcel::identities).collect();
+        inherited.retain(|it| !identity(&it.fd).is_some_and(|it| stored.contains(&it)));
+        let current: HashSet<_> = parcels.iter().map(|parcel| parcel.id).collect();
+        let ledger = Ledger::new(queue, messages, &current);
+        let kept_in = (survival == HandoverMode::Crash).then_some(&ledger);
+        let recovered = Recovered { refused, ..recover(parcels, kept_in) };
+        let handover = Self {
+            survival,
+            ledger,
+            threads_are_told: AtomicBool::default(),
+            lost: AtomicUsize::default(),
+        };
+        Ok((Some(Arc::new(handover)), recovered))
+    }
+
+    /// Whether connections are stored from accept on.
+    pub fn is_for_crashes(&self) -> bool {
+        self.survival == HandoverMode::Crash
+    }
+
+    /// All that was stored is this process's again.
+    pub fn has_recovered(&self) {
+        if self.survival == HandoverMode::Restart {
+            // A second reference would keep peers from seeing the end of their connections.
+            self.ledger.clear();
+        }
+    }
+
+    /// Keeps the store clean, for ever.
+    pub async fn clean(&self) -> Infallible {
+        match self.survival {
+            // There is nothing in it.
+            HandoverMode::Restart => std::future::pending().await,
+            HandoverMode::Crash => self.ledger.clean().await,
+        }
+    }
+
+    /// Keeps a client, from now on and whatever ends the process, if that is asked for.
+    pub fn keep_client(&self, client: impl AsFd) -> Option<Kept> {
+        self.keep(Content::Client(client))
+    }
+
+    /// The same for a socket that was opened here.
+    pub fn keep_listener(&self, listener: &Listener) -> Option<Kept> {
+        self.keep(Content::Listener(listener.as_fd(), listener.file()))
+    }
+
+    fn keep<Fd: AsFd>(&self, content: Content<Fd>) -> Option<Kept> {
+        self.is_for_crashes().then(|| self.ledger.keep(now(), content)).flatten()
+    }
+
+    /// To be buffered where a panic would end all connections of a thread in order: then the process is
+    /// ended at once instead, if they outlive that.
+    pub fn abort_on_panic(&self) -> Option<AbortOnPanic> {
+        self.is_for_crashes().then_some(AbortOnPanic)
+    }
+
+    /// Has each other thread store its connections when it ends.
+    pub fn tell_threads(&self) {
+        self.threads_are_told.store(true, Ordering::Release);
+    }
+
+    /// Whether they are to.
+    pub fn has_told_threads(&self) -> bool {
+        self.threads_are_told.load(Ordering::Acquire)
+    }
+
+    /// Stores what has left; what can't be stored is reset.
+    pub fn store(&self, mut left: Vec<Detached>) {
+        while !left.is_empty() {
+            let batch = left.split_off(left.len().saturating_sub(PARCELS_MAX));
+            let (mut contents, mut can_be) = (Vec::new(), Vec::new());
+            for one in &batch {
+                let stored = one.content();
+                can_be.push(stored.is_ok());
+                match stored {
+                    Ok((age, content)) => contents.push((begun(age), content)),
+                    Err(error) => {
+                        tracing::error!("Failed to store a connection: {}", in_words(&error));
+                    }
+                }
+            }
+            let are_stored = self.ledger.leave(contents).is_ok();
+            for (one, can_be) in batch.into_iter().zip(can_be) {
+                if are_stored && can_be {
+                    one.release();
+                } else {
+                    self.lost.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+
+    /// The same for a socket that was opened here; whether it is stored.
+    pub fn leave_listener(&self, listener: &Listener) -> bool {
+        let content = Content::Listener(listener.as_fd(), listener.file());
+        self.ledger.leave(vec![(now(), content)]).is_ok()
+    }
+
+    /// What the next process will find, connections and listeners, and connections that it will not.
+    pub fn left_behind(&self) -> [usize; 2] {
+        [self.ledger.counting(), self.lost.load(Ordering::Relaxed)]
+    }
+}
+
+/// A connection that has been taken off its event loop and is to be stored. Dropping it resets both
+/// sides.
+#[derive(Debug)]
+pub struct Detached {
+    start: Instant,
+    state: DetachedState,
+    _slot: Slot,
+}
+
+#[derive(Debug)]
+enum DetachedState {
+    /// A client that still waits for its backend.
+    Client(Socket),
+    Forwarder(Box<Pair>),
+}
+
+impl Detached {
+    /// A client without a backend, accepted at `start`.
+    pub fn client(start: Instant, socket: Socket, slot: Slot) -> Self {
+        Self { start, state: DetachedState::Client(socket), _slot: slot }
+    }
+
+    /// A connection with its buffered bytes, accepted at `start`.
+    pub fn forwarder(start: Instant, forwarder: Box<Pair>, slot: Slot) -> Self {
+        Self { start, state: DetachedState::Forwarder(forwarder), _slot: slot }
+    }
+
+    /// Returns the connection's age, and what is to be stored of it.
+    fn content(&self) -> io::Result<(Duration, Content<FdRef<'_>>)> {
+        let content = match &self.state {
+            DetachedState::Client(socket) => Content::Client(FdRef::Borrowed(socket.as_fd())),
+            DetachedState::Forwarder(it) => Content::Pair(Box::new(it.snapshot()?)),
+        };
+        Ok((self.start.elapsed(), content))
+    }
+
+    /// Closes the sockets here: the stored ones keep the connection open.
+    fn release(self) {
+        match self.state {
+            DetachedState::Client(socket) => socket.leave(),
+            DetachedState::Forwarder(forwarder) => forwarder.detach(),
+        }
+    }
+}
+
+/// Ends the process when it is dropped by a panic.
+#[derive(Debug)]
+pub struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+async fn new_queue(notifier: &Notifier) -> Result<Queue, String> {
+    let queue = Queue::new().map_err(|error| in_words(&error))?;
+    fdstore::keep(&queue, notifier).await?;
+    Ok(queue)
+}
+
+/// What can't come from a socket unit, beside the sockets that do: somebody else's descriptors in the
+/// store. A connection is the only one, or is somebody else's as well.
+async fn remove_strangers(inherited: &mut Vec<Inherited>, opens: bool, notifier: &Notifier) {
+    let is_listener = |it: &Inherited| {
+        sockopt::socket_type(&it.fd).is_ok_and(|it| it == SocketType::STREAM)
+            && sockopt::socket_acceptconn(&it.fd).unwrap_or(false)
+    };
+    if !opens && !inherited.iter().any(is_listener) {
+        return;
+    }
+    let strangers: Vec<_> = inherited.extract_if(.., |it| !is_listener(it)).collect();
+    if strangers.is_empty() {
+        return;
+    }
+    let names: Vec<_> = strangers.iter().map(|it| &*it.name).collect();
+    tracing::warn!(
+        "Got what is no listening socket passed in or stored, closing it: {}.",
+        names.join(", ")
+    );
+    for stranger in &strangers {
+        fdstore::remove(&stranger.name, notifier).await;
+    }
+}
+
+fn begun(age: Duration) -> u64 {
+    now().saturating_sub(age.as_micros() as u64)
+}

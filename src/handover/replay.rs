@@ -1,0 +1,407 @@
+//! What the process before this one has left in the queue, read and buffered against what it should be.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::io::ioctl_fionread;
+use socket2::SockRef;
+use tokio::time::Instant;
+
+use crate::forward::snapshot::{BufferedSnapshot, Snapshot};
+use crate::handover::journal::{Kept, Ledger, now};
+use crate::handover::queue::Message;
+use crate::handover::record::{Content, Parcel, ids, unpack};
+use crate::listen::stored::StoredListener;
+use crate::socket::sys::queued;
+use crate::socket::{has_hung_up, has_unread};
+
+/// What the process before this one has left.
+#[derive(Debug, Default)]
+pub struct Recovered {
+    /// Sockets it listened on, which it had opened.
+    pub listeners: Vec<StoredListener>,
+    /// That these are stored, until those that are used are again.
+    pub kept_listeners: Vec<Kept>,
+    /// Clients without a backend.
+    pub clients: Vec<Recovery<OwnedFd>>,
+    /// Connections.
+    pub pairs: Vec<Recovery<Box<Snapshot<OwnedFd>>>>,
+    /// What can't be taken back.
+    pub refused: usize,
+}
+
+impl Recovered {
+    /// Whether there are any, with a backend or without.
+    pub fn has_connections(&self) -> bool {
+        self.connections() > 0
+    }
+
+    /// How many.
+    pub fn connections(&self) -> usize {
+        self.clients.len() + self.pairs.len()
+    }
+
+    /// Descriptors that they have.
+    pub fn descriptors(&self) -> usize {
+        let buffered = |buffered: &BufferedSnapshot<OwnedFd>| match buffered {
+            BufferedSnapshot::Nothing => 0,
+            BufferedSnapshot::Copied(_) => 1,
+            BufferedSnapshot::Piped { .. } => 2,
+        };
+        let pair = |pair: &Recovery<Box<Snapshot<OwnedFd>>>| -> usize {
+            2 + pair.content.flows.iter().map(|flow| buffered(&flow.buffered)).sum::<usize>()
+        };
+        self.clients.len() + self.pairs.iter().map(pair).sum::<usize>()
+    }
+}
+
+/// A connection that was stored.
+#[derive(Debug)]
+pub struct Recovery<T> {
+    /// What it consists of.
+    pub content: T,
+    /// When it began.
+    pub start: Instant,
+    /// That it is stored at this moment, if it is to be at every one.
+    pub kept: Option<Kept>,
+}
+
+/// What the messages of a queue say.
+#[derive(Debug, Default)]
+pub struct SortedOut {
+    /// The numbers of the parcels in each.
+    pub messages: Vec<Vec<u64>>,
+    /// The parcels that count, but for connections that are over.
+    pub parcels: Vec<Parcel<OwnedFd>>,
+    /// What can't be taken back.
+    pub refused: usize,
+}
+
+/// Takes each parcel as it was last stored, or not at all; a descriptor belongs to one parcel.
+///
+/// What counts is decided by what the messages say, so that a parcel whose descriptors can't be had does
+/// not make an older one count, and only the descriptors of those that count are open at a time.
+///
+/// # Errors
+/// When a message can't be read.
+pub fn sort_out(
+    texts: &[Vec<u8>],
+    messages: impl Iterator<Item = io::Result<Message>>,
+) -> io::Result<SortedOut> {
+    let mut out = SortedOut::default();
+    let mut last = HashMap::new();
+    for (number, text) in texts.iter().enumerate() {
+        let ids = ids(text);
+        out.refused += usize::from(ids.is_none());
+        let ids = ids.unwrap_or_default();
+        last.extend(ids.iter().map(|id| (*id, number)));
+        out.messages.push(ids);
+    }
+    let mut seen = HashSet::new();
+    for (number, message) in messages.take(texts.len()).enumerate() {
+        let message = message?;
+        let is_last = |id: &u64| last.get(id) == Some(&number);
+        let parcels = match unpack(&message.bytes, message.fds) {
+            Ok(parcels) if message.is_whole => parcels,
+            _ => {
+                out.refused += out.messages[number].iter().filter(|id| is_last(id)).count();
+                continue;
+            }
+        };
+        for parcel in parcels.into_iter().filter(|parcel| is_last(&parcel.id())) {
+            match parcel.open() {
+                Ok(parcel) if is_over(&parcel.content) => {}
+                Ok(parcel) if parcel.identities().iter().all(|it| !seen.contains(it)) => {
+                    seen.extend(parcel.identities());
+                    out.parcels.push(parcel);
+                }
+                _ => out.refused += 1,
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Whether there is nothing to go on with: it was only not taken out of the store yet.
+fn is_over(content: &Content<OwnedFd>) -> bool {
+    match content {
+        Content::Nothing => true,
+        Content::Listener(..) => false,
+        // The last words of a Unix client that has closed are still to be delivered.
+        Content::Client(socket) => has_hung_up(socket) && !has_unread(socket),
+        Content::Pair(pair) => {
+            pair.endpoints.iter().all(|end| has_hung_up(&end.socket) && !is_delivering(&end.socket))
+                && pair.flows.iter().all(|flow| is_empty(&flow.buffered))
+        }
+    }
+}
+
+fn is_empty(buffered: &BufferedSnapshot<OwnedFd>) -> bool {
+    match buffered {
+        BufferedSnapshot::Nothing => true,
+        BufferedSnapshot::Copied(_) => false,
+        BufferedSnapshot::Piped { read, .. } => ioctl_fionread(read) == Ok(0),
+    }
+}
+
+/// Whether its peer's kernel has bytes yet to acknowledge. (One that was reset has no peer, and counts
+/// as if it had sent more than it has.)
+fn is_delivering(socket: &OwnedFd) -> bool {
+    SockRef::from(socket).peer_addr().is_ok() && queued(socket) > 0
+}
+
+/// As this process goes on with it: kept in the ledger, or else left as it is until all is taken.
+pub fn recover(parcels: Vec<Parcel<OwnedFd>>, kept_in: Option<&Arc<Ledger>>) -> Recovered {
+    let mut recovered = Recovered::default();
+    for Parcel { id, start, content } in parcels {
+        let kept = kept_in.map(|ledger| ledger.kept(id, start));
+        let age = Duration::from_micros(now().saturating_sub(start));
+        let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
+        match content {
+            Content::Nothing => {}
+            Content::Listener(fd, file) => {
+                recovered.listeners.push(StoredListener { fd, file });
+                recovered.kept_listeners.extend(kept);
+            }
+            Content::Client(content) => {
+                recovered.clients.push(Recovery { content, start, kept });
+            }
+            Content::Pair(content) => {
+                recovered.pairs.push(Recovery { content, start, kept });
+            }
+        }
+    }
+    recovered
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::os::fd::BorrowedFd;
+
+    use rustix::io::Errno;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use rustix::pipe::{PipeFlags, pipe_with};
+
+    use super::*;
+    use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side};
+    use crate::handover::record::{PARCELS_MAX, Sealed, pack};
+
+    /// The same for the same seed; and the peers of the sockets, which say nothing.
+    struct Dice(u64, Vec<OwnedFd>);
+
+    impl Dice {
+        fn below(&mut self, sides: usize) -> usize {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (self.0 >> 33) as usize % sides
+        }
+
+        fn says(&mut self) -> bool {
+            self.below(2) == 0
+        }
+    }
+
+    fn socket(dice: &mut Dice) -> OwnedFd {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (one, other) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        dice.1.push(other);
+        one
+    }
+
+    fn parcel(id: u64, dice: &mut Dice) -> Parcel<OwnedFd> {
+        let content = match dice.below(4) {
+            0 => Content::Client(socket(dice)),
+            _ => Content::Pair(Box::new(pair(dice))),
+        };
+        Parcel { id, start: dice.below(1000) as u64, content }
+    }
+
+    fn pair(dice: &mut Dice) -> Snapshot<OwnedFd> {
+        let mut flow = || {
+            let states =
+                [FlowState::Ended, FlowState::SourceReset, FlowState::SinkClosed { lost: true }];
+            let state = if dice.says() { FlowState::Open } else { states[dice.below(3)] };
+            let buffered = match dice.below(3) {
+                0 => BufferedSnapshot::Nothing,
+                1 if state == FlowState::Open => {
+                    let file = tempfile::tempfile().unwrap();
+                    file.set_len(1 + dice.below(100) as u64).unwrap();
+                    BufferedSnapshot::Copied(file.into())
+                }
+                _ => {
+                    let (read, write) = pipe_with(PipeFlags::NONBLOCK).unwrap();
+                    BufferedSnapshot::Piped { read, write }
+                }
+            };
+            FlowSnapshot { state, delivered: dice.below(1 << 30) as u64, buffered }
+        };
+        let flows = [flow(), flow()];
+        let mut end =
+            || EndpointSnapshot { socket: socket(dice), reset: dice.says(), gone: dice.says() };
+        let endpoints = [end(), end()];
+        let side = if dice.says() { Side::Client } else { Side::Backend };
+        let fault = dice.says().then_some((side, Errno::CONNRESET));
+        Snapshot { endpoints, flows, preface: dice.below(300) as u16, fault }
+    }
+
+    /// All that a parcel says, descriptors as the kernel knows them.
+    fn told(parcel: &Parcel<OwnedFd>) -> String {
+        let told = match &parcel.content {
+            Content::Pair(pair) => {
+                let flow = |it: &FlowSnapshot<OwnedFd>| (it.state, it.delivered);
+                let end = |it: &EndpointSnapshot<OwnedFd>| (it.reset, it.gone);
+                let flows = pair.flows.each_ref().map(flow);
+                format!(
+                    "{:?}",
+                    (flows, pair.endpoints.each_ref().map(end), pair.preface, pair.fault)
+                )
+            }
+            _ => "client".into(),
+        };
+        format!("{} {told} {:?}", parcel.start, parcel.identities())
+    }
+
+    fn messages(sealed: &[Sealed<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
+        let mut messages = Vec::new();
+        let mut rest = sealed;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(1 + dice.below(rest.len().min(PARCELS_MAX)));
+            let (bytes, fds) = pack(now);
+            let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+            messages.push(Message { bytes, fds, is_whole: true });
+            rest = later;
+        }
+        messages
+    }
+
+    fn sorted(messages: Vec<Message>) -> SortedOut {
+        let texts: Vec<_> = messages.iter().map(|message| message.bytes.clone()).collect();
+        sort_out(&texts, messages.into_iter().map(Ok)).unwrap()
+    }
+
+    #[test]
+    fn what_can_not_be_read_does_not_make_older_ones_count() {
+        let mut dice = Dice(4, Vec::new());
+        let (first, last) = (parcel(7, &mut dice), parcel(7, &mut dice));
+        let message = |parcel: &Parcel<OwnedFd>| {
+            let sealed = [parcel.seal()];
+            let (bytes, fds) = pack(&sealed);
+            let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+            Message { bytes, fds, is_whole: true }
+        };
+        let spoils: [fn(&mut Message); 3] = [
+            |message| message.is_whole = false,
+            |message| message.fds.clear(),
+            // Another version, whose forms are longer.
+            |message| {
+                message.bytes[2] = 9;
+                message.bytes.extend([0; 16]);
+            },
+        ];
+        for spoil in spoils {
+            let mut messages = vec![message(&first), message(&last)];
+            spoil(&mut messages[1]);
+            let out = sorted(messages);
+            assert_eq!((out.refused, out.parcels.len()), (1, 0));
+        }
+    }
+
+    #[test]
+    fn what_was_stored_comes_back_as_it_was() {
+        let mut dice = Dice(1, Vec::new());
+        for _ in 0..50 {
+            let parcels: Vec<_> = (0..20).map(|id| parcel(id, &mut dice)).collect();
+            let sealed: Vec<_> = parcels.iter().map(Parcel::seal).collect();
+            let out = sorted(messages(&sealed, &mut dice));
+            assert_eq!(out.refused, 0);
+            let back: Vec<_> = out.parcels.iter().map(told).collect();
+            assert_eq!(back, parcels.iter().map(told).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn the_last_of_a_number_counts_and_nothing_is_nothing() {
+        let mut dice = Dice(2, Vec::new());
+        let first = parcel(7, &mut dice);
+        let last = parcel(7, &mut dice);
+        let gone = parcel(8, &mut dice);
+        let forgotten = Parcel { id: 8, start: 0, content: Content::<OwnedFd>::Nothing };
+        let sealed = [first.seal(), gone.seal(), last.seal(), forgotten.seal()];
+        let out = sorted(messages(&sealed, &mut dice));
+        assert_eq!((out.refused, out.parcels.len()), (0, 1));
+        assert_eq!(told(&out.parcels[0]), told(&last));
+    }
+
+    #[test]
+    fn whatever_was_done_to_it_a_connection_is_as_it_was_or_refused() {
+        let mut dice = Dice(3, Vec::new());
+        for _ in 0..1000 {
+            dice.1.clear();
+            let mut parcels: Vec<_> = (0..12).map(|id| parcel(id, &mut dice)).collect();
+            // Some were stored twice, as they were before and as they are.
+            parcels.extend((0..4).map(|id| parcel(id, &mut dice)));
+            let were: BTreeMap<_, _> = parcels.iter().map(|it| (told(it), it.id)).collect();
+            let sealed: Vec<_> = parcels.iter().map(Parcel::seal).collect();
+            let mut messages = messages(&sealed, &mut dice);
+            for _ in 0..dice.below(6) {
+                damage(&mut messages, &mut dice);
+            }
+            let out = sorted(messages);
+            let mut seen = HashSet::new();
+            for parcel in &out.parcels {
+                assert_eq!(were.get(&told(parcel)), Some(&parcel.id), "it is another");
+                assert!(parcel.identities().into_iter().all(|it| seen.insert(it)), "it is two");
+            }
+        }
+    }
+
+    /// Changes messages as nothing should: bytes, descriptors, their order, their number.
+    fn damage(messages: &mut Vec<Message>, dice: &mut Dice) {
+        if messages.is_empty() {
+            return;
+        }
+        let (one, other) = (dice.below(messages.len()), dice.below(messages.len()));
+        let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
+        match dice.below(10) {
+            0 => messages.swap(one, other),
+            1 => drop(messages.remove(one)),
+            2 => {
+                let Message { bytes, fds, is_whole } = &messages[one];
+                let fds = fds.iter().map(copy).collect();
+                let again = Message { bytes: bytes.clone(), fds, is_whole: *is_whole };
+                messages.insert(other, again);
+            }
+            3 => {
+                let bytes = &mut messages[one].bytes;
+                let at = dice.below(bytes.len());
+                bytes[at] ^= 1 << dice.below(8);
+            }
+            4 => {
+                let bytes = &mut messages[one].bytes;
+                bytes.truncate(dice.below(bytes.len()) + 1);
+            }
+            5 => {
+                let fds = &mut messages[one].fds;
+                let places = usize::from(!fds.is_empty());
+                fds.rotate_left(places);
+            }
+            6 => drop(messages[one].fds.pop()),
+            8 => messages[one].is_whole = false,
+            7 => {
+                // Descriptors of two messages change places.
+                let taken = std::mem::take(&mut messages[one].fds);
+                messages[one].fds = std::mem::replace(&mut messages[other].fds, taken);
+            }
+            _ => {
+                let fd = messages[other].fds.first().map(copy);
+                if let Some((place, fd)) = messages[one].fds.last_mut().zip(fd) {
+                    *place = fd;
+                }
+            }
+        }
+    }
+}

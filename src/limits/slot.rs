@@ -1,0 +1,34 @@
+//! What one connection takes up, from accept to close.
+
+use crate::counters::Seat;
+use crate::limits::Permit;
+use crate::limits::descriptors::Reserved;
+
+/// Everything a connection is counted by. Dropping it gives all of it back, in the order of the fields.
+#[derive(Debug)]
+pub struct Slot {
+    _listener: Seat,
+    event_loop: Option<Seat>,
+    // Dropped after the gauges: whoever waits for the number of connections reads them next.
+    permit: Option<Permit>,
+    // Dropped after `permit`: under `--overflow=wait` this wakes the accept loop, which must then find
+    // room below the connection limit.
+    _descriptors: Reserved,
+}
+
+impl Slot {
+    /// A slot for a connection that has just been accepted at a listener.
+    pub fn new(listener: Seat, descriptors: Reserved) -> Self {
+        Self { _listener: listener, event_loop: None, permit: None, _descriptors: descriptors }
+    }
+
+    /// Counts the connection towards `--connections-max=`.
+    pub fn admit(&mut self, permit: Permit) {
+        self.permit = Some(permit);
+    }
+
+    /// Counts the connection on the event loop that it is dispatched to.
+    pub fn assign(&mut self, event_loop: Seat) {
+        self.event_loop = Some(event_loop);
+    }
+}

@@ -1,0 +1,154 @@
+//! The PROXY protocol header that tells the backend who the client is.
+//!
+//! The format is HAProxy's proxy-protocol.txt; what is sent when is systemd-socket-proxyd's.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::ffi::OsStrExt;
+
+use ppp::{v1, v2};
+
+use crate::socket::address::{Address, UnixName, canonical};
+
+/// A version of the header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    /// One line of text, at most 107 bytes.
+    V1,
+    /// Binary, at most 232 bytes here.
+    V2,
+}
+
+impl ProxyProtocol {
+    /// Reads the value of `--proxy-protocol=`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "v1" => Some(Self::V1),
+            "v2" => Some(Self::V2),
+            _ => None,
+        }
+    }
+
+    /// The bytes that go to the backend ahead of the client's.
+    ///
+    /// `client` is the connection's peer, `listener` the address it connected to. Version 1 knows
+    /// TCP, version 2 Unix sockets with a name as well; of any other client they say that they have
+    /// no address.
+    pub fn header(self, client: &Address, listener: &Address) -> Vec<u8> {
+        match self {
+            Self::V1 => v1_addresses(client, listener).to_string().into_bytes(),
+            Self::V2 => v2_header(client, listener),
+        }
+    }
+}
+
+/// The TCP addresses of both sides. A dual-stack listener's IPv4 client is an IPv4 client.
+fn inet(client: &Address, listener: &Address) -> Option<[SocketAddr; 2]> {
+    let (Address::Inet(client), Address::Inet(listener)) = (client, listener) else { return None };
+    let both = [canonical(*client), canonical(*listener)];
+    (both[0].is_ipv4() == both[1].is_ipv4()).then_some(both)
+}
+
+fn v1_addresses(client: &Address, listener: &Address) -> v1::Addresses {
+    let Some([client, listener]) = inet(client, listener) else { return v1::Addresses::Unknown };
+    match (client.ip(), listener.ip()) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            v1::Addresses::new_tcp4(source, destination, client.port(), listener.port())
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            v1::Addresses::new_tcp6(source, destination, client.port(), listener.port())
+        }
+        _ => v1::Addresses::Unknown,
+    }
+}
+
+fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
+    use v2::{Addresses, Command, Protocol, Unix, Version};
+    let addresses = match (client, listener) {
+        (Address::Unix(Some(client)), Address::Unix(listener)) => {
+            Addresses::Unix(Unix::new(sun_path(Some(client)), sun_path(listener.as_deref())))
+        }
+        _ => inet(client, listener).map_or(Addresses::Unspecified, |[client, listener]| {
+            Addresses::from((client, listener))
+        }),
+    };
+    // LOCAL: the receiver is to take the connection's own addresses.
+    let (command, protocol) = match addresses {
+        Addresses::Unspecified => (Command::Local, Protocol::Unspecified),
+        _ => (Command::Proxy, Protocol::Stream),
+    };
+    let header = v2::Builder::with_addresses(Version::Two | command, protocol, addresses).build();
+    header.expect("the length of addresses fits into two bytes")
+}
+
+/// As the kernel has it; all zero for an unnamed socket.
+fn sun_path(name: Option<&UnixName>) -> [u8; 108] {
+    let mut path = [0; 108];
+    let (start, name) = match name {
+        Some(UnixName::Path(name)) => (0, name.as_os_str().as_bytes()),
+        Some(UnixName::Abstract(name)) => (1, &name[..]),
+        None => return path,
+    };
+    let room = &mut path[start..];
+    let length = name.len().min(room.len());
+    room[..length].copy_from_slice(&name[..length]);
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn v1(client: &str, listener: &str) -> String {
+        let inet = |text: &str| Address::Inet(text.parse().unwrap());
+        String::from_utf8(ProxyProtocol::V1.header(&inet(client), &inet(listener))).unwrap()
+    }
+
+    #[test]
+    fn version_1_is_one_line() {
+        assert_eq!(
+            v1("192.0.2.1:4000", "192.0.2.2:80"),
+            "PROXY TCP4 192.0.2.1 192.0.2.2 4000 80\r\n"
+        );
+        assert_eq!(
+            v1("[2001:db8::1]:4000", "[2001:db8::2]:80"),
+            "PROXY TCP6 2001:db8::1 2001:db8::2 4000 80\r\n"
+        );
+        assert_eq!(
+            v1("[::ffff:192.0.2.1]:4000", "[::ffff:192.0.2.2]:80"),
+            "PROXY TCP4 192.0.2.1 192.0.2.2 4000 80\r\n"
+        );
+        let unix = Address::Unix(None);
+        assert_eq!(ProxyProtocol::V1.header(&unix, &unix), b"PROXY UNKNOWN\r\n");
+    }
+
+    #[test]
+    fn version_2_is_binary() {
+        let inet = |text: &str| Address::Inet(text.parse().unwrap());
+        let header = |client: &Address, listener: &Address| {
+            let header = ProxyProtocol::V2.header(client, listener);
+            assert_eq!(header[..12], *b"\r\n\r\n\0\r\nQUIT\n");
+            header[12..].to_vec()
+        };
+        // PROXY over version 2, TCP over IPv4, 12 bytes.
+        let ipv4 = [0x21, 0x11, 0, 12, 192, 0, 2, 1, 192, 0, 2, 2, 0x0f, 0xa0, 0, 80];
+        assert_eq!(header(&inet("192.0.2.1:4000"), &inet("192.0.2.2:80")), ipv4);
+        let mapped = header(&inet("[::ffff:192.0.2.1]:4000"), &inet("[::ffff:192.0.2.2]:80"));
+        assert_eq!(mapped, ipv4);
+        let ipv6 = header(&inet("[2001:db8::1]:4000"), &inet("[2001:db8::2]:80"));
+        assert_eq!(ipv6[..4], [0x21, 0x21, 0, 36]);
+        assert_eq!(ipv6.len(), 4 + 36);
+        // Unix streams: two paths of 108 bytes.
+        let name = |name| Address::Unix(Some(Box::new(name)));
+        let path = name(UnixName::Path("/run/a".into()));
+        let unix = header(&name(UnixName::Abstract("client".into())), &path);
+        assert_eq!(unix[..4], [0x21, 0x31, 0, 216]);
+        assert_eq!(unix[4..12], *b"\0client\0");
+        assert_eq!(unix[112..119], *b"/run/a\0");
+        let unnamed = header(&name(UnixName::Path("/run/b".into())), &Address::Unix(None));
+        assert_eq!(unnamed[112..], [0; 108]);
+        // LOCAL, without addresses.
+        assert_eq!(header(&Address::Unix(None), &path), [0x20, 0, 0, 0]);
+        let vsock = Address::Vsock { cid: 3, port: 4 };
+        assert_eq!(header(&vsock, &vsock), [0x20, 0, 0, 0]);
+    }
+}

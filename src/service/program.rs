@@ -1,0 +1,65 @@
+//! The whole program: inherit, parse, log, serve, exit code.
+
+use std::env;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use crate::backend::command::guard::Role;
+use crate::config::{Config, Request};
+use crate::listen::activation::{Stdin, take_inherited, take_stdin};
+use crate::logging::{LogLevel, Logging};
+use crate::runtime::dispositions;
+use crate::service;
+
+/// Runs the program, or the helper process that this process was started as.
+///
+/// # Safety
+/// To be called first in `main`: there must be no other thread, and nothing may own the descriptors from
+/// 3 on.
+#[expect(unsafe_code, reason = "the caller's promise is passed on")]
+pub unsafe fn run() -> ExitCode {
+    // SAFETY: the caller's promise.
+    let inherited = unsafe { take_inherited() };
+    dispositions::unblock_signals();
+    if let Some(role) = Role::of_this_process() {
+        let _logging = Logging::start(LogLevel::from_environment());
+        return exit_code(role.play());
+    }
+    let request = Config::parse(env::args_os());
+    let level = match &request {
+        Ok(Request::Serve(config)) => config.log_level,
+        _ => LogLevel::from_environment(),
+    };
+    // Before anything is said, which would go to a client; what was asked for is no message.
+    let nothing_passed = inherited.as_ref().map_or(true, Vec::is_empty);
+    let stdin = match request {
+        Ok(Request::Print(_)) => None,
+        _ if nothing_passed => take_stdin(),
+        _ => None,
+    };
+    let _logging = match &stdin {
+        Some(Stdin { was_stderr: true, .. }) => Logging::without_stderr(level),
+        _ => Logging::start(level),
+    };
+    let inherited = inherited.map(|mut inherited| {
+        inherited.extend(stdin.map(|stdin| stdin.socket));
+        inherited
+    });
+    exit_code(request.and_then(|request| match request {
+        Request::Serve(config) => service::run(*config, inherited?),
+        Request::Print(text) => {
+            let written = io::stdout().write_all(text.as_bytes());
+            written.map_err(|error| format!("Failed to write: {error}."))
+        }
+    }))
+}
+
+fn exit_code(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(line) => {
+            tracing::error!("{line}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Between two processes: what the one before has left is taken over, and what is open is left to the
+//! next.
+
+use std::io;
+use std::sync::Arc;
+
+use sd_notify::NotifyState;
+use socket2::{SockAddr, SockRef};
+
+use crate::connection::Restored;
+use crate::handover::Handover;
+use crate::handover::journal::Kept;
+use crate::handover::replay::{Recovered, Recovery};
+use crate::limits::slot::Slot;
+use crate::listen::listener::{Accepted, Entrance, Listener};
+use crate::notify::Notifier;
+use crate::service::Server;
+use crate::socket::address::{Address, Identity};
+use crate::socket::{Family, abort, lasts};
+
+impl Server {
+    /// Goes on with the connections of the process before this one.
+    pub fn take_back(&mut self, recovered: Recovered) {
+        let Some(handover) = &self.handover else { return };
+        self.recovered = recovered.connections();
+        // From here on it is this process's, and before any of it is moved.
+        handover.has_recovered();
+        if recovered.refused > 0 {
+            tracing::warn!(
+                "Stored connections can't be taken back, closing them: {}. (They are damaged, or of another \
+                 version.)",
+                recovered.refused
+            );
+        }
+        self.sources.listeners().iter().for_each(|(listener, _)| listener.own_file());
+        // Those of them that are still used are stored anew.
+        recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));
+        for Recovery { content, start, kept } in recovered.pairs {
+            content.endpoints.iter().for_each(|end| lasts(&end.socket));
+            let [client, backend] =
+                content.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
+            let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
+            let (entrance, known_backend) = self.way_in(&client);
+            let slot = self.slot(&entrance);
+            self.workers.resume(Restored {
+                snapshot: content,
+                client: address,
+                listener: entrance,
+                backend,
+                known_backend,
+                start,
+                slot,
+                journal: kept,
+            });
+        }
+        for Recovery { content: fd, kept, .. } in recovered.clients {
+            lasts(&fd);
+            let kept = kept.map(Kept::take_over);
+            let Ok(Some(family)) = Family::of(&fd) else { continue };
+            let client = SockRef::from(&fd);
+            let address = or_unnamed(client.peer_addr());
+            let (entrance, backend) = self.way_in(&client);
+            let Some(backend) = backend else {
+                tracing::warn!(
+                    client = %address,
+                    listener = %entrance,
+                    "A stored client came in at a socket that is not passed any more, closing it."
+                );
+                abort(&fd);
+                continue;
+            };
+            let slot = self.slot(&entrance);
+            let accepted =
+                Accepted { socket: fd, family, client: address, listener: entrance, slot };
+            self.workers.serve(accepted, backend, kept);
+        }
+        if self.recovered > 0 {
+            tracing::info!("Recovered connections: {}.", self.recovered);
+        }
+    }
+
+    /// Returns a slot for a connection of the previous process, whatever the limits are now.
+    fn slot(&self, listener: &Entrance) -> Slot {
+        let mut slot = Slot::new(listener.enter(), self.descriptors.reserve_anyway());
+        slot.admit(self.admission.readmit());
+        slot
+    }
+
+    /// The listener at which an accepted socket came in, as far as its own address tells, and the
+    /// backend that it leads to.
+    fn way_in(&self, client: &socket2::Socket) -> (Arc<Entrance>, Option<usize>) {
+        let at = or_unnamed(client.local_addr());
+        let listeners = self.sources.listeners();
+        let find = |is_it: &dyn Fn(&Listener) -> bool| {
+            listeners.iter().find(|(listener, _)| is_it(listener))
+        };
+        let address = |listener: &Listener| listener.identity().address.clone();
+        // The same listener is of the same family; one that has taken its place may be of another, if
+        // it has the same clients.
+        let found = find(&|it| address(it) == at)
+            .or_else(|| find(&|it| address(it).is_any_of(&at)))
+            .or_else(|| {
+                let at = at.in_other_family()?;
+                find(&|it| !it.is_ipv6_only() && address(it).is_any_of(&at))
+            });
+        match found {
+            Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
+            // With one backend there is no question which.
+            None => {
+                let backend = (self.workers.plan().ways.len() == 1).then_some(0);
+                let identity = Identity { name: None, address: at };
+                (Entrance::counted_among(&identity, Arc::clone(&self.elsewhere)), backend)
+            }
+        }
+    }
+
+    /// Stores what is open, for the next process.
+    pub async fn leave(&self, handover: &Handover, notifier: &Notifier) {
+        let listeners = self.sources.listeners().iter().filter(|_| self.has_opened);
+        let mut listening = self.kept_listeners.len();
+        for (listener, _) in listeners {
+            if handover.is_for_crashes() {
+                listener.leave_file();
+            } else if handover.leave_listener(listener) {
+                listener.leave_file();
+                listening += 1;
+            }
+        }
+        self.workers.leave(handover).await;
+        let [stored, lost] = handover.left_behind();
+        let stored = stored.saturating_sub(listening);
+        let status = format!("Left open connections with systemd: {stored}.");
+        let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);
+        if stored > 0 {
+            tracing::info!(
+                "Stopping, left open connections with systemd: {stored}. (Without a restart it resets \
+                 them.)"
+            );
+        }
+        if lost > 0 {
+            tracing::warn!(
+                "Open connections could not be stored, resetting them: {lost}. (If the store is full, \
+                 raise LimitNOFILE= or net.core.wmem_max.)"
+            );
+        }
+    }
+}
+
+fn or_unnamed(address: io::Result<SockAddr>) -> Address {
+    address.map_or(Address::Unix(None), |address| Address::from_sockaddr(&address))
+}

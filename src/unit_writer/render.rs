@@ -1,0 +1,396 @@
+//! The units themselves: each setting for a reason, and beside it what a user may have to change.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::config::target::Target;
+use crate::socket::address::{Address, UnixName};
+use crate::unit_writer::escape::{check_value, exec_word, shell_word, value};
+use crate::unit_writer::plan::{Starts, Units};
+use crate::unit_writer::stamp::mark;
+
+/// How long clients are held: while a backend is restarted, and while a service starts.
+const BRIDGE_WAIT: &str = "30s";
+const SERVICE_WAIT: &str = "90s";
+
+/// What neither a proxy nor most applications need. (The measure is `systemd-analyze security`.)
+const BOTH: &str = "\
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectProc=invisible
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateMounts=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+RemoveIPC=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+";
+
+/// What a proxy does not need beyond that.
+const PROXY: &str = "\
+UMask=0777
+ProcSubset=pid
+PrivateUsers=yes
+MemoryDenyWriteExecute=yes
+SystemCallFilter=~@privileged
+";
+
+/// Files of an application are its own.
+const APPLICATION: &str = "UMask=0077\n";
+
+/// Below these a service with `ProtectHome=yes` finds nothing.
+pub const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
+
+/// Of these each service with `PrivateTmp=yes` has its own, and a dynamic user has that always.
+pub const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+
+/// A file, below the directory of the units.
+#[derive(Debug, PartialEq, Eq)]
+pub struct UnitFile {
+    pub path: PathBuf,
+    pub text: String,
+}
+
+/// All files of a set, in the order in which they are read; `program` is the proxy's.
+///
+/// # Errors
+/// What can't be said in a unit.
+pub fn files(units: &Units, program: &Path) -> Result<Vec<UnitFile>, String> {
+    let mut paths = units.targets.iter().filter_map(path);
+    let hidden = paths.find(|path| TEMPORARY.iter().any(|directory| path.starts_with(directory)));
+    if let Some(path) = hidden
+        && units.user.is_none()
+        && !matches!(units.starts, Starts::Command(_))
+    {
+        return Err(format!(
+            "Invalid --target={}: a dynamic user has a /tmp of its own; add --user=, or have the \
+             backend listen elsewhere.",
+            path.display()
+        ));
+    }
+    check_value(&units.name).map_err(|why| format!("Invalid NAME {:?}: {why}.", units.name))?;
+    let title = &value(&units.name);
+    let Units { unit, listen, metrics, .. } = units;
+    let command_line = units.command_line();
+    let file = |name: String, text: String| UnitFile {
+        text: mark(&quoted(&name), &command_line, &text),
+        path: name.into(),
+    };
+    let mut files = vec![file(format!("{unit}.socket"), socket(unit, listen, title, None))];
+    if let Some(metrics) = metrics {
+        let text = socket(&metrics_unit(unit), std::slice::from_ref(metrics), title, Some(unit));
+        files.push(file(format!("{}.socket", metrics_unit(unit)), text));
+    }
+    files.push(file(format!("{unit}.service"), service(units, title, program)));
+    if let Starts::Service(service) = &units.starts {
+        files.push(UnitFile {
+            path: format!("{service}.d/{unit}.conf").into(),
+            text: mark(&quoted(service), &command_line, &drop_in(service)),
+        });
+    }
+    Ok(files)
+}
+
+/// The socket unit for scrapers: one unit has one `FileDescriptorName=` for all its sockets.
+pub fn metrics_unit(unit: &str) -> String {
+    format!("{}-metrics", unit.strip_suffix("-proxy").unwrap_or(unit))
+}
+
+/// A socket unit: for clients, or for the scrapers of a proxy.
+fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>) -> String {
+    let is_file = listen.iter().any(|address| address.starts_with('/'));
+    let lines: String = listen.iter().map(|it| format!("ListenStream={}\n", value(it))).collect();
+    let who = if is_file {
+        "# Everybody may connect to the file; SocketMode=0660 with SocketUser= or SocketGroup= changes that.\n"
+    } else {
+        ""
+    };
+    let plural = if listen.len() == 1 { "socket" } else { "sockets" };
+    let (about, what, more) = match scrapers_of {
+        None => {
+            (format!("The {plural} that clients know"), "what clients connect to", String::new())
+        }
+        Some(proxy) => (
+            "Where Prometheus asks for /metrics".into(),
+            "its metrics",
+            format!("FileDescriptorName=metrics\nService={proxy}.service\n"),
+        ),
+    };
+    format!(
+        "# {about}, open from boot on: systemctl enable --now {}\n\
+         [Unit]\n\
+         Description={title}, {what}\n\
+         Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n\
+         \n\
+         [Socket]\n\
+         {who}{lines}{more}\
+         \n\
+         [Install]\n\
+         WantedBy=sockets.target\n",
+        quoted(&format!("{unit}.socket")),
+    )
+}
+
+fn service(units: &Units, title: &str, program: &Path) -> String {
+    let Units { unit, starts, idle, user, group, metrics, .. } = units;
+    let ends = match idle.as_deref() {
+        None | Some("infinity") => "which then stays".to_string(),
+        Some(idle) => format!("which is stopped when nobody has been connected for {idle}"),
+    };
+    let mut text = match starts {
+        Starts::Nothing => "# It starts with the first client.\n".to_string(),
+        Starts::Service(service) => format!(
+            "# The first client starts this and {service},\n\
+             # {ends}.\n\
+             # Nothing else should start it: systemctl disable --now {}\n",
+            quoted(service)
+        ),
+        Starts::Command(_) => format!(
+            "# The first client starts this and the program behind the two dashes,\n\
+             # {ends}.\n\
+             # It has to listen at the address in front of the dashes and to stay in the foreground; if it\n\
+             # says READY=1, as sd_notify(3) does, add --ready=notify in front of that address.\n"
+        ),
+    };
+    let metrics_socket = metrics.as_ref().map(|_| format!("{}.socket", metrics_unit(unit)));
+    let sockets = match &metrics_socket {
+        Some(metrics) => format!("{unit}.socket {metrics}"),
+        None => format!("{unit}.socket"),
+    };
+    text += &format!(
+        "[Unit]\n\
+         Description=Proxy in front of {title}\n\
+         Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n"
+    );
+    if !matches!(starts, Starts::Command(_)) && idle.as_deref().is_some_and(|it| it != "infinity") {
+        text += "# Each idle exit is followed by a start: with a start limit, a few clients of a short idle time\n\
+                 # would close the socket for good.\n\
+                 StartLimitIntervalSec=0\n";
+    }
+    text += &format!("Requires={unit}.socket\n");
+    if let Some(metrics) = &metrics_socket {
+        text += &format!(
+            "# Wanted, not required: if its address is taken, the metrics are missing and clients are served.\n\
+             Wants={metrics}\n"
+        );
+    }
+    text += &match starts {
+        Starts::Service(service) => format!(
+            "# Wanted, not required: a service that was killed is started again by its Restart=, and one\n\
+             # that can't start does not take the socket down with it.\n\
+             Wants={service}\n\
+             After={sockets} {service}\n"
+        ),
+        _ => format!("After={sockets}\n"),
+    };
+    text += "\n[Service]\nType=notify\n";
+    if metrics.is_some() {
+        text += &format!("Sockets={sockets}\n");
+    }
+    text += "# Other options of socket-proxyd(8) go in front of the target.\n";
+    text += &exec_start(units, program);
+    if let Starts::Command(_) = starts {
+        text += "# The proxy stops the program itself, and with it whatever that has started.\nKillMode=mixed\n";
+    }
+    text.push('\n');
+    text += &match user {
+        Some(user) => format!("User={user}\n"),
+        None => "# A user without a home or a file.\nDynamicUser=yes\n".into(),
+    };
+    if let Some(group) = group {
+        text += &format!("# It may use the target's socket.\nSupplementaryGroups={group}\n");
+    }
+    text += &match starts {
+        Starts::Command(_) => for_application(units),
+        _ => network(&units.targets, group.is_some()) + &for_proxy(&units.targets),
+    };
+    if user.is_some() {
+        // What else that user has in memory is not ours to remove.
+        text = text.replace("RemoveIPC=yes\n", "");
+    }
+    text
+}
+
+fn exec_start(units: &Units, program: &Path) -> String {
+    let idle = |option: &str| {
+        let idle = units.idle.as_deref().unwrap_or("infinity");
+        (idle != "infinity").then(|| format!("{option}={idle}"))
+    };
+    let (wait, idle) = match &units.starts {
+        Starts::Nothing => (Some(BRIDGE_WAIT), idle("--exit-idle-time")),
+        Starts::Service(_) => (Some(SERVICE_WAIT), idle("--exit-idle-time")),
+        // It has a default of its own.
+        Starts::Command(_) => (None, idle("--stop-idle-time")),
+    };
+    let metrics = units.metrics.as_ref().map(|_| "--metrics=fd:metrics".to_string());
+    let wait = wait.map(|wait| format!("--backend-wait={wait}"));
+    let options = wait.into_iter().chain(idle).chain(metrics);
+    let mut line = format!("ExecStart={}", exec_word(program.as_os_str().as_bytes()));
+    for option in options {
+        line += &format!(" {}", exec_word(option.as_bytes()));
+    }
+    let several = units.target_words.len() > 1;
+    for word in &units.target_words {
+        line += if several { " \\\n    " } else { " " };
+        line += &exec_word(word.as_bytes());
+    }
+    if let Starts::Command(words) = &units.starts {
+        line += " -- \\\n   ";
+        for word in words {
+            line += &format!(" {}", exec_word(word.as_bytes()));
+        }
+    }
+    line + "\n"
+}
+
+/// What COMMAND, and the proxy with it, may use.
+fn for_application(units: &Units) -> String {
+    let mut text = "# What most programs can live with. One that keeps files needs StateDirectory= (it is in\n\
+                    # /var/lib, and in $STATE_DIRECTORY); whatever else it needs has to be allowed.\n"
+        .to_string();
+    if let Some(directory) = own_directory(units)
+        && let Some(name) = directory.file_name()
+    {
+        text += &format!("RuntimeDirectory={}\n", name.display());
+    }
+    text += match &units.targets[..] {
+        [Target::Address(Address::Vsock { .. })] => "RestrictAddressFamilies=AF_UNIX AF_VSOCK\n",
+        _ => "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n",
+    };
+    text + BOTH + APPLICATION
+}
+
+/// The directory of COMMAND's socket below /run, which is one of its own, as `values` has made sure of: it
+/// goes with the unit.
+pub fn own_directory(units: &Units) -> Option<&Path> {
+    let directory = units.targets.iter().find_map(path)?.parent()?;
+    directory.starts_with("/run").then_some(directory)
+}
+
+/// What a proxy needs of files: the sockets of its targets.
+fn for_proxy(targets: &[Target]) -> String {
+    let is_below = |directories: &[&str]| {
+        let mut paths = targets.iter().filter_map(path);
+        paths.any(|path| directories.iter().any(|directory| path.starts_with(directory)))
+    };
+    let mut text = [BOTH, PROXY].concat();
+    if is_below(&HOMES) {
+        let needed = "# The target is below a home, or below /run/user.\nProtectHome=read-only";
+        text = text.replace("ProtectHome=yes", needed);
+    }
+    if is_below(&TEMPORARY) {
+        text = text.replace("PrivateTmp=yes", "# The target is there.\nPrivateTmp=no");
+    }
+    text
+}
+
+/// The file of a target.
+fn path(target: &Target) -> Option<&Path> {
+    match target {
+        Target::Address(Address::Unix(Some(name))) => name.path(),
+        _ => None,
+    }
+}
+
+/// Which networks the way to the targets needs; the clients' sockets are not meant, they are systemd's.
+fn network(targets: &[Target], has_group: bool) -> String {
+    let (mut families, mut allowed) = (vec!["AF_UNIX"], Vec::<String>::new());
+    let mut add = |new: &[&'static str]| {
+        for family in new {
+            if !families.contains(family) {
+                families.push(family);
+            }
+        }
+    };
+    let mut allow = |address: String| {
+        if !allowed.contains(&address) {
+            allowed.push(address);
+        }
+    };
+    let (mut anywhere, mut is_private) = (false, true);
+    let mut is_file = false;
+    for target in targets {
+        match target {
+            Target::Address(Address::Unix(Some(name))) => {
+                is_private &= name.path().is_some();
+                is_file |= matches!(**name, UnixName::Path(_));
+            }
+            Target::Address(Address::Unix(None)) => {}
+            Target::Address(Address::Vsock { .. }) => {
+                is_private = false;
+                add(&["AF_VSOCK"]);
+            }
+            Target::Address(Address::Inet(address)) => {
+                is_private = false;
+                add(&["AF_INET", "AF_INET6"]);
+                let ip = address.ip().to_canonical();
+                let is_here = ip.is_loopback() || ip.is_unspecified();
+                allow(if is_here { "localhost".into() } else { ip.to_string() });
+            }
+            Target::Name(name) => {
+                is_private = false;
+                if name.host == "localhost" {
+                    allow("localhost".into());
+                } else {
+                    anywhere = true;
+                }
+                add(&["AF_INET", "AF_INET6"]);
+            }
+        }
+    }
+    let mut text = String::new();
+    if is_file && !has_group {
+        text += "# If only a group may use the target's socket: SupplementaryGroups= that group.\n";
+    }
+    if is_private {
+        text += "# The target is a file: no network is needed. For another one these three lines have to go.\n\
+                 PrivateNetwork=yes\n";
+    }
+    if anywhere {
+        text += "# Wherever the name leads. IPAddressDeny=any and IPAddressAllow= can say where that is.\n";
+    } else {
+        if !allowed.is_empty() {
+            text += "# Where the target is. Clients are not meant: their sockets are systemd's.\n";
+        }
+        text += "IPAddressDeny=any\n";
+        if !allowed.is_empty() {
+            text += &format!("IPAddressAllow={}\n", allowed.join(" "));
+        }
+    }
+    text += &format!("RestrictAddressFamilies={}\n", families.join(" "));
+    text
+}
+
+fn drop_in(service: &str) -> String {
+    format!(
+        "# {service} runs while its proxy does, which wants it.\n\
+         [Unit]\n\
+         StopWhenUnneeded=yes\n\
+         # An attempt a second for as long as the proxy holds clients; then it has failed. This takes the\n\
+         # place of what the service itself says of restarts.\n\
+         StartLimitIntervalSec=2min\n\
+         StartLimitBurst=90\n\
+         \n\
+         [Service]\n\
+         Restart=on-failure\n\
+         RestartSec=1s\n"
+    )
+}
+
+/// A unit's name for a shell.
+pub fn quoted(unit: &str) -> String {
+    shell_word(unit.as_bytes())
+}

@@ -1,0 +1,69 @@
+//! How a file that was written here is known again, and whether somebody has changed it since.
+
+/// What every file begins with that was written here.
+const MARK: &str = "# Written by socket-proxyd-units";
+
+const CHECKSUM: &str = "# Checksum: ";
+
+/// Puts the mark in front of a unit: by what it was asked for, and where own settings belong.
+pub fn mark(unit: &str, command_line: &str, text: &str) -> String {
+    let rest = format!(
+        "#   {command_line}\n\
+         # Own settings go into a drop-in, systemctl edit {unit}: this file is only written again as\n\
+         # long as nobody has changed it.\n\
+         {text}"
+    );
+    let first = format!("{MARK}, as asked for by\n");
+    let checksum = checksum(&format!("{first}{rest}"));
+    format!("{first}{CHECKSUM}{checksum:016x}\n{rest}")
+}
+
+/// What is known of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// It was written here, and is as it was.
+    Ours,
+    /// It was written here, and somebody has changed it.
+    Changed,
+    /// Somebody else's.
+    Theirs,
+}
+
+impl Origin {
+    /// Looks at a file's text.
+    pub fn of(text: &str) -> Self {
+        if !text.starts_with(MARK) {
+            return Self::Theirs;
+        }
+        let is_checksum = |line: &&str| line.starts_with(CHECKSUM);
+        let found = text.lines().find(is_checksum).and_then(|line| line.strip_prefix(CHECKSUM));
+        let rest: String = text.split_inclusive('\n').filter(|line| !is_checksum(line)).collect();
+        match found.and_then(|found| u64::from_str_radix(found, 16).ok()) {
+            Some(found) if found == checksum(&rest) => Self::Ours,
+            _ => Self::Changed,
+        }
+    }
+}
+
+/// FNV-1a, <http://www.isthe.com/chongo/tech/comp/fnv/>: it is no secret, and nobody means to forge it.
+fn checksum(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_noticed() {
+        let text = mark("a.socket", "socket-proxyd-units a", "[Socket]\nListenStream=1\n");
+        assert_eq!(Origin::of(&text), Origin::Ours);
+        assert_eq!(Origin::of(&text.replace("=1", "=2")), Origin::Changed);
+        assert_eq!(Origin::of(&format!("{text}#\n")), Origin::Changed);
+        assert_eq!(Origin::of("[Socket]\n"), Origin::Theirs);
+        assert_eq!(checksum(""), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(checksum("a"), 0xaf63_dc4c_8601_ec8c, "as its authors have it");
+    }
+}
