@@ -1,53 +1,114 @@
-# bash completion for socket-proxyd-units(8)
+_socket__proxyd__units() {
+    local i cur prev opts cmd
+    COMPREPLY=()
+    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+        cur="$2"
+    else
+        cur="${COMP_WORDS[COMP_CWORD]}"
+    fi
+    prev="$3"
+    cmd=""
+    opts=""
 
-_socket_proxyd_units() {
-    local cur prev words cword split
-    # With its value behind a "=", as a word of its own.
-    _init_completion -n : -s || return
-
-    # COMMAND and its arguments; among the words as they are split at : and =.
-    local before
-    for ((before = 2; before < COMP_CWORD; before++)); do
-        if [[ ${COMP_WORDS[before]} == -- ]]; then
-            _command_offset $((before + 1))
-            return
-        fi
+    for i in "${COMP_WORDS[@]:0:COMP_CWORD}"
+    do
+        case "${cmd},${i}" in
+            ",$1")
+                cmd="socket__proxyd__units"
+                ;;
+            *)
+                ;;
+        esac
     done
 
-    case $prev in
-        --listen | --target | --metrics)
-            _filedir
-            return
-            ;;
-        --write)
-            # As a word of its own it would be NAME, but for a path.
-            if [[ $split == true || $cur == [./]* ]]; then
-                _filedir -d
-                return
+    case "${cmd}" in
+        socket__proxyd__units)
+            opts="-h --listen --target --service --idle --user --group --metrics --write --force --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
             fi
-            ;;
-        --service)
-            COMPREPLY=($(compgen -W "$(systemctl list-unit-files --no-legend --type=service \
-                2>/dev/null | while read -r unit _; do printf '%s\n' "$unit"; done)" -- "$cur"))
-            return
-            ;;
-        --idle)
-            COMPREPLY=($(compgen -W '30s 10min 1h infinity' -- "$cur"))
-            return
-            ;;
-        --user)
-            COMPREPLY=($(compgen -u -- "$cur"))
-            return
-            ;;
-        --group)
-            COMPREPLY=($(compgen -g -- "$cur"))
-            return
+            case "${prev}" in
+                --listen)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --target)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --service)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --idle)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --user)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --group)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metrics)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --write)
+                    COMPREPLY=()
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o plusdirs
+                    fi
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
             ;;
     esac
+}
 
-    if [[ $cur == -* ]]; then
-        COMPREPLY=($(compgen -W '--listen= --target= --service= --idle= --user= --group= --metrics=
-            --write --force --help --version' -- "$cur"))
-        [[ ${COMPREPLY-} == *= ]] && compopt -o nospace
-    fi
-} && complete -F _socket_proxyd_units socket-proxyd-units
+if [[ "${BASH_VERSINFO[0]}" -eq 4 && "${BASH_VERSINFO[1]}" -ge 4 || "${BASH_VERSINFO[0]}" -gt 4 ]]; then
+    complete -F _socket__proxyd__units -o nosort -o bashdefault -o default socket-proxyd-units
+else
+    complete -F _socket__proxyd__units -o bashdefault -o default socket-proxyd-units
+fi

@@ -1,62 +1,136 @@
-# bash completion for socket-proxyd(8)
+_socket__proxyd() {
+    local i cur prev opts cmd
+    COMPREPLY=()
+    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+        cur="$2"
+    else
+        cur="${COMP_WORDS[COMP_CWORD]}"
+    fi
+    prev="$3"
+    cmd=""
+    opts=""
 
-_socket_proxyd() {
-    local cur prev words cword split
-    # With its value behind a "=", as a word of its own.
-    _init_completion -n : -s || return
-
-    # COMMAND and its arguments; among the words as they are split at : and =.
-    local before
-    for ((before = 2; before < COMP_CWORD; before++)); do
-        if [[ ${COMP_WORDS[before]} == -- ]]; then
-            _command_offset $((before + 1))
-            return
-        fi
+    for i in "${COMP_WORDS[@]:0:COMP_CWORD}"
+    do
+        case "${cmd},${i}" in
+            ",$1")
+                cmd="socket__proxyd"
+                ;;
+            *)
+                ;;
+        esac
     done
 
-    case $prev in
-        --overflow)
-            COMPREPLY=($(compgen -W 'refuse wait' -- "$cur"))
-            return
-            ;;
-        --handover)
-            COMPREPLY=($(compgen -W 'never restart crash' -- "$cur"))
-            return
-            ;;
-        --proxy-protocol)
-            COMPREPLY=($(compgen -W 'v1 v2' -- "$cur"))
-            return
-            ;;
-        --ready)
-            COMPREPLY=($(compgen -W 'connect notify' -- "$cur"))
-            return
-            ;;
-        --log-level)
-            COMPREPLY=($(compgen -W 'err warning notice info debug' -- "$cur"))
-            return
-            ;;
-        --exit-idle-time | --drain-time | --backend-wait | --connect-timeout | \
-            --connection-idle-time | --keepalive | --stop-idle-time)
-            COMPREPLY=($(compgen -W '30s 5min 1h infinity' -- "$cur"))
-            return
-            ;;
-        --listen | --metrics)
-            _filedir
-            return
-            ;;
-        --connections-max | -c | --threads)
-            return
+    case "${cmd}" in
+        socket__proxyd)
+            opts="-c -h --listen --connections-max --overflow --exit-idle-time --drain-time --handover --backend-wait --connect-timeout --connection-idle-time --keepalive --proxy-protocol --ready --stop-idle-time --threads --metrics --log-level --help --version"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --listen)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --connections-max)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -c)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --overflow)
+                    COMPREPLY=($(compgen -W "refuse wait" -- "${cur}"))
+                    return 0
+                    ;;
+                --exit-idle-time)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --drain-time)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --handover)
+                    COMPREPLY=($(compgen -W "never restart crash" -- "${cur}"))
+                    return 0
+                    ;;
+                --backend-wait)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --connect-timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --connection-idle-time)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --keepalive)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --proxy-protocol)
+                    COMPREPLY=($(compgen -W "v1 v2" -- "${cur}"))
+                    return 0
+                    ;;
+                --ready)
+                    COMPREPLY=($(compgen -W "connect notify" -- "${cur}"))
+                    return 0
+                    ;;
+                --stop-idle-time)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --threads)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metrics)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --log-level)
+                    COMPREPLY=($(compgen -W "err warning notice info debug" -- "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
             ;;
     esac
+}
 
-    if [[ $cur == -* ]]; then
-        COMPREPLY=($(compgen -W '--listen= --connections-max= --overflow= --exit-idle-time=
-            --drain-time= --handover= --backend-wait= --connect-timeout=
-            --connection-idle-time= --keepalive= --proxy-protocol= --ready= --stop-idle-time=
-            --threads= --metrics= --log-level= --help --version' -- "$cur"))
-        [[ ${COMPREPLY-} == *= ]] && compopt -o nospace
-        return
-    fi
-    # A Unix socket as TARGET; hosts can't be guessed.
-    _filedir
-} && complete -F _socket_proxyd socket-proxyd
+if [[ "${BASH_VERSINFO[0]}" -eq 4 && "${BASH_VERSINFO[1]}" -ge 4 || "${BASH_VERSINFO[0]}" -gt 4 ]]; then
+    complete -F _socket__proxyd -o nosort -o bashdefault -o default socket-proxyd
+else
+    complete -F _socket__proxyd -o bashdefault -o default socket-proxyd
+fi

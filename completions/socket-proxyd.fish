@@ -1,22 +1,27 @@
-# fish completion for socket-proxyd(8)
-
-set -l times '30s 5min 1h infinity'
-
-complete -c socket-proxyd -l listen -r -d 'Open PORT, HOST:PORT, /path...'
-complete -c socket-proxyd -s c -l connections-max -x -d 'Serve up to N connections at a time'
-complete -c socket-proxyd -l overflow -x -a 'refuse wait' -d 'What becomes of clients above that'
-complete -c socket-proxyd -l exit-idle-time -x -a $times -d 'Exit after TIME without a connection'
-complete -c socket-proxyd -l drain-time -x -a $times -d 'When told to stop, let connections end'
-complete -c socket-proxyd -l handover -x -a 'never restart crash' -d 'Connections outlive a restart, or a crash'
-complete -c socket-proxyd -l backend-wait -x -a $times -d 'Hold clients until TARGET is up'
-complete -c socket-proxyd -l connect-timeout -x -a $times -d 'Give up on one address of TARGET'
-complete -c socket-proxyd -l connection-idle-time -x -a $times -d 'Close what carries nothing for TIME'
-complete -c socket-proxyd -l keepalive -x -a $times -d 'Probe silent TCP peers'
-complete -c socket-proxyd -l proxy-protocol -x -a 'v1 v2' -d 'Tell TARGET the address of the client'
-complete -c socket-proxyd -l ready -x -a 'connect notify' -d 'How COMMAND is known to be up'
-complete -c socket-proxyd -l stop-idle-time -x -a $times -d 'Stop COMMAND after TIME without clients'
-complete -c socket-proxyd -l threads -x -d 'Serve with up to N threads'
-complete -c socket-proxyd -l metrics -r -d 'Answer Prometheus at ADDRESS or fd:NAME'
-complete -c socket-proxyd -l log-level -x -a 'err warning notice info debug' -d 'What is logged'
-complete -c socket-proxyd -s h -l help -d 'Show a summary of the options'
+complete -c socket-proxyd -l listen -d 'Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT' -r -F
+complete -c socket-proxyd -s c -l connections-max -d 'Serve up to N connections at a time' -r
+complete -c socket-proxyd -l overflow -d 'Refuse others, or let them wait' -r -f -a "refuse\t'They are accepted and closed'
+wait\t'They stay queued in the kernel, and are accepted in order as others leave'"
+complete -c socket-proxyd -l exit-idle-time -d 'Exit after TIME without a connection' -r
+complete -c socket-proxyd -l drain-time -d 'When stopped, give open connections TIME to end' -r
+complete -c socket-proxyd -l handover -d 'Keep connections over a restart or a crash' -r -f -a "never\t'Nothing'
+restart\t'A stop of the process'
+crash\t'Any end of the process'"
+complete -c socket-proxyd -l backend-wait -d 'Hold clients until TARGET is up [default: 0; COMMAND: 90s]' -r
+complete -c socket-proxyd -l connect-timeout -d 'Give up on one address of TARGET after TIME' -r
+complete -c socket-proxyd -l connection-idle-time -d 'Close connections idle for TIME' -r
+complete -c socket-proxyd -l keepalive -d 'Probe TCP peers silent for TIME' -r
+complete -c socket-proxyd -l proxy-protocol -d 'Tell TARGET the client\'s address' -r -f -a "v1\t'One line of text, at most 107 bytes'
+v2\t'Binary, at most 232 bytes here'"
+complete -c socket-proxyd -l ready -d 'COMMAND is ready when TARGET accepts, or on READY=1' -r -f -a "connect\t'When TARGET accepts a connection'
+notify\t'When it sends `READY=1`'"
+complete -c socket-proxyd -l stop-idle-time -d 'Stop COMMAND when idle for TIME [default: infinity]' -r
+complete -c socket-proxyd -l threads -d 'Serve with up to N threads, 1 to 256' -r
+complete -c socket-proxyd -l metrics -d 'Answer Prometheus there, or at the passed socket fd:NAME' -r -F
+complete -c socket-proxyd -l log-level -d 'Log err, warning, notice, info or debug [default: info]' -r -f -a "err\t''
+warning\t''
+notice\t''
+info\t''
+debug\t''"
+complete -c socket-proxyd -s h -l help -d 'Show this help'
 complete -c socket-proxyd -l version -d 'Show the version'

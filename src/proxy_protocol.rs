@@ -5,12 +5,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 
+use clap::ValueEnum;
 use ppp::{v1, v2};
 
 use crate::socket::address::{Address, UnixName, canonical};
 
 /// A version of the header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ProxyProtocol {
     /// One line of text, at most 107 bytes.
     V1,
@@ -19,15 +20,6 @@ pub enum ProxyProtocol {
 }
 
 impl ProxyProtocol {
-    /// Reads the value of `--proxy-protocol=`.
-    pub fn parse(text: &str) -> Option<Self> {
-        match text {
-            "v1" => Some(Self::V1),
-            "v2" => Some(Self::V2),
-            _ => None,
-        }
-    }
-
     /// The bytes that go to the backend ahead of the client's.
     ///
     /// `client` is the connection's peer, `listener` the address it connected to. Version 1 knows

@@ -728,9 +728,12 @@ fn wrong_command_lines() {
     let target = format!("127.0.0.1:{port}");
     let listen = "--listen=127.0.0.1:0";
     for (args, message) in [
-        (&["--stop-idle-time=1s", &target][..], "--stop-idle-time= is about a COMMAND"),
-        (&["--ready=connect", &target], "--ready= is about a COMMAND"),
-        (&["--ready=maybe", &target, "--", "sh"], "--ready= argument: maybe (connect or notify)"),
+        (&["--stop-idle-time=1s", &target][..], "--stop-idle-time= needs a COMMAND"),
+        (&["--ready=connect", &target], "--ready= needs a COMMAND"),
+        (
+            &["--ready=maybe", &target, "--", "sh"],
+            "invalid value 'maybe' for '--ready <connect|notify>'",
+        ),
         (&[&target, "--"], "There is no COMMAND after --; write TARGET -- COMMAND [ARG...]."),
         (&[&target, "--", ""], "There is no COMMAND after --"),
         (&["a", "b", "--", "sh"], "Too many parameters: one COMMAND serves one TARGET"),

@@ -306,10 +306,16 @@ fn what_is_no_address_or_is_taken_is_said() {
     for (option, line) in [
         (
             "--metrics=fd:",
-            "Invalid --metrics=fd:: fd: stands before the FileDescriptorName= of a passed socket.",
+            "invalid value 'fd:' for '--metrics <ADDRESS>': fd: stands before the FileDescriptorName= of a passed socket",
         ),
-        ("--metrics=vsock:1:2", "Invalid --metrics=vsock:1:2: it has to be TCP or a Unix socket."),
-        ("--metrics=99999", "Invalid --metrics=99999: port 99999 is above 65535."),
+        (
+            "--metrics=vsock:1:2",
+            "invalid value 'vsock:1:2' for '--metrics <ADDRESS>': it has to be TCP or a Unix socket",
+        ),
+        (
+            "--metrics=99999",
+            "invalid value '99999' for '--metrics <ADDRESS>': port 99999 is above 65535",
+        ),
         (
             &metrics,
             &format!("{metrics}: Failed to listen on {}: Address already in use.", taken.target),

@@ -166,7 +166,7 @@ fn numbers_of_threads_that_are_none() {
     for number in ["0", "-1", "257", "two", ""] {
         let option = format!("--threads={number}");
         let (code, _, stderr) = run(&OURS.into(), &[&option, "/a"]);
-        let expected = format!("Failed to parse --threads= argument: {number} (1 to 256)");
-        assert_eq!((code, stderr), (Some(1), expected));
+        assert_eq!(code, Some(1), "{number}: {stderr}");
+        assert!(stderr.contains("'--threads <N>'") && stderr.lines().count() == 1, "{stderr}");
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! Parsing ends here: after a `Config` exists no string is interpreted again.
 
-pub mod options;
-pub mod getopt;
+pub mod arguments;
+pub mod parser;
 pub mod values;
 pub mod selector;
 pub mod target;
@@ -15,10 +15,10 @@ use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
+use crate::config::arguments::Arguments;
 use crate::config::command::CommandLine;
-use crate::config::getopt::{Word, Words};
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
-use crate::config::options::{Arguments, OPTIONS};
+use crate::config::parser::Parsed;
 use crate::config::selector::Targets;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{HandoverMode, Overflow, ReadyMode};
@@ -44,7 +44,7 @@ pub struct Config {
     /// What open connections outlive.
     pub handover: Option<HandoverMode>,
     /// What serves the target, if it is ours to start and stop.
-    pub application: Option<Application>,
+    pub application: Option<CommandConfig>,
     /// How long a client is held while the backend is not up yet.
     pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
@@ -65,7 +65,7 @@ pub struct Config {
 
 /// An application that runs only while somebody uses it.
 #[derive(Clone, Debug)]
-pub struct Application {
+pub struct CommandConfig {
     /// COMMAND and its arguments.
     pub command: CommandLine,
     /// How it is known to be ready.
@@ -89,71 +89,31 @@ impl Config {
     /// # Errors
     /// One line for standard error that names the option and the value.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
-        let mut arguments = Arguments::default();
-        let mut command = None;
-        let mut words = Words::new("socket-proxyd", &OPTIONS, args);
-        // Each value is read as it comes, so that the first mistake is the one that is said, as
-        // upstream.
-        while let Some(word) = words.next()? {
-            match word {
-                Word::Value(set, value) => set(&mut arguments, &value)?,
-                Word::Prints(text) => return Ok(Request::Print(text.into())),
-                Word::Argument(argument) => arguments.targets.push(argument),
-                Word::Command(given) => command = Some(given),
-            }
-        }
-        if arguments.targets.is_empty() {
-            return Err("Not enough parameters. (There is no TARGET; see --help.)".into());
-        }
-        if command.is_some() && arguments.targets.len() > 1 {
-            return Err("Too many parameters: one COMMAND serves one TARGET, write \
-                        TARGET -- COMMAND [ARG...], and run a proxy for each."
-                .into());
+        let arguments = match Arguments::read(args)? {
+            Parsed::Arguments(arguments) => arguments,
+            Parsed::Print(text) => return Ok(Request::Print(text)),
+        };
+        if let Some((_, why)) = CONFLICTS.iter().find(|(is_so, _)| is_so(&arguments)) {
+            return Err((*why).into());
         }
         let targets = Targets::parse(&arguments.targets)?;
-        if command.is_some() && matches!(targets, Targets::Selected(_)) {
-            let why = "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET; write \
-                       TARGET -- COMMAND [ARG...].";
-            return Err(why.into());
+        if arguments.command.is_some() && matches!(targets, Targets::Selected(_)) {
+            return Err(
+                "SELECTOR=TARGET cannot be combined with COMMAND, which serves one TARGET. \
+                        (Write TARGET -- COMMAND [ARG...].)"
+                    .into(),
+            );
         }
-        if arguments.handover.is_some() && command.is_some() {
-            let why = "--handover= can't be had with a COMMAND, which ends with the proxy, and with \
-                       it the connections; give it a unit of its own.";
-            return Err(why.into());
-        }
-        if arguments.handover.is_some() && !arguments.drain_time.is_zero() {
-            let why = "--handover= hands open connections over when the proxy is told to stop, and \
-                       --drain-time= waits for their end; one of them has to go.";
-            return Err(why.into());
-        }
-        let application = match command {
-            Some(words) => Some(Application {
+        let application = match arguments.command {
+            Some(words) => Some(CommandConfig {
                 command: CommandLine::find(words)?,
                 ready: arguments.ready.unwrap_or(ReadyMode::Connect),
                 stop_idle_time: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
             }),
-            None => {
-                let given = [
-                    ("ready", arguments.ready.is_some()),
-                    ("stop-idle-time", arguments.stop_idle_time.is_some()),
-                ];
-                if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
-                    return Err(format!(
-                        "--{option}= is about a COMMAND, and there is none; write \
-                         TARGET -- COMMAND [ARG...]."
-                    ));
-                }
-                None
-            }
+            None => None,
         };
-        let backend_wait = match (arguments.backend_wait, &application) {
-            (Some(wait), Some(_)) if wait.is_zero() => {
-                return Err("--backend-wait=0 leaves COMMAND no time to start.".into());
-            }
-            (Some(wait), _) => wait,
-            (None, Some(_)) => TimeSpan::new(COMMAND_WAIT),
-            (None, None) => TimeSpan::new(Duration::ZERO),
-        };
+        let default_wait = if application.is_some() { COMMAND_WAIT } else { Duration::ZERO };
+        let handover = arguments.handover;
         Ok(Request::Serve(Box::new(Self {
             targets,
             listen: arguments.listen,
@@ -161,9 +121,9 @@ impl Config {
             overflow: arguments.overflow,
             exit_idle_time: arguments.exit_idle_time,
             drain_time: arguments.drain_time,
-            handover: arguments.handover,
+            handover: (handover != HandoverMode::Never).then_some(handover),
             application,
-            backend_wait,
+            backend_wait: arguments.backend_wait.unwrap_or_else(|| TimeSpan::new(default_wait)),
             connect_timeout: arguments.connect_timeout,
             connection_idle_time: arguments.connection_idle_time,
             keepalive: arguments.keepalive.finite().map(Keepalive::after),
@@ -177,6 +137,40 @@ impl Config {
 
 /// How long clients are held by default while COMMAND starts.
 const COMMAND_WAIT: Duration = Duration::from_secs(90);
+
+/// What is wrong with the options together, the first that applies.
+type Conflict = (fn(&Arguments) -> bool, &'static str);
+
+const CONFLICTS: [Conflict; 7] = [
+    (|it| it.targets.is_empty(), "Not enough parameters. (There is no TARGET; see --help.)"),
+    (
+        |it| it.command.is_some() && it.targets.len() > 1,
+        "Too many parameters: one COMMAND serves one TARGET. (Write TARGET -- COMMAND [ARG...], and run \
+         a proxy for each.)",
+    ),
+    (
+        |it| it.command.is_some() && it.handover != HandoverMode::Never,
+        "--handover= cannot be combined with COMMAND, which stops with the proxy. (Run COMMAND from a \
+         unit of its own.)",
+    ),
+    (
+        |it| it.handover != HandoverMode::Never && !it.drain_time.is_zero(),
+        "--handover= cannot be combined with --drain-time=: the first hands open connections to the next \
+         process, the second waits for their end.",
+    ),
+    (
+        |it| it.command.is_none() && it.ready.is_some(),
+        "--ready= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+    ),
+    (
+        |it| it.command.is_none() && it.stop_idle_time.is_some(),
+        "--stop-idle-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+    ),
+    (
+        |it| it.command.is_some() && it.backend_wait.is_some_and(|wait| wait.is_zero()),
+        "--backend-wait=0 leaves COMMAND no time to start.",
+    ),
+];
 
 #[cfg(test)]
 mod tests {
@@ -201,33 +195,37 @@ mod tests {
             let words = words.iter().map(|word| OsString::from_vec(word.to_vec()));
             Config::parse(std::iter::once("socket-proxyd".into()).chain(words)).map(drop)
         };
-        for (word, message) in [
-            (&b"-c\xff"[..], "Failed to parse --connections-max= argument: \u{fffd}"),
-            (b"-\xff", "socket-proxyd: unrecognized option '-\u{fffd}'"),
-            (b"--\xff=1", "socket-proxyd: unrecognized option '--\u{fffd}'"),
-            (b"--ready=\xff", "Failed to parse --ready= argument: \u{fffd} (connect or notify)"),
-        ] {
-            assert_eq!(parse(&[word, b"x"]).unwrap_err(), message);
+        for word in [&b"-c\xff"[..], b"-\xff", b"--\xff=1", b"--ready=\xff"] {
+            assert!(!parse(&[word, b"x"]).unwrap_err().contains('\n'), "{word:?}");
         }
         assert_eq!(parse(&[b"--listen=/\xff", b"/\xfe"]), Ok(()));
     }
 
     #[test]
-    fn what_an_option_does_not_take_is_said_with_what_it_does() {
-        for (option, says) in [
-            ("--overflow=maybe", "maybe (refuse or wait)"),
-            ("--proxy-protocol=v3", "v3 (v1 or v2)"),
-            ("--handover=yes", "yes (never, restart or crash)"),
-            ("--keepalive=0", "0 (more than 0, up to 32767s, or infinity)"),
-            ("--keepalive=10h", "10h (more than 0, up to 32767s, or infinity)"),
-            ("--threads=0", "0 (1 to 256)"),
-            ("--connection-idle-time=0", "0 (more than 0, or infinity)"),
-            ("--connect-timeout=0", "0 (more than 0, or infinity)"),
-            ("--drain-time=x", "x (30s, 5min 20s, infinity)"),
+    fn refused_values_are_named_with_their_option() {
+        for (option, value, why) in [
+            ("--overflow <refuse|wait>", "maybe", " [possible values: refuse, wait]"),
+            ("--proxy-protocol <v1|v2>", "v3", " [possible values: v1, v2]"),
+            (
+                "--handover <never|restart|crash>",
+                "yes",
+                " [possible values: never, restart, crash]",
+            ),
+            ("--keepalive <TIME>", "0", ": it has to be more than 0, or infinity"),
+            ("--keepalive <TIME>", "10h", ": it has to be at most 32767s, or infinity"),
+            ("--threads <N>", "0", ": it is not a number from 1 to 256"),
+            ("--connection-idle-time <TIME>", "0", ": it has to be more than 0, or infinity"),
+            ("--connect-timeout <TIME>", "0", ": it has to be more than 0, or infinity"),
+            ("--drain-time <TIME>", "x", ": it is not a time span (30s, 5min 20s, infinity)"),
+            ("--connections-max <N>", "0", ": Connection limit is too low."),
+            ("--connections-max <N>", "-1", ": it is not a number from 1 to 4294967295"),
+            ("--listen <ADDRESS>", "99999", ": port 99999 is above 65535"),
+            ("--metrics <ADDRESS>", "vsock:1:2", ": it has to be TCP or a Unix socket"),
         ] {
-            let name = option.split('=').next().unwrap();
-            let expected = format!("Failed to parse {name}= argument: {says}");
-            assert_eq!(parse(&[option, "/a"]).unwrap_err(), expected);
+            let name = option.split(' ').next().unwrap();
+            let expected = format!("invalid value '{value}' for '{option}'{why}");
+            assert_eq!(parse(&[&format!("{name}={value}"), "/a"]).unwrap_err(), expected);
+            assert_eq!(parse(&[name, value, "/a"]).unwrap_err(), expected);
         }
         let config = parse(&["--keepalive=1500ms", "/a"]).unwrap();
         assert_eq!(config.keepalive, Some(Keepalive::after(Duration::from_secs(2))));
@@ -235,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_are_resolved_among_upstreams_options_first() {
+    fn abbreviations_are_resolved_among_upstreams_options_first() {
         for conn in ["--conn=5", "--connections-m=5", "--c=5", "-c5"] {
             assert_eq!(connections_max(&[conn, "x"]), Ok(5), "{conn}");
         }
@@ -252,7 +250,19 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_upstreams() {
+    fn dashes_stand_before_a_command_or_a_target() {
+        let words = |args: &[&str]| {
+            let config = parse(args).unwrap();
+            let target = config.targets.iter().next().unwrap().to_string();
+            (target, config.application.map(|it| it.command.words.len()))
+        };
+        assert_eq!(words(&["--", "/a"]), ("/a".into(), None));
+        assert_eq!(words(&["/a", "--", "ls", "-l"]), ("/a".into(), Some(2)));
+        assert_eq!(words(&["-c5", "--", "/a", "--", "ls", "--", "-c"]), ("/a".into(), Some(3)));
+    }
+
+    #[test]
+    fn errors_are_one_line() {
         for (args, message) in [
             (&[][..], "Not enough parameters. (There is no TARGET; see --help.)"),
             (
@@ -262,44 +272,27 @@ mod tests {
             ),
             (
                 &["a=b", "--", "c"],
-                "SELECTOR=TARGET can't be had with a COMMAND, which serves one TARGET; write \
-                 TARGET -- COMMAND [ARG...].",
+                "SELECTOR=TARGET cannot be combined with COMMAND, which serves one TARGET. (Write \
+                 TARGET -- COMMAND [ARG...].)",
             ),
             (
                 &["--handover=restart", "a", "--", "b"],
-                "--handover= can't be had with a COMMAND, which ends with the proxy, and with it the \
-                 connections; give it a unit of its own.",
+                "--handover= cannot be combined with COMMAND, which stops with the proxy. (Run \
+                 COMMAND from a unit of its own.)",
             ),
             (
                 &["--handover=crash", "--drain-time=5", "a"],
-                "--handover= hands open connections over when the proxy is told to stop, and \
-                 --drain-time= waits for their end; one of them has to go.",
+                "--handover= cannot be combined with --drain-time=: the first hands open connections \
+                 to the next process, the second waits for their end.",
             ),
-            (&["-c", "0", "x"], "Connection limit is too low."),
-            (&["-c=5", "x"], "Failed to parse --connections-max= argument: =5"),
-            (&["-c", "0", "--help"], "Connection limit is too low."),
-            (&["-cx", "-c5", "x"], "Failed to parse --connections-max= argument: x"),
-            (&["--c", "--he"], "Failed to parse --connections-max= argument: --he"),
             (
-                &["--connect-t=x", "y"],
-                "Failed to parse --connect-timeout= argument: x (30s, 5min 20s, infinity)",
+                &["--ready=notify", "a"],
+                "--ready= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
             ),
-            (&["-c", "-1", "x"], "Failed to parse --connections-max= argument: -1"),
-            (
-                &["--exit-idle-time=foo", "x"],
-                "Failed to parse --exit-idle-time= argument: foo (30s, 5min 20s, infinity)",
-            ),
-            (&["--foo", "x"], "socket-proxyd: unrecognized option '--foo'"),
-            (&["-x"], "socket-proxyd: unrecognized option '-x'"),
-            (&["-xfoo"], "socket-proxyd: unrecognized option '-x'"),
-            (&["--=x", "y"], "socket-proxyd: unrecognized option '--'"),
-            (
-                &["--l=x", "y"],
-                "socket-proxyd: option '--l' is ambiguous; possibilities: --listen, --log-level",
-            ),
-            (&["-c"], "socket-proxyd: option '--connections-max' requires an argument"),
-            (&["--help=3"], "socket-proxyd: option '--help' doesn't allow an argument"),
-            (&["--listen=99999", "x"], "Invalid --listen=99999: port 99999 is above 65535."),
+            (&["--foo", "x"], "unexpected argument '--foo' found"),
+            (&["-x"], "unexpected argument '-x' found"),
+            (&["-c"], "a value is required for '--connections-max <N>' but none was supplied"),
+            (&["--help=3"], "unexpected value '3' for '--help' found; no more were expected"),
             (&[""], "Invalid target \"\": the host is empty."),
         ] {
             assert_eq!(parse(args).unwrap_err(), message, "{args:?}");

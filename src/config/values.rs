@@ -1,89 +1,74 @@
-//! What an option may be given: each value read and checked, or refused in one line that names the
-//! option, the value, and what is taken instead.
+//! The values of options: enums, and parsers for what has no type of its own.
 
 use std::ffi::OsStr;
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::time::Duration;
 
-use crate::config::listen_address::{ListenAddress, MetricsAddress};
+use clap::ValueEnum;
+use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
+
 use crate::config::timespan::TimeSpan;
 use crate::logging::LogLevel;
-use crate::proxy_protocol::ProxyProtocol;
 use crate::socket::Keepalive;
 
 /// More than there are processors in most machines; each costs four descriptors and a stack.
 const THREADS_MAX: u32 = 256;
 
-pub fn listen(text: &OsStr) -> Result<ListenAddress, String> {
-    ListenAddress::parse(text)
-        .map_err(|error| format!("Invalid --listen={}: {error}.", text.display()))
-}
-
 pub fn connections_max(text: &str) -> Result<NonZeroU32, String> {
-    let count = parse_unsigned(text).ok_or_else(|| failed("connections-max", text))?;
+    let count = parse_unsigned(text).ok_or("it is not a number from 1 to 4294967295")?;
     NonZeroU32::new(count).ok_or_else(|| "Connection limit is too low.".into())
 }
 
-pub fn overflow(text: &str) -> Result<Overflow, String> {
-    Overflow::parse(text).ok_or_else(|| failed("overflow", text) + " (refuse or wait)")
-}
-
-pub fn span(option: &str, text: &str) -> Result<TimeSpan, String> {
-    TimeSpan::parse(text).ok_or_else(|| failed(option, text) + " (30s, 5min 20s, infinity)")
+pub fn span(text: &str) -> Result<TimeSpan, String> {
+    TimeSpan::parse(text).ok_or_else(|| "it is not a time span (30s, 5min 20s, infinity)".into())
 }
 
 /// A time span longer than nothing.
-pub fn positive(option: &str, text: &str) -> Result<TimeSpan, String> {
-    let span = span(option, text)?;
-    if span.is_zero() {
-        return Err(failed(option, text) + " (more than 0, or infinity)");
+pub fn positive(text: &str) -> Result<TimeSpan, String> {
+    let span = span(text)?;
+    if span.is_zero() { Err("it has to be more than 0, or infinity".into()) } else { Ok(span) }
+}
+
+pub fn keepalive(text: &str) -> Result<TimeSpan, String> {
+    let span = positive(text)?;
+    if span.finite().is_some_and(|time| time > Keepalive::MAX) {
+        let max = TimeSpan::new(Keepalive::MAX);
+        return Err(format!("it has to be at most {max}, or infinity"));
     }
     Ok(span)
 }
 
-pub fn keepalive(text: &str) -> Result<TimeSpan, String> {
-    let span = span("keepalive", text)?;
-    let is_taken = |time: Duration| !time.is_zero() && time <= Keepalive::MAX;
-    match span.finite() {
-        Some(time) if !is_taken(time) => {
-            let max = TimeSpan::new(Keepalive::MAX);
-            Err(failed("keepalive", text) + &format!(" (more than 0, up to {max}, or infinity)"))
-        }
-        _ => Ok(span),
+pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    let count = parse_unsigned(text).filter(|count| *count <= THREADS_MAX);
+    let count = count.and_then(|count| NonZeroUsize::new(count as usize));
+    count.ok_or_else(|| format!("it is not a number from 1 to {THREADS_MAX}"))
+}
+
+/// A level by name or number. Help and completions have the names alone.
+#[derive(Clone, Debug)]
+pub struct LogLevelParser;
+
+impl TypedValueParser for LogLevelParser {
+    type Value = LogLevel;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<LogLevel, clap::Error> {
+        let parse = |text: String| LogLevel::parse(&text).ok_or("it is not a level of syslog(3)");
+        StringValueParser::new().try_map(parse).parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(LEVELS.iter().map(PossibleValue::new)))
     }
 }
 
-pub fn handover(text: &str) -> Result<Option<HandoverMode>, String> {
-    HandoverMode::parse(text).ok_or_else(|| failed("handover", text) + " (never, restart or crash)")
-}
+const LEVELS: [&str; 5] = ["err", "warning", "notice", "info", "debug"];
 
-pub fn proxy_protocol(text: &str) -> Result<ProxyProtocol, String> {
-    ProxyProtocol::parse(text).ok_or_else(|| failed("proxy-protocol", text) + " (v1 or v2)")
-}
-
-pub fn ready(text: &str) -> Result<ReadyMode, String> {
-    ReadyMode::parse(text).ok_or_else(|| failed("ready", text) + " (connect or notify)")
-}
-
-pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
-    let count = parse_unsigned(text).filter(|count| *count <= THREADS_MAX);
-    count
-        .and_then(|count| NonZeroUsize::new(count as usize))
-        .ok_or_else(|| failed("threads", text) + &format!(" (1 to {THREADS_MAX})"))
-}
-
-pub fn metrics(text: &OsStr) -> Result<MetricsAddress, String> {
-    MetricsAddress::parse(text)
-        .map_err(|error| format!("Invalid --metrics={}: {error}.", text.display()))
-}
-
-pub fn log_level(text: &str) -> Result<LogLevel, String> {
-    let levels = " (err, warning, notice, info or debug)";
-    LogLevel::parse(text).ok_or_else(|| failed("log-level", text) + levels)
-}
-
-fn failed(option: &str, value: &str) -> String {
-    format!("Failed to parse --{option}= argument: {value}")
+pub fn log_level() -> LogLevelParser {
+    LogLevelParser
 }
 
 /// A number as systemd's `safe_atou` reads it: leading white space, a plus sign, and the bases
@@ -114,7 +99,7 @@ fn parse_unsigned(text: &str) -> Option<u32> {
 }
 
 /// What happens to clients above the connection limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Overflow {
     /// They are accepted and closed.
     Refuse,
@@ -122,56 +107,24 @@ pub enum Overflow {
     Wait,
 }
 
-impl Overflow {
-    /// Reads the value of `--overflow=`.
-    pub fn parse(text: &str) -> Option<Self> {
-        match text {
-            "refuse" => Some(Self::Refuse),
-            "wait" => Some(Self::Wait),
-            _ => None,
-        }
-    }
-}
-
 /// What open connections survive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum HandoverMode {
+    /// Nothing.
+    Never,
     /// A stop of the process.
     Restart,
     /// Any end of the process.
     Crash,
 }
 
-impl HandoverMode {
-    /// Reads the value of `--handover=`; `Some(None)` is `never`.
-    pub fn parse(text: &str) -> Option<Option<Self>> {
-        match text {
-            "never" => Some(None),
-            "restart" => Some(Some(Self::Restart)),
-            "crash" => Some(Some(Self::Crash)),
-            _ => None,
-        }
-    }
-}
-
 /// When COMMAND counts as ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ReadyMode {
     /// When TARGET accepts a connection.
     Connect,
     /// When it sends `READY=1`.
     Notify,
-}
-
-impl ReadyMode {
-    /// Reads the value of `--ready=`.
-    pub fn parse(text: &str) -> Option<Self> {
-        match text {
-            "connect" => Some(Self::Connect),
-            "notify" => Some(Self::Notify),
-            _ => None,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -128,11 +128,11 @@ impl Handover {
 
     /// Keeps the store clean, for ever.
     pub async fn clean(&self) -> Infallible {
-        match self.survival {
-            // There is nothing in it.
-            HandoverMode::Restart => std::future::pending().await,
-            HandoverMode::Crash => self.ledger.clean().await,
+        if self.is_for_crashes() {
+            return self.ledger.clean().await;
         }
+        // In restart mode the store is empty while the process runs.
+        std::future::pending().await
     }
 
     /// Keeps a client, from now on and whatever ends the process, if that is asked for.

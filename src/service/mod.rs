@@ -28,7 +28,7 @@ use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{Overflow, ReadyMode};
-use crate::config::{self, Config};
+use crate::config::{CommandConfig, Config};
 use crate::connection::worker::Workers;
 use crate::connection::{Plan, Way};
 use crate::counters::{Dials, EntranceCounts, Loops};
@@ -525,7 +525,7 @@ fn ways(config: &Config, lookups_max: usize) -> Vec<Way> {
 
 /// COMMAND, before anything is known to need it.
 fn prepare(
-    application: config::Application,
+    application: CommandConfig,
     target: Target,
     descriptors: Option<u64>,
 ) -> Result<Application, String> {

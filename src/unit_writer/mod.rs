@@ -23,41 +23,42 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use arguments::{Destination, Request};
+use arguments::Arguments;
 use escape::shell_word;
 use files::Before;
 use plan::{Starts, Units};
-use render::{HOMES, TEMPORARY, UnitFile, metrics_unit, own_directory, quoted};
+use render::{UnitFile, metrics_unit, own_directory, quoted};
+use values::{HOMES, TEMPORARY, UNIT_DIRECTORIES};
 
 use crate::config::command::CommandLine;
+use crate::config::parser::Parsed;
 use crate::logging::in_words;
 
 /// Where packages put the proxy.
 const PROGRAM: &str = "/usr/bin/socket-proxyd";
-
-/// Where systemd looks for an administrator's units.
-const SYSTEMDS: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];
 
 /// Does what the arguments ask for, the program's name first.
 ///
 /// # Errors
 /// One line on what is wrong with them, or with the files.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
-    match arguments::parse(args)? {
-        Request::Print(text) => print(&mut io::stdout(), text),
-        Request::Units(units, destination) => {
+    match Arguments::read(args)? {
+        Parsed::Print(text) => print(&mut io::stdout(), &text),
+        Parsed::Arguments(mut arguments) => {
+            let (directory, force) = (arguments.write.take(), arguments.force);
+            let units = Units::new(arguments)?;
             let files = render::files(&units, &program())?;
-            match destination {
-                Destination::Print => {
+            match directory {
+                None => {
                     for (index, file) in files.iter().enumerate() {
                         let between = if index == 0 { "" } else { "\n" };
-                        let path = Path::new(SYSTEMDS[0]).join(&file.path);
+                        let path = Path::new(UNIT_DIRECTORIES[0]).join(&file.path);
                         let text = format!("{between}# {}\n{}", path.display(), file.text);
                         print(&mut io::stdout(), &text)?;
                     }
                     print(&mut io::stderr(), "Next: the same with --write, as root.\n")?;
                 }
-                Destination::Write { directory, force } => {
+                Some(directory) => {
                     let before = files::write(&files, &directory, force)?;
                     let mut text = String::new();
                     for (file, before) in files.iter().zip(&before) {
@@ -140,13 +141,13 @@ fn next(
         sockets += &format!(" {}", quoted(&format!("{}.socket", metrics_unit(unit))));
     }
     let mut commands = Vec::new();
-    let is_systemds = SYSTEMDS.iter().any(|it| directory == Path::new(it));
+    let is_systemds = UNIT_DIRECTORIES.iter().any(|it| directory == Path::new(it));
     if !is_systemds {
         let mut paths: Vec<_> = files.iter().filter_map(|file| file.path.iter().next()).collect();
         paths.dedup();
         let paths = paths.iter().map(|it| shell_word(directory.join(it).as_os_str().as_bytes()));
         let paths = paths.collect::<Vec<_>>().join(" ");
-        commands.push(format!("cp -r {paths} {}", SYSTEMDS[0]));
+        commands.push(format!("cp -r {paths} {}", UNIT_DIRECTORIES[0]));
     }
     if let Some(path) = left_metrics {
         // Enabled and without --metrics=, it would be one more way in.
@@ -159,7 +160,7 @@ fn next(
     if let Starts::Service(started) = &units.starts {
         commands.push(format!("systemctl disable --now {}", quoted(started)));
     }
-    let runtime = if directory == Path::new(SYSTEMDS[1]) { "--runtime " } else { "" };
+    let runtime = if directory == Path::new(UNIT_DIRECTORIES[1]) { "--runtime " } else { "" };
     if before.contains(&Before::Other) || left_metrics.is_some() {
         commands.push("systemctl daemon-reload".into());
         commands.push(format!("systemctl enable {runtime}{sockets}"));
@@ -174,4 +175,196 @@ fn next(
 fn print(to: &mut impl Write, text: &str) -> Result<(), String> {
     let written = to.write_all(text.as_bytes());
     written.map_err(|error| format!("Failed to write: {}.", in_words(&error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit_writer::values::PROGRAM;
+
+    fn parse(line: &str) -> Result<(Units, Option<PathBuf>), String> {
+        let args = std::iter::once("socket-proxyd-units").chain(line.split(' '));
+        match Arguments::read(args.map(OsString::from))? {
+            Parsed::Arguments(mut arguments) => {
+                let directory = arguments.write.take();
+                Ok((Units::new(arguments)?, directory))
+            }
+            Parsed::Print(text) => Err(text),
+        }
+    }
+
+    #[test]
+    fn mistakes_are_said_where_they_are_made() {
+        let good = "--listen=8080 --target=127.0.0.1:3000 app";
+        assert!(parse(good).is_ok());
+        for (line, error) in [
+            ("app", "There is no --listen=, where clients come in; see --help."),
+            ("--listen=8080 app", "There is no --target=, where connections go; see --help."),
+            ("--listen=8080 --target=/a", "There is no NAME for the units. (See --help.)"),
+            (
+                "--listen=8080 --target=/a app other",
+                "There is another word after NAME: \"other\". (Put -- in front of a COMMAND, and write a relative directory as --write=DIR.)",
+            ),
+            (
+                "--listen=localhost:80 --target=/a app",
+                "invalid value 'localhost:80' for '--listen <ADDRESS>': ListenStream= takes no names, write IP:PORT",
+            ),
+            (
+                "--listen=8080 --target=80 app",
+                "Invalid target \"80\": that is a port; of this machine it is 127.0.0.1:80.",
+            ),
+            (
+                "--listen=8080 --target=/a app.service",
+                "Invalid NAME \"app.service\": write it without .service.",
+            ),
+            (
+                "--listen=1 --target=/a --service=a.socket app",
+                "invalid value 'a.socket' for '--service <UNIT>': it has to be the name of a .service unit",
+            ),
+            (
+                "--listen=/ --target=/a app",
+                "invalid value '/' for '--listen <ADDRESS>': that is a directory",
+            ),
+            (
+                "--listen=1 --target=-x:80 app",
+                "invalid value '-x:80' for '--target <TARGET>': it begins with a dash, as an option does",
+            ),
+            (
+                "--listen=1 --target=/a --service=-x app",
+                "invalid value '-x' for '--service <UNIT>': it begins with a dash, as an option of systemctl(1) does",
+            ),
+            (
+                "--listen=1 --target=/a --service=a@ app",
+                "invalid value 'a@' for '--service <UNIT>': a template has no process; name an instance of it",
+            ),
+            (
+                "--listen=1 --target=/a --service=app-proxy app",
+                "--service=app-proxy.service is the proxy's own name.",
+            ),
+            (
+                "--listen=1 --target=/a --service=a app -- /bin/b",
+                "--service= cannot be combined with COMMAND: one of them is what the proxy starts.",
+            ),
+            (
+                "--listen=1 --target=/a app -- ./b",
+                "Invalid COMMAND \"./b\": a service starts in /, write its whole path.",
+            ),
+            (
+                "--listen=1 --target=/a --idle=x app",
+                "invalid value 'x' for '--idle <TIME>': it has to be a time span (30s, 5min 20s, infinity)",
+            ),
+            (
+                "--listen=1 --target=/a --user=-x app",
+                "invalid value '-x' for '--user <USER>': that is no name of an account",
+            ),
+            (
+                "--listen=1 --target=/a --force app",
+                "the following required arguments were not provided: --write[=<DIR>]",
+            ),
+            (
+                "--listen=1 --target=/a --target=/b app",
+                "There are several --target= options; write SELECTOR=TARGET in each, as in --target=:8080=127.0.0.1:3000.",
+            ),
+            (
+                "--listen=1 --listen=2 --target=:1=/a app",
+                "No selector selects the socket app-proxy.socket ([::]:2). The sockets are: app-proxy.socket ([::]:1), app-proxy.socket ([::]:2).",
+            ),
+            ("--listen=1 --target=/a -- /bin/b", "There is no NAME before --. (See --help.)"),
+            (
+                "--listen=1 --target=/a --write= app",
+                "a value is required for '--write[=<DIR>]' but none was supplied",
+            ),
+            (
+                "--listen=1 --target=/a --service=a --service=b app",
+                "the argument '--service <UNIT>' cannot be used multiple times",
+            ),
+            (
+                "--listen=0 --target=/a app",
+                "invalid value '0' for '--listen <ADDRESS>': nobody would know the port",
+            ),
+            ("--listen=1 --listen=1 --target=/a app", "The address 1 is given twice."),
+            ("--listen=1 --metrics=1 --target=/a app", "The address 1 is given twice."),
+            (
+                "--listen=80 --target=127.0.0.1:80 app",
+                "--listen=80 is what --target=127.0.0.1:80 leads to; let the backend listen on another address.",
+            ),
+            (
+                "--listen=1 --target=/a --user=root app",
+                "invalid value 'root' for '--user <USER>': root's rights are what no unit here has; leave it out",
+            ),
+            (
+                "--listen=1 --target=/a app -- /home/me/b",
+                "Invalid COMMAND \"/home/me/b\": the service sees no home, and a /tmp of its own; put it in /usr/local or /opt.",
+            ),
+            (
+                "--listen=1 --target=/run/app.sock app -- /bin/b",
+                "Invalid --target=/run/app.sock: COMMAND can make no socket there; write /run/app/SOCKET, whose directory is made for it, and as NAME a plain word that is no directory of the system's.",
+            ),
+            (
+                "--listen=1 --target=/run/user/app.sock user -- /bin/b",
+                "Invalid --target=/run/user/app.sock: COMMAND can make no socket there; write /run/user/SOCKET, whose directory is made for it, and as NAME a plain word that is no directory of the system's.",
+            ),
+            (
+                "--listen=1 --target=127.0.0.1:2 --metrics=2 app",
+                "--metrics=2 is what --target=127.0.0.1:2 leads to; let the backend listen on another address.",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=127.0.0.1:1 app",
+                "--metrics=127.0.0.1:1 is an address that clients know already.",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=vsock::1 app",
+                "invalid value 'vsock::1' for '--metrics <ADDRESS>': it has to be TCP or a Unix socket",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=2 --idle=1min app",
+                "--idle= can't be had with the --metrics= of a bridge: whoever scrapes would start it again, and its counters with it.",
+            ),
+            (
+                "--listen=1 --target=/a --write=a --write=b app",
+                "the argument '--write[=<DIR>]' cannot be used multiple times",
+            ),
+            ("--frob app", "unexpected argument '--frob' found"),
+            ("--force=1 app", "unexpected value '1' for '--force' found; no more were expected"),
+        ] {
+            assert_eq!(parse(line).unwrap_err(), error, "{line}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_written_as_systemd_reads_them() {
+        for (given, written) in [
+            ("8080", "8080"),
+            ("08080", "8080"),
+            ("127.0.0.1:080", "127.0.0.1:80"),
+            ("::1:80", "[::1]:80"),
+            ("[::1]:0080", "[::1]:80"),
+            ("vsock:2:080", "vsock:2:80"),
+            ("/run/a.sock", "/run/a.sock"),
+            ("@a", "@a"),
+        ] {
+            let (units, _) = parse(&format!("--listen={given} --target=/a app")).unwrap();
+            assert_eq!(units.listen, [written], "{given}");
+        }
+        let (units, _) = parse("--listen=1 --metrics=::1:09464 --target=/a app").unwrap();
+        assert_eq!(units.metrics.as_deref(), Some("[::1]:9464"));
+    }
+
+    #[test]
+    fn where_they_are_written_stands_behind_the_option_or_after_it() {
+        let base = "--listen=1 --target=127.0.0.1:2";
+        for (words, expected) in [
+            ("--write app", "/etc/systemd/system"),
+            ("--write=/x app", "/x"),
+            ("--write /x app", "/x"),
+            ("--write ./x app", "./x"),
+            ("app --write", "/etc/systemd/system"),
+            ("app --write -- /bin/app", "/etc/systemd/system"),
+        ] {
+            let (units, destination) = parse(&format!("{base} {words}")).unwrap();
+            assert_eq!(destination, Some(PathBuf::from(expected)), "{words}");
+            let again = if words.ends_with("/bin/app") { " -- /bin/app" } else { "" };
+            assert_eq!(units.command_line(), format!("{PROGRAM} {base} app{again}"));
+        }
+    }
 }

@@ -7,9 +7,9 @@ use crate::config::listen_address::ListenAddress;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::socket::address::Identity;
-use crate::unit_writer::arguments::{Arguments, PROGRAM};
+use crate::unit_writer::arguments::Arguments;
 use crate::unit_writer::escape::{shell_word, unit_name};
-use crate::unit_writer::values::{address, check_command, check_socket};
+use crate::unit_writer::values::{PROGRAM, address, check_command, check_socket};
 
 /// The longest name of a unit, systemd.unit(5), without what is added here.
 const NAME_MAX: usize = 255 - "-proxy.service.d".len();
@@ -37,6 +37,94 @@ pub struct Units {
 }
 
 impl Units {
+    /// Checks what only all of it together can tell.
+    ///
+    /// # Errors
+    /// One line on what is wrong.
+    pub fn new(arguments: Arguments) -> Result<Self, String> {
+        let name = match &arguments.names[..] {
+            [] => return Err("There is no NAME for the units. (See --help.)".into()),
+            [name] => name.to_str().ok_or("NAME has to be UTF-8.")?.to_string(),
+            [_, another, ..] => {
+                return Err(format!(
+                    "There is another word after NAME: {another:?}. (Put -- in front of a COMMAND, and \
+                     write a relative directory as --write=DIR.)"
+                ));
+            }
+        };
+        let unit = unit_name(&name);
+        if name.is_empty() || unit.len() > NAME_MAX {
+            return Err(format!("Invalid NAME {name:?}: it has to have 1 to {NAME_MAX} bytes."));
+        }
+        if let Some(suffix) = [".service", ".socket"].iter().find(|it| name.ends_with(**it)) {
+            return Err(format!("Invalid NAME {name:?}: write it without {suffix}."));
+        }
+        let unit = format!("{unit}-proxy");
+        if arguments.listen.is_empty() {
+            return Err("There is no --listen=, where clients come in; see --help.".into());
+        }
+        if arguments.targets.is_empty() {
+            return Err("There is no --target=, where connections go; see --help.".into());
+        }
+        let is_selected = |target: &OsString| target.as_bytes().contains(&b'=');
+        if arguments.targets.len() > 1 && !arguments.targets.iter().any(is_selected) {
+            return Err(
+                "There are several --target= options; write SELECTOR=TARGET in each, as in \
+                        --target=:8080=127.0.0.1:3000."
+                    .into(),
+            );
+        }
+        let targets = Targets::parse(&arguments.targets)?;
+        check_assignment(&arguments, &targets, &unit)?;
+        let starts = match (arguments.service, arguments.command) {
+            (Some(_), Some(_)) => {
+                return Err(
+                    "--service= cannot be combined with COMMAND: one of them is what the proxy \
+                            starts."
+                        .into(),
+                );
+            }
+            (Some(service), None) if service == format!("{unit}.service") => {
+                return Err(format!("--service={service} is the proxy's own name."));
+            }
+            (Some(service), None) => Starts::Service(service),
+            (None, Some(words)) => {
+                let Targets::One(target) = &targets else {
+                    return Err("A COMMAND serves one --target=, without a selector.".into());
+                };
+                check_command(&words)?;
+                check_socket(target, &name)?;
+                Starts::Command(words)
+            }
+            (None, None) => Starts::Nothing,
+        };
+        if arguments.metrics.is_some()
+            && arguments.idle.is_some()
+            && matches!(starts, Starts::Nothing)
+        {
+            return Err("--idle= can't be had with the --metrics= of a bridge: whoever scrapes would start it \
+                        again, and its counters with it."
+                .into());
+        }
+        if arguments.metrics.is_some() && matches!(starts, Starts::Service(_)) {
+            return Err("--metrics= can't be had with --service=: whoever scrapes would start the service. \
+                        (Give the proxy its own --metrics= in ExecStart=, which answers while it runs.)"
+                .into());
+        }
+        Ok(Self {
+            name,
+            unit,
+            listen: arguments.listen.into_iter().map(|(_, text)| text).collect(),
+            targets: targets.iter().cloned().collect(),
+            target_words: arguments.targets,
+            starts,
+            idle: arguments.idle,
+            user: arguments.user,
+            group: arguments.group,
+            metrics: arguments.metrics.map(|(_, text)| text),
+        })
+    }
+
     /// The command line that asks for them, for a shell.
     pub fn command_line(&self) -> String {
         let mut words = Vec::new();
@@ -87,117 +175,43 @@ pub enum Starts {
     Command(Vec<OsString>),
 }
 
-impl Arguments {
-    /// Checks what only all of it together can tell.
-    pub fn into_units(self, name: String, command: Option<Vec<OsString>>) -> Result<Units, String> {
-        let unit = unit_name(&name);
-        if name.is_empty() || unit.len() > NAME_MAX {
-            return Err(format!("Invalid NAME {name:?}: it has to have 1 to {NAME_MAX} bytes."));
+/// That each socket has its backend: as the proxy does at its start, and in its words.
+fn check_assignment(arguments: &Arguments, targets: &Targets, unit: &str) -> Result<(), String> {
+    let name = Some(format!("{unit}.socket"));
+    let identities: Vec<_> = arguments
+        .listen
+        .iter()
+        .map(|(listen, _)| Identity { name: name.clone(), address: address(listen) })
+        .collect();
+    let scrapers = arguments.metrics.iter().map(|(listen, _)| listen);
+    let all: Vec<_> = arguments.listen.iter().map(|(listen, _)| listen).chain(scrapers).collect();
+    for (index, listen) in all.iter().enumerate() {
+        if all[..index].contains(listen) {
+            return Err(format!("The address {listen} is given twice."));
         }
-        if let Some(suffix) = [".service", ".socket"].iter().find(|it| name.ends_with(**it)) {
-            return Err(format!("Invalid NAME {name:?}: write it without {suffix}."));
-        }
-        let unit = format!("{unit}-proxy");
-        if self.listen.is_empty() {
-            return Err("There is no --listen=, where clients come in; see --help.".into());
-        }
-        if self.targets.is_empty() {
-            return Err("There is no --target=, where connections go; see --help.".into());
-        }
-        let is_selected = |target: &OsString| target.as_bytes().contains(&b'=');
-        if self.targets.len() > 1 && !self.targets.iter().any(is_selected) {
-            return Err(
-                "There are several --target= options; write SELECTOR=TARGET in each, as in \
-                        --target=:8080=127.0.0.1:3000."
-                    .into(),
-            );
-        }
-        let targets = Targets::parse(&self.targets)?;
-        self.check_assignment(&targets, &unit)?;
-        let starts = match (self.service, command) {
-            (Some(_), Some(_)) => {
-                return Err(
-                    "--service= and a COMMAND can't be had together: one of them is what the \
-                            proxy starts."
-                        .into(),
-                );
-            }
-            (Some(service), None) if service == format!("{unit}.service") => {
-                return Err(format!("--service={service} is the proxy's own name."));
-            }
-            (Some(service), None) => Starts::Service(service),
-            (None, Some(words)) => {
-                let Targets::One(target) = &targets else {
-                    return Err("A COMMAND serves one --target=, without a selector.".into());
-                };
-                check_command(&words)?;
-                check_socket(target, &name)?;
-                Starts::Command(words)
-            }
-            (None, None) => Starts::Nothing,
-        };
-        if self.metrics.is_some() && self.idle.is_some() && matches!(starts, Starts::Nothing) {
-            return Err("--idle= can't be had with the --metrics= of a bridge: whoever scrapes would start it \
-                        again, and its counters with it."
-                .into());
-        }
-        if self.metrics.is_some() && matches!(starts, Starts::Service(_)) {
-            return Err("--metrics= can't be had with --service=: whoever scrapes would start the service. \
-                        (Give the proxy its own --metrics= in ExecStart=, which answers while it runs.)"
-                .into());
-        }
-        Ok(Units {
-            name,
-            unit,
-            listen: self.listen.into_iter().map(|(_, text)| text).collect(),
-            targets: targets.iter().cloned().collect(),
-            target_words: self.targets,
-            starts,
-            idle: self.idle,
-            user: self.user,
-            group: self.group,
-            metrics: self.metrics.map(|(_, text)| text),
-        })
     }
-
-    /// That each socket has its backend: as the proxy does at its start, and in its words.
-    fn check_assignment(&self, targets: &Targets, unit: &str) -> Result<(), String> {
-        let name = Some(format!("{unit}.socket"));
-        let identities: Vec<_> = self
-            .listen
-            .iter()
-            .map(|(listen, _)| Identity { name: name.clone(), address: address(listen) })
-            .collect();
-        let scrapers = self.metrics.iter().map(|(listen, _)| listen);
-        let all: Vec<_> = self.listen.iter().map(|(listen, _)| listen).chain(scrapers).collect();
-        for (index, listen) in all.iter().enumerate() {
-            if all[..index].contains(listen) {
-                return Err(format!("The address {listen} is given twice."));
-            }
-        }
-        let backends = targets.assign(&identities.iter().collect::<Vec<_>>())?;
-        let leads_back = |option: &str, listen: &ListenAddress, backend: usize| {
-            let Some(Target::Address(target)) = targets.iter().nth(backend) else { return Ok(()) };
-            if address(listen).answers_at(target) {
-                return Err(format!(
-                    "--{option}={listen} is what --target={target} leads to; let the backend listen on \
-                     another address."
-                ));
-            }
-            Ok(())
-        };
-        for ((listen, _), backend) in self.listen.iter().zip(backends) {
-            leads_back("listen", listen, backend)?;
-        }
-        if let Some((listen, _)) = &self.metrics {
-            let mut all = 0..targets.iter().count();
-            all.try_for_each(|backend| leads_back("metrics", listen, backend))?;
-            let at = address(listen);
-            let mut listeners = identities.iter().map(|identity| &identity.address);
-            if listeners.any(|it| it.answers_at(&at) || at.answers_at(it)) {
-                return Err(format!("--metrics={listen} is an address that clients know already."));
-            }
+    let backends = targets.assign(&identities.iter().collect::<Vec<_>>())?;
+    let leads_back = |option: &str, listen: &ListenAddress, backend: usize| {
+        let Some(Target::Address(target)) = targets.iter().nth(backend) else { return Ok(()) };
+        if address(listen).answers_at(target) {
+            return Err(format!(
+                "--{option}={listen} is what --target={target} leads to; let the backend listen on \
+                 another address."
+            ));
         }
         Ok(())
+    };
+    for ((listen, _), backend) in arguments.listen.iter().zip(backends) {
+        leads_back("listen", listen, backend)?;
     }
+    if let Some((listen, _)) = &arguments.metrics {
+        let mut all = 0..targets.iter().count();
+        all.try_for_each(|backend| leads_back("metrics", listen, backend))?;
+        let at = address(listen);
+        let mut listeners = identities.iter().map(|identity| &identity.address);
+        if listeners.any(|it| it.answers_at(&at) || at.answers_at(it)) {
+            return Err(format!("--metrics={listen} is an address that clients know already."));
+        }
+    }
+    Ok(())
 }

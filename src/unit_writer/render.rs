@@ -8,6 +8,7 @@ use crate::socket::address::{Address, UnixName};
 use crate::unit_writer::escape::{check_value, exec_word, shell_word, value};
 use crate::unit_writer::plan::{Starts, Units};
 use crate::unit_writer::stamp::mark;
+use crate::unit_writer::values::{HOMES, TEMPORARY};
 
 /// How long clients are held: while a backend is restarted, and while a service starts.
 const BRIDGE_WAIT: &str = "30s";
@@ -50,12 +51,6 @@ SystemCallFilter=~@privileged
 
 /// Files of an application are its own.
 const APPLICATION: &str = "UMask=0077\n";
-
-/// Below these a service with `ProtectHome=yes` finds nothing.
-pub const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
-
-/// Of these each service with `PrivateTmp=yes` has its own, and a dynamic user has that always.
-pub const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
 
 /// A file, below the directory of the units.
 #[derive(Debug, PartialEq, Eq)]

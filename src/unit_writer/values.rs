@@ -10,7 +10,26 @@ use crate::config::timespan::TimeSpan;
 use crate::socket::address::Address;
 use crate::socket::host_port::Port;
 use crate::unit_writer::escape::{check_value, unit_name};
-use crate::unit_writer::render::{HOMES, TEMPORARY};
+
+/// The name of this program.
+pub const PROGRAM: &str = "socket-proxyd-units";
+
+/// Where systemd looks for an administrator's units.
+pub const UNIT_DIRECTORIES: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];
+
+/// Below these a service with `ProtectHome=yes` finds nothing.
+pub const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
+
+/// Each service with `PrivateTmp=yes` has its own of these, and a dynamic user always has.
+pub const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+
+/// A TARGET, which the proxy reads.
+pub fn target(text: &str) -> Result<OsString, String> {
+    if text.starts_with('-') {
+        return Err("it begins with a dash, as an option does".into());
+    }
+    Ok(text.into())
+}
 
 /// Where a socket that systemd opens is.
 pub fn address(listen: &ListenAddress) -> Address {

@@ -1,0 +1,237 @@
+//! The command line of socket-proxyd: one description, from which `--help` and the completions come.
+
+use std::ffi::OsString;
+use std::num::{NonZeroU32, NonZeroUsize};
+
+use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
+use clap::{ArgAction, CommandFactory, Parser, ValueHint};
+
+use crate::config::listen_address::{ListenAddress, MetricsAddress};
+use crate::config::parser::{Parsed, expand, parse, split_command};
+use crate::config::timespan::TimeSpan;
+use crate::config::values::{self, HandoverMode, Overflow, ReadyMode};
+use crate::logging::LogLevel;
+use crate::proxy_protocol::ProxyProtocol;
+
+/// The options of systemd-socket-proxyd. An abbreviation that is unambiguous among these means the same
+/// here, whatever options stand beside them.
+const UPSTREAM: [&str; 5] =
+    ["connections-max", "exit-idle-time", "help", "proxy-protocol", "version"];
+
+/// The command line, option by option, in the order of `--help`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "socket-proxyd",
+    version,
+    about = "Carry connections on listening sockets to TARGET, which the first one may start.",
+    override_usage = "socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]]\n       \
+                      socket-proxyd [OPTION...] SELECTOR=TARGET...",
+    after_help = "TIME is a time span as in systemd.time(7), for example 5min 20s.\n\
+                  See socket-proxyd(8).",
+    infer_long_args = true,
+    args_override_self = true,
+    disable_help_flag = true,
+    disable_version_flag = true
+)]
+pub struct Arguments {
+    /// HOST[:PORT], /path, @abstract, vsock:CID:PORT; SELECTOR: a socket's name or address
+    #[arg(value_name = "TARGET", value_hint = ValueHint::FilePath)]
+    pub targets: Vec<OsString>,
+    /// Started for the first connection
+    #[arg(last = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
+    command_words: Vec<OsString>,
+
+    /// Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT
+    #[arg(long, value_name = "ADDRESS", value_parser = listen_address(), help_heading = "Sockets",
+        value_hint = ValueHint::FilePath, allow_hyphen_values = true)]
+    pub listen: Vec<ListenAddress>,
+    /// Serve up to N connections at a time
+    #[arg(long, short, value_name = "N", value_parser = values::connections_max,
+        default_value = "256", help_heading = "Sockets", allow_hyphen_values = true)]
+    pub connections_max: NonZeroU32,
+    /// Refuse others, or let them wait
+    #[arg(
+        long,
+        value_name = "refuse|wait",
+        hide_possible_values = true,
+        value_enum,
+        default_value = "refuse",
+        help_heading = "Sockets",
+        allow_hyphen_values = true
+    )]
+    pub overflow: Overflow,
+    /// Exit after TIME without a connection
+    #[arg(long, value_name = "TIME", value_parser = values::span, default_value = "infinity",
+        help_heading = "Sockets", allow_hyphen_values = true)]
+    pub exit_idle_time: TimeSpan,
+    /// When stopped, give open connections TIME to end
+    #[arg(long, value_name = "TIME", value_parser = values::span, default_value = "0",
+        help_heading = "Sockets", allow_hyphen_values = true)]
+    pub drain_time: TimeSpan,
+    /// Keep connections over a restart or a crash
+    #[arg(
+        long,
+        value_name = "never|restart|crash",
+        hide_possible_values = true,
+        value_enum,
+        default_value = "never",
+        help_heading = "Sockets",
+        allow_hyphen_values = true
+    )]
+    pub handover: HandoverMode,
+
+    /// Hold clients until TARGET is up [default: 0; COMMAND: 90s]
+    #[arg(long, value_name = "TIME", value_parser = values::span, help_heading = "Backend",
+        allow_hyphen_values = true)]
+    pub backend_wait: Option<TimeSpan>,
+    /// Give up on one address of TARGET after TIME
+    #[arg(long, value_name = "TIME", value_parser = values::positive, default_value = "10s",
+        help_heading = "Backend", allow_hyphen_values = true)]
+    pub connect_timeout: TimeSpan,
+    /// Close connections idle for TIME
+    #[arg(long, value_name = "TIME", value_parser = values::positive, default_value = "infinity",
+        help_heading = "Backend", allow_hyphen_values = true)]
+    pub connection_idle_time: TimeSpan,
+    /// Probe TCP peers silent for TIME
+    #[arg(long, value_name = "TIME", value_parser = values::keepalive, default_value = "infinity",
+        help_heading = "Backend", allow_hyphen_values = true)]
+    pub keepalive: TimeSpan,
+    /// Tell TARGET the client's address
+    #[arg(
+        long,
+        value_name = "v1|v2",
+        hide_possible_values = true,
+        value_enum,
+        help_heading = "Backend",
+        allow_hyphen_values = true
+    )]
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// COMMAND is ready when TARGET accepts, or on READY=1
+    #[arg(
+        long,
+        value_name = "connect|notify",
+        hide_possible_values = true,
+        value_enum,
+        help_heading = "Backend",
+        allow_hyphen_values = true
+    )]
+    pub ready: Option<ReadyMode>,
+    /// Stop COMMAND when idle for TIME [default: infinity]
+    #[arg(long, value_name = "TIME", value_parser = values::span, help_heading = "Backend",
+        allow_hyphen_values = true)]
+    pub stop_idle_time: Option<TimeSpan>,
+
+    /// Serve with up to N threads, 1 to 256
+    #[arg(long, value_name = "N", value_parser = values::threads, default_value = "1",
+        help_heading = "Other", allow_hyphen_values = true)]
+    pub threads: NonZeroUsize,
+    /// Answer Prometheus there, or at the passed socket fd:NAME
+    #[arg(long, value_name = "ADDRESS", value_parser = metrics_address(), help_heading = "Other",
+        value_hint = ValueHint::FilePath, allow_hyphen_values = true)]
+    pub metrics: Option<MetricsAddress>,
+    /// Log err, warning, notice, info or debug [default: info]
+    #[arg(long, value_name = "LEVEL", hide_possible_values = true, value_parser = values::log_level(), help_heading = "Other",
+        allow_hyphen_values = true)]
+    pub log_level: Option<LogLevel>,
+    /// Show this help
+    #[arg(long, short, action = ArgAction::HelpShort, help_heading = "Other")]
+    help: Option<bool>,
+    /// Show the version
+    #[arg(long, action = ArgAction::Version, help_heading = "Other")]
+    version: Option<bool>,
+
+    /// COMMAND and its arguments, if there is a `--` for them.
+    #[arg(skip)]
+    pub command: Option<Vec<OsString>>,
+}
+
+impl Arguments {
+    /// Reads a command line, the program's name first.
+    ///
+    /// # Errors
+    /// One line that names the option and the value.
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Parsed<Self>, String> {
+        let mut args: Vec<_> = args.into_iter().collect();
+        let command = Self::command();
+        let is_known = |name: &str| command.get_arguments().any(|it| it.get_long() == Some(name));
+        expand(&mut args, &UPSTREAM, is_known);
+        let has_dashes = args.iter().any(|arg| arg == "--");
+        let mut arguments = match parse::<Self>(args)? {
+            Parsed::Arguments(arguments) => arguments,
+            Parsed::Print(text) => return Ok(Parsed::Print(text)),
+        };
+        let (targets, command) =
+            split_command(arguments.targets, arguments.command_words, has_dashes);
+        (arguments.targets, arguments.command, arguments.command_words) =
+            (targets, command, Vec::new());
+        Ok(Parsed::Arguments(arguments))
+    }
+}
+
+fn listen_address() -> ValueParser {
+    OsStringValueParser::new().try_map(|text| ListenAddress::parse(&text)).into()
+}
+
+fn metrics_address() -> ValueParser {
+    OsStringValueParser::new().try_map(|text| MetricsAddress::parse(&text)).into()
+}
+
+#[cfg(test)]
+pub mod tests {
+    use std::collections::BTreeSet;
+
+    use clap_complete::{Shell, generate};
+
+    use super::*;
+
+    /// Whether the checked-in completions of a program are current; with UPDATE=1 they are written.
+    pub fn check_completions(mut command: clap::Command) {
+        let name = command.get_name().to_string();
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/completions");
+        for (shell, file) in [
+            (Shell::Bash, format!("{name}.bash")),
+            (Shell::Zsh, format!("_{name}")),
+            (Shell::Fish, format!("{name}.fish")),
+        ] {
+            let mut text = Vec::new();
+            generate(shell, &mut command, &name, &mut text);
+            let path = format!("{directory}/{file}");
+            if std::env::var_os("UPDATE").is_some() {
+                std::fs::write(&path, &text).unwrap();
+            }
+            let current = std::fs::read(&path).unwrap_or_default();
+            assert!(current == text, "{path} is out of date; run UPDATE=1 cargo test --lib");
+        }
+    }
+
+    /// Whether `--help` fits and the manual has every option and no other.
+    pub fn check_documents(mut command: clap::Command, manual: &str) {
+        let help = command.render_help().to_string();
+        for line in help.lines() {
+            assert!(line.chars().count() <= 100, "{line}");
+        }
+        let known: BTreeSet<_> =
+            command.get_arguments().filter_map(|it| it.get_long().map(String::from)).collect();
+        assert_eq!(options_in(&manual.replace("\\-", "-")), known);
+    }
+
+    fn options_in(text: &str) -> BTreeSet<String> {
+        text.split(|c: char| c != '-' && !c.is_ascii_alphanumeric())
+            // In the manual a change of font may stand right in front.
+            .filter_map(|word| word.split_once("--"))
+            .map(|(_, name)| name.to_string())
+            .filter(|name| !name.is_empty())
+            .collect()
+    }
+
+    #[test]
+    fn completions_are_current() {
+        check_completions(Arguments::command());
+    }
+
+    #[test]
+    fn help_and_manual_have_every_option_and_no_other() {
+        Arguments::command().debug_assert();
+        check_documents(Arguments::command(), include_str!("../../man/socket-proxyd.8"));
+    }
+}

@@ -1,0 +1,88 @@
+//! clap, with errors of one line.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+/// What a command line asks for.
+#[derive(Debug)]
+pub enum Parsed<T> {
+    /// To do something.
+    Arguments(T),
+    /// To print this text: help or the version.
+    Print(String),
+}
+
+/// Reads a command line, the program's name first.
+///
+/// # Errors
+/// One line that names the option and the value.
+pub fn parse<T: Parser>(args: Vec<OsString>) -> Result<Parsed<T>, String> {
+    match T::try_parse_from(args) {
+        Ok(arguments) => Ok(Parsed::Arguments(arguments)),
+        Err(error) => match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                Ok(Parsed::Print(format!("{}\n", error.to_string().trim_end())))
+            }
+            _ => Err(one_line(&error.to_string())),
+        },
+    }
+}
+
+/// clap's first paragraph; hints and the usage follow in others.
+fn one_line(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join(" ")
+}
+
+/// Splits the words at the first `--` behind a word that is none: what precedes it are the other
+/// positional arguments, what follows is COMMAND. `rest` is what clap finds behind the first `--`.
+pub fn split_command(
+    mut arguments: Vec<OsString>,
+    rest: Vec<OsString>,
+    has_dashes: bool,
+) -> (Vec<OsString>, Option<Vec<OsString>>) {
+    if !arguments.is_empty() {
+        return (arguments, has_dashes.then_some(rest));
+    }
+    // As in `-- TARGET -- COMMAND`.
+    let mut words = rest.into_iter();
+    arguments.extend(words.by_ref().take_while(|word| word != "--"));
+    let command: Vec<_> = words.collect();
+    (arguments, (!command.is_empty()).then_some(command))
+}
+
+/// Writes abbreviations out: of a name that is not in `all` and begins exactly one name of `first`, that
+/// one is meant, whatever other names it begins.
+pub fn expand(args: &mut [OsString], first: &[&str], all: impl Fn(&str) -> bool) {
+    for arg in args.iter_mut().skip(1).take_while(|arg| *arg != "--") {
+        let Some(word) = arg.to_str().and_then(|arg| arg.strip_prefix("--")) else { continue };
+        let (name, value) = match word.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (word, None),
+        };
+        let mut meant = first.iter().filter(|it| it.starts_with(name));
+        if all(name) || name.is_empty() {
+            continue;
+        }
+        if let (Some(meant), None) = (meant.next(), meant.next()) {
+            let value = value.map(|value| format!("={value}")).unwrap_or_default();
+            *arg = format!("--{meant}{value}").into();
+        }
+    }
+}
+
+/// Joins an option whose value is optional with the next word, if that is a path by its first letter.
+pub fn join_path(args: &mut Vec<OsString>, option: &str) {
+    let is_path = |word: &OsStr| matches!(word.as_bytes(), [b'/' | b'.', ..]);
+    let end = args.iter().position(|arg| arg == "--").unwrap_or(args.len());
+    let found = (1..end.saturating_sub(1)).find(|&at| args[at] == option && is_path(&args[at + 1]));
+    if let Some(at) = found {
+        let path = args.remove(at + 1);
+        args[at].push("=");
+        args[at].push(path);
+    }
+}

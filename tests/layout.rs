@@ -1,0 +1,97 @@
+//! The layout that src/lib.rs promises: imports go one way.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+const SRC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
+
+/// The top-level modules, in the order of lib.rs.
+fn modules() -> Vec<String> {
+    let lib = fs::read_to_string(format!("{SRC}/lib.rs")).unwrap();
+    let names = lib.lines().filter_map(|line| line.strip_prefix("mod ")?.strip_suffix(';'));
+    names.map(String::from).collect()
+}
+
+/// Each file's module path, `handover::journal`, with the module paths that the file names.
+fn imports() -> Vec<(String, BTreeSet<String>)> {
+    let mut files = Vec::new();
+    let mut folders = vec![Path::new(SRC).to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                files.push(path);
+            }
+        }
+    }
+    let module = |path: &Path| {
+        let path = path.strip_prefix(SRC).unwrap().with_extension("");
+        let names: Vec<_> = path.iter().map(|name| name.to_str().unwrap()).collect();
+        names.join("::").trim_end_matches("::mod").to_string()
+    };
+    let known: BTreeSet<_> = files.iter().map(|path| module(path)).collect();
+    let named = |text: &str| -> BTreeSet<String> {
+        // Unit tests may look anywhere.
+        let text = text.split("#[cfg(test)]").next().unwrap_or(text);
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let code = code.collect::<Vec<_>>().join("\n");
+        let mut named = BTreeSet::new();
+        for (at, _) in code.match_indices("crate::") {
+            let path = &code[at + "crate::".len()..];
+            let end = path.find(|c: char| !c.is_alphanumeric() && !"_:".contains(c));
+            let mut path = path[..end.unwrap_or(path.len())].trim_end_matches(':');
+            // The longest part of the path that is a file; what follows is an item in it.
+            while !known.contains(path) {
+                path = path.rsplit_once("::").map_or("", |(parent, _)| parent);
+                if path.is_empty() {
+                    break;
+                }
+            }
+            named.extend((!path.is_empty()).then(|| path.to_string()));
+        }
+        named
+    };
+    let lib = ["lib", "main", "bin::socket-proxyd-units"];
+    let read = |path: &Path| (module(path), named(&fs::read_to_string(path).unwrap()));
+    files.iter().map(|path| read(path)).filter(|(it, _)| !lib.contains(&&**it)).collect()
+}
+
+fn top(module: &str) -> &str {
+    module.split("::").next().unwrap()
+}
+
+#[test]
+fn top_level_modules_import_only_those_below() {
+    let order = modules();
+    assert!(order.len() <= 16, "{} top-level modules", order.len());
+    let place = |module: &str| order.iter().position(|it| it == top(module)).unwrap();
+    let mut upward = Vec::new();
+    for (module, named) in imports() {
+        for other in named.iter().filter(|other| place(other) < place(&module)) {
+            upward.push(format!("{module} imports {other}"));
+        }
+    }
+    assert!(upward.is_empty(), "{upward:#?}");
+}
+
+#[test]
+fn files_of_a_folder_import_without_a_circle() {
+    let mut graph: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (module, named) in imports() {
+        let inside = named.into_iter().filter(|other| top(other) == top(&module));
+        let inside = inside.filter(|other| *other != module).collect();
+        graph.insert(module, inside);
+    }
+    // What imports nothing that is left goes, until nothing goes any more.
+    loop {
+        let left: BTreeSet<_> = graph.keys().cloned().collect();
+        graph.retain(|_, named| named.iter().any(|other| left.contains(other)));
+        if graph.len() == left.len() {
+            break;
+        }
+    }
+    assert!(graph.is_empty(), "{graph:#?}");
+}
