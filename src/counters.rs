@@ -10,26 +10,26 @@ use std::time::Duration;
 /// What comes and goes: connections on an event loop, those included that are on their way there, or
 /// from a listener; pipes.
 #[derive(Clone, Debug, Default)]
-pub struct Seats(Arc<AtomicUsize>);
+pub struct Gauge(Arc<AtomicUsize>);
 
 /// One of it, until this is dropped.
 #[derive(Debug)]
-pub struct Seat(Arc<AtomicUsize>);
+pub struct GaugeGuard(Arc<AtomicUsize>);
 
-impl Seats {
+impl Gauge {
     /// How many there are.
     pub fn taken(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
 
     /// One more.
-    pub fn take(&self) -> Seat {
+    pub fn take(&self) -> GaugeGuard {
         self.0.fetch_add(1, Ordering::Relaxed);
-        Seat(Arc::clone(&self.0))
+        GaugeGuard(Arc::clone(&self.0))
     }
 }
 
-impl Drop for Seat {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -37,9 +37,9 @@ impl Drop for Seat {
 
 /// Events so far, counted by any thread.
 #[derive(Debug, Default)]
-pub struct Count(AtomicU64);
+pub struct Counter(AtomicU64);
 
-impl Count {
+impl Counter {
     /// How many there were.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -53,26 +53,26 @@ impl Count {
 
 /// What happens at one way in.
 #[derive(Debug, Default)]
-pub struct EntranceCounts {
+pub struct ListenerCounters {
     /// Connections that are not over.
-    pub open: Seats,
+    pub open: Gauge,
     /// Those of them that are held until their backend is up.
-    pub held: Seats,
+    pub held: Gauge,
     /// Connections that were admitted.
-    pub admitted: Count,
+    pub admitted: Counter,
     /// Those that were closed at the cap.
-    pub refused: Count,
+    pub refused: Counter,
     /// Those that got no backend.
-    pub failed: Count,
+    pub failed: Counter,
 }
 
 /// Bytes delivered between the clients of one backend and it, counted by one thread and read by any.
 /// They have their cache lines for themselves: another thread's count is not to take them away.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub struct Carried([AtomicU64; 2]);
+pub struct ByteCounters([AtomicU64; 2]);
 
-impl Carried {
+impl ByteCounters {
     /// So far: from clients, and from the backend.
     pub fn get(&self) -> [u64; 2] {
         self.0.each_ref().map(|bytes| bytes.load(Ordering::Relaxed))
@@ -87,34 +87,34 @@ impl Carried {
 
 /// What one event loop counts.
 #[derive(Clone, Debug)]
-pub struct LoopCounts {
+pub struct LoopCounters {
     /// For each backend, and behind them for connections to what is no backend any more.
-    pub carried: Vec<Arc<Carried>>,
+    pub carried: Vec<Arc<ByteCounters>>,
     /// Pipes in existence.
-    pub pipes: Seats,
+    pub pipes: Gauge,
 }
 
-impl LoopCounts {
+impl LoopCounters {
     /// For this many backends.
     pub fn new(backends: usize) -> Self {
         let carried = (0..=backends).map(|_| Arc::default()).collect();
-        Self { carried, pipes: Seats::default() }
+        Self { carried, pipes: Gauge::default() }
     }
 }
 
 /// What all event loops have counted, those included that have ended.
 #[derive(Debug, Default)]
-pub struct Loops(Mutex<Vec<LoopCounts>>);
+pub struct Loops(Mutex<Vec<LoopCounters>>);
 
 impl Loops {
     /// One more.
-    pub fn add(&self, backends: usize) -> LoopCounts {
-        let counts = LoopCounts::new(backends);
+    pub fn add(&self, backends: usize) -> LoopCounters {
+        let counts = LoopCounters::new(backends);
         self.lock().push(counts.clone());
         counts
     }
 
-    /// Bytes delivered so far, for each backend and the rest, as [`Carried::get`] has them.
+    /// Bytes delivered so far, for each backend and the rest, as [`ByteCounters::get`] has them.
     pub fn carried(&self) -> Vec<[u64; 2]> {
         let mut sums = Vec::new();
         for counts in &*self.lock() {
@@ -132,45 +132,45 @@ impl Loops {
         self.lock().iter().map(|counts| counts.pipes.taken()).sum()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<LoopCounts>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<LoopCounters>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// COMMAND's starts.
 #[derive(Debug, Default)]
-pub struct Starts {
+pub struct CommandCounters {
     /// All of them.
-    pub all: Count,
+    pub all: Counter,
     /// Those after which it ended before it was ready, or as soon as it was.
-    pub failed: Count,
+    pub failed: Counter,
 }
 
 /// Attempts to reach one backend.
 #[derive(Debug, Default)]
-pub struct Dials {
+pub struct ConnectCounters {
     /// How long those took that reached it.
     pub latency: Histogram,
-    failed: [Count; Failure::ALL.len()],
+    failed: [Counter; ConnectErrorKind::ALL.len()],
 }
 
-impl Dials {
+impl ConnectCounters {
     /// Counts one that did not.
-    pub fn fail(&self, failure: Failure) {
+    pub fn fail(&self, failure: ConnectErrorKind) {
         self.failed[failure as usize].add_one();
     }
 
     /// How many did not, by why.
-    pub fn failed(&self) -> impl Iterator<Item = (Failure, u64)> {
-        Failure::ALL.into_iter().zip(self.failed.iter().map(Count::get))
+    pub fn failed(&self) -> impl Iterator<Item = (ConnectErrorKind, u64)> {
+        ConnectErrorKind::ALL.into_iter().zip(self.failed.iter().map(Counter::get))
     }
 }
 
 /// Why a backend was not reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failure {
+pub enum ConnectErrorKind {
     /// Nobody listens (ECONNREFUSED).
-    Refused,
+    InvalidRecord,
     /// No answer within the connect timeout.
     Timeout,
     /// There is no way there.
@@ -189,9 +189,9 @@ pub enum Failure {
     Other,
 }
 
-impl Failure {
+impl ConnectErrorKind {
     const ALL: [Self; 9] = [
-        Self::Refused,
+        Self::InvalidRecord,
         Self::Timeout,
         Self::Unreachable,
         Self::Missing,
@@ -205,7 +205,7 @@ impl Failure {
     /// In one word.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Refused => "refused",
+            Self::InvalidRecord => "refused",
             Self::Timeout => "timeout",
             Self::Unreachable => "unreachable",
             Self::Missing => "missing",
@@ -222,7 +222,7 @@ impl Failure {
 #[derive(Debug, Default)]
 pub struct Histogram {
     /// Within each bound and above the one before, and above all.
-    counts: [Count; Self::BOUNDS.len() + 1],
+    counts: [Counter; Self::BOUNDS.len() + 1],
     /// Nanoseconds in all.
     sum: AtomicU64,
 }
@@ -246,7 +246,7 @@ impl Histogram {
     pub fn get(&self) -> ([u64; Self::BOUNDS.len()], u64, Duration) {
         let sum = Duration::from_nanos(self.sum.load(Ordering::Relaxed));
         let mut total = 0;
-        let mut up_to = |count: &Count| {
+        let mut up_to = |count: &Counter| {
             total += count.get();
             total
         };
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn seats_are_given_back() {
-        let seats = Seats::default();
+        let seats = Gauge::default();
         let (first, second) = (seats.take(), seats.take());
         assert_eq!(seats.taken(), 2);
         drop((first, second));
@@ -293,8 +293,8 @@ mod tests {
 
     #[test]
     fn each_failure_is_counted_as_itself() {
-        let dials = Dials::default();
-        for failure in Failure::ALL {
+        let dials = ConnectCounters::default();
+        for failure in ConnectErrorKind::ALL {
             (0..=failure as usize).for_each(|_| dials.fail(failure));
         }
         for (index, (failure, count)) in dials.failed().enumerate() {

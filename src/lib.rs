@@ -63,13 +63,13 @@ pub use unit_writer::run as write_units;
 pub mod testing {
     //! What the tests of the forwarder and of the journal look into.
     pub use crate::config::timespan::TimeSpan;
-    pub use crate::counters::{Carried, Seats};
-    pub use crate::forward::flow::Shared;
+    pub use crate::counters::{ByteCounters, Gauge};
+    pub use crate::forward::flow::LoopBuffers;
     pub use crate::forward::pipe::Limits;
-    pub use crate::forward::{Closed, Ending, Outcome, Pair};
+    pub use crate::forward::{CloseReason, Forwarder, Outcome, Summary};
     pub use crate::handover::queue::Queue;
-    pub use crate::handover::record::{Content, Parcel, ids, pack};
-    pub use crate::handover::replay::sort_out;
-    pub use crate::listen::activation::take_inherited;
+    pub use crate::handover::record::{Content, Record, ids, pack};
+    pub use crate::handover::replay::replay;
+    pub use crate::listen::activation::take_passed_fds;
     pub use crate::socket::{Family, Socket};
 }

@@ -19,7 +19,7 @@ use rustix::net::{
 use sd_notify::NotifyState;
 use tokio::time::{Instant, sleep};
 
-use crate::logging::{RateLimit, in_words};
+use crate::logging::{RateLimit, os_message};
 
 /// Between two attempts while systemd does not take a message, and how long before that is logged.
 const RETRY_AFTER: Duration = Duration::from_millis(20);
@@ -105,7 +105,7 @@ impl Notifier {
                 }
                 Err(error) => {
                     if let Some(suppressed) = UNSENT.pass() {
-                        let error = in_words(&error);
+                        let error = os_message(&error);
                         tracing::warn!("Failed to notify systemd, ignoring: {error}{suppressed}");
                     }
                     return false;

@@ -6,7 +6,7 @@ mod support;
 use std::env;
 use std::process::Command;
 
-use socket_proxyd::testing::take_inherited;
+use socket_proxyd::testing::take_passed_fds;
 use support::*;
 
 const CHILD: &str = "ACTIVATION_TEST_CHILD";
@@ -28,7 +28,7 @@ fn main() {
 
 fn child() {
     // SAFETY: there is no other thread yet, and nobody else has the descriptors.
-    let inherited = unsafe { take_inherited() }.unwrap();
+    let inherited = unsafe { take_passed_fds() }.unwrap();
     let names: Vec<_> = inherited.iter().map(|inherited| &*inherited.name).collect();
     assert_eq!(names, ["first", "unknown"]);
     for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {

@@ -12,13 +12,15 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::{Digest, Sha256};
-use socket_proxyd::testing::{self as proxy, Closed, Ending, Limits, Pair, Seats, Shared};
+use socket_proxyd::testing::{
+    self as proxy, CloseReason, Forwarder, Gauge, Limits, LoopBuffers, Summary,
+};
 use socket2::Socket;
 use support::*;
 use tokio::time::Instant;
 
 /// A pair of sockets with the forwarder in between: what `near` sends, `far` receives.
-struct Carried {
+struct ByteCounters {
     near: Socket,
     far: Socket,
     families: (Family, Family),
@@ -26,11 +28,11 @@ struct Carried {
 }
 
 struct Outcome {
-    closed: Closed,
+    closed: Summary,
     pipes: usize,
 }
 
-impl Carried {
+impl ByteCounters {
     fn new(near: Family, far: Family, swapped: bool) -> Self {
         Self::with(near, far, swapped, 8, Vec::new())
     }
@@ -81,15 +83,15 @@ impl Carried {
                 .build_local(Default::default())
                 .unwrap();
             runtime.block_on(async {
-                let carried = Arc::<proxy::Carried>::default();
-                let pipes = Seats::default();
-                let shared = Rc::new(Shared::new(limits, pipes.clone()));
+                let carried = Arc::<proxy::ByteCounters>::default();
+                let pipes = Gauge::default();
+                let shared = Rc::new(LoopBuffers::new(limits, pipes.clone()));
                 let (near, far) = (ours(near_inner, near), ours(far_inner, far));
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
                 let preface_len = preface.len() as u64;
                 let (ours, count) = (Rc::clone(&shared), Arc::clone(&carried));
-                let pair = Pair::new(client, backend, preface, ours, count, None);
-                let proxy::Outcome::Closed(closed) = pair.run(None, |_| {}).await.unwrap() else {
+                let pair = Forwarder::new(client, backend, preface, ours, count, None);
+                let proxy::Outcome::Summary(closed) = pair.run(None, |_| {}).await.unwrap() else {
                     unreachable!("nobody tells it to leave")
                 };
                 let delivered = [preface_len + closed.from_client, closed.from_backend];
@@ -141,11 +143,11 @@ fn unsent(socket: &Socket) -> i32 {
 }
 
 /// Runs a test on every pair of families, each end being the client once.
-fn everywhere(test: impl Fn(Carried)) {
+fn everywhere(test: impl Fn(ByteCounters)) {
     for (near, far) in PAIRS {
         for swapped in [false, true] {
             eprintln!("{near:?} to {far:?}, swapped: {swapped}");
-            test(Carried::new(near, far, swapped));
+            test(ByteCounters::new(near, far, swapped));
         }
     }
 }
@@ -185,7 +187,7 @@ fn hundreds_of_megabytes_each_way_at_once() {
         digest.finalize()
     };
     for (near, far) in PAIRS {
-        let it = Carried::new(near, far, false);
+        let it = ByteCounters::new(near, far, false);
         thread::scope(|scope| {
             for socket in [&it.near, &it.far] {
                 let (mut writer, mut reader) =
@@ -218,7 +220,7 @@ fn hundreds_of_megabytes_each_way_at_once() {
 #[test]
 fn without_pipes_copying_carries_on() {
     for (near, far) in PAIRS {
-        let it = Carried::with(near, far, false, 0, Vec::new());
+        let it = ByteCounters::with(near, far, false, 0, Vec::new());
         assert_eq!(it.carry_one_way().pipes, 0);
     }
 }
@@ -230,7 +232,7 @@ fn a_sink_with_little_room_is_copied_to() {
     for far in [Family::Tcp, Family::Unix] {
         let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
         pairs[1].1.set_send_buffer_size(4608).unwrap();
-        let it = Carried::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
+        let it = ByteCounters::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
         assert_eq!(it.carry_one_way().pipes, 0, "a pipe was made for {far:?}");
     }
 }
@@ -241,7 +243,7 @@ fn a_sink_with_little_room_is_copied_to() {
 fn a_stalled_tcp_sink_holds_little_unsent() {
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
     let sink = pairs[1].1.try_clone().unwrap();
-    let mut it = Carried::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
+    let mut it = ByteCounters::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
     it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     let chunk = noise(4, 100_000);
     while it.near.write(&chunk).is_ok() {}
@@ -299,12 +301,12 @@ fn half_close_lets_the_other_direction_live() {
         end.unwrap();
         assert!(received.is_empty());
         let outcome = it.forwarder.join().unwrap();
-        assert!(outcome.closed.end == Ending::Closed);
+        assert!(outcome.closed.end == CloseReason::Summary);
     });
 }
 
 /// On TCP a reset; on Unix the nearest thing: a close with something unread.
-fn abort(it: &mut Carried) {
+fn abort(it: &mut ByteCounters) {
     if it.families.0 == Family::Tcp {
         it.near.set_linger(Some(Duration::ZERO)).unwrap();
     } else {
@@ -335,7 +337,7 @@ fn reset_before_any_byte() {
         abort(&mut it);
         drop(it.near);
         ends_in_reset(&mut it.far, it.families.1, b"");
-        assert!(matches!(it.forwarder.join().unwrap().closed.end, Ending::Fault(..)));
+        assert!(matches!(it.forwarder.join().unwrap().closed.end, CloseReason::Fault(..)));
     });
 }
 
@@ -361,7 +363,7 @@ fn reset_while_the_reader_is_stalled() {
             continue;
         }
         for swapped in [false, true] {
-            let mut it = Carried::new(near, far, swapped);
+            let mut it = ByteCounters::new(near, far, swapped);
             it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
             let mut sent = Vec::new();
             let chunk = noise(6, 100_000);
@@ -440,7 +442,7 @@ fn a_failed_write_lets_the_other_direction_drain() {
     // Only a Unix peer can stop reading without stopping to speak.
     for far in [Family::Tcp, Family::Unix] {
         for swapped in [false, true] {
-            let mut it = Carried::new(Family::Unix, far, swapped);
+            let mut it = ByteCounters::new(Family::Unix, far, swapped);
             it.near.shutdown(Shutdown::Read).unwrap();
             it.far.write_all(b"to deaf ears").unwrap();
             taken(&it.far);
@@ -456,7 +458,7 @@ fn a_failed_write_lets_the_other_direction_drain() {
             let (received, end) = read_all(&mut it.far);
             end.unwrap();
             assert!(received.is_empty());
-            assert!(matches!(it.forwarder.join().unwrap().closed.end, Ending::Fault(..)));
+            assert!(matches!(it.forwarder.join().unwrap().closed.end, CloseReason::Fault(..)));
         }
     }
 }
@@ -476,7 +478,7 @@ fn an_end_after_a_reset_that_a_write_has_met_is_no_clean_one() {
     drop((backend, backend_outer));
     let stand_in = socket_pair(Family::Tcp).0;
     let pairs = [(stand_in, inner), client_pair];
-    let mut it = Carried::join((Family::Tcp, Family::Tcp), pairs, true, 8, Vec::new());
+    let mut it = ByteCounters::join((Family::Tcp, Family::Tcp), pairs, true, 8, Vec::new());
     ends_in_reset(&mut it.far, Family::Tcp, b"half of the answer");
     it.forwarder.join().unwrap();
 }
@@ -485,7 +487,7 @@ fn an_end_after_a_reset_that_a_write_has_met_is_no_clean_one() {
 fn a_unix_client_that_closes_is_not_waited_for() {
     for far in [Family::Tcp, Family::Unix] {
         for swapped in [false, true] {
-            let mut it = Carried::new(Family::Unix, far, swapped);
+            let mut it = ByteCounters::new(Family::Unix, far, swapped);
             it.near.write_all(b"for your information").unwrap();
             drop(it.near);
             let (received, end) = read_all(&mut it.far);
@@ -493,7 +495,7 @@ fn a_unix_client_that_closes_is_not_waited_for() {
             assert_eq!(received, b"for your information");
             // Far says nothing and closes nothing.
             let outcome = it.forwarder.join().unwrap();
-            assert!(outcome.closed.end == Ending::Closed);
+            assert!(outcome.closed.end == CloseReason::Summary);
         }
     }
 }
@@ -501,7 +503,7 @@ fn a_unix_client_that_closes_is_not_waited_for() {
 #[test]
 fn a_stalled_reader_is_not_waited_for_ever_after_a_reset() {
     for far in [Family::Tcp, Family::Unix] {
-        let mut it = Carried::with(Family::Tcp, far, false, PAUSED, Vec::new());
+        let mut it = ByteCounters::with(Family::Tcp, far, false, PAUSED, Vec::new());
         it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
         while it.near.write(&[0; 100_000]).is_ok() {}
         reset(it.near);
@@ -523,7 +525,7 @@ fn urgent_data_stops_nobody() {
             near.send_out_of_band(b"!").unwrap();
             near.write_all(b"world").unwrap();
             taken(&near);
-            let mut it = Carried::join((Family::Tcp, far), pairs, swapped, 8, Vec::new());
+            let mut it = ByteCounters::join((Family::Tcp, far), pairs, swapped, 8, Vec::new());
             let mut received = vec![0; before.len() + 6];
             it.far.read_exact(&mut received).expect("what is behind the urgent byte comes, too");
             assert!(received.starts_with(&before) && received.ends_with(b"!world"));
@@ -549,7 +551,7 @@ fn urgent_data_may_come_first() {
     near.send_out_of_band(b"!").unwrap();
     (&near).write_all(b"world").unwrap();
     taken(&near);
-    let mut it = Carried::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
+    let mut it = ByteCounters::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
     let mut received = [0; 6];
     it.far.read_exact(&mut received).unwrap();
     assert_eq!(&received, b"!world");
@@ -559,7 +561,7 @@ fn urgent_data_may_come_first() {
 
 #[test]
 fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
-    let mut it = Carried::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
+    let mut it = ByteCounters::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
     it.far.shutdown(Shutdown::Write).unwrap();
     assert!(read_all(&mut it.near).0.is_empty());
     it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
@@ -573,7 +575,7 @@ fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
 fn the_preface_goes_first_and_in_one_write() {
     for back in [Family::Tcp, Family::Unix] {
         let preface = b"PROXY UNKNOWN\r\n".to_vec();
-        let mut it = Carried::with(Family::Unix, back, false, 8, preface.clone());
+        let mut it = ByteCounters::with(Family::Unix, back, false, 8, preface.clone());
         peek_all(&it.far, preface.len());
         it.near.write_all(b"hello").unwrap();
         it.near.shutdown(Shutdown::Write).unwrap();
@@ -589,7 +591,7 @@ fn bytes_that_carry_descriptors_arrive_without_them() {
     // edge that never comes.
     for far in [Family::Tcp, Family::Unix] {
         for swapped in [false, true] {
-            let mut it = Carried::new(Family::Unix, far, swapped);
+            let mut it = ByteCounters::new(Family::Unix, far, swapped);
             for round in 0..50 {
                 let fds = [it.near.as_fd()];
                 let mut space =

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use keeper::Keeper;
 use rustix::process::Signal;
-use socket_proxyd::testing::{Content, Parcel, Queue, ids, pack, sort_out};
+use socket_proxyd::testing::{Content, Queue, Record, ids, pack, replay};
 use socket2::{SockAddr, Socket};
 use support::*;
 use tokio::time::Instant;
@@ -96,7 +96,7 @@ fn launch(front: &Endpoint, arguments: &[String], keeper: &Keeper) -> Running {
 /// Parcels that count in the queue.
 fn stored(keeper: &Keeper) -> usize {
     let queue = queue(keeper);
-    sort_out(&queue.texts().unwrap(), queue.messages()).unwrap().parcels.len()
+    replay(&queue.texts().unwrap(), queue.messages()).unwrap().parcels.len()
 }
 
 fn queue(keeper: &Keeper) -> Queue {
@@ -827,7 +827,7 @@ fn what_is_no_connection_is_closed_and_removed() {
             queue.append(b"what is this", &[one.as_fd()]).unwrap();
             queue.append(&[0; 4000], &[one.as_fd(); 200]).unwrap();
             // A socket without its counterpart, in its own form.
-            let client = Parcel { id: 1, start: 0, content: Content::Client(one.as_fd()) };
+            let client = Record { id: 1, start: 0, content: Content::Client(one.as_fd()) };
             let sealed = client.seal();
             let (mut bytes, fds) = pack(std::slice::from_ref(&sealed));
             bytes[4 + 36] = 3;

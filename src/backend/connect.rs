@@ -16,8 +16,8 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
-use crate::counters::{Dials, Failure};
-use crate::logging::{RateLimit, in_words};
+use crate::counters::{ConnectCounters, ConnectErrorKind};
+use crate::logging::{RateLimit, os_message};
 use crate::socket::address::Address;
 use crate::socket::host_port::HostPort;
 use crate::socket::resolve::{ResolveError, resolve};
@@ -42,13 +42,13 @@ static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// Connects to one target, again and again. A clone shares the limit on lookups.
 #[derive(Clone, Debug)]
-pub struct Dialer {
+pub struct Connector {
     target: Target,
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
     backlog: Arc<BacklogQueue>,
-    dials: Arc<Dials>,
+    dials: Arc<ConnectCounters>,
 }
 
 /// What to do about a Unix backend's full backlog.
@@ -100,20 +100,20 @@ impl Drop for BacklogTurn<'_> {
 
 /// Why there is no connection.
 #[derive(Debug)]
-pub enum DialError {
+pub enum ConnectError {
     /// The name has no address.
     Resolve(ResolveError),
     /// None of the addresses answered: the last one that may yet, or else the last, and its error.
     Connect(Address, io::Error),
 }
 
-impl fmt::Display for DialError {
+impl fmt::Display for ConnectError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Resolve(error) => error.fmt(f),
             Self::Connect(address, error) => {
-                write!(f, "Failed to connect to remote host: {address}: {}", in_words(error))?;
-                f.write_str(address.hint_at(error))?;
+                write!(f, "Failed to connect to remote host: {address}: {}", os_message(error))?;
+                f.write_str(address.hint(error))?;
                 if self.is_full_backlog() {
                     f.write_str(" (its backlog is full)")?;
                 }
@@ -123,12 +123,12 @@ impl fmt::Display for DialError {
     }
 }
 
-impl DialError {
+impl ConnectError {
     /// What the system says, without where.
     pub fn reason(&self) -> String {
         match self {
             Self::Resolve(error) => error.to_string(),
-            Self::Connect(_, error) => in_words(error),
+            Self::Connect(_, error) => os_message(error),
         }
     }
 
@@ -138,11 +138,11 @@ impl DialError {
     }
 
     /// What it is counted as.
-    pub fn failure(&self) -> Failure {
-        let Self::Connect(_, error) = self else { return Failure::Name };
+    pub fn failure(&self) -> ConnectErrorKind {
+        let Self::Connect(_, error) = self else { return ConnectErrorKind::Name };
         match Errno::from_io_error(error) {
-            Some(Errno::CONNREFUSED) => Failure::Refused,
-            Some(Errno::TIMEDOUT) => Failure::Timeout,
+            Some(Errno::CONNREFUSED) => ConnectErrorKind::InvalidRecord,
+            Some(Errno::TIMEDOUT) => ConnectErrorKind::Timeout,
             Some(
                 Errno::NETUNREACH
                 | Errno::HOSTUNREACH
@@ -150,19 +150,21 @@ impl DialError {
                 | Errno::HOSTDOWN
                 | Errno::ADDRNOTAVAIL
                 | Errno::NODEV,
-            ) => Failure::Unreachable,
-            Some(Errno::NOENT) => Failure::Missing,
-            Some(Errno::AGAIN) => Failure::Backlog,
+            ) => ConnectErrorKind::Unreachable,
+            Some(Errno::NOENT) => ConnectErrorKind::Missing,
+            Some(Errno::AGAIN) => ConnectErrorKind::Backlog,
             // The last is what RestrictAddressFamilies= says.
-            Some(Errno::ACCESS | Errno::PERM | Errno::AFNOSUPPORT) => Failure::Denied,
-            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => Failure::Resources,
-            _ => Failure::Other,
+            Some(Errno::ACCESS | Errno::PERM | Errno::AFNOSUPPORT) => ConnectErrorKind::Denied,
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                ConnectErrorKind::Resources
+            }
+            _ => ConnectErrorKind::Other,
         }
     }
 
     /// Whether the backend may just not be up yet; a name that does not exist, or a sandbox's
     /// prohibition (EPERM), is not mended by time.
-    pub fn may_pass(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         match self {
             Self::Resolve(error) => error.is_temporary(),
             Self::Connect(_, error) => matches!(
@@ -187,7 +189,7 @@ impl DialError {
     }
 }
 
-impl Dialer {
+impl Connector {
     /// `connect_timeout` is for each address; `keepalive` for TCP backends; as many lookups run at a
     /// time as there are places in `lookups`; all attempts are counted in `dials`.
     pub fn new(
@@ -195,14 +197,14 @@ impl Dialer {
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
         lookups: Arc<Semaphore>,
-        dials: Arc<Dials>,
+        dials: Arc<ConnectCounters>,
     ) -> Self {
         let backlog = Arc::new(BacklogQueue::new());
         Self { target, connect_timeout, keepalive, lookups, backlog, dials }
     }
 
     /// What has become of all attempts.
-    pub fn dials(&self) -> &Arc<Dials> {
+    pub fn dials(&self) -> &Arc<ConnectCounters> {
         &self.dials
     }
 
@@ -213,17 +215,17 @@ impl Dialer {
 
     /// Looks the target up, and tries each of its addresses until one answers; a full backlog is
     /// waited for until the connect timeout is over.
-    pub async fn dial(&self) -> Result<Socket, DialError> {
+    pub async fn dial(&self) -> Result<Socket, ConnectError> {
         self.dial_all(Backlog::Wait).await
     }
 
     /// Dials for a caller that tries again by itself: a full backlog fails at once.
-    pub async fn dial_once(&self) -> Result<Socket, DialError> {
+    pub async fn dial_once(&self) -> Result<Socket, ConnectError> {
         self.dial_all(Backlog::Fail).await
     }
 
     /// Dials, and waits for room in the backlog for as long as the caller does.
-    pub async fn dial_in_turn(&self) -> Result<Socket, DialError> {
+    pub async fn dial_in_turn(&self) -> Result<Socket, ConnectError> {
         self.dial_all(Backlog::WaitOn).await
     }
 
@@ -232,7 +234,7 @@ impl Dialer {
         !self.backlog.is_empty()
     }
 
-    async fn dial_all(&self, backlog: Backlog) -> Result<Socket, DialError> {
+    async fn dial_all(&self, backlog: Backlog) -> Result<Socket, ConnectError> {
         let start = Instant::now();
         let dialled = match &self.target {
             Target::Address(address) => self.try_address(address, backlog).await,
@@ -246,22 +248,24 @@ impl Dialer {
         dialled
     }
 
-    async fn dial_name(&self, name: &HostPort, backlog: Backlog) -> Result<Socket, DialError> {
+    async fn dial_name(&self, name: &HostPort, backlog: Backlog) -> Result<Socket, ConnectError> {
         if self.lookups.available_permits() == 0
             && let Some(suppressed) = LOOKUPS_BUSY.pass()
         {
             tracing::warn!("The resolver is slow, lookups have to wait.{suppressed}");
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
-        let addresses = resolve(name, permit).await.map_err(DialError::Resolve)?;
-        let mut failed: Option<DialError> = None;
+        let addresses = resolve(name, permit).await.map_err(ConnectError::Resolve)?;
+        let mut failed: Option<ConnectError> = None;
         for address in addresses {
             match self.try_address(&Address::Inet(address), backlog).await {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
                     tracing::debug!("{error}, trying the next address");
                     // An address of a family that is not to be had says nothing of the others.
-                    if error.may_pass() || !failed.as_ref().is_some_and(DialError::may_pass) {
+                    if error.is_transient()
+                        || !failed.as_ref().is_some_and(ConnectError::is_transient)
+                    {
                         failed = Some(error);
                     }
                 }
@@ -270,7 +274,11 @@ impl Dialer {
         Err(failed.expect("a name that resolves has an address"))
     }
 
-    async fn try_address(&self, address: &Address, backlog: Backlog) -> Result<Socket, DialError> {
+    async fn try_address(
+        &self,
+        address: &Address,
+        backlog: Backlog,
+    ) -> Result<Socket, ConnectError> {
         // What kept us waiting says more than that time is up.
         let obstacle = RefCell::new(None);
         let attempt = self.connect(address, backlog, &obstacle);
@@ -283,7 +291,7 @@ impl Dialer {
             }),
             None => attempt.await,
         };
-        let socket = connected.map_err(|error| DialError::Connect(address.clone(), error))?;
+        let socket = connected.map_err(|error| ConnectError::Connect(address.clone(), error))?;
         if let Some(keepalive) = self.keepalive.filter(|_| socket.family() == Family::Tcp) {
             keepalive.set_or_warn(&socket);
         }
@@ -352,7 +360,7 @@ async fn connect_or_retry(
         if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
             tracing::error!(
                 "Failed to open a socket to the backend, trying again: {}{suppressed}",
-                in_words(&error)
+                os_message(&error)
             );
         }
         obstacle.replace(Some(error));

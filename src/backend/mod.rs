@@ -9,40 +9,44 @@ use std::sync::Arc;
 
 use tokio::time::timeout_at;
 
-use crate::backend::command::Application;
-use crate::backend::connect::Dialer;
-use crate::backend::wait::Hold;
+use crate::backend::command::Supervisor;
+use crate::backend::connect::Connector;
+use crate::backend::wait::BackendWait;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
-use crate::counters::Seats;
+use crate::counters::Gauge;
 use crate::socket::Socket;
 
 /// What all clients are connected to.
 #[derive(Debug)]
 pub struct Backend {
-    hold: Rc<Hold>,
+    hold: Rc<BackendWait>,
     wait: TimeSpan,
-    application: Option<Arc<Application>>,
+    application: Option<Arc<Supervisor>>,
 }
 
 impl Backend {
     /// `wait` is how long a client is held; with zero it is not, and there is no application.
-    pub fn new(hold: Rc<Hold>, wait: TimeSpan, application: Option<Arc<Application>>) -> Self {
+    pub fn new(
+        hold: Rc<BackendWait>,
+        wait: TimeSpan,
+        application: Option<Arc<Supervisor>>,
+    ) -> Self {
         Self { hold, wait, application }
     }
 
     /// Where it is, for messages.
     pub fn target(&self) -> &Target {
-        self.dialer().target()
+        self.connector().target()
     }
 
     /// Where its clients are held.
-    pub fn hold(&self) -> &Rc<Hold> {
+    pub fn hold(&self) -> &Rc<BackendWait> {
         &self.hold
     }
 
-    fn dialer(&self) -> &Dialer {
-        &self.hold.dialer
+    fn connector(&self) -> &Connector {
+        &self.hold.connector
     }
 
     /// Whether clients are held at all.
@@ -55,15 +59,15 @@ impl Backend {
     /// # Errors
     /// In words, what stood in the way: something that time can't mend, or the last obstacle when
     /// the time is over.
-    pub async fn connect(&self, held: &Seats) -> Result<Socket, String> {
+    pub async fn connect(&self, held: &Gauge) -> Result<Socket, String> {
         if !self.holds() {
-            return self.dialer().dial().await.map_err(|error| error.to_string());
+            return self.connector().dial().await.map_err(|error| error.to_string());
         }
         let _held = held.take();
         timeout_at(self.wait.deadline(), Box::pin(self.held())).await.unwrap_or_else(|_| {
             let application = self.application.as_ref();
             let obstacle = application.and_then(|application| application.obstacle());
-            let obstacle = obstacle.unwrap_or_else(|| self.hold.obstacle_at_the_end());
+            let obstacle = obstacle.unwrap_or_else(|| self.hold.timeout_error());
             Err(format!("{obstacle}, for {}", self.wait))
         })
     }

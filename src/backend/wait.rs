@@ -4,7 +4,7 @@
 //! many clients are held: 200 of them cost one connect(2) every 100 ms. When it succeeds they are
 //! all let go, and one of them gets the prober's connection, so that a backend which serves only
 //! once is not spent on a probe. The prober ends when nobody waits. With several event loops there
-//! is still one: it runs on the loop that began it, and all of them wait for it ([`Probing`]).
+//! is still one: it runs on the loop that began it, and all of them wait for it ([`SharedProbe`]).
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -14,9 +14,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::backend::connect::{DialError, Dialer};
+use crate::backend::connect::{ConnectError, Connector};
 use crate::config::timespan::TimeSpan;
-use crate::counters::Failure;
+use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;
 use crate::socket::{Family, Socket};
 
@@ -33,9 +33,9 @@ static HOLDING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
 
 /// The pauses between probes, the first of them none.
 #[derive(Debug, Default)]
-pub struct Pauses(Duration);
+pub struct Backoff(Duration);
 
-impl Pauses {
+impl Backoff {
     /// Waits for the moment of the next probe.
     pub async fn next(&mut self) {
         sleep(self.0).await;
@@ -45,10 +45,10 @@ impl Pauses {
 
 /// What all event loops know of the prober.
 #[derive(Clone, Debug, Default)]
-pub struct Probing(Arc<Mutex<Probe>>);
+pub struct SharedProbe(Arc<Mutex<ProbeState>>);
 
 #[derive(Debug, Default)]
-struct Probe {
+struct ProbeState {
     /// Closes with the prober; nothing is ever sent, so that a failed probe wakes nobody.
     over: Option<watch::Receiver<()>>,
     /// What stands between the clients and the backend, as far as it is known.
@@ -59,8 +59,8 @@ struct Probe {
     offers: u64,
 }
 
-impl Probing {
-    fn lock(&self) -> MutexGuard<'_, Probe> {
+impl SharedProbe {
+    fn lock(&self) -> MutexGuard<'_, ProbeState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -80,7 +80,7 @@ impl Probing {
     }
 }
 
-impl Probe {
+impl ProbeState {
     fn current(&self) -> Option<watch::Receiver<()>> {
         self.over.clone().filter(|over| over.has_changed().is_ok())
     }
@@ -88,24 +88,24 @@ impl Probe {
 
 /// Where the clients of one event loop are held.
 #[derive(Debug)]
-pub struct Hold {
+pub struct BackendWait {
     /// The way to a backend that is up.
-    pub dialer: Dialer,
+    pub connector: Connector,
     wait: TimeSpan,
-    probing: Probing,
+    probing: SharedProbe,
 }
 
-impl Hold {
+impl BackendWait {
     /// `wait` is how long clients are held, for messages.
-    pub fn new(dialer: Dialer, wait: TimeSpan, probing: Probing) -> Self {
-        Self { dialer, wait, probing }
+    pub fn new(connector: Connector, wait: TimeSpan, probing: SharedProbe) -> Self {
+        Self { connector, wait, probing }
     }
 
     /// Connects, now or as soon as the backend is up, however long that takes.
     ///
     /// # Errors
     /// What time can't mend.
-    pub async fn connect(self: &Rc<Self>) -> Result<Socket, DialError> {
+    pub async fn connect(self: &Rc<Self>) -> Result<Socket, ConnectError> {
         loop {
             if let Some(socket) = self.probing.take_reached() {
                 return Ok(socket);
@@ -113,7 +113,7 @@ impl Hold {
             let mut probe = match self.probing.current() {
                 Some(probe) => probe,
                 None => match self.dial_in_turn().await {
-                    Err(error) if error.may_pass() => self.start_probing(error.to_string()),
+                    Err(error) if error.is_transient() => self.start_probing(error.to_string()),
                     dialled => return dialled,
                 },
             };
@@ -123,9 +123,9 @@ impl Hold {
 
     /// Dials once, or, where the backend's backlog is full, when there is room. (A probe that succeeds would
     /// let all clients go at once, for one place.)
-    async fn dial_in_turn(&self) -> Result<Socket, DialError> {
-        if !self.dialer.has_queue() {
-            match self.dialer.dial_once().await {
+    async fn dial_in_turn(&self) -> Result<Socket, ConnectError> {
+        if !self.connector.has_queue() {
+            match self.connector.dial_once().await {
                 Err(error) if error.is_full_backlog() => {
                     self.note_holding(&error.to_string());
                     self.probing.set_obstacle(Some(error.to_string()));
@@ -133,21 +133,21 @@ impl Hold {
                 dialled => return dialled,
             }
         }
-        self.dialer.dial_in_turn().await
+        self.connector.dial_in_turn().await
     }
 
     /// What stands between a client and the backend when its time is over: if that is not known, its own
     /// attempt, which ends with that.
-    pub fn obstacle_at_the_end(&self) -> String {
+    pub fn timeout_error(&self) -> String {
         let obstacle = self.probing.lock().obstacle.clone();
         obstacle.unwrap_or_else(|| {
-            self.dialer.dials().fail(Failure::Timeout);
-            let target = self.dialer.target();
+            self.connector.dials().fail(ConnectErrorKind::Timeout);
+            let target = self.connector.target();
             format!("Failed to connect to remote host: {target}: Connection timed out")
         })
     }
 
-    /// Gives a fresh connection to whoever calls [`Hold::connect`] first, on any event loop; after a
+    /// Gives a fresh connection to whoever calls [`BackendWait::connect`] first, on any event loop; after a
     /// moment, to nobody.
     pub fn offer(&self, socket: Socket) {
         let family = socket.family();
@@ -187,15 +187,15 @@ impl Hold {
     }
 
     async fn probe(self: Rc<Self>, probing: watch::Sender<()>) {
-        let mut pauses = Pauses::default();
+        let mut pauses = Backoff::default();
         loop {
             pauses.next().await;
             // One receiver is the one that is kept for those who come.
             if probing.receiver_count() <= 1 {
                 break;
             }
-            match self.dialer.dial_once().await {
-                Err(error) if error.may_pass() => {
+            match self.connector.dial_once().await {
+                Err(error) if error.is_transient() => {
                     self.probing.set_obstacle(Some(error.to_string()));
                 }
                 // Whoever waits will meet any other error, too.

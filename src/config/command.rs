@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::io::Errno;
 
-use crate::logging::in_words;
+use crate::logging::os_message;
 
 /// Where programs are looked for without `$PATH`, as execvp(3) does.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
@@ -40,7 +40,7 @@ impl CommandLine {
                     Errno::NOENT if !has_slash(program) => "it is nowhere in $PATH".into(),
                     Errno::ISDIR => "it is a directory".into(),
                     Errno::ACCESS => "it is not executable, or not for this user".into(),
-                    errno => in_words(&errno.into()),
+                    errno => os_message(&errno.into()),
                 };
                 Err(format!("Failed to execute COMMAND {program:?}: {why}."))
             }

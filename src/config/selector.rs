@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::config::target::Target;
-use crate::socket::address::{Address, Identity, UnixName, canonical, parse_vsock};
+use crate::socket::address::{Address, SocketLabel, UnixName, canonical, parse_vsock};
 
 /// The longest `FileDescriptorName=`, systemd.socket(5).
 const NAME_MAX: usize = 255;
@@ -75,10 +75,10 @@ impl Targets {
     }
 
     /// The one TARGET, if it begins with the address of a socket and a `=`.
-    pub fn looks_selected(&self, sockets: &[&Identity]) -> Option<&Target> {
+    pub fn resembles_selector(&self, sockets: &[&SocketLabel]) -> Option<&Target> {
         let Self::One(target) = self else { return None };
         let text = target.to_string();
-        let is_selector = |socket: &&Identity| {
+        let is_selector = |socket: &&SocketLabel| {
             text.strip_prefix(&socket.address.to_string()).is_some_and(|rest| rest.starts_with('='))
         };
         sockets.iter().any(is_selector).then_some(target)
@@ -89,7 +89,7 @@ impl Targets {
     /// # Errors
     /// One line that lists the sockets, when it is not exactly one for each, or when a selector is of
     /// no use.
-    pub fn assign(&self, sockets: &[&Identity]) -> Result<Vec<usize>, String> {
+    pub fn assign(&self, sockets: &[&SocketLabel]) -> Result<Vec<usize>, String> {
         let Self::Selected(selections) = self else {
             return Ok(vec![0; sockets.len()]);
         };
@@ -110,7 +110,7 @@ impl Targets {
                 return Err(refused(format!("Selector {selector}= selects no socket{hint}.")));
             }
         }
-        let assign = |socket: &&Identity| {
+        let assign = |socket: &&SocketLabel| {
             let mut all = selections.iter().enumerate();
             let mut selects = || all.find(|(_, selection)| selection.selector.selects(socket));
             match (selects(), selects()) {
@@ -201,7 +201,7 @@ impl Selector {
         }
     }
 
-    fn selects(&self, socket: &Identity) -> bool {
+    fn selects(&self, socket: &SocketLabel) -> bool {
         match (self, &socket.address) {
             (Self::Name(name), _) => socket.name.as_ref() == Some(name),
             (Self::Port(port), Address::Inet(address)) => address.port() == *port,
@@ -309,7 +309,7 @@ mod tests {
         assert!(parse(&["a", "b"]).unwrap_err().starts_with("Too many parameters. "));
     }
 
-    fn sockets() -> Vec<Identity> {
+    fn sockets() -> Vec<SocketLabel> {
         let inet = |text: &str| Address::Inet(text.parse().unwrap());
         let path = Address::Unix(Some(Box::new(UnixName::Path("/run/a.sock".into()))));
         [
@@ -319,7 +319,7 @@ mod tests {
             (None, inet("[fe80::1%2]:80")),
             (Some("vm"), Address::Vsock { cid: u32::MAX, port: 7 }),
         ]
-        .map(|(name, address)| Identity { name: name.map(String::from), address })
+        .map(|(name, address)| SocketLabel { name: name.map(String::from), address })
         .into()
     }
 

@@ -33,7 +33,7 @@ impl Target {
         let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
         if let Some(vsock) = parse_vsock(text) {
             let vsock = vsock?;
-            if vsock.is_any() {
+            if vsock.is_unspecified() {
                 return Err("a backend has a CID, vsock:CID:PORT".into());
             }
             return Ok(Self::Address(vsock));

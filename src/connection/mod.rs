@@ -14,23 +14,23 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::backend::Backend;
-use crate::backend::command::Application;
-use crate::backend::connect::Dialer;
-use crate::backend::wait::{Hold, Probing};
+use crate::backend::command::Supervisor;
+use crate::backend::connect::Connector;
+use crate::backend::wait::{BackendWait, SharedProbe};
 use crate::config::timespan::TimeSpan;
-use crate::counters::{Carried, LoopCounts, Loops};
-use crate::forward::control::{Orders, Presence};
-use crate::forward::flow::Shared;
-use crate::forward::idle::{Watch, Watched};
+use crate::counters::{ByteCounters, LoopCounters, Loops};
+use crate::forward::control::{Control, ControlHandle};
+use crate::forward::flow::LoopBuffers;
+use crate::forward::idle::{IdleGuard, IdleSweeper};
 use crate::forward::pipe::Limits;
-use crate::forward::snapshot::{Journal, Side, Snapshot};
-use crate::forward::{Condition, Ending, Outcome, Pair};
-use crate::handover::journal::Kept;
+use crate::forward::snapshot::{Side, Snapshot, SnapshotStore};
+use crate::forward::{CloseReason, Forwarder, Outcome, Progress};
+use crate::handover::journal::JournalEntry;
 use crate::handover::{Detached, Handover};
 use crate::limits::slot::Slot;
-use crate::listen::listener::{Accepted, Entrance};
+use crate::listen::listener::{Accepted, ListenerInfo};
 use crate::logging::bytes::Bytes;
-use crate::logging::{RateLimit, in_words};
+use crate::logging::{RateLimit, os_message};
 use crate::proxy_protocol::ProxyProtocol;
 use crate::socket::Socket;
 use crate::socket::address::Address;
@@ -40,13 +40,13 @@ static QUIET: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 
 /// What all connections have in common, wherever they live.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct Settings {
     /// The ways to the backends.
-    pub ways: Vec<Way>,
+    pub ways: Vec<BackendSetup>,
     /// How long a client is held until its backend is up; zero is not at all.
     pub backend_wait: TimeSpan,
     /// What serves the one backend, if that is ours to start.
-    pub application: Option<Arc<Application>>,
+    pub application: Option<Arc<Supervisor>>,
     /// The header they expect.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// How long a connection may carry nothing.
@@ -61,59 +61,59 @@ pub struct Plan {
 
 /// The way to one backend.
 #[derive(Clone, Debug)]
-pub struct Way {
+pub struct BackendSetup {
     /// To one that is up.
-    pub dialer: Dialer,
+    pub connector: Connector,
     /// Who looks whether it is.
-    pub probing: Probing,
+    pub probing: SharedProbe,
 }
 
 /// What the connections of one event loop have in common.
 #[derive(Debug)]
-pub struct Route {
+pub struct LoopContext {
     /// The ways to the backends.
     pub backends: Vec<Backend>,
     /// The header they expect.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The forwarder's buffer and pipes.
-    pub shared: Rc<Shared>,
+    pub shared: Rc<LoopBuffers>,
     /// Their bytes, for each backend, and behind them for what is no backend any more.
-    pub carried: Vec<Arc<Carried>>,
+    pub carried: Vec<Arc<ByteCounters>>,
     /// Who ends the quiet ones, if they are to be ended.
-    pub watch: Option<Rc<Watch>>,
+    pub watch: Option<Rc<IdleSweeper>>,
     /// What they are told.
-    pub orders: Rc<Orders>,
+    pub orders: Rc<Control>,
     /// Those that have left, and are not stored yet.
     pub left: RefCell<Vec<Detached>>,
 }
 
-impl Route {
+impl LoopContext {
     /// The plan, for one event loop.
-    pub fn new(plan: &Plan) -> Self {
-        let LoopCounts { carried, pipes } = plan.loops.add(plan.ways.len());
+    pub fn new(plan: &Settings) -> Self {
+        let LoopCounters { carried, pipes } = plan.loops.add(plan.ways.len());
         let wait = plan.backend_wait;
-        let backend = |Way { dialer, probing }: &Way| {
-            let hold = Rc::new(Hold::new(dialer.clone(), wait, probing.clone()));
+        let backend = |BackendSetup { connector, probing }: &BackendSetup| {
+            let hold = Rc::new(BackendWait::new(connector.clone(), wait, probing.clone()));
             Backend::new(hold, wait, plan.application.clone())
         };
         Self {
             backends: plan.ways.iter().map(backend).collect(),
             proxy_protocol: plan.proxy_protocol,
-            shared: Rc::new(Shared::new(plan.pipes, pipes)),
+            shared: Rc::new(LoopBuffers::new(plan.pipes, pipes)),
             carried,
-            watch: plan.connection_idle_time.finite().map(|time| Rc::new(Watch::new(time))),
+            watch: plan.connection_idle_time.finite().map(|time| Rc::new(IdleSweeper::new(time))),
             orders: Rc::default(),
             left: RefCell::default(),
         }
     }
 
     /// Where to count the bytes between clients and a backend; `None` is one that the plan does not know.
-    fn carried(&self, backend: Option<usize>) -> Arc<Carried> {
+    fn carried(&self, backend: Option<usize>) -> Arc<ByteCounters> {
         Arc::clone(&self.carried[backend.unwrap_or(self.backends.len())])
     }
 
-    fn watched(&self) -> Option<Watched> {
-        self.watch.as_ref().map(Watch::join)
+    fn watched(&self) -> Option<IdleGuard> {
+        self.watch.as_ref().map(IdleSweeper::join)
     }
 }
 
@@ -125,7 +125,7 @@ pub struct Restored {
     /// The client's address.
     pub client: Address,
     /// The listener, as far as it still exists.
-    pub listener: Arc<Entrance>,
+    pub listener: Arc<ListenerInfo>,
     /// The backend's address, whatever the targets are by now.
     pub backend: Address,
     /// The index of the backend that its listener leads to by now, if there is one.
@@ -135,7 +135,7 @@ pub struct Restored {
     /// What it takes up.
     pub slot: Slot,
     /// Its stored form (crash mode only).
-    pub journal: Option<Kept>,
+    pub journal: Option<JournalEntry>,
 }
 
 /// Serves a client until the connection is over, and logs how it was.
@@ -144,8 +144,8 @@ pub struct Restored {
 pub fn serve(
     accepted: Accepted<Socket>,
     backend: usize,
-    kept: Option<Kept>,
-    route: Rc<Route>,
+    kept: Option<JournalEntry>,
+    route: Rc<LoopContext>,
 ) -> impl Future<Output = ()> {
     let start = Instant::now();
     let Accepted { socket, client: address, listener: entrance, slot, .. } = accepted;
@@ -158,11 +158,11 @@ pub fn serve(
     async move {
         let way = &route.backends[backend];
         let carried = route.carried(Some(backend));
-        let story = Story { start, address, entrance };
+        let story = LogContext { start, address, entrance };
         // Boxed: what dialling needs is gone when the connection stands, which may be for days.
         let backend = match Box::pin(reach(&socket, way, &presence, &story)).await {
-            Reached::Backend(backend) => backend,
-            Reached::Nobody(error) => {
+            ConnectOutcome::Backend(backend) => backend,
+            ConnectOutcome::Nobody(error) => {
                 story.entrance.counts().failed.add_one();
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
@@ -175,10 +175,10 @@ pub fn serve(
                 socket.close();
                 return story.end("Connection closed, there is no backend", way.target(), [0, 0]);
             }
-            Reached::TooLate => {
+            ConnectOutcome::TooLate => {
                 return story.end("Connection closed, the client has left", way.target(), [0, 0]);
             }
-            Reached::ToldToLeave => match kept {
+            ConnectOutcome::ToldToLeave => match kept {
                 Some(kept) => {
                     kept.leave();
                     return socket.leave();
@@ -198,18 +198,18 @@ pub fn serve(
 }
 
 /// Goes on with a connection that was stored, until it is over.
-pub fn resume(restored: Restored, route: Rc<Route>) -> impl Future<Output = ()> {
+pub fn resume(restored: Restored, route: Rc<LoopContext>) -> impl Future<Output = ()> {
     let Restored { snapshot, client, listener, backend, known_backend, start, slot, journal } =
         restored;
     let presence = route.orders.join();
     async move {
-        let story = Story { start, address: client, entrance: listener };
-        let journal = journal.map(|kept| Box::new(kept.take_over()) as Box<dyn Journal>);
+        let story = LogContext { start, address: client, entrance: listener };
+        let journal = journal.map(|kept| Box::new(kept.take_over()) as Box<dyn SnapshotStore>);
         let (shared, carried) = (Rc::clone(&route.shared), route.carried(known_backend));
-        let pair = match Pair::restore(*snapshot, shared, carried, route.watched(), journal) {
+        let pair = match Forwarder::restore(*snapshot, shared, carried, route.watched(), journal) {
             Ok(pair) => pair,
             Err(error) => {
-                let error = in_words(&error);
+                let error = os_message(&error);
                 return tracing::error!(
                     client = %story.address,
                     listener = %story.entrance,
@@ -227,10 +227,10 @@ fn pair(
     socket: Socket,
     backend: Socket,
     address: &Address,
-    kept: Option<Kept>,
-    carried: Arc<Carried>,
-    route: &Route,
-) -> Pair {
+    kept: Option<JournalEntry>,
+    carried: Arc<ByteCounters>,
+    route: &LoopContext,
+) -> Forwarder {
     let header = match route.proxy_protocol {
         Some(version) => {
             let reached = socket.local_address();
@@ -239,7 +239,7 @@ fn pair(
         None => Vec::new(),
     };
     let shared = Rc::clone(&route.shared);
-    let mut pair = Pair::new(socket, backend, header, shared, carried, route.watched());
+    let mut pair = Forwarder::new(socket, backend, header, shared, carried, route.watched());
     if let Some(kept) = kept {
         pair.set_journal(Box::new(kept));
     }
@@ -247,23 +247,23 @@ fn pair(
 }
 
 /// What is said of a connection.
-struct Story {
+struct LogContext {
     start: Instant,
     address: Address,
-    entrance: Arc<Entrance>,
+    entrance: Arc<ListenerInfo>,
 }
 
-impl Story {
+impl LogContext {
     /// Logs how it was, or keeps what is left of it.
     fn conclude(
         self,
         outcome: io::Result<Outcome>,
         backend: &dyn fmt::Display,
         slot: Slot,
-        route: &Route,
+        route: &LoopContext,
     ) {
         let closed = match outcome {
-            Ok(Outcome::Closed(closed)) => closed,
+            Ok(Outcome::Summary(closed)) => closed,
             Ok(Outcome::Left(pair)) => {
                 if let Err(pair) = pair.detach_stored() {
                     let detached = Detached::forwarder(self.start, pair, slot);
@@ -274,7 +274,7 @@ impl Story {
             Err(_) => return,
         };
         drop(slot);
-        if closed.end == Ending::Quiet
+        if closed.end == CloseReason::Quiet
             && let Some(watch) = &route.watch
             && let Some(suppressed) = QUIET.pass()
         {
@@ -290,8 +290,8 @@ impl Story {
     }
 
     /// Logs how it is.
-    fn tell(&self, condition: Condition, backend: &dyn fmt::Display) {
-        let Condition { from_client, from_backend, idle } = condition;
+    fn tell(&self, condition: Progress, backend: &dyn fmt::Display) {
+        let Progress { from_client, from_backend, idle } = condition;
         let [there, back] = [from_client, from_backend].map(Bytes);
         let idle = idle.map(|idle| format!(", idle for {}", in_units(idle))).unwrap_or_default();
         self.tell_that(&format!("{there} to the backend, {back} back{idle}"), backend);
@@ -333,7 +333,7 @@ fn in_units(time: Duration) -> String {
 }
 
 /// What came of dialling.
-enum Reached {
+enum ConnectOutcome {
     Backend(Socket),
     Nobody(String),
     TooLate,
@@ -341,13 +341,18 @@ enum Reached {
 }
 
 /// Connects to the backend, unless the client leaves first.
-async fn reach(client: &Socket, backend: &Backend, presence: &Presence, story: &Story) -> Reached {
+async fn reach(
+    client: &Socket,
+    backend: &Backend,
+    presence: &ControlHandle,
+    story: &LogContext,
+) -> ConnectOutcome {
     let answer = || story.tell_that("There is no backend yet", backend.target());
     tokio::select! {
         biased;
-        () = presence.told_to_leave(answer) => Reached::ToldToLeave,
-        dialled = backend.connect(&story.entrance.counts().held) => dialled.map_or_else(Reached::Nobody, Reached::Backend),
-        () = client_gone(client) => Reached::TooLate,
+        () = presence.detach_requested(answer) => ConnectOutcome::ToldToLeave,
+        dialled = backend.connect(&story.entrance.counts().held) => dialled.map_or_else(ConnectOutcome::Nobody, ConnectOutcome::Backend),
+        () = client_gone(client) => ConnectOutcome::TooLate,
     }
 }
 
@@ -361,13 +366,13 @@ async fn client_gone(client: &Socket) {
     }
 }
 
-fn outcome_of(end: Ending) -> String {
+fn outcome_of(end: CloseReason) -> String {
     let (side, errno) = match end {
-        Ending::Closed => return "Connection closed".into(),
-        Ending::Quiet => return "Connection closed, it was idle".into(),
-        Ending::Fault(Side::Client, errno) => ("client", errno),
-        Ending::Fault(Side::Backend, errno) => ("backend", errno),
+        CloseReason::Summary => return "Connection closed".into(),
+        CloseReason::Quiet => return "Connection closed, it was idle".into(),
+        CloseReason::Fault(Side::Client, errno) => ("client", errno),
+        CloseReason::Fault(Side::Backend, errno) => ("backend", errno),
     };
-    let words = in_words(&errno.into());
+    let words = os_message(&errno.into());
     format!("Connection ended by the {side}: {words}")
 }

@@ -19,13 +19,13 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep};
 
-use crate::backend::wait::Hold;
-use crate::connection::{Plan, Restored, Route, resume, serve};
-use crate::counters::Seats;
+use crate::backend::wait::BackendWait;
+use crate::connection::{LoopContext, Restored, Settings, resume, serve};
+use crate::counters::Gauge;
 use crate::handover::Handover;
-use crate::handover::journal::Kept;
+use crate::handover::journal::JournalEntry;
 use crate::listen::listener::Accepted;
-use crate::logging::{RateLimit, in_words};
+use crate::logging::{RateLimit, os_message};
 use crate::runtime::start_thread;
 
 /// Shorter than the connect timeout by default.
@@ -38,23 +38,23 @@ static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 /// All event loops.
 #[derive(Debug)]
-pub struct Workers {
-    plan: Plan,
+pub struct EventLoops {
+    plan: Settings,
     /// The main thread's.
-    here: Worker,
+    here: EventLoop,
     /// Connections on it.
-    here_seats: Seats,
+    here_seats: Gauge,
     threads: RefCell<Vec<Thread>>,
     threads_max: usize,
     scarce_until: Cell<Option<Instant>>,
 }
 
-impl Workers {
+impl EventLoops {
     /// At most `count` loops, of which the calling one is the first.
-    pub fn new(plan: Plan, count: NonZeroUsize) -> Self {
+    pub fn new(plan: Settings, count: NonZeroUsize) -> Self {
         Self {
-            here: Worker::start(&plan),
-            here_seats: Seats::default(),
+            here: EventLoop::start(&plan),
+            here_seats: Gauge::default(),
             plan,
             threads: RefCell::default(),
             threads_max: count.get() - 1,
@@ -64,12 +64,12 @@ impl Workers {
 
     /// Where clients of the main thread's loop are held, which COMMAND's life needs as well; it has
     /// one backend.
-    pub fn hold(&self) -> &Rc<Hold> {
+    pub fn hold(&self) -> &Rc<BackendWait> {
         self.here.route.backends[0].hold()
     }
 
     /// What all connections have in common.
-    pub fn plan(&self) -> &Plan {
+    pub fn plan(&self) -> &Settings {
         &self.plan
     }
 
@@ -79,16 +79,16 @@ impl Workers {
     }
 
     /// Gives a connection for a backend of the plan to the loop with the fewest connections.
-    pub fn serve(&self, accepted: Accepted, backend: usize, journal: Option<Kept>) {
-        self.dispatch(Arrival::Accepted(accepted, backend, journal));
+    pub fn serve(&self, accepted: Accepted, backend: usize, journal: Option<JournalEntry>) {
+        self.dispatch(Assignment::Accepted(accepted, backend, journal));
     }
 
     /// Gives a connection that was stored to the loop with the fewest.
     pub fn resume(&self, restored: Restored) {
-        self.dispatch(Arrival::Restored(Box::new(restored)));
+        self.dispatch(Assignment::Restored(Box::new(restored)));
     }
 
-    fn dispatch(&self, mut arrival: Arrival) {
+    fn dispatch(&self, mut arrival: Assignment) {
         let mut threads = self.threads.borrow_mut();
         if let Some(index) = self.choose(&mut threads) {
             let thread = &threads[index];
@@ -111,13 +111,13 @@ impl Workers {
         self.here.route.orders.ask();
         for thread in self.threads.borrow().iter() {
             // If it has ended, there are none.
-            let _ = thread.arrivals.send(Arrival::Question);
+            let _ = thread.arrivals.send(Assignment::Question);
         }
     }
 
     /// Has all connections leave, and stores them.
     pub async fn leave(&self, handover: &Handover) {
-        handover.tell_threads();
+        handover.request_detach();
         self.threads.take().into_iter().for_each(Thread::end);
         self.here.leave(handover).await;
     }
@@ -152,7 +152,7 @@ impl Workers {
                     tracing::error!(
                         "Failed to start a thread, serving with {}: {}{suppressed}",
                         1 + running,
-                        in_words(&error)
+                        os_message(&error)
                     );
                 }
                 None
@@ -161,7 +161,7 @@ impl Workers {
     }
 }
 
-impl Drop for Workers {
+impl Drop for EventLoops {
     fn drop(&mut self) {
         self.threads.take().into_iter().for_each(Thread::end);
     }
@@ -169,16 +169,16 @@ impl Drop for Workers {
 
 /// What is on the way to an event loop.
 #[derive(Debug)]
-enum Arrival {
+enum Assignment {
     /// A connection, its backend, and its stored form.
-    Accepted(Accepted, usize, Option<Kept>),
+    Accepted(Accepted, usize, Option<JournalEntry>),
     Restored(Box<Restored>),
     /// How its connections are.
     Question,
 }
 
-impl Arrival {
-    fn assign(&mut self, event_loop: &Seats) {
+impl Assignment {
+    fn assign(&mut self, event_loop: &Gauge) {
         let slot = match self {
             Self::Accepted(accepted, ..) => &mut accepted.slot,
             Self::Restored(restored) => &mut restored.slot,
@@ -190,28 +190,28 @@ impl Arrival {
 
 /// An event loop's own side: it never leaves its thread.
 #[derive(Debug)]
-struct Worker {
-    route: Rc<Route>,
+struct EventLoop {
+    route: Rc<LoopContext>,
     arrived: Rc<Notify>,
 }
 
-impl Worker {
-    fn start(plan: &Plan) -> Self {
+impl EventLoop {
+    fn start(plan: &Settings) -> Self {
         let arrived = Rc::new(Notify::new());
-        spawn_local(keep_a_timer(Rc::clone(&arrived)));
-        let route = Rc::new(Route::new(plan));
+        spawn_local(hold_guard_timer(Rc::clone(&arrived)));
+        let route = Rc::new(LoopContext::new(plan));
         if let Some(watch) = &route.watch {
             spawn_local(Rc::clone(watch).look());
         }
         Self { route, arrived }
     }
 
-    fn serve(&self, arrival: Arrival) {
+    fn serve(&self, arrival: Assignment) {
         let route = Rc::clone(&self.route);
         match arrival {
-            Arrival::Question => self.route.orders.ask(),
-            Arrival::Restored(restored) => drop(spawn_local(resume(*restored, route))),
-            Arrival::Accepted(accepted, backend, journal) => {
+            Assignment::Question => self.route.orders.ask(),
+            Assignment::Restored(restored) => drop(spawn_local(resume(*restored, route))),
+            Assignment::Accepted(accepted, backend, journal) => {
                 let Some(accepted) = accepted.register() else { return };
                 self.arrived.notify_one();
                 spawn_local(serve(accepted, backend, journal, route));
@@ -230,7 +230,7 @@ impl Worker {
 /// When a timer becomes the next to expire, tokio wakes its own event loop, which is a write to
 /// an eventfd and an event to read. A connect(2) in progress arms one; with this one ahead of
 /// it, it is never the next.
-async fn keep_a_timer(arrived: Rc<Notify>) -> Infallible {
+async fn hold_guard_timer(arrived: Rc<Notify>) -> Infallible {
     loop {
         arrived.notified().await;
         sleep(TIMER_AHEAD).await;
@@ -241,9 +241,9 @@ async fn keep_a_timer(arrived: Rc<Notify>) -> Infallible {
 #[derive(Debug)]
 struct Thread {
     /// Open for as long as the thread is to live.
-    arrivals: UnboundedSender<Arrival>,
+    arrivals: UnboundedSender<Assignment>,
     /// Connections on it, those included that are on their way there.
-    seats: Seats,
+    seats: Gauge,
     handle: JoinHandle<()>,
 }
 
@@ -256,22 +256,22 @@ impl Thread {
     }
 
     /// Starts one, and waits until it has its event loop.
-    fn start(plan: Plan) -> io::Result<Self> {
+    fn start(plan: Settings) -> io::Result<Self> {
         // Not bounded here: whoever is sent has been admitted.
         let (arrivals, receiver) = unbounded_channel();
         let handle = start_thread("proxyd-worker", async move || live(&plan, receiver).await)?;
-        Ok(Self { arrivals, seats: Seats::default(), handle })
+        Ok(Self { arrivals, seats: Gauge::default(), handle })
     }
 }
 
 /// The life of a thread.
-async fn live(plan: &Plan, mut arrivals: UnboundedReceiver<Arrival>) {
-    let worker = Worker::start(plan);
+async fn live(plan: &Settings, mut arrivals: UnboundedReceiver<Assignment>) {
+    let worker = EventLoop::start(plan);
     let _abort = plan.handover.as_ref().and_then(|it| it.abort_on_panic());
     while let Some(arrival) = arrivals.recv().await {
         worker.serve(arrival);
     }
-    if let Some(handover) = plan.handover.as_ref().filter(|it| it.has_told_threads()) {
+    if let Some(handover) = plan.handover.as_ref().filter(|it| it.is_detach_requested()) {
         worker.leave(handover).await;
     }
 }

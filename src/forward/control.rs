@@ -7,32 +7,32 @@ use std::task::{Poll, Waker};
 
 use tokio::sync::Notify;
 
-use crate::forward::registry::{Member, Roster};
+use crate::forward::registry::{Registration, Registry};
 
 /// The connections of one event loop, and what they were told.
 #[derive(Debug, Default)]
-pub struct Orders {
+pub struct Control {
     leave: Cell<bool>,
     /// How often they were asked how they are.
     asked: Cell<u32>,
-    present: Rc<Roster<OnceCell<Waker>>>,
+    present: Rc<Registry<OnceCell<Waker>>>,
     last_left: Notify,
 }
 
 /// A connection that is there until it is told to leave, or this is dropped.
 #[derive(Debug)]
-pub struct Presence {
-    waker: Option<Member<OnceCell<Waker>>>,
-    orders: Rc<Orders>,
+pub struct ControlHandle {
+    waker: Option<Registration<OnceCell<Waker>>>,
+    orders: Rc<Control>,
     /// The last question that it has answered.
     answered: Cell<u32>,
 }
 
-impl Orders {
+impl Control {
     /// One more.
-    pub fn join(self: &Rc<Self>) -> Presence {
+    pub fn join(self: &Rc<Self>) -> ControlHandle {
         let waker = Some(self.present.join(OnceCell::new()));
-        Presence { waker, orders: Rc::clone(self), answered: self.asked.clone() }
+        ControlHandle { waker, orders: Rc::clone(self), answered: self.asked.clone() }
     }
 
     /// Tells all to leave, and waits until they have.
@@ -59,7 +59,7 @@ impl Orders {
     }
 }
 
-impl Presence {
+impl ControlHandle {
     /// Names the task that is to be woken, once: a connection stays with its task.
     pub fn register(&self, waker: &Waker) {
         if let Some(named) = &self.waker {
@@ -86,7 +86,7 @@ impl Presence {
     }
 
     /// Waits until it is to leave, and answers meanwhile, in the task that is named by that.
-    pub async fn told_to_leave(&self, answer: impl Fn()) {
+    pub async fn detach_requested(&self, answer: impl Fn()) {
         poll_fn(|cx| {
             self.register(cx.waker());
             self.answer(&answer);
@@ -96,7 +96,7 @@ impl Presence {
     }
 }
 
-impl Drop for Presence {
+impl Drop for ControlHandle {
     fn drop(&mut self) {
         self.waker = None;
         if self.orders.present.is_empty() {

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 
-use crate::counters::Seats;
+use crate::counters::Gauge;
 use crate::forward::pipe::{Limits, Pipe, PipePool};
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef, FlowSnapshot, FlowState};
 use crate::forward::turns::Turns;
@@ -39,15 +39,15 @@ const CAREFUL: usize = 24 * 1024;
 
 /// What the connections of one thread share.
 #[derive(Debug)]
-pub struct Shared {
+pub struct LoopBuffers {
     buffer: RefCell<Box<[u8]>>,
     pipes: PipePool,
     pub turns: Turns,
 }
 
-impl Shared {
+impl LoopBuffers {
     /// `limits` bounds the pipes, which are counted in `pipes`.
-    pub fn new(limits: Limits, pipes: Seats) -> Self {
+    pub fn new(limits: Limits, pipes: Gauge) -> Self {
         let buffer = RefCell::new(vec![0; COPY_SIZE].into());
         Self { buffer, pipes: PipePool::new(limits, pipes), turns: Turns::default() }
     }
@@ -167,7 +167,7 @@ impl Flow {
         source: &mut Endpoint,
         sink: &mut Endpoint,
         size: usize,
-        shared: &Shared,
+        shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
         if self.stored_pipe.is_some() {
             return self.step_stored(source, sink, size);
@@ -184,7 +184,7 @@ impl Flow {
         }
         // A pipe may be filled beyond what the sink takes now, and is buffered until it takes more: fewer and
         // larger steps, as long as few flows do so.
-        let is_careful = !shared.pipes.few_are_out();
+        let is_careful = !shared.pipes.below_hold_limit();
         let most = if is_careful { sink.socket.room() } else { Some(usize::MAX) };
         match most {
             None => {
@@ -211,7 +211,7 @@ impl Flow {
         &mut self,
         source: &mut Endpoint,
         sink: &mut Endpoint,
-        shared: &Shared,
+        shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
         let mut buffer = shared.buffer.borrow_mut();
         let received = match source.socket.receive(&mut buffer) {
@@ -253,7 +253,7 @@ impl Flow {
         most: usize,
         source: &mut Endpoint,
         sink: &mut Endpoint,
-        shared: &Shared,
+        shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
         let filled = pipe.fill(&source.socket, most);
         if is_at_urgent_data(filled, &source.socket) {
@@ -301,7 +301,7 @@ impl Flow {
         self.send_held(sink, shared)
     }
 
-    fn send_held(&mut self, sink: &mut Endpoint, shared: &Shared) -> Result<Step, Fault> {
+    fn send_held(&mut self, sink: &mut Endpoint, shared: &LoopBuffers) -> Result<Step, Fault> {
         if !sink.writable {
             return Ok(Step::Stuck);
         }
@@ -372,7 +372,7 @@ impl Flow {
     ///
     /// # Errors
     /// When there is no pipe, or none with enough room; then all is as before.
-    pub fn attach_stored_pipe(&mut self, shared: &Shared) -> Result<(), Errno> {
+    pub fn attach_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
         let pipe = match std::mem::take(&mut self.buffered) {
             Buffered::Piped(pipe) => pipe,
             buffered => {
@@ -423,7 +423,7 @@ impl Flow {
     pub fn restore(
         stored: FlowSnapshot<OwnedFd>,
         its_own: bool,
-        shared: &Shared,
+        shared: &LoopBuffers,
     ) -> io::Result<Self> {
         let FlowSnapshot { state, delivered, buffered } = stored;
         let mut flow = Self { state, delivered, ..Self::default() };

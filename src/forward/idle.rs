@@ -20,7 +20,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use crate::forward::registry::{Member, Roster};
+use crate::forward::registry::{Registration, Registry};
 
 /// Looks in an idle time.
 const LOOKS: u8 = 4;
@@ -34,22 +34,22 @@ const INTERVAL_MIN: Duration = Duration::from_millis(1);
 
 /// Looks after the connections of one event loop.
 #[derive(Debug)]
-pub struct Watch {
+pub struct IdleSweeper {
     idle_time: Duration,
-    watched: Rc<Roster<Pulse>>,
+    watched: Rc<Registry<Activity>>,
     /// The first connection has come.
     begun: Notify,
 }
 
 /// A connection that is looked after until this is dropped.
 #[derive(Debug)]
-pub struct Watched {
-    pulse: Member<Pulse>,
-    watch: Rc<Watch>,
+pub struct IdleGuard {
+    pulse: Registration<Activity>,
+    watch: Rc<IdleSweeper>,
 }
 
 #[derive(Debug, Default)]
-struct Pulse {
+struct Activity {
     /// Looks since bytes were delivered.
     missed: Cell<u8>,
     /// It was woken, to tell what is under way.
@@ -60,7 +60,7 @@ struct Pulse {
     waker: OnceCell<Waker>,
 }
 
-impl Watch {
+impl IdleSweeper {
     /// For connections that may carry nothing for `idle_time`.
     pub fn new(idle_time: Duration) -> Self {
         Self { idle_time, watched: Rc::default(), begun: Notify::default() }
@@ -72,11 +72,11 @@ impl Watch {
     }
 
     /// Looks after one more, from now on.
-    pub fn join(self: &Rc<Self>) -> Watched {
+    pub fn join(self: &Rc<Self>) -> IdleGuard {
         if self.watched.is_empty() {
             self.begun.notify_one();
         }
-        Watched { pulse: self.watched.join(Pulse::default()), watch: Rc::clone(self) }
+        IdleGuard { pulse: self.watched.join(Activity::default()), watch: Rc::clone(self) }
     }
 
     /// Looks at all of them, for ever; to be run once.
@@ -88,12 +88,12 @@ impl Watch {
             }
             // From now, however late this look was: the next would be too early for all.
             sleep(interval).await;
-            self.watched.for_each(Pulse::miss);
+            self.watched.for_each(Activity::miss);
         }
     }
 }
 
-impl Watched {
+impl IdleGuard {
     /// Names the task that waits for it, once: a connection stays with its task.
     pub fn register(&self, waker: &Waker) {
         let _ = self.pulse.waker.set(waker.clone());
@@ -104,7 +104,7 @@ impl Watched {
         self.pulse.missed.set(0);
     }
 
-    /// Whether to tell what is under way, with [`Watched::tell`].
+    /// Whether to tell what is under way, with [`IdleGuard::tell`].
     pub fn is_asked(&self) -> bool {
         self.pulse.asked.get()
     }
@@ -131,7 +131,7 @@ impl Watched {
     }
 }
 
-impl Pulse {
+impl Activity {
     fn miss(&self) {
         let missed = self.missed.get().saturating_add(1);
         self.missed.set(missed);
@@ -165,12 +165,12 @@ mod tests {
 
     const TIME: Duration = Duration::from_secs(60);
 
-    async fn quiet(watched: &Watched) {
+    async fn quiet(watched: &IdleGuard) {
         quiet_with(watched, || [7, 0]).await;
     }
 
     /// Waits until it is quiet, as a connection does; `under_way` is what it tells.
-    async fn quiet_with(watched: &Watched, under_way: impl Fn() -> [usize; 2]) {
+    async fn quiet_with(watched: &IdleGuard, under_way: impl Fn() -> [usize; 2]) {
         poll_fn(|cx| {
             watched.register(cx.waker());
             if watched.is_asked() {
@@ -181,8 +181,8 @@ mod tests {
         .await;
     }
 
-    async fn watching<T>(test: impl AsyncFnOnce(Rc<Watch>) -> T) -> T {
-        let watch = Rc::new(Watch::new(TIME));
+    async fn watching<T>(test: impl AsyncFnOnce(Rc<IdleSweeper>) -> T) -> T {
+        let watch = Rc::new(IdleSweeper::new(TIME));
         let looking = Rc::clone(&watch);
         let set = LocalSet::new();
         set.run_until(async move {

@@ -2,9 +2,9 @@
 //!
 //! # Theory of operation
 //!
-//! A [`Pair`] is two *endpoints* (the client's socket and the backend's) and two *flows*, one from each
+//! A [`Forwarder`] is two *endpoints* (the client's socket and the backend's) and two *flows*, one from each
 //! end to the other. All state is in the struct and none in a future, so that a pair can be left
-//! at any time without losing what it holds. [`Pair::run`] alternates between two steps:
+//! at any time without losing what it holds. [`Forwarder::run`] alternates between two steps:
 //!
 //! - **turn**: each flow moves what can be moved without waiting, what it holds first. System calls
 //!   are tried at once and only wait after `EAGAIN`. A turn is bounded in bytes and in system calls
@@ -92,11 +92,11 @@ use std::time::Duration;
 use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::counters::Carried;
-use crate::forward::control::Presence;
-use crate::forward::flow::{Buffered, Endpoint, Fault, Flow, Shared, Step};
-use crate::forward::idle::Watched;
-use crate::forward::snapshot::{FlowState, Journal, SIDES, Side};
+use crate::counters::ByteCounters;
+use crate::forward::control::ControlHandle;
+use crate::forward::flow::{Buffered, Endpoint, Fault, Flow, LoopBuffers, Step};
+use crate::forward::idle::IdleGuard;
+use crate::forward::snapshot::{FlowState, SIDES, Side, SnapshotStore};
 use crate::socket::{Family, Socket};
 
 /// How long a receiver may make no progress after its counterpart was reset.
@@ -108,20 +108,20 @@ const STEP: usize = 16 * 1024;
 
 /// How a connection was, once it is over.
 #[derive(Debug)]
-pub struct Closed {
+pub struct Summary {
     /// Bytes of the client's that were delivered to the backend; the preface is not among them.
     pub from_client: u64,
     /// Bytes delivered to the client.
     pub from_backend: u64,
     /// How it ended.
-    pub end: Ending,
+    pub end: CloseReason,
 }
 
 /// What ended a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum CloseReason {
     /// Both sides closed.
-    Closed,
+    Summary,
     /// This side did otherwise, and what the kernel said of it.
     Fault(Side, Errno),
     /// It carried nothing for too long.
@@ -130,23 +130,23 @@ pub enum Ending {
 
 /// Two connected sockets and the bytes between them.
 #[derive(Debug)]
-pub struct Pair {
+pub struct Forwarder {
     pub endpoints: [Endpoint; 2],
     pub flows: [Flow; 2],
-    pub shared: Rc<Shared>,
-    pub carried: Arc<Carried>,
-    pub watched: Option<Watched>,
+    pub shared: Rc<LoopBuffers>,
+    pub carried: Arc<ByteCounters>,
+    pub watched: Option<IdleGuard>,
     pub preface: u64,
     pub fault: Option<(Side, Errno)>,
     /// The number of its last turn of bulk, of all on this event loop.
     pub last_turn: u64,
     /// The stored form, kept current (crash mode only).
-    pub journal: Option<Box<dyn Journal>>,
+    pub journal: Option<Box<dyn SnapshotStore>>,
 }
 
 /// How a connection is.
 #[derive(Clone, Copy, Debug)]
-pub struct Condition {
+pub struct Progress {
     /// Bytes of the client's that were delivered to the backend.
     pub from_client: u64,
     /// Bytes delivered to the client.
@@ -159,21 +159,21 @@ pub struct Condition {
 #[derive(Debug)]
 pub enum Outcome {
     /// It is over.
-    Closed(Closed),
+    Summary(Summary),
     /// It was told to leave, and goes on from here.
-    Left(Box<Pair>),
+    Left(Box<Forwarder>),
 }
 
-impl Pair {
+impl Forwarder {
     /// Joins two sockets; `preface` goes to the backend ahead of the client's bytes, in one write.
     /// What is delivered is counted as `carried`. It endpoints when it is quiet, if that is `watched`.
     pub fn new(
         client: Socket,
         backend: Socket,
         preface: Vec<u8>,
-        shared: Rc<Shared>,
-        carried: Arc<Carried>,
-        watched: Option<Watched>,
+        shared: Rc<LoopBuffers>,
+        carried: Arc<ByteCounters>,
+        watched: Option<IdleGuard>,
     ) -> Self {
         let mut flows = [Flow::default(), Flow::default()];
         let preface_len = preface.len() as u64;
@@ -202,11 +202,11 @@ impl Pair {
     #[expect(clippy::manual_async_fn, reason = "it would keep its argument twice, 248 bytes")]
     pub fn run(
         mut self,
-        presence: Option<&Presence>,
-        answer: impl Fn(Condition),
+        presence: Option<&ControlHandle>,
+        answer: impl Fn(Progress),
     ) -> impl Future<Output = io::Result<Outcome>> {
         async move {
-            let is_told = || presence.is_some_and(Presence::is_to_leave);
+            let is_told = || presence.is_some_and(ControlHandle::is_to_leave);
             let is_called = || presence.is_some_and(|it| it.is_to_leave() || it.is_asked());
             // An edge of the time of dialling tells of bytes.
             poll_fn(|cx| {
@@ -245,10 +245,10 @@ impl Pair {
             let linger = self.watched.take().map_or(LINGER, |it| it.idle_time().min(LINGER));
             if !is_quiet && SIDES.map(|side| self.is_delivering(side)) != [false; 2] {
                 let finish = Box::pin(self.finish(linger));
-                let told_to_leave = async {
+                let detach_requested = async {
                     match presence {
                         Some(presence) => {
-                            presence.told_to_leave(|| answer(self.condition())).await;
+                            presence.detach_requested(|| answer(self.condition())).await;
                         }
                         None => std::future::pending().await,
                     }
@@ -256,40 +256,40 @@ impl Pair {
                 tokio::select! {
                     biased;
                     () = finish => {}
-                    () = Box::pin(told_to_leave) => return Ok(Outcome::Left(Box::new(self))),
+                    () = Box::pin(detach_requested) => return Ok(Outcome::Left(Box::new(self))),
                 }
             }
-            let Condition { from_client, from_backend, .. } = self.delivered();
-            let closed = Closed {
+            let Progress { from_client, from_backend, .. } = self.delivered();
+            let closed = Summary {
                 from_client,
                 from_backend,
                 end: match self.fault {
-                    _ if is_quiet => Ending::Quiet,
-                    Some((side, errno)) => Ending::Fault(side, errno),
-                    None => Ending::Closed,
+                    _ if is_quiet => CloseReason::Quiet,
+                    Some((side, errno)) => CloseReason::Fault(side, errno),
+                    None => CloseReason::Summary,
                 },
             };
             let resets = SIDES.map(|side| is_quiet || self.is_to_be_reset(side));
             for (end, reset) in self.endpoints.into_iter().zip(resets) {
                 if reset { end.socket.reset() } else { end.socket.close() }
             }
-            Ok(Outcome::Closed(closed))
+            Ok(Outcome::Summary(closed))
         }
     }
 
-    fn delivered(&self) -> Condition {
+    fn delivered(&self) -> Progress {
         let [from_client, from_backend] = self.flows.each_ref().map(|flow| flow.delivered);
         let from_client = from_client.saturating_sub(self.preface);
-        Condition { from_client, from_backend, idle: None }
+        Progress { from_client, from_backend, idle: None }
     }
 
-    fn condition(&self) -> Condition {
+    fn condition(&self) -> Progress {
         let idle = self.endpoints.iter().filter_map(|end| end.socket.idle()).min();
-        Condition { idle, ..self.delivered() }
+        Progress { idle, ..self.delivered() }
     }
 
     fn is_quiet(&self) -> bool {
-        self.watched.as_ref().is_some_and(Watched::is_quiet)
+        self.watched.as_ref().is_some_and(IdleGuard::is_quiet)
     }
 
     fn is_over(&self) -> bool {
@@ -452,8 +452,8 @@ impl Pair {
     /// Here the sender is not read from, and EPOLLHUP would not tell its reset from two FINs.
     async fn wait_for_the_stalled(
         &mut self,
-        presence: Option<&Presence>,
-        answer: &impl Fn(Condition),
+        presence: Option<&ControlHandle>,
+        answer: &impl Fn(Progress),
     ) -> io::Result<bool> {
         let is_called = || presence.is_some_and(|it| it.is_to_leave() || it.is_asked());
         let mut left = self.undelivered();

@@ -9,29 +9,29 @@ use std::time::Duration;
 use rustix::io::Errno;
 use socket2::SockRef;
 
-use crate::counters::Carried;
-use crate::forward::Pair;
-use crate::forward::flow::{Endpoint, Flow, Shared};
-use crate::forward::idle::Watched;
+use crate::counters::ByteCounters;
+use crate::forward::Forwarder;
+use crate::forward::flow::{Endpoint, Flow, LoopBuffers};
+use crate::forward::idle::IdleGuard;
 use crate::forward::snapshot::{
-    EndpointSnapshot, FdRef, FlowState, Journal, SIDES, Side, Snapshot,
+    EndpointSnapshot, FdRef, FlowState, SIDES, Side, Snapshot, SnapshotStore,
 };
 use crate::logging::RateLimit;
 use crate::socket::{Family, Socket, has_hung_up_reading};
 
 static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
-impl Pair {
+impl Forwarder {
     /// Restores a forwarder. With a `journal` its snapshot is kept current.
     ///
     /// # Errors
     /// When a socket cannot be registered or buffered bytes cannot be read. Both sides are reset then.
     pub fn restore(
         snapshot: Snapshot<OwnedFd>,
-        shared: Rc<Shared>,
-        carried: Arc<Carried>,
-        watched: Option<Watched>,
-        journal: Option<Box<dyn Journal>>,
+        shared: Rc<LoopBuffers>,
+        carried: Arc<ByteCounters>,
+        watched: Option<IdleGuard>,
+        journal: Option<Box<dyn SnapshotStore>>,
     ) -> io::Result<Self> {
         let was_reset = SIDES.map(|side| was_reset(&snapshot, side));
         let Snapshot { endpoints: [client, backend], flows: [there, back], preface, fault } =
@@ -96,7 +96,7 @@ impl Pair {
 
     /// Keeps the snapshot in `journal` current from now on: no byte is in the memory of the process. Where
     /// that is impossible, the connection goes on without a journal.
-    pub fn set_journal(&mut self, journal: Box<dyn Journal>) {
+    pub fn set_journal(&mut self, journal: Box<dyn SnapshotStore>) {
         self.journal = Some(journal);
         // Even without a journal: the stored references keep the sockets open.
         self.endpoints.iter().for_each(|end| end.socket.set_stored());

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags};
 use tokio::time::Instant;
 
-use crate::counters::{Seat, Seats};
+use crate::counters::{Gauge, GaugeGuard};
 use crate::socket::Socket;
 
 /// What is asked for, in bytes, one after the other: the most that anybody may have by default
@@ -39,7 +39,7 @@ pub struct Pipe {
     size: usize,
     filled: usize,
     /// Counts the pipes of a pool by being held.
-    _counted: Seat,
+    _counted: GaugeGuard,
 }
 
 impl Pipe {
@@ -108,14 +108,14 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct PipePool {
     idle: RefCell<Vec<Pipe>>,
-    counted: Seats,
+    counted: Gauge,
     limits: Limits,
     scarce_until: Cell<Option<Instant>>,
 }
 
 impl PipePool {
     /// A pool that makes pipes within these limits when they are needed, and counts them.
-    pub fn new(limits: Limits, counted: Seats) -> Self {
+    pub fn new(limits: Limits, counted: Gauge) -> Self {
         Self { idle: RefCell::default(), counted, limits, scarce_until: Cell::new(None) }
     }
 
@@ -142,7 +142,7 @@ impl PipePool {
     }
 
     /// Whether one more may be taken that is held for as long as its sink likes.
-    pub fn few_are_out(&self) -> bool {
+    pub fn below_hold_limit(&self) -> bool {
         self.in_use() - self.idle.borrow().len() < self.limits.held
     }
 
@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn the_pool_is_bounded() {
-        let pool = PipePool::new(Limits { max: 2, held: 1 }, Seats::default());
+        let pool = PipePool::new(Limits { max: 2, held: 1 }, Gauge::default());
         let pipes = (pool.take().unwrap(), pool.take().unwrap());
         assert!(pool.take().is_none());
         pool.give_back(pipes.0);
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_pipe_with_bytes_in_it_never_returns() {
-        let pool = PipePool::new(Limits { max: 1, held: 1 }, Seats::default());
+        let pool = PipePool::new(Limits { max: 1, held: 1 }, Gauge::default());
         let mut pipe = pool.take().unwrap();
         pipe.filled = rustix::io::write(&pipe.write, b"left over").unwrap();
         pool.give_back(pipe);

@@ -7,13 +7,13 @@ use std::rc::Rc;
 
 /// Who is there. Joining and leaving move nobody but the last.
 #[derive(Debug)]
-pub struct Roster<T>(RefCell<Vec<Rc<Place<T>>>>);
+pub struct Registry<T>(RefCell<Vec<Rc<Place<T>>>>);
 
 /// A place in a roster, until this is dropped.
 #[derive(Debug)]
-pub struct Member<T> {
+pub struct Registration<T> {
     place: Rc<Place<T>>,
-    roster: Rc<Roster<T>>,
+    roster: Rc<Registry<T>>,
 }
 
 #[derive(Debug)]
@@ -23,19 +23,19 @@ struct Place<T> {
     kept: T,
 }
 
-impl<T> Default for Roster<T> {
+impl<T> Default for Registry<T> {
     fn default() -> Self {
         Self(RefCell::default())
     }
 }
 
-impl<T> Roster<T> {
+impl<T> Registry<T> {
     /// One more, who keeps this there.
-    pub fn join(self: &Rc<Self>, kept: T) -> Member<T> {
+    pub fn join(self: &Rc<Self>, kept: T) -> Registration<T> {
         let mut places = self.0.borrow_mut();
         let place = Rc::new(Place { index: Cell::new(places.len()), kept });
         places.push(Rc::clone(&place));
-        Member { place, roster: Rc::clone(self) }
+        Registration { place, roster: Rc::clone(self) }
     }
 
     /// Whether nobody is there.
@@ -49,7 +49,7 @@ impl<T> Roster<T> {
     }
 }
 
-impl<T> Deref for Member<T> {
+impl<T> Deref for Registration<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -57,7 +57,7 @@ impl<T> Deref for Member<T> {
     }
 }
 
-impl<T> Drop for Member<T> {
+impl<T> Drop for Registration<T> {
     fn drop(&mut self) {
         let index = self.place.index.get();
         let mut places = self.roster.0.borrow_mut();
@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn who_leaves_takes_nobody_along() {
-        let roster = Rc::new(Roster::default());
+        let roster = Rc::new(Registry::default());
         let mut all: Vec<_> = (0..10).map(|number| roster.join(number)).collect();
         let mut left: Vec<_> = (0..10).collect();
         for index in [4, 0, 7, 0, 3] {

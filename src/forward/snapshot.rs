@@ -2,7 +2,7 @@
 //! forwarder is restored from.
 //!
 //! The forwarder knows neither systemd nor the form in which a snapshot is stored. In crash mode it keeps
-//! its snapshot current in a [`Journal`], which the handover implements.
+//! its snapshot current in a [`SnapshotStore`], which the handover implements.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -120,7 +120,7 @@ impl AsFd for FdRef<'_> {
 }
 
 /// The stored form of one connection, kept current for as long as the connection lives (crash mode).
-pub trait Journal: fmt::Debug {
+pub trait SnapshotStore: fmt::Debug {
     /// Stores the connection as it stands now. Returns whether there was room.
     fn update(&self, snapshot: Snapshot<FdRef<'_>>) -> bool;
 

@@ -15,7 +15,7 @@ use tokio::io::Interest;
 use tokio::time::timeout;
 
 use crate::handover::queue::Queue;
-use crate::listen::activation::Inherited;
+use crate::listen::activation::PassedFd;
 use crate::notify::Notifier;
 use crate::socket::sys::register;
 
@@ -29,14 +29,14 @@ const ANSWER: Duration = Duration::from_secs(5);
 
 /// What came back from the store.
 #[derive(Debug, Default)]
-pub struct Returned {
-    stored: Vec<Inherited>,
+pub struct StoredFds {
+    stored: Vec<PassedFd>,
 }
 
-impl Returned {
+impl StoredFds {
     /// Takes what has one of our names out of what was passed.
-    pub fn take(inherited: &mut Vec<Inherited>) -> Self {
-        let is_ours = |it: &mut Inherited| [QUEUE, SENDER, PROBE].contains(&&*it.name);
+    pub fn take(inherited: &mut Vec<PassedFd>) -> Self {
+        let is_ours = |it: &mut PassedFd| [QUEUE, SENDER, PROBE].contains(&&*it.name);
         Self { stored: inherited.extract_if(.., is_ours).collect() }
     }
 

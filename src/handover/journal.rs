@@ -22,9 +22,9 @@ use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
-use crate::forward::snapshot::{FdRef, Journal, Snapshot};
+use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
 use crate::handover::queue::Queue;
-use crate::handover::record::{Content, PARCELS_MAX, Parcel, Sealed, ids, pack, unpack};
+use crate::handover::record::{Content, EncodedRecord, PARCELS_MAX, Record, ids, pack, unpack};
 use crate::logging::RateLimit;
 
 /// Parcels that don't count before it is worth looking.
@@ -47,18 +47,18 @@ static IS_FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
 
 /// The queue, and what is known of it.
 #[derive(Debug)]
-pub struct Ledger {
+pub struct Journal {
     queue: Queue,
     next: AtomicU64,
-    book: Mutex<Book>,
+    book: Mutex<Index>,
     /// Something does not count any more.
     outdated: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Book {
+struct Index {
     /// The messages of the queue.
-    messages: VecDeque<Noted>,
+    messages: VecDeque<MessageInfo>,
     /// How many messages have been taken out: the number of the first.
     taken_out: u64,
     /// The number of the message that counts, for each parcel that does.
@@ -72,7 +72,7 @@ struct Book {
 
 /// A message, as it should be.
 #[derive(Debug)]
-struct Noted {
+struct MessageInfo {
     /// The numbers of its parcels.
     ids: Vec<u64>,
     descriptors: usize,
@@ -80,27 +80,27 @@ struct Noted {
 
 /// A parcel that is kept for as long as this lives.
 #[derive(Debug)]
-pub struct Kept {
-    ledger: Arc<Ledger>,
+pub struct JournalEntry {
+    ledger: Arc<Journal>,
     id: u64,
     start: u64,
     /// Whether it is to be there when this is gone.
     stays: bool,
 }
 
-impl Ledger {
+impl Journal {
     /// For a queue with these messages in it, of whose parcels the `current` count.
     pub fn new(queue: Queue, messages: Vec<Vec<u64>>, current: &HashSet<u64>) -> Arc<Self> {
         let next = messages.iter().flatten().max().map_or(0, |last| last + 1);
         let limit = getrlimit(Resource::Nofile).current;
         let descriptors_max = limit.map_or(usize::MAX / 100, |limit| limit as usize).max(1);
-        let mut book = Book { descriptors_max, ..Book::default() };
+        let mut book = Index { descriptors_max, ..Index::default() };
         for ids in messages {
             let number = book.next_number();
             for id in ids.iter().filter(|id| current.contains(id)) {
                 book.current.insert(*id, number);
             }
-            book.note(Noted { descriptors: ids.len() * PER_PARCEL, ids });
+            book.note(MessageInfo { descriptors: ids.len() * PER_PARCEL, ids });
         }
         let outdated = Notify::new();
         // What did not count when it was read.
@@ -109,7 +109,11 @@ impl Ledger {
     }
 
     /// Keeps something new, if there is room. Some is left for listeners, and for changes of what is there.
-    pub fn keep<Fd: AsFd>(self: &Arc<Self>, start: u64, content: Content<Fd>) -> Option<Kept> {
+    pub fn keep<Fd: AsFd>(
+        self: &Arc<Self>,
+        start: u64,
+        content: Content<Fd>,
+    ) -> Option<JournalEntry> {
         let kept = self.kept(self.next.fetch_add(1, Ordering::Relaxed), start);
         let full = if matches!(content, Content::Listener(..)) { BRIM } else { FULL };
         if kept.write(content, full) {
@@ -125,8 +129,8 @@ impl Ledger {
     }
 
     /// What has this number in the queue; it stays there until it is taken over.
-    pub fn kept(self: &Arc<Self>, id: u64, start: u64) -> Kept {
-        Kept { ledger: Arc::clone(self), id, start, stays: true }
+    pub fn kept(self: &Arc<Self>, id: u64, start: u64) -> JournalEntry {
+        JournalEntry { ledger: Arc::clone(self), id, start, stays: true }
     }
 
     /// Writes what is to be there when the process is gone, each with when it began, in one message:
@@ -136,9 +140,9 @@ impl Ledger {
     /// When there is no room; then none of them is there.
     pub fn leave<Fd: AsFd>(&self, contents: Vec<(u64, Content<Fd>)>) -> Result<(), Errno> {
         let id = || self.next.fetch_add(1, Ordering::Relaxed);
-        let parcel = |(start, content)| Parcel { id: id(), start, content };
+        let parcel = |(start, content)| Record { id: id(), start, content };
         let parcels: Vec<_> = contents.into_iter().map(parcel).collect();
-        let sealed: Vec<_> = parcels.iter().map(Parcel::seal).collect();
+        let sealed: Vec<_> = parcels.iter().map(Record::seal).collect();
         self.lock().write(&self.queue, &sealed)
     }
 
@@ -170,7 +174,7 @@ impl Ledger {
     pub fn clear(&self) {
         let mut book = self.lock();
         while self.queue.drop_first() {}
-        *book = Book { descriptors_max: book.descriptors_max, ..Book::default() };
+        *book = Index { descriptors_max: book.descriptors_max, ..Index::default() };
     }
 
     /// Parcels that count.
@@ -179,19 +183,19 @@ impl Ledger {
     }
 
     /// After a change.
-    fn settle(&self, book: &mut Book) {
+    fn settle(&self, book: &mut Index) {
         book.tidy(&self.queue);
         if book.is_outdated() {
             self.outdated.notify_one();
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Book> {
+    fn lock(&self) -> MutexGuard<'_, Index> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Kept {
+impl JournalEntry {
     /// From now on it is there for as long as this lives, and no longer.
     pub fn take_over(mut self) -> Self {
         self.stays = false;
@@ -205,7 +209,7 @@ impl Kept {
 
     /// Writes it, unless the queue is as full as that, even when it is packed.
     fn write<Fd: AsFd>(&self, content: Content<Fd>, full: usize) -> bool {
-        let parcel = Parcel { id: self.id, start: self.start, content };
+        let parcel = Record { id: self.id, start: self.start, content };
         let sealed = [parcel.seal()];
         let queue = &self.ledger.queue;
         let mut book = self.ledger.lock();
@@ -222,9 +226,9 @@ impl Kept {
     }
 }
 
-impl Journal for Kept {
+impl SnapshotStore for JournalEntry {
     fn update(&self, snapshot: Snapshot<FdRef<'_>>) -> bool {
-        self.write(Content::Pair(Box::new(snapshot)), BRIM)
+        self.write(Content::Forwarder(Box::new(snapshot)), BRIM)
     }
 
     fn forget(self: Box<Self>) -> bool {
@@ -237,7 +241,7 @@ impl Journal for Kept {
     }
 }
 
-impl Drop for Kept {
+impl Drop for JournalEntry {
     fn drop(&mut self) {
         if !self.stays {
             let mut book = self.ledger.lock();
@@ -247,22 +251,26 @@ impl Drop for Kept {
     }
 }
 
-impl Book {
+impl Index {
     fn next_number(&self) -> u64 {
         self.taken_out + self.messages.len() as u64
     }
 
-    fn write<Fd: AsFd>(&mut self, queue: &Queue, parcels: &[Sealed<Fd>]) -> Result<(), Errno> {
+    fn write<Fd: AsFd>(
+        &mut self,
+        queue: &Queue,
+        parcels: &[EncodedRecord<Fd>],
+    ) -> Result<(), Errno> {
         let (bytes, fds) = pack(parcels);
         queue.append(&bytes, &fds)?;
         let number = self.next_number();
-        let ids: Vec<_> = parcels.iter().map(Sealed::id).collect();
+        let ids: Vec<_> = parcels.iter().map(EncodedRecord::id).collect();
         self.current.extend(ids.iter().map(|id| (*id, number)));
-        self.note(Noted { ids, descriptors: fds.len() });
+        self.note(MessageInfo { ids, descriptors: fds.len() });
         Ok(())
     }
 
-    fn note(&mut self, message: Noted) {
+    fn note(&mut self, message: MessageInfo) {
         self.written += message.ids.len().max(1);
         self.descriptors += message.descriptors;
         self.messages.push_back(message);
@@ -308,7 +316,7 @@ impl Book {
     }
 
     /// Whether nothing of the message with this number counts.
-    fn is_over(&self, message: &Noted, number: u64) -> bool {
+    fn is_over(&self, message: &MessageInfo, number: u64) -> bool {
         !message.ids.iter().any(|id| self.current.get(id) == Some(&number))
     }
 
@@ -322,7 +330,7 @@ impl Book {
         is_out
     }
 
-    /// The same as [`Book::pack`], for whoever goes through all messages: of how many it has got rid.
+    /// The same as [`Index::pack`], for whoever goes through all messages: of how many it has got rid.
     fn clean(&mut self, queue: &Queue) -> Option<usize> {
         let before = self.taken_out;
         (self.is_outdated() && self.pack(queue)).then(|| (self.taken_out - before) as usize)
@@ -351,7 +359,8 @@ impl Book {
             }
             match unpack(&message.bytes, message.fds) {
                 Ok(parcels) if message.is_whole => {
-                    let is_current = |it: &Sealed<_>| self.current.get(&it.id()) == Some(&number);
+                    let is_current =
+                        |it: &EncodedRecord<_>| self.current.get(&it.id()) == Some(&number);
                     counts.extend(parcels.into_iter().filter(is_current));
                 }
                 // There may be no descriptors left for a moment.
@@ -381,7 +390,7 @@ mod tests {
 
     use super::*;
     use crate::handover::queue::Queue;
-    use crate::handover::replay::sort_out;
+    use crate::handover::replay::replay;
 
     fn listener() -> OwnedFd {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -397,7 +406,7 @@ mod tests {
 
     /// Each parcel that counts, and when it began.
     fn read(queue: &Queue) -> BTreeMap<u64, u64> {
-        let out = sort_out(&queue.texts().unwrap(), queue.messages()).unwrap();
+        let out = replay(&queue.texts().unwrap(), queue.messages()).unwrap();
         assert_eq!(out.refused, 0);
         out.parcels.iter().map(|parcel| (parcel.id, parcel.start)).collect()
     }
@@ -405,8 +414,8 @@ mod tests {
     #[test]
     fn what_lives_is_in_the_queue_at_every_moment_and_little_else() {
         let queue = Queue::new().unwrap();
-        let ledger = Ledger::new(second(&queue), Vec::new(), &HashSet::new());
-        let mut live: BTreeMap<u64, (Kept, OwnedFd)> = BTreeMap::new();
+        let ledger = Journal::new(second(&queue), Vec::new(), &HashSet::new());
+        let mut live: BTreeMap<u64, (JournalEntry, OwnedFd)> = BTreeMap::new();
         let mut dice = 1_u64;
         let mut below = |sides: usize| {
             dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -446,9 +455,9 @@ mod tests {
             }
         }
         // Written by one process, read and continued by the next.
-        let out = sort_out(&queue.texts().unwrap(), queue.messages()).unwrap();
+        let out = replay(&queue.texts().unwrap(), queue.messages()).unwrap();
         let current: Vec<_> = live.keys().copied().collect();
-        let next = Ledger::new(second(&queue), out.messages, &current.iter().copied().collect());
+        let next = Journal::new(second(&queue), out.messages, &current.iter().copied().collect());
         live.into_values().for_each(|(kept, _)| kept.leave());
         let kept: Vec<_> = current.iter().map(|id| next.kept(*id, 0).take_over()).collect();
         while next.lock().clean(&next.queue).is_some() {}
@@ -462,7 +471,7 @@ mod tests {
     #[test]
     fn what_is_forgotten_does_not_come_back() {
         let queue = Queue::new().unwrap();
-        let ledger = Ledger::new(second(&queue), Vec::new(), &HashSet::new());
+        let ledger = Journal::new(second(&queue), Vec::new(), &HashSet::new());
         let fds: Vec<_> = (0..3).map(|_| listener()).collect();
         let keep = |fd| ledger.keep(0, Content::Listener(fd, None)).unwrap();
         let [first, middle, _last] = [&fds[0], &fds[1], &fds[2]].map(keep);

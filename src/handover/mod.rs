@@ -3,7 +3,7 @@
 //! With `restart` connections leave when the process is told to stop: each comes to rest, its sockets
 //! and the bytes under way go into the [`Queue`] that systemd keeps, and the next process takes them
 //! from there before it accepts anybody. With `crash` they are there from accept on, and what is
-//! under way never is in the memory of the process; a [`Ledger`] keeps the queue current.
+//! under way never is in the memory of the process; a [`Journal`] keeps the queue current.
 
 pub mod replay;
 pub mod journal;
@@ -23,18 +23,18 @@ use rustix::net::{SocketType, sockopt};
 use tokio::time::Instant;
 
 use crate::config::values::HandoverMode;
-use crate::forward::Pair;
+use crate::forward::Forwarder;
 use crate::forward::snapshot::FdRef;
-use crate::handover::fdstore::Returned;
-use crate::handover::journal::{Kept, Ledger, now};
+use crate::handover::fdstore::StoredFds;
+use crate::handover::journal::{Journal, JournalEntry, now};
 use crate::handover::queue::Queue;
-use crate::handover::record::{Content, PARCELS_MAX, Parcel, descriptors_of, identity};
-use crate::handover::replay::{Recovered, SortedOut, recover, sort_out};
+use crate::handover::record::{Content, PARCELS_MAX, Record, descriptors_of, identity};
+use crate::handover::replay::{Leftovers, Replay, recover, replay};
 use crate::limits::descriptors::may_open;
 use crate::limits::slot::Slot;
-use crate::listen::activation::Inherited;
+use crate::listen::activation::PassedFd;
 use crate::listen::listener::Listener;
-use crate::logging::in_words;
+use crate::logging::os_message;
 use crate::notify::Notifier;
 use crate::socket::Socket;
 
@@ -42,8 +42,8 @@ use crate::socket::Socket;
 #[derive(Debug)]
 pub struct Handover {
     survival: HandoverMode,
-    ledger: Arc<Ledger>,
-    threads_are_told: AtomicBool,
+    ledger: Arc<Journal>,
+    detach_is_requested: AtomicBool,
     lost: AtomicUsize,
 }
 
@@ -56,11 +56,11 @@ impl Handover {
     pub async fn open(
         survival: Option<HandoverMode>,
         opens: bool,
-        inherited: &mut Vec<Inherited>,
+        inherited: &mut Vec<PassedFd>,
         notifier: &Notifier,
-    ) -> Result<(Option<Arc<Self>>, Recovered), String> {
-        let nothing = Ok((None, Recovered::default()));
-        let returned = Returned::take(inherited);
+    ) -> Result<(Option<Arc<Self>>, Leftovers), String> {
+        let nothing = Ok((None, Leftovers::default()));
+        let returned = StoredFds::take(inherited);
         let Some(survival) = survival else {
             if !returned.is_empty() {
                 tracing::info!("Closing what was stored, since --handover=never.");
@@ -68,7 +68,7 @@ impl Handover {
             }
             return nothing;
         };
-        remove_strangers(inherited, opens, notifier).await;
+        close_unknown_fds(inherited, opens, notifier).await;
         let queue = if returned.is_empty() { None } else { returned.into_queue(notifier).await };
         let queue = match queue {
             Some(queue) => queue,
@@ -83,7 +83,7 @@ impl Handover {
             },
         };
         let failed = |error| {
-            let error = in_words(&error);
+            let error = os_message(&error);
             format!("Failed to read the store, which is left as it is: {error}.")
         };
         let texts = queue.texts().map_err(failed)?;
@@ -95,19 +95,19 @@ impl Handover {
                  {descriptors} file descriptors and stay stored; raise LimitNOFILE=."
             )
         })?;
-        let sorted = sort_out(&texts, queue.messages()).map_err(failed)?;
-        let SortedOut { messages, parcels, refused } = sorted;
+        let sorted = replay(&texts, queue.messages()).map_err(failed)?;
+        let Replay { messages, parcels, refused } = sorted;
         // A connection that systemd passes (Accept=yes) and has stored as well is one.
-        let stored: HashSet<_> = parcels.iter().flat_map(Parcel::identities).collect();
+        let stored: HashSet<_> = parcels.iter().flat_map(Record::identities).collect();
         inherited.retain(|it| !identity(&it.fd).is_some_and(|it| stored.contains(&it)));
         let current: HashSet<_> = parcels.iter().map(|parcel| parcel.id).collect();
-        let ledger = Ledger::new(queue, messages, &current);
+        let ledger = Journal::new(queue, messages, &current);
         let kept_in = (survival == HandoverMode::Crash).then_some(&ledger);
-        let recovered = Recovered { refused, ..recover(parcels, kept_in) };
+        let recovered = Leftovers { refused, ..recover(parcels, kept_in) };
         let handover = Self {
             survival,
             ledger,
-            threads_are_told: AtomicBool::default(),
+            detach_is_requested: AtomicBool::default(),
             lost: AtomicUsize::default(),
         };
         Ok((Some(Arc::new(handover)), recovered))
@@ -119,7 +119,7 @@ impl Handover {
     }
 
     /// All that was stored is this process's again.
-    pub fn has_recovered(&self) {
+    pub fn discard_replayed(&self) {
         if self.survival == HandoverMode::Restart {
             // A second reference would keep peers from seeing the end of their connections.
             self.ledger.clear();
@@ -136,16 +136,16 @@ impl Handover {
     }
 
     /// Keeps a client, from now on and whatever ends the process, if that is asked for.
-    pub fn keep_client(&self, client: impl AsFd) -> Option<Kept> {
+    pub fn keep_client(&self, client: impl AsFd) -> Option<JournalEntry> {
         self.keep(Content::Client(client))
     }
 
     /// The same for a socket that was opened here.
-    pub fn keep_listener(&self, listener: &Listener) -> Option<Kept> {
+    pub fn keep_listener(&self, listener: &Listener) -> Option<JournalEntry> {
         self.keep(Content::Listener(listener.as_fd(), listener.file()))
     }
 
-    fn keep<Fd: AsFd>(&self, content: Content<Fd>) -> Option<Kept> {
+    fn keep<Fd: AsFd>(&self, content: Content<Fd>) -> Option<JournalEntry> {
         self.is_for_crashes().then(|| self.ledger.keep(now(), content)).flatten()
     }
 
@@ -156,13 +156,13 @@ impl Handover {
     }
 
     /// Has each other thread store its connections when it ends.
-    pub fn tell_threads(&self) {
-        self.threads_are_told.store(true, Ordering::Release);
+    pub fn request_detach(&self) {
+        self.detach_is_requested.store(true, Ordering::Release);
     }
 
     /// Whether they are to.
-    pub fn has_told_threads(&self) -> bool {
-        self.threads_are_told.load(Ordering::Acquire)
+    pub fn is_detach_requested(&self) -> bool {
+        self.detach_is_requested.load(Ordering::Acquire)
     }
 
     /// Stores what has left; what can't be stored is reset.
@@ -176,7 +176,7 @@ impl Handover {
                 match stored {
                     Ok((age, content)) => contents.push((begun(age), content)),
                     Err(error) => {
-                        tracing::error!("Failed to store a connection: {}", in_words(&error));
+                        tracing::error!("Failed to store a connection: {}", os_message(&error));
                     }
                 }
             }
@@ -198,7 +198,7 @@ impl Handover {
     }
 
     /// What the next process will find, connections and listeners, and connections that it will not.
-    pub fn left_behind(&self) -> [usize; 2] {
+    pub fn stored_and_lost(&self) -> [usize; 2] {
         [self.ledger.counting(), self.lost.load(Ordering::Relaxed)]
     }
 }
@@ -216,7 +216,7 @@ pub struct Detached {
 enum DetachedState {
     /// A client that still waits for its backend.
     Client(Socket),
-    Forwarder(Box<Pair>),
+    Forwarder(Box<Forwarder>),
 }
 
 impl Detached {
@@ -226,7 +226,7 @@ impl Detached {
     }
 
     /// A connection with its buffered bytes, accepted at `start`.
-    pub fn forwarder(start: Instant, forwarder: Box<Pair>, slot: Slot) -> Self {
+    pub fn forwarder(start: Instant, forwarder: Box<Forwarder>, slot: Slot) -> Self {
         Self { start, state: DetachedState::Forwarder(forwarder), _slot: slot }
     }
 
@@ -234,7 +234,7 @@ impl Detached {
     fn content(&self) -> io::Result<(Duration, Content<FdRef<'_>>)> {
         let content = match &self.state {
             DetachedState::Client(socket) => Content::Client(FdRef::Borrowed(socket.as_fd())),
-            DetachedState::Forwarder(it) => Content::Pair(Box::new(it.snapshot()?)),
+            DetachedState::Forwarder(it) => Content::Forwarder(Box::new(it.snapshot()?)),
         };
         Ok((self.start.elapsed(), content))
     }
@@ -261,15 +261,15 @@ impl Drop for AbortOnPanic {
 }
 
 async fn new_queue(notifier: &Notifier) -> Result<Queue, String> {
-    let queue = Queue::new().map_err(|error| in_words(&error))?;
+    let queue = Queue::new().map_err(|error| os_message(&error))?;
     fdstore::keep(&queue, notifier).await?;
     Ok(queue)
 }
 
 /// What can't come from a socket unit, beside the sockets that do: somebody else's descriptors in the
 /// store. A connection is the only one, or is somebody else's as well.
-async fn remove_strangers(inherited: &mut Vec<Inherited>, opens: bool, notifier: &Notifier) {
-    let is_listener = |it: &Inherited| {
+async fn close_unknown_fds(inherited: &mut Vec<PassedFd>, opens: bool, notifier: &Notifier) {
+    let is_listener = |it: &PassedFd| {
         sockopt::socket_type(&it.fd).is_ok_and(|it| it == SocketType::STREAM)
             && sockopt::socket_acceptconn(&it.fd).unwrap_or(false)
     };

@@ -4,7 +4,7 @@
 //! written down. A message is a head, [`HEAD`] bytes with a version and a count, and for each parcel
 //! a form of [`FORM`] bytes; its descriptors follow in the order of the forms. A parcel is whole in one
 //! message, so that parcels never share or exchange descriptors. It is read as hostile input: what is
-//! not exactly as it would have been written is [`Refused`].
+//! not exactly as it would have been written is [`InvalidRecord`].
 //!
 //! | form | |
 //! |---|---|
@@ -60,7 +60,7 @@ const VERSION: u8 = 1;
 
 /// A connection or a listener, with descriptors that are one's own or somebody else's.
 #[derive(Debug)]
-pub struct Parcel<Fd> {
+pub struct Record<Fd> {
     /// Of several with the same number the last counts.
     pub id: u64,
     /// When it began, CLOCK_MONOTONIC in microseconds.
@@ -79,30 +79,30 @@ pub enum Content<Fd> {
     /// A client without a backend yet.
     Client(Fd),
     /// A connection.
-    Pair(Box<Snapshot<Fd>>),
+    Forwarder(Box<Snapshot<Fd>>),
 }
 
 /// It was not written by us, or is damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refused;
+pub struct InvalidRecord;
 
 /// A parcel as it stands in a message.
 #[derive(Debug)]
-pub struct Sealed<Fd> {
+pub struct EncodedRecord<Fd> {
     form: [u8; FORM],
     fds: Vec<Fd>,
 }
 
-impl<Fd> Sealed<Fd> {
+impl<Fd> EncodedRecord<Fd> {
     /// The parcel's number.
     pub fn id(&self) -> u64 {
         number(&self.form, 0)
     }
 }
 
-impl<Fd: AsFd> Parcel<Fd> {
+impl<Fd: AsFd> Record<Fd> {
     /// As it goes into a message.
-    pub fn seal(&self) -> Sealed<BorrowedFd<'_>> {
+    pub fn seal(&self) -> EncodedRecord<BorrowedFd<'_>> {
         let mut form = [0; FORM];
         form[..8].copy_from_slice(&self.id.to_ne_bytes());
         form[8..16].copy_from_slice(&self.start.to_ne_bytes());
@@ -120,14 +120,14 @@ impl<Fd: AsFd> Parcel<Fd> {
                 fds.push(fd.as_fd());
                 2
             }
-            Content::Pair(pair) => {
+            Content::Forwarder(pair) => {
                 pair.seal(&mut form, &mut fds);
                 3
             }
         };
         let seal = seal(&form, &fds);
         form[SEAL..].copy_from_slice(&seal.to_ne_bytes());
-        Sealed { form, fds }
+        EncodedRecord { form, fds }
     }
 }
 
@@ -176,7 +176,7 @@ const STATES: [FlowState; 5] = [
 ];
 
 /// One message: its bytes and its descriptors.
-pub fn pack<Fd: AsFd>(parcels: &[Sealed<Fd>]) -> (Vec<u8>, Vec<BorrowedFd<'_>>) {
+pub fn pack<Fd: AsFd>(parcels: &[EncodedRecord<Fd>]) -> (Vec<u8>, Vec<BorrowedFd<'_>>) {
     let mut bytes = vec![b's', b'p', VERSION, parcels.len() as u8];
     bytes.extend(parcels.iter().flat_map(|parcel| parcel.form));
     (bytes, parcels.iter().flat_map(|parcel| parcel.fds.iter().map(AsFd::as_fd)).collect())
@@ -226,21 +226,24 @@ pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
 ///
 /// # Errors
 /// When it is of another version, or has not exactly the descriptors that its forms speak of.
-pub fn unpack(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Vec<Sealed<OwnedFd>>, Refused> {
-    let (head, forms) = bytes.split_at_checked(HEAD).ok_or(Refused)?;
+pub fn unpack(
+    bytes: &[u8],
+    fds: Vec<OwnedFd>,
+) -> Result<Vec<EncodedRecord<OwnedFd>>, InvalidRecord> {
+    let (head, forms) = bytes.split_at_checked(HEAD).ok_or(InvalidRecord)?;
     let (forms, rest) = forms.as_chunks::<FORM>();
     if head[..3] != [b's', b'p', VERSION] || usize::from(head[3]) != forms.len() || !rest.is_empty()
     {
-        return Err(Refused);
+        return Err(InvalidRecord);
     }
     let mut fds = fds.into_iter();
     let mut parcels = Vec::with_capacity(forms.len());
     for form in forms {
-        let fds: Vec<_> = fds.by_ref().take(descriptors(form).ok_or(Refused)?).collect();
-        parcels.push(Sealed { form: *form, fds });
+        let fds: Vec<_> = fds.by_ref().take(descriptors(form).ok_or(InvalidRecord)?).collect();
+        parcels.push(EncodedRecord { form: *form, fds });
     }
     let last_has_all = parcels.iter().all(|it| descriptors(&it.form) == Some(it.fds.len()));
-    if last_has_all && fds.next().is_none() { Ok(parcels) } else { Err(Refused) }
+    if last_has_all && fds.next().is_none() { Ok(parcels) } else { Err(InvalidRecord) }
 }
 
 /// How many descriptors belong to a form.
@@ -257,18 +260,18 @@ fn descriptors(form: &[u8; FORM]) -> Option<usize> {
     }
 }
 
-impl Sealed<OwnedFd> {
+impl EncodedRecord<OwnedFd> {
     /// Reads it, and looks at each descriptor.
     ///
     /// # Errors
     /// When anything is not as it would have been written; its descriptors are closed.
-    pub fn open(self) -> Result<Parcel<OwnedFd>, Refused> {
+    pub fn open(self) -> Result<Record<OwnedFd>, InvalidRecord> {
         let Self { form, fds } = self;
         if number(&form, SEAL) != seal(&form, &fds) {
-            return Err(Refused);
+            return Err(InvalidRecord);
         }
         let mut fds = fds.into_iter();
-        let mut next = || fds.next().ok_or(Refused);
+        let mut next = || fds.next().ok_or(InvalidRecord);
         let is_blank =
             |from: usize| form[from..KIND].iter().chain(&form[STATE..SEAL]).all(|it| *it == 0);
         let content = match form[KIND] {
@@ -278,39 +281,39 @@ impl Sealed<OwnedFd> {
                 Content::Listener(is_socket(next()?, true)?, (file != (0, 0)).then_some(file))
             }
             2 if is_blank(16) => Content::Client(is_socket(next()?, false)?),
-            3 => Content::Pair(Box::new(open_pair(&form, &mut next)?)),
-            _ => return Err(Refused),
+            3 => Content::Forwarder(Box::new(open_pair(&form, &mut next)?)),
+            _ => return Err(InvalidRecord),
         };
-        let parcel = Parcel { id: number(&form, 0), start: number(&form, 8), content };
-        parcel.are_distinct().then_some(parcel).ok_or(Refused)
+        let parcel = Record { id: number(&form, 0), start: number(&form, 8), content };
+        parcel.are_distinct().then_some(parcel).ok_or(InvalidRecord)
     }
 }
 
 fn open_pair(
     form: &[u8; FORM],
-    next: &mut impl FnMut() -> Result<OwnedFd, Refused>,
-) -> Result<Snapshot<OwnedFd>, Refused> {
+    next: &mut impl FnMut() -> Result<OwnedFd, InvalidRecord>,
+) -> Result<Snapshot<OwnedFd>, InvalidRecord> {
     let ends = form[ENDS];
     let errno = u16::from_ne_bytes([form[34], form[35]]);
     let fault = match (errno, ends >> 4) {
         (0, 0) => None,
         (1..=4095, 0) => Some((Side::Client, Errno::from_raw_os_error(i32::from(errno)))),
         (1..=4095, 1) => Some((Side::Backend, Errno::from_raw_os_error(i32::from(errno)))),
-        _ => return Err(Refused),
+        _ => return Err(InvalidRecord),
     };
-    let mut end = |bits: u8| -> Result<_, Refused> {
+    let mut end = |bits: u8| -> Result<_, InvalidRecord> {
         let socket = is_socket(next()?, false)?;
         Ok(EndpointSnapshot { socket, reset: bits & 1 != 0, gone: bits & 2 != 0 })
     };
     let endpoints = [end(ends)?, end(ends >> 2)?];
-    let mut flow = |index: usize| -> Result<_, Refused> {
+    let mut flow = |index: usize| -> Result<_, InvalidRecord> {
         let state = usize::from(nibbles(form[STATE])[index]);
-        let state = *STATES.get(state).ok_or(Refused)?;
+        let state = *STATES.get(state).ok_or(InvalidRecord)?;
         let buffered = match nibbles(form[HELD])[index] {
             0 => BufferedSnapshot::Nothing,
             1 if state == FlowState::Open => BufferedSnapshot::Copied(is_file(next()?)?),
             2 => are_pipe(next()?, next()?)?,
-            _ => return Err(Refused),
+            _ => return Err(InvalidRecord),
         };
         Ok(FlowSnapshot { state, delivered: number(form, 16 + 8 * index), buffered })
     };
@@ -346,13 +349,13 @@ fn nibbles(byte: u8) -> [u8; 2] {
     [byte & 15, byte >> 4]
 }
 
-fn is_socket(fd: OwnedFd, listens: bool) -> Result<OwnedFd, Refused> {
+fn is_socket(fd: OwnedFd, listens: bool) -> Result<OwnedFd, InvalidRecord> {
     let is_one = || -> Option<bool> {
         let is_stream = sockopt::socket_type(&fd).ok()? == SocketType::STREAM && never_waits(&fd);
         let family = Family::of(&fd).ok()?;
         Some(is_stream && family.is_some() && sockopt::socket_acceptconn(&fd).ok()? == listens)
     };
-    if is_one() == Some(true) { Ok(fd) } else { Err(Refused) }
+    if is_one() == Some(true) { Ok(fd) } else { Err(InvalidRecord) }
 }
 
 /// Makes it one on which nobody waits in the kernel, which would hold up all connections of an event
@@ -362,13 +365,17 @@ fn never_waits(fd: impl AsFd) -> bool {
 }
 
 /// A file of bytes, of which there are not more than a flow copies at a time.
-fn is_file(fd: OwnedFd) -> Result<OwnedFd, Refused> {
-    let stat = fstat(&fd).map_err(|_| Refused)?;
+fn is_file(fd: OwnedFd) -> Result<OwnedFd, InvalidRecord> {
+    let stat = fstat(&fd).map_err(|_| InvalidRecord)?;
     let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    if is_file && (1..=COPY_SIZE as i64).contains(&stat.st_size) { Ok(fd) } else { Err(Refused) }
+    if is_file && (1..=COPY_SIZE as i64).contains(&stat.st_size) {
+        Ok(fd)
+    } else {
+        Err(InvalidRecord)
+    }
 }
 
-fn are_pipe(read: OwnedFd, write: OwnedFd) -> Result<BufferedSnapshot<OwnedFd>, Refused> {
+fn are_pipe(read: OwnedFd, write: OwnedFd) -> Result<BufferedSnapshot<OwnedFd>, InvalidRecord> {
     let end = |fd: &OwnedFd, mode: OFlags| -> Option<(u64, u64)> {
         let stat = fstat(fd).ok()?;
         let is_pipe = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
@@ -377,18 +384,18 @@ fn are_pipe(read: OwnedFd, write: OwnedFd) -> Result<BufferedSnapshot<OwnedFd>, 
     };
     match (end(&read, OFlags::RDONLY), end(&write, OFlags::WRONLY)) {
         (Some(one), Some(other)) if one == other => Ok(BufferedSnapshot::Piped { read, write }),
-        _ => Err(Refused),
+        _ => Err(InvalidRecord),
     }
 }
 
-impl Parcel<OwnedFd> {
+impl Record<OwnedFd> {
     /// Each socket, pipe and file of it, as the kernel tells them apart.
     pub fn identities(&self) -> Vec<(u64, u64)> {
         let mut fds = Vec::new();
         match &self.content {
             Content::Nothing => {}
             Content::Listener(fd, _) | Content::Client(fd) => fds.push(fd),
-            Content::Pair(pair) => {
+            Content::Forwarder(pair) => {
                 fds.extend(pair.endpoints.iter().map(|end| &end.socket));
                 fds.extend(pair.flows.iter().filter_map(|flow| match &flow.buffered {
                     BufferedSnapshot::Nothing => None,

@@ -11,29 +11,29 @@ use socket2::SockRef;
 use tokio::time::Instant;
 
 use crate::forward::snapshot::{BufferedSnapshot, Snapshot};
-use crate::handover::journal::{Kept, Ledger, now};
+use crate::handover::journal::{Journal, JournalEntry, now};
 use crate::handover::queue::Message;
-use crate::handover::record::{Content, Parcel, ids, unpack};
+use crate::handover::record::{Content, Record, ids, unpack};
 use crate::listen::stored::StoredListener;
 use crate::socket::sys::queued;
 use crate::socket::{has_hung_up, has_unread};
 
 /// What the process before this one has left.
 #[derive(Debug, Default)]
-pub struct Recovered {
+pub struct Leftovers {
     /// Sockets it listened on, which it had opened.
     pub listeners: Vec<StoredListener>,
     /// That these are stored, until those that are used are again.
-    pub kept_listeners: Vec<Kept>,
+    pub kept_listeners: Vec<JournalEntry>,
     /// Clients without a backend.
-    pub clients: Vec<Recovery<OwnedFd>>,
+    pub clients: Vec<RestoredRecord<OwnedFd>>,
     /// Connections.
-    pub pairs: Vec<Recovery<Box<Snapshot<OwnedFd>>>>,
+    pub pairs: Vec<RestoredRecord<Box<Snapshot<OwnedFd>>>>,
     /// What can't be taken back.
     pub refused: usize,
 }
 
-impl Recovered {
+impl Leftovers {
     /// Whether there are any, with a backend or without.
     pub fn has_connections(&self) -> bool {
         self.connections() > 0
@@ -51,7 +51,7 @@ impl Recovered {
             BufferedSnapshot::Copied(_) => 1,
             BufferedSnapshot::Piped { .. } => 2,
         };
-        let pair = |pair: &Recovery<Box<Snapshot<OwnedFd>>>| -> usize {
+        let pair = |pair: &RestoredRecord<Box<Snapshot<OwnedFd>>>| -> usize {
             2 + pair.content.flows.iter().map(|flow| buffered(&flow.buffered)).sum::<usize>()
         };
         self.clients.len() + self.pairs.iter().map(pair).sum::<usize>()
@@ -60,22 +60,22 @@ impl Recovered {
 
 /// A connection that was stored.
 #[derive(Debug)]
-pub struct Recovery<T> {
+pub struct RestoredRecord<T> {
     /// What it consists of.
     pub content: T,
     /// When it began.
     pub start: Instant,
     /// That it is stored at this moment, if it is to be at every one.
-    pub kept: Option<Kept>,
+    pub kept: Option<JournalEntry>,
 }
 
 /// What the messages of a queue say.
 #[derive(Debug, Default)]
-pub struct SortedOut {
+pub struct Replay {
     /// The numbers of the parcels in each.
     pub messages: Vec<Vec<u64>>,
     /// The parcels that count, but for connections that are over.
-    pub parcels: Vec<Parcel<OwnedFd>>,
+    pub parcels: Vec<Record<OwnedFd>>,
     /// What can't be taken back.
     pub refused: usize,
 }
@@ -87,11 +87,11 @@ pub struct SortedOut {
 ///
 /// # Errors
 /// When a message can't be read.
-pub fn sort_out(
+pub fn replay(
     texts: &[Vec<u8>],
     messages: impl Iterator<Item = io::Result<Message>>,
-) -> io::Result<SortedOut> {
-    let mut out = SortedOut::default();
+) -> io::Result<Replay> {
+    let mut out = Replay::default();
     let mut last = HashMap::new();
     for (number, text) in texts.iter().enumerate() {
         let ids = ids(text);
@@ -132,7 +132,7 @@ fn is_over(content: &Content<OwnedFd>) -> bool {
         Content::Listener(..) => false,
         // The last words of a Unix client that has closed are still to be delivered.
         Content::Client(socket) => has_hung_up(socket) && !has_unread(socket),
-        Content::Pair(pair) => {
+        Content::Forwarder(pair) => {
             pair.endpoints.iter().all(|end| has_hung_up(&end.socket) && !is_delivering(&end.socket))
                 && pair.flows.iter().all(|flow| is_empty(&flow.buffered))
         }
@@ -154,9 +154,9 @@ fn is_delivering(socket: &OwnedFd) -> bool {
 }
 
 /// As this process goes on with it: kept in the ledger, or else left as it is until all is taken.
-pub fn recover(parcels: Vec<Parcel<OwnedFd>>, kept_in: Option<&Arc<Ledger>>) -> Recovered {
-    let mut recovered = Recovered::default();
-    for Parcel { id, start, content } in parcels {
+pub fn recover(parcels: Vec<Record<OwnedFd>>, kept_in: Option<&Arc<Journal>>) -> Leftovers {
+    let mut recovered = Leftovers::default();
+    for Record { id, start, content } in parcels {
         let kept = kept_in.map(|ledger| ledger.kept(id, start));
         let age = Duration::from_micros(now().saturating_sub(start));
         let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
@@ -167,10 +167,10 @@ pub fn recover(parcels: Vec<Parcel<OwnedFd>>, kept_in: Option<&Arc<Ledger>>) -> 
                 recovered.kept_listeners.extend(kept);
             }
             Content::Client(content) => {
-                recovered.clients.push(Recovery { content, start, kept });
+                recovered.clients.push(RestoredRecord { content, start, kept });
             }
-            Content::Pair(content) => {
-                recovered.pairs.push(Recovery { content, start, kept });
+            Content::Forwarder(content) => {
+                recovered.pairs.push(RestoredRecord { content, start, kept });
             }
         }
     }
@@ -188,7 +188,7 @@ mod tests {
 
     use super::*;
     use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side};
-    use crate::handover::record::{PARCELS_MAX, Sealed, pack};
+    use crate::handover::record::{EncodedRecord, PARCELS_MAX, pack};
 
     /// The same for the same seed; and the peers of the sockets, which say nothing.
     struct Dice(u64, Vec<OwnedFd>);
@@ -212,12 +212,12 @@ mod tests {
         one
     }
 
-    fn parcel(id: u64, dice: &mut Dice) -> Parcel<OwnedFd> {
+    fn parcel(id: u64, dice: &mut Dice) -> Record<OwnedFd> {
         let content = match dice.below(4) {
             0 => Content::Client(socket(dice)),
-            _ => Content::Pair(Box::new(pair(dice))),
+            _ => Content::Forwarder(Box::new(pair(dice))),
         };
-        Parcel { id, start: dice.below(1000) as u64, content }
+        Record { id, start: dice.below(1000) as u64, content }
     }
 
     fn pair(dice: &mut Dice) -> Snapshot<OwnedFd> {
@@ -249,9 +249,9 @@ mod tests {
     }
 
     /// All that a parcel says, descriptors as the kernel knows them.
-    fn told(parcel: &Parcel<OwnedFd>) -> String {
+    fn told(parcel: &Record<OwnedFd>) -> String {
         let told = match &parcel.content {
-            Content::Pair(pair) => {
+            Content::Forwarder(pair) => {
                 let flow = |it: &FlowSnapshot<OwnedFd>| (it.state, it.delivered);
                 let end = |it: &EndpointSnapshot<OwnedFd>| (it.reset, it.gone);
                 let flows = pair.flows.each_ref().map(flow);
@@ -265,7 +265,7 @@ mod tests {
         format!("{} {told} {:?}", parcel.start, parcel.identities())
     }
 
-    fn messages(sealed: &[Sealed<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
+    fn messages(sealed: &[EncodedRecord<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
         let mut messages = Vec::new();
         let mut rest = sealed;
         while !rest.is_empty() {
@@ -278,16 +278,16 @@ mod tests {
         messages
     }
 
-    fn sorted(messages: Vec<Message>) -> SortedOut {
+    fn sorted(messages: Vec<Message>) -> Replay {
         let texts: Vec<_> = messages.iter().map(|message| message.bytes.clone()).collect();
-        sort_out(&texts, messages.into_iter().map(Ok)).unwrap()
+        replay(&texts, messages.into_iter().map(Ok)).unwrap()
     }
 
     #[test]
     fn what_can_not_be_read_does_not_make_older_ones_count() {
         let mut dice = Dice(4, Vec::new());
         let (first, last) = (parcel(7, &mut dice), parcel(7, &mut dice));
-        let message = |parcel: &Parcel<OwnedFd>| {
+        let message = |parcel: &Record<OwnedFd>| {
             let sealed = [parcel.seal()];
             let (bytes, fds) = pack(&sealed);
             let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
@@ -315,7 +315,7 @@ mod tests {
         let mut dice = Dice(1, Vec::new());
         for _ in 0..50 {
             let parcels: Vec<_> = (0..20).map(|id| parcel(id, &mut dice)).collect();
-            let sealed: Vec<_> = parcels.iter().map(Parcel::seal).collect();
+            let sealed: Vec<_> = parcels.iter().map(Record::seal).collect();
             let out = sorted(messages(&sealed, &mut dice));
             assert_eq!(out.refused, 0);
             let back: Vec<_> = out.parcels.iter().map(told).collect();
@@ -329,7 +329,7 @@ mod tests {
         let first = parcel(7, &mut dice);
         let last = parcel(7, &mut dice);
         let gone = parcel(8, &mut dice);
-        let forgotten = Parcel { id: 8, start: 0, content: Content::<OwnedFd>::Nothing };
+        let forgotten = Record { id: 8, start: 0, content: Content::<OwnedFd>::Nothing };
         let sealed = [first.seal(), gone.seal(), last.seal(), forgotten.seal()];
         let out = sorted(messages(&sealed, &mut dice));
         assert_eq!((out.refused, out.parcels.len()), (0, 1));
@@ -345,7 +345,7 @@ mod tests {
             // Some were stored twice, as they were before and as they are.
             parcels.extend((0..4).map(|id| parcel(id, &mut dice)));
             let were: BTreeMap<_, _> = parcels.iter().map(|it| (told(it), it.id)).collect();
-            let sealed: Vec<_> = parcels.iter().map(Parcel::seal).collect();
+            let sealed: Vec<_> = parcels.iter().map(Record::seal).collect();
             let mut messages = messages(&sealed, &mut dice);
             for _ in 0..dice.below(6) {
                 damage(&mut messages, &mut dice);

@@ -43,17 +43,17 @@ const PER_THREAD: usize = 4;
 pub const SCRAPERS_MAX: usize = 256;
 
 /// Scrapers whose answer is written, and which have not taken it yet.
-pub const UNTAKEN_MAX: usize = 32;
+pub const UNACKED_MAX: usize = 32;
 
 /// For all of them, one more in the moment in which another gives way, and their event loop.
-const FOR_METRICS: usize = SCRAPERS_MAX + UNTAKEN_MAX + 2 + PER_THREAD;
+const FOR_METRICS: usize = SCRAPERS_MAX + UNACKED_MAX + 2 + PER_THREAD;
 
 /// What start-up opens at most, beside the listeners: counted only when descriptors are few.
 const OPEN_AT_START: usize = 64;
 
 /// The descriptors a process may have, divided among their uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Division {
+pub struct FdPlan {
     /// Connections at a time.
     pub connections: usize,
     /// Name lookups at a time; 0 when the target needs none.
@@ -66,7 +66,7 @@ pub struct Division {
 
 /// What a process needs descriptors for, beside its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Uses {
+pub struct FdNeeds {
     /// Looking names up.
     pub lookups: bool,
     /// COMMAND.
@@ -81,18 +81,18 @@ pub struct Uses {
     pub recovered: usize,
 }
 
-impl Uses {
+impl FdNeeds {
     /// Descriptors for a connection, and for the store.
     fn kept(self) -> (usize, usize) {
         if self.kept { (PER_CONNECTION_WITH_PIPES, FOR_STORE) } else { (PER_CONNECTION, 0) }
     }
 }
 
-impl Division {
+impl FdPlan {
     /// Divides `limit` descriptors of which `open` are taken. Connections come first, up to
     /// `connections_max` and the one that is accepted to be refused; pipes get what is left, and at
     /// least a small part.
-    pub fn new(limit: usize, open: usize, connections_max: usize, uses: Uses) -> Self {
+    pub fn new(limit: usize, open: usize, connections_max: usize, uses: FdNeeds) -> Self {
         let for_command = if uses.command { FOR_COMMAND } else { 0 };
         let for_threads = uses.threads * PER_THREAD;
         let (per_connection, for_store) = uses.kept();
@@ -115,7 +115,7 @@ impl Division {
     ///
     /// # Errors
     /// When there is not room for a single connection.
-    pub fn of_this_process(connections_max: u32, uses: Uses) -> Result<Self, String> {
+    pub fn of_this_process(connections_max: u32, uses: FdNeeds) -> Result<Self, String> {
         let inherited = getrlimit(Resource::Nofile).current;
         let limit = raise_limit();
         let connections_max = connections_max as usize;
@@ -156,7 +156,7 @@ pub fn may_open(count: usize) -> Result<(), usize> {
 
 /// The descriptors that connections may take, counted.
 #[derive(Debug)]
-pub struct Descriptors {
+pub struct FdBudget {
     places: Arc<Places>,
     /// There may be more of them: the cap on connections is what they stand for.
     capped: bool,
@@ -166,18 +166,18 @@ pub struct Descriptors {
 struct Places {
     free: Semaphore,
     /// Taken although there were none: as many are not free again when they are given back.
-    owed: AtomicUsize,
+    overdrawn: AtomicUsize,
 }
 
 /// A connection's descriptors, given back when it is dropped.
 #[derive(Debug)]
-pub struct Reserved(Arc<Places>);
+pub struct FdPermit(Arc<Places>);
 
-impl Descriptors {
+impl FdBudget {
     /// Room for this many connections.
     pub fn new(connections: usize) -> Self {
         let free = Semaphore::new(connections.min(Semaphore::MAX_PERMITS));
-        Self { places: Arc::new(Places { free, owed: AtomicUsize::default() }), capped: false }
+        Self { places: Arc::new(Places { free, overdrawn: AtomicUsize::default() }), capped: false }
     }
 
     /// The same, and for no more than `max`: who comes above that waits in the kernel.
@@ -186,40 +186,40 @@ impl Descriptors {
     }
 
     /// Whether it is the cap that is met when there are none left.
-    pub fn are_capped(&self) -> bool {
+    pub fn at_connection_limit(&self) -> bool {
         self.capped
     }
 
     /// A connection's, if there are any left.
-    pub fn try_reserve(&self) -> Option<Reserved> {
+    pub fn try_reserve(&self) -> Option<FdPermit> {
         self.places.free.try_acquire().ok().map(|permit| self.reserved(permit))
     }
 
     /// Waits for them.
-    pub async fn reserve(&self) -> Reserved {
+    pub async fn reserve(&self) -> FdPermit {
         let permit = self.places.free.acquire().await;
         self.reserved(permit.expect("the semaphore is never closed"))
     }
 
     /// The same for somebody who has them already.
-    pub fn reserve_anyway(&self) -> Reserved {
+    pub fn reserve_unchecked(&self) -> FdPermit {
         self.try_reserve().unwrap_or_else(|| {
-            self.places.owed.fetch_add(1, Ordering::AcqRel);
-            Reserved(Arc::clone(&self.places))
+            self.places.overdrawn.fetch_add(1, Ordering::AcqRel);
+            FdPermit(Arc::clone(&self.places))
         })
     }
 
-    fn reserved(&self, permit: SemaphorePermit<'_>) -> Reserved {
+    fn reserved(&self, permit: SemaphorePermit<'_>) -> FdPermit {
         permit.forget();
-        Reserved(Arc::clone(&self.places))
+        FdPermit(Arc::clone(&self.places))
     }
 }
 
-impl Drop for Reserved {
+impl Drop for FdPermit {
     fn drop(&mut self) {
         let Self(places) = self;
-        let pay = |owed: usize| owed.checked_sub(1);
-        if places.owed.fetch_update(Ordering::AcqRel, Ordering::Acquire, pay).is_err() {
+        let pay = |overdrawn: usize| overdrawn.checked_sub(1);
+        if places.overdrawn.fetch_update(Ordering::AcqRel, Ordering::Acquire, pay).is_err() {
             places.free.add_permits(1);
         }
     }
@@ -253,7 +253,7 @@ mod tests {
             for open in [8, 16, 64] {
                 for connections_max in [1, 256, 4096, u32::MAX as usize] {
                     for lookups in [false, true] {
-                        let uses = Uses {
+                        let uses = FdNeeds {
                             lookups,
                             command: lookups,
                             threads: 3,
@@ -261,7 +261,7 @@ mod tests {
                             kept: false,
                             recovered: 0,
                         };
-                        let it = Division::new(limit, open, connections_max, uses);
+                        let it = FdPlan::new(limit, open, connections_max, uses);
                         let beside =
                             uses.threads * PER_THREAD + if lookups { FOR_COMMAND } else { 0 };
                         let sum =
@@ -276,7 +276,7 @@ mod tests {
                 }
             }
         }
-        let uses = Uses {
+        let uses = FdNeeds {
             lookups: false,
             command: false,
             threads: 0,
@@ -284,19 +284,19 @@ mod tests {
             kept: false,
             recovered: 0,
         };
-        let small = Division::new(40, 10, 256, uses);
+        let small = FdPlan::new(40, 10, 256, uses);
         assert_eq!((small.connections, small.pipes), (11, 1));
-        let roomy = Division::new(20_000, 16, 4096, uses);
+        let roomy = FdPlan::new(20_000, 16, 4096, uses);
         assert!(roomy.connections >= 4096);
         assert_eq!(roomy.pipes, PIPES_MAX);
-        let kept = Division::new(20_000, 16, 3000, Uses { kept: true, ..uses });
+        let kept = FdPlan::new(20_000, 16, 3000, FdNeeds { kept: true, ..uses });
         assert!(kept.connections > 3000 && kept.connections * 6 + kept.pipes * 2 < 20_000);
     }
 
     #[test]
     fn who_is_there_already_goes_before_others_come() {
-        let descriptors = Descriptors::capped(100, 2);
-        let there = [(); 3].map(|()| descriptors.reserve_anyway());
+        let descriptors = FdBudget::capped(100, 2);
+        let there = [(); 3].map(|()| descriptors.reserve_unchecked());
         assert!(descriptors.try_reserve().is_none());
         let [first, second, _third] = there;
         drop(first);

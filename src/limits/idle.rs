@@ -3,16 +3,16 @@
 use tokio::time::sleep;
 
 use crate::config::timespan::TimeSpan;
-use crate::limits::Occupancy;
+use crate::limits::ConnectionWatch;
 
 /// Waits until there has been no connection for `span`, counted from now or from the end of the
 /// last one.
-pub async fn idle_for(span: TimeSpan, occupancy: &mut Occupancy) {
+pub async fn wait_idle(span: TimeSpan, occupancy: &mut ConnectionWatch) {
     let Some(span) = span.finite() else {
         return std::future::pending().await;
     };
     loop {
-        occupancy.vacant().await;
+        occupancy.wait_empty().await;
         tokio::select! {
             biased;
             // First: who has just been admitted is not to be cut off by a timer that expired in
@@ -31,13 +31,13 @@ mod tests {
     use tokio::time::{Instant, advance};
 
     use super::*;
-    use crate::limits::Admission;
+    use crate::limits::ConnectionLimit;
 
     const MINUTE: Duration = Duration::from_secs(60);
 
     #[tokio::test(start_paused = true)]
     async fn idle_time_counts_from_the_end_of_the_last_connection() {
-        let admission = Admission::new(NonZeroU32::MIN);
+        let admission = ConnectionLimit::new(NonZeroU32::MIN);
         let mut occupancy = admission.occupancy();
         let start = Instant::now();
         let connections = async {
@@ -46,7 +46,7 @@ mod tests {
             advance(MINUTE * 5).await;
             drop(permit);
         };
-        let ((), ()) = tokio::join!(idle_for(TimeSpan::new(MINUTE), &mut occupancy), connections);
+        let ((), ()) = tokio::join!(wait_idle(TimeSpan::new(MINUTE), &mut occupancy), connections);
         let idle = start.elapsed();
         assert!(idle >= MINUTE * 13 / 2 && idle < MINUTE * 7, "{idle:?}");
     }
@@ -54,9 +54,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_admitted_as_the_time_runs_out_is_not_cut_off() {
         for _ in 0..100 {
-            let admission = Admission::new(NonZeroU32::MIN);
+            let admission = ConnectionLimit::new(NonZeroU32::MIN);
             let mut occupancy = admission.occupancy();
-            let mut idle = std::pin::pin!(idle_for(TimeSpan::new(MINUTE), &mut occupancy));
+            let mut idle = std::pin::pin!(wait_idle(TimeSpan::new(MINUTE), &mut occupancy));
             assert!(tokio::time::timeout(MINUTE / 2, &mut idle).await.is_err());
             let permit = admission.admit();
             advance(MINUTE).await;
@@ -67,9 +67,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn idle_time_counts_from_the_start() {
-        let admission = Admission::new(NonZeroU32::MIN);
+        let admission = ConnectionLimit::new(NonZeroU32::MIN);
         let start = Instant::now();
-        idle_for(TimeSpan::new(MINUTE), &mut admission.occupancy()).await;
+        wait_idle(TimeSpan::new(MINUTE), &mut admission.occupancy()).await;
         assert!(start.elapsed() >= MINUTE);
     }
 }

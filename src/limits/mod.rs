@@ -2,7 +2,7 @@
 //!
 //! A [`Permit`] lives from accept to close, so that connections still being dialled count. Counting
 //! is dropping, and costs a few atomics; who waits for the count is woken when the first connection
-//! comes and when the last one goes ([`Occupancy`]), and one more, which publishes it, at each change.
+//! comes and when the last one goes ([`ConnectionWatch`]), and one more, which publishes it, at each change.
 
 pub mod slot;
 pub mod descriptors;
@@ -16,7 +16,7 @@ use tokio::sync::{Notify, watch};
 
 /// Connections now and so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Load {
+pub struct ConnectionCounts {
     /// Open or being dialled.
     pub open: u32,
     /// Over.
@@ -27,7 +27,7 @@ pub struct Load {
 
 /// The cap on connections.
 #[derive(Clone, Debug)]
-pub struct Admission(Arc<Counts>);
+pub struct ConnectionLimit(Arc<Counts>);
 
 #[derive(Debug)]
 struct Counts {
@@ -45,7 +45,7 @@ struct Counts {
 #[derive(Debug)]
 pub struct Permit(Arc<Counts>);
 
-impl Admission {
+impl ConnectionLimit {
     /// Admits at most `max` connections at a time.
     pub fn new(max: NonZeroU32) -> Self {
         Self(Arc::new(Counts {
@@ -78,7 +78,7 @@ impl Admission {
     }
 
     /// A place for somebody who had one in the process before this, whatever the cap is now.
-    pub fn readmit(&self) -> Permit {
+    pub fn acquire_unchecked(&self) -> Permit {
         let Self(counts) = self;
         if counts.open.fetch_add(1, Ordering::AcqRel) == 0 {
             counts.turned.send_replace(());
@@ -93,8 +93,8 @@ impl Admission {
     }
 
     /// The load at this moment.
-    pub fn load(&self) -> Load {
-        Load {
+    pub fn load(&self) -> ConnectionCounts {
+        ConnectionCounts {
             open: self.0.open.load(Ordering::Acquire),
             served: self.0.served.load(Ordering::Relaxed),
             refused: self.0.refused.load(Ordering::Relaxed),
@@ -107,8 +107,8 @@ impl Admission {
     }
 
     /// To wait for the first connection and the last.
-    pub fn occupancy(&self) -> Occupancy {
-        Occupancy { counts: Arc::clone(&self.0), turned: self.0.turned.subscribe() }
+    pub fn occupancy(&self) -> ConnectionWatch {
+        ConnectionWatch { counts: Arc::clone(&self.0), turned: self.0.turned.subscribe() }
     }
 }
 
@@ -125,23 +125,23 @@ impl Drop for Permit {
 
 /// Whether there are connections, for somebody who waits for that.
 #[derive(Debug)]
-pub struct Occupancy {
+pub struct ConnectionWatch {
     counts: Arc<Counts>,
     turned: watch::Receiver<()>,
 }
 
-impl Occupancy {
+impl ConnectionWatch {
     /// Whether there is no connection.
-    pub fn is_vacant(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.counts.open.load(Ordering::Acquire) == 0
     }
 
     /// Waits until there is no connection.
-    pub async fn vacant(&mut self) {
+    pub async fn wait_empty(&mut self) {
         loop {
             // Before the look, so that no turn after it goes unseen.
             self.turned.mark_unchanged();
-            if self.is_vacant() {
+            if self.is_empty() {
                 return;
             }
             self.turn().await;
@@ -166,19 +166,19 @@ mod tests {
 
     #[test]
     fn the_cap_is_exact() {
-        let admission = Admission::new(NonZeroU32::new(2).unwrap());
+        let admission = ConnectionLimit::new(NonZeroU32::new(2).unwrap());
         let first = admission.admit().unwrap();
         let _second = admission.admit().unwrap();
         assert!(admission.admit().is_none());
         drop(first);
         let _third = admission.admit().unwrap();
         assert!(admission.admit().is_none());
-        assert_eq!(admission.load(), Load { open: 2, served: 1, refused: 2 });
+        assert_eq!(admission.load(), ConnectionCounts { open: 2, served: 1, refused: 2 });
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_first_and_the_last_connection_are_told() {
-        let admission = Admission::new(NonZeroU32::new(2).unwrap());
+        let admission = ConnectionLimit::new(NonZeroU32::new(2).unwrap());
         let mut occupancy = admission.occupancy();
         let first = admission.admit();
         occupancy.turn().await;
@@ -188,6 +188,6 @@ mod tests {
         assert!(told.is_err(), "one of two has left");
         drop(second);
         occupancy.turn().await;
-        occupancy.vacant().await;
+        occupancy.wait_empty().await;
     }
 }

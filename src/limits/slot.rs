@@ -1,24 +1,24 @@
 //! What one connection takes up, from accept to close.
 
-use crate::counters::Seat;
+use crate::counters::GaugeGuard;
 use crate::limits::Permit;
-use crate::limits::descriptors::Reserved;
+use crate::limits::descriptors::FdPermit;
 
 /// Everything a connection is counted by. Dropping it gives all of it back, in the order of the fields.
 #[derive(Debug)]
 pub struct Slot {
-    _listener: Seat,
-    event_loop: Option<Seat>,
+    _listener: GaugeGuard,
+    event_loop: Option<GaugeGuard>,
     // Dropped after the gauges: whoever waits for the number of connections reads them next.
     permit: Option<Permit>,
     // Dropped after `permit`: under `--overflow=wait` this wakes the accept loop, which must then find
     // room below the connection limit.
-    _descriptors: Reserved,
+    _descriptors: FdPermit,
 }
 
 impl Slot {
     /// A slot for a connection that has just been accepted at a listener.
-    pub fn new(listener: Seat, descriptors: Reserved) -> Self {
+    pub fn new(listener: GaugeGuard, descriptors: FdPermit) -> Self {
         Self { _listener: listener, event_loop: None, permit: None, _descriptors: descriptors }
     }
 
@@ -28,7 +28,7 @@ impl Slot {
     }
 
     /// Counts the connection on the event loop that it is dispatched to.
-    pub fn assign(&mut self, event_loop: Seat) {
+    pub fn assign(&mut self, event_loop: GaugeGuard) {
         self.event_loop = Some(event_loop);
     }
 }

@@ -6,12 +6,12 @@ use std::os::fd::OwnedFd;
 use rustix::net::{SocketType, sockopt};
 use socket2::SockRef;
 
-use crate::limits::descriptors::Reserved;
+use crate::limits::descriptors::FdPermit;
 use crate::limits::slot::Slot;
-use crate::listen::activation::{Inherited, STDIN};
-use crate::listen::listener::{Accepted, Entrance, prepare};
-use crate::logging::in_words;
-use crate::socket::address::{Address, Identity};
+use crate::listen::activation::{PassedFd, STDIN};
+use crate::listen::listener::{Accepted, ListenerInfo, prepare};
+use crate::logging::os_message;
+use crate::socket::address::{Address, SocketLabel};
 use crate::socket::{Family, Keepalive};
 
 /// What systemd calls it, sd_listen_fds_with_names(3).
@@ -19,19 +19,19 @@ const CONNECTION: &str = "connection";
 
 /// A stream socket with a client at its other end.
 #[derive(Debug)]
-pub struct Connected {
+pub struct AcceptedSocket {
     fd: OwnedFd,
     family: Family,
     /// None if they have gone.
     peer: Option<Address>,
-    identity: Identity,
+    identity: SocketLabel,
 }
 
-impl Connected {
+impl AcceptedSocket {
     /// Whether a passed socket is one, and not a listener. If its client has gone by now, it has no
     /// peer any more, but an error, which this takes from it, or the name of a connection.
-    pub fn is_connected(inherited: &Inherited) -> bool {
-        let Inherited { fd, name } = inherited;
+    pub fn is_connected(inherited: &PassedFd) -> bool {
+        let PassedFd { fd, name } = inherited;
         let is_stream = sockopt::socket_type(fd).is_ok_and(|it| it == SocketType::STREAM);
         let listens = sockopt::socket_acceptconn(fd).unwrap_or(false);
         let socket = SockRef::from(fd);
@@ -50,21 +50,21 @@ impl Connected {
     ///
     /// # Errors
     /// One line on what is wrong with it.
-    pub fn adopt(inherited: Inherited) -> Result<Self, String> {
-        let Inherited { fd, name } = inherited;
+    pub fn adopt(inherited: PassedFd) -> Result<Self, String> {
+        let PassedFd { fd, name } = inherited;
         let adopted = Self::from_fd(fd, name.clone());
         adopted
-            .map_err(|error| format!("Failed to use passed socket {name}: {}.", in_words(&error)))
+            .map_err(|error| format!("Failed to use passed socket {name}: {}.", os_message(&error)))
     }
 
     fn from_fd(fd: OwnedFd, name: String) -> io::Result<Self> {
         let (family, address) = prepare(&fd)?;
         let peer = SockRef::from(&fd).peer_addr().ok().map(|it| Address::from_sockaddr(&it));
-        Ok(Self { fd, family, peer, identity: Identity { name: Some(name), address } })
+        Ok(Self { fd, family, peer, identity: SocketLabel { name: Some(name), address } })
     }
 
     /// Its name, and this side's address.
-    pub fn identity(&self) -> &Identity {
+    pub fn identity(&self) -> &SocketLabel {
         &self.identity
     }
 
@@ -76,8 +76,8 @@ impl Connected {
     }
 
     /// As if they had just been accepted; `None` if they have gone.
-    pub fn into_accepted(self, descriptors: Reserved) -> Option<Accepted> {
-        let listener = Entrance::new(&self.identity);
+    pub fn into_accepted(self, descriptors: FdPermit) -> Option<Accepted> {
+        let listener = ListenerInfo::new(&self.identity);
         let slot = Slot::new(listener.enter(), descriptors);
         let Self { fd, family, peer, .. } = self;
         Some(Accepted { socket: fd, family, client: peer?, listener, slot })

@@ -16,7 +16,7 @@ use crate::socket::address::Address;
 
 /// A descriptor that was passed, and the name it was given.
 #[derive(Debug)]
-pub struct Inherited {
+pub struct PassedFd {
     /// The descriptor, close-on-exec.
     pub fd: OwnedFd,
     /// `FileDescriptorName=`, or the name of the socket unit.
@@ -30,7 +30,7 @@ pub const STDIN: &str = "stdin";
 #[derive(Debug)]
 pub struct Stdin {
     /// The socket, named [`STDIN`].
-    pub socket: Inherited,
+    pub socket: PassedFd,
     /// Standard error was the same socket: whatever is written there, a client would read.
     pub was_stderr: bool,
 }
@@ -58,7 +58,7 @@ pub fn take_stdin() -> Option<Stdin> {
             let _ = dup2_stderr(&null);
         }
     }
-    Some(Stdin { socket: Inherited { fd, name: STDIN.into() }, was_stderr })
+    Some(Stdin { socket: PassedFd { fd, name: STDIN.into() }, was_stderr })
 }
 
 /// Marks every descriptor from 3 on close-on-exec, those included that this process was given
@@ -66,7 +66,7 @@ pub fn take_stdin() -> Option<Stdin> {
 ///
 /// # Errors
 /// When /proc is not there to list them.
-pub fn hide_descriptors() -> io::Result<()> {
+pub fn set_cloexec_all() -> io::Result<()> {
     for entry in fs::read_dir("/proc/self/fd")? {
         let number = entry?.file_name();
         if let Some(fd @ 3..) = number.to_str().and_then(|number| number.parse().ok()) {
@@ -88,7 +88,7 @@ pub fn hide_descriptors() -> io::Result<()> {
 /// # Safety
 /// To be called once, as the first thing in `main`: no other thread may use the environment, and
 /// nothing else may own the descriptors from 3 on.
-pub unsafe fn take_inherited() -> Result<Vec<Inherited>, String> {
+pub unsafe fn take_passed_fds() -> Result<Vec<PassedFd>, String> {
     // Read apart from the descriptors: names that were meant for another process are no error.
     let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
     let fds = sd_notify::listen_fds().map(Vec::from_iter);
@@ -103,7 +103,7 @@ pub unsafe fn take_inherited() -> Result<Vec<Inherited>, String> {
     let mut names = names.split(':');
     Ok(fds
         .into_iter()
-        .map(|fd| Inherited {
+        .map(|fd| PassedFd {
             // SAFETY: listen_fds() has found it open, and the caller promises that nobody else
             // owns it; each number comes once.
             fd: unsafe { OwnedFd::from_raw_fd(fd) },

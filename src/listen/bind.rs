@@ -16,7 +16,7 @@ use tokio::time::sleep;
 use crate::config::listen_address::ListenAddress;
 use crate::listen::listener::Listener;
 use crate::listen::stored::{SocketFile, StoredListener};
-use crate::logging::in_words;
+use crate::logging::os_message;
 use crate::socket::address::{Address, UnixName};
 use crate::socket::host_port::{HostPort, Port};
 use crate::socket::resolve::resolve;
@@ -39,10 +39,10 @@ pub async fn open(
 ) -> Result<Vec<Listener>, String> {
     let failed = |error: io::Error| {
         let hint = match address {
-            ListenAddress::Vsock(address) => address.hint_at(&error),
+            ListenAddress::Vsock(address) => address.hint(&error),
             _ => "",
         };
-        format!("Failed to listen on {address}: {}{hint}.", in_words(&error))
+        format!("Failed to listen on {address}: {}{hint}.", os_message(&error))
     };
     Ok(match address {
         ListenAddress::Unix(name) => vec![open_unix(name, stored).await.map_err(failed)?],

@@ -16,13 +16,13 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::coop::consume_budget;
 use tokio::time::sleep;
 
-use crate::counters::{EntranceCounts, Seat};
-use crate::limits::descriptors::Descriptors;
+use crate::counters::{GaugeGuard, ListenerCounters};
+use crate::limits::descriptors::FdBudget;
 use crate::limits::slot::Slot;
-use crate::listen::activation::Inherited;
+use crate::listen::activation::PassedFd;
 use crate::listen::stored::SocketFile;
-use crate::logging::{RateLimit, in_words};
-use crate::socket::address::{Address, Identity};
+use crate::logging::{RateLimit, os_message};
+use crate::socket::address::{Address, SocketLabel};
 use crate::socket::sys::accept;
 use crate::socket::sys::register;
 use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
@@ -40,8 +40,8 @@ static REGISTER_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 pub struct Listener {
     io: AsyncFd<OwnedFd>,
     family: Family,
-    identity: Identity,
-    entrance: Arc<Entrance>,
+    identity: SocketLabel,
+    entrance: Arc<ListenerInfo>,
     /// Whether all are accepted who had connected before the options of this socket were set: a TCP
     /// connection inherits them when its handshake is complete, not when it is accepted.
     inherits: Cell<bool>,
@@ -60,7 +60,7 @@ pub struct Accepted<S = OwnedFd> {
     /// The client's address.
     pub client: Address,
     /// The listener.
-    pub listener: Arc<Entrance>,
+    pub listener: Arc<ListenerInfo>,
     /// What the connection takes up.
     pub slot: Slot,
 }
@@ -76,7 +76,7 @@ impl Accepted {
             Ok(socket) => Some(Accepted { socket, family, client, listener, slot }),
             Err(error) => {
                 if let Some(suppressed) = REGISTER_FAILED.pass() {
-                    let error = in_words(&error);
+                    let error = os_message(&error);
                     tracing::error!(
                         %client,
                         %listener,
@@ -94,8 +94,8 @@ impl Listener {
     ///
     /// # Errors
     /// systemd-socket-proxyd's words for what is not a listening stream socket.
-    pub fn adopt(inherited: Inherited) -> Result<Self, String> {
-        let Inherited { fd, name } = inherited;
+    pub fn adopt(inherited: PassedFd) -> Result<Self, String> {
+        let PassedFd { fd, name } = inherited;
         let usable = || -> io::Result<bool> {
             Ok(sockopt::socket_type(&fd)? == SocketType::STREAM && sockopt::socket_acceptconn(&fd)?)
         };
@@ -104,7 +104,7 @@ impl Listener {
         }
         let adopted = Self::from_fd(fd, Some(name.clone()), None);
         adopted
-            .map_err(|error| format!("Failed to use passed socket {name}: {}.", in_words(&error)))
+            .map_err(|error| format!("Failed to use passed socket {name}: {}.", os_message(&error)))
     }
 
     /// Takes a listening socket; `file` goes when the listener does.
@@ -115,11 +115,11 @@ impl Listener {
     ) -> io::Result<Self> {
         // What it accepts inherits the options: once, instead of once a connection.
         let (family, address) = prepare(&fd)?;
-        let identity = Identity { name, address };
+        let identity = SocketLabel { name, address };
         Ok(Self {
             io: register(fd, Interest::READABLE)?,
             family,
-            entrance: Entrance::new(&identity),
+            entrance: ListenerInfo::new(&identity),
             identity,
             inherits: Cell::new(false),
             keepalive: Cell::new(None),
@@ -139,7 +139,7 @@ impl Listener {
     ///
     /// # Errors
     /// Only when the listener itself is broken; what passes is waited for, and said once a minute.
-    pub async fn accept(&self, descriptors: &Descriptors) -> io::Result<Accepted> {
+    pub async fn accept(&self, descriptors: &FdBudget) -> io::Result<Accepted> {
         loop {
             // Lets others run however many are queued: accepting alone never waits.
             consume_budget().await;
@@ -166,11 +166,11 @@ impl Listener {
                     Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::FAULT) => {
                         return Err(error);
                     }
-                    Some(errno) if is_the_newcomers(errno) => continue,
+                    Some(errno) if is_peer_error(errno) => continue,
                     // Out of something, or forbidden (EPERM, EACCES): that may pass.
                     _ => {
                         if let Some(suppressed) = ACCEPT_FAILED.pass() {
-                            let error = in_words(&error);
+                            let error = os_message(&error);
                             tracing::warn!(
                                 listener = %self,
                                 "Failed to accept, trying again: {error}{suppressed}"
@@ -200,8 +200,8 @@ impl Listener {
     }
 
     /// Says why newcomers wait in the kernel.
-    fn warn_of_shortage(&self, descriptors: &Descriptors) {
-        if descriptors.are_capped() {
+    fn warn_of_shortage(&self, descriptors: &FdBudget) {
+        if descriptors.at_connection_limit() {
             if let Some(suppressed) = AT_THE_CAP.pass() {
                 tracing::warn!(
                     listener = %self,
@@ -219,7 +219,7 @@ impl Listener {
     }
 
     /// Its name, and where it listens.
-    pub fn identity(&self) -> &Identity {
+    pub fn identity(&self) -> &SocketLabel {
         &self.identity
     }
 
@@ -245,7 +245,7 @@ impl Listener {
     }
 
     /// It, as its connections know it.
-    pub fn entrance(&self) -> &Arc<Entrance> {
+    pub fn entrance(&self) -> &Arc<ListenerInfo> {
         &self.entrance
     }
 
@@ -271,34 +271,34 @@ impl fmt::Display for Listener {
 
 /// A way in, as the connections that came by it know it, on whatever thread.
 #[derive(Debug)]
-pub struct Entrance {
+pub struct ListenerInfo {
     label: String,
-    counts: Arc<EntranceCounts>,
+    counts: Arc<ListenerCounters>,
 }
 
-impl Entrance {
+impl ListenerInfo {
     /// Nobody has come in yet.
-    pub fn new(identity: &Identity) -> Arc<Self> {
-        Self::counted_among(identity, Arc::default())
+    pub fn new(identity: &SocketLabel) -> Arc<Self> {
+        Self::with_counters(identity, Arc::default())
     }
 
     /// One whose connections are counted together with others.
-    pub fn counted_among(identity: &Identity, counts: Arc<EntranceCounts>) -> Arc<Self> {
+    pub fn with_counters(identity: &SocketLabel, counts: Arc<ListenerCounters>) -> Arc<Self> {
         Arc::new(Self { label: identity.to_string(), counts })
     }
 
     /// What has happened here.
-    pub fn counts(&self) -> &Arc<EntranceCounts> {
+    pub fn counts(&self) -> &Arc<ListenerCounters> {
         &self.counts
     }
 
     /// One more has come in, and is not over.
-    pub fn enter(&self) -> Seat {
+    pub fn enter(&self) -> GaugeGuard {
         self.counts.open.take()
     }
 }
 
-impl fmt::Display for Entrance {
+impl fmt::Display for ListenerInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.label)
     }
@@ -322,7 +322,7 @@ fn set_options(fd: &OwnedFd, family: Family) {
 
 /// accept(2): errors of the new socket, which went away while it was queued. The next one may be
 /// there already.
-pub fn is_the_newcomers(errno: Errno) -> bool {
+pub fn is_peer_error(errno: Errno) -> bool {
     matches!(
         errno,
         Errno::CONNABORTED

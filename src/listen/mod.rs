@@ -12,33 +12,33 @@ use std::rc::Rc;
 
 use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
-use crate::listen::accepted::Connected;
-use crate::listen::activation::Inherited;
+use crate::listen::accepted::AcceptedSocket;
+use crate::listen::activation::PassedFd;
 use crate::listen::bind::open;
 use crate::listen::listener::Listener;
 use crate::listen::stored::StoredListener;
 use crate::socket::Keepalive;
-use crate::socket::address::Identity;
+use crate::socket::address::SocketLabel;
 
 /// What was passed or opened.
 #[derive(Debug)]
-pub enum Sockets {
+pub enum Sources {
     /// At least one.
     Listeners(Vec<Rc<Listener>>),
     /// Somebody who has come in already.
-    Connection(Connected),
+    Connection(AcceptedSocket),
     /// None, and none is needed: what there is to serve was stored.
     Stored,
 }
 
-impl Sockets {
+impl Sources {
     /// Takes what was passed, or opens what is asked for, unless the process before this one had.
     ///
     /// # Errors
     /// One line on what is missing, or can't be used.
     pub async fn gather(
         addresses: &[ListenAddress],
-        inherited: Vec<Inherited>,
+        inherited: Vec<PassedFd>,
         stored: &mut Vec<StoredListener>,
         has_connections: bool,
     ) -> Result<Self, String> {
@@ -68,14 +68,14 @@ impl Sockets {
         }
     }
 
-    fn adopt(mut inherited: Vec<Inherited>) -> Result<Self, String> {
-        match inherited.iter().position(Connected::is_connected) {
+    fn adopt(mut inherited: Vec<PassedFd>) -> Result<Self, String> {
+        match inherited.iter().position(AcceptedSocket::is_connected) {
             None => {
                 let listeners = inherited.into_iter().map(|it| Listener::adopt(it).map(Rc::new));
                 listeners.collect::<Result<_, _>>().map(Self::Listeners)
             }
             Some(index) if inherited.len() == 1 => {
-                Connected::adopt(inherited.remove(index)).map(Self::Connection)
+                AcceptedSocket::adopt(inherited.remove(index)).map(Self::Connection)
             }
             Some(index) => Err(format!(
                 "Passed in socket {} is connected, and has to be the only one. (It serves one \
@@ -86,7 +86,7 @@ impl Sockets {
     }
 
     /// Each as selectors know it.
-    pub fn identities(&self) -> Vec<&Identity> {
+    pub fn identities(&self) -> Vec<&SocketLabel> {
         match self {
             Self::Listeners(listeners) => listeners.iter().map(|it| it.identity()).collect(),
             Self::Connection(connection) => vec![connection.identity()],
@@ -108,9 +108,12 @@ impl Sockets {
 
 /// COMMAND can't serve an address that we have taken. (A passed socket may be of another network
 /// namespace, and then it can.)
-pub fn is_not_itself(target: &Target, listeners: &[(Rc<Listener>, usize)]) -> Result<(), String> {
+pub fn check_command_target(
+    target: &Target,
+    listeners: &[(Rc<Listener>, usize)],
+) -> Result<(), String> {
     let Target::Address(address) = target else { return Ok(()) };
-    match listeners.iter().find(|(listener, _)| listener.identity().address.answers_at(address)) {
+    match listeners.iter().find(|(listener, _)| listener.identity().address.accepts(address)) {
         Some((listener, _)) => Err(format!(
             "--listen={listener} takes the address of TARGET {target}; let COMMAND listen on \
              another."
@@ -120,14 +123,12 @@ pub fn is_not_itself(target: &Target, listeners: &[(Rc<Listener>, usize)]) -> Re
 }
 
 /// Nobody is carried back to where they came in.
-pub fn leads_elsewhere(listener: &Listener, target: &Target) -> Result<(), String> {
+pub fn check_no_loop(listener: &Listener, target: &Target) -> Result<(), String> {
     match target {
-        Target::Address(address) if listener.identity().address.answers_at(address) => {
-            Err(format!(
-                "--listen={listener} leads to itself, TARGET {target}; let the backend listen on another \
+        Target::Address(address) if listener.identity().address.accepts(address) => Err(format!(
+            "--listen={listener} leads to itself, TARGET {target}; let the backend listen on another \
              address."
-            ))
-        }
+        )),
         _ => Ok(()),
     }
 }

@@ -31,7 +31,7 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
 /// An error without Rust's "(os error N)".
-pub fn in_words(error: &io::Error) -> String {
+pub fn os_message(error: &io::Error) -> String {
     let words = error.to_string();
     match words.split_once(" (os error") {
         Some((words, _)) => words.into(),
@@ -96,7 +96,7 @@ impl Logging {
     pub fn without_stderr(level: LogLevel) -> Self {
         match Output::journal() {
             Some(journal) => Self::start_as(level, journal),
-            None => Self::start_as(LogLevel(LevelFilter::OFF), Output::Stderr(Form::Plain)),
+            None => Self::start_as(LogLevel(LevelFilter::OFF), Output::Stderr(Format::Plain)),
         }
     }
 
@@ -169,9 +169,9 @@ impl fmt::Display for Suppressed {
 
 /// The form in which lines leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
+enum Format {
     /// The journal's native protocol, with fields.
-    Journal,
+    SnapshotStore,
     /// Lines with `<N>` in front, sd-daemon(3).
     Prefixed,
     /// Lines.
@@ -181,21 +181,21 @@ enum Form {
 /// Where lines are written.
 #[derive(Debug)]
 enum Output {
-    Stderr(Form),
+    Stderr(Format),
     /// Opened at the start, when there are descriptors.
-    Journal(UnixDatagram),
+    SnapshotStore(UnixDatagram),
 }
 
 impl Output {
     fn detect() -> Self {
         if is_journal_stream() {
-            return Self::journal().unwrap_or(Self::Stderr(Form::Prefixed));
+            return Self::journal().unwrap_or(Self::Stderr(Format::Prefixed));
         }
         // systemd.exec(5): set for the process that systemd itself started.
         let pid = std::process::id().to_string();
         Self::Stderr(match env::var("SYSTEMD_EXEC_PID") {
-            Ok(started) if started == pid => Form::Prefixed,
-            _ => Form::Plain,
+            Ok(started) if started == pid => Format::Prefixed,
+            _ => Format::Plain,
         })
     }
 
@@ -203,20 +203,20 @@ impl Output {
     fn journal() -> Option<Self> {
         UnixDatagram::unbound().and_then(|socket| socket.connect(JOURNAL_SOCKET)).ok()?;
         // Not connected: a journal that is restarted is another socket of the same name.
-        UnixDatagram::unbound().ok().map(Self::Journal)
+        UnixDatagram::unbound().ok().map(Self::SnapshotStore)
     }
 
-    fn form(&self) -> Form {
+    fn form(&self) -> Format {
         match self {
             Self::Stderr(form) => *form,
-            Self::Journal(_) => Form::Journal,
+            Self::SnapshotStore(_) => Format::SnapshotStore,
         }
     }
 
     fn write(&self, line: &[u8]) -> io::Result<()> {
         match self {
             Self::Stderr(_) => io::stderr().write_all(line),
-            Self::Journal(socket) => socket.send_to(line, JOURNAL_SOCKET).map(drop),
+            Self::SnapshotStore(socket) => socket.send_to(line, JOURNAL_SOCKET).map(drop),
         }
     }
 
@@ -233,7 +233,7 @@ impl Output {
                 }
                 self.write(line)
             }
-            Self::Journal(socket) => {
+            Self::SnapshotStore(socket) => {
                 let name = SocketAddrUnix::new(JOURNAL_SOCKET)?;
                 sendto(socket, line, SendFlags::DONTWAIT | SendFlags::NOSIGNAL, &name)?;
                 Ok(())
@@ -326,7 +326,7 @@ fn write_items(output: &Output, items: &Receiver<Item>, dropped: &AtomicU64) {
     }
 }
 
-fn lines_were_dropped(lost: u64, form: Form) -> Vec<u8> {
+fn lines_were_dropped(lost: u64, form: Format) -> Vec<u8> {
     let text = format!("{lost} log lines were dropped, their reader was stuck.");
     Line { text, fields: Vec::new() }.render(form, Level::WARN)
 }
@@ -384,7 +384,7 @@ impl Visit for Line {
 }
 
 impl Line {
-    fn render(&self, form: Form, level: Level) -> Vec<u8> {
+    fn render(&self, form: Format, level: Level) -> Vec<u8> {
         let mut text = self.text.clone();
         for (name, value) in &self.fields {
             let _ = write!(text, " {name}={}", quoted(value));
@@ -398,9 +398,9 @@ impl Line {
         };
         let mut line = String::new();
         let _ = match form {
-            Form::Plain => writeln!(line, "{text}"),
-            Form::Prefixed => writeln!(line, "<{priority}>{text}"),
-            Form::Journal => {
+            Format::Plain => writeln!(line, "{text}"),
+            Format::Prefixed => writeln!(line, "<{priority}>{text}"),
+            Format::SnapshotStore => {
                 for (name, value) in &self.fields {
                     let _ = writeln!(line, "{}={}", name.to_uppercase(), one_line(value));
                 }
@@ -458,10 +458,10 @@ mod tests {
             Line { text: "cut\noff".into(), fields: vec![("client", "a\nPRIORITY=0".into())] };
         let render = |form| String::from_utf8(line.render(form, Level::WARN)).unwrap();
         let text = "cut off client=\"a\\nPRIORITY=0\"";
-        assert_eq!(render(Form::Plain), format!("{text}\n"));
-        assert_eq!(render(Form::Prefixed), format!("<4>{text}\n"));
+        assert_eq!(render(Format::Plain), format!("{text}\n"));
+        assert_eq!(render(Format::Prefixed), format!("<4>{text}\n"));
         assert_eq!(
-            render(Form::Journal),
+            render(Format::SnapshotStore),
             format!(
                 "CLIENT=a PRIORITY=0\nPRIORITY=4\nSYSLOG_IDENTIFIER=socket-proxyd\nMESSAGE={text}\n"
             )

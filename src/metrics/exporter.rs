@@ -2,7 +2,7 @@
 //!
 //! No scraper can keep others from an answer. [`SCRAPERS_MAX`] are served at a time. One more takes the place of
 //! the oldest request of the address that has the most, and gets a turn before another comes. An answer that
-//! was written waits until its scraper has taken it, in one of [`UNTAKEN_MAX`] such places, since what is only
+//! was written waits until its scraper has taken it, in one of [`UNACKED_MAX`] such places, since what is only
 //! closed stays in the kernel's memory for minutes. A request is over after two seconds, by a reset if need be.
 //! (hyper reads what they say, and at most [`REQUEST_MAX`] bytes of it.)
 
@@ -31,14 +31,14 @@ use tokio::task::{AbortHandle, JoinSet, spawn_local, yield_now};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::listen_address::MetricsAddress;
-use crate::limits::descriptors::{SCRAPERS_MAX, UNTAKEN_MAX};
-use crate::listen::activation::Inherited;
+use crate::limits::descriptors::{SCRAPERS_MAX, UNACKED_MAX};
+use crate::listen::activation::PassedFd;
 use crate::listen::bind::open;
-use crate::listen::listener::{ACCEPT_PAUSE, Listener, is_the_newcomers};
+use crate::listen::listener::{ACCEPT_PAUSE, Listener, is_peer_error};
 use crate::listen::stored::SocketFile;
-use crate::logging::{RateLimit, in_words};
+use crate::logging::{RateLimit, os_message};
 use crate::metrics::Metrics;
-use crate::metrics::openmetrics::Form;
+use crate::metrics::openmetrics::Format;
 use crate::runtime;
 use crate::runtime::start_thread;
 use crate::socket::Family;
@@ -83,7 +83,7 @@ impl Exporter {
     /// What is wrong, in words that follow the option.
     pub async fn open(
         address: &MetricsAddress,
-        inherited: &mut Vec<Inherited>,
+        inherited: &mut Vec<PassedFd>,
     ) -> Result<Self, String> {
         let listeners = match address {
             MetricsAddress::Open(address) => open(address, &mut Vec::new()).await?,
@@ -131,8 +131,8 @@ impl Exporter {
 async fn live(listeners: Vec<(OwnedFd, Family)>, metrics: Metrics) {
     let scrapers = Rc::new(Scrapers {
         metrics,
-        asking: Places::new(SCRAPERS_MAX),
-        untaken: Places::new(UNTAKEN_MAX),
+        active: TaskSet::new(SCRAPERS_MAX),
+        draining: TaskSet::new(UNACKED_MAX),
     });
     let mut accepting = JoinSet::new();
     for (fd, family) in listeners {
@@ -140,7 +140,7 @@ async fn live(listeners: Vec<(OwnedFd, Family)>, metrics: Metrics) {
     }
     while let Some(ended) = accepting.join_next().await {
         let why = match ended {
-            Ok(Err(error)) => in_words(&error),
+            Ok(Err(error)) => os_message(&error),
             Err(panic) => panic.to_string(),
         };
         tracing::error!("Failed to listen for scrapers: {why}");
@@ -202,7 +202,7 @@ impl Stream for UnixStream {
 /// As many as may be somewhere at a time. One more takes the place of the first of the peer that has the
 /// most, so that a flood from one peer is in its own way only.
 #[derive(Debug)]
-struct Places {
+struct TaskSet {
     taken: RefCell<VecDeque<(Peer, AbortHandle)>>,
     max: usize,
 }
@@ -226,7 +226,7 @@ impl Peer {
     }
 }
 
-impl Places {
+impl TaskSet {
     fn new(max: usize) -> Self {
         Self { taken: RefCell::default(), max }
     }
@@ -253,9 +253,9 @@ impl Places {
 struct Scrapers {
     metrics: Metrics,
     /// Those who have not been answered.
-    asking: Places,
+    active: TaskSet,
     /// Those whose answer is the kernel's, and not yet theirs.
-    untaken: Places,
+    draining: TaskSet,
 }
 
 impl Scrapers {
@@ -276,19 +276,19 @@ impl Scrapers {
                     let serve = async move {
                         if let Ok(stream) = timeout_at(deadline, this.serve(stream)).await {
                             let taken = async move { timeout_at(deadline, taken(stream)).await };
-                            this.untaken.take(peer, spawn_local(taken).abort_handle());
+                            this.draining.take(peer, spawn_local(taken).abort_handle());
                         }
                     };
-                    self.asking.take(peer, spawn_local(serve).abort_handle());
+                    self.active.take(peer, spawn_local(serve).abort_handle());
                     // Whoever was queued has asked already: time for the answer, before the next comes.
                     for _ in 0..TURNS {
                         yield_now().await;
                     }
                 }
-                Err(error) if Errno::from_io_error(&error).is_some_and(is_the_newcomers) => {}
+                Err(error) if Errno::from_io_error(&error).is_some_and(is_peer_error) => {}
                 Err(error) => {
                     if let Some(suppressed) = ACCEPT_FAILED.pass() {
-                        let error = in_words(&error);
+                        let error = os_message(&error);
                         tracing::warn!(
                             "Failed to accept a scraper, trying again: {error}{suppressed}"
                         );
@@ -335,7 +335,7 @@ impl Scrapers {
         }
         let accept = request.headers().get_all(ACCEPT).iter();
         let accept: Vec<_> = accept.filter_map(|value| value.to_str().ok()).collect();
-        let form = Form::accepted(&accept.join(","));
+        let form = Format::accepted(&accept.join(","));
         let mut response = Response::new(self.metrics.render(form));
         let kind = HeaderValue::from_static(form.content_type());
         response.headers_mut().insert(CONTENT_TYPE, kind);

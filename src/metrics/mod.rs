@@ -10,10 +10,10 @@ mod openmetrics;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::counters::{Dials, EntranceCounts, Histogram, Loops, Starts};
-use crate::limits::Admission;
+use crate::counters::{CommandCounters, ConnectCounters, Histogram, ListenerCounters, Loops};
+use crate::limits::ConnectionLimit;
 use crate::logging::bounded_line;
-use crate::metrics::openmetrics::{Exposition, Form, Kind};
+use crate::metrics::openmetrics::{Exposition, Format, Kind};
 
 /// Listeners, and backends, that have lines of their own.
 const SHOWN_MAX: usize = 64;
@@ -26,41 +26,41 @@ const OTHERS: &str = "others";
 /// Everything that is shown, to be read at any time on any thread.
 #[derive(Debug)]
 pub struct Metrics {
-    admission: Admission,
+    admission: ConnectionLimit,
     /// By listener and backend.
-    counts: Vec<([String; 2], Vec<Arc<EntranceCounts>>)>,
+    counts: Vec<([String; 2], Vec<Arc<ListenerCounters>>)>,
     /// Which of the plan's backends have this name.
     backends: Vec<(String, Vec<usize>)>,
-    dials: Vec<Arc<Dials>>,
+    dials: Vec<Arc<ConnectCounters>>,
     loops: Arc<Loops>,
     recovered: u64,
-    starts: Option<Arc<Starts>>,
+    starts: Option<Arc<CommandCounters>>,
     start: f64,
 }
 
 /// Where it all is.
 #[derive(Debug)]
-pub struct Sources {
+pub struct MetricsSources {
     /// The cap.
-    pub admission: Admission,
+    pub admission: ConnectionLimit,
     /// Each listener, and which backend it leads to.
-    pub listeners: Vec<(String, usize, Arc<EntranceCounts>)>,
+    pub listeners: Vec<(String, usize, Arc<ListenerCounters>)>,
     /// Connections of the process before this one that came in elsewhere.
-    pub elsewhere: Arc<EntranceCounts>,
+    pub elsewhere: Arc<ListenerCounters>,
     /// Each backend.
-    pub backends: Vec<(String, Arc<Dials>)>,
+    pub backends: Vec<(String, Arc<ConnectCounters>)>,
     /// The event loops.
     pub loops: Arc<Loops>,
     /// Connections of the process before this one.
     pub recovered: usize,
     /// COMMAND's.
-    pub starts: Option<Arc<Starts>>,
+    pub starts: Option<Arc<CommandCounters>>,
 }
 
 impl Metrics {
     /// Gives everything its name.
-    pub fn new(sources: Sources) -> Self {
-        let Sources { admission, listeners, elsewhere, backends, loops, recovered, starts } =
+    pub fn new(sources: MetricsSources) -> Self {
+        let MetricsSources { admission, listeners, elsewhere, backends, loops, recovered, starts } =
             sources;
         let name = |index: usize| backends.get(index).map_or("", |(name, _)| name).to_string();
         let counts = listeners.into_iter();
@@ -84,7 +84,7 @@ impl Metrics {
     }
 
     /// All of it, as it is now.
-    pub fn render(&self, form: Form) -> String {
+    pub fn render(&self, form: Format) -> String {
         let mut all = Exposition::new(form);
         let version = [("version", env!("CARGO_PKG_VERSION"))];
         all.family("socket_proxyd_build_info", Kind::Gauge, "The version, as a label.")
@@ -127,7 +127,7 @@ impl Metrics {
     }
 
     fn connections(&self, all: &mut Exposition) {
-        type Value = fn(&EntranceCounts) -> u64;
+        type Value = fn(&ListenerCounters) -> u64;
         let families: [(&str, Kind, &str, Value); 5] = [
             (
                 "socket_proxyd_connections_open",
@@ -211,7 +211,7 @@ impl Metrics {
             "Attempts to connect to a backend that failed, those included that only look whether it is up.",
         );
         for (backend, indexes) in &self.backends {
-            let mut sums: Vec<_> = Dials::default().failed().collect();
+            let mut sums: Vec<_> = ConnectCounters::default().failed().collect();
             for dials in dials(indexes) {
                 sums.iter_mut().zip(dials.failed()).for_each(|((_, sum), (_, its))| *sum += its);
             }
@@ -247,24 +247,26 @@ mod tests {
     use std::num::NonZeroU32;
 
     use super::*;
-    use crate::counters::Failure;
+    use crate::counters::ConnectErrorKind;
 
     fn metrics(listeners: usize, name: impl Fn(usize) -> String) -> Metrics {
         let listeners: Vec<_> = (0..listeners)
-            .map(|index| (name(index), index, Arc::<EntranceCounts>::default()))
+            .map(|index| (name(index), index, Arc::<ListenerCounters>::default()))
             .collect();
         for (_, _, counts) in &listeners {
             counts.admitted.add_one();
         }
-        let backends: Vec<_> =
-            listeners.iter().map(|(name, ..)| (name.clone(), Arc::<Dials>::default())).collect();
+        let backends: Vec<_> = listeners
+            .iter()
+            .map(|(name, ..)| (name.clone(), Arc::<ConnectCounters>::default()))
+            .collect();
         for (_, dials) in &backends {
-            dials.fail(Failure::Refused);
+            dials.fail(ConnectErrorKind::InvalidRecord);
         }
         let loops = Arc::new(Loops::default());
         loops.add(listeners.len()).carried.iter().for_each(|carried| carried.add(0, 1));
-        Metrics::new(Sources {
-            admission: Admission::new(NonZeroU32::MIN),
+        Metrics::new(MetricsSources {
+            admission: ConnectionLimit::new(NonZeroU32::MIN),
             listeners,
             elsewhere: Arc::default(),
             backends,
@@ -281,7 +283,7 @@ mod tests {
 
     #[test]
     fn the_dashboard_asks_for_what_is_there() {
-        let text = metrics(1, |_| "web".into()).render(Form::Text);
+        let text = metrics(1, |_| "web".into()).render(Format::Text);
         let dashboard = include_str!("../../docs/grafana.json");
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
         let names = dashboard.split(|c| !is_name(c));
@@ -297,7 +299,7 @@ mod tests {
 
     #[test]
     fn nothing_is_said_twice_however_sockets_are_named() {
-        let text = metrics(3, |_| "the same".into()).render(Form::OpenMetrics);
+        let text = metrics(3, |_| "the same".into()).render(Format::OpenMetrics);
         let series: Vec<_> =
             text.lines().filter_map(|line| Some(line.rsplit_once(' ')?.0)).collect();
         let unique: BTreeSet<_> = series.iter().collect();
@@ -310,7 +312,7 @@ mod tests {
     #[test]
     fn however_many_there_are_the_text_is_bounded_and_nothing_is_missing() {
         let name = |index| format!("{index}{}", "\\".repeat(4096));
-        let text = metrics(1000, name).render(Form::Text);
+        let text = metrics(1000, name).render(Format::Text);
         assert!(text.len() < 1024 * 1024, "{}", text.len());
         assert_eq!(sum(&text, "socket_proxyd_connections_total{"), 1000);
         assert_eq!(sum(&text, "socket_proxyd_bytes_total{"), 1000);

@@ -7,14 +7,14 @@ use std::fmt::{self, Write};
 
 /// A form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum Format {
     /// <https://prometheus.io/docs/specs/om/open_metrics_spec/>
     OpenMetrics,
     /// Prometheus' text format, 0.0.4.
     Text,
 }
 
-impl Form {
+impl Format {
     /// The form for a client whose `Accept:` says this.
     pub fn accepted(accept: &str) -> Self {
         let is_open = |range: &str| {
@@ -55,13 +55,13 @@ pub type Label<'a> = (&'static str, &'a str);
 /// The text, family by family.
 #[derive(Debug)]
 pub struct Exposition {
-    form: Form,
+    form: Format,
     text: String,
 }
 
 /// A family, of which samples are written.
 #[derive(Debug)]
-pub struct Family<'a> {
+pub struct MetricFamily<'a> {
     text: &'a mut String,
     name: &'static str,
     suffix: &'static str,
@@ -69,33 +69,33 @@ pub struct Family<'a> {
 
 impl Exposition {
     /// Nothing yet.
-    pub fn new(form: Form) -> Self {
+    pub fn new(form: Format) -> Self {
         Self { form, text: String::new() }
     }
 
     /// Begins a family. A name that ends in a unit has that one.
-    pub fn family(&mut self, name: &'static str, kind: Kind, help: &str) -> Family<'_> {
+    pub fn family(&mut self, name: &'static str, kind: Kind, help: &str) -> MetricFamily<'_> {
         let suffix = if kind == Kind::Counter { "_total" } else { "" };
         let (text, kind) = (&mut self.text, kind.name());
         // A String takes whatever is written.
         let _ = match self.form {
-            Form::Text => {
+            Format::Text => {
                 writeln!(text, "# HELP {name}{suffix} {help}\n# TYPE {name}{suffix} {kind}")
             }
-            Form::OpenMetrics => writeln!(text, "# TYPE {name} {kind}"),
+            Format::OpenMetrics => writeln!(text, "# TYPE {name} {kind}"),
         };
-        if self.form == Form::OpenMetrics {
+        if self.form == Format::OpenMetrics {
             if let Some(unit) = ["seconds", "bytes"].iter().find(|unit| name.ends_with(**unit)) {
                 let _ = writeln!(text, "# UNIT {name} {unit}");
             }
             let _ = writeln!(text, "# HELP {name} {help}");
         }
-        Family { text, name, suffix }
+        MetricFamily { text, name, suffix }
     }
 
     /// All of it.
     pub fn finish(mut self) -> String {
-        if self.form == Form::OpenMetrics {
+        if self.form == Format::OpenMetrics {
             self.text.push_str("# EOF\n");
         }
         self.text
@@ -112,7 +112,7 @@ impl Kind {
     }
 }
 
-impl Family<'_> {
+impl MetricFamily<'_> {
     /// Writes one number.
     pub fn sample(&mut self, labels: &[Label<'_>], value: impl fmt::Display) {
         self.line(self.suffix, labels, value);
@@ -160,7 +160,7 @@ fn canonical(bound: f64) -> String {
 mod tests {
     use super::*;
 
-    fn render(form: Form) -> String {
+    fn render(form: Format) -> String {
         let mut all = Exposition::new(form);
         let mut bytes = all.family("a_bytes", Kind::Counter, "Bytes.");
         bytes.sample(&[("of", "\"x\\\n"), ("to", "y")], 5);
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn open_metrics() {
         assert_eq!(
-            render(Form::OpenMetrics),
+            render(Format::OpenMetrics),
             r#"# TYPE a_bytes counter
 # UNIT a_bytes bytes
 # HELP a_bytes Bytes.
@@ -203,7 +203,7 @@ c 1.25
 
     #[test]
     fn the_form_from_before_it() {
-        let text = render(Form::Text);
+        let text = render(Format::Text);
         assert!(text.starts_with("# HELP a_bytes_total Bytes.\n# TYPE a_bytes_total counter\n"));
         assert!(text.contains("# TYPE b_seconds histogram\nb_seconds_bucket{"), "{text}");
         assert!(!text.contains("UNIT") && !text.contains("EOF"), "{text}");
@@ -213,9 +213,9 @@ c 1.25
     fn who_accepts_open_metrics_gets_it() {
         let prometheus =
             "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5";
-        assert_eq!(Form::accepted(prometheus), Form::OpenMetrics);
+        assert_eq!(Format::accepted(prometheus), Format::OpenMetrics);
         for accept in ["*/*", "", "application/openmetrics-text;q=0, text/plain"] {
-            assert_eq!(Form::accepted(accept), Form::Text);
+            assert_eq!(Format::accepted(accept), Format::Text);
         }
     }
 }

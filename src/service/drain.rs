@@ -7,7 +7,7 @@ use sd_notify::NotifyState;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::config::timespan::TimeSpan;
-use crate::limits::Admission;
+use crate::limits::ConnectionLimit;
 use crate::notify::Notifier;
 
 /// Between two messages to systemd.
@@ -17,9 +17,9 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const EXTENSION: Duration = Duration::from_secs(30);
 
 /// Waits until the last connection has ended, or `time` is over, and has systemd wait meanwhile.
-pub async fn drain(time: TimeSpan, admission: &Admission, notifier: &Notifier) {
+pub async fn drain(time: TimeSpan, admission: &ConnectionLimit, notifier: &Notifier) {
     let mut occupancy = admission.occupancy();
-    if time.is_zero() || occupancy.is_vacant() {
+    if time.is_zero() || occupancy.is_empty() {
         return;
     }
     let open = admission.load().open;
@@ -40,7 +40,7 @@ pub async fn drain(time: TimeSpan, admission: &Admission, notifier: &Notifier) {
     };
     tokio::select! {
         biased;
-        () = occupancy.vacant() => tracing::info!("All connections have ended."),
+        () = occupancy.wait_empty() => tracing::info!("All connections have ended."),
         () = sleep_until(deadline) => {}
         () = tell => {}
     }

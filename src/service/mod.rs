@@ -20,39 +20,39 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 
-use crate::backend::command::Application;
+use crate::backend::command::Supervisor;
 use crate::backend::command::ready::NotifyPlace;
-use crate::backend::connect::Dialer;
-use crate::backend::wait::Probing;
+use crate::backend::connect::Connector;
+use crate::backend::wait::SharedProbe;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{Overflow, ReadyMode};
 use crate::config::{CommandConfig, Config};
-use crate::connection::worker::Workers;
-use crate::connection::{Plan, Way};
-use crate::counters::{Dials, EntranceCounts, Loops};
+use crate::connection::worker::EventLoops;
+use crate::connection::{BackendSetup, Settings};
+use crate::counters::{ConnectCounters, ListenerCounters, Loops};
 use crate::forward::pipe::{self, Limits};
 use crate::handover::Handover;
-use crate::handover::journal::Kept;
-use crate::limits::descriptors::{Descriptors, Division, Uses, raise_limit};
-use crate::limits::idle::idle_for;
-use crate::limits::{Admission, Occupancy};
-use crate::listen::accepted::Connected;
-use crate::listen::activation::{Inherited, hide_descriptors};
+use crate::handover::journal::JournalEntry;
+use crate::limits::descriptors::{FdBudget, FdNeeds, FdPlan, raise_limit};
+use crate::limits::idle::wait_idle;
+use crate::limits::{ConnectionLimit, ConnectionWatch};
+use crate::listen::accepted::AcceptedSocket;
+use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
-use crate::listen::{Sockets, is_not_itself, leads_elsewhere};
-use crate::logging::{RateLimit, in_words};
+use crate::listen::{Sources, check_command_target, check_no_loop};
+use crate::logging::{RateLimit, os_message};
 use crate::metrics::exporter::Exporter;
 use crate::metrics::{self, Metrics};
 use crate::notify::Notifier;
 use crate::runtime::{catch_panic, event_loop};
 use crate::service::drain::drain;
-use crate::service::signals::{Questions, Signals};
+use crate::service::signals::{ReportSignal, Signals};
 use crate::service::status::publish_status;
 
 /// How long a client that is queued at the moment of the idle exit has to be accepted.
-const LAST_CLIENT: Duration = Duration::from_secs(1);
+const LATE_CLIENT_GRACE: Duration = Duration::from_secs(1);
 
 static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));
 
@@ -60,7 +60,7 @@ static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));
 ///
 /// # Errors
 /// One line on what kept it from starting, or on what broke.
-pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
+pub fn run(config: Config, inherited: Vec<PassedFd>) -> Result<(), String> {
     // COMMAND may need set-user-ID programs, and would inherit this.
     if config.application.is_none()
         && let Err(error) = set_no_new_privs(true)
@@ -68,15 +68,15 @@ pub fn run(config: Config, inherited: Vec<Inherited>) -> Result<(), String> {
         tracing::debug!("Failed to set PR_SET_NO_NEW_PRIVS, ignoring: {error}");
     }
     let runtime = event_loop()
-        .map_err(|error| format!("Failed to start the event loop: {}.", in_words(&error)))?;
+        .map_err(|error| format!("Failed to start the event loop: {}.", os_message(&error)))?;
     let result = runtime.block_on(live(config, inherited));
     // Drops what is left, which resets it, and leaves behind the lookups that still run.
     runtime.shutdown_background();
     result
 }
 
-async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), String> {
-    let (mut signals, mut questions) = (Signals::catch()?, Questions::catch()?);
+async fn live(config: Config, mut inherited: Vec<PassedFd>) -> Result<(), String> {
+    let (mut signals, mut questions) = (Signals::catch()?, ReportSignal::catch()?);
     let notifier = Notifier::from_environment();
 
     if config.handover.is_some() {
@@ -99,7 +99,7 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
         let sockets = {
             let has_connections = recovered.has_connections();
             let stored = &mut recovered.listeners;
-            Sockets::gather(&config.listen, inherited, stored, has_connections).await?
+            Sources::gather(&config.listen, inherited, stored, has_connections).await?
         };
         Ok::<_, String>((handover, recovered, sockets, exporter))
     };
@@ -112,7 +112,7 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
     server.take_back(recovered);
     if let Some(exporter) = &mut exporter {
         exporter.serve(server.metrics()).map_err(|error| {
-            format!("Failed to start a thread for --metrics=: {}.", in_words(&error))
+            format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
         })?;
     }
     if !drain_time.is_zero() && !notifier.has_manager() {
@@ -125,7 +125,7 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
     let _abort = server.handover.as_ref().and_then(|it| it.abort_on_panic());
     let mut tasks = server.start();
     let ended = server.serve(&mut tasks, &mut signals, &mut questions, &notifier).await;
-    let was_told = ended == Ok(End::Told);
+    let was_told = ended == Ok(StopReason::Signal);
     let drain_time = if was_told { drain_time } else { TimeSpan::new(Duration::ZERO) };
     let again = async {
         if !was_told {
@@ -134,27 +134,27 @@ async fn live(config: Config, mut inherited: Vec<Inherited>) -> Result<(), Strin
         signals.again().await;
     };
     // Who has failed has connections, too.
-    let leaves = ended != Ok(End::Idle);
+    let leaves = ended != Ok(StopReason::Idle);
     server.stop(tasks, leaves, drain_time, again, &mut questions, &notifier).await;
     ended.map(|_| ())
 }
 
 /// Why it stops serving.
 #[derive(Debug, PartialEq, Eq)]
-enum End {
+enum StopReason {
     /// By a signal.
-    Told,
+    Signal,
     /// Nobody needs it.
     Idle,
 }
 
 /// What serves, for as long as the process does.
 pub struct Server {
-    pub sources: Sources,
-    pub descriptors: Rc<Descriptors>,
-    pub admission: Admission,
-    pub workers: Rc<Workers>,
-    pub application: Option<Arc<Application>>,
+    pub sources: Routes,
+    pub descriptors: Rc<FdBudget>,
+    pub admission: ConnectionLimit,
+    pub workers: Rc<EventLoops>,
+    pub application: Option<Arc<Supervisor>>,
     pub exit_idle_time: TimeSpan,
     pub handover: Option<Arc<Handover>>,
     /// Connections of the process before this one.
@@ -162,28 +162,28 @@ pub struct Server {
     /// Whether the listeners are ours, and end with the process.
     pub has_opened: bool,
     /// That they don't.
-    pub kept_listeners: Vec<Kept>,
+    pub kept_listeners: Vec<JournalEntry>,
     /// Connections of the process before this one that came in elsewhere.
-    pub elsewhere: Arc<EntranceCounts>,
+    pub elsewhere: Arc<ListenerCounters>,
 }
 
 /// Where clients come from, each with the backend of the plan that it leads to.
-pub enum Sources {
+pub enum Routes {
     Listeners(Vec<(Rc<Listener>, usize)>),
     /// Somebody who came in before the start, until they are served; nobody will after them.
-    Connection(Option<(Connected, usize)>),
+    Connection(Option<(AcceptedSocket, usize)>),
 }
 
-impl Sources {
-    fn new(sockets: Sockets, backends: Vec<usize>) -> Self {
+impl Routes {
+    fn new(sockets: Sources, backends: Vec<usize>) -> Self {
         match sockets {
-            Sockets::Listeners(listeners) => {
+            Sources::Listeners(listeners) => {
                 Self::Listeners(listeners.into_iter().zip(backends).collect())
             }
-            Sockets::Connection(connection) => {
+            Sources::Connection(connection) => {
                 Self::Connection(Some(connection).zip(backends.first().copied()))
             }
-            Sockets::Stored => Self::Connection(None),
+            Sources::Stored => Self::Connection(None),
         }
     }
 
@@ -206,17 +206,17 @@ struct Tasks {
 impl Server {
     fn new(
         config: Config,
-        sockets: Sockets,
+        sockets: Sources,
         handover: Option<Arc<Handover>>,
         recovered: usize,
     ) -> Result<Self, String> {
         let identities = sockets.identities();
         let backends = match sockets {
             // Nobody comes in any more.
-            Sockets::Stored => Vec::new(),
+            Sources::Stored => Vec::new(),
             _ => config.targets.assign(&identities)?,
         };
-        if let Some(target) = config.targets.looks_selected(&identities) {
+        if let Some(target) = config.targets.resembles_selector(&identities) {
             tracing::warn!(
                 "TARGET {target} is taken as a whole, since it begins with / or @; one TARGET for all \
                  sockets needs no selector."
@@ -226,21 +226,21 @@ impl Server {
         if let Some(keepalive) = config.keepalive {
             sockets.keep_alive(keepalive);
         }
-        if matches!(sockets, Sockets::Connection(_)) && config.application.is_some() {
+        if matches!(sockets, Sources::Connection(_)) && config.application.is_some() {
             return Err("COMMAND serves all connections, and only one was passed in. (Write \
                         Accept=no in the .socket unit.)"
                 .into());
         }
-        if matches!(sockets, Sockets::Connection(_)) && config.metrics.is_some() {
+        if matches!(sockets, Sources::Connection(_)) && config.metrics.is_some() {
             return Err(
                 "--metrics= is for one process that serves all connections, and only one was \
                         passed in. (Write Accept=no in the .socket unit.)"
                     .into(),
             );
         }
-        let sources = Sources::new(sockets, backends);
+        let sources = Routes::new(sockets, backends);
         let threads = config.threads.get();
-        let uses = Uses {
+        let uses = FdNeeds {
             lookups: by_name,
             command: config.application.is_some(),
             threads: threads - 1,
@@ -248,12 +248,12 @@ impl Server {
             kept: handover.as_ref().is_some_and(|it| it.is_for_crashes()),
             recovered,
         };
-        let division = Division::of_this_process(config.connections_max.get(), uses)?;
+        let division = FdPlan::of_this_process(config.connections_max.get(), uses)?;
         let ways = ways(&config, division.lookups);
         let application = match (config.application, config.targets.iter().next()) {
             (Some(application), Some(target)) => {
                 if !config.listen.is_empty() {
-                    is_not_itself(target, sources.listeners())?;
+                    check_command_target(target, sources.listeners())?;
                 }
                 let descriptors = division.inherited;
                 Some(Arc::new(prepare(application, target.clone(), descriptors)?))
@@ -262,10 +262,10 @@ impl Server {
         };
         if !config.listen.is_empty() {
             sources.listeners().iter().try_for_each(|(listener, backend)| {
-                leads_elsewhere(listener, ways[*backend].dialer.target())
+                check_no_loop(listener, ways[*backend].connector.target())
             })?;
         }
-        let plan = Plan {
+        let plan = Settings {
             ways,
             backend_wait: config.backend_wait,
             application: application.clone(),
@@ -279,7 +279,7 @@ impl Server {
             loops: Arc::new(Loops::default()),
         };
         for (listener, backend) in sources.listeners() {
-            let target = plan.ways[*backend].dialer.target();
+            let target = plan.ways[*backend].connector.target();
             match &config.targets {
                 Targets::One(_) => tracing::debug!("Serving {listener}."),
                 // What a mistake in a selector would change.
@@ -300,14 +300,14 @@ impl Server {
             handover,
             sources,
             descriptors: Rc::new(match config.overflow {
-                Overflow::Refuse => Descriptors::new(division.connections),
+                Overflow::Refuse => FdBudget::new(division.connections),
                 Overflow::Wait => {
                     let max = config.connections_max.get() as usize;
-                    Descriptors::capped(division.connections, max)
+                    FdBudget::capped(division.connections, max)
                 }
             }),
-            admission: Admission::new(config.connections_max),
-            workers: Rc::new(Workers::new(plan, config.threads)),
+            admission: ConnectionLimit::new(config.connections_max),
+            workers: Rc::new(EventLoops::new(plan, config.threads)),
             application,
             exit_idle_time: config.exit_idle_time,
         })
@@ -319,8 +319,10 @@ impl Server {
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
             (listener.to_string(), *backend, Arc::clone(listener.entrance().counts()))
         };
-        let backend = |way: &Way| (way.dialer.target().to_string(), Arc::clone(way.dialer.dials()));
-        Metrics::new(metrics::Sources {
+        let backend = |way: &BackendSetup| {
+            (way.connector.target().to_string(), Arc::clone(way.connector.dials()))
+        };
+        Metrics::new(metrics::MetricsSources {
             admission: self.admission.clone(),
             listeners: self.sources.listeners().iter().map(listener).collect(),
             elsewhere: Arc::clone(&self.elsewhere),
@@ -333,13 +335,13 @@ impl Server {
 
     /// Lets clients in.
     fn start(&mut self) -> Tasks {
-        if let Sources::Connection(connection) = &mut self.sources
+        if let Routes::Connection(connection) = &mut self.sources
             && let Some((connection, backend)) = connection.take()
         {
             // It has them already.
-            match connection.into_accepted(self.descriptors.reserve_anyway()) {
+            match connection.into_accepted(self.descriptors.reserve_unchecked()) {
                 Some(mut accepted) => {
-                    accepted.slot.admit(self.admission.readmit());
+                    accepted.slot.admit(self.admission.acquire_unchecked());
                     let handover = self.handover.as_ref();
                     let journal = handover.and_then(|it| it.keep_client(&accepted.socket));
                     self.workers.serve(accepted, backend, journal);
@@ -371,9 +373,9 @@ impl Server {
         &self,
         tasks: &mut Tasks,
         signals: &mut Signals,
-        questions: &mut Questions,
+        questions: &mut ReportSignal,
         notifier: &Notifier,
-    ) -> Result<End, String> {
+    ) -> Result<StopReason, String> {
         let is_ready = Cell::new(false);
         let mut get_ready = pin!(async {
             // Clients that are queued come first: the loop finds them, and then they are accepted and
@@ -403,8 +405,8 @@ impl Server {
         };
         let end = tokio::select! {
             never = answer(questions, &self.admission, &self.workers) => match never {},
-            () = signals.stop() => End::Told,
-            () = self.idle() => End::Idle,
+            () = signals.stop() => StopReason::Signal,
+            () = self.idle() => StopReason::Idle,
             Some(ended) = tasks.accepting.join_next() => return Err(ended.unwrap_or_else(internal)),
             Some(Err(panic)) = tasks.application.join_next() => return Err(internal(panic)),
             never = told => match never {},
@@ -423,15 +425,15 @@ impl Server {
     /// gone; a client that comes while it is being stopped calls the exit off.
     async fn idle(&self) {
         let mut occupancy = self.admission.occupancy();
-        if let Sources::Connection(_) = self.sources {
-            return occupancy.vacant().await;
+        if let Routes::Connection(_) = self.sources {
+            return occupancy.wait_empty().await;
         }
-        let nobody = |occupancy: &Occupancy| {
+        let nobody = |occupancy: &ConnectionWatch| {
             let mut listeners = self.sources.listeners().iter();
-            occupancy.is_vacant() && !listeners.any(|(listener, _)| listener.has_queued())
+            occupancy.is_empty() && !listeners.any(|(listener, _)| listener.has_queued())
         };
         loop {
-            idle_for(self.exit_idle_time, &mut occupancy).await;
+            wait_idle(self.exit_idle_time, &mut occupancy).await;
             if nobody(&occupancy) {
                 let Some(application) = &self.application else { return };
                 application.halt().await;
@@ -440,7 +442,7 @@ impl Server {
                 }
                 application.resume();
             }
-            let _ = timeout(LAST_CLIENT, occupancy.turn()).await;
+            let _ = timeout(LATE_CLIENT_GRACE, occupancy.turn()).await;
         }
     }
 
@@ -452,7 +454,7 @@ impl Server {
         leaves: bool,
         drain_time: TimeSpan,
         again: impl Future<Output = ()>,
-        questions: &mut Questions,
+        questions: &mut ReportSignal,
         notifier: &Notifier,
     ) {
         // From here on newcomers wait in the kernel, for the next process; where nobody else keeps
@@ -462,7 +464,7 @@ impl Server {
             && leaves
         {
             self.leave(handover, notifier).await;
-            return self.kept_listeners.into_iter().for_each(Kept::leave);
+            return self.kept_listeners.into_iter().for_each(JournalEntry::leave);
         }
         drop(self.sources);
         let _ = notifier.send_once(&[NotifyState::Stopping]);
@@ -499,7 +501,11 @@ impl Server {
 }
 
 /// Has all connections say how they are whenever that is asked, for ever.
-async fn answer(questions: &mut Questions, admission: &Admission, workers: &Workers) -> Infallible {
+async fn answer(
+    questions: &mut ReportSignal,
+    admission: &ConnectionLimit,
+    workers: &EventLoops,
+) -> Infallible {
     loop {
         questions.next().await;
         tracing::info!("Open connections: {}.", admission.load().open);
@@ -508,17 +514,17 @@ async fn answer(questions: &mut Questions, admission: &Admission, workers: &Work
 }
 
 /// The way to each target; they share the lookups.
-fn ways(config: &Config, lookups_max: usize) -> Vec<Way> {
+fn ways(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
     let lookups = Arc::new(Semaphore::new(lookups_max));
-    let way = |target: &Target| Way {
-        dialer: Dialer::new(
+    let way = |target: &Target| BackendSetup {
+        connector: Connector::new(
             target.clone(),
             config.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),
-            Arc::new(Dials::default()),
+            Arc::new(ConnectCounters::default()),
         ),
-        probing: Probing::default(),
+        probing: SharedProbe::default(),
     };
     config.targets.iter().map(way).collect()
 }
@@ -528,23 +534,23 @@ fn prepare(
     application: CommandConfig,
     target: Target,
     descriptors: Option<u64>,
-) -> Result<Application, String> {
-    hide_descriptors().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
+) -> Result<Supervisor, String> {
+    set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
     let notify = match application.ready {
         ReadyMode::Connect => None,
         ReadyMode::Notify => Some(NotifyPlace::find()?),
     };
     let (command, idle_time) = (application.command, application.stop_idle_time);
-    Ok(Application::new(command, target, notify, idle_time, descriptors))
+    Ok(Supervisor::new(command, target, notify, idle_time, descriptors))
 }
 
 /// Lets clients in at one listener, until it breaks. A panic costs the client that it met.
 async fn admit(
     listener: Rc<Listener>,
     backend: usize,
-    descriptors: Rc<Descriptors>,
-    admission: Admission,
-    workers: Rc<Workers>,
+    descriptors: Rc<FdBudget>,
+    admission: ConnectionLimit,
+    workers: Rc<EventLoops>,
     handover: Option<Arc<Handover>>,
 ) -> String {
     let admit_one = async || {
@@ -573,7 +579,7 @@ async fn admit(
         match catch_panic(admit_one()).await {
             Some(Ok(())) => {}
             Some(Err(error)) => {
-                return format!("Failed to accept on {listener}: {}.", in_words(&error));
+                return format!("Failed to accept on {listener}: {}.", os_message(&error));
             }
             None => sleep(ACCEPT_PAUSE).await,
         }

@@ -4,9 +4,9 @@ use std::env;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use crate::backend::command::guard::Role;
+use crate::backend::command::guard::Helper;
 use crate::config::{Config, Request};
-use crate::listen::activation::{Stdin, take_inherited, take_stdin};
+use crate::listen::activation::{Stdin, take_passed_fds, take_stdin};
 use crate::logging::{LogLevel, Logging};
 use crate::runtime::dispositions;
 use crate::service;
@@ -19,11 +19,11 @@ use crate::service;
 #[expect(unsafe_code, reason = "the caller's promise is passed on")]
 pub unsafe fn run() -> ExitCode {
     // SAFETY: the caller's promise.
-    let inherited = unsafe { take_inherited() };
+    let inherited = unsafe { take_passed_fds() };
     dispositions::unblock_signals();
-    if let Some(role) = Role::of_this_process() {
+    if let Some(helper) = Helper::of_this_process() {
         let _logging = Logging::start(LogLevel::from_environment());
-        return exit_code(role.play());
+        return exit_code(helper.run());
     }
     let request = Config::parse(env::args_os());
     let level = match &request {

@@ -2,7 +2,7 @@
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::logging::in_words;
+use crate::logging::os_message;
 use crate::runtime::dispositions::was_ignored;
 
 /// SIGTERM, SIGINT and SIGHUP. The last two stay ignored if they were at the start: nohup(1) ignores
@@ -16,9 +16,9 @@ pub struct Signals {
 
 /// SIGUSR1.
 #[derive(Debug)]
-pub struct Questions(Signal);
+pub struct ReportSignal(Signal);
 
-impl Questions {
+impl ReportSignal {
     /// From now on it does not end the process.
     ///
     /// # Errors
@@ -34,7 +34,7 @@ impl Questions {
 }
 
 fn catch(kind: SignalKind) -> Result<Signal, String> {
-    signal(kind).map_err(|error| format!("Failed to wait for signals: {}.", in_words(&error)))
+    signal(kind).map_err(|error| format!("Failed to wait for signals: {}.", os_message(&error)))
 }
 
 fn catch_unless_ignored(kind: SignalKind) -> Result<Option<Signal>, String> {

@@ -7,10 +7,10 @@ use sd_notify::NotifyState;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use crate::backend::command::Application;
-use crate::backend::command::state::Phase;
-use crate::limits::{Admission, Load};
-use crate::listen::listener::Entrance;
+use crate::backend::command::Supervisor;
+use crate::backend::command::state::CommandState;
+use crate::limits::{ConnectionCounts, ConnectionLimit};
+use crate::listen::listener::ListenerInfo;
 use crate::logging::bounded_line;
 use crate::logging::bytes::Bytes;
 use crate::notify::Notifier;
@@ -32,11 +32,11 @@ const STATUS_MAX: usize = 2048;
 /// are told apart. `recovered` were taken over from the process before this one.
 pub async fn publish_status(
     notifier: &Notifier,
-    admission: &Admission,
+    admission: &ConnectionLimit,
     recovered: usize,
-    entrances: &[&Entrance],
+    entrances: &[&ListenerInfo],
     carried: impl Fn() -> u64,
-    application: Option<&Application>,
+    application: Option<&Supervisor>,
 ) {
     if !notifier.has_manager() {
         return std::future::pending().await;
@@ -44,7 +44,7 @@ pub async fn publish_status(
     let max = admission.max().get();
     let mut said = String::new();
     let mut next = Instant::now();
-    let mut phase = application.map(Application::watch);
+    let mut phase = application.map(Supervisor::watch);
     loop {
         let open = admission.load().open;
         tokio::select! {
@@ -72,7 +72,7 @@ pub async fn publish_status(
 }
 
 /// Waits for another phase; for ever if there is no application.
-async fn changed(phase: &mut Option<watch::Receiver<Phase>>) {
+async fn changed(phase: &mut Option<watch::Receiver<CommandState>>) {
     let alive = match phase {
         Some(phase) => phase.changed().await.is_ok(),
         None => false,
@@ -84,18 +84,18 @@ async fn changed(phase: &mut Option<watch::Receiver<Phase>>) {
 
 /// `2 connections of 256, 120 served, 1.2 GiB; web (127.0.0.1:80): 2; webhook: running`.
 struct Status {
-    load: Load,
+    load: ConnectionCounts,
     max: u32,
     carried: u64,
     recovered: usize,
     /// Connections at each of several listeners that have any.
     open: Vec<(String, usize)>,
-    application: Option<(String, Phase)>,
+    application: Option<(String, CommandState)>,
 }
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Load { open, served, refused } = self.load;
+        let ConnectionCounts { open, served, refused } = self.load;
         let plural = if open == 1 { "" } else { "s" };
         write!(f, "{open} connection{plural} of {}, {served} served, ", self.max)?;
         if refused > 0 {
@@ -125,17 +125,23 @@ mod tests {
     #[test]
     fn status_says_what_goes_on() {
         let status = |open, served, refused, carried| {
-            let load = Load { open, served, refused };
+            let load = ConnectionCounts { open, served, refused };
             let (recovered, open, application) = (0, Vec::new(), None);
             Status { load, max: 256, carried, recovered, open, application }.to_string()
         };
         assert_eq!(status(2, 120, 0, 1_288_490_189), "2 connections of 256, 120 served, 1.2 GiB");
         assert_eq!(status(1, 0, 3, 64), "1 connection of 256, 0 served, 3 refused, 64 bytes");
         assert_eq!(status(0, 1, 0, 1536), "0 connections of 256, 1 served, 1.5 KiB");
-        let application = Some(("webhook".to_string(), Phase::Failed(3)));
+        let application = Some(("webhook".to_string(), CommandState::Failed(3)));
         let open = vec![("web (127.0.0.1:80)".to_string(), 2), ("api (/run/a)".to_string(), 1)];
-        let status =
-            Status { load: Load::default(), max: 1, carried: 0, recovered: 0, open, application };
+        let status = Status {
+            load: ConnectionCounts::default(),
+            max: 1,
+            carried: 0,
+            recovered: 0,
+            open,
+            application,
+        };
         assert_eq!(
             status.to_string(),
             "0 connections of 1, 0 served, 0 bytes; web (127.0.0.1:80): 2; api (/run/a): 1; \
@@ -143,7 +149,7 @@ mod tests {
         );
         let open = (0..10).map(|port| (format!(":{port}"), 1)).collect();
         let status = Status {
-            load: Load::default(),
+            load: ConnectionCounts::default(),
             max: 1,
             carried: 0,
             recovered: 0,

@@ -9,22 +9,22 @@ use socket2::{SockAddr, SockRef};
 
 use crate::connection::Restored;
 use crate::handover::Handover;
-use crate::handover::journal::Kept;
-use crate::handover::replay::{Recovered, Recovery};
+use crate::handover::journal::JournalEntry;
+use crate::handover::replay::{Leftovers, RestoredRecord};
 use crate::limits::slot::Slot;
-use crate::listen::listener::{Accepted, Entrance, Listener};
+use crate::listen::listener::{Accepted, Listener, ListenerInfo};
 use crate::notify::Notifier;
 use crate::service::Server;
-use crate::socket::address::{Address, Identity};
+use crate::socket::address::{Address, SocketLabel};
 use crate::socket::{Family, abort, lasts};
 
 impl Server {
     /// Goes on with the connections of the process before this one.
-    pub fn take_back(&mut self, recovered: Recovered) {
+    pub fn take_back(&mut self, recovered: Leftovers) {
         let Some(handover) = &self.handover else { return };
         self.recovered = recovered.connections();
         // From here on it is this process's, and before any of it is moved.
-        handover.has_recovered();
+        handover.discard_replayed();
         if recovered.refused > 0 {
             tracing::warn!(
                 "Stored connections can't be taken back, closing them: {}. (They are damaged, or of another \
@@ -35,7 +35,7 @@ impl Server {
         self.sources.listeners().iter().for_each(|(listener, _)| listener.own_file());
         // Those of them that are still used are stored anew.
         recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));
-        for Recovery { content, start, kept } in recovered.pairs {
+        for RestoredRecord { content, start, kept } in recovered.pairs {
             content.endpoints.iter().for_each(|end| lasts(&end.socket));
             let [client, backend] =
                 content.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
@@ -53,9 +53,9 @@ impl Server {
                 journal: kept,
             });
         }
-        for Recovery { content: fd, kept, .. } in recovered.clients {
+        for RestoredRecord { content: fd, kept, .. } in recovered.clients {
             lasts(&fd);
-            let kept = kept.map(Kept::take_over);
+            let kept = kept.map(JournalEntry::take_over);
             let Ok(Some(family)) = Family::of(&fd) else { continue };
             let client = SockRef::from(&fd);
             let address = or_unnamed(client.peer_addr());
@@ -80,15 +80,15 @@ impl Server {
     }
 
     /// Returns a slot for a connection of the previous process, whatever the limits are now.
-    fn slot(&self, listener: &Entrance) -> Slot {
-        let mut slot = Slot::new(listener.enter(), self.descriptors.reserve_anyway());
-        slot.admit(self.admission.readmit());
+    fn slot(&self, listener: &ListenerInfo) -> Slot {
+        let mut slot = Slot::new(listener.enter(), self.descriptors.reserve_unchecked());
+        slot.admit(self.admission.acquire_unchecked());
         slot
     }
 
     /// The listener at which an accepted socket came in, as far as its own address tells, and the
     /// backend that it leads to.
-    fn way_in(&self, client: &socket2::Socket) -> (Arc<Entrance>, Option<usize>) {
+    fn way_in(&self, client: &socket2::Socket) -> (Arc<ListenerInfo>, Option<usize>) {
         let at = or_unnamed(client.local_addr());
         let listeners = self.sources.listeners();
         let find = |is_it: &dyn Fn(&Listener) -> bool| {
@@ -98,18 +98,18 @@ impl Server {
         // The same listener is of the same family; one that has taken its place may be of another, if
         // it has the same clients.
         let found = find(&|it| address(it) == at)
-            .or_else(|| find(&|it| address(it).is_any_of(&at)))
+            .or_else(|| find(&|it| address(it).covers(&at)))
             .or_else(|| {
                 let at = at.in_other_family()?;
-                find(&|it| !it.is_ipv6_only() && address(it).is_any_of(&at))
+                find(&|it| !it.is_ipv6_only() && address(it).covers(&at))
             });
         match found {
             Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
             // With one backend there is no question which.
             None => {
                 let backend = (self.workers.plan().ways.len() == 1).then_some(0);
-                let identity = Identity { name: None, address: at };
-                (Entrance::counted_among(&identity, Arc::clone(&self.elsewhere)), backend)
+                let identity = SocketLabel { name: None, address: at };
+                (ListenerInfo::with_counters(&identity, Arc::clone(&self.elsewhere)), backend)
             }
         }
     }
@@ -127,7 +127,7 @@ impl Server {
             }
         }
         self.workers.leave(handover).await;
-        let [stored, lost] = handover.left_behind();
+        let [stored, lost] = handover.stored_and_lost();
         let stored = stored.saturating_sub(listening);
         let status = format!("Left open connections with systemd: {stored}.");
         let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);

@@ -64,7 +64,7 @@ impl Address {
 
     /// Whether a listener with this address is who answers at `target`, in the same network: at the
     /// address itself, or, on all addresses, at the loopback one.
-    pub fn answers_at(&self, target: &Self) -> bool {
+    pub fn accepts(&self, target: &Self) -> bool {
         match (self, target) {
             (Self::Inet(ours), Self::Inet(theirs)) => {
                 // To connect(2) the unspecified address is the loopback one of its family.
@@ -86,7 +86,7 @@ impl Address {
     }
 
     /// For the message with `error`: what may be the matter with vsock.
-    pub fn hint_at(&self, error: &io::Error) -> &'static str {
+    pub fn hint(&self, error: &io::Error) -> &'static str {
         match (self, Errno::from_io_error(error)) {
             (Self::Vsock { .. }, Some(Errno::AFNOSUPPORT)) => {
                 " (this kernel has no vsock, or RestrictAddressFamilies= forbids it)"
@@ -100,7 +100,7 @@ impl Address {
     }
 
     /// Whether it is every address that this machine has in its family.
-    pub fn is_any(&self) -> bool {
+    pub fn is_unspecified(&self) -> bool {
         match self {
             Self::Inet(address) => address.ip().to_canonical().is_unspecified(),
             Self::Unix(_) => false,
@@ -118,8 +118,8 @@ impl Address {
 
     /// Whether it is every address of a family, and `other` is one of them. An IPv4 client of a
     /// dual-stack listener has an IPv6 address, `::ffff:a.b.c.d`.
-    pub fn is_any_of(&self, other: &Self) -> bool {
-        self.is_any()
+    pub fn covers(&self, other: &Self) -> bool {
+        self.is_unspecified()
             && match (self, other) {
                 (Self::Inet(any), Self::Inet(other)) => {
                     any.port() == other.port() && any.is_ipv4() == other.is_ipv4()
@@ -164,7 +164,7 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
 
 /// A socket as selectors and messages know it.
 #[derive(Clone, Debug)]
-pub struct Identity {
+pub struct SocketLabel {
     /// The name it was passed with; none if it was opened here.
     pub name: Option<String>,
     /// Its own address.
@@ -172,7 +172,7 @@ pub struct Identity {
 }
 
 /// `name (address)` for a passed socket, the address for one opened here.
-impl fmt::Display for Identity {
+impl fmt::Display for SocketLabel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
             Some(name) => write!(f, "{name} ({})", self.address),
@@ -282,16 +282,16 @@ mod tests {
             ("0.0.0.0:80", "192.0.2.1:80", false),
             ("127.0.0.1:80", "0.0.0.0:80", true),
         ] {
-            assert_eq!(inet(listener).answers_at(&inet(target)), answers, "{listener} {target}");
+            assert_eq!(inet(listener).accepts(&inet(target)), answers, "{listener} {target}");
         }
         let unnamed = Address::Unix(None);
-        assert!(!unnamed.answers_at(&unnamed));
+        assert!(!unnamed.accepts(&unnamed));
     }
 
     #[test]
     fn a_wildcard_is_any_of_its_own_family() {
         let inet = |text: &str| Address::Inet(text.parse().unwrap());
-        for (any, other, is_any_of) in [
+        for (any, other, covers) in [
             ("0.0.0.0:80", "127.0.0.1:80", true),
             ("0.0.0.0:80", "127.0.0.1:81", false),
             ("[::]:80", "127.0.0.1:80", false),
@@ -300,7 +300,7 @@ mod tests {
             ("[::]:80", "[::1]:80", true),
             ("127.0.0.1:80", "127.0.0.1:80", false),
         ] {
-            assert_eq!(inet(any).is_any_of(&inet(other)), is_any_of, "{any} {other}");
+            assert_eq!(inet(any).covers(&inet(other)), covers, "{any} {other}");
         }
         let (ipv4, mapped) = (inet("127.0.0.1:80"), inet("[::ffff:127.0.0.1]:80"));
         assert_eq!(ipv4.in_other_family().as_ref(), Some(&mapped));

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use dns_lookup::{AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use crate::logging::in_words;
+use crate::logging::os_message;
 use crate::socket::host_port::HostPort;
 
 /// Why there is no address.
@@ -51,7 +51,7 @@ pub async fn resolve(
     std::thread::Builder::new()
         .name("resolve".into())
         .spawn(lookup)
-        .map_err(|error| failed((format!("no thread to ask: {}", in_words(&error)), true)))?;
+        .map_err(|error| failed((format!("no thread to ask: {}", os_message(&error)), true)))?;
     let addresses = answered
         .await
         .map_err(|_| failed(("the lookup was given up".into(), false)))?

@@ -1,4 +1,4 @@
-//! Units to files: all of them or none, and never over what somebody else has written.
+//! Plan to files: all of them or none, and never over what somebody else has written.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind, Write};
@@ -7,19 +7,16 @@ use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
-use crate::logging::in_words;
+use crate::logging::os_message;
 use crate::unit_writer::render::UnitFile;
 use crate::unit_writer::stamp::Origin;
 
-/// What was at a file's place.
+/// What was in a file's place before it was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Before {
-    /// Nothing.
-    Nothing,
-    /// The same.
-    Same,
-    /// Something else.
-    Other,
+pub enum Existing {
+    Missing,
+    Identical,
+    Different,
 }
 
 /// Where systemd looks for a unit, the first before the others ("System Unit Search Path" in
@@ -44,7 +41,7 @@ const SEARCH_PATH: [&str; 13] = [
 ///
 /// # Errors
 /// One line that names the file.
-pub fn write(files: &[UnitFile], directory: &Path, force: bool) -> Result<Vec<Before>, String> {
+pub fn write(files: &[UnitFile], directory: &Path, force: bool) -> Result<Vec<Existing>, String> {
     // Whatever can fail comes before the first of them is in its place.
     if !force {
         files.iter().try_for_each(|file| look_elsewhere(&file.path, directory, &SEARCH_PATH))?;
@@ -52,14 +49,14 @@ pub fn write(files: &[UnitFile], directory: &Path, force: bool) -> Result<Vec<Be
     let before = files.iter().map(|file| look(&directory.join(&file.path), &file.text, force));
     let before = before.collect::<Result<Vec<_>, _>>()?;
     let mut prepared = Vec::new();
-    for (file, before) in files.iter().zip(&before).filter(|(_, it)| **it != Before::Same) {
+    for (file, before) in files.iter().zip(&before).filter(|(_, it)| **it != Existing::Identical) {
         let path = directory.join(&file.path);
         let new = prepare(&path, &file.text).map_err(|error| failed("write", &path, &error))?;
         prepared.push((new, path, *before));
     }
     for (new, path, before) in prepared {
         let placed = match before {
-            Before::Nothing => new.persist_noclobber(&path),
+            Existing::Missing => new.persist_noclobber(&path),
             _ => new.persist(&path),
         };
         placed.map_err(|error| failed("write", &path, &error.error))?;
@@ -69,7 +66,7 @@ pub fn write(files: &[UnitFile], directory: &Path, force: bool) -> Result<Vec<Be
 
 /// What was written for the same proxy before, and is not needed any more.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Left {
+pub struct Leftovers {
     /// Drop-ins beside other services than its own, which are gone now.
     pub removed: Vec<PathBuf>,
     /// Those that somebody has changed since.
@@ -88,15 +85,15 @@ pub fn clear(
     unit: &str,
     metrics: &str,
     directory: &Path,
-) -> Result<Left, String> {
-    let mut left = Left::default();
+) -> Result<Leftovers, String> {
+    let mut left = Leftovers::default();
     let is_needed = |name: &Path| files.iter().any(|file| file.path == name);
     // A pipe or a device has no end.
     let is_file = |path: &Path| fs::symlink_metadata(path).is_ok_and(|it| it.is_file());
     let read = |path: &Path| is_file(path).then(|| fs::read_to_string(path).ok()).flatten();
     let origin = |path: &Path| read(path).map(|text| Origin::of(&text));
     let path = directory.join(metrics);
-    if !is_needed(Path::new(metrics)) && !matches!(origin(&path), None | Some(Origin::Theirs)) {
+    if !is_needed(Path::new(metrics)) && !matches!(origin(&path), None | Some(Origin::Foreign)) {
         left.metrics = Some(path);
     }
     let entries = fs::read_dir(directory).map_err(|error| failed("list", directory, &error))?;
@@ -108,14 +105,14 @@ pub fn clear(
         }
         let path = directory.join(name);
         match origin(&path) {
-            Some(Origin::Ours) => {
+            Some(Origin::Generated) => {
                 fs::remove_file(&path).map_err(|error| failed("remove", &path, &error))?;
                 // Others may have drop-ins there.
                 let _ = fs::remove_dir(entry.path());
                 left.removed.push(path);
             }
-            Some(Origin::Changed) => left.changed.push(path),
-            Some(Origin::Theirs) | None => {}
+            Some(Origin::Modified) => left.changed.push(path),
+            Some(Origin::Foreign) | None => {}
         }
     }
     Ok(left)
@@ -132,7 +129,7 @@ fn look_elsewhere(name: &Path, directory: &Path, search_path: &[&str]) -> Result
         let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
         let is_mask = fs::read_link(&path).is_ok_and(|to| to == Path::new("/dev/null"));
         let is_ours = metadata.is_file()
-            && fs::read_to_string(&path).is_ok_and(|text| Origin::of(&text) != Origin::Theirs);
+            && fs::read_to_string(&path).is_ok_and(|text| Origin::of(&text) != Origin::Foreign);
         let why = match () {
             () if is_mask => "is a mask (systemctl unmask, or unmask --runtime, removes it)",
             // The same directory by another name, or what was written there before.
@@ -145,22 +142,22 @@ fn look_elsewhere(name: &Path, directory: &Path, search_path: &[&str]) -> Result
     Ok(())
 }
 
-fn look(path: &Path, text: &str, force: bool) -> Result<Before, String> {
+fn look(path: &Path, text: &str, force: bool) -> Result<Existing, String> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Before::Nothing),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Existing::Missing),
         Err(error) => return Err(failed("look at", path, &error)),
     };
     // A link is somebody's: systemctl mask makes one.
     let found = if metadata.is_file() { fs::read_to_string(path).ok() } else { None };
-    let origin = found.as_deref().map_or(Origin::Theirs, Origin::of);
+    let origin = found.as_deref().map_or(Origin::Foreign, Origin::of);
     let why = match origin {
         _ if metadata.is_dir() => "is a directory",
-        _ if found.as_deref() == Some(text) => return Ok(Before::Same),
-        _ if force => return Ok(Before::Other),
-        Origin::Ours => return Ok(Before::Other),
-        Origin::Changed => "has been changed since it was written",
-        Origin::Theirs => "is there, and not written by this program",
+        _ if found.as_deref() == Some(text) => return Ok(Existing::Identical),
+        _ if force => return Ok(Existing::Different),
+        Origin::Generated => return Ok(Existing::Different),
+        Origin::Modified => "has been changed since it was written",
+        Origin::Foreign => "is there, and not written by this program",
     };
     let hint = if metadata.is_dir() { "" } else { " (--force replaces it.)" };
     Err(format!("{} {why}; nothing was written.{hint}", path.display()))
@@ -185,7 +182,7 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> String {
         ErrorKind::PermissionDenied => " (Run it as root.)",
         _ => "",
     };
-    format!("Failed to {what} {}: {}.{hint}", path.display(), in_words(error))
+    format!("Failed to {what} {}: {}.{hint}", path.display(), os_message(error))
 }
 
 #[cfg(test)]
@@ -200,10 +197,10 @@ mod tests {
             |name: &str, text: &str| UnitFile { path: name.into(), text: mark("a", "b", text) };
         let files = [file("a.socket", "1"), file("b.service.d/c.conf", "2")];
         let write = |files: &[UnitFile], force| write(files, directory.path(), force);
-        assert_eq!(write(&files, false), Ok(vec![Before::Nothing; 2]));
-        assert_eq!(write(&files, false), Ok(vec![Before::Same; 2]));
+        assert_eq!(write(&files, false), Ok(vec![Existing::Missing; 2]));
+        assert_eq!(write(&files, false), Ok(vec![Existing::Identical; 2]));
         let changed = [file("a.socket", "3"), file("b.service.d/c.conf", "2")];
-        assert_eq!(write(&changed, false), Ok(vec![Before::Other, Before::Same]));
+        assert_eq!(write(&changed, false), Ok(vec![Existing::Different, Existing::Identical]));
         let path = |name: &str| directory.path().join(name);
         let read = |name: &str| fs::read_to_string(path(name)).unwrap();
         assert_eq!(read("a.socket"), changed[0].text);
@@ -219,7 +216,7 @@ mod tests {
             assert!(error.contains(&format!("c.conf {why}; nothing was written.")), "{error}");
             assert_eq!(read("a.socket"), changed[0].text, "none or all");
         }
-        assert_eq!(write(&files, true), Ok(vec![Before::Other; 2]));
+        assert_eq!(write(&files, true), Ok(vec![Existing::Different; 2]));
         assert_eq!(read("b.service.d/c.conf"), files[1].text);
 
         // As systemctl mask does.
@@ -269,16 +266,17 @@ mod tests {
         fs::create_dir(path("pipe.service.d")).unwrap();
         let pipe = path("pipe.service.d/a.conf");
         rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
-        let expected = Left { removed: vec![path("old.service.d/a.conf")], ..Left::default() };
+        let expected =
+            Leftovers { removed: vec![path("old.service.d/a.conf")], ..Leftovers::default() };
         assert_eq!(clear(), expected);
         assert!(!directory.path().join("old.service.d").exists());
         assert!(directory.path().join("theirs.service.d/a.conf").exists());
-        assert_eq!(clear(), Left::default());
+        assert_eq!(clear(), Leftovers::default());
         let changed = mark("a", "b", "[Unit]\n") + "# changed\n";
         fs::write(path("theirs.service.d/a.conf"), changed).unwrap();
         fs::write(path("a-metrics.socket"), mark("a", "b", "[Socket]\n")).unwrap();
         let changed = vec![path("theirs.service.d/a.conf")];
         let metrics = Some(path("a-metrics.socket"));
-        assert_eq!(clear(), Left { removed: vec![], changed, metrics });
+        assert_eq!(clear(), Leftovers { removed: vec![], changed, metrics });
     }
 }

@@ -4,7 +4,7 @@
 //! into files:
 //!
 //! ```text
-//! Arguments -> Units -> UnitFile  -> Before
+//! Arguments -> Plan -> UnitFile  -> Existing
 //! arguments,   plan     render,      files
 //! values                stamp, escape
 //! ```
@@ -25,14 +25,14 @@ use std::path::{Path, PathBuf};
 
 use arguments::Arguments;
 use escape::shell_word;
-use files::Before;
-use plan::{Starts, Units};
+use files::Existing;
+use plan::{OnFirstClient, Plan};
 use render::{UnitFile, metrics_unit, own_directory, quoted};
 use values::{HOMES, TEMPORARY, UNIT_DIRECTORIES};
 
 use crate::config::command::CommandLine;
 use crate::config::parser::Parsed;
-use crate::logging::in_words;
+use crate::logging::os_message;
 
 /// Where packages put the proxy.
 const PROGRAM: &str = "/usr/bin/socket-proxyd";
@@ -46,7 +46,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
         Parsed::Print(text) => print(&mut io::stdout(), &text),
         Parsed::Arguments(mut arguments) => {
             let (directory, force) = (arguments.write.take(), arguments.force);
-            let units = Units::new(arguments)?;
+            let units = Plan::new(arguments)?;
             let files = render::files(&units, &program())?;
             match directory {
                 None => {
@@ -63,9 +63,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
                     let mut text = String::new();
                     for (file, before) in files.iter().zip(&before) {
                         let what = match before {
-                            Before::Nothing => "Wrote",
-                            Before::Other => "Replaced",
-                            Before::Same => "Already there:",
+                            Existing::Missing => "Wrote",
+                            Existing::Different => "Replaced",
+                            Existing::Identical => "Already there:",
                         };
                         text += &format!("{what} {}\n", directory.join(&file.path).display());
                     }
@@ -90,8 +90,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
 }
 
 /// Says what may be wrong, as far as this machine is the one that the units are for.
-fn note(units: &Units) -> Result<(), String> {
-    let Starts::Command(words) = &units.starts else { return Ok(()) };
+fn note(units: &Plan) -> Result<(), String> {
+    let OnFirstClient::Command(words) = &units.starts else { return Ok(()) };
     if let Some(directory) = own_directory(units).filter(|directory| directory.exists()) {
         let note = format!(
             "Note: {} is there, and becomes the unit's, which removes it when it stops.\n",
@@ -128,10 +128,10 @@ fn lost_its_proxy(drop_in: &Path) -> String {
 
 /// What to type now.
 fn next(
-    units: &Units,
+    units: &Plan,
     files: &[UnitFile],
     directory: &Path,
-    before: &[Before],
+    before: &[Existing],
     left_metrics: Option<&Path>,
 ) -> String {
     let unit = &units.unit;
@@ -157,11 +157,11 @@ fn next(
         }
         commands.push(format!("rm {}", shell_word(path.as_os_str().as_bytes())));
     }
-    if let Starts::Service(started) = &units.starts {
+    if let OnFirstClient::Service(started) = &units.starts {
         commands.push(format!("systemctl disable --now {}", quoted(started)));
     }
     let runtime = if directory == Path::new(UNIT_DIRECTORIES[1]) { "--runtime " } else { "" };
-    if before.contains(&Before::Other) || left_metrics.is_some() {
+    if before.contains(&Existing::Different) || left_metrics.is_some() {
         commands.push("systemctl daemon-reload".into());
         commands.push(format!("systemctl enable {runtime}{sockets}"));
         commands.push(format!("systemctl stop {service}"));
@@ -174,7 +174,7 @@ fn next(
 
 fn print(to: &mut impl Write, text: &str) -> Result<(), String> {
     let written = to.write_all(text.as_bytes());
-    written.map_err(|error| format!("Failed to write: {}.", in_words(&error)))
+    written.map_err(|error| format!("Failed to write: {}.", os_message(&error)))
 }
 
 #[cfg(test)]
@@ -182,12 +182,12 @@ mod tests {
     use super::*;
     use crate::unit_writer::values::PROGRAM;
 
-    fn parse(line: &str) -> Result<(Units, Option<PathBuf>), String> {
+    fn parse(line: &str) -> Result<(Plan, Option<PathBuf>), String> {
         let args = std::iter::once("socket-proxyd-units").chain(line.split(' '));
         match Arguments::read(args.map(OsString::from))? {
             Parsed::Arguments(mut arguments) => {
                 let directory = arguments.write.take();
-                Ok((Units::new(arguments)?, directory))
+                Ok((Plan::new(arguments)?, directory))
             }
             Parsed::Print(text) => Err(text),
         }

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use crate::config::listen_address::ListenAddress;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
-use crate::socket::address::Identity;
+use crate::socket::address::SocketLabel;
 use crate::unit_writer::arguments::Arguments;
 use crate::unit_writer::escape::{shell_word, unit_name};
 use crate::unit_writer::values::{PROGRAM, address, check_command, check_socket};
@@ -16,7 +16,7 @@ const NAME_MAX: usize = 255 - "-proxy.service.d".len();
 
 /// A proxy that is to have units, checked.
 #[derive(Debug)]
-pub struct Units {
+pub struct Plan {
     /// As it was given.
     pub name: String,
     /// The name of its units, without suffixes.
@@ -28,7 +28,7 @@ pub struct Units {
     /// The backends.
     pub targets: Vec<Target>,
     /// What they start.
-    pub starts: Starts,
+    pub starts: OnFirstClient,
     pub idle: Option<String>,
     pub user: Option<String>,
     pub group: Option<String>,
@@ -36,7 +36,7 @@ pub struct Units {
     pub metrics: Option<String>,
 }
 
-impl Units {
+impl Plan {
     /// Checks what only all of it together can tell.
     ///
     /// # Errors
@@ -87,26 +87,26 @@ impl Units {
             (Some(service), None) if service == format!("{unit}.service") => {
                 return Err(format!("--service={service} is the proxy's own name."));
             }
-            (Some(service), None) => Starts::Service(service),
+            (Some(service), None) => OnFirstClient::Service(service),
             (None, Some(words)) => {
                 let Targets::One(target) = &targets else {
                     return Err("A COMMAND serves one --target=, without a selector.".into());
                 };
                 check_command(&words)?;
                 check_socket(target, &name)?;
-                Starts::Command(words)
+                OnFirstClient::Command(words)
             }
-            (None, None) => Starts::Nothing,
+            (None, None) => OnFirstClient::Nothing,
         };
         if arguments.metrics.is_some()
             && arguments.idle.is_some()
-            && matches!(starts, Starts::Nothing)
+            && matches!(starts, OnFirstClient::Nothing)
         {
             return Err("--idle= can't be had with the --metrics= of a bridge: whoever scrapes would start it \
                         again, and its counters with it."
                 .into());
         }
-        if arguments.metrics.is_some() && matches!(starts, Starts::Service(_)) {
+        if arguments.metrics.is_some() && matches!(starts, OnFirstClient::Service(_)) {
             return Err("--metrics= can't be had with --service=: whoever scrapes would start the service. \
                         (Give the proxy its own --metrics= in ExecStart=, which answers while it runs.)"
                 .into());
@@ -137,7 +137,7 @@ impl Units {
             option("listen", OsStr::new(listen));
         }
         self.target_words.iter().for_each(|target| option("target", target));
-        if let Starts::Service(service) = &self.starts {
+        if let OnFirstClient::Service(service) = &self.starts {
             option("service", OsStr::new(service));
         }
         for (name, value) in [
@@ -151,7 +151,7 @@ impl Units {
             }
         }
         words.push(OsString::from(&self.name));
-        if let Starts::Command(command) = &self.starts {
+        if let OnFirstClient::Command(command) = &self.starts {
             words.push("--".into());
             words.extend(command.iter().cloned());
         }
@@ -166,7 +166,7 @@ impl Units {
 
 /// What the first client starts.
 #[derive(Debug)]
-pub enum Starts {
+pub enum OnFirstClient {
     /// Only the proxy.
     Nothing,
     /// A service that exists.
@@ -181,7 +181,7 @@ fn check_assignment(arguments: &Arguments, targets: &Targets, unit: &str) -> Res
     let identities: Vec<_> = arguments
         .listen
         .iter()
-        .map(|(listen, _)| Identity { name: name.clone(), address: address(listen) })
+        .map(|(listen, _)| SocketLabel { name: name.clone(), address: address(listen) })
         .collect();
     let scrapers = arguments.metrics.iter().map(|(listen, _)| listen);
     let all: Vec<_> = arguments.listen.iter().map(|(listen, _)| listen).chain(scrapers).collect();
@@ -193,7 +193,7 @@ fn check_assignment(arguments: &Arguments, targets: &Targets, unit: &str) -> Res
     let backends = targets.assign(&identities.iter().collect::<Vec<_>>())?;
     let leads_back = |option: &str, listen: &ListenAddress, backend: usize| {
         let Some(Target::Address(target)) = targets.iter().nth(backend) else { return Ok(()) };
-        if address(listen).answers_at(target) {
+        if address(listen).accepts(target) {
             return Err(format!(
                 "--{option}={listen} is what --target={target} leads to; let the backend listen on \
                  another address."
@@ -209,7 +209,7 @@ fn check_assignment(arguments: &Arguments, targets: &Targets, unit: &str) -> Res
         all.try_for_each(|backend| leads_back("metrics", listen, backend))?;
         let at = address(listen);
         let mut listeners = identities.iter().map(|identity| &identity.address);
-        if listeners.any(|it| it.answers_at(&at) || at.answers_at(it)) {
+        if listeners.any(|it| it.accepts(&at) || at.accepts(it)) {
             return Err(format!("--metrics={listen} is an address that clients know already."));
         }
     }

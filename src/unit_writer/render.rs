@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::config::target::Target;
 use crate::socket::address::{Address, UnixName};
 use crate::unit_writer::escape::{check_value, exec_word, shell_word, value};
-use crate::unit_writer::plan::{Starts, Units};
+use crate::unit_writer::plan::{OnFirstClient, Plan};
 use crate::unit_writer::stamp::mark;
 use crate::unit_writer::values::{HOMES, TEMPORARY};
 
@@ -15,7 +15,7 @@ const BRIDGE_WAIT: &str = "30s";
 const SERVICE_WAIT: &str = "90s";
 
 /// What neither a proxy nor most applications need. (The measure is `systemd-analyze security`.)
-const BOTH: &str = "\
+const HARDENING: &str = "\
 CapabilityBoundingSet=
 NoNewPrivileges=yes
 ProtectSystem=strict
@@ -41,7 +41,7 @@ SystemCallErrorNumber=EPERM
 ";
 
 /// What a proxy does not need beyond that.
-const PROXY: &str = "\
+const PROXY_HARDENING: &str = "\
 UMask=0777
 ProcSubset=pid
 PrivateUsers=yes
@@ -50,7 +50,7 @@ SystemCallFilter=~@privileged
 ";
 
 /// Files of an application are its own.
-const APPLICATION: &str = "UMask=0077\n";
+const COMMAND_DEFAULTS: &str = "UMask=0077\n";
 
 /// A file, below the directory of the units.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,12 +63,12 @@ pub struct UnitFile {
 ///
 /// # Errors
 /// What can't be said in a unit.
-pub fn files(units: &Units, program: &Path) -> Result<Vec<UnitFile>, String> {
+pub fn files(units: &Plan, program: &Path) -> Result<Vec<UnitFile>, String> {
     let mut paths = units.targets.iter().filter_map(path);
     let hidden = paths.find(|path| TEMPORARY.iter().any(|directory| path.starts_with(directory)));
     if let Some(path) = hidden
         && units.user.is_none()
-        && !matches!(units.starts, Starts::Command(_))
+        && !matches!(units.starts, OnFirstClient::Command(_))
     {
         return Err(format!(
             "Invalid --target={}: a dynamic user has a /tmp of its own; add --user=, or have the \
@@ -78,7 +78,7 @@ pub fn files(units: &Units, program: &Path) -> Result<Vec<UnitFile>, String> {
     }
     check_value(&units.name).map_err(|why| format!("Invalid NAME {:?}: {why}.", units.name))?;
     let title = &value(&units.name);
-    let Units { unit, listen, metrics, .. } = units;
+    let Plan { unit, listen, metrics, .. } = units;
     let command_line = units.command_line();
     let file = |name: String, text: String| UnitFile {
         text: mark(&quoted(&name), &command_line, &text),
@@ -90,7 +90,7 @@ pub fn files(units: &Units, program: &Path) -> Result<Vec<UnitFile>, String> {
         files.push(file(format!("{}.socket", metrics_unit(unit)), text));
     }
     files.push(file(format!("{unit}.service"), service(units, title, program)));
-    if let Starts::Service(service) = &units.starts {
+    if let OnFirstClient::Service(service) = &units.starts {
         files.push(UnitFile {
             path: format!("{service}.d/{unit}.conf").into(),
             text: mark(&quoted(service), &command_line, &drop_in(service)),
@@ -139,21 +139,21 @@ fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>)
     )
 }
 
-fn service(units: &Units, title: &str, program: &Path) -> String {
-    let Units { unit, starts, idle, user, group, metrics, .. } = units;
+fn service(units: &Plan, title: &str, program: &Path) -> String {
+    let Plan { unit, starts, idle, user, group, metrics, .. } = units;
     let ends = match idle.as_deref() {
         None | Some("infinity") => "which then stays".to_string(),
         Some(idle) => format!("which is stopped when nobody has been connected for {idle}"),
     };
     let mut text = match starts {
-        Starts::Nothing => "# It starts with the first client.\n".to_string(),
-        Starts::Service(service) => format!(
+        OnFirstClient::Nothing => "# It starts with the first client.\n".to_string(),
+        OnFirstClient::Service(service) => format!(
             "# The first client starts this and {service},\n\
              # {ends}.\n\
              # Nothing else should start it: systemctl disable --now {}\n",
             quoted(service)
         ),
-        Starts::Command(_) => format!(
+        OnFirstClient::Command(_) => format!(
             "# The first client starts this and the program behind the two dashes,\n\
              # {ends}.\n\
              # It has to listen at the address in front of the dashes and to stay in the foreground; if it\n\
@@ -170,7 +170,9 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
          Description=Proxy in front of {title}\n\
          Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n"
     );
-    if !matches!(starts, Starts::Command(_)) && idle.as_deref().is_some_and(|it| it != "infinity") {
+    if !matches!(starts, OnFirstClient::Command(_))
+        && idle.as_deref().is_some_and(|it| it != "infinity")
+    {
         text += "# Each idle exit is followed by a start: with a start limit, a few clients of a short idle time\n\
                  # would close the socket for good.\n\
                  StartLimitIntervalSec=0\n";
@@ -183,7 +185,7 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
         );
     }
     text += &match starts {
-        Starts::Service(service) => format!(
+        OnFirstClient::Service(service) => format!(
             "# Wanted, not required: a service that was killed is started again by its Restart=, and one\n\
              # that can't start does not take the socket down with it.\n\
              Wants={service}\n\
@@ -197,7 +199,7 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
     }
     text += "# Other options of socket-proxyd(8) go in front of the target.\n";
     text += &exec_start(units, program);
-    if let Starts::Command(_) = starts {
+    if let OnFirstClient::Command(_) = starts {
         text += "# The proxy stops the program itself, and with it whatever that has started.\nKillMode=mixed\n";
     }
     text.push('\n');
@@ -209,7 +211,7 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
         text += &format!("# It may use the target's socket.\nSupplementaryGroups={group}\n");
     }
     text += &match starts {
-        Starts::Command(_) => for_application(units),
+        OnFirstClient::Command(_) => for_application(units),
         _ => network(&units.targets, group.is_some()) + &for_proxy(&units.targets),
     };
     if user.is_some() {
@@ -219,16 +221,16 @@ fn service(units: &Units, title: &str, program: &Path) -> String {
     text
 }
 
-fn exec_start(units: &Units, program: &Path) -> String {
+fn exec_start(units: &Plan, program: &Path) -> String {
     let idle = |option: &str| {
         let idle = units.idle.as_deref().unwrap_or("infinity");
         (idle != "infinity").then(|| format!("{option}={idle}"))
     };
     let (wait, idle) = match &units.starts {
-        Starts::Nothing => (Some(BRIDGE_WAIT), idle("--exit-idle-time")),
-        Starts::Service(_) => (Some(SERVICE_WAIT), idle("--exit-idle-time")),
+        OnFirstClient::Nothing => (Some(BRIDGE_WAIT), idle("--exit-idle-time")),
+        OnFirstClient::Service(_) => (Some(SERVICE_WAIT), idle("--exit-idle-time")),
         // It has a default of its own.
-        Starts::Command(_) => (None, idle("--stop-idle-time")),
+        OnFirstClient::Command(_) => (None, idle("--stop-idle-time")),
     };
     let metrics = units.metrics.as_ref().map(|_| "--metrics=fd:metrics".to_string());
     let wait = wait.map(|wait| format!("--backend-wait={wait}"));
@@ -242,7 +244,7 @@ fn exec_start(units: &Units, program: &Path) -> String {
         line += if several { " \\\n    " } else { " " };
         line += &exec_word(word.as_bytes());
     }
-    if let Starts::Command(words) = &units.starts {
+    if let OnFirstClient::Command(words) = &units.starts {
         line += " -- \\\n   ";
         for word in words {
             line += &format!(" {}", exec_word(word.as_bytes()));
@@ -252,7 +254,7 @@ fn exec_start(units: &Units, program: &Path) -> String {
 }
 
 /// What COMMAND, and the proxy with it, may use.
-fn for_application(units: &Units) -> String {
+fn for_application(units: &Plan) -> String {
     let mut text = "# What most programs can live with. One that keeps files needs StateDirectory= (it is in\n\
                     # /var/lib, and in $STATE_DIRECTORY); whatever else it needs has to be allowed.\n"
         .to_string();
@@ -265,12 +267,12 @@ fn for_application(units: &Units) -> String {
         [Target::Address(Address::Vsock { .. })] => "RestrictAddressFamilies=AF_UNIX AF_VSOCK\n",
         _ => "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n",
     };
-    text + BOTH + APPLICATION
+    text + HARDENING + COMMAND_DEFAULTS
 }
 
 /// The directory of COMMAND's socket below /run, which is one of its own, as `values` has made sure of: it
 /// goes with the unit.
-pub fn own_directory(units: &Units) -> Option<&Path> {
+pub fn own_directory(units: &Plan) -> Option<&Path> {
     let directory = units.targets.iter().find_map(path)?.parent()?;
     directory.starts_with("/run").then_some(directory)
 }
@@ -281,7 +283,7 @@ fn for_proxy(targets: &[Target]) -> String {
         let mut paths = targets.iter().filter_map(path);
         paths.any(|path| directories.iter().any(|directory| path.starts_with(directory)))
     };
-    let mut text = [BOTH, PROXY].concat();
+    let mut text = [HARDENING, PROXY_HARDENING].concat();
     if is_below(&HOMES) {
         let needed = "# The target is below a home, or below /run/user.\nProtectHome=read-only";
         text = text.replace("ProtectHome=yes", needed);

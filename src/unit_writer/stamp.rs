@@ -22,25 +22,25 @@ pub fn mark(unit: &str, command_line: &str, text: &str) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// It was written here, and is as it was.
-    Ours,
+    Generated,
     /// It was written here, and somebody has changed it.
-    Changed,
+    Modified,
     /// Somebody else's.
-    Theirs,
+    Foreign,
 }
 
 impl Origin {
     /// Looks at a file's text.
     pub fn of(text: &str) -> Self {
         if !text.starts_with(MARK) {
-            return Self::Theirs;
+            return Self::Foreign;
         }
         let is_checksum = |line: &&str| line.starts_with(CHECKSUM);
         let found = text.lines().find(is_checksum).and_then(|line| line.strip_prefix(CHECKSUM));
         let rest: String = text.split_inclusive('\n').filter(|line| !is_checksum(line)).collect();
         match found.and_then(|found| u64::from_str_radix(found, 16).ok()) {
-            Some(found) if found == checksum(&rest) => Self::Ours,
-            _ => Self::Changed,
+            Some(found) if found == checksum(&rest) => Self::Generated,
+            _ => Self::Modified,
         }
     }
 }
@@ -59,10 +59,10 @@ mod tests {
     #[test]
     fn a_change_is_noticed() {
         let text = mark("a.socket", "socket-proxyd-units a", "[Socket]\nListenStream=1\n");
-        assert_eq!(Origin::of(&text), Origin::Ours);
-        assert_eq!(Origin::of(&text.replace("=1", "=2")), Origin::Changed);
-        assert_eq!(Origin::of(&format!("{text}#\n")), Origin::Changed);
-        assert_eq!(Origin::of("[Socket]\n"), Origin::Theirs);
+        assert_eq!(Origin::of(&text), Origin::Generated);
+        assert_eq!(Origin::of(&text.replace("=1", "=2")), Origin::Modified);
+        assert_eq!(Origin::of(&format!("{text}#\n")), Origin::Modified);
+        assert_eq!(Origin::of("[Socket]\n"), Origin::Foreign);
         assert_eq!(checksum(""), 0xcbf2_9ce4_8422_2325);
         assert_eq!(checksum("a"), 0xaf63_dc4c_8601_ec8c, "as its authors have it");
     }

@@ -40,7 +40,7 @@ use tokio::time::{Instant, sleep};
 use crate::backend::command::process::{Event, GUARD, THIS_PROGRAM};
 use crate::backend::command::ready::remove_left_behind;
 use crate::config::command::CommandLine;
-use crate::logging::in_words;
+use crate::logging::os_message;
 use crate::runtime::dispositions::hand_down;
 
 /// The name under which this program is the moment before COMMAND.
@@ -62,14 +62,14 @@ const KILLS_MAX: u32 = 100;
 
 /// What this program is beside the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub enum Helper {
     /// Started by the proxy.
     Guard,
     /// Started by the guard, to become COMMAND.
     Launch,
 }
 
-impl Role {
+impl Helper {
     /// By the name under which it was started; `None` is the proxy.
     pub fn of_this_process() -> Option<Self> {
         let name = env::args_os().next()?;
@@ -82,10 +82,10 @@ impl Role {
     ///
     /// # Errors
     /// One line on what kept it from that.
-    pub fn play(self) -> Result<(), String> {
+    pub fn run(self) -> Result<(), String> {
         match self {
             Self::Guard => guard().map_err(|error| {
-                let error = in_words(&error);
+                let error = os_message(&error);
                 format!("Failed to guard COMMAND: {error}.")
             }),
             Self::Launch => match launch(env::args_os().skip(1)) {
@@ -270,7 +270,7 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
             io::ErrorKind::NotFound => " (or the interpreter in its first line)",
             _ => "",
         };
-        let error = in_words(&error);
+        let error = os_message(&error);
         format!("Failed to execute COMMAND {program:?}{interpreter}: {error}.")
     };
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|errno| failed(errno.into()))?;

@@ -1,7 +1,7 @@
 //! COMMAND's life: started for the first client, ready, idle, stopped, and started again.
 //!
-//! One task lives it ([`Application::live`]), from top to bottom; everybody else watches the
-//! [`Phase`]. A client that needs COMMAND is counted as waiting until it is ready, and that count
+//! One task lives it ([`Supervisor::live`]), from top to bottom; everybody else watches the
+//! [`CommandState`]. A client that needs COMMAND is counted as waiting until it is ready, and that count
 //! is all that starts it.
 
 pub mod guard;
@@ -19,18 +19,18 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::backend::command::process::Run;
-use crate::backend::command::ready::{Family, NotifyPlace, NotifySocket};
-use crate::backend::command::state::Phase;
-use crate::backend::connect::DialError;
-use crate::backend::wait::{Hold, Pauses};
+use crate::backend::command::process::CommandProcess;
+use crate::backend::command::ready::{NotifyPlace, NotifySocket, ProcessTree};
+use crate::backend::command::state::CommandState;
+use crate::backend::connect::ConnectError;
+use crate::backend::wait::{BackendWait, Backoff};
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
-use crate::counters::Starts;
-use crate::limits::Occupancy;
-use crate::limits::idle::idle_for;
-use crate::logging::{RateLimit, in_words};
+use crate::counters::CommandCounters;
+use crate::limits::ConnectionWatch;
+use crate::limits::idle::wait_idle;
+use crate::logging::{RateLimit, os_message};
 use crate::socket::Socket;
 
 /// Between two attempts to start what fails, at first and at most.
@@ -58,7 +58,7 @@ static STANDING: RateLimit = RateLimit::new(1, Duration::from_secs(10));
 
 /// An application that runs only while somebody uses it.
 #[derive(Debug)]
-pub struct Application {
+pub struct Supervisor {
     command: CommandLine,
     /// What it has to serve.
     target: Target,
@@ -67,21 +67,21 @@ pub struct Application {
     stop_idle_time: TimeSpan,
     /// The soft limit on descriptors that it is given.
     descriptors: Option<u64>,
-    phase: watch::Sender<Phase>,
+    phase: watch::Sender<CommandState>,
     /// What it is that keeps clients waiting, while it is not ready.
     obstacle: Mutex<String>,
     /// Clients that need it.
     waiting: watch::Sender<usize>,
     /// Nobody is to be started, and who runs is to be stopped.
     halted: watch::Sender<bool>,
-    starts: Arc<Starts>,
+    starts: Arc<CommandCounters>,
 }
 
 /// A run of COMMAND that was ready when it was given out.
 #[derive(Debug)]
-pub struct ReadyRun(watch::Receiver<Phase>);
+pub struct ReadyGuard(watch::Receiver<CommandState>);
 
-impl ReadyRun {
+impl ReadyGuard {
     /// Waits until COMMAND is not ready any more: it has ended, or is about to be stopped.
     pub async fn over(&mut self) {
         if self.0.changed().await.is_err() {
@@ -91,10 +91,10 @@ impl ReadyRun {
 }
 
 /// A client that waits for COMMAND.
-struct Waiting<'a>(&'a Application);
+struct Waiting<'a>(&'a Supervisor);
 
 impl<'a> Waiting<'a> {
-    fn new(application: &'a Application) -> Self {
+    fn new(application: &'a Supervisor) -> Self {
         application.waiting.send_modify(|waiting| *waiting += 1);
         Self(application)
     }
@@ -106,7 +106,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-impl Application {
+impl Supervisor {
     /// `target` is what COMMAND has to serve; `notify` where it says that it is ready; `descriptors`
     /// the soft limit on them that it is given.
     pub fn new(
@@ -136,28 +136,28 @@ impl Application {
     }
 
     /// To see the phase and wait for it to change.
-    pub fn watch(&self) -> watch::Receiver<Phase> {
+    pub fn watch(&self) -> watch::Receiver<CommandState> {
         self.phase.subscribe()
     }
 
     /// How often it was started.
-    pub fn starts(&self) -> &Arc<Starts> {
+    pub fn starts(&self) -> &Arc<CommandCounters> {
         &self.starts
     }
 
     /// What keeps clients waiting; `None` when it is not COMMAND.
     pub fn obstacle(&self) -> Option<String> {
-        (*self.phase.borrow() != Phase::Ready).then(|| self.current_obstacle())
+        (*self.phase.borrow() != CommandState::Ready).then(|| self.current_obstacle())
     }
 
     /// Waits until COMMAND is ready; that somebody waits is what starts it.
     ///
     /// # Errors
     /// In words, what time can't mend.
-    pub async fn ready(&self) -> Result<ReadyRun, String> {
+    pub async fn ready(&self) -> Result<ReadyGuard, String> {
         let mut phase = self.watch();
-        if *phase.borrow_and_update() == Phase::Ready {
-            return Ok(ReadyRun(phase));
+        if *phase.borrow_and_update() == CommandState::Ready {
+            return Ok(ReadyGuard(phase));
         }
         let _waiting = Waiting::new(self);
         loop {
@@ -166,17 +166,17 @@ impl Application {
             }
             let now = *phase.borrow_and_update();
             match now {
-                Phase::Ready => return Ok(ReadyRun(phase)),
-                Phase::Hopeless => return Err(self.current_obstacle()),
+                CommandState::Ready => return Ok(ReadyGuard(phase)),
+                CommandState::Unreachable => return Err(self.current_obstacle()),
                 _ => {}
             }
         }
     }
 
-    /// Stops COMMAND and waits until it is gone; starts no other until [`Application::resume`].
+    /// Stops COMMAND and waits until it is gone; starts no other until [`Supervisor::resume`].
     pub async fn halt(&self) {
         self.halted.send_replace(true);
-        let _ = self.watch().wait_for(|phase| phase.is_at_rest()).await;
+        let _ = self.watch().wait_for(|phase| phase.is_inactive()).await;
     }
 
     /// Lets it be started again.
@@ -185,7 +185,11 @@ impl Application {
     }
 
     /// Lives its life, for ever. `occupancy` is the proxy's, for the idle time.
-    pub async fn live(self: Arc<Self>, hold: Rc<Hold>, mut occupancy: Occupancy) -> Infallible {
+    pub async fn live(
+        self: Arc<Self>,
+        hold: Rc<BackendWait>,
+        mut occupancy: ConnectionWatch,
+    ) -> Infallible {
         let mut failures = 0;
         loop {
             self.needed().await;
@@ -207,14 +211,14 @@ impl Application {
     }
 
     /// From the decision to start it to the moment when nothing of it is left.
-    async fn run(&self, hold: &Hold, occupancy: &mut Occupancy) -> End {
-        self.phase.send_replace(Phase::Starting);
+    async fn run(&self, hold: &BackendWait, occupancy: &mut ConnectionWatch) -> RunResult {
+        self.phase.send_replace(CommandState::Starting);
         let mut halted = self.halted.subscribe();
         let reason = tokio::select! {
             biased;
-            _ = halted.wait_for(|halted| *halted) => return End::Asked,
-            () = idle_for(self.stop_idle_time, occupancy) => return End::Idle,
-            reason = self.nobody_answers(hold) => match reason {
+            _ = halted.wait_for(|halted| *halted) => return RunResult::Asked,
+            () = wait_idle(self.stop_idle_time, occupancy) => return RunResult::Idle,
+            reason = self.check_target_free(hold) => match reason {
                 Ok(reason) => reason,
                 Err(end) => return end,
             },
@@ -226,7 +230,7 @@ impl Application {
         // Not earlier: what is left of it when the proxy is killed is removed by the guard.
         let notify = match self.notify.as_ref().map(NotifyPlace::open).transpose() {
             Ok(notify) => notify,
-            Err(error) => return End::Failed(error),
+            Err(error) => return RunResult::Failed(error),
         };
         let hear = async {
             match &notify {
@@ -244,22 +248,22 @@ impl Application {
     async fn run_with(
         &self,
         notify: Option<&NotifySocket>,
-        hold: &Hold,
-        occupancy: &mut Occupancy,
-    ) -> End {
+        hold: &BackendWait,
+        occupancy: &mut ConnectionWatch,
+    ) -> RunResult {
         let mut run = None;
         let mut halted = self.halted.subscribe();
         let end = tokio::select! {
             biased;
-            _ = halted.wait_for(|halted| *halted) => End::Asked,
-            () = idle_for(self.stop_idle_time, occupancy) => End::Idle,
+            _ = halted.wait_for(|halted| *halted) => RunResult::Asked,
+            () = wait_idle(self.stop_idle_time, occupancy) => RunResult::Idle,
             end = self.serve(notify, hold, &mut run) => end,
         };
         if let Some(run) = run {
             let name = &self.command;
             match end {
-                End::Asked => tracing::info!("Stopping {name}."),
-                End::Idle => {
+                RunResult::Asked => tracing::info!("Stopping {name}."),
+                RunResult::Idle => {
                     if let Some(suppressed) = LIFE.pass() {
                         let time = self.stop_idle_time;
                         tracing::info!("Stopping {name}, no connection for {time}.{suppressed}");
@@ -268,7 +272,7 @@ impl Application {
                 _ => {}
             }
             self.set_obstacle(format!("{name} is still stopping"));
-            self.phase.send_replace(Phase::Stopping);
+            self.phase.send_replace(CommandState::Stopping);
             run.stop().await;
         }
         end
@@ -278,19 +282,20 @@ impl Application {
     async fn serve(
         &self,
         notify: Option<&NotifySocket>,
-        hold: &Hold,
-        run: &mut Option<Run>,
-    ) -> End {
+        hold: &BackendWait,
+        run: &mut Option<CommandProcess>,
+    ) -> RunResult {
         let name = &self.command;
         self.starts.all.add_one();
         let start = Instant::now();
-        let failed = |error| End::Failed(format!("Failed to start {name}: {}", in_words(&error)));
-        let started = match Run::start(notify.map(NotifySocket::path)) {
+        let failed =
+            |error| RunResult::Failed(format!("Failed to start {name}: {}", os_message(&error)));
+        let started = match CommandProcess::start(notify.map(NotifySocket::path)) {
             Ok(started) => run.insert(started),
             Err(error) => return failed(error),
         };
-        let family = match started.launch(&self.command, self.descriptors).await {
-            Ok(family) => family,
+        let tree = match started.launch(&self.command, self.descriptors).await {
+            Ok(tree) => tree,
             Err(error) => return failed(error),
         };
         let reached = tokio::select! {
@@ -299,12 +304,12 @@ impl Application {
             status = started.exited() => {
                 return self.has_failed("before", status);
             }
-            reached = self.is_ready(notify, hold, family) => reached,
+            reached = self.is_ready(notify, hold, tree) => reached,
             never = self.warn_if_slow() => match never {},
         };
         let reached = match reached {
             Ok(reached) => reached,
-            Err(error) => return End::Hopeless(error),
+            Err(error) => return RunResult::Unreachable(error),
         };
         if let Some(suppressed) = LIFE.pass() {
             let took = start.elapsed().as_secs_f32();
@@ -315,34 +320,34 @@ impl Application {
         if let Some(socket) = reached {
             hold.offer(socket);
         }
-        self.phase.send_replace(Phase::Ready);
+        self.phase.send_replace(CommandState::Ready);
         let status = started.exited().await;
         if ready.elapsed() < STEADY {
             return self.has_failed("as soon as", status);
         }
-        End::Died(status)
+        RunResult::Died(status)
     }
 
-    fn has_failed(&self, when: &str, status: Option<ExitStatus>) -> End {
+    fn has_failed(&self, when: &str, status: Option<ExitStatus>) -> RunResult {
         let (name, how) = (&self.command, how(status));
         let hint = match status {
             Some(status) if status.success() => "; it has to stay in the foreground",
             _ => "",
         };
-        End::Failed(format!("{name} has ended {when} it was ready ({how}){hint}"))
+        RunResult::Failed(format!("{name} has ended {when} it was ready ({how}){hint}"))
     }
 
     /// Makes sure that it has the target for itself: why nobody answers there.
-    async fn nobody_answers(&self, hold: &Hold) -> Result<String, End> {
+    async fn check_target_free(&self, hold: &BackendWait) -> Result<String, RunResult> {
         let target = &self.target;
         self.set_obstacle(format!("Failed to connect to remote host: {target}: no answer"));
-        match timeout(FOREIGN_ANSWER, hold.dialer.dial_once()).await {
+        match timeout(FOREIGN_ANSWER, hold.connector.dial_once()).await {
             Ok(Ok(socket)) => {
                 socket.close();
-                Err(End::Foreign)
+                Err(RunResult::Foreign)
             }
-            Ok(Err(error)) if error.is_full_backlog() => Err(End::Foreign),
-            Ok(Err(error)) if !error.may_pass() => Err(End::Hopeless(error)),
+            Ok(Err(error)) if error.is_full_backlog() => Err(RunResult::Foreign),
+            Ok(Err(error)) if !error.is_transient() => Err(RunResult::Unreachable(error)),
             Ok(Err(error)) => Ok(error.reason()),
             Err(_) => Ok("no answer".into()),
         }
@@ -353,23 +358,23 @@ impl Application {
     async fn is_ready(
         &self,
         notify: Option<&NotifySocket>,
-        hold: &Hold,
-        family: Family,
-    ) -> Result<Option<Socket>, DialError> {
+        hold: &BackendWait,
+        tree: ProcessTree,
+    ) -> Result<Option<Socket>, ConnectError> {
         let name = &self.command;
         if let Some(notify) = notify {
             self.set_obstacle(format!("{name} runs, but has not sent READY=1"));
-            notify.ready(family).await;
+            notify.ready(tree).await;
             return Ok(None);
         }
-        let mut pauses = Pauses::default();
+        let mut pauses = Backoff::default();
         let mut waiting = self.waiting.subscribe();
         loop {
             pauses.next().await;
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
-            match hold.dialer.dial_once().await {
+            match hold.connector.dial_once().await {
                 Ok(socket) => return Ok(Some(socket)),
-                Err(error) if !error.may_pass() => return Err(error),
+                Err(error) if !error.is_transient() => return Err(error),
                 Err(error) => self.set_obstacle(format!("{error} ({name} runs)")),
             }
         }
@@ -390,40 +395,42 @@ impl Application {
     }
 
     /// Logs and publishes how a run has ended; how long to wait before the next.
-    fn take_note(&self, end: End, failures: &mut u32) -> Duration {
+    fn take_note(&self, end: RunResult, failures: &mut u32) -> Duration {
         let name = &self.command;
         let before = mem::take(failures);
         let (failure, phase, pause) = match end {
-            End::Asked | End::Idle => {
-                self.phase.send_replace(Phase::Stopped);
+            RunResult::Asked | RunResult::Idle => {
+                self.phase.send_replace(CommandState::Stopped);
                 return Duration::ZERO;
             }
-            End::Died(status) => {
+            RunResult::Died(status) => {
                 if let Some(suppressed) = FAILURES.pass() {
                     let how = how(status);
                     tracing::warn!(
                         "{name} has ended ({how}), the next client starts it again.{suppressed}"
                     );
                 }
-                self.phase.send_replace(Phase::Stopped);
+                self.phase.send_replace(CommandState::Stopped);
                 return Duration::ZERO;
             }
-            End::Failed(failure) => {
+            RunResult::Failed(failure) => {
                 self.starts.failed.add_one();
                 *failures = before.saturating_add(1);
                 let pause = PAUSE_FIRST * 2_u32.pow(before.min(DOUBLINGS_MAX));
-                (failure, Phase::Failed(*failures), pause.min(PAUSE_MAX))
+                (failure, CommandState::Failed(*failures), pause.min(PAUSE_MAX))
             }
-            End::Foreign => {
+            RunResult::Foreign => {
                 let target = &self.target;
                 let failure =
                     format!("Failed to start {name}: somebody else serves {target} already");
-                (failure, Phase::Occupied, LOOK_AGAIN)
+                (failure, CommandState::AddressInUse, LOOK_AGAIN)
             }
-            End::Hopeless(error) => (error.to_string(), Phase::Hopeless, LOOK_AGAIN),
+            RunResult::Unreachable(error) => {
+                (error.to_string(), CommandState::Unreachable, LOOK_AGAIN)
+            }
         };
         match phase {
-            Phase::Failed(times) => {
+            CommandState::Failed(times) => {
                 if let Some(suppressed) = FAILURES.pass() {
                     let pause = TimeSpan::new(pause);
                     tracing::error!(
@@ -452,7 +459,7 @@ impl Application {
 }
 
 /// How a run of COMMAND came to its end.
-enum End {
+enum RunResult {
     /// Halted.
     Asked,
     /// Nobody used it.
@@ -460,7 +467,7 @@ enum End {
     /// The target answers without it.
     Foreign,
     /// Time won't mend what keeps us from the target.
-    Hopeless(DialError),
+    Unreachable(ConnectError),
     /// It was never ready, or only for a moment.
     Failed(String),
     /// By itself, after it had served.

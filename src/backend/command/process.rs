@@ -20,7 +20,7 @@ use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::time::sleep;
 
-use crate::backend::command::ready::Family;
+use crate::backend::command::ready::ProcessTree;
 use crate::config::command::CommandLine;
 use crate::runtime::dispositions::hand_down;
 
@@ -74,7 +74,7 @@ impl Event {
 
 /// A run of COMMAND. Dropped, it is ended as if the proxy had been killed.
 #[derive(Debug)]
-pub struct Run {
+pub struct CommandProcess {
     control: UnixStream,
     guard: Child,
     /// Whether the guard knows what to start.
@@ -82,7 +82,7 @@ pub struct Run {
     group: Option<Pid>,
 }
 
-impl Run {
+impl CommandProcess {
     /// Starts a guard, in a process group of its own, so that a terminal's signals reach the proxy
     /// alone. It inherits standard output and error, and no other descriptor.
     ///
@@ -121,7 +121,7 @@ impl Run {
         &mut self,
         command: &CommandLine,
         limit: Option<u64>,
-    ) -> io::Result<Family> {
+    ) -> io::Result<ProcessTree> {
         let mut words = vec![limit.map_or_else(OsString::new, |limit| limit.to_string().into())];
         words.extend(command.words.iter().cloned());
         let text = words.join(OsStr::new("\0"));
@@ -131,8 +131,8 @@ impl Run {
         self.launched = true;
         self.event().await?;
         let guard = self.guard.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
-        let family = self.group.zip(guard).map(|(group, guard)| Family { group, guard });
-        family.ok_or_else(|| io::Error::other("its guard has ended"))
+        let tree = self.group.zip(guard).map(|(group, guard)| ProcessTree { group, guard });
+        tree.ok_or_else(|| io::Error::other("its guard has ended"))
     }
 
     /// Waits for the end of COMMAND itself: how it ended, or `None` when its guard did first.

@@ -25,11 +25,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use crate::logging::{RateLimit, in_words};
+use crate::logging::{RateLimit, os_message};
 use crate::socket::sys::register;
 
 /// Ancestors that are asked for; a chain of processes is no longer.
-const GENERATIONS_MAX: usize = 64;
+const ANCESTORS_MAX: usize = 64;
 
 /// Longer than any notification that is meant for us.
 const MESSAGE_MAX: usize = 4096;
@@ -76,7 +76,7 @@ impl NotifyPlace {
     /// One line on what is wrong with the directory.
     pub fn open(&self) -> Result<NotifySocket, String> {
         NotifySocket::open_in(&self.0).map_err(|error| {
-            let error = in_words(&error);
+            let error = os_message(&error);
             format!(
                 "Failed to open a socket for --ready=notify in {}: {error}; RuntimeDirectory= in \
                  the unit gives it a place.",
@@ -105,7 +105,7 @@ pub struct NotifySocket {
     io: AsyncFd<OwnedFd>,
     /// Who is listened to. While that is open, messages stay queued: COMMAND may be quicker than
     /// the news of its start.
-    family: watch::Sender<Option<Family>>,
+    tree: watch::Sender<Option<ProcessTree>>,
     /// Whether they have said that they are ready.
     ready: watch::Sender<bool>,
     path: PathBuf,
@@ -124,7 +124,7 @@ impl NotifySocket {
         socket.set_nonblocking(true)?;
         Ok(Self {
             io: register(socket.into(), Interest::READABLE)?,
-            family: watch::Sender::default(),
+            tree: watch::Sender::default(),
             ready: watch::Sender::default(),
             path,
             _directory: directory,
@@ -136,15 +136,15 @@ impl NotifySocket {
         &self.path
     }
 
-    /// Waits for `READY=1` from one of `family`.
-    pub async fn ready(&self, family: Family) {
-        self.family.send_replace(Some(family));
+    /// Waits for `READY=1` from one of `tree`.
+    pub async fn ready(&self, tree: ProcessTree) {
+        self.tree.send_replace(Some(tree));
         let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
     }
 
     /// Takes what comes, for ever.
     pub async fn hear(&self) -> Infallible {
-        let mut family = self.family.subscribe();
+        let mut tree = self.tree.subscribe();
         let (mut lookups, mut in_burst) = (Lookups::default(), 0);
         loop {
             in_burst = (in_burst + 1) % BURST;
@@ -152,7 +152,7 @@ impl NotifySocket {
                 sleep(BURST_PAUSE).await;
             }
             let mut readable = self.io.readable().await.expect("the event loop runs");
-            if family.wait_for(Option::is_some).await.is_err() {
+            if tree.wait_for(Option::is_some).await.is_err() {
                 std::future::pending().await
             }
             match self.receive(&mut lookups) {
@@ -186,13 +186,13 @@ impl NotifySocket {
         }
         let mut lines = text[..received.bytes].split(|&byte| byte == b'\n');
         let says_news = lines.any(|line| line == b"READY=1") && !*self.ready.borrow();
-        let Some((family, sender)) = self.family.borrow().zip(sender).filter(|_| says_news) else {
+        let Some((tree, sender)) = self.tree.borrow().zip(sender).filter(|_| says_news) else {
             return Ok(false);
         };
-        if !lookups.may_look(sender.pid, sender.uid, family) {
+        if !lookups.may_look(sender.pid, sender.uid, tree) {
             return Ok(false);
         }
-        let is_ours = family.has_or_warn(sender.pid);
+        let is_ours = tree.has_or_warn(sender.pid);
         if !is_ours {
             lookups.note_stranger(sender.pid);
         }
@@ -200,7 +200,7 @@ impl NotifySocket {
     }
 }
 
-/// Lookups of senders within the current second. Each costs up to [`GENERATIONS_MAX`] reads of /proc.
+/// Lookups of senders within the current second. Each costs up to [`ANCESTORS_MAX`] reads of /proc.
 ///
 /// Any user may send `READY=1` at any rate. Within a second a process that is known as a stranger is not
 /// looked up again, and a user has [`LOOKUPS_MAX`] lookups. So a flood costs little, and COMMAND, which
@@ -215,7 +215,7 @@ struct Lookups {
 }
 
 impl Lookups {
-    fn may_look(&mut self, process: Pid, user: Uid, family: Family) -> bool {
+    fn may_look(&mut self, process: Pid, user: Uid, tree: ProcessTree) -> bool {
         let now = Instant::now();
         if self.since.is_none_or(|since| now - since >= Duration::from_secs(1)) {
             *self = Self { since: Some(now), ..Self::default() };
@@ -227,7 +227,7 @@ impl Lookups {
         let lookups = match known {
             Some(index) => &mut self.users[index].1,
             // COMMAND's user is never one of the others, however many there are.
-            None if self.users.len() < USERS_MAX || family.is_of(user) => {
+            None if self.users.len() < USERS_MAX || tree.is_of(user) => {
                 self.users.push((user, 0));
                 let last = self.users.len() - 1;
                 &mut self.users[last].1
@@ -249,14 +249,14 @@ impl Lookups {
 ///
 /// A control group would do inside a unit; outside of one the whole session is in it.
 #[derive(Clone, Copy, Debug)]
-pub struct Family {
+pub struct ProcessTree {
     /// COMMAND's process group.
     pub group: Pid,
     /// The subreaper above it: whoever COMMAND has started, in whatever session, descends from it.
     pub guard: Pid,
 }
 
-impl Family {
+impl ProcessTree {
     /// Whether COMMAND, or the guard, runs as this user.
     fn is_of(self, user: Uid) -> bool {
         [self.group, self.guard].into_iter().any(|process| {
@@ -278,26 +278,26 @@ impl Family {
 
     fn has(self, process: Pid) -> bool {
         let group = Some(self.group);
-        relations(process).is_some_and(|it| it.group == group)
-            || iter::successors(Some(process), |process| relations(*process)?.parent)
-                .take(GENERATIONS_MAX)
+        proc_stat(process).is_some_and(|it| it.group == group)
+            || iter::successors(Some(process), |process| proc_stat(*process)?.parent)
+                .take(ANCESTORS_MAX)
                 .any(|ancestor| ancestor == self.guard)
     }
 }
 
 /// Where a process stands; `None` is outside of this PID namespace.
-struct Relations {
+struct ProcStat {
     parent: Option<Pid>,
     group: Option<Pid>,
 }
 
 /// proc_pid_stat(5): the fourth and the fifth field; the second is a name in parentheses, of any
 /// characters.
-fn relations(process: Pid) -> Option<Relations> {
+fn proc_stat(process: Pid) -> Option<ProcStat> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero())).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;
     let mut pids = fields.split_whitespace().skip(1).map(|pid| Pid::from_raw(pid.parse().ok()?));
-    Some(Relations { parent: pids.next()?, group: pids.next()? })
+    Some(ProcStat { parent: pids.next()?, group: pids.next()? })
 }
 
 #[cfg(test)]
@@ -315,14 +315,14 @@ mod tests {
         let mut children = [start(), start()];
         let us = rustix::process::getpid();
         let [one, other] = [&children[0], &children[1]].map(Pid::from_child);
-        assert!(Family { group: other, guard: us }.has(one), "our child");
-        assert!(!Family { group: other, guard: other }.has(one), "not its sibling's");
-        assert!(!Family { group: one, guard: one }.has(us), "not its parent");
-        assert!(Family { group: one, guard: other }.has(one), "of the group");
+        assert!(ProcessTree { group: other, guard: us }.has(one), "our child");
+        assert!(!ProcessTree { group: other, guard: other }.has(one), "not its sibling's");
+        assert!(!ProcessTree { group: one, guard: one }.has(us), "not its parent");
+        assert!(ProcessTree { group: one, guard: other }.has(one), "of the group");
         for child in &mut children {
             drop(child.stdin.take());
             child.wait().unwrap();
         }
-        assert!(!Family { group: other, guard: us }.has(one), "gone");
+        assert!(!ProcessTree { group: other, guard: us }.has(one), "gone");
     }
 }

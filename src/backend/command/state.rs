@@ -4,7 +4,7 @@ use std::fmt;
 
 /// Where COMMAND is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Phase {
+pub enum CommandState {
     /// Nothing runs.
     #[default]
     Stopped,
@@ -17,19 +17,19 @@ pub enum Phase {
     /// It has ended before it was ready, or at once after, this many times in a row.
     Failed(u32),
     /// Somebody else serves its target.
-    Occupied,
+    AddressInUse,
     /// Time won't mend what keeps us from the target.
-    Hopeless,
+    Unreachable,
 }
 
-impl Phase {
+impl CommandState {
     /// Whether nothing of it is left.
-    pub fn is_at_rest(self) -> bool {
-        matches!(self, Self::Stopped | Self::Failed(_) | Self::Occupied | Self::Hopeless)
+    pub fn is_inactive(self) -> bool {
+        matches!(self, Self::Stopped | Self::Failed(_) | Self::AddressInUse | Self::Unreachable)
     }
 }
 
-impl fmt::Display for Phase {
+impl fmt::Display for CommandState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Stopped => f.write_str("stopped"),
@@ -38,8 +38,8 @@ impl fmt::Display for Phase {
             Self::Stopping => f.write_str("stopping"),
             Self::Failed(1) => f.write_str("failed"),
             Self::Failed(times) => write!(f, "failed {times} times in a row"),
-            Self::Occupied => f.write_str("its target is served by somebody else"),
-            Self::Hopeless => f.write_str("its target can't be reached"),
+            Self::AddressInUse => f.write_str("its target is served by somebody else"),
+            Self::Unreachable => f.write_str("its target can't be reached"),
         }
     }
 }
