@@ -56,8 +56,8 @@ impl Counter {
 pub struct ListenerCounters {
     /// Connections that are not over.
     pub open: Gauge,
-    /// Those of them that are held until their backend is up.
-    pub held: Gauge,
+    /// Those of them that are waiting until their backend is up.
+    pub waiting: Gauge,
     /// Connections that were admitted.
     pub admitted: Counter,
     /// Those that were closed at the cap.
@@ -156,8 +156,8 @@ pub struct ConnectCounters {
 
 impl ConnectCounters {
     /// Counts one that did not.
-    pub fn fail(&self, failure: ConnectErrorKind) {
-        self.failed[failure as usize].add_one();
+    pub fn fail(&self, kind: ConnectErrorKind) {
+        self.failed[kind as usize].add_one();
     }
 
     /// How many did not, by why.
@@ -176,7 +176,7 @@ pub enum ConnectErrorKind {
     /// There is no way there.
     Unreachable,
     /// There is no such socket file.
-    Missing,
+    NotFound,
     /// A Unix socket's backlog is full.
     Backlog,
     /// Permissions, a firewall or a sandbox forbid it.
@@ -194,7 +194,7 @@ impl ConnectErrorKind {
         Self::InvalidRecord,
         Self::Timeout,
         Self::Unreachable,
-        Self::Missing,
+        Self::NotFound,
         Self::Backlog,
         Self::Denied,
         Self::Name,
@@ -208,7 +208,7 @@ impl ConnectErrorKind {
             Self::InvalidRecord => "refused",
             Self::Timeout => "timeout",
             Self::Unreachable => "unreachable",
-            Self::Missing => "missing",
+            Self::NotFound => "missing",
             Self::Backlog => "backlog",
             Self::Denied => "denied",
             Self::Name => "name",
@@ -293,12 +293,12 @@ mod tests {
 
     #[test]
     fn each_failure_is_counted_as_itself() {
-        let dials = ConnectCounters::default();
-        for failure in ConnectErrorKind::ALL {
-            (0..=failure as usize).for_each(|_| dials.fail(failure));
+        let counters = ConnectCounters::default();
+        for kind in ConnectErrorKind::ALL {
+            (0..=kind as usize).for_each(|_| counters.fail(kind));
         }
-        for (index, (failure, count)) in dials.failed().enumerate() {
-            assert_eq!((failure as usize, count), (index, index as u64 + 1));
+        for (index, (kind, count)) in counters.failed().enumerate() {
+            assert_eq!((kind as usize, count), (index, index as u64 + 1));
         }
     }
 }

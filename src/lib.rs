@@ -68,7 +68,7 @@ pub mod testing {
     pub use crate::forward::pipe::Limits;
     pub use crate::forward::{CloseReason, Forwarder, Outcome, Summary};
     pub use crate::handover::queue::Queue;
-    pub use crate::handover::record::{Content, Record, ids, pack};
+    pub use crate::handover::record::{Record, RecordBody, encode_message, record_ids};
     pub use crate::handover::replay::replay;
     pub use crate::listen::activation::take_passed_fds;
     pub use crate::socket::{Family, Socket};

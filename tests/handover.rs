@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use keeper::Keeper;
 use rustix::process::Signal;
-use socket_proxyd::testing::{Content, Queue, Record, ids, pack, replay};
+use socket_proxyd::testing::{Queue, Record, RecordBody, encode_message, record_ids, replay};
 use socket2::{SockAddr, Socket};
 use support::*;
 use tokio::time::Instant;
@@ -72,19 +72,19 @@ impl<'a> Proxy<'a> {
             stat.unwrap().rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
         };
         poll_until(Instant::now() + PATIENCE, stands).unwrap();
-        let parcels = stored(&self.keeper);
+        let records = stored(&self.keeper);
         self.running.signal(Signal::CONT);
-        parcels
+        records
     }
 
     /// Waits until the store holds this many parcels.
-    fn wait_until_stored(&self, parcels: usize) {
+    fn wait_until_stored(&self, records: usize) {
         let mut last = 0;
         let reached = poll_until(Instant::now() + PATIENCE, || {
             last = self.stored();
-            (last == parcels).then_some(())
+            (last == records).then_some(())
         });
-        assert!(reached.is_some(), "{last} parcels are stored, and not {parcels}");
+        assert!(reached.is_some(), "{last} records are stored, and not {records}");
     }
 }
 
@@ -96,7 +96,7 @@ fn launch(front: &Endpoint, arguments: &[String], keeper: &Keeper) -> Running {
 /// Parcels that count in the queue.
 fn stored(keeper: &Keeper) -> usize {
     let queue = queue(keeper);
-    replay(&queue.texts().unwrap(), queue.messages()).unwrap().parcels.len()
+    replay(&queue.payloads().unwrap(), queue.messages()).unwrap().records.len()
 }
 
 fn queue(keeper: &Keeper) -> Queue {
@@ -827,9 +827,9 @@ fn what_is_no_connection_is_closed_and_removed() {
             queue.append(b"what is this", &[one.as_fd()]).unwrap();
             queue.append(&[0; 4000], &[one.as_fd(); 200]).unwrap();
             // A socket without its counterpart, in its own form.
-            let client = Record { id: 1, start: 0, content: Content::Client(one.as_fd()) };
-            let sealed = client.seal();
-            let (mut bytes, fds) = pack(std::slice::from_ref(&sealed));
+            let client = Record { id: 1, start: 0, body: RecordBody::Client(one.as_fd()) };
+            let encoded = client.encode();
+            let (mut bytes, fds) = encode_message(std::slice::from_ref(&encoded));
             bytes[4 + 36] = 3;
             queue.append(&bytes, &fds).unwrap();
         }),
@@ -914,8 +914,8 @@ fn a_full_store_takes_no_more_and_all_are_served() {
     assert_eq!(proxy.lines.count("The store is full"), 1);
     proxy.signal(Signal::KILL);
     drop(proxy);
-    let kept = stored(&keeper);
-    assert!((1..60).contains(&kept), "{kept}");
+    let entry = stored(&keeper);
+    assert!((1..60).contains(&entry), "{entry}");
     let _proxy = launch(&front, &arguments, &keeper);
     keeper.wait_for("READY=1");
     let mut live = 0;
@@ -924,7 +924,7 @@ fn a_full_store_takes_no_more_and_all_are_served() {
         let is_live = served.write_all(b"?").is_ok() && matches!(client.read(&mut answer), Ok(1));
         live += usize::from(is_live);
     }
-    assert_eq!(live, kept);
+    assert_eq!(live, entry);
 }
 
 #[test]
@@ -1009,9 +1009,9 @@ fn it_grows_with_nothing_but_what_lives() {
             }
             proxy.end(end);
             // Those that were on their way out at the end, and twice what lives.
-            let texts = queue(&proxy.keeper).texts().unwrap();
-            let parcels: usize = texts.iter().map(|text| ids(text).unwrap().len()).sum();
-            assert!(parcels <= 2 * 200 + 32, "{parcels} parcels");
+            let payloads = queue(&proxy.keeper).payloads().unwrap();
+            let records: usize = payloads.iter().map(|text| record_ids(text).unwrap().len()).sum();
+            assert!(records <= 2 * 200 + 32, "{records} records");
             proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
             proxy.keeper.wait_for("READY=1");
             quiet.iter_mut().for_each(echoes);

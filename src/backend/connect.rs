@@ -47,13 +47,13 @@ pub struct Connector {
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
-    backlog: Arc<BacklogQueue>,
-    dials: Arc<ConnectCounters>,
+    on_full_backlog: Arc<BacklogQueue>,
+    counters: Arc<ConnectCounters>,
 }
 
 /// What to do about a Unix backend's full backlog.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Backlog {
+enum OnFullBacklog {
     /// Wait for the connect timeout.
     Wait,
     /// Wait for as long as the caller does.
@@ -138,7 +138,7 @@ impl ConnectError {
     }
 
     /// What it is counted as.
-    pub fn failure(&self) -> ConnectErrorKind {
+    pub fn kind(&self) -> ConnectErrorKind {
         let Self::Connect(_, error) = self else { return ConnectErrorKind::Name };
         match Errno::from_io_error(error) {
             Some(Errno::CONNREFUSED) => ConnectErrorKind::InvalidRecord,
@@ -151,7 +151,7 @@ impl ConnectError {
                 | Errno::ADDRNOTAVAIL
                 | Errno::NODEV,
             ) => ConnectErrorKind::Unreachable,
-            Some(Errno::NOENT) => ConnectErrorKind::Missing,
+            Some(Errno::NOENT) => ConnectErrorKind::NotFound,
             Some(Errno::AGAIN) => ConnectErrorKind::Backlog,
             // The last is what RestrictAddressFamilies= says.
             Some(Errno::ACCESS | Errno::PERM | Errno::AFNOSUPPORT) => ConnectErrorKind::Denied,
@@ -191,21 +191,21 @@ impl ConnectError {
 
 impl Connector {
     /// `connect_timeout` is for each address; `keepalive` for TCP backends; as many lookups run at a
-    /// time as there are places in `lookups`; all attempts are counted in `dials`.
+    /// time as there are places in `lookups`; all attempts are counted in `counters`.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
         lookups: Arc<Semaphore>,
-        dials: Arc<ConnectCounters>,
+        counters: Arc<ConnectCounters>,
     ) -> Self {
-        let backlog = Arc::new(BacklogQueue::new());
-        Self { target, connect_timeout, keepalive, lookups, backlog, dials }
+        let on_full_backlog = Arc::new(BacklogQueue::new());
+        Self { target, connect_timeout, keepalive, lookups, on_full_backlog, counters }
     }
 
     /// What has become of all attempts.
-    pub fn dials(&self) -> &Arc<ConnectCounters> {
-        &self.dials
+    pub fn counters(&self) -> &Arc<ConnectCounters> {
+        &self.counters
     }
 
     /// The target, for messages.
@@ -216,39 +216,46 @@ impl Connector {
     /// Looks the target up, and tries each of its addresses until one answers; a full backlog is
     /// waited for until the connect timeout is over.
     pub async fn dial(&self) -> Result<Socket, ConnectError> {
-        self.dial_all(Backlog::Wait).await
+        self.connect_counted(OnFullBacklog::Wait).await
     }
 
     /// Dials for a caller that tries again by itself: a full backlog fails at once.
-    pub async fn dial_once(&self) -> Result<Socket, ConnectError> {
-        self.dial_all(Backlog::Fail).await
+    pub async fn try_connect(&self) -> Result<Socket, ConnectError> {
+        self.connect_counted(OnFullBacklog::Fail).await
     }
 
     /// Dials, and waits for room in the backlog for as long as the caller does.
-    pub async fn dial_in_turn(&self) -> Result<Socket, ConnectError> {
-        self.dial_all(Backlog::WaitOn).await
+    pub async fn connect_in_turn(&self) -> Result<Socket, ConnectError> {
+        self.connect_counted(OnFullBacklog::WaitOn).await
     }
 
     /// Whether clients wait for room in the backlog.
     pub fn has_queue(&self) -> bool {
-        !self.backlog.is_empty()
+        !self.on_full_backlog.is_empty()
     }
 
-    async fn dial_all(&self, backlog: Backlog) -> Result<Socket, ConnectError> {
+    async fn connect_counted(
+        &self,
+        on_full_backlog: OnFullBacklog,
+    ) -> Result<Socket, ConnectError> {
         let start = Instant::now();
-        let dialled = match &self.target {
-            Target::Address(address) => self.try_address(address, backlog).await,
+        let connected = match &self.target {
+            Target::Address(address) => self.try_address(address, on_full_backlog).await,
             // Boxed, here and below, for the sake of thousands that dial at a time.
-            Target::Name(name) => Box::pin(self.dial_name(name, backlog)).await,
+            Target::Name(name) => Box::pin(self.connect_name(name, on_full_backlog)).await,
         };
-        match &dialled {
-            Ok(_) => self.dials.latency.record(start.elapsed()),
-            Err(error) => self.dials.fail(error.failure()),
+        match &connected {
+            Ok(_) => self.counters.latency.record(start.elapsed()),
+            Err(error) => self.counters.fail(error.kind()),
         }
-        dialled
+        connected
     }
 
-    async fn dial_name(&self, name: &HostPort, backlog: Backlog) -> Result<Socket, ConnectError> {
+    async fn connect_name(
+        &self,
+        name: &HostPort,
+        on_full_backlog: OnFullBacklog,
+    ) -> Result<Socket, ConnectError> {
         if self.lookups.available_permits() == 0
             && let Some(suppressed) = LOOKUPS_BUSY.pass()
         {
@@ -258,7 +265,7 @@ impl Connector {
         let addresses = resolve(name, permit).await.map_err(ConnectError::Resolve)?;
         let mut failed: Option<ConnectError> = None;
         for address in addresses {
-            match self.try_address(&Address::Inet(address), backlog).await {
+            match self.try_address(&Address::Inet(address), on_full_backlog).await {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
                     tracing::debug!("{error}, trying the next address");
@@ -277,17 +284,18 @@ impl Connector {
     async fn try_address(
         &self,
         address: &Address,
-        backlog: Backlog,
+        on_full_backlog: OnFullBacklog,
     ) -> Result<Socket, ConnectError> {
         // What kept us waiting says more than that time is up.
-        let obstacle = RefCell::new(None);
-        let attempt = self.connect(address, backlog, &obstacle);
+        let last_error = RefCell::new(None);
+        let attempt = self.connect(address, on_full_backlog, &last_error);
         // A Unix socket connects at once or not at all.
-        let waits_on = backlog == Backlog::WaitOn && matches!(address, Address::Unix(_));
+        let waits_on =
+            on_full_backlog == OnFullBacklog::WaitOn && matches!(address, Address::Unix(_));
         let connected = match self.connect_timeout.finite().filter(|_| !waits_on) {
             Some(limit) => timeout(limit, attempt).await.unwrap_or_else(|_| {
                 let timed_out = || io::Error::from(Errno::TIMEDOUT);
-                Err(obstacle.take().unwrap_or_else(timed_out))
+                Err(last_error.take().unwrap_or_else(timed_out))
             }),
             None => attempt.await,
         };
@@ -303,24 +311,24 @@ impl Connector {
     async fn connect(
         &self,
         address: &Address,
-        backlog: Backlog,
-        obstacle: &RefCell<Option<io::Error>>,
+        on_full_backlog: OnFullBacklog,
+        last_error: &RefCell<Option<io::Error>>,
     ) -> io::Result<Socket> {
-        let waits = backlog != Backlog::Fail;
+        let waits = on_full_backlog != OnFullBacklog::Fail;
         if !(waits && self.has_queue()) {
-            match connect_or_retry(address, obstacle).await {
+            match connect_or_retry(address, last_error).await {
                 Err(error) if waits && is_full_backlog(&error) => {
-                    obstacle.replace(Some(error));
+                    last_error.replace(Some(error));
                 }
                 connected => return connected,
             }
         }
-        let _turn = Box::pin(self.backlog.turn()).await;
+        let _turn = Box::pin(self.on_full_backlog.turn()).await;
         let (mut tries, mut pause) = (0, BACKLOG_RETRY_FIRST);
         loop {
-            match connect_or_retry(address, obstacle).await {
+            match connect_or_retry(address, last_error).await {
                 Err(error) if is_full_backlog(&error) => {
-                    obstacle.replace(Some(error));
+                    last_error.replace(Some(error));
                 }
                 connected => return connected,
             }
@@ -342,7 +350,7 @@ fn is_full_backlog(error: &io::Error) -> bool {
 /// Connects to one address, and tries again while descriptors or memory are short.
 async fn connect_or_retry(
     address: &Address,
-    obstacle: &RefCell<Option<io::Error>>,
+    last_error: &RefCell<Option<io::Error>>,
 ) -> io::Result<Socket> {
     let mut pause = RETRY_FIRST;
     loop {
@@ -363,7 +371,7 @@ async fn connect_or_retry(
                 os_message(&error)
             );
         }
-        obstacle.replace(Some(error));
+        last_error.replace(Some(error));
         Box::pin(sleep(pause)).await;
         pause = (pause * 2).min(RETRY_MAX);
     }

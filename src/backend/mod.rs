@@ -20,7 +20,7 @@ use crate::socket::Socket;
 /// What all clients are connected to.
 #[derive(Debug)]
 pub struct Backend {
-    hold: Rc<BackendWait>,
+    backend_wait: Rc<BackendWait>,
     wait: TimeSpan,
     application: Option<Arc<Supervisor>>,
 }
@@ -28,11 +28,11 @@ pub struct Backend {
 impl Backend {
     /// `wait` is how long a client is held; with zero it is not, and there is no application.
     pub fn new(
-        hold: Rc<BackendWait>,
+        backend_wait: Rc<BackendWait>,
         wait: TimeSpan,
         application: Option<Arc<Supervisor>>,
     ) -> Self {
-        Self { hold, wait, application }
+        Self { backend_wait, wait, application }
     }
 
     /// Where it is, for messages.
@@ -41,39 +41,39 @@ impl Backend {
     }
 
     /// Where its clients are held.
-    pub fn hold(&self) -> &Rc<BackendWait> {
-        &self.hold
+    pub fn backend_wait(&self) -> &Rc<BackendWait> {
+        &self.backend_wait
     }
 
     fn connector(&self) -> &Connector {
-        &self.hold.connector
+        &self.backend_wait.connector
     }
 
     /// Whether clients are held at all.
-    fn holds(&self) -> bool {
+    fn waits(&self) -> bool {
         !self.wait.is_zero()
     }
 
-    /// Connects, now or as soon as the backend is up; who has to wait for that is counted as `held`.
+    /// Connects, now or as soon as the backend is up; who has to wait for that is counted as `waiting`.
     ///
     /// # Errors
     /// In words, what stood in the way: something that time can't mend, or the last obstacle when
     /// the time is over.
-    pub async fn connect(&self, held: &Gauge) -> Result<Socket, String> {
-        if !self.holds() {
+    pub async fn connect(&self, waiting: &Gauge) -> Result<Socket, String> {
+        if !self.waits() {
             return self.connector().dial().await.map_err(|error| error.to_string());
         }
-        let _held = held.take();
-        timeout_at(self.wait.deadline(), Box::pin(self.held())).await.unwrap_or_else(|_| {
+        let _waiting = waiting.take();
+        timeout_at(self.wait.deadline(), Box::pin(self.waiting())).await.unwrap_or_else(|_| {
             let application = self.application.as_ref();
-            let obstacle = application.and_then(|application| application.obstacle());
-            let obstacle = obstacle.unwrap_or_else(|| self.hold.timeout_error());
-            Err(format!("{obstacle}, for {}", self.wait))
+            let last_error = application.and_then(|application| application.last_error());
+            let last_error = last_error.unwrap_or_else(|| self.backend_wait.timeout_error());
+            Err(format!("{last_error}, for {}", self.wait))
         })
     }
 
-    async fn held(&self) -> Result<Socket, String> {
-        let connect = async || self.hold.connect().await.map_err(|error| error.to_string());
+    async fn waiting(&self) -> Result<Socket, String> {
+        let connect = async || self.backend_wait.connect().await.map_err(|error| error.to_string());
         let Some(application) = &self.application else {
             return connect().await;
         };
@@ -82,7 +82,7 @@ impl Backend {
             tokio::select! {
                 biased;
                 // First: nobody is handed to one that is being stopped.
-                () = run.over() => {}
+                () = run.ended() => {}
                 connected = connect() => return connected,
             }
         }

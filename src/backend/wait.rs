@@ -29,7 +29,7 @@ const PROBE_MAX: Duration = Duration::from_millis(100);
 const OFFER: Duration = Duration::from_millis(100);
 
 /// Waits that begin one after the other need not each be said.
-static HOLDING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
+static WAITING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
 
 /// The pauses between probes, the first of them none.
 #[derive(Debug, Default)]
@@ -50,13 +50,13 @@ pub struct SharedProbe(Arc<Mutex<ProbeState>>);
 #[derive(Debug, Default)]
 struct ProbeState {
     /// Closes with the prober; nothing is ever sent, so that a failed probe wakes nobody.
-    over: Option<watch::Receiver<()>>,
+    ended: Option<watch::Receiver<()>>,
     /// What stands between the clients and the backend, as far as it is known.
-    obstacle: Option<String>,
+    last_error: Option<String>,
     /// A connection that a probe has made, for the first to take it.
-    reached: Option<(OwnedFd, Family)>,
+    connection: Option<(OwnedFd, Family)>,
     /// Which of all these it is.
-    offers: u64,
+    generation: u64,
 }
 
 impl SharedProbe {
@@ -69,20 +69,20 @@ impl SharedProbe {
         self.lock().current()
     }
 
-    fn set_obstacle(&self, obstacle: Option<String>) {
-        self.lock().obstacle = obstacle;
+    fn set_last_error(&self, last_error: Option<String>) {
+        self.lock().last_error = last_error;
     }
 
     /// The connection that was offered, if the backend has not left it meanwhile.
-    fn take_reached(&self) -> Option<Socket> {
-        let (fd, family) = self.lock().reached.take()?;
+    fn take_connection(&self) -> Option<Socket> {
+        let (fd, family) = self.lock().connection.take()?;
         Socket::register(fd, family).ok().filter(|socket| !socket.is_over())
     }
 }
 
 impl ProbeState {
     fn current(&self) -> Option<watch::Receiver<()>> {
-        self.over.clone().filter(|over| over.has_changed().is_ok())
+        self.ended.clone().filter(|ended| ended.has_changed().is_ok())
     }
 }
 
@@ -92,13 +92,13 @@ pub struct BackendWait {
     /// The way to a backend that is up.
     pub connector: Connector,
     wait: TimeSpan,
-    probing: SharedProbe,
+    probe: SharedProbe,
 }
 
 impl BackendWait {
     /// `wait` is how long clients are held, for messages.
-    pub fn new(connector: Connector, wait: TimeSpan, probing: SharedProbe) -> Self {
-        Self { connector, wait, probing }
+    pub fn new(connector: Connector, wait: TimeSpan, probe: SharedProbe) -> Self {
+        Self { connector, wait, probe }
     }
 
     /// Connects, now or as soon as the backend is up, however long that takes.
@@ -107,14 +107,14 @@ impl BackendWait {
     /// What time can't mend.
     pub async fn connect(self: &Rc<Self>) -> Result<Socket, ConnectError> {
         loop {
-            if let Some(socket) = self.probing.take_reached() {
+            if let Some(socket) = self.probe.take_connection() {
                 return Ok(socket);
             }
-            let mut probe = match self.probing.current() {
+            let mut probe = match self.probe.current() {
                 Some(probe) => probe,
-                None => match self.dial_in_turn().await {
+                None => match self.connect_in_turn().await {
                     Err(error) if error.is_transient() => self.start_probing(error.to_string()),
-                    dialled => return dialled,
+                    connected => return connected,
                 },
             };
             let _ = probe.changed().await;
@@ -123,25 +123,25 @@ impl BackendWait {
 
     /// Dials once, or, where the backend's backlog is full, when there is room. (A probe that succeeds would
     /// let all clients go at once, for one place.)
-    async fn dial_in_turn(&self) -> Result<Socket, ConnectError> {
+    async fn connect_in_turn(&self) -> Result<Socket, ConnectError> {
         if !self.connector.has_queue() {
-            match self.connector.dial_once().await {
+            match self.connector.try_connect().await {
                 Err(error) if error.is_full_backlog() => {
-                    self.note_holding(&error.to_string());
-                    self.probing.set_obstacle(Some(error.to_string()));
+                    self.log_waiting(&error.to_string());
+                    self.probe.set_last_error(Some(error.to_string()));
                 }
-                dialled => return dialled,
+                connected => return connected,
             }
         }
-        self.connector.dial_in_turn().await
+        self.connector.connect_in_turn().await
     }
 
     /// What stands between a client and the backend when its time is over: if that is not known, its own
     /// attempt, which ends with that.
     pub fn timeout_error(&self) -> String {
-        let obstacle = self.probing.lock().obstacle.clone();
-        obstacle.unwrap_or_else(|| {
-            self.connector.dials().fail(ConnectErrorKind::Timeout);
+        let last_error = self.probe.lock().last_error.clone();
+        last_error.unwrap_or_else(|| {
+            self.connector.counters().fail(ConnectErrorKind::Timeout);
             let target = self.connector.target();
             format!("Failed to connect to remote host: {target}: Connection timed out")
         })
@@ -151,62 +151,62 @@ impl BackendWait {
     /// moment, to nobody.
     pub fn offer(&self, socket: Socket) {
         let family = socket.family();
-        let reached = socket.release().ok().map(|fd| (fd, family));
-        let mut probe = self.probing.lock();
-        probe.obstacle = None;
-        probe.reached = reached;
-        probe.offers += 1;
-        let (offer, probing) = (probe.offers, self.probing.clone());
+        let connection = socket.release().ok().map(|fd| (fd, family));
+        let mut probe = self.probe.lock();
+        probe.last_error = None;
+        probe.connection = connection;
+        probe.generation += 1;
+        let (offer, probe) = (probe.generation, self.probe.clone());
         tokio::task::spawn_local(async move {
             sleep(OFFER).await;
-            if probing.lock().offers == offer {
-                drop(probing.take_reached());
+            if probe.lock().generation == offer {
+                drop(probe.take_connection());
             }
         });
     }
 
     /// Starts the prober, or joins one that somebody else has started meanwhile.
-    fn start_probing(self: &Rc<Self>, obstacle: String) -> watch::Receiver<()> {
-        let mut probe = self.probing.lock();
-        if let Some(over) = probe.current() {
-            return over;
+    fn start_probing(self: &Rc<Self>, last_error: String) -> watch::Receiver<()> {
+        let mut probe = self.probe.lock();
+        if let Some(ended) = probe.current() {
+            return ended;
         }
-        self.note_holding(&obstacle);
+        self.log_waiting(&last_error);
         let (sender, receiver) = watch::channel(());
-        probe.over = Some(receiver.clone());
-        probe.obstacle = Some(obstacle);
+        probe.ended = Some(receiver.clone());
+        probe.last_error = Some(last_error);
         tokio::task::spawn_local(Rc::clone(self).probe(sender));
         receiver
     }
 
-    fn note_holding(&self, obstacle: &str) {
-        if let Some(suppressed) = HOLDING.pass() {
+    fn log_waiting(&self, last_error: &str) {
+        if let Some(suppressed) = WAITING.pass() {
             let wait = self.wait;
-            tracing::info!("{obstacle}, holding clients for up to {wait}.{suppressed}");
+            tracing::info!("{last_error}, holding clients for up to {wait}.{suppressed}");
         }
     }
 
-    async fn probe(self: Rc<Self>, probing: watch::Sender<()>) {
+    async fn probe(self: Rc<Self>, probe: watch::Sender<()>) {
         let mut pauses = Backoff::default();
         loop {
             pauses.next().await;
             // One receiver is the one that is kept for those who come.
-            if probing.receiver_count() <= 1 {
+            if probe.receiver_count() <= 1 {
                 break;
             }
-            match self.connector.dial_once().await {
+            match self.connector.try_connect().await {
                 Err(error) if error.is_transient() => {
-                    self.probing.set_obstacle(Some(error.to_string()));
+                    self.probe.set_last_error(Some(error.to_string()));
                 }
                 // Whoever waits will meet any other error, too.
                 Err(_) => break,
                 Ok(socket) => {
                     self.offer(socket);
                     // Lets all go.
-                    return drop(probing);
+                    return drop(probe);
                 }
             }
         }
-        self.probing.set_obstacle(None);
+        self.probe.set_last_error(None);
     }
 }

@@ -34,8 +34,8 @@ const UPSTREAM: [&str; 5] =
     disable_version_flag = true
 )]
 pub struct Arguments {
-    /// HOST[:PORT], /path, @abstract, vsock:CID:PORT; SELECTOR: a socket's name or address
-    #[arg(value_name = "TARGET", value_hint = ValueHint::FilePath)]
+    #[arg(help = "HOST[:PORT], /path, @abstract, vsock:CID:PORT; SELECTOR: a socket's name or address",
+        value_name = "TARGET", value_hint = ValueHint::FilePath)]
     pub targets: Vec<OsString>,
     /// Started for the first connection
     #[arg(last = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]

@@ -42,7 +42,7 @@ static QUIET: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The ways to the backends.
-    pub ways: Vec<BackendSetup>,
+    pub backends: Vec<BackendSetup>,
     /// How long a client is held until its backend is up; zero is not at all.
     pub backend_wait: TimeSpan,
     /// What serves the one backend, if that is ours to start.
@@ -90,14 +90,14 @@ pub struct LoopContext {
 impl LoopContext {
     /// The plan, for one event loop.
     pub fn new(plan: &Settings) -> Self {
-        let LoopCounters { carried, pipes } = plan.loops.add(plan.ways.len());
+        let LoopCounters { carried, pipes } = plan.loops.add(plan.backends.len());
         let wait = plan.backend_wait;
         let backend = |BackendSetup { connector, probing }: &BackendSetup| {
-            let hold = Rc::new(BackendWait::new(connector.clone(), wait, probing.clone()));
-            Backend::new(hold, wait, plan.application.clone())
+            let backend_wait = Rc::new(BackendWait::new(connector.clone(), wait, probing.clone()));
+            Backend::new(backend_wait, wait, plan.application.clone())
         };
         Self {
-            backends: plan.ways.iter().map(backend).collect(),
+            backends: plan.backends.iter().map(backend).collect(),
             proxy_protocol: plan.proxy_protocol,
             shared: Rc::new(LoopBuffers::new(plan.pipes, pipes)),
             carried,
@@ -112,7 +112,7 @@ impl LoopContext {
         Arc::clone(&self.carried[backend.unwrap_or(self.backends.len())])
     }
 
-    fn watched(&self) -> Option<IdleGuard> {
+    fn idle_guard(&self) -> Option<IdleGuard> {
         self.watch.as_ref().map(IdleSweeper::join)
     }
 }
@@ -144,81 +144,83 @@ pub struct Restored {
 pub fn serve(
     accepted: Accepted<Socket>,
     backend: usize,
-    kept: Option<JournalEntry>,
-    route: Rc<LoopContext>,
+    entry: Option<JournalEntry>,
+    context: Rc<LoopContext>,
 ) -> impl Future<Output = ()> {
     let start = Instant::now();
     let Accepted { socket, client: address, listener: entrance, slot, .. } = accepted;
-    if kept.is_some() {
-        socket.set_stored();
+    if entry.is_some() {
+        socket.mark_shared();
     }
     // Before the task is polled for the first time, however late that is.
-    let presence = route.orders.join();
+    let control = context.orders.join();
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
-        let way = &route.backends[backend];
-        let carried = route.carried(Some(backend));
-        let story = LogContext { start, address, entrance };
+        let setup = &context.backends[backend];
+        let carried = context.carried(Some(backend));
+        let log = LogContext { start, address, entrance };
         // Boxed: what dialling needs is gone when the connection stands, which may be for days.
-        let backend = match Box::pin(reach(&socket, way, &presence, &story)).await {
+        let backend = match Box::pin(reach(&socket, setup, &control, &log)).await {
             ConnectOutcome::Backend(backend) => backend,
-            ConnectOutcome::Nobody(error) => {
-                story.entrance.counts().failed.add_one();
+            ConnectOutcome::Failed(error) => {
+                log.entrance.counts().failed.add_one();
                 if let Some(suppressed) = UNREACHABLE.pass() {
                     tracing::warn!(
-                        client = %story.address,
-                        listener = %story.entrance,
-                        backend = %way.target(),
+                        client = %log.address,
+                        listener = %log.entrance,
+                        backend = %setup.target(),
                         "{error}{suppressed}"
                     );
                 }
                 socket.close();
-                return story.end("Connection closed, there is no backend", way.target(), [0, 0]);
+                return log.end("Connection closed, there is no backend", setup.target(), [0, 0]);
             }
-            ConnectOutcome::TooLate => {
-                return story.end("Connection closed, the client has left", way.target(), [0, 0]);
+            ConnectOutcome::ClientGone => {
+                return log.end("Connection closed, the client has left", setup.target(), [0, 0]);
             }
-            ConnectOutcome::ToldToLeave => match kept {
-                Some(kept) => {
-                    kept.leave();
+            ConnectOutcome::Detach => match entry {
+                Some(entry) => {
+                    entry.leave();
                     return socket.leave();
                 }
                 None => {
                     let detached = Detached::client(start, socket, slot);
-                    return route.left.borrow_mut().push(detached);
+                    return context.left.borrow_mut().push(detached);
                 }
             },
         };
-        tracing::debug!(client = %story.address, listener = %story.entrance, "Connection established");
-        let answer = |condition| story.tell(condition, way.target());
-        let pair = pair(socket, backend, &story.address, kept, carried, &route);
-        let outcome = pair.run(Some(&presence), answer).await;
-        story.conclude(outcome, way.target(), slot, &route);
+        tracing::debug!(client = %log.address, listener = %log.entrance, "Connection established");
+        let answer = |progress| log.report_unacked(progress, setup.target());
+        let pair = pair(socket, backend, &log.address, entry, carried, &context);
+        let outcome = pair.run(Some(&control), answer).await;
+        log.finish(outcome, setup.target(), slot, &context);
     }
 }
 
 /// Goes on with a connection that was stored, until it is over.
-pub fn resume(restored: Restored, route: Rc<LoopContext>) -> impl Future<Output = ()> {
+pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Output = ()> {
     let Restored { snapshot, client, listener, backend, known_backend, start, slot, journal } =
         restored;
-    let presence = route.orders.join();
+    let control = context.orders.join();
     async move {
-        let story = LogContext { start, address: client, entrance: listener };
-        let journal = journal.map(|kept| Box::new(kept.take_over()) as Box<dyn SnapshotStore>);
-        let (shared, carried) = (Rc::clone(&route.shared), route.carried(known_backend));
-        let pair = match Forwarder::restore(*snapshot, shared, carried, route.watched(), journal) {
-            Ok(pair) => pair,
-            Err(error) => {
-                let error = os_message(&error);
-                return tracing::error!(
-                    client = %story.address,
-                    listener = %story.entrance,
-                    "Failed to take a stored connection back, closing it: {error}"
-                );
-            }
-        };
-        let outcome = pair.run(Some(&presence), |condition| story.tell(condition, &backend)).await;
-        story.conclude(outcome, &backend, slot, &route);
+        let log = LogContext { start, address: client, entrance: listener };
+        let journal = journal.map(|entry| Box::new(entry.own()) as Box<dyn SnapshotStore>);
+        let (shared, carried) = (Rc::clone(&context.shared), context.carried(known_backend));
+        let pair =
+            match Forwarder::restore(*snapshot, shared, carried, context.idle_guard(), journal) {
+                Ok(pair) => pair,
+                Err(error) => {
+                    let error = os_message(&error);
+                    return tracing::error!(
+                        client = %log.address,
+                        listener = %log.entrance,
+                        "Failed to take a stored connection back, closing it: {error}"
+                    );
+                }
+            };
+        let outcome =
+            pair.run(Some(&control), |progress| log.report_unacked(progress, &backend)).await;
+        log.finish(outcome, &backend, slot, &context);
     }
 }
 
@@ -227,21 +229,21 @@ fn pair(
     socket: Socket,
     backend: Socket,
     address: &Address,
-    kept: Option<JournalEntry>,
+    entry: Option<JournalEntry>,
     carried: Arc<ByteCounters>,
-    route: &LoopContext,
+    context: &LoopContext,
 ) -> Forwarder {
-    let header = match route.proxy_protocol {
+    let header = match context.proxy_protocol {
         Some(version) => {
             let reached = socket.local_address();
             version.header(address, &reached.unwrap_or(Address::Unix(None)))
         }
         None => Vec::new(),
     };
-    let shared = Rc::clone(&route.shared);
-    let mut pair = Forwarder::new(socket, backend, header, shared, carried, route.watched());
-    if let Some(kept) = kept {
-        pair.set_journal(Box::new(kept));
+    let shared = Rc::clone(&context.shared);
+    let mut pair = Forwarder::new(socket, backend, header, shared, carried, context.idle_guard());
+    if let Some(entry) = entry {
+        pair.set_journal(Box::new(entry));
     }
     pair
 }
@@ -255,19 +257,19 @@ struct LogContext {
 
 impl LogContext {
     /// Logs how it was, or keeps what is left of it.
-    fn conclude(
+    fn finish(
         self,
         outcome: io::Result<Outcome>,
         backend: &dyn fmt::Display,
         slot: Slot,
-        route: &LoopContext,
+        context: &LoopContext,
     ) {
         let closed = match outcome {
             Ok(Outcome::Summary(closed)) => closed,
             Ok(Outcome::Left(pair)) => {
                 if let Err(pair) = pair.detach_stored() {
                     let detached = Detached::forwarder(self.start, pair, slot);
-                    route.left.borrow_mut().push(detached);
+                    context.left.borrow_mut().push(detached);
                 }
                 return;
             }
@@ -275,7 +277,7 @@ impl LogContext {
         };
         drop(slot);
         if closed.end == CloseReason::Quiet
-            && let Some(watch) = &route.watch
+            && let Some(watch) = &context.watch
             && let Some(suppressed) = QUIET.pass()
         {
             tracing::info!(
@@ -290,14 +292,14 @@ impl LogContext {
     }
 
     /// Logs how it is.
-    fn tell(&self, condition: Progress, backend: &dyn fmt::Display) {
-        let Progress { from_client, from_backend, idle } = condition;
+    fn report_unacked(&self, progress: Progress, backend: &dyn fmt::Display) {
+        let Progress { from_client, from_backend, idle } = progress;
         let [there, back] = [from_client, from_backend].map(Bytes);
         let idle = idle.map(|idle| format!(", idle for {}", in_units(idle))).unwrap_or_default();
-        self.tell_that(&format!("{there} to the backend, {back} back{idle}"), backend);
+        self.log_progress(&format!("{there} to the backend, {back} back{idle}"), backend);
     }
 
-    fn tell_that(&self, what: &str, backend: &dyn fmt::Display) {
+    fn log_progress(&self, what: &str, backend: &dyn fmt::Display) {
         let age = in_units(self.start.elapsed());
         tracing::info!(
             client = %self.address,
@@ -335,24 +337,24 @@ fn in_units(time: Duration) -> String {
 /// What came of dialling.
 enum ConnectOutcome {
     Backend(Socket),
-    Nobody(String),
-    TooLate,
-    ToldToLeave,
+    Failed(String),
+    ClientGone,
+    Detach,
 }
 
 /// Connects to the backend, unless the client leaves first.
 async fn reach(
     client: &Socket,
     backend: &Backend,
-    presence: &ControlHandle,
-    story: &LogContext,
+    control: &ControlHandle,
+    log: &LogContext,
 ) -> ConnectOutcome {
-    let answer = || story.tell_that("There is no backend yet", backend.target());
+    let answer = || log.log_progress("There is no backend yet", backend.target());
     tokio::select! {
         biased;
-        () = presence.detach_requested(answer) => ConnectOutcome::ToldToLeave,
-        dialled = backend.connect(&story.entrance.counts().held) => dialled.map_or_else(ConnectOutcome::Nobody, ConnectOutcome::Backend),
-        () = client_gone(client) => ConnectOutcome::TooLate,
+        () = control.detach_requested(answer) => ConnectOutcome::Detach,
+        connected = backend.connect(&log.entrance.counts().waiting) => connected.map_or_else(ConnectOutcome::Failed, ConnectOutcome::Backend),
+        () = client_gone(client) => ConnectOutcome::ClientGone,
     }
 }
 

@@ -32,7 +32,7 @@ use crate::runtime::start_thread;
 const TIMER_AHEAD: Duration = Duration::from_secs(5);
 
 /// How long to do with the threads there are, after the system refused one.
-const SCARCE: Duration = Duration::from_secs(10);
+const RETRY_AFTER: Duration = Duration::from_secs(10);
 
 static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
@@ -41,31 +41,31 @@ static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 pub struct EventLoops {
     plan: Settings,
     /// The main thread's.
-    here: EventLoop,
+    main_loop: EventLoop,
     /// Connections on it.
-    here_seats: Gauge,
+    main_load: Gauge,
     threads: RefCell<Vec<Thread>>,
     threads_max: usize,
-    scarce_until: Cell<Option<Instant>>,
+    retry_at: Cell<Option<Instant>>,
 }
 
 impl EventLoops {
     /// At most `count` loops, of which the calling one is the first.
     pub fn new(plan: Settings, count: NonZeroUsize) -> Self {
         Self {
-            here: EventLoop::start(&plan),
-            here_seats: Gauge::default(),
+            main_loop: EventLoop::start(&plan),
+            main_load: Gauge::default(),
             plan,
             threads: RefCell::default(),
             threads_max: count.get() - 1,
-            scarce_until: Cell::new(None),
+            retry_at: Cell::new(None),
         }
     }
 
     /// Where clients of the main thread's loop are held, which COMMAND's life needs as well; it has
     /// one backend.
-    pub fn hold(&self) -> &Rc<BackendWait> {
-        self.here.route.backends[0].hold()
+    pub fn backend_wait(&self) -> &Rc<BackendWait> {
+        self.main_loop.context.backends[0].backend_wait()
     }
 
     /// What all connections have in common.
@@ -88,30 +88,30 @@ impl EventLoops {
         self.dispatch(Assignment::Restored(Box::new(restored)));
     }
 
-    fn dispatch(&self, mut arrival: Assignment) {
+    fn dispatch(&self, mut assignment: Assignment) {
         let mut threads = self.threads.borrow_mut();
-        if let Some(index) = self.choose(&mut threads) {
+        if let Some(index) = self.least_loaded(&mut threads) {
             let thread = &threads[index];
-            arrival.assign(&thread.seats);
-            match thread.arrivals.send(arrival) {
+            assignment.assign(&thread.load);
+            match thread.assignments.send(assignment) {
                 Ok(()) => return,
-                Err(unsent) => {
+                Err(unacked) => {
                     // Its event loop has panicked, which was logged.
                     threads.remove(index);
-                    arrival = unsent.0;
+                    assignment = unacked.0;
                 }
             }
         }
-        arrival.assign(&self.here_seats);
-        self.here.serve(arrival);
+        assignment.assign(&self.main_load);
+        self.main_loop.serve(assignment);
     }
 
     /// Asks all connections how they are.
     pub fn ask(&self) {
-        self.here.route.orders.ask();
+        self.main_loop.context.orders.ask();
         for thread in self.threads.borrow().iter() {
             // If it has ended, there are none.
-            let _ = thread.arrivals.send(Assignment::Question);
+            let _ = thread.assignments.send(Assignment::Report);
         }
     }
 
@@ -119,16 +119,16 @@ impl EventLoops {
     pub async fn leave(&self, handover: &Handover) {
         handover.request_detach();
         self.threads.take().into_iter().for_each(Thread::end);
-        self.here.leave(handover).await;
+        self.main_loop.leave(handover).await;
     }
 
     /// The thread for the next connection; `None` is the main one, which is first among equals.
-    fn choose(&self, threads: &mut Vec<Thread>) -> Option<usize> {
-        let here = self.here_seats.taken();
-        let loads = threads.iter().map(|thread| thread.seats.taken());
+    fn least_loaded(&self, threads: &mut Vec<Thread>) -> Option<usize> {
+        let main_loop = self.main_load.taken();
+        let loads = threads.iter().map(|thread| thread.load.taken());
         let least = loads.enumerate().min_by_key(|(_, connections)| *connections);
         let (index, elsewhere) = least.unwrap_or((0, usize::MAX));
-        if here > 0
+        if main_loop > 0
             && elsewhere > 0
             && threads.len() < self.threads_max
             && let Some(thread) = self.start(threads.len())
@@ -136,18 +136,18 @@ impl EventLoops {
             threads.push(thread);
             return Some(threads.len() - 1);
         }
-        (elsewhere < here).then_some(index)
+        (elsewhere < main_loop).then_some(index)
     }
 
     /// Starts another thread beside `running` ones, if the system lets us.
     fn start(&self, running: usize) -> Option<Thread> {
-        if self.scarce_until.get().is_some_and(|until| Instant::now() < until) {
+        if self.retry_at.get().is_some_and(|until| Instant::now() < until) {
             return None;
         }
         match Thread::start(self.plan.clone()) {
             Ok(thread) => Some(thread),
             Err(error) => {
-                self.scarce_until.set(Some(Instant::now() + SCARCE));
+                self.retry_at.set(Some(Instant::now() + RETRY_AFTER));
                 if let Some(suppressed) = NO_THREAD.pass() {
                     tracing::error!(
                         "Failed to start a thread, serving with {}: {}{suppressed}",
@@ -174,7 +174,7 @@ enum Assignment {
     Accepted(Accepted, usize, Option<JournalEntry>),
     Restored(Box<Restored>),
     /// How its connections are.
-    Question,
+    Report,
 }
 
 impl Assignment {
@@ -182,7 +182,7 @@ impl Assignment {
         let slot = match self {
             Self::Accepted(accepted, ..) => &mut accepted.slot,
             Self::Restored(restored) => &mut restored.slot,
-            Self::Question => return,
+            Self::Report => return,
         };
         slot.assign(event_loop.take());
     }
@@ -191,7 +191,7 @@ impl Assignment {
 /// An event loop's own side: it never leaves its thread.
 #[derive(Debug)]
 struct EventLoop {
-    route: Rc<LoopContext>,
+    context: Rc<LoopContext>,
     arrived: Rc<Notify>,
 }
 
@@ -199,29 +199,29 @@ impl EventLoop {
     fn start(plan: &Settings) -> Self {
         let arrived = Rc::new(Notify::new());
         spawn_local(hold_guard_timer(Rc::clone(&arrived)));
-        let route = Rc::new(LoopContext::new(plan));
-        if let Some(watch) = &route.watch {
-            spawn_local(Rc::clone(watch).look());
+        let context = Rc::new(LoopContext::new(plan));
+        if let Some(watch) = &context.watch {
+            spawn_local(Rc::clone(watch).run());
         }
-        Self { route, arrived }
+        Self { context, arrived }
     }
 
-    fn serve(&self, arrival: Assignment) {
-        let route = Rc::clone(&self.route);
-        match arrival {
-            Assignment::Question => self.route.orders.ask(),
-            Assignment::Restored(restored) => drop(spawn_local(resume(*restored, route))),
+    fn serve(&self, assignment: Assignment) {
+        let context = Rc::clone(&self.context);
+        match assignment {
+            Assignment::Report => self.context.orders.ask(),
+            Assignment::Restored(restored) => drop(spawn_local(resume(*restored, context))),
             Assignment::Accepted(accepted, backend, journal) => {
                 let Some(accepted) = accepted.register() else { return };
                 self.arrived.notify_one();
-                spawn_local(serve(accepted, backend, journal, route));
+                spawn_local(serve(accepted, backend, journal, context));
             }
         }
     }
 
     async fn leave(&self, handover: &Handover) {
-        self.route.orders.leave().await;
-        handover.store(self.route.left.take());
+        self.context.orders.leave().await;
+        handover.store(self.context.left.take());
     }
 }
 
@@ -241,16 +241,16 @@ async fn hold_guard_timer(arrived: Rc<Notify>) -> Infallible {
 #[derive(Debug)]
 struct Thread {
     /// Open for as long as the thread is to live.
-    arrivals: UnboundedSender<Assignment>,
+    assignments: UnboundedSender<Assignment>,
     /// Connections on it, those included that are on their way there.
-    seats: Gauge,
+    load: Gauge,
     handle: JoinHandle<()>,
 }
 
 impl Thread {
     /// Ends it, and resets the connections on it that were not told to leave.
     fn end(self) {
-        drop(self.arrivals);
+        drop(self.assignments);
         // It has said what it had to say of a panic.
         let _ = self.handle.join();
     }
@@ -258,18 +258,18 @@ impl Thread {
     /// Starts one, and waits until it has its event loop.
     fn start(plan: Settings) -> io::Result<Self> {
         // Not bounded here: whoever is sent has been admitted.
-        let (arrivals, receiver) = unbounded_channel();
+        let (assignments, receiver) = unbounded_channel();
         let handle = start_thread("proxyd-worker", async move || live(&plan, receiver).await)?;
-        Ok(Self { arrivals, seats: Gauge::default(), handle })
+        Ok(Self { assignments, load: Gauge::default(), handle })
     }
 }
 
 /// The life of a thread.
-async fn live(plan: &Settings, mut arrivals: UnboundedReceiver<Assignment>) {
+async fn live(plan: &Settings, mut assignments: UnboundedReceiver<Assignment>) {
     let worker = EventLoop::start(plan);
     let _abort = plan.handover.as_ref().and_then(|it| it.abort_on_panic());
-    while let Some(arrival) = arrivals.recv().await {
-        worker.serve(arrival);
+    while let Some(assignment) = assignments.recv().await {
+        worker.serve(assignment);
     }
     if let Some(handover) = plan.handover.as_ref().filter(|it| it.is_detach_requested()) {
         worker.leave(handover).await;

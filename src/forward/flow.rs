@@ -85,10 +85,10 @@ impl Endpoint {
     }
 
     /// Bounds what may wait on it unsent.
-    fn bound_unsent(&mut self) {
+    fn limit_unsent(&mut self) {
         if !self.is_bounded && self.socket.family() == Family::Tcp {
             self.is_bounded = true;
-            self.socket.bound_unsent(UNSENT_MAX);
+            self.socket.limit_unsent(UNSENT_MAX);
         }
     }
 }
@@ -99,7 +99,7 @@ pub struct Flow {
     pub state: FlowState,
     pub buffered: Buffered,
     /// Nothing is taken from the source, because the sink has no room for it.
-    lacks_room: bool,
+    lacks_space: bool,
     mode: Mode,
     /// Bytes that were spliced since the other direction carried any.
     pub unanswered: usize,
@@ -140,7 +140,7 @@ enum Mode {
 /// What came of a step.
 pub enum Step {
     Moved,
-    Stuck,
+    Blocked,
     /// The source can't be spliced from, and nothing else may be done.
     CantSplice,
     /// The source's bytes are at their end, and all of them are with the sink.
@@ -175,9 +175,9 @@ impl Flow {
         if !self.buffered.is_nothing() {
             return self.send_held(sink, shared);
         }
-        self.lacks_room &= !sink.writable;
-        if !source.readable || self.lacks_room {
-            return Ok(Step::Stuck);
+        self.lacks_space &= !sink.writable;
+        if !source.readable || self.lacks_space {
+            return Ok(Step::Blocked);
         }
         if !matches!(self.mode, Mode::Splice { .. }) {
             return self.copy(source, sink, shared);
@@ -185,12 +185,12 @@ impl Flow {
         // A pipe may be filled beyond what the sink takes now, and is buffered until it takes more: fewer and
         // larger steps, as long as few flows do so.
         let is_careful = !shared.pipes.below_hold_limit();
-        let most = if is_careful { sink.socket.room() } else { Some(usize::MAX) };
+        let most = if is_careful { sink.socket.send_space() } else { Some(usize::MAX) };
         match most {
             None => {
                 sink.writable = false;
-                self.lacks_room = true;
-                return Ok(Step::Stuck);
+                self.lacks_space = true;
+                return Ok(Step::Blocked);
             }
             // A sink that is writable takes more than its buffer has room for, above all while the kernel
             // is short of memory for TCP and has cut that buffer to a page (tcp_mem in tcp(7)). What it
@@ -218,7 +218,7 @@ impl Flow {
             Ok(received) => received,
             Err(Errno::AGAIN) => {
                 source.readable = false;
-                return Ok(Step::Stuck);
+                return Ok(Step::Blocked);
             }
             Err(Errno::INTR) => return Ok(Step::Moved),
             Err(errno) => return Err(Fault::Source(errno)),
@@ -231,7 +231,7 @@ impl Flow {
             // A full buffer: there is more than a message.
             Mode::Copy if received.bytes == buffer.len() => {
                 self.mode = Mode::Splice { bytes: received.bytes, was_little: false };
-                sink.bound_unsent();
+                sink.limit_unsent();
             }
             // It was not spliced, and now there is no bulk.
             Mode::Splice { .. } if received.drained && received.bytes < QUIET_BELOW => {
@@ -257,13 +257,13 @@ impl Flow {
     ) -> Result<Step, Fault> {
         let filled = pipe.fill(&source.socket, most);
         if is_at_urgent_data(filled, &source.socket) {
-            shared.pipes.give_back(pipe);
+            shared.pipes.release(pipe);
             self.mode = Mode::CopyOnly;
             return Ok(Step::Moved);
         }
         match filled {
             Ok(0) => {
-                shared.pipes.give_back(pipe);
+                shared.pipes.release(pipe);
                 return Ok(Step::End);
             }
             Ok(now) => {
@@ -275,7 +275,7 @@ impl Flow {
                 }
             }
             Err(errno) => {
-                shared.pipes.give_back(pipe);
+                shared.pipes.release(pipe);
                 return match errno {
                     Errno::AGAIN => {
                         source.readable = false;
@@ -286,7 +286,7 @@ impl Flow {
                                 false => Mode::Splice { bytes: 0, was_little: is_little },
                             };
                         }
-                        Ok(Step::Stuck)
+                        Ok(Step::Blocked)
                     }
                     Errno::INTR => Ok(Step::Moved),
                     Errno::INVAL => {
@@ -303,7 +303,7 @@ impl Flow {
 
     fn send_held(&mut self, sink: &mut Endpoint, shared: &LoopBuffers) -> Result<Step, Fault> {
         if !sink.writable {
-            return Ok(Step::Stuck);
+            return Ok(Step::Blocked);
         }
         let left = match &mut self.buffered {
             Buffered::Nothing => return Ok(Step::Moved),
@@ -326,7 +326,7 @@ impl Flow {
         if left == 0
             && let Buffered::Piped(pipe) = std::mem::take(&mut self.buffered)
         {
-            shared.pipes.give_back(pipe);
+            shared.pipes.release(pipe);
         }
         Ok(Step::Moved)
     }
@@ -338,10 +338,10 @@ impl Flow {
         sink: &mut Endpoint,
         size: usize,
     ) -> Result<Step, Fault> {
-        let Some(pipe) = &mut self.stored_pipe else { return Ok(Step::Stuck) };
+        let Some(pipe) = &mut self.stored_pipe else { return Ok(Step::Blocked) };
         if pipe.filled() == 0 {
             if !source.readable {
-                return Ok(Step::Stuck);
+                return Ok(Step::Blocked);
             }
             let filled = pipe.fill(&source.socket, size);
             if is_at_urgent_data(filled, &source.socket) {
@@ -353,7 +353,7 @@ impl Flow {
                 Ok(_) => {}
                 Err(Errno::AGAIN) => {
                     source.readable = false;
-                    return Ok(Step::Stuck);
+                    return Ok(Step::Blocked);
                 }
                 Err(Errno::INTR) => return Ok(Step::Moved),
                 Err(Errno::INVAL) => return Ok(Step::CantSplice),
@@ -361,7 +361,7 @@ impl Flow {
             }
         }
         if !sink.writable {
-            return Ok(Step::Stuck);
+            return Ok(Step::Blocked);
         }
         let result = pipe.drain(&sink.socket);
         self.sent(result, sink)?;
@@ -482,7 +482,7 @@ impl Flow {
 
     /// Whether the next thing that can happen is that the sink takes something.
     pub fn waits_for_sink(&self) -> bool {
-        self.lacks_room || self.holds()
+        self.lacks_space || self.holds()
     }
 
     fn holds(&self) -> bool {
@@ -497,7 +497,7 @@ impl Flow {
             self.state = FlowState::SinkClosed { lost };
             self.buffered = Buffered::Nothing;
             self.stored_pipe = None;
-            self.lacks_room = false;
+            self.lacks_space = false;
         }
     }
 }

@@ -36,7 +36,7 @@ const INTERVAL_MIN: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub struct IdleSweeper {
     idle_time: Duration,
-    watched: Rc<Registry<Activity>>,
+    idle_guard: Rc<Registry<Activity>>,
     /// The first connection has come.
     begun: Notify,
 }
@@ -55,7 +55,7 @@ struct Activity {
     /// It was woken, to tell what is under way.
     asked: Cell<bool>,
     /// What was under way at the last look, to each side; once it is nothing, it stays so.
-    under_way: Cell<Option<[usize; 2]>>,
+    unacked: Cell<Option<[usize; 2]>>,
     /// Whom to wake.
     waker: OnceCell<Waker>,
 }
@@ -63,7 +63,7 @@ struct Activity {
 impl IdleSweeper {
     /// For connections that may carry nothing for `idle_time`.
     pub fn new(idle_time: Duration) -> Self {
-        Self { idle_time, watched: Rc::default(), begun: Notify::default() }
+        Self { idle_time, idle_guard: Rc::default(), begun: Notify::default() }
     }
 
     /// How long each may carry nothing.
@@ -73,22 +73,22 @@ impl IdleSweeper {
 
     /// Looks after one more, from now on.
     pub fn join(self: &Rc<Self>) -> IdleGuard {
-        if self.watched.is_empty() {
+        if self.idle_guard.is_empty() {
             self.begun.notify_one();
         }
-        IdleGuard { pulse: self.watched.join(Activity::default()), watch: Rc::clone(self) }
+        IdleGuard { pulse: self.idle_guard.join(Activity::default()), watch: Rc::clone(self) }
     }
 
     /// Looks at all of them, for ever; to be run once.
-    pub async fn look(self: Rc<Self>) -> Infallible {
+    pub async fn run(self: Rc<Self>) -> Infallible {
         let interval = (self.idle_time / u32::from(LOOKS)).max(INTERVAL_MIN);
         loop {
-            if self.watched.is_empty() {
+            if self.idle_guard.is_empty() {
                 self.begun.notified().await;
             }
             // From now, however late this look was: the next would be too early for all.
             sleep(interval).await;
-            self.watched.for_each(Activity::miss);
+            self.idle_guard.for_each(Activity::tick);
         }
     }
 }
@@ -100,28 +100,28 @@ impl IdleGuard {
     }
 
     /// Bytes were delivered.
-    pub fn beat(&self) {
+    pub fn touch(&self) {
         self.pulse.missed.set(0);
     }
 
-    /// Whether to tell what is under way, with [`IdleGuard::tell`].
+    /// Whether to tell what is under way, with [`IdleGuard::report_unacked`].
     pub fn is_asked(&self) -> bool {
         self.pulse.asked.get()
     }
 
     /// Bytes that each side's socket has taken and its peer has not.
-    pub fn tell(&self, under_way: [usize; 2]) {
+    pub fn report_unacked(&self, unacked: [usize; 2]) {
         self.pulse.asked.set(false);
-        let before = self.pulse.under_way.replace(Some(under_way));
+        let before = self.pulse.unacked.replace(Some(unacked));
         let becomes_less =
-            |before: [usize; 2]| under_way.iter().zip(before).any(|(now, before)| *now < before);
+            |before: [usize; 2]| unacked.iter().zip(before).any(|(now, before)| *now < before);
         if before.is_some_and(becomes_less) {
-            self.beat();
+            self.touch();
         }
     }
 
     /// Whether nothing was carried for the idle time.
-    pub fn is_quiet(&self) -> bool {
+    pub fn is_idle(&self) -> bool {
         self.pulse.missed.get() >= FIRST + LOOKS && !self.is_asked()
     }
 
@@ -132,20 +132,20 @@ impl IdleGuard {
 }
 
 impl Activity {
-    fn miss(&self) {
+    fn tick(&self) {
         let missed = self.missed.get().saturating_add(1);
         self.missed.set(missed);
         if missed < FIRST {
             return;
         }
         if missed == FIRST {
-            self.under_way.set(None);
+            self.unacked.set(None);
         }
-        let is_told = self.under_way.get() == Some([0, 0]);
-        if !is_told {
+        let is_detach_requested = self.unacked.get() == Some([0, 0]);
+        if !is_detach_requested {
             self.asked.set(true);
         }
-        if (!is_told || missed >= FIRST + LOOKS)
+        if (!is_detach_requested || missed >= FIRST + LOOKS)
             && let Some(waker) = self.waker.get()
         {
             waker.wake_by_ref();
@@ -165,18 +165,18 @@ mod tests {
 
     const TIME: Duration = Duration::from_secs(60);
 
-    async fn quiet(watched: &IdleGuard) {
-        quiet_with(watched, || [7, 0]).await;
+    async fn quiet(idle_guard: &IdleGuard) {
+        quiet_with(idle_guard, || [7, 0]).await;
     }
 
-    /// Waits until it is quiet, as a connection does; `under_way` is what it tells.
-    async fn quiet_with(watched: &IdleGuard, under_way: impl Fn() -> [usize; 2]) {
+    /// Waits until it is quiet, as a connection does; `unacked` is what it tells.
+    async fn quiet_with(idle_guard: &IdleGuard, unacked: impl Fn() -> [usize; 2]) {
         poll_fn(|cx| {
-            watched.register(cx.waker());
-            if watched.is_asked() {
-                watched.tell(under_way());
+            idle_guard.register(cx.waker());
+            if idle_guard.is_asked() {
+                idle_guard.report_unacked(unacked());
             }
-            if watched.is_quiet() { Poll::Ready(()) } else { Poll::Pending }
+            if idle_guard.is_idle() { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
     }
@@ -186,7 +186,7 @@ mod tests {
         let looking = Rc::clone(&watch);
         let set = LocalSet::new();
         set.run_until(async move {
-            spawn_local(looking.look());
+            spawn_local(looking.run());
             test(watch).await
         })
         .await
@@ -199,9 +199,9 @@ mod tests {
             let _other = watch.join();
             for late in 0..20 {
                 sleep(TIME / 7 * late).await;
-                let watched = watch.join();
+                let idle_guard = watch.join();
                 let start = Instant::now();
-                quiet(&watched).await;
+                quiet(&idle_guard).await;
                 let took = start.elapsed();
                 assert!(took >= TIME * 5 / 4 && took <= TIME * 3 / 2 + INTERVAL_MIN, "{took:?}");
             }
@@ -212,11 +212,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_being_received_is_not_quiet() {
         watching(async |watch| {
-            let watched = watch.join();
+            let idle_guard = watch.join();
             let start = Instant::now();
             // Its peer takes a byte in nine tenths of the time, and then no more.
-            let under_way = || 20_usize.saturating_sub((start.elapsed().as_secs() / 54) as usize);
-            quiet_with(&watched, || [0, under_way()]).await;
+            let unacked = || 20_usize.saturating_sub((start.elapsed().as_secs() / 54) as usize);
+            quiet_with(&idle_guard, || [0, unacked()]).await;
             let took = start.elapsed() - TIME * 18;
             assert!(took >= TIME && took <= TIME * 2, "{took:?}");
         })
@@ -226,14 +226,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_loop_that_is_late_makes_nobody_quiet_earlier() {
         watching(async |watch| {
-            let watched = watch.join();
+            let idle_guard = watch.join();
             let start = Instant::now();
             for _ in 0..3 {
                 // All is held up, and then goes on without a pause.
                 advance(TIME * 2 / 5).await;
                 tokio::task::yield_now().await;
             }
-            quiet(&watched).await;
+            quiet(&idle_guard).await;
             assert!(start.elapsed() >= TIME * 3 / 2, "{:?}", start.elapsed());
         })
         .await;
@@ -242,11 +242,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_busy_are_let_alone() {
         watching(async |watch| {
-            let watched = watch.join();
+            let idle_guard = watch.join();
             for _ in 0..50 {
                 sleep(TIME * 9 / 10).await;
-                assert!(!watched.is_quiet());
-                watched.beat();
+                assert!(!idle_guard.is_idle());
+                idle_guard.touch();
             }
         })
         .await;
@@ -257,16 +257,16 @@ mod tests {
         watching(async |watch| {
             let all: Vec<_> = (0..10).map(|_| watch.join()).collect();
             let start = Instant::now();
-            for watched in &all {
-                quiet(watched).await;
+            for idle_guard in &all {
+                quiet(idle_guard).await;
             }
             assert!(start.elapsed() <= TIME * 16 / 10);
             drop(all);
-            assert!(watch.watched.is_empty());
+            assert!(watch.idle_guard.is_empty());
             sleep(TIME * 3).await;
-            let watched = watch.join();
+            let idle_guard = watch.join();
             let start = Instant::now();
-            quiet(&watched).await;
+            quiet(&idle_guard).await;
             assert!(start.elapsed() >= TIME && start.elapsed() <= TIME * 16 / 10);
         })
         .await;

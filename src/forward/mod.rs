@@ -135,7 +135,7 @@ pub struct Forwarder {
     pub flows: [Flow; 2],
     pub shared: Rc<LoopBuffers>,
     pub carried: Arc<ByteCounters>,
-    pub watched: Option<IdleGuard>,
+    pub idle_guard: Option<IdleGuard>,
     pub preface: u64,
     pub fault: Option<(Side, Errno)>,
     /// The number of its last turn of bulk, of all on this event loop.
@@ -166,14 +166,14 @@ pub enum Outcome {
 
 impl Forwarder {
     /// Joins two sockets; `preface` goes to the backend ahead of the client's bytes, in one write.
-    /// What is delivered is counted as `carried`. It endpoints when it is quiet, if that is `watched`.
+    /// What is delivered is counted as `carried`. It endpoints when it is quiet, if that is `idle_guard`.
     pub fn new(
         client: Socket,
         backend: Socket,
         preface: Vec<u8>,
         shared: Rc<LoopBuffers>,
         carried: Arc<ByteCounters>,
-        watched: Option<IdleGuard>,
+        idle_guard: Option<IdleGuard>,
     ) -> Self {
         let mut flows = [Flow::default(), Flow::default()];
         let preface_len = preface.len() as u64;
@@ -186,7 +186,7 @@ impl Forwarder {
             flows,
             shared,
             carried,
-            watched,
+            idle_guard,
             preface: preface_len,
             fault,
             last_turn: 0,
@@ -206,14 +206,14 @@ impl Forwarder {
         answer: impl Fn(Progress),
     ) -> impl Future<Output = io::Result<Outcome>> {
         async move {
-            let is_told = || presence.is_some_and(ControlHandle::is_to_leave);
+            let is_detach_requested = || presence.is_some_and(ControlHandle::is_to_leave);
             let is_called = || presence.is_some_and(|it| it.is_to_leave() || it.is_asked());
             // An edge of the time of dialling tells of bytes.
             poll_fn(|cx| {
                 let client = &mut self.endpoints[Side::Client as usize];
                 client.readable = client.socket.poll_readable(cx).is_ready();
-                if let Some(watched) = &self.watched {
-                    watched.register(cx.waker());
+                if let Some(idle_guard) = &self.idle_guard {
+                    idle_guard.register(cx.waker());
                 }
                 if let Some(presence) = presence {
                     presence.register(cx.waker());
@@ -223,32 +223,32 @@ impl Forwarder {
             .await;
             while !self.is_over() {
                 if let Some(presence) = presence {
-                    presence.answer(|| answer(self.condition()));
+                    presence.answer(|| answer(self.progress()));
                 }
-                match self.turn() {
-                    Turn::Stuck if self.is_over() || self.is_quiet() => break,
-                    _ if is_told() => return Ok(Outcome::Left(Box::new(self))),
-                    Turn::Stuck if self.is_stalled() => {
+                match self.drive_both() {
+                    Turn::Blocked if self.is_over() || self.is_idle() => break,
+                    _ if is_detach_requested() => return Ok(Outcome::Left(Box::new(self))),
+                    Turn::Blocked if self.is_stalled() => {
                         // Boxed, like the end below: what few connections need is no part of all.
                         if !Box::pin(self.wait_for_the_stalled(presence, &answer)).await? {
                             break;
                         }
                     }
-                    Turn::Stuck => {
+                    Turn::Blocked => {
                         self.wait(&is_called).await?;
                     }
-                    Turn::More => tokio::task::yield_now().await,
+                    Turn::Yield => tokio::task::yield_now().await,
                 }
             }
             // What has ended by itself is not quiet, even if it was late.
-            let is_quiet = !self.is_over() && self.is_quiet();
-            let linger = self.watched.take().map_or(LINGER, |it| it.idle_time().min(LINGER));
-            if !is_quiet && SIDES.map(|side| self.is_delivering(side)) != [false; 2] {
+            let is_idle = !self.is_over() && self.is_idle();
+            let linger = self.idle_guard.take().map_or(LINGER, |it| it.idle_time().min(LINGER));
+            if !is_idle && SIDES.map(|side| self.is_delivering(side)) != [false; 2] {
                 let finish = Box::pin(self.finish(linger));
                 let detach_requested = async {
                     match presence {
                         Some(presence) => {
-                            presence.detach_requested(|| answer(self.condition())).await;
+                            presence.detach_requested(|| answer(self.progress())).await;
                         }
                         None => std::future::pending().await,
                     }
@@ -264,12 +264,12 @@ impl Forwarder {
                 from_client,
                 from_backend,
                 end: match self.fault {
-                    _ if is_quiet => CloseReason::Quiet,
+                    _ if is_idle => CloseReason::Quiet,
                     Some((side, errno)) => CloseReason::Fault(side, errno),
                     None => CloseReason::Summary,
                 },
             };
-            let resets = SIDES.map(|side| is_quiet || self.is_to_be_reset(side));
+            let resets = SIDES.map(|side| is_idle || self.is_to_be_reset(side));
             for (end, reset) in self.endpoints.into_iter().zip(resets) {
                 if reset { end.socket.reset() } else { end.socket.close() }
             }
@@ -283,36 +283,36 @@ impl Forwarder {
         Progress { from_client, from_backend, idle: None }
     }
 
-    fn condition(&self) -> Progress {
+    fn progress(&self) -> Progress {
         let idle = self.endpoints.iter().filter_map(|end| end.socket.idle()).min();
         Progress { idle, ..self.delivered() }
     }
 
-    fn is_quiet(&self) -> bool {
-        self.watched.as_ref().is_some_and(IdleGuard::is_quiet)
+    fn is_idle(&self) -> bool {
+        self.idle_guard.as_ref().is_some_and(IdleGuard::is_idle)
     }
 
     fn is_over(&self) -> bool {
         self.flows.iter().all(|flow| flow.state != FlowState::Open)
     }
 
-    fn turn(&mut self) -> Turn {
+    fn drive_both(&mut self) -> Turn {
         let size = if self.flows.iter().any(Flow::is_bulky) {
             self.shared.turns.begin_bulk(&mut self.last_turn)
         } else {
             self.shared.turns.begin_message()
         };
-        let mut turn = Turn::Stuck;
+        let mut drive_both = Turn::Blocked;
         for side in SIDES {
-            if self.advance(side, size) == Turn::More {
-                turn = Turn::More;
+            if self.drive(side, size) == Turn::Yield {
+                drive_both = Turn::Yield;
             }
         }
-        turn
+        drive_both
     }
 
     /// Moves what the flow from `side` can move, up to a turn of this size.
-    fn advance(&mut self, side: Side, mut size: usize) -> Turn {
+    fn drive(&mut self, side: Side, mut size: usize) -> Turn {
         let [client, backend] = &mut self.endpoints;
         let (source, sink) = match side {
             Side::Client => (client, backend),
@@ -326,10 +326,10 @@ impl Forwarder {
         let sink_side = side.other();
         let before = flow.delivered;
         let (mut failed, mut cant_splice) = (false, false);
-        let mut turn = Turn::Stuck;
+        let mut drive_both = Turn::Blocked;
         while flow.state == FlowState::Open {
             if size == 0 {
-                turn = Turn::More;
+                drive_both = Turn::Yield;
                 break;
             }
             let delivered = flow.delivered;
@@ -338,7 +338,7 @@ impl Forwarder {
             size = size.saturating_sub(((flow.delivered - delivered) as usize).max(STEP));
             match step {
                 Ok(Step::Moved) => {}
-                Ok(Step::Stuck) => break,
+                Ok(Step::Blocked) => break,
                 Ok(Step::CantSplice) => {
                     cant_splice = true;
                     break;
@@ -377,20 +377,20 @@ impl Forwarder {
         if flow.delivered > before {
             opposite.unanswered = 0;
             self.carried.add(side as usize, flow.delivered - before);
-            if let Some(watched) = &self.watched {
-                watched.beat();
+            if let Some(idle_guard) = &self.idle_guard {
+                idle_guard.touch();
             }
         }
         if self.journal.is_some() {
             if cant_splice {
                 self.drop_journal(None);
-                turn = Turn::More;
+                drive_both = Turn::Yield;
             } else if failed {
                 // The error has been taken from the socket, which will not tell it again.
                 self.update_journal();
             }
         }
-        turn
+        drive_both
     }
 
     /// Waits until a turn can do something, or it is called.
@@ -433,12 +433,12 @@ impl Forwarder {
                 edge = true;
             }
         }
-        if let Some(watched) = &self.watched
-            && watched.is_asked()
+        if let Some(idle_guard) = &self.idle_guard
+            && idle_guard.is_asked()
         {
-            watched.tell(self.undelivered());
+            idle_guard.report_unacked(self.unacked_bytes());
         }
-        if edge || self.is_quiet() { Poll::Ready(Ok(())) } else { Poll::Pending }
+        if edge || self.is_idle() { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
     /// Whether the only thing that can happen is that a receiver takes what is buffered for it.
@@ -456,7 +456,7 @@ impl Forwarder {
         answer: &impl Fn(Progress),
     ) -> io::Result<bool> {
         let is_called = || presence.is_some_and(|it| it.is_to_leave() || it.is_asked());
-        let mut left = self.undelivered();
+        let mut left = self.unacked_bytes();
         let mut deadline = Instant::now() + LINGER;
         loop {
             if let Ok(waited) = timeout_at(deadline, self.wait(is_called)).await {
@@ -464,7 +464,7 @@ impl Forwarder {
                 match presence {
                     // To be asked is no reason to wait longer.
                     Some(presence) if !is_edge && !presence.is_to_leave() => {
-                        presence.answer(|| answer(self.condition()));
+                        presence.answer(|| answer(self.progress()));
                         continue;
                     }
                     _ => return Ok(true),
@@ -474,7 +474,7 @@ impl Forwarder {
             for end in &mut self.endpoints {
                 end.gone |= end.socket.has_failed();
             }
-            let now = self.undelivered();
+            let now = self.unacked_bytes();
             if was_gone && now == left {
                 return Ok(false);
             }
@@ -483,8 +483,8 @@ impl Forwarder {
         }
     }
 
-    fn undelivered(&self) -> [usize; 2] {
-        [0, 1].map(|end| self.endpoints[end].socket.unsent())
+    fn unacked_bytes(&self) -> [usize; 2] {
+        [0, 1].map(|end| self.endpoints[end].socket.unacked())
     }
 
     /// Both flows are over: the endpoints get theirs, after `linger` without progress at the latest, and stay
@@ -518,7 +518,7 @@ impl Forwarder {
             && !gone
             && matches!(states[side.other() as usize], FlowState::Ended | FlowState::SourceReset)
             && socket.family() != Family::Unix
-            && socket.unsent() > 0
+            && socket.unacked() > 0
     }
 
     /// Given how the flow from there and the flow to there ended.
@@ -533,13 +533,13 @@ impl Forwarder {
 ///
 /// The kernel has no event for it. The first look is nearly always enough.
 async fn delivered(socket: &Socket, linger: Duration) {
-    let mut left = socket.unsent();
+    let mut left = socket.unacked();
     let mut moved = Instant::now();
     let mut pause = Duration::from_millis(1);
     while left > 0 && !socket.has_failed() && moved.elapsed() < linger {
         sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(100));
-        let now = socket.unsent();
+        let now = socket.unacked();
         if now < left {
             left = now;
             moved = Instant::now();
@@ -551,7 +551,7 @@ async fn delivered(socket: &Socket, linger: Duration) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
     /// Nothing can be done before the next edge.
-    Stuck,
+    Blocked,
     /// There was more to do than one turn may.
-    More,
+    Yield,
 }

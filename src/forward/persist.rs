@@ -30,7 +30,7 @@ impl Forwarder {
         snapshot: Snapshot<OwnedFd>,
         shared: Rc<LoopBuffers>,
         carried: Arc<ByteCounters>,
-        watched: Option<IdleGuard>,
+        idle_guard: Option<IdleGuard>,
         journal: Option<Box<dyn SnapshotStore>>,
     ) -> io::Result<Self> {
         let was_reset = SIDES.map(|side| was_reset(&snapshot, side));
@@ -41,7 +41,7 @@ impl Forwarder {
             let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
             let socket = Socket::register(end.socket, family)?;
             if is_journaled {
-                socket.set_stored();
+                socket.mark_shared();
             }
             let (reset, gone) = (end.reset || was_reset, end.gone || was_reset);
             Ok(Endpoint { reset, gone, ..Endpoint::new(socket) })
@@ -59,7 +59,7 @@ impl Forwarder {
             flows,
             shared,
             carried,
-            watched,
+            idle_guard,
             preface,
             fault,
             last_turn: 0,
@@ -99,7 +99,7 @@ impl Forwarder {
     pub fn set_journal(&mut self, journal: Box<dyn SnapshotStore>) {
         self.journal = Some(journal);
         // Even without a journal: the stored references keep the sockets open.
-        self.endpoints.iter().for_each(|end| end.socket.set_stored());
+        self.endpoints.iter().for_each(|end| end.socket.mark_shared());
         let has_vsock = self.endpoints.iter().any(|end| end.socket.family() == Family::Vsock);
         let mut flows = self.flows.iter_mut();
         let has_pipes =

@@ -25,7 +25,7 @@ const PIPE_SIZES: [usize; 2] = [1024 * 1024, 256 * 1024];
 const SMALLEST_USEFUL: usize = 64 * 1024;
 
 /// How long to copy before asking the kernel again, after it refused a pipe.
-const SCARCE: Duration = Duration::from_secs(1);
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Pipes of a process that may be held for slow sinks, but at least one a thread: a quarter of the
 /// 64 MiB that a user has by default.
@@ -110,13 +110,13 @@ pub struct PipePool {
     idle: RefCell<Vec<Pipe>>,
     counted: Gauge,
     limits: Limits,
-    scarce_until: Cell<Option<Instant>>,
+    retry_at: Cell<Option<Instant>>,
 }
 
 impl PipePool {
     /// A pool that makes pipes within these limits when they are needed, and counts them.
     pub fn new(limits: Limits, counted: Gauge) -> Self {
-        Self { idle: RefCell::default(), counted, limits, scarce_until: Cell::new(None) }
+        Self { idle: RefCell::default(), counted, limits, retry_at: Cell::new(None) }
     }
 
     /// An empty pipe, or `None` when the limit, the descriptors or the user's quota of pipe memory
@@ -128,15 +128,15 @@ impl PipePool {
         if self.in_use() >= self.limits.max {
             return None;
         }
-        if let Some(until) = self.scarce_until.get() {
+        if let Some(until) = self.retry_at.get() {
             if Instant::now() < until {
                 return None;
             }
-            self.scarce_until.set(None);
+            self.retry_at.set(None);
         }
         let pipe = self.create();
         if pipe.is_none() {
-            self.scarce_until.set(Some(Instant::now() + SCARCE));
+            self.retry_at.set(Some(Instant::now() + RETRY_AFTER));
         }
         pipe
     }
@@ -147,7 +147,7 @@ impl PipePool {
     }
 
     /// Takes a pipe back; one with bytes in it is closed instead.
-    pub fn give_back(&self, pipe: Pipe) {
+    pub fn release(&self, pipe: Pipe) {
         let mut idle = self.idle.borrow_mut();
         if pipe.filled == 0 && pipe.size >= SMALLEST_USEFUL && idle.len() <= self.limits.held {
             idle.push(pipe);
@@ -202,7 +202,7 @@ mod tests {
         let pool = PipePool::new(Limits { max: 2, held: 1 }, Gauge::default());
         let pipes = (pool.take().unwrap(), pool.take().unwrap());
         assert!(pool.take().is_none());
-        pool.give_back(pipes.0);
+        pool.release(pipes.0);
         assert_eq!(pool.in_use(), 2);
         assert!(pool.take().is_some());
     }
@@ -212,7 +212,7 @@ mod tests {
         let pool = PipePool::new(Limits { max: 1, held: 1 }, Gauge::default());
         let mut pipe = pool.take().unwrap();
         pipe.filled = rustix::io::write(&pipe.write, b"left over").unwrap();
-        pool.give_back(pipe);
+        pool.release(pipe);
         assert_eq!(pool.in_use(), 0);
         let fresh = pool.take().unwrap();
         assert_eq!(rustix::io::read(&fresh.read, &mut [0; 9]), Err(Errno::AGAIN));

@@ -44,8 +44,8 @@ impl<T> Registry<T> {
     }
 
     /// Goes through what they keep; meanwhile nobody may join or leave.
-    pub fn for_each(&self, look: impl FnMut(&T)) {
-        self.0.borrow().iter().map(|place| &place.kept).for_each(look);
+    pub fn for_each(&self, run: impl FnMut(&T)) {
+        self.0.borrow().iter().map(|place| &place.kept).for_each(run);
     }
 }
 

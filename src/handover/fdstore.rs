@@ -103,12 +103,12 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     // the two before it.
     let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
     let failed = |_| "there are no descriptors left";
-    let (probe, kept) = pipe_with(flags).map_err(failed)?;
+    let (probe, entry) = pipe_with(flags).map_err(failed)?;
     let [inner, sender] = queue.ends();
-    for (name, fd) in [(QUEUE, inner), (SENDER, sender), (PROBE, kept.as_fd())] {
+    for (name, fd) in [(QUEUE, inner), (SENDER, sender), (PROBE, entry.as_fd())] {
         put(name, fd, notifier).await;
     }
-    drop(kept);
+    drop(entry);
     let (answer, asked) = pipe_with(flags).map_err(failed)?;
     // It closes this when it has come to it (BARRIER=1 in sd_notify(3)).
     notifier.send_with(&[NotifyState::Custom("BARRIER=1")], &[asked.as_fd()]).await;

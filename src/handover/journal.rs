@@ -24,20 +24,22 @@ use tokio::time::sleep;
 
 use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
 use crate::handover::queue::Queue;
-use crate::handover::record::{Content, EncodedRecord, PARCELS_MAX, Record, ids, pack, unpack};
+use crate::handover::record::{
+    EncodedRecord, RECORDS_MAX, Record, RecordBody, decode, encode_message, record_ids,
+};
 use crate::logging::RateLimit;
 
 /// Parcels that don't count before it is worth looking.
 const SLACK: usize = 32;
 
 /// Descriptors that a parcel has at most.
-const PER_PARCEL: usize = 6;
+const FDS_PER_RECORD: usize = 6;
 
 /// Percent of the queue's bytes, or of the descriptors that may be under way, from which on it is packed;
 /// from which on nobody new is stored; and from which on only what makes room is written.
-const TIGHT: usize = 50;
-const FULL: usize = 75;
-const BRIM: usize = 90;
+const COMPACT_AT: usize = 50;
+const REFUSE_NEW_AT: usize = 75;
+const REFUSE_UPDATES_AT: usize = 90;
 
 /// How long what does not count may stay at most, but for the time it takes.
 const CLEANED_AFTER: Duration = Duration::from_secs(5);
@@ -50,7 +52,7 @@ static IS_FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
 pub struct Journal {
     queue: Queue,
     next: AtomicU64,
-    book: Mutex<Index>,
+    index: Mutex<Index>,
     /// Something does not count any more.
     outdated: Notify,
 }
@@ -74,14 +76,14 @@ struct Index {
 #[derive(Debug)]
 struct MessageInfo {
     /// The numbers of its parcels.
-    ids: Vec<u64>,
+    record_ids: Vec<u64>,
     descriptors: usize,
 }
 
 /// A parcel that is kept for as long as this lives.
 #[derive(Debug)]
 pub struct JournalEntry {
-    ledger: Arc<Journal>,
+    journal: Arc<Journal>,
     id: u64,
     start: u64,
     /// Whether it is to be there when this is gone.
@@ -94,30 +96,34 @@ impl Journal {
         let next = messages.iter().flatten().max().map_or(0, |last| last + 1);
         let limit = getrlimit(Resource::Nofile).current;
         let descriptors_max = limit.map_or(usize::MAX / 100, |limit| limit as usize).max(1);
-        let mut book = Index { descriptors_max, ..Index::default() };
-        for ids in messages {
-            let number = book.next_number();
-            for id in ids.iter().filter(|id| current.contains(id)) {
-                book.current.insert(*id, number);
+        let mut index = Index { descriptors_max, ..Index::default() };
+        for record_ids in messages {
+            let number = index.next_number();
+            for id in record_ids.iter().filter(|id| current.contains(id)) {
+                index.current.insert(*id, number);
             }
-            book.note(MessageInfo { descriptors: ids.len() * PER_PARCEL, ids });
+            index.note(MessageInfo { descriptors: record_ids.len() * FDS_PER_RECORD, record_ids });
         }
         let outdated = Notify::new();
         // What did not count when it was read.
         outdated.notify_one();
-        Arc::new(Self { queue, next: next.into(), book: book.into(), outdated })
+        Arc::new(Self { queue, next: next.into(), index: index.into(), outdated })
     }
 
     /// Keeps something new, if there is room. Some is left for listeners, and for changes of what is there.
     pub fn keep<Fd: AsFd>(
         self: &Arc<Self>,
         start: u64,
-        content: Content<Fd>,
+        body: RecordBody<Fd>,
     ) -> Option<JournalEntry> {
-        let kept = self.kept(self.next.fetch_add(1, Ordering::Relaxed), start);
-        let full = if matches!(content, Content::Listener(..)) { BRIM } else { FULL };
-        if kept.write(content, full) {
-            return Some(kept.take_over());
+        let entry = self.entry(self.next.fetch_add(1, Ordering::Relaxed), start);
+        let full = if matches!(body, RecordBody::Listener(..)) {
+            REFUSE_UPDATES_AT
+        } else {
+            REFUSE_NEW_AT
+        };
+        if entry.write(body, full) {
+            return Some(entry.own());
         }
         if let Some(suppressed) = IS_FULL.pass() {
             tracing::warn!(
@@ -129,21 +135,21 @@ impl Journal {
     }
 
     /// What has this number in the queue; it stays there until it is taken over.
-    pub fn kept(self: &Arc<Self>, id: u64, start: u64) -> JournalEntry {
-        JournalEntry { ledger: Arc::clone(self), id, start, stays: true }
+    pub fn entry(self: &Arc<Self>, id: u64, start: u64) -> JournalEntry {
+        JournalEntry { journal: Arc::clone(self), id, start, stays: true }
     }
 
     /// Writes what is to be there when the process is gone, each with when it began, in one message:
-    /// at most [`PARCELS_MAX`].
+    /// at most [`RECORDS_MAX`].
     ///
     /// # Errors
     /// When there is no room; then none of them is there.
-    pub fn leave<Fd: AsFd>(&self, contents: Vec<(u64, Content<Fd>)>) -> Result<(), Errno> {
+    pub fn leave<Fd: AsFd>(&self, contents: Vec<(u64, RecordBody<Fd>)>) -> Result<(), Errno> {
         let id = || self.next.fetch_add(1, Ordering::Relaxed);
-        let parcel = |(start, content)| Record { id: id(), start, content };
-        let parcels: Vec<_> = contents.into_iter().map(parcel).collect();
-        let sealed: Vec<_> = parcels.iter().map(Record::seal).collect();
-        self.lock().write(&self.queue, &sealed)
+        let record = |(start, body)| Record { id: id(), start, body };
+        let records: Vec<_> = contents.into_iter().map(record).collect();
+        let encoded: Vec<_> = records.iter().map(Record::encode).collect();
+        self.lock().write(&self.queue, &encoded)
     }
 
     /// Takes what does not count out before long, for ever: whoever holds a second reference to a socket
@@ -172,32 +178,32 @@ impl Journal {
 
     /// Takes all out.
     pub fn clear(&self) {
-        let mut book = self.lock();
-        while self.queue.drop_first() {}
-        *book = Index { descriptors_max: book.descriptors_max, ..Index::default() };
+        let mut index = self.lock();
+        while self.queue.pop() {}
+        *index = Index { descriptors_max: index.descriptors_max, ..Index::default() };
     }
 
     /// Parcels that count.
-    pub fn counting(&self) -> usize {
+    pub fn live(&self) -> usize {
         self.lock().current.len()
     }
 
     /// After a change.
-    fn settle(&self, book: &mut Index) {
-        book.tidy(&self.queue);
-        if book.is_outdated() {
+    fn maintain(&self, index: &mut Index) {
+        index.tidy(&self.queue);
+        if index.is_outdated() {
             self.outdated.notify_one();
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Index> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl JournalEntry {
     /// From now on it is there for as long as this lives, and no longer.
-    pub fn take_over(mut self) -> Self {
+    pub fn own(mut self) -> Self {
         self.stays = false;
         self
     }
@@ -208,32 +214,32 @@ impl JournalEntry {
     }
 
     /// Writes it, unless the queue is as full as that, even when it is packed.
-    fn write<Fd: AsFd>(&self, content: Content<Fd>, full: usize) -> bool {
-        let parcel = Record { id: self.id, start: self.start, content };
-        let sealed = [parcel.seal()];
-        let queue = &self.ledger.queue;
-        let mut book = self.ledger.lock();
-        let mut fullness = book.fullness(queue);
-        for _ in 0..book.packs_for(fullness) {
-            if !book.pack_if_worth_it(queue) {
+    fn write<Fd: AsFd>(&self, body: RecordBody<Fd>, full: usize) -> bool {
+        let record = Record { id: self.id, start: self.start, body };
+        let encoded = [record.encode()];
+        let queue = &self.journal.queue;
+        let mut index = self.journal.lock();
+        let mut fullness = index.fullness(queue);
+        for _ in 0..index.packs_for(fullness) {
+            if !index.pack_if_worth_it(queue) {
                 break;
             }
-            fullness = book.fullness(queue);
+            fullness = index.fullness(queue);
         }
-        let is_written = fullness < full && book.write(queue, &sealed).is_ok();
-        self.ledger.settle(&mut book);
+        let is_written = fullness < full && index.write(queue, &encoded).is_ok();
+        self.journal.maintain(&mut index);
         is_written
     }
 }
 
 impl SnapshotStore for JournalEntry {
     fn update(&self, snapshot: Snapshot<FdRef<'_>>) -> bool {
-        self.write(Content::Forwarder(Box::new(snapshot)), BRIM)
+        self.write(RecordBody::Forwarder(Box::new(snapshot)), REFUSE_UPDATES_AT)
     }
 
     fn forget(self: Box<Self>) -> bool {
         // A superseding record without content: the sockets may be in the queue for some time.
-        self.take_over().write(Content::<OwnedFd>::Nothing, usize::MAX)
+        self.own().write(RecordBody::<OwnedFd>::Nothing, usize::MAX)
     }
 
     fn detach(self: Box<Self>) {
@@ -244,9 +250,9 @@ impl SnapshotStore for JournalEntry {
 impl Drop for JournalEntry {
     fn drop(&mut self) {
         if !self.stays {
-            let mut book = self.ledger.lock();
-            book.current.remove(&self.id);
-            self.ledger.settle(&mut book);
+            let mut index = self.journal.lock();
+            index.current.remove(&self.id);
+            self.journal.maintain(&mut index);
         }
     }
 }
@@ -259,19 +265,19 @@ impl Index {
     fn write<Fd: AsFd>(
         &mut self,
         queue: &Queue,
-        parcels: &[EncodedRecord<Fd>],
+        records: &[EncodedRecord<Fd>],
     ) -> Result<(), Errno> {
-        let (bytes, fds) = pack(parcels);
+        let (bytes, fds) = encode_message(records);
         queue.append(&bytes, &fds)?;
         let number = self.next_number();
-        let ids: Vec<_> = parcels.iter().map(EncodedRecord::id).collect();
-        self.current.extend(ids.iter().map(|id| (*id, number)));
-        self.note(MessageInfo { ids, descriptors: fds.len() });
+        let record_ids: Vec<_> = records.iter().map(EncodedRecord::id).collect();
+        self.current.extend(record_ids.iter().map(|id| (*id, number)));
+        self.note(MessageInfo { record_ids, descriptors: fds.len() });
         Ok(())
     }
 
     fn note(&mut self, message: MessageInfo) {
-        self.written += message.ids.len().max(1);
+        self.written += message.record_ids.len().max(1);
         self.descriptors += message.descriptors;
         self.messages.push_back(message);
     }
@@ -285,9 +291,9 @@ impl Index {
     /// been gone through before it is full; then all of it, once.
     fn packs_for(&self, fullness: usize) -> usize {
         match fullness {
-            0..TIGHT => 0,
-            TIGHT..FULL => 2,
-            FULL..BRIM => 4,
+            0..COMPACT_AT => 0,
+            COMPACT_AT..REFUSE_NEW_AT => 2,
+            REFUSE_NEW_AT..REFUSE_UPDATES_AT => 4,
             _ => self.messages.len(),
         }
     }
@@ -299,16 +305,16 @@ impl Index {
     /// Takes out what does not count in front, and packs a little where half does not count.
     fn tidy(&mut self, queue: &Queue) {
         if self.written > 2 * self.current.len() + SLACK {
-            self.pack(queue);
+            self.encode_message(queue);
         }
-        while self.first_is_over() && self.drop_first(queue) {}
+        while self.first_is_over() && self.pop(queue) {}
     }
 
     /// Packs a little if anything does not count, or stands in more messages than it has to; whether
     /// that went.
     fn pack_if_worth_it(&mut self, queue: &Queue) -> bool {
-        let messages = self.current.len().div_ceil(PARCELS_MAX) * 2 + 1;
-        (self.is_outdated() || self.messages.len() > messages) && self.pack(queue)
+        let messages = self.current.len().div_ceil(RECORDS_MAX) * 2 + 1;
+        (self.is_outdated() || self.messages.len() > messages) && self.encode_message(queue)
     }
 
     fn first_is_over(&self) -> bool {
@@ -317,38 +323,39 @@ impl Index {
 
     /// Whether nothing of the message with this number counts.
     fn is_over(&self, message: &MessageInfo, number: u64) -> bool {
-        !message.ids.iter().any(|id| self.current.get(id) == Some(&number))
+        !message.record_ids.iter().any(|id| self.current.get(id) == Some(&number))
     }
 
-    fn drop_first(&mut self, queue: &Queue) -> bool {
-        let is_out = queue.drop_first();
+    fn pop(&mut self, queue: &Queue) -> bool {
+        let is_out = queue.pop();
         if is_out && let Some(message) = self.messages.pop_front() {
             self.taken_out += 1;
-            self.written -= message.ids.len().max(1);
+            self.written -= message.record_ids.len().max(1);
             self.descriptors -= message.descriptors;
         }
         is_out
     }
 
-    /// The same as [`Index::pack`], for whoever goes through all messages: of how many it has got rid.
+    /// The same as [`Index::encode_message`], for whoever goes through all messages: of how many it has got rid.
     fn clean(&mut self, queue: &Queue) -> Option<usize> {
         let before = self.taken_out;
-        (self.is_outdated() && self.pack(queue)).then(|| (self.taken_out - before) as usize)
+        (self.is_outdated() && self.encode_message(queue))
+            .then(|| (self.taken_out - before) as usize)
     }
 
     /// Writes what counts of the first messages anew behind the last, and takes these out; whether
     /// that went.
-    fn pack(&mut self, queue: &Queue) -> bool {
+    fn encode_message(&mut self, queue: &Queue) -> bool {
         let mut messages = queue.messages();
         let mut counts = Vec::new();
         let mut seen = 0;
-        while counts.len() < PARCELS_MAX
+        while counts.len() < RECORDS_MAX
             && let Some(noted) = self.messages.get(seen)
-            && counts.len() + noted.ids.len() <= 2 * PARCELS_MAX
+            && counts.len() + noted.record_ids.len() <= 2 * RECORDS_MAX
         {
             let Some(Ok(message)) = messages.next() else { return false };
             let number = self.taken_out + seen as u64;
-            if ids(&message.bytes).unwrap_or_default() != noted.ids {
+            if record_ids(&message.bytes).unwrap_or_default() != noted.record_ids {
                 if let Some(suppressed) = DIFFERS.pass() {
                     tracing::error!(
                         "The store is not as it was left, and is cleaned no more; restart to have it read \
@@ -357,11 +364,11 @@ impl Index {
                 }
                 return false;
             }
-            match unpack(&message.bytes, message.fds) {
-                Ok(parcels) if message.is_whole => {
+            match decode(&message.bytes, message.fds) {
+                Ok(records) if message.is_whole => {
                     let is_current =
                         |it: &EncodedRecord<_>| self.current.get(&it.id()) == Some(&number);
-                    counts.extend(parcels.into_iter().filter(is_current));
+                    counts.extend(records.into_iter().filter(is_current));
                 }
                 // There may be no descriptors left for a moment.
                 _ if !self.is_over(noted, number) => return false,
@@ -373,14 +380,14 @@ impl Index {
         if !counts.is_empty() && self.write(queue, &counts).is_err() {
             return false;
         }
-        seen > 0 && (0..seen).all(|_| self.drop_first(queue))
+        seen > 0 && (0..seen).all(|_| self.pop(queue))
     }
 }
 
 /// Now, as parcels have it.
-pub fn now() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+pub fn monotonic_micros() -> u64 {
+    let monotonic_micros = clock_gettime(ClockId::Monotonic);
+    monotonic_micros.tv_sec as u64 * 1_000_000 + monotonic_micros.tv_nsec as u64 / 1000
 }
 
 #[cfg(test)]
@@ -406,15 +413,15 @@ mod tests {
 
     /// Each parcel that counts, and when it began.
     fn read(queue: &Queue) -> BTreeMap<u64, u64> {
-        let out = replay(&queue.texts().unwrap(), queue.messages()).unwrap();
+        let out = replay(&queue.payloads().unwrap(), queue.messages()).unwrap();
         assert_eq!(out.refused, 0);
-        out.parcels.iter().map(|parcel| (parcel.id, parcel.start)).collect()
+        out.records.iter().map(|record| (record.id, record.start)).collect()
     }
 
     #[test]
     fn what_lives_is_in_the_queue_at_every_moment_and_little_else() {
         let queue = Queue::new().unwrap();
-        let ledger = Journal::new(second(&queue), Vec::new(), &HashSet::new());
+        let journal = Journal::new(second(&queue), Vec::new(), &HashSet::new());
         let mut live: BTreeMap<u64, (JournalEntry, OwnedFd)> = BTreeMap::new();
         let mut dice = 1_u64;
         let mut below = |sides: usize| {
@@ -431,49 +438,49 @@ mod tests {
             match (below(10), one) {
                 (0..6, one) if grows || one.is_none() => {
                     let fd = listener();
-                    let kept = ledger.keep(round, Content::Listener(&fd, None)).unwrap();
-                    live.insert(kept.id, (kept, fd));
+                    let entry = journal.keep(round, RecordBody::Listener(&fd, None)).unwrap();
+                    live.insert(entry.id, (entry, fd));
                 }
                 (6..8, Some(one)) => {
-                    let (kept, fd) = &live[&one];
-                    assert!(kept.write(Content::Listener(fd, None), BRIM));
+                    let (entry, fd) = &live[&one];
+                    assert!(entry.write(RecordBody::Listener(fd, None), REFUSE_UPDATES_AT));
                 }
                 (8, Some(one)) => {
-                    let (kept, _) = live.remove(&one).unwrap();
-                    assert!(Box::new(kept).forget());
+                    let (entry, _) = live.remove(&one).unwrap();
+                    assert!(Box::new(entry).forget());
                 }
                 (_, Some(one)) => drop(live.remove(&one)),
                 (_, None) => {}
             }
-            let parcels = ledger.lock().written;
-            assert!(parcels <= 2 * live.len() + SLACK + 1, "{parcels} for {}", live.len());
+            let records = journal.lock().written;
+            assert!(records <= 2 * live.len() + SLACK + 1, "{records} for {}", live.len());
             if round % 20 == 0 {
-                let messages = queue.texts().unwrap();
-                assert_eq!(messages.len(), ledger.lock().messages.len());
+                let messages = queue.payloads().unwrap();
+                assert_eq!(messages.len(), journal.lock().messages.len());
                 let there = read(&queue);
                 assert!(live.keys().all(|id| there.contains_key(id)), "{round}");
             }
         }
         // Written by one process, read and continued by the next.
-        let out = replay(&queue.texts().unwrap(), queue.messages()).unwrap();
+        let out = replay(&queue.payloads().unwrap(), queue.messages()).unwrap();
         let current: Vec<_> = live.keys().copied().collect();
         let next = Journal::new(second(&queue), out.messages, &current.iter().copied().collect());
-        live.into_values().for_each(|(kept, _)| kept.leave());
-        let kept: Vec<_> = current.iter().map(|id| next.kept(*id, 0).take_over()).collect();
+        live.into_values().for_each(|(entry, _)| entry.leave());
+        let entry: Vec<_> = current.iter().map(|id| next.entry(*id, 0).own()).collect();
         while next.lock().clean(&next.queue).is_some() {}
         assert_eq!(read(&queue).into_keys().collect::<Vec<_>>(), current);
         assert_eq!(next.lock().written, current.len());
-        drop(kept);
-        assert!(queue.texts().unwrap().is_empty());
-        assert_eq!(next.counting(), 0);
+        drop(entry);
+        assert!(queue.payloads().unwrap().is_empty());
+        assert_eq!(next.live(), 0);
     }
 
     #[test]
     fn what_is_forgotten_does_not_come_back() {
         let queue = Queue::new().unwrap();
-        let ledger = Journal::new(second(&queue), Vec::new(), &HashSet::new());
+        let journal = Journal::new(second(&queue), Vec::new(), &HashSet::new());
         let fds: Vec<_> = (0..3).map(|_| listener()).collect();
-        let keep = |fd| ledger.keep(0, Content::Listener(fd, None)).unwrap();
+        let keep = |fd| journal.keep(0, RecordBody::Listener(fd, None)).unwrap();
         let [first, middle, _last] = [&fds[0], &fds[1], &fds[2]].map(keep);
         let id = middle.id;
         // Behind one that lives, where it can't be taken out.
@@ -481,7 +488,7 @@ mod tests {
         assert!(!read(&queue).contains_key(&id));
         drop(first);
         assert!(!read(&queue).contains_key(&id));
-        while ledger.lock().clean(&ledger.queue).is_some() {}
+        while journal.lock().clean(&journal.queue).is_some() {}
         assert_eq!(read(&queue).len(), 1);
     }
 }

@@ -26,9 +26,9 @@ use crate::config::values::HandoverMode;
 use crate::forward::Forwarder;
 use crate::forward::snapshot::FdRef;
 use crate::handover::fdstore::StoredFds;
-use crate::handover::journal::{Journal, JournalEntry, now};
+use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
-use crate::handover::record::{Content, PARCELS_MAX, Record, descriptors_of, identity};
+use crate::handover::record::{RECORDS_MAX, Record, RecordBody, descriptors_of, identity};
 use crate::handover::replay::{Leftovers, Replay, recover, replay};
 use crate::limits::descriptors::may_open;
 use crate::limits::slot::Slot;
@@ -41,8 +41,8 @@ use crate::socket::Socket;
 /// The store, as the connections of this process use it.
 #[derive(Debug)]
 pub struct Handover {
-    survival: HandoverMode,
-    ledger: Arc<Journal>,
+    mode: HandoverMode,
+    journal: Arc<Journal>,
     detach_is_requested: AtomicBool,
     lost: AtomicUsize,
 }
@@ -54,14 +54,14 @@ impl Handover {
     /// # Errors
     /// One line when what was stored can't be read; then it is still there.
     pub async fn open(
-        survival: Option<HandoverMode>,
+        mode: Option<HandoverMode>,
         opens: bool,
         inherited: &mut Vec<PassedFd>,
         notifier: &Notifier,
     ) -> Result<(Option<Arc<Self>>, Leftovers), String> {
         let nothing = Ok((None, Leftovers::default()));
         let returned = StoredFds::take(inherited);
-        let Some(survival) = survival else {
+        let Some(mode) = mode else {
             if !returned.is_empty() {
                 tracing::info!("Closing what was stored, since --handover=never.");
                 returned.discard(notifier).await;
@@ -86,8 +86,8 @@ impl Handover {
             let error = os_message(&error);
             format!("Failed to read the store, which is left as it is: {error}.")
         };
-        let texts = queue.texts().map_err(failed)?;
-        let (descriptors, at_a_time) = descriptors_of(&texts);
+        let payloads = queue.payloads().map_err(failed)?;
+        let (descriptors, at_a_time) = descriptors_of(&payloads);
         // A message may also have what does not count any more.
         may_open(descriptors + at_a_time).map_err(|limit| {
             format!(
@@ -95,41 +95,41 @@ impl Handover {
                  {descriptors} file descriptors and stay stored; raise LimitNOFILE=."
             )
         })?;
-        let sorted = replay(&texts, queue.messages()).map_err(failed)?;
-        let Replay { messages, parcels, refused } = sorted;
+        let sorted = replay(&payloads, queue.messages()).map_err(failed)?;
+        let Replay { messages, records, refused } = sorted;
         // A connection that systemd passes (Accept=yes) and has stored as well is one.
-        let stored: HashSet<_> = parcels.iter().flat_map(Record::identities).collect();
+        let stored: HashSet<_> = records.iter().flat_map(Record::identities).collect();
         inherited.retain(|it| !identity(&it.fd).is_some_and(|it| stored.contains(&it)));
-        let current: HashSet<_> = parcels.iter().map(|parcel| parcel.id).collect();
-        let ledger = Journal::new(queue, messages, &current);
-        let kept_in = (survival == HandoverMode::Crash).then_some(&ledger);
-        let recovered = Leftovers { refused, ..recover(parcels, kept_in) };
+        let current: HashSet<_> = records.iter().map(|record| record.id).collect();
+        let journal = Journal::new(queue, messages, &current);
+        let kept_in = (mode == HandoverMode::Crash).then_some(&journal);
+        let restored = Leftovers { refused, ..recover(records, kept_in) };
         let handover = Self {
-            survival,
-            ledger,
+            mode,
+            journal,
             detach_is_requested: AtomicBool::default(),
             lost: AtomicUsize::default(),
         };
-        Ok((Some(Arc::new(handover)), recovered))
+        Ok((Some(Arc::new(handover)), restored))
     }
 
     /// Whether connections are stored from accept on.
-    pub fn is_for_crashes(&self) -> bool {
-        self.survival == HandoverMode::Crash
+    pub fn is_crash_mode(&self) -> bool {
+        self.mode == HandoverMode::Crash
     }
 
     /// All that was stored is this process's again.
     pub fn discard_replayed(&self) {
-        if self.survival == HandoverMode::Restart {
+        if self.mode == HandoverMode::Restart {
             // A second reference would keep peers from seeing the end of their connections.
-            self.ledger.clear();
+            self.journal.clear();
         }
     }
 
     /// Keeps the store clean, for ever.
     pub async fn clean(&self) -> Infallible {
-        if self.is_for_crashes() {
-            return self.ledger.clean().await;
+        if self.is_crash_mode() {
+            return self.journal.clean().await;
         }
         // In restart mode the store is empty while the process runs.
         std::future::pending().await
@@ -137,22 +137,22 @@ impl Handover {
 
     /// Keeps a client, from now on and whatever ends the process, if that is asked for.
     pub fn keep_client(&self, client: impl AsFd) -> Option<JournalEntry> {
-        self.keep(Content::Client(client))
+        self.keep(RecordBody::Client(client))
     }
 
     /// The same for a socket that was opened here.
     pub fn keep_listener(&self, listener: &Listener) -> Option<JournalEntry> {
-        self.keep(Content::Listener(listener.as_fd(), listener.file()))
+        self.keep(RecordBody::Listener(listener.as_fd(), listener.file()))
     }
 
-    fn keep<Fd: AsFd>(&self, content: Content<Fd>) -> Option<JournalEntry> {
-        self.is_for_crashes().then(|| self.ledger.keep(now(), content)).flatten()
+    fn keep<Fd: AsFd>(&self, body: RecordBody<Fd>) -> Option<JournalEntry> {
+        self.is_crash_mode().then(|| self.journal.keep(monotonic_micros(), body)).flatten()
     }
 
     /// To be buffered where a panic would end all connections of a thread in order: then the process is
     /// ended at once instead, if they outlive that.
     pub fn abort_on_panic(&self) -> Option<AbortOnPanic> {
-        self.is_for_crashes().then_some(AbortOnPanic)
+        self.is_crash_mode().then_some(AbortOnPanic)
     }
 
     /// Has each other thread store its connections when it ends.
@@ -168,19 +168,19 @@ impl Handover {
     /// Stores what has left; what can't be stored is reset.
     pub fn store(&self, mut left: Vec<Detached>) {
         while !left.is_empty() {
-            let batch = left.split_off(left.len().saturating_sub(PARCELS_MAX));
+            let batch = left.split_off(left.len().saturating_sub(RECORDS_MAX));
             let (mut contents, mut can_be) = (Vec::new(), Vec::new());
             for one in &batch {
-                let stored = one.content();
+                let stored = one.body();
                 can_be.push(stored.is_ok());
                 match stored {
-                    Ok((age, content)) => contents.push((begun(age), content)),
+                    Ok((age, body)) => contents.push((start_of(age), body)),
                     Err(error) => {
                         tracing::error!("Failed to store a connection: {}", os_message(&error));
                     }
                 }
             }
-            let are_stored = self.ledger.leave(contents).is_ok();
+            let are_stored = self.journal.leave(contents).is_ok();
             for (one, can_be) in batch.into_iter().zip(can_be) {
                 if are_stored && can_be {
                     one.release();
@@ -193,13 +193,13 @@ impl Handover {
 
     /// The same for a socket that was opened here; whether it is stored.
     pub fn leave_listener(&self, listener: &Listener) -> bool {
-        let content = Content::Listener(listener.as_fd(), listener.file());
-        self.ledger.leave(vec![(now(), content)]).is_ok()
+        let body = RecordBody::Listener(listener.as_fd(), listener.file());
+        self.journal.leave(vec![(monotonic_micros(), body)]).is_ok()
     }
 
     /// What the next process will find, connections and listeners, and connections that it will not.
     pub fn stored_and_lost(&self) -> [usize; 2] {
-        [self.ledger.counting(), self.lost.load(Ordering::Relaxed)]
+        [self.journal.live(), self.lost.load(Ordering::Relaxed)]
     }
 }
 
@@ -231,12 +231,12 @@ impl Detached {
     }
 
     /// Returns the connection's age, and what is to be stored of it.
-    fn content(&self) -> io::Result<(Duration, Content<FdRef<'_>>)> {
-        let content = match &self.state {
-            DetachedState::Client(socket) => Content::Client(FdRef::Borrowed(socket.as_fd())),
-            DetachedState::Forwarder(it) => Content::Forwarder(Box::new(it.snapshot()?)),
+    fn body(&self) -> io::Result<(Duration, RecordBody<FdRef<'_>>)> {
+        let body = match &self.state {
+            DetachedState::Client(socket) => RecordBody::Client(FdRef::Borrowed(socket.as_fd())),
+            DetachedState::Forwarder(it) => RecordBody::Forwarder(Box::new(it.snapshot()?)),
         };
-        Ok((self.start.elapsed(), content))
+        Ok((self.start.elapsed(), body))
     }
 
     /// Closes the sockets here: the stored ones keep the connection open.
@@ -276,20 +276,20 @@ async fn close_unknown_fds(inherited: &mut Vec<PassedFd>, opens: bool, notifier:
     if !opens && !inherited.iter().any(is_listener) {
         return;
     }
-    let strangers: Vec<_> = inherited.extract_if(.., |it| !is_listener(it)).collect();
-    if strangers.is_empty() {
+    let unknown: Vec<_> = inherited.extract_if(.., |it| !is_listener(it)).collect();
+    if unknown.is_empty() {
         return;
     }
-    let names: Vec<_> = strangers.iter().map(|it| &*it.name).collect();
+    let names: Vec<_> = unknown.iter().map(|it| &*it.name).collect();
     tracing::warn!(
         "Got what is no listening socket passed in or stored, closing it: {}.",
         names.join(", ")
     );
-    for stranger in &strangers {
-        fdstore::remove(&stranger.name, notifier).await;
+    for unknown_fd in &unknown {
+        fdstore::remove(&unknown_fd.name, notifier).await;
     }
 }
 
-fn begun(age: Duration) -> u64 {
-    now().saturating_sub(age.as_micros() as u64)
+fn start_of(age: Duration) -> u64 {
+    monotonic_micros().saturating_sub(age.as_micros() as u64)
 }

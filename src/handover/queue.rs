@@ -17,7 +17,7 @@ use rustix::net::{
 use socket2::SockRef;
 
 use crate::handover::record::{DESCRIPTORS_MAX, MESSAGE_MAX};
-use crate::socket::sys::{queued, set_peek_offset};
+use crate::socket::sys::{outq_len, set_peek_offset};
 
 /// Bytes of the queue that are asked for: some 10,000 messages. Whoever may not have them gets
 /// what `net.core.wmem_max` allows.
@@ -89,7 +89,7 @@ impl Queue {
 
     /// How full it is, in percent of the bytes it may take.
     pub fn fullness(&self) -> usize {
-        queued(&self.sender) * 100 / self.size.max(1)
+        outq_len(&self.sender) * 100 / self.size.max(1)
     }
 
     /// Puts a message at its end.
@@ -131,14 +131,14 @@ impl Queue {
     ///
     /// # Errors
     /// recvmsg(2)'s.
-    pub fn texts(&self) -> io::Result<Vec<Vec<u8>>> {
-        let mut texts = Vec::new();
+    pub fn payloads(&self) -> io::Result<Vec<Vec<u8>>> {
+        let mut payloads = Vec::new();
         let mut offset = 0;
         // Without a place for descriptors none are made.
         while let Some((bytes, ..)) = self.peek(&mut offset, &mut RecvAncillaryBuffer::default())? {
-            texts.push(bytes);
+            payloads.push(bytes);
         }
-        Ok(texts)
+        Ok(payloads)
     }
 
     /// The message at an offset, which is moved on behind it: what it says, or nothing if that is too
@@ -169,7 +169,7 @@ impl Queue {
     }
 
     /// Takes the first message out, with its references to what came with it.
-    pub fn drop_first(&self) -> bool {
+    pub fn pop(&self) -> bool {
         // Without a place for descriptors the kernel closes them.
         rustix::net::recv(&self.inner, &mut [0; 1], RecvFlags::empty()).is_ok()
     }
@@ -202,12 +202,12 @@ mod tests {
             .map(|it| (it.bytes.len(), it.is_whole))
             .collect();
         assert_eq!(rest, [(0, false), (1, true)]);
-        assert_eq!(queue.texts().unwrap()[2..], [&b"ef"[..], b"", b"h"]);
+        assert_eq!(queue.payloads().unwrap()[2..], [&b"ef"[..], b"", b"h"]);
         assert_eq!(queue.messages().next().unwrap().unwrap().fds.len(), 2);
-        assert!(queue.drop_first());
+        assert!(queue.pop());
         queue.append(b"g", &[]).unwrap();
         assert_eq!(bytes(&queue), [&b"bcd"[..], b"ef", b"", b"h", b"g"]);
-        while queue.drop_first() {}
+        while queue.pop() {}
         assert!(bytes(&queue).is_empty());
     }
 

@@ -1,8 +1,8 @@
 //! The stored form of a connection: what a message in the store says beside its descriptors.
 //!
 //! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not
-//! written down. A message is a head, [`HEAD`] bytes with a version and a count, and for each parcel
-//! a form of [`FORM`] bytes; its descriptors follow in the order of the forms. A parcel is whole in one
+//! written down. A message is a head, [`HEADER_LEN`] bytes with a version and a count, and for each parcel
+//! a form of [`RECORD_LEN`] bytes; its descriptors follow in the order of the forms. A parcel is whole in one
 //! message, so that parcels never share or exchange descriptors. It is read as hostile input: what is
 //! not exactly as it would have been written is [`InvalidRecord`].
 //!
@@ -41,16 +41,16 @@ pub const DESCRIPTORS_MAX: usize = 253;
 
 /// Parcels that are put into one message: with these the kernel needs a KiB for it, and with one more
 /// two.
-pub const PARCELS_MAX: usize = 14;
+pub const RECORDS_MAX: usize = 14;
 
 /// The longest message that is read.
-pub const MESSAGE_MAX: usize = HEAD + 2 * PARCELS_MAX * FORM;
+pub const MESSAGE_MAX: usize = HEADER_LEN + 2 * RECORDS_MAX * RECORD_LEN;
 
-const HEAD: usize = 4;
-const FORM: usize = 48;
+const HEADER_LEN: usize = 4;
+const RECORD_LEN: usize = 48;
 
 /// Where the seal begins.
-const SEAL: usize = 40;
+const CHECKSUM_AT: usize = 40;
 
 /// Numbers are below this: there is always a next one.
 const ID_MAX: u64 = 1 << 63;
@@ -66,12 +66,12 @@ pub struct Record<Fd> {
     /// When it began, CLOCK_MONOTONIC in microseconds.
     pub start: u64,
     /// What it is.
-    pub content: Content<Fd>,
+    pub body: RecordBody<Fd>,
 }
 
 /// What was stored.
 #[derive(Debug)]
-pub enum Content<Fd> {
+pub enum RecordBody<Fd> {
     /// What had this number is not to be taken back.
     Nothing,
     /// A listening socket that was opened here, and which its file is, device and inode.
@@ -89,7 +89,7 @@ pub struct InvalidRecord;
 /// A parcel as it stands in a message.
 #[derive(Debug)]
 pub struct EncodedRecord<Fd> {
-    form: [u8; FORM],
+    form: [u8; RECORD_LEN],
     fds: Vec<Fd>,
 }
 
@@ -102,37 +102,37 @@ impl<Fd> EncodedRecord<Fd> {
 
 impl<Fd: AsFd> Record<Fd> {
     /// As it goes into a message.
-    pub fn seal(&self) -> EncodedRecord<BorrowedFd<'_>> {
-        let mut form = [0; FORM];
+    pub fn encode(&self) -> EncodedRecord<BorrowedFd<'_>> {
+        let mut form = [0; RECORD_LEN];
         form[..8].copy_from_slice(&self.id.to_ne_bytes());
         form[8..16].copy_from_slice(&self.start.to_ne_bytes());
         let mut fds = Vec::new();
-        form[KIND] = match &self.content {
-            Content::Nothing => 0,
-            Content::Listener(fd, file) => {
+        form[KIND] = match &self.body {
+            RecordBody::Nothing => 0,
+            RecordBody::Listener(fd, file) => {
                 fds.push(fd.as_fd());
                 let (device, inode) = file.unwrap_or_default();
                 form[16..24].copy_from_slice(&device.to_ne_bytes());
                 form[24..32].copy_from_slice(&inode.to_ne_bytes());
                 1
             }
-            Content::Client(fd) => {
+            RecordBody::Client(fd) => {
                 fds.push(fd.as_fd());
                 2
             }
-            Content::Forwarder(pair) => {
-                pair.seal(&mut form, &mut fds);
+            RecordBody::Forwarder(pair) => {
+                pair.encode(&mut form, &mut fds);
                 3
             }
         };
-        let seal = seal(&form, &fds);
-        form[SEAL..].copy_from_slice(&seal.to_ne_bytes());
+        let encode = encode(&form, &fds);
+        form[CHECKSUM_AT..].copy_from_slice(&encode.to_ne_bytes());
         EncodedRecord { form, fds }
     }
 }
 
 impl<Fd: AsFd> Snapshot<Fd> {
-    fn seal<'a>(&'a self, form: &mut [u8; FORM], fds: &mut Vec<BorrowedFd<'a>>) {
+    fn encode<'a>(&'a self, form: &mut [u8; RECORD_LEN], fds: &mut Vec<BorrowedFd<'a>>) {
         for (index, end) in self.endpoints.iter().enumerate() {
             fds.push(end.socket.as_fd());
             form[ENDS] |= (u8::from(end.reset) | u8::from(end.gone) << 1) << (2 * index);
@@ -176,17 +176,17 @@ const STATES: [FlowState; 5] = [
 ];
 
 /// One message: its bytes and its descriptors.
-pub fn pack<Fd: AsFd>(parcels: &[EncodedRecord<Fd>]) -> (Vec<u8>, Vec<BorrowedFd<'_>>) {
-    let mut bytes = vec![b's', b'p', VERSION, parcels.len() as u8];
-    bytes.extend(parcels.iter().flat_map(|parcel| parcel.form));
-    (bytes, parcels.iter().flat_map(|parcel| parcel.fds.iter().map(AsFd::as_fd)).collect())
+pub fn encode_message<Fd: AsFd>(records: &[EncodedRecord<Fd>]) -> (Vec<u8>, Vec<BorrowedFd<'_>>) {
+    let mut bytes = vec![b's', b'p', VERSION, records.len() as u8];
+    bytes.extend(records.iter().flat_map(|record| record.form));
+    (bytes, records.iter().flat_map(|record| record.fds.iter().map(AsFd::as_fd)).collect())
 }
 
 /// The numbers of the parcels in a message, of whatever version; `None` if it is none of ours.
-pub fn ids(bytes: &[u8]) -> Option<Vec<u64>> {
-    let (head, forms) = bytes.split_at_checked(HEAD)?;
+pub fn record_ids(bytes: &[u8]) -> Option<Vec<u64>> {
+    let (head, forms) = bytes.split_at_checked(HEADER_LEN)?;
     let count = usize::from(head[3]);
-    if head[..2] != *b"sp" || count > 2 * PARCELS_MAX || count == 0 && !forms.is_empty() {
+    if head[..2] != *b"sp" || count > 2 * RECORDS_MAX || count == 0 && !forms.is_empty() {
         return None;
     }
     // In all versions each form begins with its number, and all are of one length.
@@ -195,11 +195,12 @@ pub fn ids(bytes: &[u8]) -> Option<Vec<u64>> {
         return None;
     }
     let number = |form: &[u8]| form.first_chunk().map(|number| u64::from_ne_bytes(*number));
-    let ids: Vec<u64> = forms.chunks(length.max(1)).map(number).collect::<Option<_>>()?;
-    let mut distinct = ids.clone();
+    let record_ids: Vec<u64> = forms.chunks(length.max(1)).map(number).collect::<Option<_>>()?;
+    let mut distinct = record_ids.clone();
     distinct.sort_unstable();
     distinct.dedup();
-    (distinct.len() == ids.len() && ids.iter().all(|id| *id < ID_MAX)).then_some(ids)
+    (distinct.len() == record_ids.len() && record_ids.iter().all(|id| *id < ID_MAX))
+        .then_some(record_ids)
 }
 
 /// How many descriptors the last parcels of each number have that these messages speak of, and the most
@@ -207,12 +208,12 @@ pub fn ids(bytes: &[u8]) -> Option<Vec<u64>> {
 pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
     let (mut last, mut most) = (HashMap::new(), 0);
     for message in messages {
-        let Some((head, forms)) = message.split_at_checked(HEAD) else { continue };
+        let Some((head, forms)) = message.split_at_checked(HEADER_LEN) else { continue };
         if head[..3] != [b's', b'p', VERSION] {
             continue;
         }
         let mut all = 0;
-        for form in forms.as_chunks::<FORM>().0 {
+        for form in forms.as_chunks::<RECORD_LEN>().0 {
             let count = descriptors(form).unwrap_or(0);
             last.insert(number(form, 0), count);
             all += count;
@@ -226,28 +227,28 @@ pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
 ///
 /// # Errors
 /// When it is of another version, or has not exactly the descriptors that its forms speak of.
-pub fn unpack(
+pub fn decode(
     bytes: &[u8],
     fds: Vec<OwnedFd>,
 ) -> Result<Vec<EncodedRecord<OwnedFd>>, InvalidRecord> {
-    let (head, forms) = bytes.split_at_checked(HEAD).ok_or(InvalidRecord)?;
-    let (forms, rest) = forms.as_chunks::<FORM>();
+    let (head, forms) = bytes.split_at_checked(HEADER_LEN).ok_or(InvalidRecord)?;
+    let (forms, rest) = forms.as_chunks::<RECORD_LEN>();
     if head[..3] != [b's', b'p', VERSION] || usize::from(head[3]) != forms.len() || !rest.is_empty()
     {
         return Err(InvalidRecord);
     }
     let mut fds = fds.into_iter();
-    let mut parcels = Vec::with_capacity(forms.len());
+    let mut records = Vec::with_capacity(forms.len());
     for form in forms {
         let fds: Vec<_> = fds.by_ref().take(descriptors(form).ok_or(InvalidRecord)?).collect();
-        parcels.push(EncodedRecord { form: *form, fds });
+        records.push(EncodedRecord { form: *form, fds });
     }
-    let last_has_all = parcels.iter().all(|it| descriptors(&it.form) == Some(it.fds.len()));
-    if last_has_all && fds.next().is_none() { Ok(parcels) } else { Err(InvalidRecord) }
+    let last_has_all = records.iter().all(|it| descriptors(&it.form) == Some(it.fds.len()));
+    if last_has_all && fds.next().is_none() { Ok(records) } else { Err(InvalidRecord) }
 }
 
 /// How many descriptors belong to a form.
-fn descriptors(form: &[u8; FORM]) -> Option<usize> {
+fn descriptors(form: &[u8; RECORD_LEN]) -> Option<usize> {
     match form[KIND] {
         0 => Some(0),
         1 | 2 => Some(1),
@@ -267,30 +268,31 @@ impl EncodedRecord<OwnedFd> {
     /// When anything is not as it would have been written; its descriptors are closed.
     pub fn open(self) -> Result<Record<OwnedFd>, InvalidRecord> {
         let Self { form, fds } = self;
-        if number(&form, SEAL) != seal(&form, &fds) {
+        if number(&form, CHECKSUM_AT) != encode(&form, &fds) {
             return Err(InvalidRecord);
         }
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or(InvalidRecord);
-        let is_blank =
-            |from: usize| form[from..KIND].iter().chain(&form[STATE..SEAL]).all(|it| *it == 0);
-        let content = match form[KIND] {
-            0 if is_blank(16) => Content::Nothing,
+        let is_blank = |from: usize| {
+            form[from..KIND].iter().chain(&form[STATE..CHECKSUM_AT]).all(|it| *it == 0)
+        };
+        let body = match form[KIND] {
+            0 if is_blank(16) => RecordBody::Nothing,
             1 if is_blank(32) => {
                 let file = (number(&form, 16), number(&form, 24));
-                Content::Listener(is_socket(next()?, true)?, (file != (0, 0)).then_some(file))
+                RecordBody::Listener(is_socket(next()?, true)?, (file != (0, 0)).then_some(file))
             }
-            2 if is_blank(16) => Content::Client(is_socket(next()?, false)?),
-            3 => Content::Forwarder(Box::new(open_pair(&form, &mut next)?)),
+            2 if is_blank(16) => RecordBody::Client(is_socket(next()?, false)?),
+            3 => RecordBody::Forwarder(Box::new(open_pair(&form, &mut next)?)),
             _ => return Err(InvalidRecord),
         };
-        let parcel = Record { id: number(&form, 0), start: number(&form, 8), content };
-        parcel.are_distinct().then_some(parcel).ok_or(InvalidRecord)
+        let record = Record { id: number(&form, 0), start: number(&form, 8), body };
+        record.are_distinct().then_some(record).ok_or(InvalidRecord)
     }
 }
 
 fn open_pair(
-    form: &[u8; FORM],
+    form: &[u8; RECORD_LEN],
     next: &mut impl FnMut() -> Result<OwnedFd, InvalidRecord>,
 ) -> Result<Snapshot<OwnedFd>, InvalidRecord> {
     let ends = form[ENDS];
@@ -322,7 +324,7 @@ fn open_pair(
 }
 
 /// FNV-1a: the same in every version of this program.
-fn seal<Fd: AsFd>(form: &[u8; FORM], fds: &[Fd]) -> u64 {
+fn encode<Fd: AsFd>(form: &[u8; RECORD_LEN], fds: &[Fd]) -> u64 {
     const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x100_0000_01b3;
     let identities = fds.iter().flat_map(|fd| {
@@ -330,7 +332,7 @@ fn seal<Fd: AsFd>(form: &[u8; FORM], fds: &[Fd]) -> u64 {
         let (device, inode) = identity(fd).unwrap_or_default();
         [device.to_ne_bytes(), inode.to_ne_bytes()].into_iter().flatten()
     });
-    let bytes = form[..SEAL].iter().copied().chain(identities);
+    let bytes = form[..CHECKSUM_AT].iter().copied().chain(identities);
     bytes.fold(BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME))
 }
 
@@ -339,7 +341,7 @@ pub fn identity(fd: impl AsFd) -> Option<(u64, u64)> {
     fstat(fd).ok().map(|stat| (stat.st_dev, stat.st_ino))
 }
 
-fn number(form: &[u8; FORM], at: usize) -> u64 {
+fn number(form: &[u8; RECORD_LEN], at: usize) -> u64 {
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&form[at..at + 8]);
     u64::from_ne_bytes(bytes)
@@ -392,10 +394,10 @@ impl Record<OwnedFd> {
     /// Each socket, pipe and file of it, as the kernel tells them apart.
     pub fn identities(&self) -> Vec<(u64, u64)> {
         let mut fds = Vec::new();
-        match &self.content {
-            Content::Nothing => {}
-            Content::Listener(fd, _) | Content::Client(fd) => fds.push(fd),
-            Content::Forwarder(pair) => {
+        match &self.body {
+            RecordBody::Nothing => {}
+            RecordBody::Listener(fd, _) | RecordBody::Client(fd) => fds.push(fd),
+            RecordBody::Forwarder(pair) => {
                 fds.extend(pair.endpoints.iter().map(|end| &end.socket));
                 fds.extend(pair.flows.iter().filter_map(|flow| match &flow.buffered {
                     BufferedSnapshot::Nothing => None,

@@ -11,11 +11,11 @@ use socket2::SockRef;
 use tokio::time::Instant;
 
 use crate::forward::snapshot::{BufferedSnapshot, Snapshot};
-use crate::handover::journal::{Journal, JournalEntry, now};
+use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Message;
-use crate::handover::record::{Content, Record, ids, unpack};
+use crate::handover::record::{Record, RecordBody, decode, record_ids};
 use crate::listen::stored::StoredListener;
-use crate::socket::sys::queued;
+use crate::socket::sys::outq_len;
 use crate::socket::{has_hung_up, has_unread};
 
 /// What the process before this one has left.
@@ -24,7 +24,7 @@ pub struct Leftovers {
     /// Sockets it listened on, which it had opened.
     pub listeners: Vec<StoredListener>,
     /// That these are stored, until those that are used are again.
-    pub kept_listeners: Vec<JournalEntry>,
+    pub listener_entries: Vec<JournalEntry>,
     /// Clients without a backend.
     pub clients: Vec<RestoredRecord<OwnedFd>>,
     /// Connections.
@@ -52,7 +52,7 @@ impl Leftovers {
             BufferedSnapshot::Piped { .. } => 2,
         };
         let pair = |pair: &RestoredRecord<Box<Snapshot<OwnedFd>>>| -> usize {
-            2 + pair.content.flows.iter().map(|flow| buffered(&flow.buffered)).sum::<usize>()
+            2 + pair.body.flows.iter().map(|flow| buffered(&flow.buffered)).sum::<usize>()
         };
         self.clients.len() + self.pairs.iter().map(pair).sum::<usize>()
     }
@@ -62,11 +62,11 @@ impl Leftovers {
 #[derive(Debug)]
 pub struct RestoredRecord<T> {
     /// What it consists of.
-    pub content: T,
+    pub body: T,
     /// When it began.
     pub start: Instant,
     /// That it is stored at this moment, if it is to be at every one.
-    pub kept: Option<JournalEntry>,
+    pub entry: Option<JournalEntry>,
 }
 
 /// What the messages of a queue say.
@@ -75,7 +75,7 @@ pub struct Replay {
     /// The numbers of the parcels in each.
     pub messages: Vec<Vec<u64>>,
     /// The parcels that count, but for connections that are over.
-    pub parcels: Vec<Record<OwnedFd>>,
+    pub records: Vec<Record<OwnedFd>>,
     /// What can't be taken back.
     pub refused: usize,
 }
@@ -88,35 +88,35 @@ pub struct Replay {
 /// # Errors
 /// When a message can't be read.
 pub fn replay(
-    texts: &[Vec<u8>],
+    payloads: &[Vec<u8>],
     messages: impl Iterator<Item = io::Result<Message>>,
 ) -> io::Result<Replay> {
     let mut out = Replay::default();
     let mut last = HashMap::new();
-    for (number, text) in texts.iter().enumerate() {
-        let ids = ids(text);
-        out.refused += usize::from(ids.is_none());
-        let ids = ids.unwrap_or_default();
-        last.extend(ids.iter().map(|id| (*id, number)));
-        out.messages.push(ids);
+    for (number, text) in payloads.iter().enumerate() {
+        let record_ids = record_ids(text);
+        out.refused += usize::from(record_ids.is_none());
+        let record_ids = record_ids.unwrap_or_default();
+        last.extend(record_ids.iter().map(|id| (*id, number)));
+        out.messages.push(record_ids);
     }
     let mut seen = HashSet::new();
-    for (number, message) in messages.take(texts.len()).enumerate() {
+    for (number, message) in messages.take(payloads.len()).enumerate() {
         let message = message?;
         let is_last = |id: &u64| last.get(id) == Some(&number);
-        let parcels = match unpack(&message.bytes, message.fds) {
-            Ok(parcels) if message.is_whole => parcels,
+        let records = match decode(&message.bytes, message.fds) {
+            Ok(records) if message.is_whole => records,
             _ => {
                 out.refused += out.messages[number].iter().filter(|id| is_last(id)).count();
                 continue;
             }
         };
-        for parcel in parcels.into_iter().filter(|parcel| is_last(&parcel.id())) {
-            match parcel.open() {
-                Ok(parcel) if is_over(&parcel.content) => {}
-                Ok(parcel) if parcel.identities().iter().all(|it| !seen.contains(it)) => {
-                    seen.extend(parcel.identities());
-                    out.parcels.push(parcel);
+        for record in records.into_iter().filter(|record| is_last(&record.id())) {
+            match record.open() {
+                Ok(record) if is_over(&record.body) => {}
+                Ok(record) if record.identities().iter().all(|it| !seen.contains(it)) => {
+                    seen.extend(record.identities());
+                    out.records.push(record);
                 }
                 _ => out.refused += 1,
             }
@@ -126,13 +126,13 @@ pub fn replay(
 }
 
 /// Whether there is nothing to go on with: it was only not taken out of the store yet.
-fn is_over(content: &Content<OwnedFd>) -> bool {
-    match content {
-        Content::Nothing => true,
-        Content::Listener(..) => false,
+fn is_over(body: &RecordBody<OwnedFd>) -> bool {
+    match body {
+        RecordBody::Nothing => true,
+        RecordBody::Listener(..) => false,
         // The last words of a Unix client that has closed are still to be delivered.
-        Content::Client(socket) => has_hung_up(socket) && !has_unread(socket),
-        Content::Forwarder(pair) => {
+        RecordBody::Client(socket) => has_hung_up(socket) && !has_unread(socket),
+        RecordBody::Forwarder(pair) => {
             pair.endpoints.iter().all(|end| has_hung_up(&end.socket) && !is_delivering(&end.socket))
                 && pair.flows.iter().all(|flow| is_empty(&flow.buffered))
         }
@@ -150,31 +150,31 @@ fn is_empty(buffered: &BufferedSnapshot<OwnedFd>) -> bool {
 /// Whether its peer's kernel has bytes yet to acknowledge. (One that was reset has no peer, and counts
 /// as if it had sent more than it has.)
 fn is_delivering(socket: &OwnedFd) -> bool {
-    SockRef::from(socket).peer_addr().is_ok() && queued(socket) > 0
+    SockRef::from(socket).peer_addr().is_ok() && outq_len(socket) > 0
 }
 
 /// As this process goes on with it: kept in the ledger, or else left as it is until all is taken.
-pub fn recover(parcels: Vec<Record<OwnedFd>>, kept_in: Option<&Arc<Journal>>) -> Leftovers {
-    let mut recovered = Leftovers::default();
-    for Record { id, start, content } in parcels {
-        let kept = kept_in.map(|ledger| ledger.kept(id, start));
-        let age = Duration::from_micros(now().saturating_sub(start));
+pub fn recover(records: Vec<Record<OwnedFd>>, kept_in: Option<&Arc<Journal>>) -> Leftovers {
+    let mut restored = Leftovers::default();
+    for Record { id, start, body } in records {
+        let entry = kept_in.map(|journal| journal.entry(id, start));
+        let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
         let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
-        match content {
-            Content::Nothing => {}
-            Content::Listener(fd, file) => {
-                recovered.listeners.push(StoredListener { fd, file });
-                recovered.kept_listeners.extend(kept);
+        match body {
+            RecordBody::Nothing => {}
+            RecordBody::Listener(fd, file) => {
+                restored.listeners.push(StoredListener { fd, file });
+                restored.listener_entries.extend(entry);
             }
-            Content::Client(content) => {
-                recovered.clients.push(RestoredRecord { content, start, kept });
+            RecordBody::Client(body) => {
+                restored.clients.push(RestoredRecord { body, start, entry });
             }
-            Content::Forwarder(content) => {
-                recovered.pairs.push(RestoredRecord { content, start, kept });
+            RecordBody::Forwarder(body) => {
+                restored.pairs.push(RestoredRecord { body, start, entry });
             }
         }
     }
-    recovered
+    restored
 }
 
 #[cfg(test)]
@@ -188,7 +188,7 @@ mod tests {
 
     use super::*;
     use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side};
-    use crate::handover::record::{EncodedRecord, PARCELS_MAX, pack};
+    use crate::handover::record::{EncodedRecord, RECORDS_MAX, encode_message};
 
     /// The same for the same seed; and the peers of the sockets, which say nothing.
     struct Dice(u64, Vec<OwnedFd>);
@@ -212,12 +212,12 @@ mod tests {
         one
     }
 
-    fn parcel(id: u64, dice: &mut Dice) -> Record<OwnedFd> {
-        let content = match dice.below(4) {
-            0 => Content::Client(socket(dice)),
-            _ => Content::Forwarder(Box::new(pair(dice))),
+    fn record(id: u64, dice: &mut Dice) -> Record<OwnedFd> {
+        let body = match dice.below(4) {
+            0 => RecordBody::Client(socket(dice)),
+            _ => RecordBody::Forwarder(Box::new(pair(dice))),
         };
-        Record { id, start: dice.below(1000) as u64, content }
+        Record { id, start: dice.below(1000) as u64, body }
     }
 
     fn pair(dice: &mut Dice) -> Snapshot<OwnedFd> {
@@ -249,9 +249,9 @@ mod tests {
     }
 
     /// All that a parcel says, descriptors as the kernel knows them.
-    fn told(parcel: &Record<OwnedFd>) -> String {
-        let told = match &parcel.content {
-            Content::Forwarder(pair) => {
+    fn told(record: &Record<OwnedFd>) -> String {
+        let told = match &record.body {
+            RecordBody::Forwarder(pair) => {
                 let flow = |it: &FlowSnapshot<OwnedFd>| (it.state, it.delivered);
                 let end = |it: &EndpointSnapshot<OwnedFd>| (it.reset, it.gone);
                 let flows = pair.flows.each_ref().map(flow);
@@ -262,15 +262,16 @@ mod tests {
             }
             _ => "client".into(),
         };
-        format!("{} {told} {:?}", parcel.start, parcel.identities())
+        format!("{} {told} {:?}", record.start, record.identities())
     }
 
-    fn messages(sealed: &[EncodedRecord<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
+    fn messages(encoded: &[EncodedRecord<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
         let mut messages = Vec::new();
-        let mut rest = sealed;
+        let mut rest = encoded;
         while !rest.is_empty() {
-            let (now, later) = rest.split_at(1 + dice.below(rest.len().min(PARCELS_MAX)));
-            let (bytes, fds) = pack(now);
+            let (monotonic_micros, later) =
+                rest.split_at(1 + dice.below(rest.len().min(RECORDS_MAX)));
+            let (bytes, fds) = encode_message(monotonic_micros);
             let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
             messages.push(Message { bytes, fds, is_whole: true });
             rest = later;
@@ -279,17 +280,17 @@ mod tests {
     }
 
     fn sorted(messages: Vec<Message>) -> Replay {
-        let texts: Vec<_> = messages.iter().map(|message| message.bytes.clone()).collect();
-        replay(&texts, messages.into_iter().map(Ok)).unwrap()
+        let payloads: Vec<_> = messages.iter().map(|message| message.bytes.clone()).collect();
+        replay(&payloads, messages.into_iter().map(Ok)).unwrap()
     }
 
     #[test]
     fn what_can_not_be_read_does_not_make_older_ones_count() {
         let mut dice = Dice(4, Vec::new());
-        let (first, last) = (parcel(7, &mut dice), parcel(7, &mut dice));
-        let message = |parcel: &Record<OwnedFd>| {
-            let sealed = [parcel.seal()];
-            let (bytes, fds) = pack(&sealed);
+        let (first, last) = (record(7, &mut dice), record(7, &mut dice));
+        let message = |record: &Record<OwnedFd>| {
+            let encoded = [record.encode()];
+            let (bytes, fds) = encode_message(&encoded);
             let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
             Message { bytes, fds, is_whole: true }
         };
@@ -306,7 +307,7 @@ mod tests {
             let mut messages = vec![message(&first), message(&last)];
             spoil(&mut messages[1]);
             let out = sorted(messages);
-            assert_eq!((out.refused, out.parcels.len()), (1, 0));
+            assert_eq!((out.refused, out.records.len()), (1, 0));
         }
     }
 
@@ -314,26 +315,26 @@ mod tests {
     fn what_was_stored_comes_back_as_it_was() {
         let mut dice = Dice(1, Vec::new());
         for _ in 0..50 {
-            let parcels: Vec<_> = (0..20).map(|id| parcel(id, &mut dice)).collect();
-            let sealed: Vec<_> = parcels.iter().map(Record::seal).collect();
-            let out = sorted(messages(&sealed, &mut dice));
+            let records: Vec<_> = (0..20).map(|id| record(id, &mut dice)).collect();
+            let encoded: Vec<_> = records.iter().map(Record::encode).collect();
+            let out = sorted(messages(&encoded, &mut dice));
             assert_eq!(out.refused, 0);
-            let back: Vec<_> = out.parcels.iter().map(told).collect();
-            assert_eq!(back, parcels.iter().map(told).collect::<Vec<_>>());
+            let back: Vec<_> = out.records.iter().map(told).collect();
+            assert_eq!(back, records.iter().map(told).collect::<Vec<_>>());
         }
     }
 
     #[test]
     fn the_last_of_a_number_counts_and_nothing_is_nothing() {
         let mut dice = Dice(2, Vec::new());
-        let first = parcel(7, &mut dice);
-        let last = parcel(7, &mut dice);
-        let gone = parcel(8, &mut dice);
-        let forgotten = Record { id: 8, start: 0, content: Content::<OwnedFd>::Nothing };
-        let sealed = [first.seal(), gone.seal(), last.seal(), forgotten.seal()];
-        let out = sorted(messages(&sealed, &mut dice));
-        assert_eq!((out.refused, out.parcels.len()), (0, 1));
-        assert_eq!(told(&out.parcels[0]), told(&last));
+        let first = record(7, &mut dice);
+        let last = record(7, &mut dice);
+        let gone = record(8, &mut dice);
+        let forgotten = Record { id: 8, start: 0, body: RecordBody::<OwnedFd>::Nothing };
+        let encoded = [first.encode(), gone.encode(), last.encode(), forgotten.encode()];
+        let out = sorted(messages(&encoded, &mut dice));
+        assert_eq!((out.refused, out.records.len()), (0, 1));
+        assert_eq!(told(&out.records[0]), told(&last));
     }
 
     #[test]
@@ -341,20 +342,20 @@ mod tests {
         let mut dice = Dice(3, Vec::new());
         for _ in 0..1000 {
             dice.1.clear();
-            let mut parcels: Vec<_> = (0..12).map(|id| parcel(id, &mut dice)).collect();
+            let mut records: Vec<_> = (0..12).map(|id| record(id, &mut dice)).collect();
             // Some were stored twice, as they were before and as they are.
-            parcels.extend((0..4).map(|id| parcel(id, &mut dice)));
-            let were: BTreeMap<_, _> = parcels.iter().map(|it| (told(it), it.id)).collect();
-            let sealed: Vec<_> = parcels.iter().map(Record::seal).collect();
-            let mut messages = messages(&sealed, &mut dice);
+            records.extend((0..4).map(|id| record(id, &mut dice)));
+            let were: BTreeMap<_, _> = records.iter().map(|it| (told(it), it.id)).collect();
+            let encoded: Vec<_> = records.iter().map(Record::encode).collect();
+            let mut messages = messages(&encoded, &mut dice);
             for _ in 0..dice.below(6) {
                 damage(&mut messages, &mut dice);
             }
             let out = sorted(messages);
             let mut seen = HashSet::new();
-            for parcel in &out.parcels {
-                assert_eq!(were.get(&told(parcel)), Some(&parcel.id), "it is another");
-                assert!(parcel.identities().into_iter().all(|it| seen.insert(it)), "it is two");
+            for record in &out.records {
+                assert_eq!(were.get(&told(record)), Some(&record.id), "it is another");
+                assert!(record.identities().into_iter().all(|it| seen.insert(it)), "it is two");
             }
         }
     }

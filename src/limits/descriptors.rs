@@ -76,15 +76,15 @@ pub struct FdNeeds {
     /// Metrics.
     pub metrics: bool,
     /// Connections that are stored at every moment.
-    pub kept: bool,
+    pub is_journaled: bool,
     /// Descriptors of connections that are there already, and are counted as such.
-    pub recovered: usize,
+    pub restored: usize,
 }
 
 impl FdNeeds {
     /// Descriptors for a connection, and for the store.
-    fn kept(self) -> (usize, usize) {
-        if self.kept { (PER_CONNECTION_WITH_PIPES, FOR_STORE) } else { (PER_CONNECTION, 0) }
+    fn is_journaled(self) -> (usize, usize) {
+        if self.is_journaled { (PER_CONNECTION_WITH_PIPES, FOR_STORE) } else { (PER_CONNECTION, 0) }
     }
 }
 
@@ -95,7 +95,7 @@ impl FdPlan {
     pub fn new(limit: usize, open: usize, connections_max: usize, uses: FdNeeds) -> Self {
         let for_command = if uses.command { FOR_COMMAND } else { 0 };
         let for_threads = uses.threads * PER_THREAD;
-        let (per_connection, for_store) = uses.kept();
+        let (per_connection, for_store) = uses.is_journaled();
         let for_metrics = if uses.metrics { FOR_METRICS } else { 0 };
         let beside = RESERVE + for_command + for_threads + for_store + for_metrics;
         let free = limit.saturating_sub(open + beside);
@@ -119,7 +119,7 @@ impl FdPlan {
         let inherited = getrlimit(Resource::Nofile).current;
         let limit = raise_limit();
         let connections_max = connections_max as usize;
-        let (per_connection, for_store) = uses.kept();
+        let (per_connection, for_store) = uses.is_journaled();
         let beside = OPEN_AT_START
             + for_store
             + RESERVE
@@ -131,7 +131,7 @@ impl FdPlan {
         let plenty = connections_max.saturating_mul(per_connection).saturating_add(beside);
         let open =
             if limit >= plenty { OPEN_AT_START } else { open_now().unwrap_or(OPEN_AT_START) };
-        let open = open.saturating_sub(uses.recovered);
+        let open = open.saturating_sub(uses.restored);
         let division = Self { inherited, ..Self::new(limit, open, connections_max, uses) };
         if division.connections == 0 {
             return Err(format!(
@@ -258,8 +258,8 @@ mod tests {
                             command: lookups,
                             threads: 3,
                             metrics: !lookups,
-                            kept: false,
-                            recovered: 0,
+                            is_journaled: false,
+                            restored: 0,
                         };
                         let it = FdPlan::new(limit, open, connections_max, uses);
                         let beside =
@@ -281,16 +281,19 @@ mod tests {
             command: false,
             threads: 0,
             metrics: false,
-            kept: false,
-            recovered: 0,
+            is_journaled: false,
+            restored: 0,
         };
         let small = FdPlan::new(40, 10, 256, uses);
         assert_eq!((small.connections, small.pipes), (11, 1));
         let roomy = FdPlan::new(20_000, 16, 4096, uses);
         assert!(roomy.connections >= 4096);
         assert_eq!(roomy.pipes, PIPES_MAX);
-        let kept = FdPlan::new(20_000, 16, 3000, FdNeeds { kept: true, ..uses });
-        assert!(kept.connections > 3000 && kept.connections * 6 + kept.pipes * 2 < 20_000);
+        let is_journaled = FdPlan::new(20_000, 16, 3000, FdNeeds { is_journaled: true, ..uses });
+        assert!(
+            is_journaled.connections > 3000
+                && is_journaled.connections * 6 + is_journaled.pipes * 2 < 20_000
+        );
     }
 
     #[test]

@@ -36,7 +36,7 @@ struct Counts {
     served: AtomicU64,
     refused: AtomicU64,
     /// Marked after `open` has come from zero or gone to it.
-    turned: watch::Sender<()>,
+    crossed_zero: watch::Sender<()>,
     /// After any change; for one to wait for.
     changed: Notify,
 }
@@ -53,7 +53,7 @@ impl ConnectionLimit {
             open: AtomicU32::default(),
             served: AtomicU64::default(),
             refused: AtomicU64::default(),
-            turned: watch::Sender::default(),
+            crossed_zero: watch::Sender::default(),
             changed: Notify::default(),
         }))
     }
@@ -66,7 +66,7 @@ impl ConnectionLimit {
         match admitted {
             Ok(before) => {
                 if before == 0 {
-                    counts.turned.send_replace(());
+                    counts.crossed_zero.send_replace(());
                 }
             }
             Err(_) => {
@@ -81,7 +81,7 @@ impl ConnectionLimit {
     pub fn acquire_unchecked(&self) -> Permit {
         let Self(counts) = self;
         if counts.open.fetch_add(1, Ordering::AcqRel) == 0 {
-            counts.turned.send_replace(());
+            counts.crossed_zero.send_replace(());
         }
         counts.changed.notify_one();
         Permit(Arc::clone(counts))
@@ -107,8 +107,11 @@ impl ConnectionLimit {
     }
 
     /// To wait for the first connection and the last.
-    pub fn occupancy(&self) -> ConnectionWatch {
-        ConnectionWatch { counts: Arc::clone(&self.0), turned: self.0.turned.subscribe() }
+    pub fn watch(&self) -> ConnectionWatch {
+        ConnectionWatch {
+            counts: Arc::clone(&self.0),
+            crossed_zero: self.0.crossed_zero.subscribe(),
+        }
     }
 }
 
@@ -117,7 +120,7 @@ impl Drop for Permit {
         let Self(counts) = self;
         counts.served.fetch_add(1, Ordering::Relaxed);
         if counts.open.fetch_sub(1, Ordering::AcqRel) == 1 {
-            counts.turned.send_replace(());
+            counts.crossed_zero.send_replace(());
         }
         counts.changed.notify_one();
     }
@@ -127,7 +130,7 @@ impl Drop for Permit {
 #[derive(Debug)]
 pub struct ConnectionWatch {
     counts: Arc<Counts>,
-    turned: watch::Receiver<()>,
+    crossed_zero: watch::Receiver<()>,
 }
 
 impl ConnectionWatch {
@@ -140,7 +143,7 @@ impl ConnectionWatch {
     pub async fn wait_empty(&mut self) {
         loop {
             // Before the look, so that no turn after it goes unseen.
-            self.turned.mark_unchanged();
+            self.crossed_zero.mark_unchanged();
             if self.is_empty() {
                 return;
             }
@@ -152,7 +155,7 @@ impl ConnectionWatch {
     /// one that came and went in between counts.
     pub async fn turn(&mut self) {
         // The sender is there for as long as this is.
-        let _ = self.turned.changed().await;
+        let _ = self.crossed_zero.changed().await;
     }
 }
 
@@ -166,28 +169,28 @@ mod tests {
 
     #[test]
     fn the_cap_is_exact() {
-        let admission = ConnectionLimit::new(NonZeroU32::new(2).unwrap());
-        let first = admission.admit().unwrap();
-        let _second = admission.admit().unwrap();
-        assert!(admission.admit().is_none());
+        let limit = ConnectionLimit::new(NonZeroU32::new(2).unwrap());
+        let first = limit.admit().unwrap();
+        let _second = limit.admit().unwrap();
+        assert!(limit.admit().is_none());
         drop(first);
-        let _third = admission.admit().unwrap();
-        assert!(admission.admit().is_none());
-        assert_eq!(admission.load(), ConnectionCounts { open: 2, served: 1, refused: 2 });
+        let _third = limit.admit().unwrap();
+        assert!(limit.admit().is_none());
+        assert_eq!(limit.load(), ConnectionCounts { open: 2, served: 1, refused: 2 });
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_first_and_the_last_connection_are_told() {
-        let admission = ConnectionLimit::new(NonZeroU32::new(2).unwrap());
-        let mut occupancy = admission.occupancy();
-        let first = admission.admit();
-        occupancy.turn().await;
-        let second = admission.admit();
+        let limit = ConnectionLimit::new(NonZeroU32::new(2).unwrap());
+        let mut watch = limit.watch();
+        let first = limit.admit();
+        watch.turn().await;
+        let second = limit.admit();
         drop(first);
-        let told = timeout(Duration::from_secs(60), occupancy.turn()).await;
+        let told = timeout(Duration::from_secs(60), watch.turn()).await;
         assert!(told.is_err(), "one of two has left");
         drop(second);
-        occupancy.turn().await;
-        occupancy.wait_empty().await;
+        watch.turn().await;
+        watch.wait_empty().await;
     }
 }

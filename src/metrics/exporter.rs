@@ -44,7 +44,7 @@ use crate::runtime::start_thread;
 use crate::socket::Family;
 use crate::socket::address::Address;
 use crate::socket::sys::register;
-use crate::socket::sys::{accept, queued};
+use crate::socket::sys::{accept, outq_len};
 
 /// For one of them, from accept to close.
 const REQUEST_TIME: Duration = Duration::from_secs(2);
@@ -357,7 +357,7 @@ async fn taken(mut stream: impl AsyncRead + AsyncWrite + AsFd + Unpin) {
             return;
         }
     }
-    while queued(&stream) > 0 {
+    while outq_len(&stream) > 0 {
         sleep(LOOK_AGAIN).await;
     }
 }

@@ -26,14 +26,14 @@ const OTHERS: &str = "others";
 /// Everything that is shown, to be read at any time on any thread.
 #[derive(Debug)]
 pub struct Metrics {
-    admission: ConnectionLimit,
+    limit: ConnectionLimit,
     /// By listener and backend.
     counts: Vec<([String; 2], Vec<Arc<ListenerCounters>>)>,
     /// Which of the plan's backends have this name.
     backends: Vec<(String, Vec<usize>)>,
-    dials: Vec<Arc<ConnectCounters>>,
+    counters: Vec<Arc<ConnectCounters>>,
     loops: Arc<Loops>,
-    recovered: u64,
+    restored: u64,
     starts: Option<Arc<CommandCounters>>,
     start: f64,
 }
@@ -42,7 +42,7 @@ pub struct Metrics {
 #[derive(Debug)]
 pub struct MetricsSources {
     /// The cap.
-    pub admission: ConnectionLimit,
+    pub limit: ConnectionLimit,
     /// Each listener, and which backend it leads to.
     pub listeners: Vec<(String, usize, Arc<ListenerCounters>)>,
     /// Connections of the process before this one that came in elsewhere.
@@ -52,7 +52,7 @@ pub struct MetricsSources {
     /// The event loops.
     pub loops: Arc<Loops>,
     /// Connections of the process before this one.
-    pub recovered: usize,
+    pub restored: usize,
     /// COMMAND's.
     pub starts: Option<Arc<CommandCounters>>,
 }
@@ -60,24 +60,24 @@ pub struct MetricsSources {
 impl Metrics {
     /// Gives everything its name.
     pub fn new(sources: MetricsSources) -> Self {
-        let MetricsSources { admission, listeners, elsewhere, backends, loops, recovered, starts } =
+        let MetricsSources { limit, listeners, elsewhere, backends, loops, restored, starts } =
             sources;
         let name = |index: usize| backends.get(index).map_or("", |(name, _)| name).to_string();
         let counts = listeners.into_iter();
         let counts = counts.map(|(listener, backend, counts)| ([listener, name(backend)], counts));
-        let has_others = recovered > 0;
+        let has_others = restored > 0;
         let elsewhere = has_others.then(|| ([OTHERS; 2].map(String::from), elsewhere));
         let known = (0..backends.len()).map(|index| ([name(index)], index));
         let unknown = has_others.then(|| ([OTHERS.to_string()], backends.len()));
         let grouped = group(known.chain(unknown)).into_iter();
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
-            admission,
+            limit,
             counts: group(counts.chain(elsewhere)),
             backends: grouped.map(|([name], indexes)| (name, indexes)).collect(),
-            dials: backends.into_iter().map(|(_, dials)| dials).collect(),
+            counters: backends.into_iter().map(|(_, counters)| counters).collect(),
             loops,
-            recovered: recovered as u64,
+            restored: restored as u64,
             starts,
             start: since_epoch.map_or(0.0, |time| time.as_secs_f64()),
         }
@@ -100,16 +100,16 @@ impl Metrics {
             Kind::Gauge,
             "Connections that are served at a time, --connections-max=.",
         )
-        .sample(&[], self.admission.max());
+        .sample(&[], self.limit.max());
         self.connections(&mut all);
         all.family(
             "socket_proxyd_handover_connections",
             Kind::Counter,
             "Connections taken over from the process before this one, --handover=.",
         )
-        .sample(&[], self.recovered);
+        .sample(&[], self.restored);
         self.bytes(&mut all);
-        self.dials(&mut all);
+        self.counters(&mut all);
         if let Some(starts) = &self.starts {
             let backend = self.backends.first().map_or("", |(name, _)| name);
             all.family("socket_proxyd_backend_starts", Kind::Counter, "Times COMMAND was started.")
@@ -139,7 +139,7 @@ impl Metrics {
                 "socket_proxyd_connections_held",
                 Kind::Gauge,
                 "Clients that are held until their backend is up.",
-                |counts| counts.held.taken() as u64,
+                |counts| counts.waiting.taken() as u64,
             ),
             (
                 "socket_proxyd_connections",
@@ -185,9 +185,9 @@ impl Metrics {
         }
     }
 
-    fn dials(&self, all: &mut Exposition) {
-        let dials = |indexes: &[usize]| -> Vec<_> {
-            indexes.iter().filter_map(|index| self.dials.get(*index)).collect()
+    fn counters(&self, all: &mut Exposition) {
+        let counters = |indexes: &[usize]| -> Vec<_> {
+            indexes.iter().filter_map(|index| self.counters.get(*index)).collect()
         };
         let mut family = all.family(
             "socket_proxyd_dial_duration_seconds",
@@ -197,8 +197,8 @@ impl Metrics {
         for (backend, indexes) in &self.backends {
             let mut within = Histogram::BOUNDS.map(|micros| (micros as f64 / 1e6, 0));
             let (mut count, mut sum) = (0, 0.0);
-            for dials in dials(indexes) {
-                let (its_within, its_count, its_sum) = dials.latency.get();
+            for counters in counters(indexes) {
+                let (its_within, its_count, its_sum) = counters.latency.get();
                 within.iter_mut().zip(its_within).for_each(|((_, all), its)| *all += its);
                 count += its_count;
                 sum += its_sum.as_secs_f64();
@@ -212,11 +212,11 @@ impl Metrics {
         );
         for (backend, indexes) in &self.backends {
             let mut sums: Vec<_> = ConnectCounters::default().failed().collect();
-            for dials in dials(indexes) {
-                sums.iter_mut().zip(dials.failed()).for_each(|((_, sum), (_, its))| *sum += its);
+            for counters in counters(indexes) {
+                sums.iter_mut().zip(counters.failed()).for_each(|((_, sum), (_, its))| *sum += its);
             }
-            for (failure, count) in sums {
-                family.sample(&[("backend", backend), ("kind", failure.name())], count);
+            for (kind, count) in sums {
+                family.sample(&[("backend", backend), ("kind", kind.name())], count);
             }
         }
     }
@@ -260,18 +260,18 @@ mod tests {
             .iter()
             .map(|(name, ..)| (name.clone(), Arc::<ConnectCounters>::default()))
             .collect();
-        for (_, dials) in &backends {
-            dials.fail(ConnectErrorKind::InvalidRecord);
+        for (_, counters) in &backends {
+            counters.fail(ConnectErrorKind::InvalidRecord);
         }
         let loops = Arc::new(Loops::default());
         loops.add(listeners.len()).carried.iter().for_each(|carried| carried.add(0, 1));
         Metrics::new(MetricsSources {
-            admission: ConnectionLimit::new(NonZeroU32::MIN),
+            limit: ConnectionLimit::new(NonZeroU32::MIN),
             listeners,
             elsewhere: Arc::default(),
             backends,
             loops,
-            recovered: 0,
+            restored: 0,
             starts: Some(Arc::default()),
         })
     }

@@ -17,12 +17,12 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const EXTENSION: Duration = Duration::from_secs(30);
 
 /// Waits until the last connection has ended, or `time` is over, and has systemd wait meanwhile.
-pub async fn drain(time: TimeSpan, admission: &ConnectionLimit, notifier: &Notifier) {
-    let mut occupancy = admission.occupancy();
-    if time.is_zero() || occupancy.is_empty() {
+pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier) {
+    let mut watch = limit.watch();
+    if time.is_zero() || watch.is_empty() {
         return;
     }
-    let open = admission.load().open;
+    let open = limit.load().open;
     let most = if time.finite().is_some() { format!(" up to {time}") } else { String::new() };
     tracing::info!(
         "Stopping, waiting{most} for open connections to end: {open}. (A second signal resets them.)"
@@ -30,7 +30,7 @@ pub async fn drain(time: TimeSpan, admission: &ConnectionLimit, notifier: &Notif
     let deadline = time.deadline();
     let tell = async {
         loop {
-            let open = admission.load().open;
+            let open = limit.load().open;
             let left = time.finite().map(|_| deadline.saturating_duration_since(Instant::now()));
             let status = Status { open, left }.to_string();
             let extension = NotifyState::ExtendTimeoutUsec(EXTENSION.as_micros() as u32);
@@ -40,7 +40,7 @@ pub async fn drain(time: TimeSpan, admission: &ConnectionLimit, notifier: &Notif
     };
     tokio::select! {
         biased;
-        () = occupancy.wait_empty() => tracing::info!("All connections have ended."),
+        () = watch.wait_empty() => tracing::info!("All connections have ended."),
         () = sleep_until(deadline) => {}
         () = tell => {}
     }

@@ -76,7 +76,7 @@ pub fn run(config: Config, inherited: Vec<PassedFd>) -> Result<(), String> {
 }
 
 async fn live(config: Config, mut inherited: Vec<PassedFd>) -> Result<(), String> {
-    let (mut signals, mut questions) = (Signals::catch()?, ReportSignal::catch()?);
+    let (mut signals, mut report_signal) = (Signals::catch()?, ReportSignal::catch()?);
     let notifier = Notifier::from_environment();
 
     if config.handover.is_some() {
@@ -94,22 +94,22 @@ async fn live(config: Config, mut inherited: Vec<PassedFd>) -> Result<(), String
             None => None,
         };
         let opens = !config.listen.is_empty();
-        let (handover, mut recovered) =
+        let (handover, mut restored) =
             Handover::open(config.handover, opens, &mut inherited, &notifier).await?;
         let sockets = {
-            let has_connections = recovered.has_connections();
-            let stored = &mut recovered.listeners;
+            let has_connections = restored.has_connections();
+            let stored = &mut restored.listeners;
             Sources::gather(&config.listen, inherited, stored, has_connections).await?
         };
-        Ok::<_, String>((handover, recovered, sockets, exporter))
+        Ok::<_, String>((handover, restored, sockets, exporter))
     };
-    let (handover, recovered, sockets, mut exporter) = tokio::select! {
+    let (handover, restored, sockets, mut exporter) = tokio::select! {
         gathered = gather => gathered?,
         () = signals.stop() => return Ok(()),
     };
     let drain_time = config.drain_time;
-    let mut server = Server::new(config, sockets, handover, recovered.descriptors())?;
-    server.take_back(recovered);
+    let mut server = Server::new(config, sockets, handover, restored.descriptors())?;
+    server.take_back(restored);
     if let Some(exporter) = &mut exporter {
         exporter.serve(server.metrics()).map_err(|error| {
             format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
@@ -124,7 +124,7 @@ async fn live(config: Config, mut inherited: Vec<PassedFd>) -> Result<(), String
     }
     let _abort = server.handover.as_ref().and_then(|it| it.abort_on_panic());
     let mut tasks = server.start();
-    let ended = server.serve(&mut tasks, &mut signals, &mut questions, &notifier).await;
+    let ended = server.serve(&mut tasks, &mut signals, &mut report_signal, &notifier).await;
     let was_told = ended == Ok(StopReason::Signal);
     let drain_time = if was_told { drain_time } else { TimeSpan::new(Duration::ZERO) };
     let again = async {
@@ -135,7 +135,7 @@ async fn live(config: Config, mut inherited: Vec<PassedFd>) -> Result<(), String
     };
     // Who has failed has connections, too.
     let leaves = ended != Ok(StopReason::Idle);
-    server.stop(tasks, leaves, drain_time, again, &mut questions, &notifier).await;
+    server.stop(tasks, leaves, drain_time, again, &mut report_signal, &notifier).await;
     ended.map(|_| ())
 }
 
@@ -152,17 +152,17 @@ enum StopReason {
 pub struct Server {
     pub sources: Routes,
     pub descriptors: Rc<FdBudget>,
-    pub admission: ConnectionLimit,
+    pub limit: ConnectionLimit,
     pub workers: Rc<EventLoops>,
     pub application: Option<Arc<Supervisor>>,
     pub exit_idle_time: TimeSpan,
     pub handover: Option<Arc<Handover>>,
     /// Connections of the process before this one.
-    pub recovered: usize,
+    pub restored: usize,
     /// Whether the listeners are ours, and end with the process.
     pub has_opened: bool,
     /// That they don't.
-    pub kept_listeners: Vec<JournalEntry>,
+    pub listener_entries: Vec<JournalEntry>,
     /// Connections of the process before this one that came in elsewhere.
     pub elsewhere: Arc<ListenerCounters>,
 }
@@ -208,7 +208,7 @@ impl Server {
         config: Config,
         sockets: Sources,
         handover: Option<Arc<Handover>>,
-        recovered: usize,
+        restored: usize,
     ) -> Result<Self, String> {
         let identities = sockets.identities();
         let backends = match sockets {
@@ -245,11 +245,11 @@ impl Server {
             command: config.application.is_some(),
             threads: threads - 1,
             metrics: config.metrics.is_some(),
-            kept: handover.as_ref().is_some_and(|it| it.is_for_crashes()),
-            recovered,
+            is_journaled: handover.as_ref().is_some_and(|it| it.is_crash_mode()),
+            restored,
         };
         let division = FdPlan::of_this_process(config.connections_max.get(), uses)?;
-        let ways = ways(&config, division.lookups);
+        let backend_setups = backend_setups(&config, division.lookups);
         let application = match (config.application, config.targets.iter().next()) {
             (Some(application), Some(target)) => {
                 if !config.listen.is_empty() {
@@ -262,11 +262,11 @@ impl Server {
         };
         if !config.listen.is_empty() {
             sources.listeners().iter().try_for_each(|(listener, backend)| {
-                check_no_loop(listener, ways[*backend].connector.target())
+                check_no_loop(listener, backend_setups[*backend].connector.target())
             })?;
         }
         let plan = Settings {
-            ways,
+            backends: backend_setups,
             backend_wait: config.backend_wait,
             application: application.clone(),
             proxy_protocol: config.proxy_protocol,
@@ -279,7 +279,7 @@ impl Server {
             loops: Arc::new(Loops::default()),
         };
         for (listener, backend) in sources.listeners() {
-            let target = plan.ways[*backend].connector.target();
+            let target = plan.backends[*backend].connector.target();
             match &config.targets {
                 Targets::One(_) => tracing::debug!("Serving {listener}."),
                 // What a mistake in a selector would change.
@@ -291,12 +291,12 @@ impl Server {
         let has_opened = !config.listen.is_empty();
         let keep = |listener: &Rc<Listener>| handover.as_ref()?.keep_listener(listener);
         let listeners = sources.listeners().iter().filter(|_| has_opened);
-        let kept_listeners = listeners.filter_map(|(listener, _)| keep(listener)).collect();
+        let listener_entries = listeners.filter_map(|(listener, _)| keep(listener)).collect();
         Ok(Self {
-            recovered: 0,
+            restored: 0,
             elsewhere: Arc::default(),
             has_opened,
-            kept_listeners,
+            listener_entries,
             handover,
             sources,
             descriptors: Rc::new(match config.overflow {
@@ -306,7 +306,7 @@ impl Server {
                     FdBudget::capped(division.connections, max)
                 }
             }),
-            admission: ConnectionLimit::new(config.connections_max),
+            limit: ConnectionLimit::new(config.connections_max),
             workers: Rc::new(EventLoops::new(plan, config.threads)),
             application,
             exit_idle_time: config.exit_idle_time,
@@ -319,16 +319,16 @@ impl Server {
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
             (listener.to_string(), *backend, Arc::clone(listener.entrance().counts()))
         };
-        let backend = |way: &BackendSetup| {
-            (way.connector.target().to_string(), Arc::clone(way.connector.dials()))
+        let backend = |setup: &BackendSetup| {
+            (setup.connector.target().to_string(), Arc::clone(setup.connector.counters()))
         };
         Metrics::new(metrics::MetricsSources {
-            admission: self.admission.clone(),
+            limit: self.limit.clone(),
             listeners: self.sources.listeners().iter().map(listener).collect(),
             elsewhere: Arc::clone(&self.elsewhere),
-            backends: plan.ways.iter().map(backend).collect(),
+            backends: plan.backends.iter().map(backend).collect(),
             loops: Arc::clone(&plan.loops),
-            recovered: self.recovered,
+            restored: self.restored,
             starts: self.application.as_ref().map(|it| Arc::clone(it.starts())),
         })
     }
@@ -341,7 +341,7 @@ impl Server {
             // It has them already.
             match connection.into_accepted(self.descriptors.reserve_unchecked()) {
                 Some(mut accepted) => {
-                    accepted.slot.admit(self.admission.acquire_unchecked());
+                    accepted.slot.admit(self.limit.acquire_unchecked());
                     let handover = self.handover.as_ref();
                     let journal = handover.and_then(|it| it.keep_client(&accepted.socket));
                     self.workers.serve(accepted, backend, journal);
@@ -355,15 +355,15 @@ impl Server {
                 Rc::clone(listener),
                 *backend,
                 Rc::clone(&self.descriptors),
-                self.admission.clone(),
+                self.limit.clone(),
                 Rc::clone(&self.workers),
                 self.handover.clone(),
             ));
         }
         let mut application = JoinSet::new();
         if let Some(it) = &self.application {
-            let hold = Rc::clone(self.workers.hold());
-            application.spawn_local(Arc::clone(it).live(hold, self.admission.occupancy()));
+            let backend_wait = Rc::clone(self.workers.backend_wait());
+            application.spawn_local(Arc::clone(it).run(backend_wait, self.limit.watch()));
         }
         Tasks { accepting, application }
     }
@@ -373,7 +373,7 @@ impl Server {
         &self,
         tasks: &mut Tasks,
         signals: &mut Signals,
-        questions: &mut ReportSignal,
+        report_signal: &mut ReportSignal,
         notifier: &Notifier,
     ) -> Result<StopReason, String> {
         let is_ready = Cell::new(false);
@@ -397,14 +397,15 @@ impl Server {
                 }
             };
             let listeners = self.sources.listeners().iter();
-            let entrances: Vec<_> = listeners.map(|(listener, _)| &**listener.entrance()).collect();
-            let (admission, recovered) = (&self.admission, self.recovered);
+            let listener_infos: Vec<_> =
+                listeners.map(|(listener, _)| &**listener.entrance()).collect();
+            let (limit, restored) = (&self.limit, self.restored);
             let status =
-                publish_status(notifier, admission, recovered, &entrances, carried, application);
+                publish_status(notifier, limit, restored, &listener_infos, carried, application);
             tokio::join!(status, notifier.feed_watchdog(), clean).1
         };
         let end = tokio::select! {
-            never = answer(questions, &self.admission, &self.workers) => match never {},
+            never = report_connections(report_signal, &self.limit, &self.workers) => match never {},
             () = signals.stop() => StopReason::Signal,
             () = self.idle() => StopReason::Idle,
             Some(ended) = tasks.accepting.join_next() => return Err(ended.unwrap_or_else(internal)),
@@ -424,25 +425,25 @@ impl Server {
     /// Waits until there has been no connection for the idle time, nobody is queued, and COMMAND is
     /// gone; a client that comes while it is being stopped calls the exit off.
     async fn idle(&self) {
-        let mut occupancy = self.admission.occupancy();
+        let mut watch = self.limit.watch();
         if let Routes::Connection(_) = self.sources {
-            return occupancy.wait_empty().await;
+            return watch.wait_empty().await;
         }
-        let nobody = |occupancy: &ConnectionWatch| {
+        let nobody = |watch: &ConnectionWatch| {
             let mut listeners = self.sources.listeners().iter();
-            occupancy.is_empty() && !listeners.any(|(listener, _)| listener.has_queued())
+            watch.is_empty() && !listeners.any(|(listener, _)| listener.has_queued())
         };
         loop {
-            wait_idle(self.exit_idle_time, &mut occupancy).await;
-            if nobody(&occupancy) {
+            wait_idle(self.exit_idle_time, &mut watch).await;
+            if nobody(&watch) {
                 let Some(application) = &self.application else { return };
-                application.halt().await;
-                if nobody(&occupancy) {
+                application.stop().await;
+                if nobody(&watch) {
                     return;
                 }
-                application.resume();
+                application.allow_start();
             }
-            let _ = timeout(LATE_CLIENT_GRACE, occupancy.turn()).await;
+            let _ = timeout(LATE_CLIENT_GRACE, watch.turn()).await;
         }
     }
 
@@ -454,7 +455,7 @@ impl Server {
         leaves: bool,
         drain_time: TimeSpan,
         again: impl Future<Output = ()>,
-        questions: &mut ReportSignal,
+        report_signal: &mut ReportSignal,
         notifier: &Notifier,
     ) {
         // From here on newcomers wait in the kernel, for the next process; where nobody else keeps
@@ -464,7 +465,7 @@ impl Server {
             && leaves
         {
             self.leave(handover, notifier).await;
-            return self.kept_listeners.into_iter().for_each(JournalEntry::leave);
+            return self.listener_entries.into_iter().for_each(JournalEntry::leave);
         }
         drop(self.sources);
         let _ = notifier.send_once(&[NotifyState::Stopping]);
@@ -473,16 +474,16 @@ impl Server {
             if let Some(application) = &self.application
                 && !drain_time.is_zero()
             {
-                application.resume();
+                application.allow_start();
             }
-            drain(drain_time, &self.admission, notifier).await;
+            drain(drain_time, &self.limit, notifier).await;
             let _ = notifier.send_once(&[NotifyState::Status("Shutting down...")]);
             if let Some(application) = &self.application
                 && !tasks.application.is_empty()
             {
                 // It may end its connections in its own way.
                 tokio::select! {
-                    () = application.halt() => {}
+                    () = application.stop() => {}
                     Some(_) = tasks.application.join_next() => {}
                 }
             }
@@ -491,9 +492,9 @@ impl Server {
         tokio::select! {
             () = end => {}
             () = again => {}
-            never = answer(questions, &self.admission, &self.workers) => match never {},
+            never = report_connections(report_signal, &self.limit, &self.workers) => match never {},
         }
-        let open = self.admission.load().open;
+        let open = self.limit.load().open;
         if open > 0 {
             tracing::info!("Stopping, resetting open connections: {open}.");
         }
@@ -501,22 +502,22 @@ impl Server {
 }
 
 /// Has all connections say how they are whenever that is asked, for ever.
-async fn answer(
-    questions: &mut ReportSignal,
-    admission: &ConnectionLimit,
+async fn report_connections(
+    report_signal: &mut ReportSignal,
+    limit: &ConnectionLimit,
     workers: &EventLoops,
 ) -> Infallible {
     loop {
-        questions.next().await;
-        tracing::info!("Open connections: {}.", admission.load().open);
+        report_signal.next().await;
+        tracing::info!("Open connections: {}.", limit.load().open);
         workers.ask();
     }
 }
 
 /// The way to each target; they share the lookups.
-fn ways(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
+fn backend_setups(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
     let lookups = Arc::new(Semaphore::new(lookups_max));
-    let way = |target: &Target| BackendSetup {
+    let setup = |target: &Target| BackendSetup {
         connector: Connector::new(
             target.clone(),
             config.connect_timeout,
@@ -526,7 +527,7 @@ fn ways(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
         ),
         probing: SharedProbe::default(),
     };
-    config.targets.iter().map(way).collect()
+    config.targets.iter().map(setup).collect()
 }
 
 /// COMMAND, before anything is known to need it.
@@ -549,13 +550,13 @@ async fn admit(
     listener: Rc<Listener>,
     backend: usize,
     descriptors: Rc<FdBudget>,
-    admission: ConnectionLimit,
+    limit: ConnectionLimit,
     workers: Rc<EventLoops>,
     handover: Option<Arc<Handover>>,
 ) -> String {
     let admit_one = async || {
         let mut accepted = listener.accept(&descriptors).await?;
-        match admission.admit() {
+        match limit.admit() {
             Some(permit) => {
                 accepted.slot.admit(permit);
                 accepted.listener.counts().admitted.add_one();

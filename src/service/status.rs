@@ -29,26 +29,26 @@ const STATUS_MAX: usize = 2048;
 
 /// Keeps `STATUS=` current, for ever: after a change of the load or of the application, and now
 /// and then while bytes flow, at most once a second. `carried` tells how many; several entrances
-/// are told apart. `recovered` were taken over from the process before this one.
+/// are told apart. `restored` were taken over from the process before this one.
 pub async fn publish_status(
     notifier: &Notifier,
-    admission: &ConnectionLimit,
-    recovered: usize,
-    entrances: &[&ListenerInfo],
+    limit: &ConnectionLimit,
+    restored: usize,
+    listener_infos: &[&ListenerInfo],
     carried: impl Fn() -> u64,
     application: Option<&Supervisor>,
 ) {
     if !notifier.has_manager() {
         return std::future::pending().await;
     }
-    let max = admission.max().get();
+    let max = limit.max().get();
     let mut said = String::new();
     let mut next = Instant::now();
     let mut phase = application.map(Supervisor::watch);
     loop {
-        let open = admission.load().open;
+        let open = limit.load().open;
         tokio::select! {
-            () = admission.changed() => {}
+            () = limit.changed() => {}
             () = changed(&mut phase) => {}
             () = sleep(BYTES_INTERVAL), if open > 0 => {}
         }
@@ -57,12 +57,13 @@ pub async fn publish_status(
         let application = application.zip(phase.as_mut()).map(|(application, phase)| {
             (application.name().to_string(), *phase.borrow_and_update())
         });
-        let load = admission.load();
-        let open =
-            entrances.iter().map(|entrance| (entrance.to_string(), entrance.counts().open.taken()));
-        let open = open.filter(|(_, open)| *open > 0 && entrances.len() > 1).collect();
+        let load = limit.load();
+        let open = listener_infos
+            .iter()
+            .map(|listener_info| (listener_info.to_string(), listener_info.counts().open.taken()));
+        let open = open.filter(|(_, open)| *open > 0 && listener_infos.len() > 1).collect();
         let carried = carried();
-        let status = Status { load, max, carried, recovered, open, application }.to_string();
+        let status = Status { load, max, carried, restored, open, application }.to_string();
         // A socket's name is anything.
         let status = bounded_line(&status, STATUS_MAX);
         if status != said && notifier.send_once(&[NotifyState::Status(&status)]).is_ok() {
@@ -87,7 +88,7 @@ struct Status {
     load: ConnectionCounts,
     max: u32,
     carried: u64,
-    recovered: usize,
+    restored: usize,
     /// Connections at each of several listeners that have any.
     open: Vec<(String, usize)>,
     application: Option<(String, CommandState)>,
@@ -102,11 +103,11 @@ impl fmt::Display for Status {
             write!(f, "{refused} refused, ")?;
         }
         write!(f, "{}", Bytes(self.carried))?;
-        if self.recovered > 0 {
-            write!(f, "; {} recovered", self.recovered)?;
+        if self.restored > 0 {
+            write!(f, "; {} recovered", self.restored)?;
         }
-        for (entrance, open) in self.open.iter().take(ENTRANCES_MAX) {
-            write!(f, "; {entrance}: {open}")?;
+        for (listener, open) in self.open.iter().take(ENTRANCES_MAX) {
+            write!(f, "; {listener}: {open}")?;
         }
         if self.open.len() > ENTRANCES_MAX {
             write!(f, "; {} more listeners", self.open.len() - ENTRANCES_MAX)?;
@@ -126,8 +127,8 @@ mod tests {
     fn status_says_what_goes_on() {
         let status = |open, served, refused, carried| {
             let load = ConnectionCounts { open, served, refused };
-            let (recovered, open, application) = (0, Vec::new(), None);
-            Status { load, max: 256, carried, recovered, open, application }.to_string()
+            let (restored, open, application) = (0, Vec::new(), None);
+            Status { load, max: 256, carried, restored, open, application }.to_string()
         };
         assert_eq!(status(2, 120, 0, 1_288_490_189), "2 connections of 256, 120 served, 1.2 GiB");
         assert_eq!(status(1, 0, 3, 64), "1 connection of 256, 0 served, 3 refused, 64 bytes");
@@ -138,7 +139,7 @@ mod tests {
             load: ConnectionCounts::default(),
             max: 1,
             carried: 0,
-            recovered: 0,
+            restored: 0,
             open,
             application,
         };
@@ -152,7 +153,7 @@ mod tests {
             load: ConnectionCounts::default(),
             max: 1,
             carried: 0,
-            recovered: 0,
+            restored: 0,
             open,
             application: None,
         };

@@ -16,73 +16,72 @@ use crate::listen::listener::{Accepted, Listener, ListenerInfo};
 use crate::notify::Notifier;
 use crate::service::Server;
 use crate::socket::address::{Address, SocketLabel};
-use crate::socket::{Family, abort, lasts};
+use crate::socket::{Family, abort, clear_linger};
 
 impl Server {
     /// Goes on with the connections of the process before this one.
-    pub fn take_back(&mut self, recovered: Leftovers) {
+    pub fn take_back(&mut self, restored: Leftovers) {
         let Some(handover) = &self.handover else { return };
-        self.recovered = recovered.connections();
+        self.restored = restored.connections();
         // From here on it is this process's, and before any of it is moved.
         handover.discard_replayed();
-        if recovered.refused > 0 {
+        if restored.refused > 0 {
             tracing::warn!(
                 "Stored connections can't be taken back, closing them: {}. (They are damaged, or of another \
                  version.)",
-                recovered.refused
+                restored.refused
             );
         }
         self.sources.listeners().iter().for_each(|(listener, _)| listener.own_file());
         // Those of them that are still used are stored anew.
-        recovered.kept_listeners.into_iter().for_each(|kept| drop(kept.take_over()));
-        for RestoredRecord { content, start, kept } in recovered.pairs {
-            content.endpoints.iter().for_each(|end| lasts(&end.socket));
-            let [client, backend] =
-                content.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
+        restored.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
+        for RestoredRecord { body, start, entry } in restored.pairs {
+            body.endpoints.iter().for_each(|end| clear_linger(&end.socket));
+            let [client, backend] = body.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
             let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
-            let (entrance, known_backend) = self.way_in(&client);
-            let slot = self.slot(&entrance);
+            let (listener_info, known_backend) = self.way_in(&client);
+            let slot = self.slot(&listener_info);
             self.workers.resume(Restored {
-                snapshot: content,
+                snapshot: body,
                 client: address,
-                listener: entrance,
+                listener: listener_info,
                 backend,
                 known_backend,
                 start,
                 slot,
-                journal: kept,
+                journal: entry,
             });
         }
-        for RestoredRecord { content: fd, kept, .. } in recovered.clients {
-            lasts(&fd);
-            let kept = kept.map(JournalEntry::take_over);
+        for RestoredRecord { body: fd, entry, .. } in restored.clients {
+            clear_linger(&fd);
+            let entry = entry.map(JournalEntry::own);
             let Ok(Some(family)) = Family::of(&fd) else { continue };
             let client = SockRef::from(&fd);
             let address = or_unnamed(client.peer_addr());
-            let (entrance, backend) = self.way_in(&client);
+            let (listener_info, backend) = self.way_in(&client);
             let Some(backend) = backend else {
                 tracing::warn!(
                     client = %address,
-                    listener = %entrance,
+                    listener = %listener_info,
                     "A stored client came in at a socket that is not passed any more, closing it."
                 );
                 abort(&fd);
                 continue;
             };
-            let slot = self.slot(&entrance);
+            let slot = self.slot(&listener_info);
             let accepted =
-                Accepted { socket: fd, family, client: address, listener: entrance, slot };
-            self.workers.serve(accepted, backend, kept);
+                Accepted { socket: fd, family, client: address, listener: listener_info, slot };
+            self.workers.serve(accepted, backend, entry);
         }
-        if self.recovered > 0 {
-            tracing::info!("Recovered connections: {}.", self.recovered);
+        if self.restored > 0 {
+            tracing::info!("Recovered connections: {}.", self.restored);
         }
     }
 
     /// Returns a slot for a connection of the previous process, whatever the limits are now.
     fn slot(&self, listener: &ListenerInfo) -> Slot {
         let mut slot = Slot::new(listener.enter(), self.descriptors.reserve_unchecked());
-        slot.admit(self.admission.acquire_unchecked());
+        slot.admit(self.limit.acquire_unchecked());
         slot
     }
 
@@ -107,7 +106,7 @@ impl Server {
             Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
             // With one backend there is no question which.
             None => {
-                let backend = (self.workers.plan().ways.len() == 1).then_some(0);
+                let backend = (self.workers.plan().backends.len() == 1).then_some(0);
                 let identity = SocketLabel { name: None, address: at };
                 (ListenerInfo::with_counters(&identity, Arc::clone(&self.elsewhere)), backend)
             }
@@ -117,9 +116,9 @@ impl Server {
     /// Stores what is open, for the next process.
     pub async fn leave(&self, handover: &Handover, notifier: &Notifier) {
         let listeners = self.sources.listeners().iter().filter(|_| self.has_opened);
-        let mut listening = self.kept_listeners.len();
+        let mut listening = self.listener_entries.len();
         for (listener, _) in listeners {
-            if handover.is_for_crashes() {
+            if handover.is_crash_mode() {
                 listener.leave_file();
             } else if handover.leave_listener(listener) {
                 listener.leave_file();

@@ -64,7 +64,7 @@ pub struct Socket {
     urgent: Cell<bool>,
     was_reset: Cell<bool>,
     /// Somebody else holds it, too: closing it here ends nothing.
-    is_stored: Cell<bool>,
+    is_shared: Cell<bool>,
     /// Whether both ends agreed that the connection is over.
     closes_cleanly: bool,
 }
@@ -86,7 +86,7 @@ impl Socket {
             family,
             urgent: Cell::new(false),
             was_reset: Cell::new(false),
-            is_stored: Cell::new(false),
+            is_shared: Cell::new(false),
             closes_cleanly: false,
         })
     }
@@ -98,7 +98,7 @@ impl Socket {
 
     /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
-        let room = buffer.len();
+        let send_space = buffer.len();
         let (bytes, ended_early) = if self.family == Family::Unix {
             // A Unix socket ends a receive early, with more bytes behind, where a message carried
             // descriptors or credentials. They can't be handed on, but their loss shows as CTRUNC.
@@ -112,7 +112,7 @@ impl Socket {
         } else {
             (rustix::net::recv(&self.io, buffer, RecvFlags::empty())?.0, false)
         };
-        let drained = bytes < room && !ended_early && !self.has_urgent_data();
+        let drained = bytes < send_space && !ended_early && !self.has_urgent_data();
         Ok(Received { bytes, drained })
     }
 
@@ -160,24 +160,24 @@ impl Socket {
     /// poll(2) says whether it is, by all the kernel's criteria, and makes it tell when it becomes so:
     /// there are edges only for somebody who found it unready. The amount is that of the memory; it
     /// may take less (tcp_notsent_lowat, a vsock peer).
-    pub fn room(&self) -> Option<usize> {
+    pub fn send_space(&self) -> Option<usize> {
         if !self.polls(PollFlags::OUT | PollFlags::ERR | PollFlags::HUP) {
             return None;
         }
         let Ok(memory) = sys::send_memory(&self.io) else {
             return Some(usize::MAX);
         };
-        let queued = match self.family {
+        let outq_len = match self.family {
             Family::Unix => memory.allocated,
-            Family::Tcp | Family::Vsock => memory.queued,
+            Family::Tcp | Family::Vsock => memory.outq_len,
         };
         // The kernel counts its own headers, too.
-        let room = memory.limit.saturating_sub(queued);
-        Some((room - room / 8).max(1))
+        let send_space = memory.limit.saturating_sub(outq_len);
+        Some((send_space - send_space / 8).max(1))
     }
 
     /// Bounds what a TCP socket takes ahead of what its peer lets it send (`TCP_NOTSENT_LOWAT` in tcp(7)).
-    pub fn bound_unsent(&self, bytes: u32) {
+    pub fn limit_unsent(&self, bytes: u32) {
         // Where the kernel does not know it, a socket takes what tcp_wmem allows.
         let _ = SockRef::from(&self.io).set_tcp_notsent_lowat(bytes);
     }
@@ -249,8 +249,8 @@ impl Socket {
 
     /// Bytes sent that are still on this side: on TCP those that the peer's kernel has not
     /// acknowledged, on Unix those that its program has not received.
-    pub fn unsent(&self) -> usize {
-        sys::queued(&self.io)
+    pub fn unacked(&self) -> usize {
+        sys::outq_len(&self.io)
     }
 
     /// For how long a TCP socket has neither sent nor received data (`TCP_INFO` in tcp(7)).
@@ -290,8 +290,8 @@ impl Socket {
 
     /// Notes that a second reference to it exists, so that its end has to be said. If it never is, and
     /// both are closed, it is reset: nobody is to take half a transfer for a whole one.
-    pub fn set_stored(&self) {
-        if !self.is_stored.replace(true) && self.family == Family::Tcp {
+    pub fn mark_shared(&self) {
+        if !self.is_shared.replace(true) && self.family == Family::Tcp {
             self.set_reset_by_close(true);
         }
     }
@@ -303,7 +303,7 @@ impl Socket {
         if self.family == Family::Tcp && has_unread() {
             self.abort();
         } else {
-            if self.is_stored.get() && self.family == Family::Tcp {
+            if self.is_shared.get() && self.family == Family::Tcp {
                 self.set_reset_by_close(false);
             }
             // Fails only where there is nothing to end any more.
@@ -318,7 +318,7 @@ impl Socket {
 
     /// Closes without a reset: everything sent is still delivered by the kernel.
     pub fn close(mut self) {
-        if self.is_stored.get() {
+        if self.is_shared.get() {
             self.end();
         }
         self.closes_cleanly = true;
@@ -326,7 +326,7 @@ impl Socket {
 
     /// Leaves it to whoever else holds it: here it is over, and its peer does not notice.
     pub fn leave(mut self) {
-        self.set_stored();
+        self.mark_shared();
         self.closes_cleanly = true;
     }
 
@@ -346,7 +346,7 @@ impl Drop for Socket {
         if self.closes_cleanly {
             return;
         }
-        if self.is_stored.get() {
+        if self.is_shared.get() {
             self.abort();
         } else if self.family == Family::Tcp {
             self.set_reset_by_close(true);
@@ -389,7 +389,7 @@ pub fn has_unread(fd: impl AsFd) -> bool {
 }
 
 /// Makes a socket that was left end by its close again, and not by a reset: see [`Socket::leave`].
-pub fn lasts(fd: impl AsFd) {
+pub fn clear_linger(fd: impl AsFd) {
     let _ = sockopt::set_socket_linger(fd, None);
 }
 

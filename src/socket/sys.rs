@@ -50,7 +50,7 @@ pub struct SendMemory {
     /// Of the bytes that a Unix peer has not received.
     pub allocated: usize,
     /// Of the bytes that a TCP or vsock peer has not acknowledged.
-    pub queued: usize,
+    pub outq_len: usize,
     /// How much there may be.
     pub limit: usize,
 }
@@ -75,7 +75,7 @@ pub fn send_memory(fd: impl AsFd) -> io::Result<SendMemory> {
     let at = |place: usize| info[place] as usize;
     Ok(SendMemory {
         allocated: at(SK_MEMINFO_WMEM_ALLOC),
-        queued: at(SK_MEMINFO_WMEM_QUEUED),
+        outq_len: at(SK_MEMINFO_WMEM_QUEUED),
         limit: at(SK_MEMINFO_SNDBUF),
     })
 }
@@ -104,7 +104,7 @@ pub fn tcp_idle(fd: impl AsFd) -> io::Result<Duration> {
 
 /// What was sent on a socket and is still on this side, in bytes; on a Unix socket with what the kernel
 /// needs for it.
-pub fn queued(fd: impl AsFd) -> usize {
+pub fn outq_len(fd: impl AsFd) -> usize {
     // SAFETY: TIOCOUTQ, which is SIOCOUTQ on a socket, writes one int (tcp(7), unix(7)).
     let bytes = unsafe {
         let request = rustix::ioctl::Getter::<TIOCOUTQ, i32>::new();

@@ -1,6 +1,6 @@
 //! COMMAND's life: started for the first client, ready, idle, stopped, and started again.
 //!
-//! One task lives it ([`Supervisor::live`]), from top to bottom; everybody else watches the
+//! One task lives it ([`Supervisor::run`]), from top to bottom; everybody else watches the
 //! [`CommandState`]. A client that needs COMMAND is counted as waiting until it is ready, and that count
 //! is all that starts it.
 
@@ -67,13 +67,13 @@ pub struct Supervisor {
     stop_idle_time: TimeSpan,
     /// The soft limit on descriptors that it is given.
     descriptors: Option<u64>,
-    phase: watch::Sender<CommandState>,
+    state: watch::Sender<CommandState>,
     /// What it is that keeps clients waiting, while it is not ready.
-    obstacle: Mutex<String>,
+    last_error: Mutex<String>,
     /// Clients that need it.
     waiting: watch::Sender<usize>,
     /// Nobody is to be started, and who runs is to be stopped.
-    halted: watch::Sender<bool>,
+    stopped: watch::Sender<bool>,
     starts: Arc<CommandCounters>,
 }
 
@@ -83,7 +83,7 @@ pub struct ReadyGuard(watch::Receiver<CommandState>);
 
 impl ReadyGuard {
     /// Waits until COMMAND is not ready any more: it has ended, or is about to be stopped.
-    pub async fn over(&mut self) {
+    pub async fn ended(&mut self) {
         if self.0.changed().await.is_err() {
             std::future::pending().await
         }
@@ -122,10 +122,10 @@ impl Supervisor {
             notify,
             stop_idle_time,
             descriptors,
-            phase: watch::Sender::default(),
-            obstacle: Mutex::default(),
+            state: watch::Sender::default(),
+            last_error: Mutex::default(),
             waiting: watch::Sender::default(),
-            halted: watch::Sender::default(),
+            stopped: watch::Sender::default(),
             starts: Arc::default(),
         }
     }
@@ -137,7 +137,7 @@ impl Supervisor {
 
     /// To see the phase and wait for it to change.
     pub fn watch(&self) -> watch::Receiver<CommandState> {
-        self.phase.subscribe()
+        self.state.subscribe()
     }
 
     /// How often it was started.
@@ -146,8 +146,8 @@ impl Supervisor {
     }
 
     /// What keeps clients waiting; `None` when it is not COMMAND.
-    pub fn obstacle(&self) -> Option<String> {
-        (*self.phase.borrow() != CommandState::Ready).then(|| self.current_obstacle())
+    pub fn last_error(&self) -> Option<String> {
+        (*self.state.borrow() != CommandState::Ready).then(|| self.current_obstacle())
     }
 
     /// Waits until COMMAND is ready; that somebody waits is what starts it.
@@ -155,70 +155,70 @@ impl Supervisor {
     /// # Errors
     /// In words, what time can't mend.
     pub async fn ready(&self) -> Result<ReadyGuard, String> {
-        let mut phase = self.watch();
-        if *phase.borrow_and_update() == CommandState::Ready {
-            return Ok(ReadyGuard(phase));
+        let mut state = self.watch();
+        if *state.borrow_and_update() == CommandState::Ready {
+            return Ok(ReadyGuard(state));
         }
         let _waiting = Waiting::new(self);
         loop {
-            if phase.changed().await.is_err() {
+            if state.changed().await.is_err() {
                 std::future::pending().await
             }
-            let now = *phase.borrow_and_update();
+            let now = *state.borrow_and_update();
             match now {
-                CommandState::Ready => return Ok(ReadyGuard(phase)),
+                CommandState::Ready => return Ok(ReadyGuard(state)),
                 CommandState::Unreachable => return Err(self.current_obstacle()),
                 _ => {}
             }
         }
     }
 
-    /// Stops COMMAND and waits until it is gone; starts no other until [`Supervisor::resume`].
-    pub async fn halt(&self) {
-        self.halted.send_replace(true);
-        let _ = self.watch().wait_for(|phase| phase.is_inactive()).await;
+    /// Stops COMMAND and waits until it is gone; starts no other until [`Supervisor::allow_start`].
+    pub async fn stop(&self) {
+        self.stopped.send_replace(true);
+        let _ = self.watch().wait_for(|state| state.is_inactive()).await;
     }
 
     /// Lets it be started again.
-    pub fn resume(&self) {
-        self.halted.send_replace(false);
+    pub fn allow_start(&self) {
+        self.stopped.send_replace(false);
     }
 
     /// Lives its life, for ever. `occupancy` is the proxy's, for the idle time.
-    pub async fn live(
+    pub async fn run(
         self: Arc<Self>,
-        hold: Rc<BackendWait>,
+        wait: Rc<BackendWait>,
         mut occupancy: ConnectionWatch,
     ) -> Infallible {
         let mut failures = 0;
         loop {
-            self.needed().await;
-            let end = self.run(&hold, &mut occupancy).await;
-            let pause = self.take_note(end, &mut failures);
+            self.wait_until_needed().await;
+            let end = self.run_once(&wait, &mut occupancy).await;
+            let pause = self.record_exit(end, &mut failures);
             sleep(pause).await;
         }
     }
 
     /// Waits until a client needs it, and it may be started.
-    async fn needed(&self) {
-        let (mut waiting, mut halted) = (self.waiting.subscribe(), self.halted.subscribe());
-        while *waiting.borrow_and_update() == 0 || *halted.borrow_and_update() {
+    async fn wait_until_needed(&self) {
+        let (mut waiting, mut stopped) = (self.waiting.subscribe(), self.stopped.subscribe());
+        while *waiting.borrow_and_update() == 0 || *stopped.borrow_and_update() {
             tokio::select! {
                 _ = waiting.changed() => {}
-                _ = halted.changed() => {}
+                _ = stopped.changed() => {}
             }
         }
     }
 
     /// From the decision to start it to the moment when nothing of it is left.
-    async fn run(&self, hold: &BackendWait, occupancy: &mut ConnectionWatch) -> RunResult {
-        self.phase.send_replace(CommandState::Starting);
-        let mut halted = self.halted.subscribe();
+    async fn run_once(&self, wait: &BackendWait, occupancy: &mut ConnectionWatch) -> RunResult {
+        self.state.send_replace(CommandState::Starting);
+        let mut stopped = self.stopped.subscribe();
         let reason = tokio::select! {
             biased;
-            _ = halted.wait_for(|halted| *halted) => return RunResult::Asked,
+            _ = stopped.wait_for(|stopped| *stopped) => return RunResult::Asked,
             () = wait_idle(self.stop_idle_time, occupancy) => return RunResult::Idle,
-            reason = self.check_target_free(hold) => match reason {
+            reason = self.check_target_free(wait) => match reason {
                 Ok(reason) => reason,
                 Err(end) => return end,
             },
@@ -232,32 +232,32 @@ impl Supervisor {
             Ok(notify) => notify,
             Err(error) => return RunResult::Failed(error),
         };
-        let hear = async {
+        let receive_loop = async {
             match &notify {
-                Some(notify) => notify.hear().await,
+                Some(notify) => notify.receive_loop().await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
-            end = self.run_with(notify.as_ref(), hold, occupancy) => end,
-            never = hear => match never {},
+            end = self.run_once_with(notify.as_ref(), wait, occupancy) => end,
+            never = receive_loop => match never {},
         }
     }
 
     /// A run that says on a socket that it is ready, if there is one.
-    async fn run_with(
+    async fn run_once_with(
         &self,
         notify: Option<&NotifySocket>,
-        hold: &BackendWait,
+        wait: &BackendWait,
         occupancy: &mut ConnectionWatch,
     ) -> RunResult {
         let mut run = None;
-        let mut halted = self.halted.subscribe();
+        let mut stopped = self.stopped.subscribe();
         let end = tokio::select! {
             biased;
-            _ = halted.wait_for(|halted| *halted) => RunResult::Asked,
+            _ = stopped.wait_for(|stopped| *stopped) => RunResult::Asked,
             () = wait_idle(self.stop_idle_time, occupancy) => RunResult::Idle,
-            end = self.serve(notify, hold, &mut run) => end,
+            end = self.serve(notify, wait, &mut run) => end,
         };
         if let Some(run) = run {
             let name = &self.command;
@@ -271,8 +271,8 @@ impl Supervisor {
                 }
                 _ => {}
             }
-            self.set_obstacle(format!("{name} is still stopping"));
-            self.phase.send_replace(CommandState::Stopping);
+            self.set_last_error(format!("{name} is still stopping"));
+            self.state.send_replace(CommandState::Stopping);
             run.stop().await;
         }
         end
@@ -282,7 +282,7 @@ impl Supervisor {
     async fn serve(
         &self,
         notify: Option<&NotifySocket>,
-        hold: &BackendWait,
+        wait: &BackendWait,
         run: &mut Option<CommandProcess>,
     ) -> RunResult {
         let name = &self.command;
@@ -302,9 +302,9 @@ impl Supervisor {
             biased;
             // First: if it can't listen because somebody else does, that one is not it.
             status = started.exited() => {
-                return self.has_failed("before", status);
+                return self.early_exit("before", status);
             }
-            reached = self.is_ready(notify, hold, tree) => reached,
+            reached = self.wait_until_ready(notify, wait, tree) => reached,
             never = self.warn_if_slow() => match never {},
         };
         let reached = match reached {
@@ -318,30 +318,30 @@ impl Supervisor {
         let ready = Instant::now();
         // First, so that it is there for whoever wakes up first.
         if let Some(socket) = reached {
-            hold.offer(socket);
+            wait.offer(socket);
         }
-        self.phase.send_replace(CommandState::Ready);
+        self.state.send_replace(CommandState::Ready);
         let status = started.exited().await;
         if ready.elapsed() < STEADY {
-            return self.has_failed("as soon as", status);
+            return self.early_exit("as soon as", status);
         }
         RunResult::Died(status)
     }
 
-    fn has_failed(&self, when: &str, status: Option<ExitStatus>) -> RunResult {
-        let (name, how) = (&self.command, how(status));
+    fn early_exit(&self, when: &str, status: Option<ExitStatus>) -> RunResult {
+        let (name, status_text) = (&self.command, describe_status(status));
         let hint = match status {
             Some(status) if status.success() => "; it has to stay in the foreground",
             _ => "",
         };
-        RunResult::Failed(format!("{name} has ended {when} it was ready ({how}){hint}"))
+        RunResult::Failed(format!("{name} has ended {when} it was ready ({status_text}){hint}"))
     }
 
     /// Makes sure that it has the target for itself: why nobody answers there.
-    async fn check_target_free(&self, hold: &BackendWait) -> Result<String, RunResult> {
+    async fn check_target_free(&self, wait: &BackendWait) -> Result<String, RunResult> {
         let target = &self.target;
-        self.set_obstacle(format!("Failed to connect to remote host: {target}: no answer"));
-        match timeout(FOREIGN_ANSWER, hold.connector.dial_once()).await {
+        self.set_last_error(format!("Failed to connect to remote host: {target}: no answer"));
+        match timeout(FOREIGN_ANSWER, wait.connector.try_connect()).await {
             Ok(Ok(socket)) => {
                 socket.close();
                 Err(RunResult::Foreign)
@@ -355,15 +355,15 @@ impl Supervisor {
 
     /// Waits until it says that it is ready, or answers, as long as somebody waits for that; then
     /// gives the connection.
-    async fn is_ready(
+    async fn wait_until_ready(
         &self,
         notify: Option<&NotifySocket>,
-        hold: &BackendWait,
+        wait: &BackendWait,
         tree: ProcessTree,
     ) -> Result<Option<Socket>, ConnectError> {
         let name = &self.command;
         if let Some(notify) = notify {
-            self.set_obstacle(format!("{name} runs, but has not sent READY=1"));
+            self.set_last_error(format!("{name} runs, but has not sent READY=1"));
             notify.ready(tree).await;
             return Ok(None);
         }
@@ -372,10 +372,10 @@ impl Supervisor {
         loop {
             pauses.next().await;
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
-            match hold.connector.dial_once().await {
+            match wait.connector.try_connect().await {
                 Ok(socket) => return Ok(Some(socket)),
                 Err(error) if !error.is_transient() => return Err(error),
-                Err(error) => self.set_obstacle(format!("{error} ({name} runs)")),
+                Err(error) => self.set_last_error(format!("{error} ({name} runs)")),
             }
         }
     }
@@ -384,9 +384,9 @@ impl Supervisor {
     async fn warn_if_slow(&self) -> Infallible {
         sleep(SLOW).await;
         if let Some(suppressed) = LIFE.pass() {
-            let obstacle = self.current_obstacle();
+            let last_error = self.current_obstacle();
             tracing::warn!(
-                "{} is not ready after {}s: {obstacle}.{suppressed}",
+                "{} is not ready after {}s: {last_error}.{suppressed}",
                 self.command,
                 SLOW.as_secs()
             );
@@ -395,22 +395,22 @@ impl Supervisor {
     }
 
     /// Logs and publishes how a run has ended; how long to wait before the next.
-    fn take_note(&self, end: RunResult, failures: &mut u32) -> Duration {
+    fn record_exit(&self, end: RunResult, failures: &mut u32) -> Duration {
         let name = &self.command;
         let before = mem::take(failures);
-        let (failure, phase, pause) = match end {
+        let (failure, state, pause) = match end {
             RunResult::Asked | RunResult::Idle => {
-                self.phase.send_replace(CommandState::Stopped);
+                self.state.send_replace(CommandState::Stopped);
                 return Duration::ZERO;
             }
             RunResult::Died(status) => {
                 if let Some(suppressed) = FAILURES.pass() {
-                    let how = how(status);
+                    let status = describe_status(status);
                     tracing::warn!(
-                        "{name} has ended ({how}), the next client starts it again.{suppressed}"
+                        "{name} has ended ({status}), the next client starts it again.{suppressed}"
                     );
                 }
-                self.phase.send_replace(CommandState::Stopped);
+                self.state.send_replace(CommandState::Stopped);
                 return Duration::ZERO;
             }
             RunResult::Failed(failure) => {
@@ -429,7 +429,7 @@ impl Supervisor {
                 (error.to_string(), CommandState::Unreachable, LOOK_AGAIN)
             }
         };
-        match phase {
+        match state {
             CommandState::Failed(times) => {
                 if let Some(suppressed) = FAILURES.pass() {
                     let pause = TimeSpan::new(pause);
@@ -444,17 +444,17 @@ impl Supervisor {
                 }
             }
         }
-        self.set_obstacle(failure);
-        self.phase.send_replace(phase);
+        self.set_last_error(failure);
+        self.state.send_replace(state);
         pause
     }
 
     fn current_obstacle(&self) -> String {
-        self.obstacle.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set_obstacle(&self, obstacle: String) {
-        *self.obstacle.lock().unwrap_or_else(PoisonError::into_inner) = obstacle;
+    fn set_last_error(&self, last_error: String) {
+        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = last_error;
     }
 }
 
@@ -474,6 +474,6 @@ enum RunResult {
     Died(Option<ExitStatus>),
 }
 
-fn how(status: Option<ExitStatus>) -> String {
+fn describe_status(status: Option<ExitStatus>) -> String {
     status.map_or_else(|| "its guard was killed".into(), |status| status.to_string())
 }

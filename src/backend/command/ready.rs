@@ -98,7 +98,7 @@ pub fn remove_left_behind() {
 
 /// The socket that a run of COMMAND notifies; its file goes with it.
 ///
-/// It is read for as long as it is there ([`NotifySocket::hear`]), ready or not: sd_notify(3) waits
+/// It is read for as long as it is there ([`NotifySocket::receive_loop`]), ready or not: sd_notify(3) waits
 /// when ten messages are queued, and systemd-notify(1) until the descriptor of its last is closed.
 #[derive(Debug)]
 pub struct NotifySocket {
@@ -143,7 +143,7 @@ impl NotifySocket {
     }
 
     /// Takes what comes, for ever.
-    pub async fn hear(&self) -> Infallible {
+    pub async fn receive_loop(&self) -> Infallible {
         let mut tree = self.tree.subscribe();
         let (mut lookups, mut in_burst) = (Lookups::default(), 0);
         loop {
