@@ -150,7 +150,7 @@ fn what_can_not_be_is_an_error_at_start() {
         ),
         (
             Launch::new(OURS).args(["/a", "--", "sh"]).socket(&passed),
-            "COMMAND serves all connections, and only one was passed in.",
+            "COMMAND needs one process that serves all connections, and only one connection was passed in.",
         ),
         (
             Launch::new(OURS).args(["--listen=127.0.0.1:0", "/a"]).socket(&passed),

@@ -87,11 +87,11 @@ fn busy_and_quiet(front_family: Family, back: Family) {
 #[test]
 fn a_stalled_reader_is_quiet() {
     for (front_family, back) in PAIRS {
+        // More than all buffers between take; made before the idle time runs.
+        let message = noise(1, 64 * 1024 * 1024);
         let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back));
         let _proxy = start(&front, &backend);
         let (mut client, _served) = (front.connect(), backend.accept());
-        // More than all buffers between take.
-        let message = noise(1, 64 * 1024 * 1024);
         let since = Instant::now();
         let error = client.write_all(&message).expect_err("nobody reads it");
         let took = since.elapsed();

@@ -1,0 +1,299 @@
+//! The server: accepts until a signal, the idle exit, or a failure of its own.
+
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::io;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::task::{JoinError, JoinSet, yield_now};
+use tokio::time::{sleep, timeout};
+
+use crate::backend::command::Supervisor;
+use crate::config::timespan::TimeSpan;
+use crate::connection::BackendSetup;
+use crate::connection::worker::EventLoops;
+use crate::counters::ListenerCounters;
+use crate::handover::Handover;
+use crate::handover::journal::JournalEntry;
+use crate::limits::descriptors::FdBudget;
+use crate::limits::idle::wait_idle;
+use crate::limits::{ConnectionLimit, ConnectionWatch};
+use crate::listen::Sources;
+use crate::listen::accepted::AcceptedSocket;
+use crate::listen::listener::{ACCEPT_PAUSE, Listener};
+use crate::logging::{RateLimit, os_message};
+use crate::metrics::{self, Metrics};
+use crate::notify::Notifier;
+use crate::runtime::catch_panic;
+use crate::service::signals::{ReportSignal, Signals};
+use crate::service::status::publish_status;
+
+/// Why the server stops without a failure.
+#[derive(Debug, PartialEq, Eq)]
+pub enum StopReason {
+    Signal,
+    Idle,
+}
+
+/// Everything that lives as long as the process.
+pub struct Server {
+    pub routes: Routes,
+    pub descriptors: Rc<FdBudget>,
+    pub limit: ConnectionLimit,
+    pub event_loops: Rc<EventLoops>,
+    pub supervisor: Option<Arc<Supervisor>>,
+    pub exit_idle_time: TimeSpan,
+    pub handover: Option<Arc<Handover>>,
+    /// Connections restored from the previous process.
+    pub restored: usize,
+    /// Whether the proxy opened the listeners itself. They end with the process then.
+    pub has_opened: bool,
+    /// Journal entries that keep such listeners open after the exit (crash mode only).
+    pub listener_entries: Vec<JournalEntry>,
+    /// Counters of restored connections whose listener no longer exists.
+    pub elsewhere: Arc<ListenerCounters>,
+}
+
+/// Where connections come from, each with the index of the backend that it leads to.
+pub enum Routes {
+    Listeners(Vec<(Rc<Listener>, usize)>),
+    /// One connection that was accepted before the start, until it is served.
+    Connection(Option<(AcceptedSocket, usize)>),
+}
+
+impl Routes {
+    /// Pairs each source with its backend.
+    pub fn new(sources: Sources, backends: Vec<usize>) -> Self {
+        match sources {
+            Sources::Listeners(listeners) => {
+                Self::Listeners(listeners.into_iter().zip(backends).collect())
+            }
+            Sources::Connection(connection) => {
+                Self::Connection(Some(connection).zip(backends.first().copied()))
+            }
+            Sources::Stored => Self::Connection(None),
+        }
+    }
+
+    pub fn listeners(&self) -> &[(Rc<Listener>, usize)] {
+        match self {
+            Self::Listeners(listeners) => listeners,
+            Self::Connection(_) => &[],
+        }
+    }
+}
+
+/// What runs beside the connections.
+pub struct Tasks {
+    /// The accept loops. Each ends only when its socket breaks.
+    pub accepting: JoinSet<String>,
+    /// COMMAND's supervisor, which never ends.
+    pub supervising: JoinSet<Infallible>,
+}
+
+impl Server {
+    /// Returns the counters that `--metrics=` shows.
+    pub fn metrics(&self) -> Metrics {
+        let plan = self.event_loops.plan();
+        let listener = |(listener, backend): &(Rc<Listener>, usize)| {
+            (listener.to_string(), *backend, Arc::clone(listener.entrance().counts()))
+        };
+        let backend = |setup: &BackendSetup| {
+            (setup.connector.target().to_string(), Arc::clone(setup.connector.counters()))
+        };
+        Metrics::new(metrics::MetricsSources {
+            limit: self.limit.clone(),
+            listeners: self.routes.listeners().iter().map(listener).collect(),
+            elsewhere: Arc::clone(&self.elsewhere),
+            backends: plan.backends.iter().map(backend).collect(),
+            loops: Arc::clone(&plan.loops),
+            restored: self.restored,
+            starts: self.supervisor.as_ref().map(|it| Arc::clone(it.starts())),
+        })
+    }
+
+    /// Starts to accept, and serves a connection that was accepted before the start.
+    pub fn start(&mut self) -> Tasks {
+        if let Routes::Connection(connection) = &mut self.routes
+            && let Some((connection, backend)) = connection.take()
+        {
+            // Its descriptors are open already, so neither limit can refuse it.
+            match connection.into_accepted(self.descriptors.reserve_unchecked()) {
+                Some(mut accepted) => {
+                    accepted.slot.admit(self.limit.acquire_unchecked());
+                    let handover = self.handover.as_ref();
+                    let journal = handover.and_then(|it| it.keep_client(&accepted.socket));
+                    self.event_loops.serve(accepted, backend, journal);
+                }
+                None => tracing::debug!("Connection closed, the client has left"),
+            }
+        }
+        let mut accepting = JoinSet::new();
+        for (listener, backend) in self.routes.listeners() {
+            accepting.spawn_local(accept_loop(
+                Rc::clone(listener),
+                *backend,
+                Rc::clone(&self.descriptors),
+                self.limit.clone(),
+                Rc::clone(&self.event_loops),
+                self.handover.clone(),
+            ));
+        }
+        let mut supervising = JoinSet::new();
+        if let Some(supervisor) = &self.supervisor {
+            let backend_wait = Rc::clone(self.event_loops.backend_wait());
+            supervising.spawn_local(Arc::clone(supervisor).run(backend_wait, self.limit.watch()));
+        }
+        Tasks { accepting, supervising }
+    }
+
+    /// Serves until a signal or the idle exit.
+    ///
+    /// # Errors
+    /// One line on a listener that broke, or on a panic.
+    pub async fn serve(
+        &self,
+        tasks: &mut Tasks,
+        signals: &mut Signals,
+        report_signal: &mut ReportSignal,
+        notifier: &Notifier,
+    ) -> Result<StopReason, String> {
+        let is_ready = Cell::new(false);
+        let mut send_ready = pin!(async {
+            // Queued clients come first: in the first turn the accept loops find them, in the second
+            // their connections are started. systemd may take its time.
+            yield_now().await;
+            yield_now().await;
+            let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
+            notifier.send(&ready).await;
+            is_ready.set(true);
+        });
+        let maintain = async {
+            send_ready.as_mut().await;
+            tokio::join!(self.publish_status(notifier), notifier.feed_watchdog(), self.compact()).1
+        };
+        let reason = tokio::select! {
+            never = report_connections(report_signal, &self.limit, &self.event_loops) => match never {},
+            () = signals.stop() => StopReason::Signal,
+            () = self.wait_idle() => StopReason::Idle,
+            Some(ended) = tasks.accepting.join_next() => return Err(ended.unwrap_or_else(internal)),
+            Some(Err(panic)) = tasks.supervising.join_next() => return Err(internal(panic)),
+            never = maintain => match never {},
+        };
+        // systemd calls a unit failed whose process ends before READY=1.
+        if !is_ready.get() {
+            tokio::select! {
+                () = send_ready => {}
+                () = signals.again() => {}
+            }
+        }
+        Ok(reason)
+    }
+
+    async fn publish_status(&self, notifier: &Notifier) {
+        let listeners = self.routes.listeners().iter();
+        let listeners: Vec<_> = listeners.map(|(listener, _)| &**listener.entrance()).collect();
+        let bytes = || self.event_loops.carried();
+        let supervisor = self.supervisor.as_deref();
+        publish_status(notifier, &self.limit, self.restored, &listeners, bytes, supervisor).await;
+    }
+
+    async fn compact(&self) {
+        if let Some(handover) = &self.handover {
+            handover.clean().await;
+        }
+    }
+
+    /// Waits until there was no connection for `--exit-idle-time=`, none is queued, and COMMAND has stopped.
+    /// A client that comes while COMMAND is being stopped cancels the exit.
+    async fn wait_idle(&self) {
+        let mut watch = self.limit.watch();
+        if let Routes::Connection(_) = self.routes {
+            return watch.wait_empty().await;
+        }
+        let is_unused = |watch: &ConnectionWatch| {
+            let mut listeners = self.routes.listeners().iter();
+            watch.is_empty() && !listeners.any(|(listener, _)| listener.has_queued())
+        };
+        loop {
+            wait_idle(self.exit_idle_time, &mut watch).await;
+            if is_unused(&watch) {
+                let Some(supervisor) = &self.supervisor else { return };
+                supervisor.stop().await;
+                if is_unused(&watch) {
+                    return;
+                }
+                supervisor.allow_start();
+            }
+            let _ = timeout(LATE_CLIENT_GRACE, watch.turn()).await;
+        }
+    }
+}
+
+/// Logs a line for each open connection at each SIGUSR1, for ever.
+pub async fn report_connections(
+    report_signal: &mut ReportSignal,
+    limit: &ConnectionLimit,
+    event_loops: &EventLoops,
+) -> Infallible {
+    loop {
+        report_signal.next().await;
+        tracing::info!("Open connections: {}.", limit.load().open);
+        event_loops.ask();
+    }
+}
+
+/// Accepts at one listener until its socket breaks. A panic costs the client that met it.
+async fn accept_loop(
+    listener: Rc<Listener>,
+    backend: usize,
+    descriptors: Rc<FdBudget>,
+    limit: ConnectionLimit,
+    event_loops: Rc<EventLoops>,
+    handover: Option<Arc<Handover>>,
+) -> String {
+    let accept_one = async || {
+        let mut accepted = listener.accept(&descriptors).await?;
+        match limit.admit() {
+            Some(permit) => {
+                accepted.slot.admit(permit);
+                accepted.listener.counts().admitted.add_one();
+                let journal = handover.as_ref().and_then(|it| it.keep_client(&accepted.socket));
+                event_loops.serve(accepted, backend, journal);
+            }
+            None => {
+                accepted.listener.counts().refused.add_one();
+                if let Some(suppressed) = REFUSED.pass() {
+                    tracing::warn!(
+                        client = %accepted.client,
+                        %listener,
+                        "Hit connection limit, refusing connection.{suppressed}"
+                    );
+                }
+            }
+        }
+        io::Result::Ok(())
+    };
+    loop {
+        match catch_panic(accept_one()).await {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                return format!("Failed to accept on {listener}: {}.", os_message(&error));
+            }
+            None => sleep(ACCEPT_PAUSE).await,
+        }
+    }
+}
+
+fn internal(error: JoinError) -> String {
+    format!("Internal error: {error}.")
+}
+
+/// How long a client that is queued at the moment of the idle exit has to be accepted.
+const LATE_CLIENT_GRACE: Duration = Duration::from_secs(1);
+
+static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));

@@ -1,0 +1,230 @@
+//! From the configuration and the sockets to a [`Server`], before the first client is accepted.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use rustix::thread::set_no_new_privs;
+use tokio::sync::Semaphore;
+
+use crate::backend::command::Supervisor;
+use crate::backend::command::ready::NotifyPlace;
+use crate::backend::connect::Connector;
+use crate::backend::wait::SharedProbe;
+use crate::config::selector::Targets;
+use crate::config::target::Target;
+use crate::config::values::{Overflow, ReadyMode};
+use crate::config::{CommandConfig, Config};
+use crate::connection::worker::EventLoops;
+use crate::connection::{BackendSetup, Settings};
+use crate::counters::{ConnectCounters, Loops};
+use crate::forward::pipe::{self, Limits};
+use crate::handover::Handover;
+use crate::handover::replay::Leftovers;
+use crate::limits::ConnectionLimit;
+use crate::limits::descriptors::{FdBudget, FdNeeds, FdPlan, raise_limit};
+use crate::listen::activation::{PassedFd, set_cloexec_all};
+use crate::listen::listener::Listener;
+use crate::listen::{Sources, check_command_target, check_no_loop};
+use crate::metrics::exporter::Exporter;
+use crate::notify::Notifier;
+use crate::service::server::{Routes, Server};
+
+/// Everything that is opened or taken over at the start.
+pub struct Opened {
+    pub exporter: Option<Exporter>,
+    pub handover: Option<Arc<Handover>>,
+    pub leftovers: Leftovers,
+    pub sources: Sources,
+}
+
+/// Sets `PR_SET_NO_NEW_PRIVS`, which threads and children inherit. COMMAND may need set-user-ID programs.
+pub fn forbid_new_privileges(config: &Config) {
+    if config.application.is_none()
+        && let Err(error) = set_no_new_privs(true)
+    {
+        tracing::debug!("Failed to set PR_SET_NO_NEW_PRIVS, ignoring: {error}");
+    }
+}
+
+/// Takes what was passed and stored, and opens the rest.
+///
+/// # Errors
+/// One line on what is missing, in use, or damaged.
+pub async fn open(
+    config: &Config,
+    mut passed: Vec<PassedFd>,
+    notifier: &Notifier,
+) -> Result<Opened, String> {
+    if config.handover.is_some() {
+        // First: the stored connections need descriptors, however many there are.
+        raise_limit();
+    }
+    // Before the listeners: --metrics=fd:NAME takes its socket out of those that were passed.
+    let exporter = match &config.metrics {
+        Some(address) => {
+            let opened = Exporter::open(address, &mut passed).await;
+            Some(opened.map_err(|error| format!("--metrics={address}: {error}"))?)
+        }
+        None => None,
+    };
+    let opens = !config.listen.is_empty();
+    let (handover, mut leftovers) =
+        Handover::open(config.handover, opens, &mut passed, notifier).await?;
+    let has_connections = leftovers.has_connections();
+    let stored = &mut leftovers.listeners;
+    let sources = Sources::gather(&config.listen, passed, stored, has_connections).await?;
+    Ok(Opened { exporter, handover, leftovers, sources })
+}
+
+/// Builds the server. Nothing is accepted yet.
+///
+/// # Errors
+/// One line on options that do not fit the sockets, or on limits that are too low.
+pub fn build(
+    config: Config,
+    sources: Sources,
+    handover: Option<Arc<Handover>>,
+    restored_fds: usize,
+) -> Result<Server, String> {
+    check_single_connection(&config, &sources)?;
+    let routes = route(&config, sources)?;
+    let fds = FdPlan::of_this_process(
+        config.connections_max.get(),
+        FdNeeds {
+            lookups: config.targets.iter().any(|target| matches!(target, Target::Name(_))),
+            command: config.application.is_some(),
+            threads: config.threads.get() - 1,
+            metrics: config.metrics.is_some(),
+            is_journaled: handover.as_ref().is_some_and(|it| it.is_crash_mode()),
+            restored: restored_fds,
+        },
+    )?;
+    let backends = backend_setups(&config, fds.lookups);
+    let supervisor = supervisor(&config, &routes, fds.inherited)?;
+    let has_opened = !config.listen.is_empty();
+    if has_opened {
+        routes.listeners().iter().try_for_each(|(listener, backend)| {
+            check_no_loop(listener, backends[*backend].connector.target())
+        })?;
+    }
+    let threads = config.threads.get();
+    let settings = Settings {
+        backends,
+        backend_wait: config.backend_wait,
+        application: supervisor.clone(),
+        proxy_protocol: config.proxy_protocol,
+        connection_idle_time: config.connection_idle_time,
+        pipes: Limits { max: fds.pipes / threads, held: (pipe::HELD_MAX / threads).max(1) },
+        handover: handover.clone(),
+        loops: Arc::new(Loops::default()),
+    };
+    log_routes(&config, &routes, &settings);
+    let journal = |listener: &Rc<Listener>| handover.as_ref()?.keep_listener(listener);
+    let opened = routes.listeners().iter().filter(|_| has_opened);
+    let listener_entries = opened.filter_map(|(listener, _)| journal(listener)).collect();
+    let descriptors = match config.overflow {
+        Overflow::Refuse => FdBudget::new(fds.connections),
+        Overflow::Wait => FdBudget::capped(fds.connections, config.connections_max.get() as usize),
+    };
+    Ok(Server {
+        routes,
+        descriptors: Rc::new(descriptors),
+        limit: ConnectionLimit::new(config.connections_max),
+        event_loops: Rc::new(EventLoops::new(settings, config.threads)),
+        supervisor,
+        exit_idle_time: config.exit_idle_time,
+        handover,
+        restored: 0,
+        has_opened,
+        listener_entries,
+        elsewhere: Arc::default(),
+    })
+}
+
+/// With Accept=yes each connection has a process of its own.
+fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), String> {
+    if !matches!(sources, Sources::Connection(_)) {
+        return Ok(());
+    }
+    let option = match (&config.application, &config.metrics) {
+        (Some(_), _) => "COMMAND",
+        (_, Some(_)) => "--metrics=",
+        _ => return Ok(()),
+    };
+    Err(format!(
+        "{option} needs one process that serves all connections, and only one connection was passed in. \
+         (Write Accept=no in the .socket unit.)"
+    ))
+}
+
+/// Finds the backend of each socket.
+fn route(config: &Config, sources: Sources) -> Result<Routes, String> {
+    let labels = sources.identities();
+    let backends = match sources {
+        // There is no socket to accept on.
+        Sources::Stored => Vec::new(),
+        _ => config.targets.assign(&labels)?,
+    };
+    if let Some(target) = config.targets.resembles_selector(&labels) {
+        tracing::warn!(
+            "TARGET {target} is taken as a whole, since it begins with / or @; one TARGET for all sockets \
+             needs no selector."
+        );
+    }
+    if let Some(keepalive) = config.keepalive {
+        sources.keep_alive(keepalive);
+    }
+    Ok(Routes::new(sources, backends))
+}
+
+/// The way to each target. The limit on lookups is common to all.
+fn backend_setups(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
+    let lookups = Arc::new(Semaphore::new(lookups_max));
+    let setup = |target: &Target| BackendSetup {
+        connector: Connector::new(
+            target.clone(),
+            config.connect_timeout,
+            config.keepalive,
+            Arc::clone(&lookups),
+            Arc::new(ConnectCounters::default()),
+        ),
+        probing: SharedProbe::default(),
+    };
+    config.targets.iter().map(setup).collect()
+}
+
+/// COMMAND's supervisor, before anything needs COMMAND. `fd_limit` is the soft limit that COMMAND gets.
+fn supervisor(
+    config: &Config,
+    routes: &Routes,
+    fd_limit: Option<u64>,
+) -> Result<Option<Arc<Supervisor>>, String> {
+    let (Some(application), Some(target)) = (&config.application, config.targets.iter().next())
+    else {
+        return Ok(None);
+    };
+    if !config.listen.is_empty() {
+        check_command_target(target, routes.listeners())?;
+    }
+    set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
+    let CommandConfig { command, ready, stop_idle_time } = application.clone();
+    let notify = match ready {
+        ReadyMode::Connect => None,
+        ReadyMode::Notify => Some(NotifyPlace::find()?),
+    };
+    let supervisor = Supervisor::new(command, target.clone(), notify, stop_idle_time, fd_limit);
+    Ok(Some(Arc::new(supervisor)))
+}
+
+fn log_routes(config: &Config, routes: &Routes, settings: &Settings) {
+    for (listener, backend) in routes.listeners() {
+        match &config.targets {
+            Targets::One(_) => tracing::debug!("Serving {listener}."),
+            // A wrong selector shows here.
+            Targets::Selected(_) => {
+                let target = settings.backends[*backend].connector.target();
+                tracing::info!("Serving {listener}, connections go to {target}.");
+            }
+        }
+    }
+}
