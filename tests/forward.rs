@@ -20,7 +20,7 @@ use support::*;
 use tokio::time::Instant;
 
 /// A pair of sockets with the forwarder in between: what `near` sends, `far` receives.
-struct ByteCounters {
+struct Forwarding {
     near: Socket,
     far: Socket,
     families: (Family, Family),
@@ -32,7 +32,7 @@ struct Outcome {
     pipes: usize,
 }
 
-impl ByteCounters {
+impl Forwarding {
     fn new(near: Family, far: Family, swapped: bool) -> Self {
         Self::with(near, far, swapped, 8, Vec::new())
     }
@@ -143,11 +143,11 @@ fn unsent(socket: &Socket) -> i32 {
 }
 
 /// Runs a test on every pair of families, each end being the client once.
-fn everywhere(test: impl Fn(ByteCounters)) {
+fn everywhere(test: impl Fn(Forwarding)) {
     for (near, far) in PAIRS {
         for swapped in [false, true] {
             eprintln!("{near:?} to {far:?}, swapped: {swapped}");
-            test(ByteCounters::new(near, far, swapped));
+            test(Forwarding::new(near, far, swapped));
         }
     }
 }
@@ -187,7 +187,7 @@ fn hundreds_of_megabytes_each_way_at_once() {
         digest.finalize()
     };
     for (near, far) in PAIRS {
-        let it = ByteCounters::new(near, far, false);
+        let it = Forwarding::new(near, far, false);
         thread::scope(|scope| {
             for socket in [&it.near, &it.far] {
                 let (mut writer, mut reader) =
@@ -220,7 +220,7 @@ fn hundreds_of_megabytes_each_way_at_once() {
 #[test]
 fn without_pipes_copying_carries_on() {
     for (near, far) in PAIRS {
-        let it = ByteCounters::with(near, far, false, 0, Vec::new());
+        let it = Forwarding::with(near, far, false, 0, Vec::new());
         assert_eq!(it.carry_one_way().pipes, 0);
     }
 }
@@ -232,7 +232,7 @@ fn a_sink_with_little_room_is_copied_to() {
     for far in [Family::Tcp, Family::Unix] {
         let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
         pairs[1].1.set_send_buffer_size(4608).unwrap();
-        let it = ByteCounters::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
+        let it = Forwarding::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
         assert_eq!(it.carry_one_way().pipes, 0, "a pipe was made for {far:?}");
     }
 }
@@ -243,10 +243,32 @@ fn a_sink_with_little_room_is_copied_to() {
 fn a_stalled_tcp_sink_holds_little_unsent() {
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
     let sink = pairs[1].1.try_clone().unwrap();
-    let mut it = ByteCounters::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
+    let mut it = Forwarding::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
     it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     let chunk = noise(4, 100_000);
     while it.near.write(&chunk).is_ok() {}
+    let held = unsent(&sink);
+    assert!((100_000..2_000_000).contains(&held), "{held} bytes are held");
+}
+
+/// The same for a flow that never fills the copy buffer.
+#[test]
+fn a_stalled_tcp_sink_of_small_pieces_holds_little_unsent() {
+    let pairs = [socket_pair(Family::Unix), socket_pair(Family::Tcp)];
+    let sink = pairs[1].1.try_clone().unwrap();
+    let it = Forwarding::join((Family::Unix, Family::Tcp), pairs, false, 8, Vec::new());
+    let piece = noise(4, 16 * 1024);
+    // Each piece is taken by itself, for as long as the sink has room.
+    let is_taken = || {
+        let deadline = Instant::now() + Duration::from_millis(300);
+        poll_until(deadline, || (unsent(&it.near) == 0).then_some(())).is_some()
+    };
+    for _ in 0..200 {
+        (&it.near).write_all(&piece).unwrap();
+        if !is_taken() {
+            break;
+        }
+    }
     let held = unsent(&sink);
     assert!((100_000..2_000_000).contains(&held), "{held} bytes are held");
 }
@@ -306,7 +328,7 @@ fn half_close_lets_the_other_direction_live() {
 }
 
 /// On TCP a reset; on Unix the nearest thing: a close with something unread.
-fn abort(it: &mut ByteCounters) {
+fn abort(it: &mut Forwarding) {
     if it.families.0 == Family::Tcp {
         it.near.set_linger(Some(Duration::ZERO)).unwrap();
     } else {
@@ -363,7 +385,7 @@ fn reset_while_the_reader_is_stalled() {
             continue;
         }
         for swapped in [false, true] {
-            let mut it = ByteCounters::new(near, far, swapped);
+            let mut it = Forwarding::new(near, far, swapped);
             it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
             let mut sent = Vec::new();
             let chunk = noise(6, 100_000);
@@ -442,7 +464,7 @@ fn a_failed_write_lets_the_other_direction_drain() {
     // Only a Unix peer can stop reading without stopping to speak.
     for far in [Family::Tcp, Family::Unix] {
         for swapped in [false, true] {
-            let mut it = ByteCounters::new(Family::Unix, far, swapped);
+            let mut it = Forwarding::new(Family::Unix, far, swapped);
             it.near.shutdown(Shutdown::Read).unwrap();
             it.far.write_all(b"to deaf ears").unwrap();
             taken(&it.far);
@@ -478,7 +500,7 @@ fn an_end_after_a_reset_that_a_write_has_met_is_no_clean_one() {
     drop((backend, backend_outer));
     let stand_in = socket_pair(Family::Tcp).0;
     let pairs = [(stand_in, inner), client_pair];
-    let mut it = ByteCounters::join((Family::Tcp, Family::Tcp), pairs, true, 8, Vec::new());
+    let mut it = Forwarding::join((Family::Tcp, Family::Tcp), pairs, true, 8, Vec::new());
     ends_in_reset(&mut it.far, Family::Tcp, b"half of the answer");
     it.forwarder.join().unwrap();
 }
@@ -487,7 +509,7 @@ fn an_end_after_a_reset_that_a_write_has_met_is_no_clean_one() {
 fn a_unix_client_that_closes_is_not_waited_for() {
     for far in [Family::Tcp, Family::Unix] {
         for swapped in [false, true] {
-            let mut it = ByteCounters::new(Family::Unix, far, swapped);
+            let mut it = Forwarding::new(Family::Unix, far, swapped);
             it.near.write_all(b"for your information").unwrap();
             drop(it.near);
             let (received, end) = read_all(&mut it.far);
@@ -503,7 +525,7 @@ fn a_unix_client_that_closes_is_not_waited_for() {
 #[test]
 fn a_stalled_reader_is_not_waited_for_ever_after_a_reset() {
     for far in [Family::Tcp, Family::Unix] {
-        let mut it = ByteCounters::with(Family::Tcp, far, false, PAUSED, Vec::new());
+        let mut it = Forwarding::with(Family::Tcp, far, false, PAUSED, Vec::new());
         it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
         while it.near.write(&[0; 100_000]).is_ok() {}
         reset(it.near);
@@ -525,7 +547,7 @@ fn urgent_data_stops_nobody() {
             near.send_out_of_band(b"!").unwrap();
             near.write_all(b"world").unwrap();
             taken(&near);
-            let mut it = ByteCounters::join((Family::Tcp, far), pairs, swapped, 8, Vec::new());
+            let mut it = Forwarding::join((Family::Tcp, far), pairs, swapped, 8, Vec::new());
             let mut received = vec![0; before.len() + 6];
             it.far.read_exact(&mut received).expect("what is behind the urgent byte comes, too");
             assert!(received.starts_with(&before) && received.ends_with(b"!world"));
@@ -551,7 +573,7 @@ fn urgent_data_may_come_first() {
     near.send_out_of_band(b"!").unwrap();
     (&near).write_all(b"world").unwrap();
     taken(&near);
-    let mut it = ByteCounters::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
+    let mut it = Forwarding::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
     let mut received = [0; 6];
     it.far.read_exact(&mut received).unwrap();
     assert_eq!(&received, b"!world");
@@ -561,7 +583,7 @@ fn urgent_data_may_come_first() {
 
 #[test]
 fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
-    let mut it = ByteCounters::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
+    let mut it = Forwarding::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
     it.far.shutdown(Shutdown::Write).unwrap();
     assert!(read_all(&mut it.near).0.is_empty());
     it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
@@ -575,7 +597,7 @@ fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
 fn the_preface_goes_first_and_in_one_write() {
     for back in [Family::Tcp, Family::Unix] {
         let preface = b"PROXY UNKNOWN\r\n".to_vec();
-        let mut it = ByteCounters::with(Family::Unix, back, false, 8, preface.clone());
+        let mut it = Forwarding::with(Family::Unix, back, false, 8, preface.clone());
         peek_all(&it.far, preface.len());
         it.near.write_all(b"hello").unwrap();
         it.near.shutdown(Shutdown::Write).unwrap();
@@ -591,7 +613,7 @@ fn bytes_that_carry_descriptors_arrive_without_them() {
     // edge that never comes.
     for far in [Family::Tcp, Family::Unix] {
         for swapped in [false, true] {
-            let mut it = ByteCounters::new(Family::Unix, far, swapped);
+            let mut it = Forwarding::new(Family::Unix, far, swapped);
             for round in 0..50 {
                 let fds = [it.near.as_fd()];
                 let mut space =

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 
-use crate::counters::Gauge;
+use crate::counters::{Gauge, GaugeGuard};
 use crate::forward::pipe::{Limits, Pipe, PipePool};
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef, FlowSnapshot, FlowState};
 use crate::forward::turns::Turns;
@@ -27,14 +27,22 @@ const UNIX_BULK: usize = 128 * 1024;
 /// The size from which on a pipe that a flow has for itself is one for bulk: those before have grown.
 const BULK_PIPE: usize = 128 * 1024;
 
-/// Bytes that a TCP sink may hold unsent, once a flow to it is bulk. Without a bound each stalled sink holds
-/// the 4 MiB of `tcp_wmem`. A few hundred of them use up the kernel's memory for TCP (`tcp_mem`), and the
-/// kernel drops segments of the flows that move. A smaller bound costs bulk on hundreds of connections CPU.
+/// Bytes that a TCP sink may hold unsent, once a flow has delivered [`UNSENT_AFTER`]. Without a bound each
+/// stalled sink holds the 4 MiB of `tcp_wmem`. A few hundred of them use up the kernel's memory for TCP
+/// (`tcp_mem`), and the kernel drops segments of the flows that move. A smaller bound costs bulk on hundreds
+/// of connections CPU.
 const UNSENT_MAX: u32 = 896 * 1024;
 
-/// Bytes that a flow from TCP to TCP takes at a time while many pipes are buffered. The kernel sizes the source's
-/// receive buffer by what one system call takes in a round trip. Where memory for
-/// TCP is short, it drops what comes for a socket that holds more than the average one's share.
+/// Bytes that a flow delivers before the bound is set: a short connection does not pay for it.
+const UNSENT_AFTER: u64 = 128 * 1024;
+
+/// Flows of one event loop that wait for room in their sinks before [`CAREFUL`] applies: so many may hold the
+/// kernel's memory for TCP.
+const MANY_STALLED: usize = 64;
+
+/// Bytes that a flow from TCP to TCP takes at a time while many flows are stalled. The kernel sizes the source's
+/// receive buffer by what one system call takes in a round trip. Where memory for TCP is short, it drops
+/// what comes for a socket that holds more than the average one's share.
 const CAREFUL: usize = 24 * 1024;
 
 /// What the connections of one thread share.
@@ -42,6 +50,8 @@ const CAREFUL: usize = 24 * 1024;
 pub struct LoopBuffers {
     buffer: RefCell<Box<[u8]>>,
     pipes: PipePool,
+    /// Flows that wait for room in their sinks.
+    stalled: Gauge,
     pub turns: Turns,
 }
 
@@ -49,7 +59,8 @@ impl LoopBuffers {
     /// `limits` bounds the pipes, which are counted in `pipes`.
     pub fn new(limits: Limits, pipes: Gauge) -> Self {
         let buffer = RefCell::new(vec![0; COPY_SIZE].into());
-        Self { buffer, pipes: PipePool::new(limits, pipes), turns: Turns::default() }
+        let (pipes, stalled) = (PipePool::new(limits, pipes), Gauge::default());
+        Self { buffer, pipes, stalled, turns: Turns::default() }
     }
 }
 
@@ -98,8 +109,8 @@ impl Endpoint {
 pub struct Flow {
     pub state: FlowState,
     pub buffered: Buffered,
-    /// Nothing is taken from the source, because the sink has no room for it.
-    lacks_space: bool,
+    /// Held while nothing is taken from the source, because the sink has no room for it.
+    lacks_space: Option<GaugeGuard>,
     mode: Mode,
     /// Bytes that were spliced since the other direction carried any.
     pub unanswered: usize,
@@ -175,8 +186,10 @@ impl Flow {
         if !self.buffered.is_nothing() {
             return self.send_held(sink, shared);
         }
-        self.lacks_space &= !sink.writable;
-        if !source.readable || self.lacks_space {
+        if sink.writable {
+            self.lacks_space = None;
+        }
+        if !source.readable || self.lacks_space.is_some() {
             return Ok(Step::Blocked);
         }
         if !matches!(self.mode, Mode::Splice { .. }) {
@@ -189,7 +202,7 @@ impl Flow {
         match most {
             None => {
                 sink.writable = false;
-                self.lacks_space = true;
+                self.lacks_space = Some(shared.stalled.take());
                 return Ok(Step::Blocked);
             }
             // A sink that is writable takes more than its buffer has room for, above all while the kernel
@@ -198,7 +211,8 @@ impl Flow {
             Some(..COPY_SIZE) => {}
             Some(most) => {
                 let are_tcp = [&source, &sink].map(|end| end.socket.family()) == [Family::Tcp; 2];
-                let most = if is_careful && are_tcp { most.min(CAREFUL) } else { most };
+                let many_stalled = is_careful && shared.stalled.taken() >= MANY_STALLED;
+                let most = if many_stalled && are_tcp { most.min(CAREFUL) } else { most };
                 if let Some(pipe) = shared.pipes.take() {
                     return self.splice(pipe, most.min(size), source, sink, shared);
                 }
@@ -231,7 +245,6 @@ impl Flow {
             // A full buffer: there is more than a message.
             Mode::Copy if received.bytes == buffer.len() => {
                 self.mode = Mode::Splice { bytes: received.bytes, was_little: false };
-                sink.limit_unsent();
             }
             // It was not spliced, and now there is no bulk.
             Mode::Splice { .. } if received.drained && received.bytes < QUIET_BELOW => {
@@ -469,6 +482,9 @@ impl Flow {
         match result {
             Ok(bytes) => {
                 self.delivered += bytes as u64;
+                if self.delivered >= UNSENT_AFTER {
+                    sink.limit_unsent();
+                }
                 Ok(bytes)
             }
             Err(Errno::AGAIN) => {
@@ -482,7 +498,7 @@ impl Flow {
 
     /// Whether the next thing that can happen is that the sink takes something.
     pub fn waits_for_sink(&self) -> bool {
-        self.lacks_space || self.holds()
+        self.lacks_space.is_some() || self.holds()
     }
 
     fn holds(&self) -> bool {
@@ -497,7 +513,7 @@ impl Flow {
             self.state = FlowState::SinkClosed { lost };
             self.buffered = Buffered::Nothing;
             self.stored_pipe = None;
-            self.lacks_space = false;
+            self.lacks_space = None;
         }
     }
 }

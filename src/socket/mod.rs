@@ -13,11 +13,13 @@ pub mod address;
 pub mod sys;
 
 use std::cell::Cell;
+use std::fs;
 use std::future::Future;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
+use std::sync::OnceLock;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -176,10 +178,18 @@ impl Socket {
         Some((send_space - send_space / 8).max(1))
     }
 
-    /// Bounds what a TCP socket takes ahead of what its peer lets it send (`TCP_NOTSENT_LOWAT` in tcp(7)).
+    /// Limits the bytes that a TCP socket accepts ahead of what its peer lets it send (`TCP_NOTSENT_LOWAT` in
+    /// tcp(7)). A lower limit of the system (`tcp_notsent_lowat`) stays in force.
     pub fn limit_unsent(&self, bytes: u32) {
-        // Where the kernel does not know it, a socket takes what tcp_wmem allows.
-        let _ = SockRef::from(&self.io).set_tcp_notsent_lowat(bytes);
+        static SYSTEM: OnceLock<u32> = OnceLock::new();
+        let system = SYSTEM.get_or_init(|| {
+            let limit = fs::read_to_string("/proc/sys/net/ipv4/tcp_notsent_lowat");
+            limit.ok().and_then(|limit| limit.trim().parse().ok()).unwrap_or(u32::MAX)
+        });
+        if *system > bytes {
+            // A kernel that does not know the option accepts what tcp_wmem allows.
+            let _ = SockRef::from(&self.io).set_tcp_notsent_lowat(bytes);
+        }
     }
 
     /// Passes on the end of the other side's bytes.
