@@ -51,6 +51,41 @@ fn an_idle_exit_waits_until_ready_is_sent() {
 }
 
 #[test]
+fn a_client_cancels_an_idle_exit_that_waits_for_ready() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut manager = Manager::new();
+    fill(&manager);
+    let mut proxy = start(&front, &manager, &["--exit-idle-time=50ms", &backend.target]);
+    echoes(&mut front.connect());
+    // The idle time is over, and READY=1 not sent.
+    pause(Duration::from_secs(1));
+    let mut client = front.connect();
+    echoes(&mut client);
+    manager.wait_for("READY=1");
+    pause(Duration::from_millis(300));
+    echoes(&mut client);
+    drop(client);
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+#[test]
+fn a_stop_that_waits_for_ready_accepts_nobody() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let mut manager = Manager::new();
+    fill(&manager);
+    let mut proxy = start(&front, &manager, &["--log-level=debug", &backend.target]);
+    echoes(&mut front.connect());
+    proxy.lines.wait_for("Connection closed");
+    proxy.signal(Signal::TERM);
+    pause(Duration::from_millis(300));
+    let _client = front.connect();
+    pause(Duration::from_millis(300));
+    manager.wait_for("READY=1");
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert_eq!(proxy.lines.count("Connection established"), 1);
+}
+
+#[test]
 fn a_stop_waits_for_nothing() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let mut manager = Manager::new();

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 
@@ -162,8 +163,8 @@ impl Server {
         report_signal: &mut ReportSignal,
         notifier: &Notifier,
     ) -> Result<StopReason, String> {
-        let is_ready = Cell::new(false);
-        let mut send_ready = pin!(async {
+        let (is_ready, ready_sent) = (Cell::new(false), Notify::new());
+        let mut maintain = pin!(async {
             // Queued clients come first: in the first turn the accept loops find them, in the second
             // their connections are started. systemd may take its time.
             yield_now().await;
@@ -171,27 +172,41 @@ impl Server {
             let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
             notifier.send(&ready).await;
             is_ready.set(true);
-        });
-        let maintain = async {
-            send_ready.as_mut().await;
+            ready_sent.notify_one();
             tokio::join!(self.publish_status(notifier), notifier.feed_watchdog(), self.compact()).1
-        };
-        let reason = tokio::select! {
-            never = report_connections(report_signal, &self.limit, &self.event_loops) => match never {},
-            () = signals.stop() => StopReason::Signal,
-            () = self.wait_idle() => StopReason::Idle,
-            Some(ended) = tasks.accepting.join_next() => return Err(ended.unwrap_or_else(internal)),
-            Some(Err(panic)) = tasks.supervising.join_next() => return Err(internal(panic)),
-            never = maintain => match never {},
-        };
-        // systemd calls a unit failed whose process ends before READY=1.
-        if !is_ready.get() {
+        });
+        loop {
+            let reason = tokio::select! {
+                never = report_connections(report_signal, &self.limit, &self.event_loops) => match never {},
+                () = signals.stop() => StopReason::Signal,
+                () = self.wait_idle() => StopReason::Idle,
+                Some(ended) = tasks.accepting.join_next() => {
+                    return Err(ended.unwrap_or_else(internal));
+                }
+                Some(Err(panic)) = tasks.supervising.join_next() => return Err(internal(panic)),
+                never = &mut maintain => match never {},
+            };
+            if is_ready.get() {
+                return Ok(reason);
+            }
+            // systemd calls a unit failed whose process ends before READY=1.
+            if reason == StopReason::Signal {
+                // Meanwhile new clients wait in the kernel.
+                tasks.accepting.shutdown().await;
+            }
             tokio::select! {
-                () = send_ready => {}
-                () = signals.again() => {}
+                () = ready_sent.notified() => {}
+                () = signals.again() => return Ok(reason),
+                never = &mut maintain => match never {},
+            }
+            if reason == StopReason::Signal || self.is_unused(&self.limit.watch()) {
+                return Ok(reason);
+            }
+            // Clients came while systemd took its time.
+            if let Some(supervisor) = &self.supervisor {
+                supervisor.allow_start();
             }
         }
-        Ok(reason)
     }
 
     async fn publish_status(&self, notifier: &Notifier) {
@@ -208,6 +223,12 @@ impl Server {
         }
     }
 
+    /// Whether no connection is open or queued.
+    fn is_unused(&self, watch: &ConnectionWatch) -> bool {
+        let mut listeners = self.routes.listeners().iter();
+        watch.is_empty() && !listeners.any(|(listener, _)| listener.has_queued())
+    }
+
     /// Waits until there was no connection for `--exit-idle-time=`, none is queued, and COMMAND has stopped.
     /// A client that comes while COMMAND is being stopped cancels the exit.
     async fn wait_idle(&self) {
@@ -215,16 +236,12 @@ impl Server {
         if let Routes::Connection(_) = self.routes {
             return watch.wait_empty().await;
         }
-        let is_unused = |watch: &ConnectionWatch| {
-            let mut listeners = self.routes.listeners().iter();
-            watch.is_empty() && !listeners.any(|(listener, _)| listener.has_queued())
-        };
         loop {
             wait_idle(self.exit_idle_time, &mut watch).await;
-            if is_unused(&watch) {
+            if self.is_unused(&watch) {
                 let Some(supervisor) = &self.supervisor else { return };
                 supervisor.stop().await;
-                if is_unused(&watch) {
+                if self.is_unused(&watch) {
                     return;
                 }
                 supervisor.allow_start();
