@@ -309,7 +309,11 @@ impl Socket {
     /// Ends it as closing it does, and leaves it open: everything sent is still delivered, and bytes
     /// that have come and that nobody will read make it a reset.
     pub fn end(&self) {
-        let has_unread = || rustix::io::ioctl_fionread(&self.io).is_ok_and(|bytes| bytes > 0);
+        // Not FIONREAD, which counts the FIN of an MPTCP peer as a byte.
+        let has_unread = || {
+            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+            rustix::net::recv(&self.io, &mut [0; 1][..], flags).is_ok_and(|(bytes, _)| bytes > 0)
+        };
         if self.family == Family::Tcp && has_unread() {
             self.abort();
         } else {
