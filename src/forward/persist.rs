@@ -17,7 +17,7 @@ use crate::forward::snapshot::{
     EndpointSnapshot, FdRef, FlowState, SIDES, Side, Snapshot, SnapshotStore,
 };
 use crate::logging::RateLimit;
-use crate::socket::{Family, Socket, has_hung_up_reading};
+use crate::socket::{Family, Socket, clear_linger, has_hung_up_reading};
 
 static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
@@ -40,8 +40,11 @@ impl Forwarder {
         let endpoint = |end: EndpointSnapshot<OwnedFd>, was_reset: bool| -> io::Result<Endpoint> {
             let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
             let socket = Socket::register(end.socket, family)?;
+            // A socket that was detached is reset by its close. From here on its drop decides that.
             if is_journaled {
                 socket.mark_shared();
+            } else {
+                clear_linger(&socket);
             }
             let (reset, gone) = (end.reset || was_reset, end.gone || was_reset);
             Ok(Endpoint { reset, gone, ..Endpoint::new(socket) })

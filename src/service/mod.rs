@@ -41,14 +41,16 @@ async fn live(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
         opened = startup::open(&config, passed, &notifier) => opened?,
         () = signals.stop() => return Ok(()),
     };
-    let Opened { exporter, handover, leftovers, sources } = opened;
-    let mut server = startup::build(config, sources, handover, leftovers.descriptors())?;
-    takeover::take_over(&mut server, leftovers);
-    if let Some(mut exporter) = exporter {
+    // The exporter's socket files go when it is dropped, at the end of the process.
+    let Opened { mut exporter, handover, leftovers, sources } = opened;
+    let mut server = startup::build(config, sources, handover, &leftovers)?;
+    if let Some(exporter) = &mut exporter {
         exporter.serve(server.metrics()).map_err(|error| {
             format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
         })?;
     }
+    // Last, since it empties the store: a start that fails leaves the connections stored.
+    takeover::take_over(&server, leftovers);
     if !drain_time.is_zero() && !notifier.has_manager() {
         tracing::warn!(
             "--drain-time={drain_time} without NOTIFY_SOCKET: systemd can't be asked to wait \

@@ -84,7 +84,7 @@ pub fn build(
     config: Config,
     sources: Sources,
     handover: Option<Arc<Handover>>,
-    restored_fds: usize,
+    leftovers: &Leftovers,
 ) -> Result<Server, String> {
     check_single_connection(&config, &sources)?;
     let routes = route(&config, sources)?;
@@ -96,7 +96,7 @@ pub fn build(
             threads: config.threads.get() - 1,
             metrics: config.metrics.is_some(),
             is_journaled: handover.as_ref().is_some_and(|it| it.is_crash_mode()),
-            restored: restored_fds,
+            restored: leftovers.descriptors(),
         },
     )?;
     let backends = backend_setups(&config, fds.lookups);
@@ -134,7 +134,7 @@ pub fn build(
         supervisor,
         exit_idle_time: config.exit_idle_time,
         handover,
-        restored: 0,
+        restored: leftovers.connections(),
         has_opened,
         listener_entries,
         elsewhere: Arc::default(),

@@ -19,9 +19,8 @@ use crate::socket::address::{Address, SocketLabel};
 use crate::socket::{Family, abort, clear_linger};
 
 /// Goes on with the connections of the previous process.
-pub fn take_over(server: &mut Server, restored: Leftovers) {
+pub fn take_over(server: &Server, restored: Leftovers) {
     let Some(handover) = &server.handover else { return };
-    server.restored = restored.connections();
     // From here on it is this process's, and before any of it is moved.
     handover.discard_replayed();
     if restored.refused > 0 {
@@ -35,7 +34,6 @@ pub fn take_over(server: &mut Server, restored: Leftovers) {
     // Those of them that are still used are stored anew.
     restored.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
     for RestoredRecord { body, start, entry } in restored.pairs {
-        body.endpoints.iter().for_each(|end| clear_linger(&end.socket));
         let [client, backend] = body.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
         let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
         let (listener_info, known_backend) = find_listener(server, &client);
