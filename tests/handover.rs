@@ -6,7 +6,7 @@ mod keeper;
 mod support;
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use keeper::Keeper;
 use rustix::process::Signal;
 use socket_proxyd::testing::{Queue, Record, RecordBody, encode_message, record_ids, replay};
-use socket2::{SockAddr, Socket};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use support::*;
 use tokio::time::Instant;
 
@@ -799,6 +799,67 @@ fn too_few_descriptors_leave_what_is_stored() {
         let proxy = launch(1024);
         proxy.lines.wait_for("Recovered connections: 90.");
         all.iter_mut().for_each(echoes);
+    }
+}
+
+/// Buffered bytes have descriptors of their own: what is stored may need more than the process had.
+#[test]
+fn no_more_is_stored_than_the_next_process_can_open() {
+    const CONNECTIONS: usize = 100;
+    let (front, backend) = (Endpoint::new(Family::Unix), Endpoint::new(Family::Unix));
+    let arguments = ["--handover=restart".into(), "-c150".into(), backend.target.clone()];
+    let keeper = Keeper::new(4);
+    let launch = || {
+        let launch = Launch::new(OURS).args(&arguments).listener(&front);
+        keeper.launch(launch.descriptors(300), 1).start()
+    };
+    let mut proxy = launch();
+    let mut all: Vec<_> = (0..CONNECTIONS).map(|_| (front.connect(), backend.accept())).collect();
+    for (client, served) in &mut all {
+        for socket in [client, served] {
+            socket.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
+            while socket.write(&[0; 16 * 1024]).is_ok() {}
+        }
+    }
+    proxy.signal(Signal::TERM);
+    assert!(proxy.wait().success());
+    proxy.lines.wait_for("Open connections could not be stored, resetting them: ");
+    let proxy = launch();
+    proxy.lines.wait_for("Recovered connections: ");
+    drop(all);
+    let (mut client, mut served) = (front.connect(), backend.accept());
+    passes(&mut client, &mut served);
+}
+
+/// The answer to a client that has half-closed: an MPTCP socket counts its FIN as a byte that can be read.
+#[test]
+fn the_answer_to_a_half_closed_mptcp_client_arrives_whole() {
+    let socket = || Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP));
+    let Ok(listener) = socket() else {
+        assert!(std::env::var_os("CI").is_none(), "MPTCP is missing");
+        return eprintln!("SKIPPED: this kernel has no MPTCP");
+    };
+    listener.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+    listener.listen(16).unwrap();
+    for handover in ["restart", "crash"] {
+        let backend = Endpoint::new(Family::Tcp);
+        let keeper = Keeper::new(4);
+        let arguments = [format!("--handover={handover}"), backend.target.clone()];
+        let launch = Launch::new(OURS).args(&arguments).socket(&listener);
+        let _proxy = keeper.launch(launch, 1).start();
+        let mut client = socket().unwrap();
+        client.connect(&listener.local_addr().unwrap()).unwrap();
+        client.write_all(b"a question").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut served = backend.accept();
+        assert_eq!(read_all(&mut served).0, b"a question");
+        let answer = noise(1, 1_000_000);
+        served.write_all(&answer).unwrap();
+        drop(served);
+        // Both directions are over before the client reads.
+        pause(Duration::from_millis(300));
+        let (received, end) = read_all(&mut client);
+        assert!(received == answer, "{handover}: {} bytes, {end:?}", received.len());
     }
 }
 

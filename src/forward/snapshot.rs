@@ -63,6 +63,18 @@ pub struct Snapshot<Fd> {
     pub fault: Option<(Side, Errno)>,
 }
 
+impl<Fd> Snapshot<Fd> {
+    /// Returns the number of its descriptors.
+    pub fn fds(&self) -> usize {
+        let buffered = |flow: &FlowSnapshot<Fd>| match &flow.buffered {
+            BufferedSnapshot::Nothing => 0,
+            BufferedSnapshot::Copied(_) => 1,
+            BufferedSnapshot::Piped { .. } => 2,
+        };
+        self.endpoints.len() + self.flows.iter().map(buffered).sum::<usize>()
+    }
+}
+
 /// A socket, and what can no longer be read from it.
 #[derive(Debug)]
 pub struct EndpointSnapshot<Fd> {

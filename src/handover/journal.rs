@@ -25,15 +25,13 @@ use tokio::time::sleep;
 use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
 use crate::handover::queue::Queue;
 use crate::handover::record::{
-    EncodedRecord, RECORDS_MAX, Record, RecordBody, decode, encode_message, record_ids,
+    EncodedRecord, FDS_PER_RECORD, RECORDS_MAX, Record, RecordBody, decode, encode_message,
+    record_ids,
 };
 use crate::logging::RateLimit;
 
 /// Parcels that don't count before it is worth looking.
 const SLACK: usize = 32;
-
-/// Descriptors that a parcel has at most.
-const FDS_PER_RECORD: usize = 6;
 
 /// Percent of the queue's bytes, or of the descriptors that may be under way, from which on it is packed;
 /// from which on nobody new is stored; and from which on only what makes room is written.

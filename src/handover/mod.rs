@@ -28,9 +28,11 @@ use crate::forward::snapshot::FdRef;
 use crate::handover::fdstore::StoredFds;
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
-use crate::handover::record::{RECORDS_MAX, Record, RecordBody, descriptors_of, identity};
+use crate::handover::record::{
+    FDS_PER_RECORD, RECORDS_MAX, Record, RecordBody, descriptors_of, identity,
+};
 use crate::handover::replay::{Leftovers, Replay, recover, replay};
-use crate::limits::descriptors::may_open;
+use crate::limits::descriptors::{raise_limit, spare_fds};
 use crate::limits::slot::Slot;
 use crate::listen::activation::PassedFd;
 use crate::listen::listener::Listener;
@@ -43,6 +45,10 @@ use crate::socket::Socket;
 pub struct Handover {
     mode: HandoverMode,
     journal: Arc<Journal>,
+    /// Descriptors that the next process can take back, if it has the same limit.
+    fds_max: usize,
+    /// Descriptors stored by this process (restart mode).
+    stored_fds: AtomicUsize,
     detach_is_requested: AtomicBool,
     lost: AtomicUsize,
 }
@@ -89,12 +95,14 @@ impl Handover {
         let payloads = queue.payloads().map_err(failed)?;
         let (descriptors, at_a_time) = descriptors_of(&payloads);
         // A message may also have what does not count any more.
-        may_open(descriptors + at_a_time).map_err(|limit| {
-            format!(
-                "RLIMIT_NOFILE={limit} leaves no room for the stored connections, which have \
-                 {descriptors} file descriptors and stay stored; raise LimitNOFILE=."
-            )
-        })?;
+        let spare = spare_fds();
+        if spare < descriptors + at_a_time {
+            return Err(format!(
+                "RLIMIT_NOFILE={} leaves no room for the stored connections, which have \
+                 {descriptors} file descriptors and stay stored; raise LimitNOFILE=.",
+                raise_limit()
+            ));
+        }
         let sorted = replay(&payloads, queue.messages()).map_err(failed)?;
         let Replay { messages, records, refused } = sorted;
         // A connection that systemd passes (Accept=yes) and has stored as well is one.
@@ -107,6 +115,8 @@ impl Handover {
         let handover = Self {
             mode,
             journal,
+            fds_max: spare,
+            stored_fds: AtomicUsize::default(),
             detach_is_requested: AtomicBool::default(),
             lost: AtomicUsize::default(),
         };
@@ -165,36 +175,56 @@ impl Handover {
         self.detach_is_requested.load(Ordering::Acquire)
     }
 
-    /// Stores what has left; what can't be stored is reset.
-    pub fn store(&self, mut left: Vec<Detached>) {
-        while !left.is_empty() {
-            let batch = left.split_off(left.len().saturating_sub(RECORDS_MAX));
-            let (mut contents, mut can_be) = (Vec::new(), Vec::new());
-            for one in &batch {
-                let stored = one.body();
-                can_be.push(stored.is_ok());
-                match stored {
-                    Ok((age, body)) => contents.push((start_of(age), body)),
+    /// Stores detached connections. Those that cannot be stored are reset.
+    ///
+    /// Buffered bytes need descriptors of their own, so there may be more of them than this process could
+    /// have open: what the next process could not open is not stored.
+    pub fn store(&self, mut detached: Vec<Detached>) {
+        while !detached.is_empty() {
+            let (mut bodies, mut fds) = (Vec::new(), 0);
+            for one in detached.iter().rev().take(RECORDS_MAX) {
+                match one.body() {
+                    Ok((age, body)) if self.has_room(fds + body.fds()) => {
+                        fds += body.fds();
+                        bodies.push((start_of(age), body));
+                    }
+                    Ok(_) => break,
+                    // Out of descriptors: storing the others first frees theirs.
+                    Err(_) if !bodies.is_empty() => break,
                     Err(error) => {
                         tracing::error!("Failed to store a connection: {}", os_message(&error));
+                        break;
                     }
                 }
             }
-            let are_stored = self.journal.leave(contents).is_ok();
-            for (one, can_be) in batch.into_iter().zip(can_be) {
-                if are_stored && can_be {
-                    one.release();
-                } else {
-                    self.lost.fetch_add(1, Ordering::Relaxed);
-                }
+            let count = bodies.len();
+            if count == 0 {
+                detached.pop();
+                self.lost.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            let is_stored = self.journal.leave(bodies).is_ok();
+            let batch = detached.split_off(detached.len() - count);
+            if is_stored {
+                self.stored_fds.fetch_add(fds, Ordering::Relaxed);
+                batch.into_iter().for_each(Detached::release);
+            } else {
+                self.lost.fetch_add(count, Ordering::Relaxed);
             }
         }
+    }
+
+    /// Whether the next process can open so many descriptors more, and those of a whole message at once.
+    fn has_room(&self, fds: usize) -> bool {
+        self.stored_fds.load(Ordering::Relaxed) + fds + RECORDS_MAX * FDS_PER_RECORD <= self.fds_max
     }
 
     /// The same for a socket that was opened here; whether it is stored.
     pub fn leave_listener(&self, listener: &Listener) -> bool {
         let body = RecordBody::Listener(listener.as_fd(), listener.file());
-        self.journal.leave(vec![(monotonic_micros(), body)]).is_ok()
+        let is_stored = self.journal.leave(vec![(monotonic_micros(), body)]).is_ok();
+        self.stored_fds.fetch_add(usize::from(is_stored), Ordering::Relaxed);
+        is_stored
     }
 
     /// What the next process will find, connections and listeners, and connections that it will not.

@@ -43,6 +43,9 @@ pub const DESCRIPTORS_MAX: usize = 253;
 /// two.
 pub const RECORDS_MAX: usize = 14;
 
+/// Descriptors of a record at most: two sockets, and a pipe for each direction.
+pub const FDS_PER_RECORD: usize = 6;
+
 /// The longest message that is read.
 pub const MESSAGE_MAX: usize = HEADER_LEN + 2 * RECORDS_MAX * RECORD_LEN;
 
@@ -80,6 +83,17 @@ pub enum RecordBody<Fd> {
     Client(Fd),
     /// A connection.
     Forwarder(Box<Snapshot<Fd>>),
+}
+
+impl<Fd> RecordBody<Fd> {
+    /// Returns the number of its descriptors.
+    pub fn fds(&self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Listener(..) | Self::Client(_) => 1,
+            Self::Forwarder(snapshot) => snapshot.fds(),
+        }
+    }
 }
 
 /// It was not written by us, or is damaged.

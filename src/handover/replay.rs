@@ -46,15 +46,7 @@ impl Leftovers {
 
     /// Descriptors that they have.
     pub fn descriptors(&self) -> usize {
-        let buffered = |buffered: &BufferedSnapshot<OwnedFd>| match buffered {
-            BufferedSnapshot::Nothing => 0,
-            BufferedSnapshot::Copied(_) => 1,
-            BufferedSnapshot::Piped { .. } => 2,
-        };
-        let pair = |pair: &RestoredRecord<Box<Snapshot<OwnedFd>>>| -> usize {
-            2 + pair.body.flows.iter().map(|flow| buffered(&flow.buffered)).sum::<usize>()
-        };
-        self.clients.len() + self.pairs.iter().map(pair).sum::<usize>()
+        self.clients.len() + self.pairs.iter().map(|pair| pair.body.fds()).sum::<usize>()
     }
 }
 

@@ -143,15 +143,11 @@ impl FdPlan {
     }
 }
 
-/// Whether this process may open so many descriptors, and serve a connection beside them.
-///
-/// # Errors
-/// The limit that is in the way.
-pub fn may_open(count: usize) -> Result<(), usize> {
-    let limit = raise_limit();
+/// Returns how many descriptors this process may open beside those that it has, after raising its soft limit
+/// to the hard one. Enough is left for a connection and for what is opened for a moment.
+pub fn spare_fds() -> usize {
     let open = open_now().unwrap_or(OPEN_AT_START);
-    let needed = open + count + RESERVE + PER_CONNECTION_WITH_PIPES;
-    if needed <= limit { Ok(()) } else { Err(limit) }
+    raise_limit().saturating_sub(open + RESERVE + PER_CONNECTION_WITH_PIPES)
 }
 
 /// The descriptors that connections may take, counted.
