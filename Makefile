@@ -56,6 +56,10 @@ deny:
 	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --locked --log-level error check bans licenses sources
 
+# The drawings of docs/architecture.md; needs Graphviz.
+docs/%.svg: docs/%.dot
+	dot -Tsvg $< -o $@
+
 # After `make`, which needs no root.
 install:
 	@test -x $(TARGET)/release/socket-proxyd || { echo "Run make first." >&2; exit 1; }
