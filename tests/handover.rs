@@ -372,7 +372,7 @@ fn who_is_held_is_dialled_for_again() {
             if let Some(path) = address.as_pathname() {
                 std::fs::remove_file(path).unwrap();
             }
-            let backend = Socket::new(address.domain(), socket2::Type::STREAM, None).unwrap();
+            let backend = Socket::new(address.domain(), Type::STREAM, None).unwrap();
             backend.set_reuse_address(true).unwrap();
             backend.bind(&address).unwrap();
             backend.listen(16).unwrap();
@@ -408,8 +408,8 @@ fn a_connection_keeps_the_backend_that_it_has() {
 #[test]
 fn who_is_held_stays_with_the_listener_of_its_family() {
     let wildcard = |address: &str, domain| {
-        let address: std::net::SocketAddr = address.parse().unwrap();
-        let socket = Socket::new(domain, socket2::Type::STREAM, None).unwrap();
+        let address: SocketAddr = address.parse().unwrap();
+        let socket = Socket::new(domain, Type::STREAM, None).unwrap();
         if address.is_ipv6() {
             socket.set_only_v6(true).unwrap();
         }
@@ -418,9 +418,9 @@ fn who_is_held_stays_with_the_listener_of_its_family() {
         socket
     };
     for (handover, end) in WAYS {
-        let six = wildcard("[::]:0", socket2::Domain::IPV6);
+        let six = wildcard("[::]:0", Domain::IPV6);
         let port = six.local_addr().unwrap().as_socket().unwrap().port();
-        let four = wildcard(&format!("0.0.0.0:{port}"), socket2::Domain::IPV4);
+        let four = wildcard(&format!("0.0.0.0:{port}"), Domain::IPV4);
         let backends = [free_port(), free_port()];
         let keeper = Keeper::new(8);
         let launch = || {
@@ -435,7 +435,7 @@ fn who_is_held_stays_with_the_listener_of_its_family() {
         };
         let mut proxy = launch();
         let clients = [format!("[::1]:{port}"), format!("127.0.0.1:{port}")].map(|address| {
-            let client = connect(&address.parse::<std::net::SocketAddr>().unwrap().into());
+            let client = connect(&address.parse::<SocketAddr>().unwrap().into());
             (&client).write_all(address.as_bytes()).unwrap();
             proxy.lines.wait_for(&format!(
                 "Failed to connect to remote host: 127.0.0.1:{}",
@@ -632,7 +632,7 @@ fn place(family: Family, directory: &tempfile::TempDir) -> (String, SockAddr) {
     match family {
         Family::Tcp => {
             let address = format!("127.0.0.1:{}", free_port());
-            (address.clone(), address.parse::<std::net::SocketAddr>().unwrap().into())
+            (address.clone(), address.parse::<SocketAddr>().unwrap().into())
         }
         Family::Unix => (path.display().to_string(), SockAddr::unix(&path).unwrap()),
     }
@@ -656,7 +656,7 @@ fn a_place_is_asked_for_in_other_words() {
             keeper.wait_for("READY=1");
             running
         };
-        let address = std::net::SocketAddr::from(([127, 0, 0, 1], port)).into();
+        let address = SocketAddr::from(([127, 0, 0, 1], port)).into();
         let mut proxy = launch(&handover, &format!("127.0.0.1:{port}"));
         let (mut client, mut served) = (connect(&address), backend.accept());
         passes(&mut client, &mut served);
@@ -930,7 +930,7 @@ fn a_stranger_is_no_listener_beside_one_that_was_opened() {
     let proxy = keeper.launch(launch, 0).start();
     proxy.lines.wait_for("closing it: config.");
     keeper.wait_for("READY=1");
-    echoes(&mut connect(&listen.parse::<std::net::SocketAddr>().unwrap().into()));
+    echoes(&mut connect(&listen.parse::<SocketAddr>().unwrap().into()));
 }
 
 #[test]
