@@ -182,7 +182,7 @@ pub enum ConnectErrorKind {
     /// Permissions, a firewall or a sandbox forbid it.
     Denied,
     /// It has no address.
-    Name,
+    Resolve,
     /// We are out of descriptors or memory.
     Resources,
     /// Anything else.
@@ -197,7 +197,7 @@ impl ConnectErrorKind {
         Self::NotFound,
         Self::Backlog,
         Self::Denied,
-        Self::Name,
+        Self::Resolve,
         Self::Resources,
         Self::Other,
     ];
@@ -208,10 +208,10 @@ impl ConnectErrorKind {
             Self::InvalidRecord => "refused",
             Self::Timeout => "timeout",
             Self::Unreachable => "unreachable",
-            Self::NotFound => "missing",
+            Self::NotFound => "not_found",
             Self::Backlog => "backlog",
             Self::Denied => "denied",
-            Self::Name => "name",
+            Self::Resolve => "resolve",
             Self::Resources => "resources",
             Self::Other => "other",
         }

@@ -63,7 +63,7 @@ impl<'a> Proxy<'a> {
         assert_eq!(status.code().is_some(), end == End::Told, "{}", self.running.lines.all());
     }
 
-    /// Parcels that count in the store. The proxy stands still meanwhile: its place in the queue is that of
+    /// Records that count in the store. The proxy stands still meanwhile: its place in the queue is that of
     /// whoever reads it.
     fn stored(&self) -> usize {
         self.running.signal(Signal::STOP);
@@ -77,7 +77,7 @@ impl<'a> Proxy<'a> {
         records
     }
 
-    /// Waits until the store holds this many parcels.
+    /// Waits until the store holds this many records.
     fn wait_until_stored(&self, records: usize) {
         let mut last = 0;
         let reached = poll_until(Instant::now() + PATIENCE, || {
@@ -93,7 +93,7 @@ fn launch(front: &Endpoint, arguments: &[String], keeper: &Keeper) -> Running {
     keeper.launch(launch, 1).start()
 }
 
-/// Parcels that count in the queue.
+/// Records that count in the queue.
 fn stored(keeper: &Keeper) -> usize {
     let queue = queue(keeper);
     replay(&queue.payloads().unwrap(), queue.messages()).unwrap().records.len()

@@ -120,12 +120,12 @@ fn connections_and_bytes_are_counted_by_listener_and_backend() {
         assert_eq!(value(&api_series("socket_proxyd_connections_refused_total")), 0.0);
         assert_eq!(value("socket_proxyd_connections_max"), 2.0);
         let of = |backend: &str, more: &str| format!("{{backend=\"{backend}\"{more}}}");
-        let dials = "socket_proxyd_dial_duration_seconds";
+        let dials = "socket_proxyd_connect_duration_seconds";
         assert_eq!(value(&format!("{dials}_count{}", of(&echo.target, ""))), 2.0);
         assert_eq!(value(&format!("{dials}_bucket{}", of(&echo.target, ",le=\"+Inf\""))), 2.0);
         assert!(value(&format!("{dials}_sum{}", of(&echo.target, ""))) > 0.0);
         let errors = |kind| {
-            format!("socket_proxyd_dial_errors_total{}", of(&gone, &format!(",kind=\"{kind}\"")))
+            format!("socket_proxyd_connect_errors_total{}", of(&gone, &format!(",kind=\"{kind}\"")))
         };
         assert_eq!(value(&errors("refused")), 1.0);
         assert_eq!(value(&errors("timeout")), 0.0);
@@ -145,7 +145,7 @@ fn clients_that_are_held_and_pipes_are_counted_while_they_are_there() {
     let launch = Launch::new(OURS).listener(&listener).args(["--backend-wait=1min", &target]);
     let scraped = Scraped::start(launch);
     let name = format!("unknown ({})", listener.target);
-    let held = labelled("socket_proxyd_connections_held", &name, &target);
+    let held = labelled("socket_proxyd_connections_waiting", &name, &target);
     let mut clients = [listener.connect(), listener.connect()];
     scraped.wait_for(&held, 2.0);
     scraped.wait_for(&labelled("socket_proxyd_connections_open", &name, &target), 2.0);
@@ -365,7 +365,7 @@ fn connections_that_were_taken_over_are_counted_as_such() {
     let _third = start("--listen=[::1]:0", &backend.target);
     echoes(&mut client);
     let after = text();
-    let others = labelled("socket_proxyd_connections_open", "others", "others");
+    let others = labelled("socket_proxyd_connections_open", "other", "other");
     assert_eq!(value(&after, &others), 1.0);
 }
 
@@ -582,6 +582,6 @@ fn prometheus_scrapes_it_while_clients_come_and_go() {
     .expect("and goes on counting");
     assert_eq!(query("up"), Some(1.0));
     assert_eq!(query("socket_proxyd_build_info"), Some(1.0));
-    let types = query("count(socket_proxyd_dial_duration_seconds_bucket)").unwrap();
+    let types = query("count(socket_proxyd_connect_duration_seconds_bucket)").unwrap();
     assert!(types >= 2.0, "buckets: {types}");
 }

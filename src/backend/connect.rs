@@ -139,7 +139,7 @@ impl ConnectError {
 
     /// What it is counted as.
     pub fn kind(&self) -> ConnectErrorKind {
-        let Self::Connect(_, error) = self else { return ConnectErrorKind::Name };
+        let Self::Connect(_, error) = self else { return ConnectErrorKind::Resolve };
         match Errno::from_io_error(error) {
             Some(Errno::CONNREFUSED) => ConnectErrorKind::InvalidRecord,
             Some(Errno::TIMEDOUT) => ConnectErrorKind::Timeout,

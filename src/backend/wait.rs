@@ -1,10 +1,10 @@
-//! Holding clients until the backend is up.
+//! `--backend-wait=`: holds clients until the backend can be reached.
 //!
-//! While the backend can't be reached *yet*, one prober a target tries again and again, however
-//! many clients are held: 200 of them cost one connect(2) every 100 ms. When it succeeds they are
-//! all let go, and one of them gets the prober's connection, so that a backend which serves only
-//! once is not spent on a probe. The prober ends when nobody waits. With several event loops there
-//! is still one: it runs on the loop that began it, and all of them wait for it ([`SharedProbe`]).
+//! While the backend cannot be reached *yet*, one prober for each target tries again and again, however many
+//! clients wait: 200 of them cost one connect(2) every 100 ms. When it succeeds, all clients go on, and one
+//! of them gets the prober's connection, so that a backend that serves only once is not spent on a probe. The
+//! prober ends when no client waits. With several event loops there is still one prober: it runs on the
+//! loop that started it, and all loops wait for it ([`SharedProbe`]).
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;

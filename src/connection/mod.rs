@@ -38,52 +38,52 @@ use crate::socket::address::Address;
 static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 static QUIET: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 
-/// What all connections have in common, wherever they live.
+/// What all connections have in common, on whatever event loop.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The ways to the backends.
+    /// The backends.
     pub backends: Vec<BackendSetup>,
-    /// How long a client is held until its backend is up; zero is not at all.
+    /// How long a client waits for its backend; zero means no wait.
     pub backend_wait: TimeSpan,
-    /// What serves the one backend, if that is ours to start.
+    /// COMMAND's supervisor.
     pub application: Option<Arc<Supervisor>>,
-    /// The header they expect.
+    /// The PROXY header that the backends expect.
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// How long a connection may carry nothing.
+    /// `--connection-idle-time=`.
     pub connection_idle_time: TimeSpan,
     /// Pipes for each event loop.
     pub pipes: Limits,
-    /// Where connections are stored, if they are.
+    /// Where connections are stored, with `--handover=`.
     pub handover: Option<Arc<Handover>>,
-    /// What they count.
+    /// Counters of all event loops.
     pub loops: Arc<Loops>,
 }
 
-/// The way to one backend.
+/// How one backend is reached.
 #[derive(Clone, Debug)]
 pub struct BackendSetup {
-    /// To one that is up.
+    /// Connects to a backend that is up.
     pub connector: Connector,
-    /// Who looks whether it is.
+    /// The prober of `--backend-wait=`, common to all event loops.
     pub probing: SharedProbe,
 }
 
 /// What the connections of one event loop have in common.
 #[derive(Debug)]
 pub struct LoopContext {
-    /// The ways to the backends.
+    /// The backends.
     pub backends: Vec<Backend>,
-    /// The header they expect.
+    /// The PROXY header that the backends expect.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The forwarder's buffer and pipes.
     pub shared: Rc<LoopBuffers>,
-    /// Their bytes, for each backend, and behind them for what is no backend any more.
+    /// Byte counters, one per backend; the last one is for backends that are no longer configured.
     pub carried: Vec<Arc<ByteCounters>>,
-    /// Who ends the quiet ones, if they are to be ended.
+    /// Closes idle connections, with `--connection-idle-time=`.
     pub watch: Option<Rc<IdleSweeper>>,
-    /// What they are told.
+    /// Asks the connections to detach or to report.
     pub orders: Rc<Control>,
-    /// Those that have left, and are not stored yet.
+    /// Detached connections that are not stored yet.
     pub left: RefCell<Vec<Detached>>,
 }
 
@@ -248,7 +248,7 @@ fn pair(
     pair
 }
 
-/// What is said of a connection.
+/// What log lines of a connection have in common.
 struct LogContext {
     start: Instant,
     address: Address,
@@ -334,7 +334,7 @@ fn in_units(time: Duration) -> String {
     }
 }
 
-/// What came of dialling.
+/// What came of connecting to the backend.
 enum ConnectOutcome {
     Backend(Socket),
     Failed(String),

@@ -1,10 +1,9 @@
-//! The event loops, and which of them a connection lives on.
+//! The event loops, and which of them a connection gets.
 //!
-//! The main thread's loop accepts, and is the first to serve. With `--threads=` above one a client
-//! goes to the loop with the fewest connections; a thread is started for the first one that finds
-//! all loops at work. A connection stays on its loop from its dial to its end: its buffer, pipes
-//! and timers are the loop's own, so that no byte meets a lock or a line of memory that
-//! another thread writes.
+//! The main thread's loop accepts, and is the first to serve. With `--threads=` above one a connection goes
+//! to the loop with the fewest connections; a thread is started for the first connection that finds all
+//! loops busy. A connection stays on its loop from connect to close: its buffer, pipes and timers belong to
+//! the loop, so that no byte meets a lock or a cache line that another thread writes.
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;

@@ -1,4 +1,4 @@
-//! What the connections of one event loop are told: to leave it, or to say how they are.
+//! What the connections of one event loop are asked for: to detach, or to report their progress.
 
 use std::cell::{Cell, OnceCell};
 use std::future::poll_fn;

@@ -518,8 +518,7 @@ impl Flow {
     }
 }
 
-/// Whether a splice(2) came to nothing because urgent data is in front of it, which only receiving
-/// gets past. After `EAGAIN` an event that has not been fetched yet comes as an edge; after 0 nothing
+/// Whether a splice(2) moved nothing because urgent data is next, which only receiving gets past. After `EAGAIN` an event that has not been fetched yet comes as an edge; after 0 nothing
 /// would.
 fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
     match filled {

@@ -1,15 +1,14 @@
-//! Connections that carry nothing for too long: `--connection-idle-time=`.
+//! `--connection-idle-time=`: closes connections that carry nothing for too long.
 //!
-//! A connection that delivers bytes says so by one store into memory of its own. On each event loop
-//! one timer looks at all connections, four times in the idle time, and counts the looks since they
-//! said so: a busy one costs nothing a message.
+//! A connection that delivers bytes stores that in a cell of its own. On each event loop one timer visits all
+//! connections, four times in the idle time, and counts the visits since bytes were delivered. A busy connection
+//! costs nothing per message.
 //!
-//! Delivered is what a socket took; its peer may be receiving it yet, slowly. So who has delivered
-//! nothing from one look to the next is woken, and tells what is still under way; where that
-//! becomes less from look to look, bytes are carried. (As far as the kernel tells: what a TCP peer
-//! has acknowledged, which its window may hold up, and whole buffers of a Unix socket.) It is compared over four looks, which is the
-//! idle time, from the second on: a quiet connection is found between one and a quarter and one and a
-//! half.
+//! Bytes count as delivered once the socket accepts them, but a slow peer may still be draining the send
+//! buffer. Before a connection is declared idle, its task is woken to report the unacknowledged bytes. If
+//! that number keeps shrinking, the connection is active. (The kernel tells what a TCP peer has acknowledged, and
+//! whole buffers of a Unix socket.) Reports are compared over four visits, from the second on: an idle
+//! connection is closed between one and a quarter and one and a half times the idle time.
 
 use std::cell::{Cell, OnceCell};
 use std::convert::Infallible;

@@ -1,5 +1,5 @@
-//! The connections of one event loop, to be found again: each has a place in a roster for as long as
-//! it lives, and keeps something there for whoever goes through it.
+//! The connections of one event loop. Each is registered for as long as it lives, with a value for whoever
+//! visits them all.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Deref;

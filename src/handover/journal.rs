@@ -1,12 +1,11 @@
-//! What is stored of the connections that live, and where in the queue it stands.
+//! The journal of `--handover=crash`: the records of all live connections, and where each stands in the queue.
 //!
-//! The queue is a log: what changes is written anew, and the last parcel of a number counts. What
-//! stands in front of it and does not count any more is taken out; when more than half of it does
-//! not count, or the queue becomes full, what does is written anew behind the rest, many parcels to a
-//! message, a few messages at each change: twice what lives, and a little, is the most it holds.
+//! The queue is an append-only log: each change appends a new record, and the last record of an id wins.
+//! Superseded records at the head are dropped. When more than half of the records are superseded, or the
+//! queue becomes full, the live ones are appended again, many to a message, and the head is dropped. So the
+//! queue holds at most twice the live records, and a little more.
 //!
-//! The book says what is in the queue, message by message, and is held against it whenever that is
-//! read.
+//! The index says what is in the queue, message by message. It is compared with the queue whenever that is read.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::convert::Infallible;
@@ -30,7 +29,7 @@ use crate::handover::record::{
 };
 use crate::logging::RateLimit;
 
-/// Parcels that don't count before it is worth looking.
+/// Superseded records below which compaction is not worth it.
 const SLACK: usize = 32;
 
 /// Percent of the queue's bytes, or of the descriptors that may be under way, from which on it is packed;
@@ -61,9 +60,9 @@ struct Index {
     messages: VecDeque<MessageInfo>,
     /// How many messages have been taken out: the number of the first.
     taken_out: u64,
-    /// The number of the message that counts, for each parcel that does.
+    /// The message that holds the live record of each id.
     current: HashMap<u64, u64>,
-    /// Parcels in the queue; a message without any counts for one.
+    /// Records in the queue. A message without records counts for one.
     written: usize,
     /// Descriptors in it, and how many there may be.
     descriptors: usize,
@@ -73,12 +72,12 @@ struct Index {
 /// A message, as it should be.
 #[derive(Debug)]
 struct MessageInfo {
-    /// The numbers of its parcels.
+    /// The ids of its records.
     record_ids: Vec<u64>,
     descriptors: usize,
 }
 
-/// A parcel that is kept for as long as this lives.
+/// A record that stays in the queue for as long as this lives.
 #[derive(Debug)]
 pub struct JournalEntry {
     journal: Arc<Journal>,
@@ -89,7 +88,7 @@ pub struct JournalEntry {
 }
 
 impl Journal {
-    /// For a queue with these messages in it, of whose parcels the `current` count.
+    /// A journal over a queue with these messages, of whose records the `current` are live.
     pub fn new(queue: Queue, messages: Vec<Vec<u64>>, current: &HashSet<u64>) -> Arc<Self> {
         let next = messages.iter().flatten().max().map_or(0, |last| last + 1);
         let limit = getrlimit(Resource::Nofile).current;
@@ -181,7 +180,7 @@ impl Journal {
         *index = Index { descriptors_max: index.descriptors_max, ..Index::default() };
     }
 
-    /// Parcels that count.
+    /// Live records.
     pub fn live(&self) -> usize {
         self.lock().current.len()
     }
@@ -382,7 +381,7 @@ impl Index {
     }
 }
 
-/// Now, as parcels have it.
+/// CLOCK_MONOTONIC in microseconds, as records have it.
 pub fn monotonic_micros() -> u64 {
     let monotonic_micros = clock_gettime(ClockId::Monotonic);
     monotonic_micros.tv_sec as u64 * 1_000_000 + monotonic_micros.tv_nsec as u64 / 1000
@@ -409,7 +408,7 @@ mod tests {
         Queue::from_ends(inner, sender)
     }
 
-    /// Each parcel that counts, and when it began.
+    /// Each live record, and when its connection began.
     fn read(queue: &Queue) -> BTreeMap<u64, u64> {
         let out = replay(&queue.payloads().unwrap(), queue.messages()).unwrap();
         assert_eq!(out.refused, 0);

@@ -1,9 +1,9 @@
-//! Connections that outlive the process: `--handover=`.
+//! `--handover=`: connections that outlive the process.
 //!
-//! With `restart` connections leave when the process is told to stop: each comes to rest, its sockets
-//! and the bytes under way go into the [`Queue`] that systemd keeps, and the next process takes them
-//! from there before it accepts anybody. With `crash` they are there from accept on, and what is
-//! under way never is in the memory of the process; a [`Journal`] keeps the queue current.
+//! With `restart` each connection is detached when the process is stopped: its sockets and its buffered
+//! bytes go into the [`Queue`] that systemd keeps, and the next process takes them from there before it accepts
+//! anything. With `crash` a connection is in the queue from accept on, and none of its bytes is ever in the
+//! memory of the process; a [`Journal`] keeps the queue current.
 
 pub mod replay;
 pub mod journal;

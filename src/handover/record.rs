@@ -1,14 +1,14 @@
 //! The stored form of a connection: what a message in the store says beside its descriptors.
 //!
 //! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not
-//! written down. A message is a head, [`HEADER_LEN`] bytes with a version and a count, and for each parcel
-//! a form of [`RECORD_LEN`] bytes; its descriptors follow in the order of the forms. A parcel is whole in one
-//! message, so that parcels never share or exchange descriptors. It is read as hostile input: what is
+//! written down. A message is a head, [`HEADER_LEN`] bytes with a version and a count, and for each record
+//! a form of [`RECORD_LEN`] bytes; its descriptors follow in the order of the forms. A record is whole in one
+//! message, so that records never share or exchange descriptors. It is read as hostile input: what is
 //! not exactly as it would have been written is [`InvalidRecord`].
 //!
 //! | form | |
 //! |---|---|
-//! | 0 to 7 | a number that tells parcels apart |
+//! | 0 to 7 | a number that tells records apart |
 //! | 8 to 15 | when the connection began, CLOCK_MONOTONIC in microseconds |
 //! | 16 to 31 | bytes delivered, from the client and from the backend; a listener's file |
 //! | 32, 33 | bytes of the PROXY header |
@@ -19,7 +19,7 @@
 //! | 39 | what the flows hold, four bits each: 0 nothing, 1 a file of bytes, 2 a pipe |
 //! | 40 to 47 | the seal: a hash of all the above, and of which descriptors it is about |
 //!
-//! The seal has each descriptor's inode in it, which a socket or a pipe keeps wherever it is sent: a parcel
+//! The seal has each descriptor's inode in it, which a socket or a pipe keeps wherever it is sent: a record
 //! with another's descriptors does not open.
 //!
 //! Numbers are in the machine's own byte order: nothing of this leaves the machine.
@@ -39,7 +39,7 @@ use crate::socket::Family;
 /// Descriptors that a message can carry (`SCM_MAX_FD` in the kernel).
 pub const DESCRIPTORS_MAX: usize = 253;
 
-/// Parcels that are put into one message: with these the kernel needs a KiB for it, and with one more
+/// Records that are put into one message: with these the kernel needs a KiB for it, and with one more
 /// two.
 pub const RECORDS_MAX: usize = 14;
 
@@ -100,7 +100,7 @@ impl<Fd> RecordBody<Fd> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InvalidRecord;
 
-/// A parcel as it stands in a message.
+/// A record as it stands in a message.
 #[derive(Debug)]
 pub struct EncodedRecord<Fd> {
     form: [u8; RECORD_LEN],
@@ -108,7 +108,7 @@ pub struct EncodedRecord<Fd> {
 }
 
 impl<Fd> EncodedRecord<Fd> {
-    /// The parcel's number.
+    /// The record's number.
     pub fn id(&self) -> u64 {
         number(&self.form, 0)
     }
@@ -196,7 +196,7 @@ pub fn encode_message<Fd: AsFd>(records: &[EncodedRecord<Fd>]) -> (Vec<u8>, Vec<
     (bytes, records.iter().flat_map(|record| record.fds.iter().map(AsFd::as_fd)).collect())
 }
 
-/// The numbers of the parcels in a message, of whatever version; `None` if it is none of ours.
+/// The numbers of the records in a message, of whatever version; `None` if it is none of ours.
 pub fn record_ids(bytes: &[u8]) -> Option<Vec<u64>> {
     let (head, forms) = bytes.split_at_checked(HEADER_LEN)?;
     let count = usize::from(head[3]);
@@ -217,7 +217,7 @@ pub fn record_ids(bytes: &[u8]) -> Option<Vec<u64>> {
         .then_some(record_ids)
 }
 
-/// How many descriptors the last parcels of each number have that these messages speak of, and the most
+/// How many descriptors the last records of each number have that these messages speak of, and the most
 /// that one message has. What is of another version is not counted.
 pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
     let (mut last, mut most) = (HashMap::new(), 0);
@@ -237,7 +237,7 @@ pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
     (last.values().sum(), most)
 }
 
-/// The parcels of a message, unopened.
+/// The records of a message, unopened.
 ///
 /// # Errors
 /// When it is of another version, or has not exactly the descriptors that its forms speak of.

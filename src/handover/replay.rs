@@ -1,4 +1,4 @@
-//! What the process before this one has left in the queue, read and buffered against what it should be.
+//! Reads and verifies what the previous process left in the queue.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -64,18 +64,18 @@ pub struct RestoredRecord<T> {
 /// What the messages of a queue say.
 #[derive(Debug, Default)]
 pub struct Replay {
-    /// The numbers of the parcels in each.
+    /// The ids of the records in each message.
     pub messages: Vec<Vec<u64>>,
-    /// The parcels that count, but for connections that are over.
+    /// The live records, without those of connections that have ended.
     pub records: Vec<Record<OwnedFd>>,
     /// What can't be taken back.
     pub refused: usize,
 }
 
-/// Takes each parcel as it was last stored, or not at all; a descriptor belongs to one parcel.
+/// Returns each record as it was last stored, or not at all. A descriptor belongs to one record.
 ///
-/// What counts is decided by what the messages say, so that a parcel whose descriptors can't be had does
-/// not make an older one count, and only the descriptors of those that count are open at a time.
+/// The payloads decide which records are live: a record whose descriptors are missing does not bring an older
+/// one back, and only the descriptors of live records are open at a time.
 ///
 /// # Errors
 /// When a message can't be read.
@@ -240,7 +240,7 @@ mod tests {
         Snapshot { endpoints, flows, preface: dice.below(300) as u16, fault }
     }
 
-    /// All that a parcel says, descriptors as the kernel knows them.
+    /// All that a record says, descriptors as the kernel knows them.
     fn told(record: &Record<OwnedFd>) -> String {
         let told = match &record.body {
             RecordBody::Forwarder(pair) => {

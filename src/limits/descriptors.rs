@@ -1,8 +1,8 @@
-//! How many descriptors there are, and who may have them.
+//! RLIMIT_NOFILE, divided among its uses, and the descriptors that connections may take.
 //!
-//! Nobody is accepted before the backend's descriptor is in sight: a client that waits in the
-//! kernel's backlog loses nothing, one that was accepted and dropped does. So `RLIMIT_NOFILE` is
-//! divided once, at start, and what a connection may take is counted.
+//! A client is accepted only once there is a descriptor for its backend as well. A client that waits in the
+//! kernel's backlog loses nothing; one that was accepted and dropped does. So the limit is divided once, at
+//! start, and what connections take is counted.
 
 use std::io;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! When to exit for want of connections.
+//! When an idle time is over.
 
 use tokio::time::sleep;
 

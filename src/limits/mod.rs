@@ -1,8 +1,8 @@
-//! Who may come in: the exact cap, and the count that everything else looks at.
+//! The connection limit, and the count that everything else watches.
 //!
-//! A [`Permit`] lives from accept to close, so that connections still being dialled count. Counting
-//! is dropping, and costs a few atomics; who waits for the count is woken when the first connection
-//! comes and when the last one goes ([`ConnectionWatch`]), and one more, which publishes it, at each change.
+//! A [`Permit`] lives from accept to close, so connections whose backend is not connected yet count. Dropping it
+//! costs a few atomic operations. A [`ConnectionWatch`] is woken when the first connection comes and when
+//! the last one ends; the `STATUS=` line is woken at each change.
 
 pub mod slot;
 pub mod descriptors;

@@ -9,7 +9,7 @@ use crate::limits::descriptors::FdPermit;
 pub struct Slot {
     _listener: GaugeGuard,
     event_loop: Option<GaugeGuard>,
-    // Dropped after the gauges: whoever waits for the number of connections reads them next.
+    // Dropped after the gauges: tasks that wait for the number of connections read them next.
     permit: Option<Permit>,
     // Dropped after `permit`: under `--overflow=wait` this wakes the accept loop, which must then find
     // room below the connection limit.

@@ -1,4 +1,4 @@
-//! An amount of bytes, as people read it.
+//! Amounts of bytes for people.
 
 use std::fmt;
 

@@ -1,10 +1,10 @@
-//! Who asks for the metrics: HTTP on a thread of its own, so that no scraper is in a client's way.
+//! The HTTP server of `--metrics=`, on a thread of its own, so that no scraper delays a client.
 //!
-//! No scraper can keep others from an answer. [`SCRAPERS_MAX`] are served at a time. One more takes the place of
-//! the oldest request of the address that has the most, and gets a turn before another comes. An answer that
-//! was written waits until its scraper has taken it, in one of [`UNACKED_MAX`] such places, since what is only
-//! closed stays in the kernel's memory for minutes. A request is over after two seconds, by a reset if need be.
-//! (hyper reads what they say, and at most [`REQUEST_MAX`] bytes of it.)
+//! A slow scraper cannot exhaust the exporter. At most [`SCRAPERS_MAX`] requests are served at once; a further one
+//! replaces the oldest request of the address that has the most. A finished response waits until its scraper
+//! has read it, at most [`UNACKED_MAX`] of them: the kernel would keep a response that is only closed for
+//! minutes. A request must complete within two seconds, or it is reset. hyper reads at most
+//! [`REQUEST_MAX`] bytes of it.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};

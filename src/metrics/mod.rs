@@ -1,7 +1,7 @@
 //! What `--metrics=` shows: each family, its name and its help, from what was counted.
 //!
 //! Its size is bounded: so many listeners and backends have lines of their own, and what is beyond them
-//! is added up as `others`, as are connections of the process before this one that came in elsewhere,
+//! is added up as `other`, as are connections of the process before this one that came in elsewhere,
 //! if there was one.
 
 pub mod exporter;
@@ -21,7 +21,7 @@ const SHOWN_MAX: usize = 64;
 /// Bytes of a label: a socket's name is anything.
 const LABEL_MAX: usize = 128;
 
-const OTHERS: &str = "others";
+const OTHER: &str = "other";
 
 /// Everything that is shown, to be read at any time on any thread.
 #[derive(Debug)]
@@ -66,9 +66,9 @@ impl Metrics {
         let counts = listeners.into_iter();
         let counts = counts.map(|(listener, backend, counts)| ([listener, name(backend)], counts));
         let has_others = restored > 0;
-        let elsewhere = has_others.then(|| ([OTHERS; 2].map(String::from), elsewhere));
+        let elsewhere = has_others.then(|| ([OTHER; 2].map(String::from), elsewhere));
         let known = (0..backends.len()).map(|index| ([name(index)], index));
-        let unknown = has_others.then(|| ([OTHERS.to_string()], backends.len()));
+        let unknown = has_others.then(|| ([OTHER.to_string()], backends.len()));
         let grouped = group(known.chain(unknown)).into_iter();
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
@@ -136,9 +136,9 @@ impl Metrics {
                 |counts| counts.open.taken() as u64,
             ),
             (
-                "socket_proxyd_connections_held",
+                "socket_proxyd_connections_waiting",
                 Kind::Gauge,
-                "Clients that are held until their backend is up.",
+                "Clients that wait until their backend is up.",
                 |counts| counts.waiting.taken() as u64,
             ),
             (
@@ -190,7 +190,7 @@ impl Metrics {
             indexes.iter().filter_map(|index| self.counters.get(*index)).collect()
         };
         let mut family = all.family(
-            "socket_proxyd_dial_duration_seconds",
+            "socket_proxyd_connect_duration_seconds",
             Kind::Histogram,
             "How long it took to look a backend up and to connect to it.",
         );
@@ -206,7 +206,7 @@ impl Metrics {
             family.histogram(&[("backend", backend)], &within, count, sum);
         }
         let mut family = all.family(
-            "socket_proxyd_dial_errors",
+            "socket_proxyd_connect_errors",
             Kind::Counter,
             "Attempts to connect to a backend that failed, those included that only look whether it is up.",
         );
@@ -231,7 +231,7 @@ fn group<const N: usize, T>(
         let mut names = names.map(|name| bounded_line(&name, LABEL_MAX));
         let is_new = !groups.iter().any(|(known, _)| *known == names);
         if is_new && groups.len() >= SHOWN_MAX {
-            names = std::array::from_fn(|_| OTHERS.into());
+            names = std::array::from_fn(|_| OTHER.into());
         }
         match groups.iter_mut().find(|(known, _)| *known == names) {
             Some((_, members)) => members.push(it),
@@ -306,7 +306,7 @@ mod tests {
         assert_eq!(series.len(), unique.len(), "{text}");
         assert_eq!(sum(&text, "socket_proxyd_connections_total{"), 3);
         assert_eq!(sum(&text, "socket_proxyd_bytes_total{"), 3);
-        assert!(!text.contains(OTHERS), "{text}");
+        assert!(!text.contains(OTHER), "{text}");
     }
 
     #[test]
@@ -316,6 +316,6 @@ mod tests {
         assert!(text.len() < 1024 * 1024, "{}", text.len());
         assert_eq!(sum(&text, "socket_proxyd_connections_total{"), 1000);
         assert_eq!(sum(&text, "socket_proxyd_bytes_total{"), 1000);
-        assert_eq!(sum(&text, "socket_proxyd_dial_errors_total{"), 1000);
+        assert_eq!(sum(&text, "socket_proxyd_connect_errors_total{"), 1000);
     }
 }

@@ -65,7 +65,7 @@ pub struct Socket {
     /// Urgent data was seen: see [`Socket::has_urgent_data`].
     urgent: Cell<bool>,
     was_reset: Cell<bool>,
-    /// Somebody else holds it, too: closing it here ends nothing.
+    /// A stored reference keeps the connection open: closing the socket here ends nothing.
     is_shared: Cell<bool>,
     /// Whether both ends agreed that the connection is over.
     closes_cleanly: bool,
@@ -338,7 +338,7 @@ impl Socket {
         self.closes_cleanly = true;
     }
 
-    /// Leaves it to whoever else holds it: here it is over, and its peer does not notice.
+    /// Closes the socket here without ending the connection, which a stored reference keeps open.
     pub fn leave(mut self) {
         self.mark_shared();
         self.closes_cleanly = true;
@@ -402,12 +402,13 @@ pub fn has_unread(fd: impl AsFd) -> bool {
         && rustix::io::ioctl_fionread(&fd).is_ok_and(|bytes| bytes > 0)
 }
 
-/// Makes a socket that was left end by its close again, and not by a reset: see [`Socket::leave`].
+/// Makes close(2) end the connection of a detached socket again, instead of resetting it: see
+/// [`Socket::leave`].
 pub fn clear_linger(fd: impl AsFd) {
     let _ = sockopt::set_socket_linger(fd, None);
 }
 
-/// Ends a socket that somebody else holds, too: TCP by a reset.
+/// Ends a connection whose socket has a stored reference: on TCP by a reset.
 pub fn abort(fd: impl AsFd) {
     if Family::of(&fd).is_ok_and(|family| family == Some(Family::Tcp)) {
         // connect(2), "AF_UNSPEC": dissolves the association, which TCP does by an RST.

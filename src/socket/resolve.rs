@@ -1,7 +1,7 @@
-//! Names to addresses, by the system's resolver.
+//! Looks names up, by the system's resolver.
 //!
-//! getaddrinfo(3) blocks for as long as name servers let it, so each lookup runs on a thread of its
-//! own, and holds up nobody but its own connection; at the end of the process it is left behind.
+//! getaddrinfo(3) blocks for as long as the name servers take, so each lookup runs on a thread of its own and
+//! delays only its own connection. At the end of the process it is left behind.
 
 use std::fmt;
 use std::net::SocketAddr;

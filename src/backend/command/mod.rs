@@ -1,8 +1,9 @@
-//! COMMAND's life: started for the first client, ready, idle, stopped, and started again.
+//! COMMAND's supervisor: starts it for the first client, waits until it is ready, stops it when idle, and
+//! starts it again.
 //!
-//! One task lives it ([`Supervisor::run`]), from top to bottom; everybody else watches the
-//! [`CommandState`]. A client that needs COMMAND is counted as waiting until it is ready, and that count
-//! is all that starts it.
+//! One task runs the supervisor ([`Supervisor::run`]) from top to bottom; everything else watches the
+//! [`CommandState`]. A client that needs COMMAND counts as waiting until COMMAND is ready, and that count is
+//! all that starts it.
 
 pub mod guard;
 pub mod process;
