@@ -28,9 +28,7 @@ use crate::forward::snapshot::FdRef;
 use crate::handover::fdstore::StoredFds;
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
-use crate::handover::record::{
-    FDS_PER_RECORD, RECORDS_MAX, Record, RecordBody, descriptors_of, identity,
-};
+use crate::handover::record::{RECORDS_MAX, Record, RecordBody, descriptors_of, identity};
 use crate::handover::replay::{Leftovers, Replay, recover, replay};
 use crate::limits::descriptors::{raise_limit, spare_fds};
 use crate::limits::slot::Slot;
@@ -47,8 +45,10 @@ pub struct Handover {
     journal: Arc<Journal>,
     /// Descriptors that the next process can take back, if it has the same limit.
     fds_max: usize,
-    /// Descriptors stored by this process (restart mode).
+    /// Descriptors stored by this process, and the most of one message (restart mode). Event loops store one
+    /// after the other.
     stored_fds: AtomicUsize,
+    largest_message: AtomicUsize,
     detach_is_requested: AtomicBool,
     lost: AtomicUsize,
 }
@@ -117,6 +117,7 @@ impl Handover {
             journal,
             fds_max: spare,
             stored_fds: AtomicUsize::default(),
+            largest_message: AtomicUsize::default(),
             detach_is_requested: AtomicBool::default(),
             lost: AtomicUsize::default(),
         };
@@ -207,6 +208,7 @@ impl Handover {
             let batch = detached.split_off(detached.len() - count);
             if is_stored {
                 self.stored_fds.fetch_add(fds, Ordering::Relaxed);
+                self.largest_message.fetch_max(fds, Ordering::Relaxed);
                 batch.into_iter().for_each(Detached::release);
             } else {
                 self.lost.fetch_add(count, Ordering::Relaxed);
@@ -216,7 +218,8 @@ impl Handover {
 
     /// Whether the next process can open so many descriptors more, and those of a whole message at once.
     fn has_room(&self, fds: usize) -> bool {
-        self.stored_fds.load(Ordering::Relaxed) + fds + RECORDS_MAX * FDS_PER_RECORD <= self.fds_max
+        let largest = self.largest_message.load(Ordering::Relaxed).max(fds);
+        self.stored_fds.load(Ordering::Relaxed) + fds + largest <= self.fds_max
     }
 
     /// The same for a socket that was opened here; whether it is stored.
