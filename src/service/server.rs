@@ -176,7 +176,7 @@ impl Server {
             tokio::join!(self.publish_status(notifier), notifier.feed_watchdog(), self.compact()).1
         });
         loop {
-            let reason = tokio::select! {
+            let mut reason = tokio::select! {
                 never = report_connections(report_signal, &self.limit, &self.event_loops) => match never {},
                 () = signals.stop() => StopReason::Signal,
                 () = self.wait_idle() => StopReason::Idle,
@@ -190,14 +190,21 @@ impl Server {
                 return Ok(reason);
             }
             // systemd calls a unit failed whose process ends before READY=1.
-            if reason == StopReason::Signal {
+            if reason == StopReason::Idle {
+                tokio::select! {
+                    () = ready_sent.notified() => {}
+                    () = signals.stop() => reason = StopReason::Signal,
+                    never = &mut maintain => match never {},
+                }
+            }
+            if reason == StopReason::Signal && !is_ready.get() {
                 // Meanwhile new clients wait in the kernel.
                 tasks.accepting.shutdown().await;
-            }
-            tokio::select! {
-                () = ready_sent.notified() => {}
-                () = signals.again() => return Ok(reason),
-                never = &mut maintain => match never {},
+                tokio::select! {
+                    () = ready_sent.notified() => {}
+                    () = signals.again() => return Ok(reason),
+                    never = &mut maintain => match never {},
+                }
             }
             if reason == StopReason::Signal || self.is_unused(&self.limit.watch()) {
                 return Ok(reason);
