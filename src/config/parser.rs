@@ -49,10 +49,10 @@ pub fn split_command(
         return (arguments, has_dashes.then_some(rest));
     }
     // As in `-- TARGET -- COMMAND`.
+    let Some(at) = rest.iter().position(|word| word == "--") else { return (rest, None) };
     let mut words = rest.into_iter();
-    arguments.extend(words.by_ref().take_while(|word| word != "--"));
-    let command: Vec<_> = words.collect();
-    (arguments, (!command.is_empty()).then_some(command))
+    arguments.extend(words.by_ref().take(at));
+    (arguments, Some(words.skip(1).collect()))
 }
 
 /// Writes abbreviations out: of a name that is not in `all` and begins exactly one name of `first`, that
