@@ -170,7 +170,7 @@ impl ConnectCounters {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectErrorKind {
     /// Nobody listens (ECONNREFUSED).
-    InvalidRecord,
+    Refused,
     /// No answer within the connect timeout.
     Timeout,
     /// There is no way there.
@@ -191,7 +191,7 @@ pub enum ConnectErrorKind {
 
 impl ConnectErrorKind {
     const ALL: [Self; 9] = [
-        Self::InvalidRecord,
+        Self::Refused,
         Self::Timeout,
         Self::Unreachable,
         Self::NotFound,
@@ -205,7 +205,7 @@ impl ConnectErrorKind {
     /// In one word.
     pub fn name(self) -> &'static str {
         match self {
-            Self::InvalidRecord => "refused",
+            Self::Refused => "refused",
             Self::Timeout => "timeout",
             Self::Unreachable => "unreachable",
             Self::NotFound => "not_found",

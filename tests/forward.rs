@@ -91,7 +91,7 @@ impl Forwarding {
                 let preface_len = preface.len() as u64;
                 let (ours, count) = (Rc::clone(&shared), Arc::clone(&carried));
                 let pair = Forwarder::new(client, backend, preface, ours, count, None);
-                let proxy::Outcome::Summary(closed) = pair.run(None, |_| {}).await.unwrap() else {
+                let proxy::Outcome::Closed(closed) = pair.run(None, |_| {}).await.unwrap() else {
                     unreachable!("nobody tells it to leave")
                 };
                 let delivered = [preface_len + closed.from_client, closed.from_backend];
@@ -323,7 +323,7 @@ fn half_close_lets_the_other_direction_live() {
         end.unwrap();
         assert!(received.is_empty());
         let outcome = it.forwarder.join().unwrap();
-        assert!(outcome.closed.end == CloseReason::Summary);
+        assert!(outcome.closed.end == CloseReason::Closed);
     });
 }
 
@@ -517,7 +517,7 @@ fn a_unix_client_that_closes_is_not_waited_for() {
             assert_eq!(received, b"for your information");
             // Far says nothing and closes nothing.
             let outcome = it.forwarder.join().unwrap();
-            assert!(outcome.closed.end == CloseReason::Summary);
+            assert!(outcome.closed.end == CloseReason::Closed);
         }
     }
 }

@@ -141,7 +141,7 @@ impl ConnectError {
     pub fn kind(&self) -> ConnectErrorKind {
         let Self::Connect(_, error) = self else { return ConnectErrorKind::Resolve };
         match Errno::from_io_error(error) {
-            Some(Errno::CONNREFUSED) => ConnectErrorKind::InvalidRecord,
+            Some(Errno::CONNREFUSED) => ConnectErrorKind::Refused,
             Some(Errno::TIMEDOUT) => ConnectErrorKind::Timeout,
             Some(
                 Errno::NETUNREACH

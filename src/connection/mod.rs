@@ -265,7 +265,7 @@ impl LogContext {
         context: &LoopContext,
     ) {
         let closed = match outcome {
-            Ok(Outcome::Summary(closed)) => closed,
+            Ok(Outcome::Closed(closed)) => closed,
             Ok(Outcome::Left(pair)) => {
                 if let Err(pair) = pair.detach_stored() {
                     let detached = Detached::forwarder(self.start, pair, slot);
@@ -370,7 +370,7 @@ async fn client_gone(client: &Socket) {
 
 fn outcome_of(end: CloseReason) -> String {
     let (side, errno) = match end {
-        CloseReason::Summary => return "Connection closed".into(),
+        CloseReason::Closed => return "Connection closed".into(),
         CloseReason::Quiet => return "Connection closed, it was idle".into(),
         CloseReason::Fault(Side::Client, errno) => ("client", errno),
         CloseReason::Fault(Side::Backend, errno) => ("backend", errno),

@@ -140,11 +140,11 @@ impl Activity {
         if missed == FIRST {
             self.unacked.set(None);
         }
-        let is_detach_requested = self.unacked.get() == Some([0, 0]);
-        if !is_detach_requested {
+        let is_delivered = self.unacked.get() == Some([0, 0]);
+        if !is_delivered {
             self.asked.set(true);
         }
-        if (!is_detach_requested || missed >= FIRST + LOOKS)
+        if (!is_delivered || missed >= FIRST + LOOKS)
             && let Some(waker) = self.waker.get()
         {
             waker.wake_by_ref();

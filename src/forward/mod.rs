@@ -46,7 +46,7 @@
 //! memory is bounded and the kernel's flow control reaches the sender. An idle connection holds
 //! nothing but two descriptors.
 //!
-//! ## How a flow endpoints
+//! ## How a flow ends
 //!
 //! | state | means | the sink sees |
 //! |---|---|---|
@@ -56,7 +56,7 @@
 //! | `SinkClosed` | the sink takes no more; `lost` if bytes of the source stay undelivered | |
 //!
 //! The flows end one by one: a failed write lets the other direction drain, and a FIN lets it live
-//! on until it endpoints too. When both are over, each end is closed, or *reset* if its counterpart was
+//! on until it ends too. When both are over, each end is closed, or *reset* if its counterpart was
 //! reset or its own bytes were lost. A reset overtakes bytes in flight, so it waits until the
 //! peer's kernel has acknowledged them all: an answer followed by a reset arrives whole. Once an
 //! end was reset, a receiver that makes no progress for [`LINGER`] (or the idle time, if that is
@@ -70,7 +70,7 @@
 //! allows, is reset on both sides, whatever its flows wait for.
 //!
 //! Kernel facts this rests on: recv(2) and splice(2) give what was queued before a reset, then
-//! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` endpoints as if by a
+//! `ECONNRESET`; that error is given once, so after a failed `send` took it, `recv` ends as if by a
 //! FIN; after a FIN, a reset makes `send` fail with `EPIPE` instead.
 
 mod persist;
@@ -121,7 +121,7 @@ pub struct Summary {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseReason {
     /// Both sides closed.
-    Summary,
+    Closed,
     /// This side did otherwise, and what the kernel said of it.
     Fault(Side, Errno),
     /// It carried nothing for too long.
@@ -159,14 +159,14 @@ pub struct Progress {
 #[derive(Debug)]
 pub enum Outcome {
     /// It is over.
-    Summary(Summary),
+    Closed(Summary),
     /// It was told to leave, and goes on from here.
     Left(Box<Forwarder>),
 }
 
 impl Forwarder {
     /// Joins two sockets; `preface` goes to the backend ahead of the client's bytes, in one write.
-    /// What is delivered is counted as `carried`. It endpoints when it is quiet, if that is `idle_guard`.
+    /// What is delivered is counted as `carried`. It ends when it is idle, with an `idle_guard`.
     pub fn new(
         client: Socket,
         backend: Socket,
@@ -266,14 +266,14 @@ impl Forwarder {
                 end: match self.fault {
                     _ if is_idle => CloseReason::Quiet,
                     Some((side, errno)) => CloseReason::Fault(side, errno),
-                    None => CloseReason::Summary,
+                    None => CloseReason::Closed,
                 },
             };
             let resets = SIDES.map(|side| is_idle || self.is_to_be_reset(side));
             for (end, reset) in self.endpoints.into_iter().zip(resets) {
                 if reset { end.socket.reset() } else { end.socket.close() }
             }
-            Ok(Outcome::Summary(closed))
+            Ok(Outcome::Closed(closed))
         }
     }
 

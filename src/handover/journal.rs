@@ -302,7 +302,7 @@ impl Index {
     /// Takes out what does not count in front, and packs a little where half does not count.
     fn tidy(&mut self, queue: &Queue) {
         if self.written > 2 * self.current.len() + SLACK {
-            self.encode_message(queue);
+            self.compact(queue);
         }
         while self.first_is_over() && self.pop(queue) {}
     }
@@ -311,7 +311,7 @@ impl Index {
     /// that went.
     fn pack_if_worth_it(&mut self, queue: &Queue) -> bool {
         let messages = self.current.len().div_ceil(RECORDS_MAX) * 2 + 1;
-        (self.is_outdated() || self.messages.len() > messages) && self.encode_message(queue)
+        (self.is_outdated() || self.messages.len() > messages) && self.compact(queue)
     }
 
     fn first_is_over(&self) -> bool {
@@ -333,16 +333,15 @@ impl Index {
         is_out
     }
 
-    /// The same as [`Index::encode_message`], for whoever goes through all messages: of how many it has got rid.
+    /// The same as [`Index::compact`], for whoever goes through all messages: of how many it has got rid.
     fn clean(&mut self, queue: &Queue) -> Option<usize> {
         let before = self.taken_out;
-        (self.is_outdated() && self.encode_message(queue))
-            .then(|| (self.taken_out - before) as usize)
+        (self.is_outdated() && self.compact(queue)).then(|| (self.taken_out - before) as usize)
     }
 
     /// Writes what counts of the first messages anew behind the last, and takes these out; whether
     /// that went.
-    fn encode_message(&mut self, queue: &Queue) -> bool {
+    fn compact(&mut self, queue: &Queue) -> bool {
         let mut messages = queue.messages();
         let mut counts = Vec::new();
         let mut seen = 0;

@@ -171,7 +171,7 @@ impl fmt::Display for Suppressed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     /// The journal's native protocol, with fields.
-    SnapshotStore,
+    Journal,
     /// Lines with `<N>` in front, sd-daemon(3).
     Prefixed,
     /// Lines.
@@ -183,7 +183,7 @@ enum Format {
 enum Output {
     Stderr(Format),
     /// Opened at the start, when there are descriptors.
-    SnapshotStore(UnixDatagram),
+    Journal(UnixDatagram),
 }
 
 impl Output {
@@ -203,20 +203,20 @@ impl Output {
     fn journal() -> Option<Self> {
         UnixDatagram::unbound().and_then(|socket| socket.connect(JOURNAL_SOCKET)).ok()?;
         // Not connected: a journal that is restarted is another socket of the same name.
-        UnixDatagram::unbound().ok().map(Self::SnapshotStore)
+        UnixDatagram::unbound().ok().map(Self::Journal)
     }
 
     fn form(&self) -> Format {
         match self {
             Self::Stderr(form) => *form,
-            Self::SnapshotStore(_) => Format::SnapshotStore,
+            Self::Journal(_) => Format::Journal,
         }
     }
 
     fn write(&self, line: &[u8]) -> io::Result<()> {
         match self {
             Self::Stderr(_) => io::stderr().write_all(line),
-            Self::SnapshotStore(socket) => socket.send_to(line, JOURNAL_SOCKET).map(drop),
+            Self::Journal(socket) => socket.send_to(line, JOURNAL_SOCKET).map(drop),
         }
     }
 
@@ -233,7 +233,7 @@ impl Output {
                 }
                 self.write(line)
             }
-            Self::SnapshotStore(socket) => {
+            Self::Journal(socket) => {
                 let name = SocketAddrUnix::new(JOURNAL_SOCKET)?;
                 sendto(socket, line, SendFlags::DONTWAIT | SendFlags::NOSIGNAL, &name)?;
                 Ok(())
@@ -400,7 +400,7 @@ impl Line {
         let _ = match form {
             Format::Plain => writeln!(line, "{text}"),
             Format::Prefixed => writeln!(line, "<{priority}>{text}"),
-            Format::SnapshotStore => {
+            Format::Journal => {
                 for (name, value) in &self.fields {
                     let _ = writeln!(line, "{}={}", name.to_uppercase(), one_line(value));
                 }
@@ -461,7 +461,7 @@ mod tests {
         assert_eq!(render(Format::Plain), format!("{text}\n"));
         assert_eq!(render(Format::Prefixed), format!("<4>{text}\n"));
         assert_eq!(
-            render(Format::SnapshotStore),
+            render(Format::Journal),
             format!(
                 "CLIENT=a PRIORITY=0\nPRIORITY=4\nSYSLOG_IDENTIFIER=socket-proxyd\nMESSAGE={text}\n"
             )

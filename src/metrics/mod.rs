@@ -261,7 +261,7 @@ mod tests {
             .map(|(name, ..)| (name.clone(), Arc::<ConnectCounters>::default()))
             .collect();
         for (_, counters) in &backends {
-            counters.fail(ConnectErrorKind::InvalidRecord);
+            counters.fail(ConnectErrorKind::Refused);
         }
         let loops = Arc::new(Loops::default());
         loops.add(listeners.len()).carried.iter().for_each(|carried| carried.add(0, 1));
