@@ -190,7 +190,7 @@ pub fn serve(
             },
         };
         tracing::debug!(client = %log.address, listener = %log.entrance, "Connection established");
-        let answer = |progress| log.report_unacked(progress, setup.target());
+        let answer = |progress| log.report(progress, setup.target());
         let pair = pair(socket, backend, &log.address, entry, carried, &context);
         let outcome = pair.run(Some(&control), answer).await;
         log.finish(outcome, setup.target(), slot, &context);
@@ -218,8 +218,7 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
                     );
                 }
             };
-        let outcome =
-            pair.run(Some(&control), |progress| log.report_unacked(progress, &backend)).await;
+        let outcome = pair.run(Some(&control), |progress| log.report(progress, &backend)).await;
         log.finish(outcome, &backend, slot, &context);
     }
 }
@@ -292,7 +291,7 @@ impl LogContext {
     }
 
     /// Logs how it is.
-    fn report_unacked(&self, progress: Progress, backend: &dyn fmt::Display) {
+    fn report(&self, progress: Progress, backend: &dyn fmt::Display) {
         let Progress { from_client, from_backend, idle } = progress;
         let [there, back] = [from_client, from_backend].map(Bytes);
         let idle = idle.map(|idle| format!(", idle for {}", in_units(idle))).unwrap_or_default();

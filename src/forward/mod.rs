@@ -26,8 +26,8 @@
 //! A pipe is filled with more than the sink takes as long as few are buffered for slow sinks: fewer and
 //! larger steps. When many are, a flow takes only what its sink has room for, and copies a buffer where
 //! that is little, so that hundreds of stalled flows don't use up the user's quota of pipe memory. Nor do
-//! they use up the kernel's memory for TCP: what a TCP sink may hold unsent is bounded once a flow to it is
-//! bulk (`TCP_NOTSENT_LOWAT`).
+//! they use up the kernel's memory for TCP: a flow that has delivered 128 KiB limits what its TCP sink
+//! may hold unsent (`TCP_NOTSENT_LOWAT`).
 //!
 //! ## What it costs in system calls
 //!
@@ -36,7 +36,7 @@
 //!   `socket`, `connect`, for a TCP backend two `setsockopt` and one `getsockname` (has it connected
 //!   to itself?), for each Unix socket one `setsockopt` (SO_OOBINLINE, which is not inherited there),
 //!   four `epoll_ctl`, four receives, two sends, `shutdown`, two `close`.
-//! - Bulk from a TCP socket: two `splice` for up to 1 MiB, and once a `setsockopt` for a TCP sink; with many stalled flows a `poll` and a
+//! - Bulk from a TCP socket: two `splice` for up to 1 MiB, and one `setsockopt` for the first 128 KiB to a TCP sink; with many stalled flows a `poll` and a
 //!   `getsockopt` more.
 //!
 //! `tests/syscalls.rs` counts them, but for what stalled flows add.

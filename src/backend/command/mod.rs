@@ -57,7 +57,7 @@ static LIFE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
 static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 static STANDING: RateLimit = RateLimit::new(1, Duration::from_secs(10));
 
-/// An application that runs only while somebody uses it.
+/// Starts and stops COMMAND.
 #[derive(Debug)]
 pub struct Supervisor {
     command: CommandLine,
@@ -148,7 +148,7 @@ impl Supervisor {
 
     /// What keeps clients waiting; `None` when it is not COMMAND.
     pub fn last_error(&self) -> Option<String> {
-        (*self.state.borrow() != CommandState::Ready).then(|| self.current_obstacle())
+        (*self.state.borrow() != CommandState::Ready).then(|| self.current_error())
     }
 
     /// Waits until COMMAND is ready; that somebody waits is what starts it.
@@ -168,7 +168,7 @@ impl Supervisor {
             let now = *state.borrow_and_update();
             match now {
                 CommandState::Ready => return Ok(ReadyGuard(state)),
-                CommandState::Unreachable => return Err(self.current_obstacle()),
+                CommandState::Unreachable => return Err(self.current_error()),
                 _ => {}
             }
         }
@@ -385,7 +385,7 @@ impl Supervisor {
     async fn warn_if_slow(&self) -> Infallible {
         sleep(SLOW).await;
         if let Some(suppressed) = LIFE.pass() {
-            let last_error = self.current_obstacle();
+            let last_error = self.current_error();
             tracing::warn!(
                 "{} is not ready after {}s: {last_error}.{suppressed}",
                 self.command,
@@ -450,7 +450,7 @@ impl Supervisor {
         pause
     }
 
-    fn current_obstacle(&self) -> String {
+    fn current_error(&self) -> String {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
