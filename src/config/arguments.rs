@@ -130,7 +130,7 @@ pub struct Arguments {
         value_hint = ValueHint::FilePath, allow_hyphen_values = true)]
     pub metrics: Option<MetricsAddress>,
     /// Log err, warning, notice, info or debug [default: info]
-    #[arg(long, value_name = "LEVEL", hide_possible_values = true, value_parser = values::log_level(), help_heading = "Other",
+    #[arg(long, value_name = "LEVEL", hide_possible_values = true, value_parser = values::LogLevelParser, help_heading = "Other",
         allow_hyphen_values = true)]
     pub log_level: Option<LogLevel>,
     /// Show this help
@@ -152,8 +152,8 @@ impl Arguments {
     /// One line that names the option and the value.
     pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Parsed<Self>, String> {
         let mut args: Vec<_> = args.into_iter().collect();
-        let command = Self::command();
-        let is_known = |name: &str| command.get_arguments().any(|it| it.get_long() == Some(name));
+        let is_known =
+            |name: &str| Self::command().get_arguments().any(|it| it.get_long() == Some(name));
         expand(&mut args, &UPSTREAM, is_known);
         let has_dashes = args.iter().any(|arg| arg == "--");
         let mut arguments = match parse::<Self>(args)? {

@@ -67,10 +67,6 @@ impl TypedValueParser for LogLevelParser {
 
 const LEVELS: [&str; 5] = ["err", "warning", "notice", "info", "debug"];
 
-pub fn log_level() -> LogLevelParser {
-    LogLevelParser
-}
-
 /// A number as systemd's `safe_atou` reads it: leading white space, a plus sign, and the bases
 /// that `0x`, `0o`, `0b` and a leading zero name.
 fn parse_unsigned(text: &str) -> Option<u32> {
