@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         ("the examples of both manuals", examples),
     ];
     let aptly = (!Path::new("/usr/bin/aptly").exists()).then_some("aptly");
-    container::run_one_by_one(Container::missing().or(aptly), tests, || {
+    container::run(Container::missing().or(aptly), &[], tests, || {
         let mut files = Container::programs();
         let aptly = Path::new(ROOT).join("units/aptly/aptly-api.service");
         files.push((aptly, "/etc/systemd/system/aptly-api.service".into()));

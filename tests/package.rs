@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     ];
     let fresh = (!Path::new(FRESH).exists()).then_some("a small Debian");
     let root = TempDir::new_in("/var/tmp").unwrap();
-    container::run_one_by_one(Container::missing().or(fresh), tests, || {
+    container::run(Container::missing().or(fresh), &[], tests, || {
         let package = make("deb");
         let name = package.file_name().unwrap().to_str().unwrap();
         lines("tar", &["-C", root.path().to_str().unwrap(), "-xf", FRESH]);

@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         ("connect(2) is forbidden", forbidden_connect),
         ("an ephemeral port nobody listens on", self_connection),
     ];
-    container::run(Container::missing(), tests, || {
+    container::run(Container::missing(), tests, &[], || {
         let mut files = Container::files();
         files.push((OURS.into(), IN_ITS_PLACE.into()));
         Container::boot(&files)

@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         ("an application and its proxy in a network of their own", isolated),
         ("connections that outlive the proxy", steady),
     ];
-    container::run(missing(), tests, || {
+    container::run(missing(), tests, &[], || {
         let mut files = Container::files();
         files.push((YAQ.into(), "/opt/yaq".into()));
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/app.pl");

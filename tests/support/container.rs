@@ -9,7 +9,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
@@ -32,42 +32,41 @@ pub struct Container {
 /// A test and its name.
 pub type Test = (&'static str, fn(&Container));
 
-/// Runs tests in one container, two at a time; without what they need it says so, and fails in CI.
-pub fn run(missing: Option<&str>, tests: &[Test], boot: impl FnOnce() -> Container) -> ExitCode {
-    run_some(2, missing, tests, boot)
-}
-
-/// The same, for tests that use the same names.
-pub fn run_one_by_one(
+/// Runs tests in one container: those of `beside` two at a time, those of `alone` while no other
+/// runs, since they measure the service manager or use the same names. Without what they need it
+/// says so, and fails in CI.
+pub fn run(
     missing: Option<&str>,
-    tests: &[Test],
-    boot: impl FnOnce() -> Container,
-) -> ExitCode {
-    run_some(1, missing, tests, boot)
-}
-
-fn run_some(
-    at_a_time: usize,
-    missing: Option<&str>,
-    tests: &[Test],
+    beside: &[Test],
+    alone: &[Test],
     boot: impl FnOnce() -> Container,
 ) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads = arguments.test_threads.or(Some(at_a_time));
+    arguments.test_threads = arguments.test_threads.or(Some(2));
     if let Some(missing) = missing {
         eprintln!("SKIPPED: the tests in a real systemd need {missing}; `make test` installs it");
         let in_ci = env::var_os("CI").is_some();
         return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
     let container = (!arguments.list).then(|| Arc::new(boot()));
-    let trials = tests.iter().map(|&(name, test)| {
-        let container = container.clone();
+    let running = Arc::new(RwLock::new(()));
+    let beside = beside.iter().map(|&(name, test)| {
+        let (container, running) = (container.clone(), Arc::clone(&running));
         Trial::test(name, move || {
+            let _beside = running.read().unwrap_or_else(PoisonError::into_inner);
             test(&container.expect("a list runs nothing"));
             Ok(())
         })
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    let alone = alone.iter().map(|&(name, test)| {
+        let (container, running) = (container.clone(), Arc::clone(&running));
+        Trial::test(name, move || {
+            let _alone = running.write().unwrap_or_else(PoisonError::into_inner);
+            test(&container.expect("a list runs nothing"));
+            Ok(())
+        })
+    });
+    libtest_mimic::run(&arguments, beside.chain(alone).collect()).exit_code()
 }
 
 /// Runs in a mount namespace of its own, so that no mount outlives it: $1 the empty directory, $2 its
