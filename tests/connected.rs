@@ -136,7 +136,7 @@ fn options_apply_to_it() {
     let expected = format!("PROXY TCP4 127.0.0.1 127.0.0.1 {} {}\r\n", from.port(), to.port());
     assert_eq!(String::from_utf8(header).unwrap(), expected);
     assert_eq!(proxy.wait().code(), Some(0));
-    proxy.lines.wait_for("Connection carried nothing for 200ms");
+    proxy.lines.wait_for("Connection was idle for 200ms");
 }
 
 #[test]

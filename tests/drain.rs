@@ -41,7 +41,7 @@ fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
             proxy.signal(Signal::TERM);
             manager.wait_for("STOPPING=1");
             assert_eq!(manager.next(), "EXTEND_TIMEOUT_USEC=30000000");
-            assert_eq!(manager.next(), "STATUS=Draining, 1 connection is left, for up to 60s");
+            assert_eq!(manager.next(), "STATUS=Draining, 1 connection is left, for up to 1min");
             let mut newcomer = front.connect();
             newcomer.write_all(b"are you there?").unwrap();
             served.write_all(go_on).unwrap();
@@ -133,12 +133,12 @@ fn nobody_keeps_a_socket_that_was_opened_here() {
             .args([&format!("--listen={listen}"), "--drain-time=60s", &backend.target])
             .start();
         // Said although nobody waits here, since a unit of the same kind would be cut short.
-        proxy.lines.wait_for("--drain-time=60s without NOTIFY_SOCKET");
+        proxy.lines.wait_for("--drain-time=1min without NOTIFY_SOCKET");
         proxy.lines.wait_for("Listening on");
         let mut client = connect(&address);
         echoes(&mut client);
         proxy.signal(Signal::TERM);
-        proxy.lines.wait_for("Stopping, waiting up to 60s for open connections to end: 1.");
+        proxy.lines.wait_for("Stopping, waiting up to 1min for open connections to end: 1.");
         let refused = || {
             let newcomer =
                 Socket::new(Domain::from(i32::from(address.family())), Type::STREAM, None);
@@ -177,7 +177,7 @@ fn command_lives_until_its_connections_have_ended() {
     let mut client = front.connect();
     let first = ask_pid(&mut client);
     proxy.signal(Signal::TERM);
-    proxy.lines.wait_for("Stopping, waiting up to 60s for open connections to end: 1.");
+    proxy.lines.wait_for("Stopping, waiting up to 1min for open connections to end: 1.");
     assert_eq!(ask_pid(&mut client), first);
     drop(client);
     proxy.lines.wait_for("All connections have ended.");

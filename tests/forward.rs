@@ -91,7 +91,7 @@ impl Forwarding {
                 let preface_len = preface.len() as u64;
                 let (ours, count) = (Rc::clone(&shared), Arc::clone(&carried));
                 let pair = Forwarder::new(client, backend, preface, ours, count, None);
-                let proxy::Outcome::Closed(closed) = pair.run(None, |_| {}).await.unwrap() else {
+                let proxy::Outcome::Closed(closed) = pair.run(|_| {}).await.unwrap() else {
                     unreachable!("nobody tells it to leave")
                 };
                 let delivered = [preface_len + closed.from_client, closed.from_backend];
@@ -323,7 +323,7 @@ fn half_close_lets_the_other_direction_live() {
         end.unwrap();
         assert!(received.is_empty());
         let outcome = it.forwarder.join().unwrap();
-        assert!(outcome.closed.end == CloseReason::Closed);
+        assert!(outcome.closed.reason == CloseReason::Closed);
     });
 }
 
@@ -359,7 +359,7 @@ fn reset_before_any_byte() {
         abort(&mut it);
         drop(it.near);
         ends_in_reset(&mut it.far, it.families.1, b"");
-        assert!(matches!(it.forwarder.join().unwrap().closed.end, CloseReason::Fault(..)));
+        assert!(matches!(it.forwarder.join().unwrap().closed.reason, CloseReason::Fault(..)));
     });
 }
 
@@ -480,7 +480,7 @@ fn a_failed_write_lets_the_other_direction_drain() {
             let (received, end) = read_all(&mut it.far);
             end.unwrap();
             assert!(received.is_empty());
-            assert!(matches!(it.forwarder.join().unwrap().closed.end, CloseReason::Fault(..)));
+            assert!(matches!(it.forwarder.join().unwrap().closed.reason, CloseReason::Fault(..)));
         }
     }
 }
@@ -517,7 +517,7 @@ fn a_unix_client_that_closes_is_not_waited_for() {
             assert_eq!(received, b"for your information");
             // Far says nothing and closes nothing.
             let outcome = it.forwarder.join().unwrap();
-            assert!(outcome.closed.end == CloseReason::Closed);
+            assert!(outcome.closed.reason == CloseReason::Closed);
         }
     }
 }

@@ -22,17 +22,17 @@ use crate::socket::Socket;
 pub struct Backend {
     backend_wait: Rc<BackendWait>,
     wait: TimeSpan,
-    application: Option<Arc<Supervisor>>,
+    supervisor: Option<Arc<Supervisor>>,
 }
 
 impl Backend {
-    /// `wait` is how long a client is held; with zero it is not, and there is no application.
+    /// `wait` is how long a client is held; with zero it is not, and there is no supervisor.
     pub fn new(
         backend_wait: Rc<BackendWait>,
         wait: TimeSpan,
-        application: Option<Arc<Supervisor>>,
+        supervisor: Option<Arc<Supervisor>>,
     ) -> Self {
-        Self { backend_wait, wait, application }
+        Self { backend_wait, wait, supervisor }
     }
 
     /// Where it is, for messages.
@@ -65,8 +65,8 @@ impl Backend {
         }
         let _waiting = waiting.take();
         timeout_at(self.wait.deadline(), Box::pin(self.waiting())).await.unwrap_or_else(|_| {
-            let application = self.application.as_ref();
-            let last_error = application.and_then(|application| application.last_error());
+            let supervisor = self.supervisor.as_ref();
+            let last_error = supervisor.and_then(|supervisor| supervisor.last_error());
             let last_error = last_error.unwrap_or_else(|| self.backend_wait.timeout_error());
             Err(format!("{last_error}, for {}", self.wait))
         })
@@ -74,11 +74,11 @@ impl Backend {
 
     async fn waiting(&self) -> Result<Socket, String> {
         let connect = async || self.backend_wait.connect().await.map_err(|error| error.to_string());
-        let Some(application) = &self.application else {
+        let Some(supervisor) = &self.supervisor else {
             return connect().await;
         };
         loop {
-            let mut run = application.ready().await?;
+            let mut run = supervisor.ready().await?;
             tokio::select! {
                 biased;
                 // First: nobody is handed to one that is being stopped.

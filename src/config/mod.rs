@@ -212,7 +212,7 @@ mod tests {
                 " [possible values: never, restart, crash]",
             ),
             ("--keepalive <TIME>", "0", ": it has to be more than 0, or infinity"),
-            ("--keepalive <TIME>", "10h", ": it has to be at most 32767s, or infinity"),
+            ("--keepalive <TIME>", "10h", ": it has to be at most 9h 6min 7s, or infinity"),
             ("--threads <N>", "0", ": it is not a number from 1 to 256"),
             ("--connection-idle-time <TIME>", "0", ": it has to be more than 0, or infinity"),
             ("--connect-timeout <TIME>", "0", ": it has to be more than 0, or infinity"),

@@ -25,6 +25,18 @@ const MONTH: u64 = YEAR / 12;
 /// Farther away than anybody waits; a clock can't tell the end of infinity.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
+const PRINTED_UNITS: [(&str, u64); 9] = [
+    ("y", YEAR),
+    ("month", MONTH),
+    ("w", 7 * DAY),
+    ("d", DAY),
+    ("h", HOUR),
+    ("min", MINUTE),
+    ("s", SECOND),
+    ("ms", 1000),
+    ("us", 1),
+];
+
 /// The first that matches is taken, so longer names come before the ones they begin with.
 const UNITS: [(&str, u64); 29] = [
     ("seconds", SECOND),
@@ -87,7 +99,18 @@ impl TimeSpan {
         Self(Some(span))
     }
 
-    /// Whether it is no time at all.
+    /// Shortens a duration for a message: to seconds within an hour, to minutes within a day.
+    pub fn rounded(span: Duration) -> Self {
+        let seconds = span.as_secs();
+        let accuracy = match seconds {
+            0..3600 => 1,
+            3600..86_400 => 60,
+            _ => 3600,
+        };
+        Self::new(Duration::from_secs(seconds / accuracy * accuracy))
+    }
+
+    /// Whether the span is zero.
     pub fn is_zero(self) -> bool {
         self.0 == Some(Duration::ZERO)
     }
@@ -103,13 +126,31 @@ impl TimeSpan {
     }
 }
 
+/// As systemd prints it: `1min 30s`, `1.5s`, `100ms`.
 impl fmt::Display for TimeSpan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(Duration::ZERO) => f.write_str("0"),
-            Some(span) => write!(f, "{span:?}"),
-            None => f.write_str("infinity"),
+        let Some(span) = self.0 else { return f.write_str("infinity") };
+        let mut rest = span.as_micros() as u64;
+        if rest == 0 {
+            return f.write_str("0");
         }
+        let mut separator = "";
+        for (name, unit) in PRINTED_UNITS {
+            let (count, remainder) = (rest / unit, rest % unit);
+            match count {
+                0 => continue,
+                _ if rest < MINUTE && remainder > 0 => {
+                    let digits = unit.ilog10() as usize;
+                    let fraction = format!("{remainder:0digits$}");
+                    let fraction = fraction.trim_end_matches('0');
+                    return write!(f, "{separator}{count}.{fraction}{name}");
+                }
+                _ => write!(f, "{separator}{count}{name}")?,
+            }
+            separator = " ";
+            rest = remainder;
+        }
+        Ok(())
     }
 }
 
@@ -168,6 +209,20 @@ mod tests {
 
     fn micros(text: &str) -> Option<u128> {
         TimeSpan::parse(text).map(|span| span.finite().map_or(u128::MAX, |span| span.as_micros()))
+    }
+
+    #[test]
+    fn prints_as_systemd_does() {
+        for text in
+            ["0", "10min", "1min 30s", "1.5s", "100ms", "2h 3min 4.05s", "1w 3d", "5us", "infinity"]
+        {
+            assert_eq!(TimeSpan::parse(text).unwrap().to_string(), text);
+        }
+        assert_eq!(TimeSpan::parse("600").unwrap().to_string(), "10min");
+        let rounded = |seconds| TimeSpan::rounded(Duration::from_secs_f64(seconds)).to_string();
+        assert_eq!(rounded(184.5), "3min 4s");
+        assert_eq!(rounded(7300.0), "2h 1min");
+        assert_eq!(rounded(93_600.0 + 120.0), "1d 2h");
     }
 
     // tests/systemd.rs holds the same function against `systemd-analyze timespan`.

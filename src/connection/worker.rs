@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep};
 use crate::backend::wait::BackendWait;
 use crate::connection::{LoopContext, Restored, Settings, resume, serve};
 use crate::counters::Gauge;
+use crate::forward::idle::sweep;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::listen::listener::Accepted;
@@ -38,7 +39,7 @@ static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 /// All event loops.
 #[derive(Debug)]
 pub struct EventLoops {
-    plan: Settings,
+    settings: Settings,
     /// The main thread's.
     main_loop: EventLoop,
     /// Connections on it.
@@ -50,11 +51,11 @@ pub struct EventLoops {
 
 impl EventLoops {
     /// At most `count` loops, of which the calling one is the first.
-    pub fn new(plan: Settings, count: NonZeroUsize) -> Self {
+    pub fn new(settings: Settings, count: NonZeroUsize) -> Self {
         Self {
-            main_loop: EventLoop::start(&plan),
+            main_loop: EventLoop::start(&settings),
             main_load: Gauge::default(),
-            plan,
+            settings,
             threads: RefCell::default(),
             threads_max: count.get() - 1,
             retry_at: Cell::new(None),
@@ -68,16 +69,16 @@ impl EventLoops {
     }
 
     /// What all connections have in common.
-    pub fn plan(&self) -> &Settings {
-        &self.plan
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Bytes delivered so far, on all loops.
     pub fn carried(&self) -> u64 {
-        self.plan.loops.carried().into_iter().flatten().sum()
+        self.settings.loops.carried().into_iter().flatten().sum()
     }
 
-    /// Gives a connection for a backend of the plan to the loop with the fewest connections.
+    /// Gives a connection for a backend of the settings to the loop with the fewest connections.
     pub fn serve(&self, accepted: Accepted, backend: usize, journal: Option<JournalEntry>) {
         self.dispatch(Assignment::Accepted(accepted, backend, journal));
     }
@@ -105,20 +106,20 @@ impl EventLoops {
         self.main_loop.serve(assignment);
     }
 
-    /// Asks all connections how they are.
-    pub fn ask(&self) {
-        self.main_loop.context.orders.ask();
+    /// Asks all connections to report their progress.
+    pub fn request_reports(&self) {
+        self.main_loop.context.registry.request_reports();
         for thread in self.threads.borrow().iter() {
             // If it has ended, there are none.
             let _ = thread.assignments.send(Assignment::Report);
         }
     }
 
-    /// Has all connections leave, and stores them.
-    pub async fn leave(&self, handover: &Handover) {
+    /// Detaches all connections, and stores them.
+    pub async fn detach_all(&self, handover: &Handover) {
         handover.request_detach();
         self.threads.take().into_iter().for_each(Thread::end);
-        self.main_loop.leave(handover).await;
+        self.main_loop.detach_all(handover).await;
     }
 
     /// The thread for the next connection; `None` is the main one, which is first among equals.
@@ -127,13 +128,11 @@ impl EventLoops {
         let loads = threads.iter().map(|thread| thread.load.taken());
         let least = loads.enumerate().min_by_key(|(_, connections)| *connections);
         let (index, elsewhere) = least.unwrap_or((0, usize::MAX));
-        if main_loop > 0
-            && elsewhere > 0
-            && threads.len() < self.threads_max
-            && let Some(thread) = self.start(threads.len())
-        {
-            threads.push(thread);
-            return Some(threads.len() - 1);
+        if main_loop > 0 && elsewhere > 0 && threads.len() < self.threads_max {
+            if let Some(thread) = self.start(threads.len()) {
+                threads.push(thread);
+                return Some(threads.len() - 1);
+            }
         }
         (elsewhere < main_loop).then_some(index)
     }
@@ -143,7 +142,7 @@ impl EventLoops {
         if self.retry_at.get().is_some_and(|until| Instant::now() < until) {
             return None;
         }
-        match Thread::start(self.plan.clone()) {
+        match Thread::start(self.settings.clone()) {
             Ok(thread) => Some(thread),
             Err(error) => {
                 self.retry_at.set(Some(Instant::now() + RETRY_AFTER));
@@ -195,12 +194,12 @@ struct EventLoop {
 }
 
 impl EventLoop {
-    fn start(plan: &Settings) -> Self {
+    fn start(settings: &Settings) -> Self {
         let arrived = Rc::new(Notify::new());
         spawn_local(hold_guard_timer(Rc::clone(&arrived)));
-        let context = Rc::new(LoopContext::new(plan));
-        if let Some(watch) = &context.watch {
-            spawn_local(Rc::clone(watch).run());
+        let context = Rc::new(LoopContext::new(settings));
+        if let Some(idle_time) = context.registry.idle_time() {
+            spawn_local(sweep(Rc::clone(&context.registry), idle_time));
         }
         Self { context, arrived }
     }
@@ -208,7 +207,7 @@ impl EventLoop {
     fn serve(&self, assignment: Assignment) {
         let context = Rc::clone(&self.context);
         match assignment {
-            Assignment::Report => self.context.orders.ask(),
+            Assignment::Report => self.context.registry.request_reports(),
             Assignment::Restored(restored) => drop(spawn_local(resume(*restored, context))),
             Assignment::Accepted(accepted, backend, journal) => {
                 let Some(accepted) = accepted.register() else { return };
@@ -218,9 +217,9 @@ impl EventLoop {
         }
     }
 
-    async fn leave(&self, handover: &Handover) {
-        self.context.orders.leave().await;
-        handover.store(self.context.left.take());
+    async fn detach_all(&self, handover: &Handover) {
+        self.context.registry.detach_all().await;
+        handover.store(self.context.detached.take());
     }
 }
 
@@ -255,22 +254,22 @@ impl Thread {
     }
 
     /// Starts one, and waits until it has its event loop.
-    fn start(plan: Settings) -> io::Result<Self> {
+    fn start(settings: Settings) -> io::Result<Self> {
         // Not bounded here: whoever is sent has been admitted.
         let (assignments, receiver) = unbounded_channel();
-        let handle = start_thread("proxyd-worker", async move || live(&plan, receiver).await)?;
+        let handle = start_thread("proxyd-worker", async move || live(&settings, receiver).await)?;
         Ok(Self { assignments, load: Gauge::default(), handle })
     }
 }
 
 /// The life of a thread.
-async fn live(plan: &Settings, mut assignments: UnboundedReceiver<Assignment>) {
-    let worker = EventLoop::start(plan);
-    let _abort = plan.handover.as_ref().and_then(|it| it.abort_on_panic());
+async fn live(settings: &Settings, mut assignments: UnboundedReceiver<Assignment>) {
+    let event_loop = EventLoop::start(settings);
+    let _abort = settings.handover.as_ref().and_then(|it| it.abort_on_panic());
     while let Some(assignment) = assignments.recv().await {
-        worker.serve(assignment);
+        event_loop.serve(assignment);
     }
-    if let Some(handover) = plan.handover.as_ref().filter(|it| it.is_detach_requested()) {
-        worker.leave(handover).await;
+    if let Some(handover) = settings.handover.as_ref().filter(|it| it.is_detach_requested()) {
+        event_loop.detach_all(handover).await;
     }
 }

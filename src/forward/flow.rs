@@ -1,51 +1,24 @@
-//! One direction of a connection: what it holds, and how it moves bytes.
+//! One direction of a connection: the bytes it has buffered, and how it moves bytes.
 //!
 //! The theory of operation is at the top of `forward`.
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
+use std::mem;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 
 use crate::counters::{Gauge, GaugeGuard};
+use crate::forward::endpoint::Endpoint;
 use crate::forward::pipe::{Limits, Pipe, PipePool};
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef, FlowSnapshot, FlowState};
 use crate::forward::turns::Turns;
 use crate::socket::{Family, Socket};
 
-/// Bytes between two empty sockets below which a bulky flow may be quiet again. It is, when that happens
-/// twice in a row: a message of 33 to 64 KiB may come in two parts.
-const QUIET_BELOW: usize = 32 * 1024;
-
-/// Bytes from a Unix socket without any the other way from which on they are bulk, and copied. Its many
-/// small buffers cost more to splice than to copy, but for messages that fit into the socket.
-const UNIX_BULK: usize = 128 * 1024;
-
-/// The size from which on a pipe that a flow has for itself is one for bulk: those before have grown.
-const BULK_PIPE: usize = 128 * 1024;
-
-/// Bytes that a TCP sink may hold unsent, once a flow has delivered [`UNSENT_AFTER`]. Without a bound each
-/// stalled sink holds the 4 MiB of `tcp_wmem`. A few hundred of them use up the kernel's memory for TCP
-/// (`tcp_mem`), and the kernel drops segments of the flows that move. A smaller bound costs bulk on hundreds
-/// of connections CPU.
-const UNSENT_MAX: u32 = 896 * 1024;
-
-/// Bytes that a flow delivers before the bound is set: a short connection does not pay for it.
-const UNSENT_AFTER: u64 = 128 * 1024;
-
-/// Flows of one event loop that wait for room in their sinks before [`CAREFUL`] applies: so many may hold the
-/// kernel's memory for TCP.
-const MANY_STALLED: usize = 64;
-
-/// Bytes that a flow from TCP to TCP takes at a time while many flows are stalled. The kernel sizes the source's
-/// receive buffer by what one system call takes in a round trip. Where memory for TCP is short, it drops
-/// what comes for a socket that holds more than the average one's share.
-const CAREFUL: usize = 24 * 1024;
-
-/// What the connections of one thread share.
+/// What the connections of one event loop share.
 #[derive(Debug)]
 pub struct LoopBuffers {
     buffer: RefCell<Box<[u8]>>,
@@ -58,48 +31,11 @@ pub struct LoopBuffers {
 impl LoopBuffers {
     /// `limits` bounds the pipes, which are counted in `pipes`.
     pub fn new(limits: Limits, pipes: Gauge) -> Self {
-        let buffer = RefCell::new(vec![0; COPY_SIZE].into());
-        let (pipes, stalled) = (PipePool::new(limits, pipes), Gauge::default());
-        Self { buffer, pipes, stalled, turns: Turns::default() }
-    }
-}
-
-/// A socket, and what is known of it between two edges.
-#[derive(Debug)]
-pub struct Endpoint {
-    pub socket: Socket,
-    /// Worth reading from: no receive came short since the last edge.
-    pub readable: bool,
-    /// Worth writing to: no send came short since the last edge.
-    pub writable: bool,
-    /// An end of its bytes is not a FIN: the error that says so has been taken from the socket.
-    pub reset: bool,
-    /// What may wait on it unsent is bounded by [`UNSENT_MAX`].
-    pub is_bounded: bool,
-    /// The peer reset the connection, or it failed: what is left for its counterpart is waited for
-    /// only as long as it moves.
-    pub gone: bool,
-}
-
-impl Endpoint {
-    /// A socket of which no edge has told yet that it is worth reading from.
-    pub fn new(socket: Socket) -> Self {
-        let was_reset = socket.was_reset();
         Self {
-            socket,
-            readable: false,
-            writable: true,
-            is_bounded: false,
-            reset: was_reset,
-            gone: was_reset,
-        }
-    }
-
-    /// Bounds what may wait on it unsent.
-    fn limit_unsent(&mut self) {
-        if !self.is_bounded && self.socket.family() == Family::Tcp {
-            self.is_bounded = true;
-            self.socket.limit_unsent(UNSENT_MAX);
+            buffer: RefCell::new(vec![0; COPY_SIZE].into()),
+            pipes: PipePool::new(limits, pipes),
+            stalled: Gauge::default(),
+            turns: Turns::default(),
         }
     }
 }
@@ -108,34 +44,29 @@ impl Endpoint {
 #[derive(Debug, Default)]
 pub struct Flow {
     pub state: FlowState,
-    pub buffered: Buffered,
+    /// Bytes the sink accepted.
+    pub delivered: u64,
+    /// Bytes that were spliced since the other direction moved any.
+    pub unanswered: usize,
+    buffered: Buffered,
+    mode: Mode,
     /// Held while nothing is taken from the source, because the sink has no room for it.
     lacks_space: Option<GaugeGuard>,
-    mode: Mode,
-    /// Bytes that were spliced since the other direction carried any.
-    pub unanswered: usize,
-    /// Bytes the sink took.
-    pub delivered: u64,
-    /// Where all bytes are that it has taken and not delivered, if it may not hold them otherwise.
-    stored_pipe: Option<Box<Pipe>>,
 }
 
-/// Bytes taken from the source that the sink has not taken yet.
+/// Bytes received from the source that the sink has not accepted yet.
 #[derive(Debug, Default)]
-pub enum Buffered {
+enum Buffered {
     #[default]
     Nothing,
     Copied {
         bytes: Vec<u8>,
         sent: usize,
     },
+    /// In a pipe of the pool, which returns there when it is empty.
     Piped(Pipe),
-}
-
-impl Buffered {
-    pub fn is_nothing(&self) -> bool {
-        matches!(self, Self::Nothing)
-    }
+    /// In the flow's own pipe, which is stored with systemd and may be empty (crash mode).
+    Stored(Box<Pipe>),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -144,35 +75,38 @@ enum Mode {
     Copy,
     /// `bytes` came since the source was last empty; `was_little` came before that.
     Splice { bytes: usize, was_little: bool },
-    /// The source can't be spliced from, or sends urgent data, or bulk on a Unix socket.
+    /// The source cannot be spliced from, or sends urgent data, or is a Unix socket that sends bulk.
     CopyOnly,
 }
 
 /// What came of a step.
 pub enum Step {
     Moved,
+    /// Nothing moves before the next edge.
     Blocked,
-    /// The source can't be spliced from, and nothing else may be done.
+    /// The source cannot be spliced from. Steps copy from now on, which a flow with a stored pipe must not.
     CantSplice,
-    /// The source's bytes are at their end, and all of them are with the sink.
+    /// The source's bytes are at their end, and the sink has accepted all of them.
     End,
 }
 
-/// A socket that failed, and how.
+/// The socket that failed, and how.
 pub enum Fault {
     Source(Errno),
     Sink(Errno),
 }
 
-impl Pipe {
-    fn snapshot(&self) -> BufferedSnapshot<FdRef<'_>> {
-        let [read, write] = self.ends().map(FdRef::Borrowed);
-        BufferedSnapshot::Piped { read, write }
-    }
-}
-
 impl Flow {
-    /// Sends what is buffered, or else moves one bufferful or pipeful, of at most `size` bytes.
+    /// Creates a flow that sends `preface` ahead of the source's bytes.
+    pub fn with_preface(preface: Vec<u8>) -> Self {
+        let buffered = match preface.is_empty() {
+            true => Buffered::Nothing,
+            false => Buffered::Copied { bytes: preface, sent: 0 },
+        };
+        Self { buffered, ..Self::default() }
+    }
+
+    /// Sends what is buffered, or else moves one bufferful or pipeful of at most `size` bytes.
     pub fn step(
         &mut self,
         source: &mut Endpoint,
@@ -180,11 +114,8 @@ impl Flow {
         size: usize,
         shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
-        if self.stored_pipe.is_some() {
-            return self.step_stored(source, sink, size);
-        }
-        if !self.buffered.is_nothing() {
-            return self.send_held(sink, shared);
+        if !self.buffered.is_empty() {
+            return self.send_buffered(sink, shared);
         }
         if sink.writable {
             self.lacks_space = None;
@@ -192,11 +123,15 @@ impl Flow {
         if !source.readable || self.lacks_space.is_some() {
             return Ok(Step::Blocked);
         }
-        if !matches!(self.mode, Mode::Splice { .. }) {
-            return self.copy(source, sink, shared);
+        match self.buffered {
+            Buffered::Stored(_) => return self.splice(source, sink, size, shared),
+            _ if !matches!(self.mode, Mode::Splice { .. }) => {
+                return self.copy(source, sink, shared);
+            }
+            _ => {}
         }
-        // A pipe may be filled beyond what the sink takes now, and is buffered until it takes more: fewer and
-        // larger steps, as long as few flows do so.
+        // A pipe may be filled beyond what the sink accepts now: fewer and larger steps, as long as few flows
+        // do so.
         let is_careful = !shared.pipes.below_hold_limit();
         let most = if is_careful { sink.socket.send_space() } else { Some(usize::MAX) };
         match most {
@@ -205,22 +140,25 @@ impl Flow {
                 self.lacks_space = Some(shared.stalled.take());
                 return Ok(Step::Blocked);
             }
-            // A sink that is writable takes more than its buffer has room for, above all while the kernel
-            // is short of memory for TCP and has cut that buffer to a page (tcp_mem in tcp(7)). What it
-            // does not take is less than a buffer, and no pipe is buffered for it.
+            // A writable sink accepts more than its buffer has room for, above all while the kernel is
+            // short of memory for TCP and has cut that buffer to a page (tcp_mem in tcp(7)). What it does
+            // not accept is less than a buffer, and no pipe is held for it.
             Some(..COPY_SIZE) => {}
             Some(most) => {
                 let are_tcp = [&source, &sink].map(|end| end.socket.family()) == [Family::Tcp; 2];
                 let many_stalled = is_careful && shared.stalled.taken() >= MANY_STALLED;
                 let most = if many_stalled && are_tcp { most.min(CAREFUL) } else { most };
-                if let Some(pipe) = shared.pipes.take() {
-                    return self.splice(pipe, most.min(size), source, sink, shared);
+                if let Some(pipe) = shared.pipes.acquire() {
+                    self.buffered = Buffered::Piped(pipe);
+                    return self.splice(source, sink, most.min(size), shared);
                 }
             }
         }
         self.copy(source, sink, shared)
     }
 
+    /// Receives into the shared buffer and sends from there. Only what the sink does not accept is
+    /// allocated.
     fn copy(
         &mut self,
         source: &mut Endpoint,
@@ -242,249 +180,105 @@ impl Flow {
         }
         source.readable = !received.drained;
         match self.mode {
-            // A full buffer: there is more than a message.
+            // A full buffer: more than a message is coming.
             Mode::Copy if received.bytes == buffer.len() => {
                 self.mode = Mode::Splice { bytes: received.bytes, was_little: false };
             }
-            // It was not spliced, and now there is no bulk.
-            Mode::Splice { .. } if received.drained && received.bytes < QUIET_BELOW => {
+            // It was copied for want of a pipe, and the bulk is over.
+            Mode::Splice { .. } if received.drained && received.bytes < BULK_MIN => {
                 self.mode = Mode::Copy;
             }
             _ => {}
         }
         let bytes = &buffer[..received.bytes];
-        let sent = self.sent(sink.socket.send(bytes), sink)?;
+        let sent = self.account(sink.socket.send(bytes), sink)?;
         if sent < bytes.len() {
             self.buffered = Buffered::Copied { bytes: bytes[sent..].to_vec(), sent: 0 };
         }
         Ok(Step::Moved)
     }
 
+    /// Fills the empty pipe in `buffered` from the source, and sends what is in it.
     fn splice(
-        &mut self,
-        mut pipe: Pipe,
-        most: usize,
-        source: &mut Endpoint,
-        sink: &mut Endpoint,
-        shared: &LoopBuffers,
-    ) -> Result<Step, Fault> {
-        let filled = pipe.fill(&source.socket, most);
-        if is_at_urgent_data(filled, &source.socket) {
-            shared.pipes.release(pipe);
-            self.mode = Mode::CopyOnly;
-            return Ok(Step::Moved);
-        }
-        match filled {
-            Ok(0) => {
-                shared.pipes.release(pipe);
-                return Ok(Step::End);
-            }
-            Ok(now) => {
-                self.unanswered = self.unanswered.saturating_add(now);
-                if source.socket.family() == Family::Unix && self.unanswered > UNIX_BULK {
-                    self.mode = Mode::CopyOnly;
-                } else if let Mode::Splice { bytes, .. } = &mut self.mode {
-                    *bytes = bytes.saturating_add(now);
-                }
-            }
-            Err(errno) => {
-                shared.pipes.release(pipe);
-                return match errno {
-                    Errno::AGAIN => {
-                        source.readable = false;
-                        if let Mode::Splice { bytes, was_little } = self.mode {
-                            let is_little = bytes < QUIET_BELOW;
-                            self.mode = match is_little && was_little {
-                                true => Mode::Copy,
-                                false => Mode::Splice { bytes: 0, was_little: is_little },
-                            };
-                        }
-                        Ok(Step::Blocked)
-                    }
-                    Errno::INTR => Ok(Step::Moved),
-                    Errno::INVAL => {
-                        self.mode = Mode::CopyOnly;
-                        Ok(Step::Moved)
-                    }
-                    errno => Err(Fault::Source(errno)),
-                };
-            }
-        }
-        self.buffered = Buffered::Piped(pipe);
-        self.send_held(sink, shared)
-    }
-
-    fn send_held(&mut self, sink: &mut Endpoint, shared: &LoopBuffers) -> Result<Step, Fault> {
-        if !sink.writable {
-            return Ok(Step::Blocked);
-        }
-        let left = match &mut self.buffered {
-            Buffered::Nothing => return Ok(Step::Moved),
-            Buffered::Copied { bytes, sent } => {
-                let result = sink.socket.send(&bytes[*sent..]);
-                if let Ok(now) = result {
-                    *sent += now;
-                }
-                let left = bytes.len() - *sent;
-                self.sent(result, sink)?;
-                left
-            }
-            Buffered::Piped(pipe) => {
-                let result = pipe.drain(&sink.socket);
-                let left = pipe.filled();
-                self.sent(result, sink)?;
-                left
-            }
-        };
-        if left == 0
-            && let Buffered::Piped(pipe) = std::mem::take(&mut self.buffered)
-        {
-            shared.pipes.release(pipe);
-        }
-        Ok(Step::Moved)
-    }
-
-    /// The same for a flow with a pipe of its own.
-    fn step_stored(
         &mut self,
         source: &mut Endpoint,
         sink: &mut Endpoint,
         size: usize,
+        shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
-        let Some(pipe) = &mut self.stored_pipe else { return Ok(Step::Blocked) };
-        if pipe.filled() == 0 {
-            if !source.readable {
-                return Ok(Step::Blocked);
-            }
-            let filled = pipe.fill(&source.socket, size);
-            if is_at_urgent_data(filled, &source.socket) {
-                return Ok(Step::CantSplice);
-            }
-            match filled {
-                Ok(0) => return Ok(Step::End),
-                Ok(bytes) if bytes == pipe.size() => pipe.grow(),
-                Ok(_) => {}
-                Err(Errno::AGAIN) => {
-                    source.readable = false;
-                    return Ok(Step::Blocked);
+        let filled = match &mut self.buffered {
+            Buffered::Piped(pipe) => pipe.fill(&source.socket, size),
+            Buffered::Stored(pipe) => pipe.fill(&source.socket, size).inspect(|bytes| {
+                if *bytes == pipe.size() {
+                    pipe.grow();
                 }
-                Err(Errno::INTR) => return Ok(Step::Moved),
-                Err(Errno::INVAL) => return Ok(Step::CantSplice),
-                Err(errno) => return Err(Fault::Source(errno)),
+            }),
+            Buffered::Nothing | Buffered::Copied { .. } => return Ok(Step::Moved),
+        };
+        if let Ok(bytes @ 1..) = filled {
+            self.unanswered = self.unanswered.saturating_add(bytes);
+            if let Mode::Splice { bytes: sum, .. } = &mut self.mode {
+                *sum = sum.saturating_add(bytes);
+                if source.socket.family() == Family::Unix && self.unanswered > UNIX_BULK {
+                    self.mode = Mode::CopyOnly;
+                }
             }
+            return self.send_buffered(sink, shared);
         }
+        self.release_pipe(shared);
+        match filled {
+            _ if is_at_urgent_data(filled, &source.socket) => {
+                self.mode = Mode::CopyOnly;
+                Ok(Step::CantSplice)
+            }
+            Ok(_) => Ok(Step::End),
+            Err(Errno::AGAIN) => {
+                source.readable = false;
+                if let Mode::Splice { bytes, was_little } = self.mode {
+                    let is_little = bytes < BULK_MIN;
+                    self.mode = match is_little && was_little {
+                        true => Mode::Copy,
+                        false => Mode::Splice { bytes: 0, was_little: is_little },
+                    };
+                }
+                Ok(Step::Blocked)
+            }
+            Err(Errno::INTR) => Ok(Step::Moved),
+            Err(Errno::INVAL) => {
+                self.mode = Mode::CopyOnly;
+                Ok(Step::CantSplice)
+            }
+            Err(errno) => Err(Fault::Source(errno)),
+        }
+    }
+
+    fn send_buffered(&mut self, sink: &mut Endpoint, shared: &LoopBuffers) -> Result<Step, Fault> {
         if !sink.writable {
             return Ok(Step::Blocked);
         }
-        let result = pipe.drain(&sink.socket);
-        self.sent(result, sink)?;
+        let result = match &mut self.buffered {
+            Buffered::Nothing => Ok(0),
+            Buffered::Copied { bytes, sent } => {
+                sink.socket.send(&bytes[*sent..]).inspect(|now| *sent += now)
+            }
+            Buffered::Piped(pipe) => pipe.drain(&sink.socket),
+            Buffered::Stored(pipe) => pipe.drain(&sink.socket),
+        };
+        self.account(result, sink)?;
+        self.release_pipe(shared);
         Ok(Step::Moved)
     }
 
-    /// Takes a pipe of its own, with what is buffered in it.
-    ///
-    /// # Errors
-    /// When there is no pipe, or none with enough room; then all is as before.
-    pub fn attach_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
-        let pipe = match std::mem::take(&mut self.buffered) {
-            Buffered::Piped(pipe) => pipe,
-            buffered => {
-                let pipe = shared.pipes.make().ok_or(Errno::MFILE).and_then(|mut pipe| {
-                    if let Buffered::Copied { bytes, sent } = &buffered {
-                        pipe.put(&bytes[*sent..])?;
-                    }
-                    Ok(pipe)
-                });
-                pipe.inspect_err(|_| self.buffered = buffered)?
-            }
-        };
-        self.stored_pipe = Some(Box::new(pipe));
-        Ok(())
-    }
-
-    /// Gives its own pipe up, and carries bytes as other flows do.
-    pub fn detach_stored_pipe(&mut self) {
-        if let Some(pipe) = self.stored_pipe.take()
-            && pipe.filled() > 0
-        {
-            self.buffered = Buffered::Piped(*pipe);
-        }
-    }
-
-    /// As it is to be stored.
-    ///
-    /// # Errors
-    /// When bytes that were copied can't be put into a file: memfd_create(2)'s and write(2)'s.
-    pub fn snapshot(&self) -> io::Result<FlowSnapshot<FdRef<'_>>> {
-        let buffered = match (&self.stored_pipe, &self.buffered) {
-            (Some(pipe), _) => pipe.snapshot(),
-            (None, Buffered::Piped(pipe)) => pipe.snapshot(),
-            (None, Buffered::Copied { bytes, sent }) => {
-                let file = memfd_create(c"socket-proxyd", MemfdFlags::CLOEXEC)?;
-                File::from(file.try_clone()?).write_all(&bytes[*sent..])?;
-                BufferedSnapshot::Copied(FdRef::Owned(file))
-            }
-            (None, Buffered::Nothing) => BufferedSnapshot::Nothing,
-        };
-        Ok(FlowSnapshot { state: self.state, delivered: self.delivered, buffered })
-    }
-
-    /// One that was stored; with `its_own` pipe, if it had one.
-    ///
-    /// # Errors
-    /// When what it buffered can't be had.
-    pub fn restore(
-        stored: FlowSnapshot<OwnedFd>,
-        its_own: bool,
-        shared: &LoopBuffers,
-    ) -> io::Result<Self> {
-        let FlowSnapshot { state, delivered, buffered } = stored;
-        let mut flow = Self { state, delivered, ..Self::default() };
-        if state != FlowState::Open {
-            return Ok(flow);
-        }
-        match buffered {
-            BufferedSnapshot::Nothing => {}
-            BufferedSnapshot::Copied(file) => {
-                let mut bytes = Vec::new();
-                let mut file = File::from(file);
-                file.rewind()?;
-                file.take(COPY_SIZE as u64).read_to_end(&mut bytes)?;
-                flow.buffered = Buffered::Copied { bytes, sent: 0 };
-            }
-            BufferedSnapshot::Piped { read, write } => {
-                let pipe = shared.pipes.adopt(read, write)?;
-                if its_own {
-                    flow.stored_pipe = Some(Box::new(pipe));
-                } else if pipe.filled() > 0 {
-                    flow.buffered = Buffered::Piped(pipe);
-                }
-            }
-        }
-        Ok(flow)
-    }
-
-    /// Whether it has carried more at a time than a message.
-    pub fn is_bulky(&self) -> bool {
-        match &self.stored_pipe {
-            Some(pipe) => pipe.size() >= BULK_PIPE,
-            None => !matches!(self.mode, Mode::Copy),
-        }
-    }
-
-    /// Whether it has a pipe of its own, or needs none any more.
-    pub fn is_storable(&self) -> bool {
-        self.stored_pipe.is_some() || self.state != FlowState::Open
-    }
-
-    /// Accounts for a write to the sink; a full sink took nothing.
-    fn sent(&mut self, result: Result<usize, Errno>, sink: &mut Endpoint) -> Result<usize, Fault> {
+    /// Accounts for a write to the sink. A full sink accepted nothing.
+    fn account(
+        &mut self,
+        result: Result<usize, Errno>,
+        sink: &mut Endpoint,
+    ) -> Result<usize, Fault> {
         match result {
             Ok(bytes) => {
                 self.delivered += bytes as u64;
-                if self.delivered >= UNSENT_AFTER {
-                    sink.limit_unsent();
-                }
+                sink.limit_unsent(self.delivered);
                 Ok(bytes)
             }
             Err(Errno::AGAIN) => {
@@ -496,30 +290,138 @@ impl Flow {
         }
     }
 
-    /// Whether the next thing that can happen is that the sink takes something.
+    /// Returns a pipe of the pool, and frees the copied bytes, once the sink has accepted everything.
+    fn release_pipe(&mut self, shared: &LoopBuffers) {
+        if matches!(self.buffered, Buffered::Stored(_)) || !self.buffered.is_empty() {
+            return;
+        }
+        if let Buffered::Piped(pipe) = mem::take(&mut self.buffered) {
+            shared.pipes.release(pipe);
+        }
+    }
+
+    /// Takes a pipe of its own, with the buffered bytes in it.
+    ///
+    /// # Errors
+    /// When there is no pipe, or none with enough room. Then nothing has changed.
+    pub fn attach_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
+        let pipe = match mem::take(&mut self.buffered) {
+            Buffered::Piped(pipe) => pipe,
+            buffered => {
+                let pipe = shared.pipes.create_unpooled().and_then(|mut pipe| {
+                    if let Buffered::Copied { bytes, sent } = &buffered {
+                        pipe.put(&bytes[*sent..])?;
+                    }
+                    Ok(pipe)
+                });
+                pipe.inspect_err(|_| self.buffered = buffered)?
+            }
+        };
+        self.buffered = Buffered::Stored(Box::new(pipe));
+        Ok(())
+    }
+
+    /// Moves bytes as other flows do from now on, those in its own pipe first.
+    pub fn detach_stored_pipe(&mut self) {
+        self.buffered = match mem::take(&mut self.buffered) {
+            Buffered::Stored(pipe) if pipe.filled() > 0 => Buffered::Piped(*pipe),
+            Buffered::Stored(_) => Buffered::Nothing,
+            buffered => buffered,
+        };
+    }
+
+    /// Returns the flow as it is to be stored.
+    ///
+    /// # Errors
+    /// When copied bytes cannot be written to a file: memfd_create(2)'s and write(2)'s.
+    pub fn snapshot(&self) -> io::Result<FlowSnapshot<FdRef<'_>>> {
+        let buffered = match &self.buffered {
+            Buffered::Nothing => BufferedSnapshot::Nothing,
+            Buffered::Copied { bytes, sent } => {
+                let file = memfd_create(c"socket-proxyd", MemfdFlags::CLOEXEC)?;
+                File::from(file.try_clone()?).write_all(&bytes[*sent..])?;
+                BufferedSnapshot::Copied(FdRef::Owned(file))
+            }
+            Buffered::Piped(pipe) => pipe.snapshot(),
+            Buffered::Stored(pipe) => pipe.snapshot(),
+        };
+        Ok(FlowSnapshot { state: self.state, delivered: self.delivered, buffered })
+    }
+
+    /// Restores a flow. If it `is_journaled`, its pipe stays its own.
+    ///
+    /// # Errors
+    /// When its buffered bytes cannot be read.
+    pub fn restore(
+        stored: FlowSnapshot<OwnedFd>,
+        is_journaled: bool,
+        shared: &LoopBuffers,
+    ) -> io::Result<Self> {
+        let FlowSnapshot { state, delivered, buffered } = stored;
+        let buffered = match buffered {
+            _ if state != FlowState::Open => Buffered::Nothing,
+            BufferedSnapshot::Nothing => Buffered::Nothing,
+            BufferedSnapshot::Copied(file) => {
+                let mut bytes = Vec::new();
+                let mut file = File::from(file);
+                file.rewind()?;
+                file.take(COPY_SIZE as u64).read_to_end(&mut bytes)?;
+                Buffered::Copied { bytes, sent: 0 }
+            }
+            BufferedSnapshot::Piped { read, write } => {
+                Buffered::Stored(Box::new(shared.pipes.adopt(read, write)?))
+            }
+        };
+        let mut flow = Self { state, delivered, buffered, ..Self::default() };
+        if !is_journaled {
+            flow.detach_stored_pipe();
+        }
+        Ok(flow)
+    }
+
+    /// Whether the flow has moved more at a time than a message.
+    pub fn is_bulky(&self) -> bool {
+        match &self.buffered {
+            Buffered::Stored(pipe) => pipe.size() >= BULK_PIPE,
+            _ => !matches!(self.mode, Mode::Copy),
+        }
+    }
+
+    /// Whether no byte of the flow is in the memory of the process, now or later.
+    pub fn is_storable(&self) -> bool {
+        self.state != FlowState::Open || matches!(self.buffered, Buffered::Stored(_))
+    }
+
+    /// Whether nothing can happen before the sink accepts bytes.
     pub fn waits_for_sink(&self) -> bool {
-        self.lacks_space.is_some() || self.holds()
+        self.lacks_space.is_some() || !self.buffered.is_empty()
     }
 
-    fn holds(&self) -> bool {
-        !self.buffered.is_nothing()
-            || self.stored_pipe.as_ref().is_some_and(|pipe| pipe.filled() > 0)
-    }
-
-    /// Nothing more can be delivered; what is buffered never will be, and its pipe is closed.
+    /// Ends an open flow because its sink accepts no more bytes. What is buffered is discarded, which
+    /// counts as `lost` too.
     pub fn close_sink(&mut self, lost: bool) {
         if self.state == FlowState::Open {
-            let lost = lost || self.holds();
+            let lost = lost || !self.buffered.is_empty();
             self.state = FlowState::SinkClosed { lost };
             self.buffered = Buffered::Nothing;
-            self.stored_pipe = None;
             self.lacks_space = None;
         }
     }
 }
 
-/// Whether a splice(2) moved nothing because urgent data is next, which only receiving gets past. After `EAGAIN` an event that has not been fetched yet comes as an edge; after 0 nothing
-/// would.
+impl Buffered {
+    fn is_empty(&self) -> bool {
+        match self {
+            Self::Nothing => true,
+            Self::Copied { bytes, sent } => *sent == bytes.len(),
+            Self::Piped(pipe) => pipe.filled() == 0,
+            Self::Stored(pipe) => pipe.filled() == 0,
+        }
+    }
+}
+
+/// Whether a splice(2) moved nothing because urgent data is next, which only receiving gets past. After
+/// `EAGAIN` an event that was not fetched yet comes as an edge; after 0 none would, so the kernel is asked.
 fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
     match filled {
         Ok(0) => !source.has_ended(),
@@ -527,3 +429,23 @@ fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
         _ => false,
     }
 }
+
+/// Bytes between two moments at which the source is empty below which a flow that splices may go back to
+/// copying. It does when that happens twice in a row: a message of 33 to 64 KiB may come in two parts.
+const BULK_MIN: usize = 32 * 1024;
+
+/// Bytes from a Unix socket, with none the other way, above which they are bulk and copied. Its many small
+/// buffers cost more to splice than to copy, but for messages that fit into the socket.
+const UNIX_BULK: usize = 128 * 1024;
+
+/// The size of a stored pipe that has grown, which it does only for bulk.
+const BULK_PIPE: usize = 128 * 1024;
+
+/// Flows of one event loop that wait for room in their sinks before [`CAREFUL`] applies: so many may hold the
+/// kernel's memory for TCP.
+const MANY_STALLED: usize = 64;
+
+/// Bytes that a flow from TCP to TCP takes at a time while many flows are stalled. The kernel sizes the
+/// source's receive buffer by what one system call takes in a round trip. Where memory for TCP is short,
+/// it drops what comes for a socket that holds more than the average one's share.
+const CAREFUL: usize = 24 * 1024;

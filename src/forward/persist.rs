@@ -11,8 +11,9 @@ use socket2::SockRef;
 
 use crate::counters::ByteCounters;
 use crate::forward::Forwarder;
-use crate::forward::flow::{Endpoint, Flow, LoopBuffers};
-use crate::forward::idle::IdleGuard;
+use crate::forward::endpoint::Endpoint;
+use crate::forward::flow::{Flow, LoopBuffers};
+use crate::forward::registry::Registration;
 use crate::forward::snapshot::{
     EndpointSnapshot, FdRef, FlowState, SIDES, Side, Snapshot, SnapshotStore,
 };
@@ -29,8 +30,8 @@ impl Forwarder {
     pub fn restore(
         snapshot: Snapshot<OwnedFd>,
         shared: Rc<LoopBuffers>,
-        carried: Arc<ByteCounters>,
-        idle_guard: Option<IdleGuard>,
+        counters: Arc<ByteCounters>,
+        registration: Option<Registration>,
         journal: Option<Box<dyn SnapshotStore>>,
     ) -> io::Result<Self> {
         let was_reset = SIDES.map(|side| was_reset(&snapshot, side));
@@ -46,8 +47,10 @@ impl Forwarder {
             } else {
                 clear_linger(&socket);
             }
-            let (reset, gone) = (end.reset || was_reset, end.gone || was_reset);
-            Ok(Endpoint { reset, gone, ..Endpoint::new(socket) })
+            let mut endpoint = Endpoint::new(socket);
+            endpoint.reset = end.reset || was_reset;
+            endpoint.gone = end.gone || was_reset;
+            Ok(endpoint)
         };
         // Both are registered before either error is returned: a socket that is dropped is reset.
         let (client, backend) = (endpoint(client, was_reset[0]), endpoint(backend, was_reset[1]));
@@ -57,12 +60,12 @@ impl Forwarder {
             Flow::restore(back, is_journaled, &shared)?,
         ];
         let preface = preface.into();
-        let mut pair = Self {
+        let mut forwarder = Self {
             endpoints,
             flows,
             shared,
-            carried,
-            idle_guard,
+            counters,
+            registration,
             preface,
             fault,
             last_turn: 0,
@@ -70,13 +73,13 @@ impl Forwarder {
         };
         match journal {
             // The stored snapshot is current.
-            Some(journal) if pair.flows.iter().all(Flow::is_storable) => {
-                pair.journal = Some(journal);
+            Some(journal) if forwarder.flows.iter().all(Flow::is_storable) => {
+                forwarder.journal = Some(journal);
             }
-            Some(journal) => pair.set_journal(journal),
+            Some(journal) => forwarder.set_journal(journal),
             None => {}
         }
-        Ok(pair)
+        Ok(forwarder)
     }
 
     /// Returns what the connection consists of at this moment.
@@ -118,7 +121,7 @@ impl Forwarder {
     }
 
     /// Stores the snapshot as it is now.
-    pub fn update_journal(&mut self) {
+    pub(super) fn update_journal(&mut self) {
         let Some(journal) = &self.journal else { return };
         if !self.snapshot().is_ok_and(|snapshot| journal.update(snapshot)) {
             self.drop_journal(Some("the store is full"));
@@ -126,18 +129,15 @@ impl Forwarder {
     }
 
     /// Goes on without a journal. `why` is logged.
-    pub fn drop_journal(&mut self, why: Option<&str>) {
-        if let Some(why) = why
-            && let Some(suppressed) = UNSTORED.pass()
-        {
+    pub(super) fn drop_journal(&mut self, why: Option<&str>) {
+        let Some(journal) = self.journal.take() else { return };
+        if let Some((why, suppressed)) = why.and_then(|why| Some((why, UNSTORED.pass()?))) {
             tracing::warn!(
                 "A connection is not stored, and would end with the proxy: {why}.{suppressed}"
             );
         }
         self.flows.iter_mut().for_each(Flow::detach_stored_pipe);
-        if let Some(journal) = self.journal.take()
-            && !journal.forget()
-        {
+        if !journal.forget() {
             // The next process would restore the stale snapshot and send its bytes a second time.
             self.flows.iter_mut().for_each(|flow| flow.close_sink(true));
         }
@@ -157,8 +157,8 @@ impl Forwarder {
     /// Closes the sockets here without ending the connection: a stored reference keeps it open.
     pub fn detach(self) {
         let [client, backend] = self.endpoints;
-        client.socket.leave();
-        backend.socket.leave();
+        client.socket.detach();
+        backend.socket.detach();
     }
 }
 

@@ -1,69 +1,166 @@
-//! The connections of one event loop. Each is registered for as long as it lives, with a value for whoever
-//! visits them all.
+//! The connections of one event loop: each can be asked to detach or to report its progress, and is visited
+//! by the idle sweep.
 
-use std::cell::{Cell, RefCell};
-use std::ops::Deref;
+use std::cell::{Cell, OnceCell, RefCell};
+use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::{Poll, Waker};
+use std::time::Duration;
 
-/// Who is there. Joining and leaving move nobody but the last.
-#[derive(Debug)]
-pub struct Registry<T>(RefCell<Vec<Rc<Place<T>>>>);
+use tokio::sync::Notify;
 
-/// A place in a roster, until this is dropped.
+use crate::forward::idle::Activity;
+
+/// The connections of one event loop, and what they are asked for.
+#[derive(Debug, Default)]
+pub struct Registry {
+    /// `--connection-idle-time=`.
+    idle_time: Option<Duration>,
+    entries: RefCell<Vec<Rc<Entry>>>,
+    detach: Cell<bool>,
+    /// How often reports were requested.
+    reports: Cell<u32>,
+    /// The first connection was registered.
+    pub(super) occupied: Notify,
+    /// The last connection was deregistered.
+    vacated: Notify,
+}
+
+/// A connection's entry. The connection is deregistered when this is dropped.
 #[derive(Debug)]
-pub struct Registration<T> {
-    place: Rc<Place<T>>,
-    roster: Rc<Registry<T>>,
+pub struct Registration {
+    entry: Rc<Entry>,
+    registry: Rc<Registry>,
 }
 
 #[derive(Debug)]
-struct Place<T> {
-    /// Where it stands among all.
+struct Entry {
+    /// Its index among the entries.
     index: Cell<usize>,
-    kept: T,
+    /// The connection's task.
+    waker: OnceCell<Waker>,
+    /// The last report it made, by number.
+    reported: Cell<u32>,
+    activity: Activity,
 }
 
-impl<T> Default for Registry<T> {
-    fn default() -> Self {
-        Self(RefCell::default())
+impl Registry {
+    /// Creates a registry of connections that end when they are idle for `idle_time`.
+    pub fn new(idle_time: Option<Duration>) -> Self {
+        Self { idle_time, ..Self::default() }
+    }
+
+    /// Returns how long a connection may be idle.
+    pub fn idle_time(&self) -> Option<Duration> {
+        self.idle_time
+    }
+
+    /// Registers a connection.
+    pub fn register(self: &Rc<Self>) -> Registration {
+        let mut entries = self.entries.borrow_mut();
+        if entries.is_empty() {
+            self.occupied.notify_one();
+        }
+        let entry = Rc::new(Entry {
+            index: Cell::new(entries.len()),
+            waker: OnceCell::new(),
+            reported: self.reports.clone(),
+            activity: Activity::default(),
+        });
+        entries.push(Rc::clone(&entry));
+        Registration { entry, registry: Rc::clone(self) }
+    }
+
+    /// Asks all connections to detach, and waits until the last one is deregistered.
+    pub async fn detach_all(&self) {
+        self.detach.set(true);
+        self.wake_all();
+        while !self.is_empty() {
+            self.vacated.notified().await;
+        }
+    }
+
+    /// Asks all connections to report their progress.
+    pub fn request_reports(&self) {
+        self.reports.set(self.reports.get().wrapping_add(1));
+        self.wake_all();
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.borrow().is_empty()
+    }
+
+    /// Visits all connections, and wakes those for which `visit` returns `true`.
+    pub(super) fn wake_if(&self, visit: impl Fn(&Activity) -> bool) {
+        for entry in &*self.entries.borrow() {
+            if let (true, Some(waker)) = (visit(&entry.activity), entry.waker.get()) {
+                waker.wake_by_ref();
+            }
+        }
+    }
+
+    fn wake_all(&self) {
+        self.wake_if(|_| true);
     }
 }
 
-impl<T> Registry<T> {
-    /// One more, who keeps this there.
-    pub fn join(self: &Rc<Self>, kept: T) -> Registration<T> {
-        let mut places = self.0.borrow_mut();
-        let place = Rc::new(Place { index: Cell::new(places.len()), kept });
-        places.push(Rc::clone(&place));
-        Registration { place, roster: Rc::clone(self) }
+impl Registration {
+    /// Names the task to wake. The first call counts: a connection stays with its task.
+    pub fn set_waker(&self, waker: &Waker) {
+        let _ = self.entry.waker.set(waker.clone());
     }
 
-    /// Whether nobody is there.
-    pub fn is_empty(&self) -> bool {
-        self.0.borrow().is_empty()
+    pub fn idle_time(&self) -> Option<Duration> {
+        self.registry.idle_time
     }
 
-    /// Goes through what they keep; meanwhile nobody may join or leave.
-    pub fn for_each(&self, run: impl FnMut(&T)) {
-        self.0.borrow().iter().map(|place| &place.kept).for_each(run);
+    pub fn is_detach_requested(&self) -> bool {
+        self.registry.detach.get()
+    }
+
+    /// Whether the connection is asked to detach or to report.
+    pub fn is_called(&self) -> bool {
+        self.is_detach_requested() || self.is_report_requested()
+    }
+
+    /// Calls `report` once for each request.
+    pub fn report_if_requested(&self, report: impl FnOnce()) {
+        if self.is_report_requested() {
+            self.entry.reported.set(self.registry.reports.get());
+            report();
+        }
+    }
+
+    /// Waits until the connection is asked to detach. Meanwhile it reports on request.
+    pub async fn detach_requested(&self, report: impl Fn()) {
+        poll_fn(|cx| {
+            self.set_waker(cx.waker());
+            self.report_if_requested(&report);
+            if self.is_detach_requested() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    pub(super) fn activity(&self) -> &Activity {
+        &self.entry.activity
+    }
+
+    fn is_report_requested(&self) -> bool {
+        self.entry.reported.get() != self.registry.reports.get()
     }
 }
 
-impl<T> Deref for Registration<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        &self.place.kept
-    }
-}
-
-impl<T> Drop for Registration<T> {
+impl Drop for Registration {
+    /// Moves the last entry into the place of this one.
     fn drop(&mut self) {
-        let index = self.place.index.get();
-        let mut places = self.roster.0.borrow_mut();
-        places.swap_remove(index);
-        if let Some(moved) = places.get(index) {
+        let index = self.entry.index.get();
+        let mut entries = self.registry.entries.borrow_mut();
+        entries.swap_remove(index);
+        if let Some(moved) = entries.get(index) {
             moved.index.set(index);
+        }
+        if entries.is_empty() {
+            self.registry.vacated.notify_one();
         }
     }
 }
@@ -73,19 +170,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_leaves_takes_nobody_along() {
-        let roster = Rc::new(Registry::default());
-        let mut all: Vec<_> = (0..10).map(|number| roster.join(number)).collect();
-        let mut left: Vec<_> = (0..10).collect();
+    fn deregistering_removes_only_that_entry() {
+        let registry = Rc::new(Registry::default());
+        let mut all: Vec<_> = (0..10).map(|_| registry.register()).collect();
         for index in [4, 0, 7, 0, 3] {
             drop(all.remove(index));
-            left.remove(index);
-            let mut there = Vec::new();
-            roster.for_each(|number| there.push(*number));
-            there.sort_unstable();
-            assert_eq!(there, left);
+            let entries = registry.entries.borrow();
+            assert_eq!(entries.len(), all.len());
+            for registration in &all {
+                let index = registration.entry.index.get();
+                assert!(Rc::ptr_eq(&entries[index], &registration.entry));
+            }
         }
         drop(all);
-        assert!(roster.is_empty());
+        assert!(registry.is_empty());
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The queue is an append-only log: each change appends a new record, and the last record of an id wins.
 //! Superseded records at the head are dropped. When more than half of the records are superseded, or the
-//! queue becomes full, the live ones are appended again, many to a message, and the head is dropped. So the
+//! queue is half full, the live ones are appended again, many to a message, and the head is dropped. So the
 //! queue holds at most twice the live records, and a little more.
 //!
 //! The index says what is in the queue, message by message. It is compared with the queue whenever that is read.
@@ -29,52 +29,14 @@ use crate::handover::record::{
 };
 use crate::logging::RateLimit;
 
-/// Superseded records below which compaction is not worth it.
-const SLACK: usize = 32;
-
-/// Percent of the queue's bytes, or of the descriptors that may be under way, from which on it is packed;
-/// from which on nobody new is stored; and from which on only what makes room is written.
-const COMPACT_AT: usize = 50;
-const REFUSE_NEW_AT: usize = 75;
-const REFUSE_UPDATES_AT: usize = 90;
-
-/// How long what does not count may stay at most, but for the time it takes.
-const CLEANED_AFTER: Duration = Duration::from_secs(5);
-
-static DIFFERS: RateLimit = RateLimit::new(1, Duration::from_secs(600));
-static IS_FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
-
-/// The queue, and what is known of it.
+/// The queue, and the index of what is in it.
 #[derive(Debug)]
 pub struct Journal {
     queue: Queue,
-    next: AtomicU64,
+    next_id: AtomicU64,
     index: Mutex<Index>,
-    /// Something does not count any more.
+    /// A record was superseded and is still in the queue.
     outdated: Notify,
-}
-
-#[derive(Debug, Default)]
-struct Index {
-    /// The messages of the queue.
-    messages: VecDeque<MessageInfo>,
-    /// How many messages have been taken out: the number of the first.
-    taken_out: u64,
-    /// The message that holds the live record of each id.
-    current: HashMap<u64, u64>,
-    /// Records in the queue. A message without records counts for one.
-    written: usize,
-    /// Descriptors in it, and how many there may be.
-    descriptors: usize,
-    descriptors_max: usize,
-}
-
-/// A message, as it should be.
-#[derive(Debug)]
-struct MessageInfo {
-    /// The ids of its records.
-    record_ids: Vec<u64>,
-    descriptors: usize,
 }
 
 /// A record that stays in the queue for as long as this lives.
@@ -83,14 +45,35 @@ pub struct JournalEntry {
     journal: Arc<Journal>,
     id: u64,
     start: u64,
-    /// Whether it is to be there when this is gone.
+    /// The record stays when this is dropped.
     stays: bool,
 }
 
+#[derive(Debug, Default)]
+struct Index {
+    /// The messages of the queue.
+    messages: VecDeque<MessageInfo>,
+    /// Messages that were dropped: the number of the first in the queue.
+    dropped: u64,
+    /// The number of the message that holds the live record of each id.
+    current: HashMap<u64, u64>,
+    /// Records in the queue. A message without records counts for one.
+    written: usize,
+    /// Descriptors in the queue.
+    descriptors: usize,
+    descriptors_max: usize,
+}
+
+#[derive(Debug)]
+struct MessageInfo {
+    record_ids: Vec<u64>,
+    descriptors: usize,
+}
+
 impl Journal {
-    /// A journal over a queue with these messages, of whose records the `current` are live.
+    /// Creates a journal over a queue with these messages, of whose records the `current` are live.
     pub fn new(queue: Queue, messages: Vec<Vec<u64>>, current: &HashSet<u64>) -> Arc<Self> {
-        let next = messages.iter().flatten().max().map_or(0, |last| last + 1);
+        let next_id = messages.iter().flatten().max().map_or(0, |last| last + 1);
         let limit = getrlimit(Resource::Nofile).current;
         let descriptors_max = limit.map_or(usize::MAX / 100, |limit| limit as usize).max(1);
         let mut index = Index { descriptors_max, ..Index::default() };
@@ -99,26 +82,24 @@ impl Journal {
             for id in record_ids.iter().filter(|id| current.contains(id)) {
                 index.current.insert(*id, number);
             }
-            index.note(MessageInfo { descriptors: record_ids.len() * FDS_PER_RECORD, record_ids });
+            index.push(MessageInfo { descriptors: record_ids.len() * FDS_PER_RECORD, record_ids });
         }
         let outdated = Notify::new();
-        // What did not count when it was read.
+        // The messages may have superseded records.
         outdated.notify_one();
-        Arc::new(Self { queue, next: next.into(), index: index.into(), outdated })
+        Arc::new(Self { queue, next_id: next_id.into(), index: index.into(), outdated })
     }
 
-    /// Keeps something new, if there is room. Some is left for listeners, and for changes of what is there.
+    /// Appends a record with a new id, if there is room. Connections leave some room for listeners, and for
+    /// changes of what is in the journal.
     pub fn keep<Fd: AsFd>(
         self: &Arc<Self>,
         start: u64,
         body: RecordBody<Fd>,
     ) -> Option<JournalEntry> {
-        let entry = self.entry(self.next.fetch_add(1, Ordering::Relaxed), start);
-        let full = if matches!(body, RecordBody::Listener(..)) {
-            REFUSE_UPDATES_AT
-        } else {
-            REFUSE_NEW_AT
-        };
+        let entry = self.entry(self.next_id.fetch_add(1, Ordering::Relaxed), start);
+        let is_listener = matches!(body, RecordBody::Listener(..));
+        let full = if is_listener { REFUSE_UPDATES_AT } else { REFUSE_NEW_AT };
         if entry.write(body, full) {
             return Some(entry.own());
         }
@@ -131,63 +112,60 @@ impl Journal {
         None
     }
 
-    /// What has this number in the queue; it stays there until it is taken over.
+    /// Returns the entry of a record in the queue, which stays there until the entry is owned.
     pub fn entry(self: &Arc<Self>, id: u64, start: u64) -> JournalEntry {
         JournalEntry { journal: Arc::clone(self), id, start, stays: true }
     }
 
-    /// Writes what is to be there when the process is gone, each with when it began, in one message:
-    /// at most [`RECORDS_MAX`].
+    /// Appends at most [`RECORDS_MAX`] records in one message, each with the start of its connection. They
+    /// stay when the process is gone.
     ///
     /// # Errors
-    /// When there is no room; then none of them is there.
-    pub fn leave<Fd: AsFd>(&self, contents: Vec<(u64, RecordBody<Fd>)>) -> Result<(), Errno> {
-        let id = || self.next.fetch_add(1, Ordering::Relaxed);
+    /// When there is no room; then none of them is in the queue.
+    pub fn append<Fd: AsFd>(&self, contents: Vec<(u64, RecordBody<Fd>)>) -> Result<(), Errno> {
+        let id = || self.next_id.fetch_add(1, Ordering::Relaxed);
         let record = |(start, body)| Record { id: id(), start, body };
         let records: Vec<_> = contents.into_iter().map(record).collect();
         let encoded: Vec<_> = records.iter().map(Record::encode).collect();
-        self.lock().write(&self.queue, &encoded)
+        self.lock().append(&self.queue, &encoded)
     }
 
-    /// Takes what does not count out before long, for ever: whoever holds a second reference to a socket
-    /// keeps the kernel from closing it.
+    /// Drops superseded records before long, for ever: a second reference to a socket keeps the kernel from
+    /// closing it.
     pub async fn clean(&self) -> Infallible {
         loop {
             self.outdated.notified().await;
             sleep(CLEANED_AFTER).await;
-            // Once round.
-            let mut left = self.lock().messages.len();
-            while left > 0 {
-                // Not held while others run.
-                let gone = self.lock().clean(&self.queue);
-                let Some(gone) = gone else {
-                    // What stands in the way may pass.
-                    if self.lock().is_outdated() {
-                        self.outdated.notify_one();
-                    }
-                    break;
-                };
-                left = left.saturating_sub(gone);
+            // One round over the messages of this moment. The lock is released after each step.
+            let end = self.lock().next_number();
+            while self.clean_step(end) {
                 yield_now().await;
+            }
+            if self.lock().is_outdated() {
+                self.outdated.notify_one();
             }
         }
     }
 
-    /// Takes all out.
+    fn clean_step(&self, end: u64) -> bool {
+        let mut index = self.lock();
+        index.is_outdated() && index.dropped < end && index.compact(&self.queue)
+    }
+
+    /// Drops everything.
     pub fn clear(&self) {
         let mut index = self.lock();
         while self.queue.pop() {}
         *index = Index { descriptors_max: index.descriptors_max, ..Index::default() };
     }
 
-    /// Live records.
+    /// Returns the number of live records.
     pub fn live(&self) -> usize {
         self.lock().current.len()
     }
 
-    /// After a change.
     fn maintain(&self, index: &mut Index) {
-        index.tidy(&self.queue);
+        index.drop_superseded(&self.queue);
         if index.is_outdated() {
             self.outdated.notify_one();
         }
@@ -199,31 +177,32 @@ impl Journal {
 }
 
 impl JournalEntry {
-    /// From now on it is there for as long as this lives, and no longer.
+    /// Ties the record to this entry: dropping the entry drops the record.
     pub fn own(mut self) -> Self {
         self.stays = false;
         self
     }
 
-    /// Lets it stay there.
-    pub fn leave(mut self) {
+    /// Lets the record stay.
+    pub fn detach(mut self) {
         self.stays = true;
     }
 
-    /// Writes it, unless the queue is as full as that, even when it is packed.
+    /// Appends the record, unless the queue is `full` percent full even after compaction.
     fn write<Fd: AsFd>(&self, body: RecordBody<Fd>, full: usize) -> bool {
         let record = Record { id: self.id, start: self.start, body };
         let encoded = [record.encode()];
         let queue = &self.journal.queue;
         let mut index = self.journal.lock();
-        let mut fullness = index.fullness(queue);
-        for _ in 0..index.packs_for(fullness) {
-            if !index.pack_if_worth_it(queue) {
+        for _ in 0..COMPACT_STEPS {
+            if index.fullness(queue) < COMPACT_AT || !index.is_worth_compacting() {
                 break;
             }
-            fullness = index.fullness(queue);
+            if !index.compact(queue) {
+                break;
+            }
         }
-        let is_written = fullness < full && index.write(queue, &encoded).is_ok();
+        let is_written = index.fullness(queue) < full && index.append(queue, &encoded).is_ok();
         self.journal.maintain(&mut index);
         is_written
     }
@@ -240,7 +219,7 @@ impl SnapshotStore for JournalEntry {
     }
 
     fn detach(self: Box<Self>) {
-        self.leave();
+        (*self).detach();
     }
 }
 
@@ -256,10 +235,10 @@ impl Drop for JournalEntry {
 
 impl Index {
     fn next_number(&self) -> u64 {
-        self.taken_out + self.messages.len() as u64
+        self.dropped + self.messages.len() as u64
     }
 
-    fn write<Fd: AsFd>(
+    fn append<Fd: AsFd>(
         &mut self,
         queue: &Queue,
         records: &[EncodedRecord<Fd>],
@@ -269,122 +248,125 @@ impl Index {
         let number = self.next_number();
         let record_ids: Vec<_> = records.iter().map(EncodedRecord::id).collect();
         self.current.extend(record_ids.iter().map(|id| (*id, number)));
-        self.note(MessageInfo { record_ids, descriptors: fds.len() });
+        self.push(MessageInfo { record_ids, descriptors: fds.len() });
         Ok(())
     }
 
-    fn note(&mut self, message: MessageInfo) {
+    fn push(&mut self, message: MessageInfo) {
         self.written += message.record_ids.len().max(1);
         self.descriptors += message.descriptors;
         self.messages.push_back(message);
     }
 
-    /// In percent, of bytes or of descriptors.
-    fn fullness(&self, queue: &Queue) -> usize {
-        queue.fullness().max(self.descriptors * 100 / self.descriptors_max)
+    fn pop(&mut self, queue: &Queue) -> bool {
+        if !queue.pop() {
+            return false;
+        }
+        if let Some(message) = self.messages.pop_front() {
+            self.dropped += 1;
+            self.written -= message.record_ids.len().max(1);
+            self.descriptors -= message.descriptors;
+        }
+        true
     }
 
-    /// How much to pack before a message is written: the more, the fuller it is, so that all of it has
-    /// been gone through before it is full; then all of it, once.
-    fn packs_for(&self, fullness: usize) -> usize {
-        match fullness {
-            0..COMPACT_AT => 0,
-            COMPACT_AT..REFUSE_NEW_AT => 2,
-            REFUSE_NEW_AT..REFUSE_UPDATES_AT => 4,
-            _ => self.messages.len(),
-        }
+    /// Returns how full the queue is, in percent of its bytes or of the descriptors that may be in flight.
+    fn fullness(&self, queue: &Queue) -> usize {
+        queue.fullness().max(self.descriptors * 100 / self.descriptors_max)
     }
 
     fn is_outdated(&self) -> bool {
         self.written > self.current.len()
     }
 
-    /// Takes out what does not count in front, and packs a little where half does not count.
-    fn tidy(&mut self, queue: &Queue) {
+    /// Whether compaction drops superseded records, or puts the live ones into fewer messages.
+    fn is_worth_compacting(&self) -> bool {
+        let messages = self.current.len().div_ceil(RECORDS_MAX) * 2 + 1;
+        self.is_outdated() || self.messages.len() > messages
+    }
+
+    /// Drops superseded messages at the head. Compacts where more than half of the records are superseded.
+    fn drop_superseded(&mut self, queue: &Queue) {
         if self.written > 2 * self.current.len() + SLACK {
             self.compact(queue);
         }
-        while self.first_is_over() && self.pop(queue) {}
+        while self.messages.front().is_some_and(|first| self.is_superseded(first, self.dropped)) {
+            if !self.pop(queue) {
+                break;
+            }
+        }
     }
 
-    /// Packs a little if anything does not count, or stands in more messages than it has to; whether
-    /// that went.
-    fn pack_if_worth_it(&mut self, queue: &Queue) -> bool {
-        let messages = self.current.len().div_ceil(RECORDS_MAX) * 2 + 1;
-        (self.is_outdated() || self.messages.len() > messages) && self.compact(queue)
-    }
-
-    fn first_is_over(&self) -> bool {
-        self.messages.front().is_some_and(|message| self.is_over(message, self.taken_out))
-    }
-
-    /// Whether nothing of the message with this number counts.
-    fn is_over(&self, message: &MessageInfo, number: u64) -> bool {
+    /// Whether all records of the message with this number are superseded.
+    fn is_superseded(&self, message: &MessageInfo, number: u64) -> bool {
         !message.record_ids.iter().any(|id| self.current.get(id) == Some(&number))
     }
 
-    fn pop(&mut self, queue: &Queue) -> bool {
-        let is_out = queue.pop();
-        if is_out && let Some(message) = self.messages.pop_front() {
-            self.taken_out += 1;
-            self.written -= message.record_ids.len().max(1);
-            self.descriptors -= message.descriptors;
-        }
-        is_out
-    }
-
-    /// The same as [`Index::compact`], for whoever goes through all messages: of how many it has got rid.
-    fn clean(&mut self, queue: &Queue) -> Option<usize> {
-        let before = self.taken_out;
-        (self.is_outdated() && self.compact(queue)).then(|| (self.taken_out - before) as usize)
-    }
-
-    /// Writes what counts of the first messages anew behind the last, and takes these out; whether
-    /// that went.
+    /// Appends the live records of the first messages in one message, and drops those messages. Returns
+    /// whether that succeeded.
     fn compact(&mut self, queue: &Queue) -> bool {
         let mut messages = queue.messages();
-        let mut counts = Vec::new();
+        let mut live = Vec::new();
         let mut seen = 0;
-        while counts.len() < RECORDS_MAX
-            && let Some(noted) = self.messages.get(seen)
-            && counts.len() + noted.record_ids.len() <= 2 * RECORDS_MAX
-        {
+        for (number, info) in (self.dropped..).zip(&self.messages) {
+            let records = live.len() + info.record_ids.len();
+            if live.len() >= RECORDS_MAX || records > 2 * RECORDS_MAX {
+                break;
+            }
             let Some(Ok(message)) = messages.next() else { return false };
-            let number = self.taken_out + seen as u64;
-            if record_ids(&message.bytes).unwrap_or_default() != noted.record_ids {
+            if record_ids(&message.bytes).unwrap_or_default() != info.record_ids {
                 if let Some(suppressed) = DIFFERS.pass() {
                     tracing::error!(
-                        "The store is not as it was left, and is cleaned no more; restart to have it read \
-                         anew.{suppressed}"
+                        "The store is not as this process left it, and is cleaned no more; restart to \
+                         have it read again.{suppressed}"
                     );
                 }
                 return false;
             }
             match decode(&message.bytes, message.fds) {
                 Ok(records) if message.is_whole => {
-                    let is_current =
+                    let is_live =
                         |it: &EncodedRecord<_>| self.current.get(&it.id()) == Some(&number);
-                    counts.extend(records.into_iter().filter(is_current));
+                    live.extend(records.into_iter().filter(is_live));
                 }
                 // There may be no descriptors left for a moment.
-                _ if !self.is_over(noted, number) => return false,
+                _ if !self.is_superseded(info, number) => return false,
                 _ => {}
             }
             seen += 1;
         }
-        // At first behind the rest, so that it is in the queue at every moment.
-        if !counts.is_empty() && self.write(queue, &counts).is_err() {
+        // Appended first, so that each record is in the queue at every moment.
+        if !live.is_empty() && self.append(queue, &live).is_err() {
             return false;
         }
         seen > 0 && (0..seen).all(|_| self.pop(queue))
     }
 }
 
-/// CLOCK_MONOTONIC in microseconds, as records have it.
+/// Returns CLOCK_MONOTONIC in microseconds, as records have it.
 pub fn monotonic_micros() -> u64 {
-    let monotonic_micros = clock_gettime(ClockId::Monotonic);
-    monotonic_micros.tv_sec as u64 * 1_000_000 + monotonic_micros.tv_nsec as u64 / 1000
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
 }
+
+/// Superseded records below which compaction is not worth it.
+const SLACK: usize = 32;
+
+/// Percent of the queue's bytes, or of the descriptors that may be in flight: from here on each append
+/// compacts, no new connection is stored, and only what makes room is appended.
+const COMPACT_AT: usize = 50;
+const REFUSE_NEW_AT: usize = 75;
+const REFUSE_UPDATES_AT: usize = 90;
+
+/// Compactions before an append. Each drops at least one message more than it appends where that is possible,
+/// so that all messages were compacted before the queue is full.
+const COMPACT_STEPS: usize = 4;
+
+/// How long a superseded record stays in the queue at most, and the time it takes to drop it.
+const CLEANED_AFTER: Duration = Duration::from_secs(5);
+
+static DIFFERS: RateLimit = RateLimit::new(1, Duration::from_secs(600));
+static IS_FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
 
 #[cfg(test)]
 mod tests {
@@ -461,9 +443,9 @@ mod tests {
         let out = replay(&queue.payloads().unwrap(), queue.messages()).unwrap();
         let current: Vec<_> = live.keys().copied().collect();
         let next = Journal::new(second(&queue), out.messages, &current.iter().copied().collect());
-        live.into_values().for_each(|(entry, _)| entry.leave());
+        live.into_values().for_each(|(entry, _)| entry.detach());
         let entry: Vec<_> = current.iter().map(|id| next.entry(*id, 0).own()).collect();
-        while next.lock().clean(&next.queue).is_some() {}
+        while next.clean_step(u64::MAX) {}
         assert_eq!(read(&queue).into_keys().collect::<Vec<_>>(), current);
         assert_eq!(next.lock().written, current.len());
         drop(entry);
@@ -484,7 +466,7 @@ mod tests {
         assert!(!read(&queue).contains_key(&id));
         drop(first);
         assert!(!read(&queue).contains_key(&id));
-        while journal.lock().clean(&journal.queue).is_some() {}
+        while journal.clean_step(u64::MAX) {}
         assert_eq!(read(&queue).len(), 1);
     }
 }

@@ -204,7 +204,7 @@ impl Handover {
                 self.lost.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
-            let is_stored = self.journal.leave(bodies).is_ok();
+            let is_stored = self.journal.append(bodies).is_ok();
             let batch = detached.split_off(detached.len() - count);
             if is_stored {
                 self.stored_fds.fetch_add(fds, Ordering::Relaxed);
@@ -223,9 +223,9 @@ impl Handover {
     }
 
     /// The same for a socket that was opened here; whether it is stored.
-    pub fn leave_listener(&self, listener: &Listener) -> bool {
+    pub fn store_listener(&self, listener: &Listener) -> bool {
         let body = RecordBody::Listener(listener.as_fd(), listener.file());
-        let is_stored = self.journal.leave(vec![(monotonic_micros(), body)]).is_ok();
+        let is_stored = self.journal.append(vec![(monotonic_micros(), body)]).is_ok();
         self.stored_fds.fetch_add(usize::from(is_stored), Ordering::Relaxed);
         is_stored
     }
@@ -275,7 +275,7 @@ impl Detached {
     /// Closes the sockets here: the stored ones keep the connection open.
     fn release(self) {
         match self.state {
-            DetachedState::Client(socket) => socket.leave(),
+            DetachedState::Client(socket) => socket.detach(),
             DetachedState::Forwarder(forwarder) => forwarder.detach(),
         }
     }

@@ -41,7 +41,7 @@ pub struct Listener {
     io: AsyncFd<OwnedFd>,
     family: Family,
     identity: SocketLabel,
-    entrance: Arc<ListenerInfo>,
+    info: Arc<ListenerInfo>,
     /// Whether all are accepted who had connected before the options of this socket were set: a TCP
     /// connection inherits them when its handshake is complete, not when it is accepted.
     inherits: Cell<bool>,
@@ -119,7 +119,7 @@ impl Listener {
         Ok(Self {
             io: register(fd, Interest::READABLE)?,
             family,
-            entrance: ListenerInfo::new(&identity),
+            info: ListenerInfo::new(&identity),
             identity,
             inherits: Cell::new(false),
             keepalive: Cell::new(None),
@@ -188,7 +188,7 @@ impl Listener {
                     keepalive.set_or_warn(&fd);
                 }
             }
-            let (family, listener) = (self.family, Arc::clone(&self.entrance));
+            let (family, listener) = (self.family, Arc::clone(&self.info));
             let slot = Slot::new(listener.enter(), reserved);
             return Ok(Accepted { socket: fd, family, client: address, listener, slot });
         }
@@ -245,8 +245,8 @@ impl Listener {
     }
 
     /// It, as its connections know it.
-    pub fn entrance(&self) -> &Arc<ListenerInfo> {
-        &self.entrance
+    pub fn info(&self) -> &Arc<ListenerInfo> {
+        &self.info
     }
 
     /// Whether somebody waits to be accepted at this moment.

@@ -99,9 +99,9 @@ pub struct Tasks {
 impl Server {
     /// Returns the counters that `--metrics=` shows.
     pub fn metrics(&self) -> Metrics {
-        let plan = self.event_loops.plan();
+        let settings = self.event_loops.settings();
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
-            (listener.to_string(), *backend, Arc::clone(listener.entrance().counts()))
+            (listener.to_string(), *backend, Arc::clone(listener.info().counts()))
         };
         let backend = |setup: &BackendSetup| {
             (setup.connector.target().to_string(), Arc::clone(setup.connector.counters()))
@@ -110,27 +110,31 @@ impl Server {
             limit: self.limit.clone(),
             listeners: self.routes.listeners().iter().map(listener).collect(),
             elsewhere: Arc::clone(&self.elsewhere),
-            backends: plan.backends.iter().map(backend).collect(),
-            loops: Arc::clone(&plan.loops),
+            backends: settings.backends.iter().map(backend).collect(),
+            loops: Arc::clone(&settings.loops),
             restored: self.restored,
             starts: self.supervisor.as_ref().map(|it| Arc::clone(it.starts())),
         })
     }
 
+    fn serve_passed(&self, connection: AcceptedSocket, backend: usize) {
+        // Its descriptors are open already, so neither limit can refuse it.
+        match connection.into_accepted(self.descriptors.reserve_unchecked()) {
+            Some(mut accepted) => {
+                accepted.slot.admit(self.limit.acquire_unchecked());
+                let handover = self.handover.as_ref();
+                let journal = handover.and_then(|it| it.keep_client(&accepted.socket));
+                self.event_loops.serve(accepted, backend, journal);
+            }
+            None => tracing::debug!("Connection closed, the client has left"),
+        }
+    }
+
     /// Starts to accept, and serves a connection that was accepted before the start.
     pub fn start(&mut self) -> Tasks {
-        if let Routes::Connection(connection) = &mut self.routes
-            && let Some((connection, backend)) = connection.take()
-        {
-            // Its descriptors are open already, so neither limit can refuse it.
-            match connection.into_accepted(self.descriptors.reserve_unchecked()) {
-                Some(mut accepted) => {
-                    accepted.slot.admit(self.limit.acquire_unchecked());
-                    let handover = self.handover.as_ref();
-                    let journal = handover.and_then(|it| it.keep_client(&accepted.socket));
-                    self.event_loops.serve(accepted, backend, journal);
-                }
-                None => tracing::debug!("Connection closed, the client has left"),
+        if let Routes::Connection(connection) = &mut self.routes {
+            if let Some((connection, backend)) = connection.take() {
+                self.serve_passed(connection, backend);
             }
         }
         let mut accepting = JoinSet::new();
@@ -218,7 +222,7 @@ impl Server {
 
     async fn publish_status(&self, notifier: &Notifier) {
         let listeners = self.routes.listeners().iter();
-        let listeners: Vec<_> = listeners.map(|(listener, _)| &**listener.entrance()).collect();
+        let listeners: Vec<_> = listeners.map(|(listener, _)| &**listener.info()).collect();
         let bytes = || self.event_loops.carried();
         let supervisor = self.supervisor.as_deref();
         publish_status(notifier, &self.limit, self.restored, &listeners, bytes, supervisor).await;
@@ -267,7 +271,7 @@ pub async fn report_connections(
     loop {
         report_signal.next().await;
         tracing::info!("Open connections: {}.", limit.load().open);
-        event_loops.ask();
+        event_loops.request_reports();
     }
 }
 

@@ -30,7 +30,7 @@ pub async fn stop(
         && *ended != Ok(StopReason::Idle)
     {
         takeover::detach_all(&server, handover, notifier).await;
-        return server.listener_entries.into_iter().for_each(JournalEntry::leave);
+        return server.listener_entries.into_iter().for_each(JournalEntry::detach);
     }
     drop(server.routes);
     let _ = notifier.send_once(&[NotifyState::Stopping]);

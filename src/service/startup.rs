@@ -111,7 +111,7 @@ pub fn build(
     let settings = Settings {
         backends,
         backend_wait: config.backend_wait,
-        application: supervisor.clone(),
+        supervisor: supervisor.clone(),
         proxy_protocol: config.proxy_protocol,
         connection_idle_time: config.connection_idle_time,
         pipes: Limits { max: fds.pipes / threads, held: (pipe::HELD_MAX / threads).max(1) },
@@ -188,7 +188,7 @@ fn backend_setups(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
             Arc::clone(&lookups),
             Arc::new(ConnectCounters::default()),
         ),
-        probing: SharedProbe::default(),
+        probe: SharedProbe::default(),
     };
     config.targets.iter().map(setup).collect()
 }

@@ -99,10 +99,10 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
             find(&|it| !it.is_ipv6_only() && address(it).covers(&at))
         });
     match found {
-        Some((listener, backend)) => (Arc::clone(listener.entrance()), Some(*backend)),
+        Some((listener, backend)) => (Arc::clone(listener.info()), Some(*backend)),
         // With one backend there is no question which.
         None => {
-            let backend = (server.event_loops.plan().backends.len() == 1).then_some(0);
+            let backend = (server.event_loops.settings().backends.len() == 1).then_some(0);
             let identity = SocketLabel { name: None, address: at };
             (ListenerInfo::with_counters(&identity, Arc::clone(&server.elsewhere)), backend)
         }
@@ -116,12 +116,12 @@ pub async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifie
     for (listener, _) in listeners {
         if handover.is_crash_mode() {
             listener.leave_file();
-        } else if handover.leave_listener(listener) {
+        } else if handover.store_listener(listener) {
             listener.leave_file();
             listening += 1;
         }
     }
-    server.event_loops.leave(handover).await;
+    server.event_loops.detach_all(handover).await;
     let [stored, lost] = handover.stored_and_lost();
     let stored = stored.saturating_sub(listening);
     let status = format!("Left open connections with systemd: {stored}.");

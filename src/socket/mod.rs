@@ -308,7 +308,7 @@ impl Socket {
 
     /// Ends it as closing it does, and leaves it open: everything sent is still delivered, and bytes
     /// that have come and that nobody will read make it a reset.
-    pub fn end(&self) {
+    pub fn shutdown_both(&self) {
         // Not FIONREAD, which counts the FIN of an MPTCP peer as a byte.
         let has_unread = || {
             let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -333,13 +333,13 @@ impl Socket {
     /// Closes without a reset: everything sent is still delivered by the kernel.
     pub fn close(mut self) {
         if self.is_shared.get() {
-            self.end();
+            self.shutdown_both();
         }
         self.closes_cleanly = true;
     }
 
     /// Closes the socket here without ending the connection, which a stored reference keeps open.
-    pub fn leave(mut self) {
+    pub fn detach(mut self) {
         self.mark_shared();
         self.closes_cleanly = true;
     }

@@ -95,9 +95,9 @@ impl ReadyGuard {
 struct Waiting<'a>(&'a Supervisor);
 
 impl<'a> Waiting<'a> {
-    fn new(application: &'a Supervisor) -> Self {
-        application.waiting.send_modify(|waiting| *waiting += 1);
-        Self(application)
+    fn new(supervisor: &'a Supervisor) -> Self {
+        supervisor.waiting.send_modify(|waiting| *waiting += 1);
+        Self(supervisor)
     }
 }
 
@@ -313,8 +313,8 @@ impl Supervisor {
             Err(error) => return RunResult::Unreachable(error),
         };
         if let Some(suppressed) = LIFE.pass() {
-            let took = start.elapsed().as_secs_f32();
-            tracing::info!("{name} is ready after {took:.2}s.{suppressed}");
+            let took = Duration::from_millis(start.elapsed().as_millis() as u64);
+            tracing::info!("{name} is ready after {}.{suppressed}", TimeSpan::new(took));
         }
         let ready = Instant::now();
         // First, so that it is there for whoever wakes up first.
@@ -387,9 +387,9 @@ impl Supervisor {
         if let Some(suppressed) = LIFE.pass() {
             let last_error = self.current_error();
             tracing::warn!(
-                "{} is not ready after {}s: {last_error}.{suppressed}",
+                "{} is not ready after {}: {last_error}.{suppressed}",
                 self.command,
-                SLOW.as_secs()
+                TimeSpan::new(SLOW)
             );
         }
         std::future::pending().await

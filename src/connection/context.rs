@@ -1,0 +1,85 @@
+//! What connections share: all of them, and those of one event loop.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::backend::Backend;
+use crate::backend::command::Supervisor;
+use crate::backend::connect::Connector;
+use crate::backend::wait::{BackendWait, SharedProbe};
+use crate::config::timespan::TimeSpan;
+use crate::counters::{ByteCounters, LoopCounters, Loops};
+use crate::forward::flow::LoopBuffers;
+use crate::forward::pipe::Limits;
+use crate::forward::registry::Registry;
+use crate::handover::{Detached, Handover};
+use crate::proxy_protocol::ProxyProtocol;
+
+/// What all connections share, on whatever event loop.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub backends: Vec<BackendSetup>,
+    /// `--backend-wait=`: how long a client waits for its backend; zero means no wait.
+    pub backend_wait: TimeSpan,
+    /// COMMAND's supervisor.
+    pub supervisor: Option<Arc<Supervisor>>,
+    /// The PROXY header that the backends expect.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// `--connection-idle-time=`.
+    pub connection_idle_time: TimeSpan,
+    /// Pipes for each event loop.
+    pub pipes: Limits,
+    /// Where connections are stored, with `--handover=`.
+    pub handover: Option<Arc<Handover>>,
+    /// Counters of all event loops.
+    pub loops: Arc<Loops>,
+}
+
+/// How one backend is reached.
+#[derive(Clone, Debug)]
+pub struct BackendSetup {
+    /// Connects to a backend that is up.
+    pub connector: Connector,
+    /// The prober of `--backend-wait=`, common to all event loops.
+    pub probe: SharedProbe,
+}
+
+/// What the connections of one event loop share.
+#[derive(Debug)]
+pub struct LoopContext {
+    pub backends: Vec<Backend>,
+    /// The PROXY header that the backends expect.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// The forwarder's buffer and pipes.
+    pub shared: Rc<LoopBuffers>,
+    /// The connections, which are asked to detach or to report, and are closed when they are idle.
+    pub registry: Rc<Registry>,
+    /// Detached connections that are not stored yet.
+    pub detached: RefCell<Vec<Detached>>,
+    counters: Vec<Arc<ByteCounters>>,
+}
+
+impl LoopContext {
+    pub fn new(settings: &Settings) -> Self {
+        let LoopCounters { carried, pipes } = settings.loops.add(settings.backends.len());
+        let wait = settings.backend_wait;
+        let backend = |BackendSetup { connector, probe }: &BackendSetup| {
+            let backend_wait = Rc::new(BackendWait::new(connector.clone(), wait, probe.clone()));
+            Backend::new(backend_wait, wait, settings.supervisor.clone())
+        };
+        Self {
+            backends: settings.backends.iter().map(backend).collect(),
+            proxy_protocol: settings.proxy_protocol,
+            shared: Rc::new(LoopBuffers::new(settings.pipes, pipes)),
+            registry: Rc::new(Registry::new(settings.connection_idle_time.finite())),
+            detached: RefCell::default(),
+            counters: carried,
+        }
+    }
+
+    /// Returns the byte counters of a backend, or of all that are no longer configured.
+    pub fn byte_counters(&self, backend: Option<usize>) -> Arc<ByteCounters> {
+        Arc::clone(&self.counters[backend.unwrap_or(self.backends.len())])
+    }
+}

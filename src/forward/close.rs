@@ -1,0 +1,143 @@
+//! How a connection ends: which receivers are waited for, and which ends are closed or reset.
+//!
+//! "How a flow ends" in `forward` has the rules.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::forward::endpoint::Endpoint;
+use crate::forward::flow::Flow;
+use crate::forward::snapshot::{FlowState, SIDES, Side};
+use crate::forward::{CloseReason, Forwarder, Progress, Summary};
+use crate::socket::{Family, Socket};
+
+/// How long a receiver may make no progress after the other side was reset.
+pub const LINGER: Duration = Duration::from_secs(60);
+
+impl Forwarder {
+    /// Whether the only thing that can happen is that a receiver accepts what is buffered for it.
+    pub(super) fn is_stalled(&self) -> bool {
+        let waits = self.flows.iter().any(Flow::waits_for_sink);
+        waits && self.flows.iter().any(|flow| flow.state != FlowState::Open)
+    }
+
+    /// Waits until a turn can do something. Once the sender is gone, a receiver that accepts nothing for
+    /// [`LINGER`] is given up. Returns whether the connection goes on.
+    ///
+    /// In this state the sender is not read from, and EPOLLHUP would not tell its reset from two FINs.
+    pub(super) async fn wait_while_stalled(
+        &mut self,
+        report: &impl Fn(Progress),
+    ) -> io::Result<bool> {
+        let mut before = self.unacked_bytes();
+        let mut deadline = Instant::now() + LINGER;
+        loop {
+            if let Ok(waited) = timeout_at(deadline, self.wait()).await {
+                let is_edge = waited?;
+                if is_edge || self.is_detach_requested() {
+                    return Ok(true);
+                }
+                // A report is no progress: the deadline stays.
+                self.report_if_requested(report);
+                continue;
+            }
+            let was_gone = self.endpoints.iter().any(|end| end.gone);
+            for end in &mut self.endpoints {
+                end.gone |= end.socket.has_failed();
+            }
+            let now = self.unacked_bytes();
+            if was_gone && now == before {
+                return Ok(false);
+            }
+            before = now;
+            deadline = Instant::now() + LINGER;
+        }
+    }
+
+    /// Whether a peer still receives bytes that the end of its side would overtake.
+    pub(super) fn has_unfinished_delivery(&self) -> bool {
+        SIDES.into_iter().any(|side| self.is_delivering(side))
+    }
+
+    /// Waits until both peers have received their bytes, but at most `linger` without progress. Both sockets
+    /// stay open. A caller that stops waiting may call this again.
+    pub(super) async fn finish_delivery(&self, linger: Duration) {
+        tokio::join!(
+            self.finish_side(Side::Client, linger),
+            self.finish_side(Side::Backend, linger)
+        );
+    }
+
+    async fn finish_side(&self, side: Side, linger: Duration) {
+        let socket = &self.endpoints[side as usize].socket;
+        if self.is_delivering(side) {
+            wait_until_acked(socket, linger).await;
+        }
+        let (from, to) = (&self.flows[side as usize], &self.flows[side.other() as usize]);
+        let peer_has_ended =
+            from.state == FlowState::Ended && matches!(to.state, FlowState::SinkClosed { .. });
+        // Where the other side is not waited for either, both are closed at once.
+        if !peer_has_ended && self.is_delivering(side.other()) {
+            if self.is_to_be_reset(side) { socket.abort() } else { socket.shutdown_both() }
+        }
+    }
+
+    /// Closes both sockets, or resets those whose peer must not take its bytes for complete.
+    pub(super) fn close(self, is_idle: bool) -> Summary {
+        let Progress { from_client, from_backend, .. } = self.delivered();
+        let reason = match self.fault {
+            _ if is_idle => CloseReason::IdleTimeout,
+            Some((side, errno)) => CloseReason::Fault(side, errno),
+            None => CloseReason::Closed,
+        };
+        let resets = SIDES.map(|side| is_idle || self.is_to_be_reset(side));
+        for (end, reset) in self.endpoints.into_iter().zip(resets) {
+            if reset { end.socket.reset() } else { end.socket.close() }
+        }
+        Summary { from_client, from_backend, reason }
+    }
+
+    pub(super) fn unacked_bytes(&self) -> [usize; 2] {
+        SIDES.map(|side| self.endpoints[side as usize].socket.unacked())
+    }
+
+    /// Whether bytes are on their way to this side that its end would overtake: a reset would, and so
+    /// would bytes that arrive and are not read.
+    fn is_delivering(&self, side: Side) -> bool {
+        let Endpoint { socket, gone, .. } = &self.endpoints[side as usize];
+        let states = SIDES.map(|side| self.flows[side as usize].state);
+        // What was sent on a Unix socket stays readable, whatever happens to this side. Where both FINs are
+        // known, nothing can arrive that would make the kernel send a reset.
+        states != [FlowState::Ended; 2]
+            && !gone
+            && matches!(states[side.other() as usize], FlowState::Ended | FlowState::SourceReset)
+            && socket.family() != Family::Unix
+            && socket.unacked() > 0
+    }
+
+    fn is_to_be_reset(&self, side: Side) -> bool {
+        let (from, to) = (&self.flows[side as usize], &self.flows[side.other() as usize]);
+        let bytes_were_lost = from.state == FlowState::SinkClosed { lost: true };
+        bytes_were_lost || matches!(to.state, FlowState::SourceReset | FlowState::Open)
+    }
+}
+
+/// Waits until the peer's kernel has acknowledged everything, or nothing more for `linger`.
+///
+/// The kernel has no event for it. The first look is nearly always enough.
+async fn wait_until_acked(socket: &Socket, linger: Duration) {
+    let mut left = socket.unacked();
+    let mut moved = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    while left > 0 && !socket.has_failed() && moved.elapsed() < linger {
+        sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(100));
+        let now = socket.unacked();
+        if now < left {
+            left = now;
+            moved = Instant::now();
+        }
+    }
+}
