@@ -15,7 +15,7 @@ use tokio::io::Interest;
 use tokio::time::timeout;
 
 use crate::handover::queue::Queue;
-use crate::listen::activation::PassedFd;
+use crate::listen::activation::{PassedFd, take_matching};
 use crate::notify::Notifier;
 use crate::socket::sys::register;
 
@@ -36,8 +36,8 @@ pub struct StoredFds {
 impl StoredFds {
     /// Takes what has one of our names out of what was passed.
     pub fn take(inherited: &mut Vec<PassedFd>) -> Self {
-        let is_ours = |it: &mut PassedFd| [QUEUE, SENDER, PROBE].contains(&&*it.name);
-        Self { stored: inherited.extract_if(.., is_ours).collect() }
+        let is_ours = |it: &PassedFd| [QUEUE, SENDER, PROBE].contains(&&*it.name);
+        Self { stored: take_matching(inherited, is_ours) }
     }
 
     /// Whether there was nothing.
@@ -48,7 +48,7 @@ impl StoredFds {
     /// The queue that was kept. Whatever is not one is closed, and systemd is told to do the same.
     pub async fn into_queue(mut self, notifier: &Notifier) -> Option<Queue> {
         // Left by a process that did not come to take it out.
-        if self.stored.extract_if(.., |it| it.name == PROBE).count() > 0 {
+        if !take_matching(&mut self.stored, |it| it.name == PROBE).is_empty() {
             remove(PROBE, notifier).await;
         }
         let mut take = |name| {

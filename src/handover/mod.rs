@@ -28,15 +28,16 @@ use crate::forward::snapshot::FdRef;
 use crate::handover::fdstore::StoredFds;
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
-use crate::handover::record::{RECORDS_MAX, Record, RecordBody, descriptors_of, identity};
+use crate::handover::record::{RECORDS_MAX, Record, RecordBody, descriptors_of};
 use crate::handover::replay::{Leftovers, Replay, recover, replay};
 use crate::limits::descriptors::{raise_limit, spare_fds};
 use crate::limits::slot::Slot;
-use crate::listen::activation::PassedFd;
+use crate::listen::activation::{PassedFd, take_matching};
 use crate::listen::listener::Listener;
 use crate::logging::os_message;
 use crate::notify::Notifier;
 use crate::socket::Socket;
+use crate::socket::file_id::FileId;
 
 /// The store, as the connections of this process use it.
 #[derive(Debug)]
@@ -106,8 +107,8 @@ impl Handover {
         let sorted = replay(&payloads, queue.messages()).map_err(failed)?;
         let Replay { messages, records, refused } = sorted;
         // A connection that systemd passes (Accept=yes) and has stored as well is one.
-        let stored: HashSet<_> = records.iter().flat_map(Record::identities).collect();
-        inherited.retain(|it| !identity(&it.fd).is_some_and(|it| stored.contains(&it)));
+        let stored: HashSet<_> = records.iter().flat_map(Record::file_ids).collect();
+        inherited.retain(|it| !FileId::of(&it.fd).is_ok_and(|id| stored.contains(&id)));
         let current: HashSet<_> = records.iter().map(|record| record.id).collect();
         let journal = Journal::new(queue, messages, &current);
         let kept_in = (mode == HandoverMode::Crash).then_some(&journal);
@@ -309,7 +310,7 @@ async fn close_unknown_fds(inherited: &mut Vec<PassedFd>, opens: bool, notifier:
     if !opens && !inherited.iter().any(is_listener) {
         return;
     }
-    let unknown: Vec<_> = inherited.extract_if(.., |it| !is_listener(it)).collect();
+    let unknown = take_matching(inherited, |it| !is_listener(it));
     if unknown.is_empty() {
         return;
     }

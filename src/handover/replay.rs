@@ -106,8 +106,8 @@ pub fn replay(
         for record in records.into_iter().filter(|record| is_last(&record.id())) {
             match record.open() {
                 Ok(record) if is_over(&record.body) => {}
-                Ok(record) if record.identities().iter().all(|it| !seen.contains(it)) => {
-                    seen.extend(record.identities());
+                Ok(record) if record.file_ids().iter().all(|it| !seen.contains(it)) => {
+                    seen.extend(record.file_ids());
                     out.records.push(record);
                 }
                 _ => out.refused += 1,
@@ -254,7 +254,7 @@ mod tests {
             }
             _ => "client".into(),
         };
-        format!("{} {told} {:?}", record.start, record.identities())
+        format!("{} {told} {:?}", record.start, record.file_ids())
     }
 
     fn messages(encoded: &[EncodedRecord<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
@@ -347,7 +347,7 @@ mod tests {
             let mut seen = HashSet::new();
             for record in &out.records {
                 assert_eq!(were.get(&told(record)), Some(&record.id), "it is another");
-                assert!(record.identities().into_iter().all(|it| seen.insert(it)), "it is two");
+                assert!(record.file_ids().into_iter().all(|it| seen.insert(it)), "it is two");
             }
         }
     }

@@ -6,13 +6,13 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 
-use rustix::fs::fstat;
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::net::{SocketType, sockopt};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stderr, stdin, stdout};
 use socket2::SockRef;
 
 use crate::socket::address::Address;
+use crate::socket::file_id::FileId;
 
 /// A descriptor that was passed, and the name it was given.
 #[derive(Debug)]
@@ -35,6 +35,16 @@ pub struct Stdin {
     pub was_stderr: bool,
 }
 
+/// Removes the descriptors that match, and returns them.
+pub fn take_matching(
+    passed: &mut Vec<PassedFd>,
+    matches: impl Fn(&PassedFd) -> bool,
+) -> Vec<PassedFd> {
+    let (matching, others) = passed.drain(..).partition(matches);
+    *passed = others;
+    matching
+}
+
 /// Takes the stream socket on standard input, if there is one with an address of its own: that of an
 /// accepted connection or of a listener, while the two ends of a socketpair(2), by which many
 /// programs run others, have none. In its place, and in place of standard output and error where
@@ -45,8 +55,8 @@ pub fn take_stdin() -> Option<Stdin> {
     if !is_stream || address.is_none_or(|it| Address::from_sockaddr(&it) == Address::Unix(None)) {
         return None;
     }
-    let file = |fd: BorrowedFd<'_>| fstat(fd).map(|it| (it.st_dev, it.st_ino)).ok();
-    let was = |fd| file(fd).is_some() && file(fd) == file(stdin());
+    let stdin_id = FileId::of(stdin()).ok();
+    let was = |fd: BorrowedFd<'_>| stdin_id.is_some() && FileId::of(fd).ok() == stdin_id;
     let (was_stdout, was_stderr) = (was(stdout()), was(stderr()));
     let fd = fcntl_dupfd_cloexec(stdin(), 3).ok()?;
     if let Ok(null) = OpenOptions::new().read(true).write(true).open("/dev/null") {

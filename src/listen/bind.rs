@@ -122,7 +122,7 @@ fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Resul
             let is_in_the_way =
                 |it: &Address| matches!(it, Address::Inet(it) if it.port() == address.port());
             while let Some(stored) = take_stored(stored, is_in_the_way) {
-                stored.end();
+                stored.close();
             }
             socket.bind(&address.into())?;
         }
@@ -170,7 +170,7 @@ async fn open_unix(name: &UnixName, stored: &mut Vec<StoredListener>) -> io::Res
         }
         bound => bound?,
     }
-    let file = SocketFile::of(path)?;
+    let file = SocketFile::at(path, false)?;
     socket.listen(BACKLOG)?;
     Listener::from_fd(socket.into(), None, Some(file))
 }
@@ -182,7 +182,7 @@ fn take_stored(
 ) -> Option<StoredListener> {
     let index = stored
         .iter()
-        .position(|it| it.is_there() && it.address().is_some_and(|address| is_it(&address)))?;
+        .position(|it| it.is_reachable() && it.address().is_some_and(|address| is_it(&address)))?;
     Some(stored.swap_remove(index))
 }
 

@@ -23,6 +23,7 @@ use crate::listen::activation::PassedFd;
 use crate::listen::stored::SocketFile;
 use crate::logging::{RateLimit, os_message};
 use crate::socket::address::{Address, SocketLabel};
+use crate::socket::file_id::FileId;
 use crate::socket::sys::accept;
 use crate::socket::sys::register;
 use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
@@ -230,8 +231,8 @@ impl Listener {
     }
 
     /// Its socket file, device and inode.
-    pub fn file(&self) -> Option<(u64, u64)> {
-        self.file.as_ref().map(SocketFile::identity)
+    pub fn file(&self) -> Option<FileId> {
+        self.file.as_ref().map(SocketFile::id)
     }
 
     /// Leaves its socket file where it is, for the next process.

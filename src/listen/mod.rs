@@ -62,7 +62,7 @@ impl Sources {
                     }
                 }
                 // What is not asked for any more.
-                stored.drain(..).for_each(StoredListener::end);
+                stored.drain(..).for_each(StoredListener::close);
                 Ok(Self::Listeners(listeners))
             }
         }

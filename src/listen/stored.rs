@@ -5,77 +5,76 @@ use std::fs;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use socket2::SockRef;
 
 use crate::socket::address::Address;
+use crate::socket::file_id::FileId;
 
-/// A listening socket that the process before this one had opened.
+/// A listening socket that the previous process opened.
 #[derive(Debug)]
 pub struct StoredListener {
-    /// The socket.
     pub fd: OwnedFd,
-    /// Its file, device and inode.
-    pub file: Option<(u64, u64)>,
+    /// Its socket file.
+    pub file: Option<FileId>,
 }
 
 impl StoredListener {
-    /// Where it listens.
+    /// Returns the address that it listens on.
     pub fn address(&self) -> Option<Address> {
         let address = SockRef::from(&self.fd).local_addr();
         address.ok().map(|address| Address::from_sockaddr(&address))
     }
 
-    /// Its file, if that is still there.
-    fn socket_file(&self) -> Option<SocketFile> {
-        let (Some(Address::Unix(Some(name))), Some(file)) = (self.address(), self.file) else {
-            return None;
-        };
-        let path = name.path()?;
-        (identity(path).ok()? == file).then(|| SocketFile::of(path).ok()).flatten()
+    /// Whether clients can reach it: its socket file, if it has one, is still in its place.
+    pub fn is_reachable(&self) -> bool {
+        self.file.is_none() || self.socket_file(true).is_some()
     }
 
-    /// Whether clients find it.
-    pub fn is_there(&self) -> bool {
-        let file = self.socket_file().inspect(|file| file.set_stays(true));
-        self.file.is_none() || file.is_some()
-    }
-
-    /// Returns the socket and its file, which stays in its place until the listener owns it: a start that
-    /// fails leaves it.
+    /// Returns the socket and its file. The file stays in its place until the listener owns it: a start
+    /// that fails leaves it.
     pub fn into_parts(self) -> (OwnedFd, Option<SocketFile>) {
-        let file = self.socket_file().inspect(|file| file.set_stays(true));
+        let file = self.socket_file(true);
         (self.fd, file)
     }
 
-    /// Listens no more, wherever else it is kept, and takes its file along.
-    pub fn end(self) {
-        drop(self.socket_file());
+    /// Ends the listener wherever its descriptor is kept, and removes its file.
+    pub fn close(self) {
+        drop(self.socket_file(false));
         let _ = SockRef::from(&self.fd).shutdown(Shutdown::Both);
+    }
+
+    /// Returns its file, if that is still in its place.
+    fn socket_file(&self, stays: bool) -> Option<SocketFile> {
+        let (Some(Address::Unix(Some(name))), Some(file)) = (self.address(), self.file) else {
+            return None;
+        };
+        let found = SocketFile::at(name.path()?, stays).ok()?;
+        if found.id == file {
+            return Some(found);
+        }
+        found.set_stays(true);
+        None
     }
 }
 
-/// A socket file made here: removed at the end, unless somebody has put another in its place.
+/// A socket file that the proxy made. Dropping this removes the file, unless another has taken its place.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    identity: (u64, u64),
+    id: FileId,
     stays: Cell<bool>,
 }
 
 impl SocketFile {
-    /// Notes which file it is.
-    pub fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { identity: identity(path)?, path: path.into(), stays: Cell::new(false) })
+    /// Notes which file is at `path`.
+    pub fn at(path: &Path, stays: bool) -> io::Result<Self> {
+        Ok(Self { id: FileId::at(path)?, path: path.into(), stays: Cell::new(stays) })
     }
-}
 
-impl SocketFile {
-    /// Its device and inode.
-    pub fn identity(&self) -> (u64, u64) {
-        self.identity
+    pub fn id(&self) -> FileId {
+        self.id
     }
 
     /// Decides whether the file stays when this is dropped.
@@ -86,14 +85,8 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if !self.stays.get() && identity(&self.path).is_ok_and(|identity| identity == self.identity)
-        {
+        if !self.stays.get() && FileId::at(&self.path).is_ok_and(|id| id == self.id) {
             let _ = fs::remove_file(&self.path);
         }
     }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
 }

@@ -32,7 +32,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::listen_address::MetricsAddress;
 use crate::limits::descriptors::{SCRAPERS_MAX, UNACKED_MAX};
-use crate::listen::activation::PassedFd;
+use crate::listen::activation::{PassedFd, take_matching};
 use crate::listen::bind::open;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener, is_peer_error};
 use crate::listen::stored::SocketFile;
@@ -88,7 +88,7 @@ impl Exporter {
         let listeners = match address {
             MetricsAddress::Open(address) => open(address, &mut Vec::new()).await?,
             MetricsAddress::Passed(name) => {
-                let passed = inherited.extract_if(.., |it| it.name == *name);
+                let passed = take_matching(inherited, |it| it.name == *name).into_iter();
                 let listeners = passed.map(Listener::adopt).collect::<Result<Vec<_>, _>>()?;
                 if listeners.is_empty() {
                     // The metrics are missing, and clients are served all the same.

@@ -6,6 +6,7 @@
 //! **A socket that is dropped without [`Socket::close`] is reset.** A connection that ends in any
 //! other way than by its own ends (a signal, a panic, a failure) must not look whole to its peers.
 
+pub mod file_id;
 pub mod resolve;
 pub mod host_port;
 pub mod address;

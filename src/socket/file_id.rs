@@ -1,0 +1,29 @@
+//! What tells files and sockets apart.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use rustix::fs::{Stat, fstat, lstat};
+
+/// The device and inode of an open file, by which the kernel knows it wherever its descriptor is sent (stat(2)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId {
+    pub device: u64,
+    pub inode: u64,
+}
+
+impl FileId {
+    pub fn of(fd: impl AsFd) -> io::Result<Self> {
+        Ok(Self::from_stat(&fstat(fd)?))
+    }
+
+    /// Returns the id of what is at `path`, without following a symbolic link.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        Ok(Self::from_stat(&lstat(path)?))
+    }
+
+    pub fn from_stat(stat: &Stat) -> Self {
+        Self { device: stat.st_dev, inode: stat.st_ino }
+    }
+}
