@@ -92,14 +92,8 @@ impl Notifier {
         loop {
             match self.try_send(states, fds) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if start.elapsed() > WARN_AFTER
-                        && let Some(suppressed) = BUSY.pass()
-                    {
-                        let message = states.first().map(ToString::to_string).unwrap_or_default();
-                        tracing::warn!(
-                            "Failed to send {message} to systemd, trying again: its queue is \
-                             full.{suppressed}"
-                        );
+                    if start.elapsed() > WARN_AFTER {
+                        warn_busy(states);
                     }
                     sleep(RETRY_AFTER).await;
                 }
@@ -125,5 +119,14 @@ impl Notifier {
             self.send(&[NotifyState::Watchdog]).await;
             sleep(limit / 2).await;
         }
+    }
+}
+
+fn warn_busy(states: &[NotifyState<'_>]) {
+    if let Some(suppressed) = BUSY.pass() {
+        let message = states.first().map(ToString::to_string).unwrap_or_default();
+        tracing::warn!(
+            "Failed to send {message} to systemd, trying again: its queue is full.{suppressed}"
+        );
     }
 }

@@ -143,9 +143,8 @@ impl Load {
         if matches!(role, Role::Ping | Role::Once) {
             self.ask(number);
         }
-        if role == Role::AskForBulk
-            && let Some(connection) = &mut self.connections[number]
-        {
+        let Some(connection) = &mut self.connections[number] else { return true };
+        if role == Role::AskForBulk {
             connection.role = Role::Sink;
             return rustix::net::send(&connection.socket, ASK_FOR_BULK, SendFlags::NOSIGNAL)
                 == Ok(1);
@@ -453,7 +452,7 @@ impl Load {
     fn take_bulk(&mut self, number: usize) {
         let Some(connection) = &mut self.connections[number] else { return };
         connection.receives += 1;
-        let looks = connection.receives.is_multiple_of(16) || !connection.is_tcp;
+        let looks = connection.receives % 16 == 0 || !connection.is_tcp;
         let flags = if looks { RecvFlags::empty() } else { RecvFlags::TRUNC };
         let received = match rustix::net::recv(&connection.socket, &mut self.buffer[..], flags) {
             Ok((_, bytes)) if bytes > 0 => bytes,

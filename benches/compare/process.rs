@@ -59,8 +59,9 @@ pub(crate) fn holdings(pid: u32) -> Holdings {
             let is_pipe = fs::read_link(fd.path())
                 .is_ok_and(|link| link.to_string_lossy().starts_with("pipe:"));
             // Opened to read only: opening the other end, too, would count it twice.
-            if is_pipe && let Ok(pipe) = fs::File::open(fd.path()) {
-                pipes += rustix::pipe::fcntl_getpipe_size(pipe.as_fd()).unwrap_or(0);
+            if is_pipe {
+                let size = |pipe: fs::File| rustix::pipe::fcntl_getpipe_size(pipe.as_fd()).ok();
+                pipes += fs::File::open(fd.path()).ok().and_then(size).unwrap_or(0);
             }
         }
         all.pipes += pipes / 2;

@@ -256,10 +256,10 @@ impl Connector {
         name: &HostPort,
         on_full_backlog: OnFullBacklog,
     ) -> Result<Socket, ConnectError> {
-        if self.lookups.available_permits() == 0
-            && let Some(suppressed) = LOOKUPS_BUSY.pass()
-        {
-            tracing::warn!("The resolver is slow, lookups have to wait.{suppressed}");
+        if self.lookups.available_permits() == 0 {
+            if let Some(suppressed) = LOOKUPS_BUSY.pass() {
+                tracing::warn!("The resolver is slow, lookups have to wait.{suppressed}");
+            }
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
         let addresses = resolve(name, permit).await.map_err(ConnectError::Resolve)?;
@@ -382,12 +382,11 @@ async fn try_connect(address: &Address) -> io::Result<Socket> {
     if in_progress {
         socket.connected().await?;
     }
-    if let Address::Inet(target) = address
-        && let Address::Inet(local) = socket.local_address()?
-        && is_itself(*target, local)
-    {
-        // Dropping it resets it, so that no TIME_WAIT keeps the backend from its port.
-        return Err(Errno::CONNREFUSED.into());
+    if let Address::Inet(target) = address {
+        if matches!(socket.local_address()?, Address::Inet(local) if is_itself(*target, local)) {
+            // Dropping it resets it, so that no TIME_WAIT keeps the backend from its port.
+            return Err(Errno::CONNREFUSED.into());
+        }
     }
     Ok(socket)
 }

@@ -52,7 +52,7 @@ impl CommandLine {
 impl fmt::Display for CommandLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let program = Path::new(&self.words[0]);
-        program.file_name().unwrap_or(program.as_os_str()).display().fmt(f)
+        program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().fmt(f)
     }
 }
 

@@ -144,7 +144,7 @@ impl Selection {
         let Some((selector, target)) = splits.next() else {
             return Err(format!(
                 "Too many parameters. ({argument:?} needs a selector, as in :80={}.)",
-                argument.display()
+                argument.to_string_lossy()
             ));
         };
         let (selector, target) = match target {

@@ -8,19 +8,12 @@ pub struct Bytes(pub u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(bytes) = self;
-        let mut amount = *bytes as f64;
-        let mut units = ["KiB", "MiB", "GiB", "TiB", "PiB"].iter();
-        let mut unit = None;
-        while amount >= 1024.0
-            && let Some(next) = units.next()
-        {
-            amount /= 1024.0;
-            unit = Some(next);
-        }
-        match unit {
-            Some(unit) => write!(f, "{amount:.1} {unit}"),
-            None => write!(f, "{bytes} bytes"),
+        match self.0.checked_ilog2().map_or(0, |log| log as usize / 10) {
+            0 => write!(f, "{} bytes", self.0),
+            power => {
+                let unit = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"][power - 1];
+                write!(f, "{:.1} {unit}", self.0 as f64 / 1024_f64.powi(power as i32))
+            }
         }
     }
 }

@@ -39,9 +39,10 @@ pub struct Opened {
 
 /// Sets `PR_SET_NO_NEW_PRIVS`, which threads and children inherit. COMMAND may need set-user-ID programs.
 pub fn forbid_new_privileges(config: &Config) {
-    if config.application.is_none()
-        && let Err(error) = set_no_new_privs(true)
-    {
+    if config.application.is_some() {
+        return;
+    }
+    if let Err(error) = set_no_new_privs(true) {
         tracing::debug!("Failed to set PR_SET_NO_NEW_PRIVS, ignoring: {error}");
     }
 }

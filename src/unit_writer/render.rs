@@ -261,7 +261,7 @@ fn for_application(units: &Plan) -> String {
     if let Some(directory) = own_directory(units)
         && let Some(name) = directory.file_name()
     {
-        text += &format!("RuntimeDirectory={}\n", name.display());
+        text += &format!("RuntimeDirectory={}\n", name.to_string_lossy());
     }
     text += match &units.targets[..] {
         [Target::Address(Address::Vsock { .. })] => "RestrictAddressFamilies=AF_UNIX AF_VSOCK\n",

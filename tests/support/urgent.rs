@@ -20,7 +20,7 @@ fn pieces(seed: u64) -> Vec<(Vec<u8>, bool)> {
     let sizes = [1, 40, 3_000, 100_000, 300_000];
     let piece = |index: usize| {
         let size = sizes[dice[index] as usize % sizes.len()] + usize::from(dice[index + 16]);
-        (noise(seed + index as u64, size), dice[index + 32].is_multiple_of(2))
+        (noise(seed + index as u64, size), dice[index + 32] % 2 == 0)
     };
     (0..2 + dice[63] as usize % 5).map(piece).collect()
 }

@@ -146,7 +146,7 @@ impl Guard {
         let limit = words.next().unwrap_or_default();
         let words = words.map(|word| OsString::from_vec(word.to_vec())).collect();
         let command = CommandLine { words };
-        if let Some(limit) = str::from_utf8(limit).ok().and_then(|limit| limit.parse().ok()) {
+        if let Some(limit) = std::str::from_utf8(limit).ok().and_then(|limit| limit.parse().ok()) {
             let maximum = getrlimit(Resource::Nofile).maximum;
             setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum })?;
         }

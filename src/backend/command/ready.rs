@@ -267,11 +267,13 @@ impl ProcessTree {
 
     fn has_or_warn(self, sender: Pid) -> bool {
         let has = self.has(sender);
-        if !has && let Some(suppressed) = STRANGERS.pass() {
-            let sender = sender.as_raw_nonzero();
-            tracing::warn!(
-                "Ignoring READY=1 of process {sender}, it is not COMMAND's.{suppressed}"
-            );
+        if !has {
+            if let Some(suppressed) = STRANGERS.pass() {
+                let sender = sender.as_raw_nonzero();
+                tracing::warn!(
+                    "Ignoring READY=1 of process {sender}, it is not COMMAND's.{suppressed}"
+                );
+            }
         }
         has
     }
