@@ -1,0 +1,66 @@
+//! Messages that may repeat without end are let through a few times.
+
+use std::fmt;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Lets a repeating message through a few times, and counts the rest.
+#[derive(Debug)]
+pub struct RateLimit {
+    burst: u32,
+    interval: Duration,
+    /// The start of the interval, and the messages in it.
+    state: Mutex<Option<(Instant, u32)>>,
+}
+
+impl RateLimit {
+    /// Lets at most `burst` messages through in an `interval`.
+    pub const fn new(burst: u32, interval: Duration) -> Self {
+        Self { burst, interval, state: Mutex::new(None) }
+    }
+
+    /// Returns the number of messages suppressed since the last one, if a message may pass now.
+    pub fn pass(&self) -> Option<Suppressed> {
+        let mut state = self.state.lock().ok()?;
+        let now = Instant::now();
+        let (start, count, suppressed) = match *state {
+            Some((start, count)) if now - start < self.interval => (start, count, 0),
+            Some((_, count)) => (now, 0, count.saturating_sub(self.burst)),
+            None => (now, 0, 0),
+        };
+        *state = Some((start, count.saturating_add(1)));
+        (count < self.burst).then_some(Suppressed(suppressed))
+    }
+}
+
+/// The number of messages that a [`RateLimit`] suppressed. Prints as nothing, or as the tail of a message.
+#[derive(Clone, Copy, Debug)]
+pub struct Suppressed(u32);
+
+impl fmt::Display for Suppressed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            count => write!(f, " ({count} more since the last such message)"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn repeating_messages_are_suppressed_and_counted() {
+        let limit = RateLimit::new(2, Duration::from_secs(10));
+        let passed = (0..100).filter(|_| limit.pass().is_some()).count();
+        assert_eq!(passed, 2);
+        tokio::time::advance(Duration::from_secs(11)).await;
+        let suppressed = limit.pass().unwrap().to_string();
+        assert_eq!(suppressed, " (98 more since the last such message)");
+        tokio::time::advance(Duration::from_secs(11)).await;
+        assert_eq!(limit.pass().unwrap().to_string(), "");
+    }
+}
