@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -24,6 +25,15 @@ const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// The system calls that a process makes during `work`, counted; `None` without strace.
 fn counted(process: u32, work: impl FnOnce()) -> Option<BTreeMap<String, usize>> {
+    let mut counts = BTreeMap::new();
+    for name in traced(process, work)? {
+        *counts.entry(name).or_insert(0) += 1;
+    }
+    Some(counts)
+}
+
+/// The names of the system calls that a process makes during `work`, in order; `None` without strace.
+fn traced(process: u32, work: impl FnOnce()) -> Option<Vec<String>> {
     let directory = TempDir::new().unwrap();
     let log = directory.path().join("log");
     let mut strace = Command::new(STRACE);
@@ -41,17 +51,14 @@ fn counted(process: u32, work: impl FnOnce()) -> Option<BTreeMap<String, usize>>
     work();
     kill_process(Pid::from_child(&strace), Signal::INT).unwrap();
     strace.wait().unwrap();
-    let mut counts = BTreeMap::new();
-    for line in fs::read_to_string(log).unwrap().lines() {
-        // "123 name(arguments) = result"; what was interrupted by the attaching has no name.
-        let call = line.split_once(' ').and_then(|(_, call)| call.trim().split_once('('));
-        if let Some((name, _)) = call
-            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-        {
-            *counts.entry(name.to_string()).or_insert(0) += 1;
-        }
-    }
-    Some(counts)
+    let log = fs::read_to_string(log).unwrap();
+    // "123 name(arguments) = result"; what was interrupted by the attaching has no name.
+    let name = |line: &str| {
+        let (name, _) = line.split_once(' ')?.1.trim().split_once('(')?;
+        let is_name = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        is_name.then(|| name.to_string())
+    };
+    Some(log.lines().filter_map(name).collect())
 }
 
 fn skip() {
@@ -215,5 +222,52 @@ fn bulk_is_spliced() {
         assert!(BYTES / splices > 32 * 1024, "{splices} for {BYTES} bytes");
         let received = take(&mut counts, &["recvfrom", "recvmsg"]);
         assert!(received * 64 * 1024 < BYTES / 8, "{received} pieces were copied");
+    }
+}
+
+#[test]
+fn a_queue_of_clients_is_accepted_in_small_turns() {
+    const CLIENTS: usize = 200;
+    for (front, back) in PAIRS {
+        let (front, backend) = (Endpoint::new(front), echo_backend(back));
+        let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
+        let mut client = front.connect();
+        echoes(&mut client);
+        let names = traced(proxy.pid(), || {
+            proxy.signal(Signal::STOP);
+            let _queued: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
+            client.write_all(b"a message").unwrap();
+            proxy.signal(Signal::CONT);
+            client.read_exact(&mut [0; 9]).unwrap();
+        });
+        let Some(names) = names else { return };
+        // The queued clients send nothing: the first bytes sent are the message.
+        let before = names.iter().take_while(|name| *name != "sendto");
+        let accepted = before.filter(|name| *name == "accept4").count();
+        assert!(accepted <= 16, "{accepted} clients come before a message");
+    }
+}
+
+#[test]
+fn held_clients_are_released_in_small_turns() {
+    const CLIENTS: usize = 200;
+    for front in [Family::Tcp, Family::Unix] {
+        let (front, directory) = (Endpoint::new(front), TempDir::new().unwrap());
+        let path = directory.path().join("backend");
+        let target = path.display().to_string();
+        let launch = Launch::new(OURS).args(["--backend-wait=1min", &target]).listener(&front);
+        let mut manager = Manager::new();
+        let proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+        let _held: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
+        manager.wait_for(&format!("STATUS={CLIENTS} connections of 256"));
+        let names = traced(proxy.pid(), || {
+            let backend = UnixListener::bind(&path).unwrap();
+            (0..CLIENTS).for_each(|_| drop(backend.accept().unwrap()));
+        });
+        let Some(names) = names else { return };
+        let rounds = names.split(|name| name.contains("wait"));
+        let released = |calls: &[String]| calls.iter().filter(|name| *name == "connect").count();
+        let most = rounds.map(released).max().unwrap();
+        assert!(most <= 16, "{most} clients are released at a time");
     }
 }

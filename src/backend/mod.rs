@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokio::time::timeout_at;
 
 use crate::backend::command::Supervisor;
+use crate::backend::command::state::CommandState;
 use crate::backend::connect::Connector;
 use crate::backend::wait::BackendWait;
 use crate::config::target::Target;
@@ -78,7 +79,11 @@ impl Backend {
             return connect().await;
         };
         loop {
+            let is_held = *supervisor.watch().borrow() != CommandState::Ready;
             let mut run = supervisor.ready().await?;
+            if is_held {
+                self.backend_wait.take_turn().await;
+            }
             tokio::select! {
                 biased;
                 // First: nobody is handed to one that is being stopped.

@@ -11,7 +11,8 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::yield_now;
 use tokio::time::sleep;
 
 use crate::backend::connect::{ConnectError, Connector};
@@ -27,6 +28,9 @@ const PROBE_MAX: Duration = Duration::from_millis(100);
 
 /// How long somebody has to take the prober's connection.
 const OFFER: Duration = Duration::from_millis(100);
+
+/// Held clients that go on before the event loop looks at its other connections.
+const RELEASES_PER_TURN: usize = 8;
 
 /// Waits that begin one after the other need not each be said.
 static WAITING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
@@ -93,12 +97,13 @@ pub struct BackendWait {
     pub connector: Connector,
     wait: TimeSpan,
     probe: SharedProbe,
+    turns: Semaphore,
 }
 
 impl BackendWait {
     /// `wait` is how long clients are held, for messages.
     pub fn new(connector: Connector, wait: TimeSpan, probe: SharedProbe) -> Self {
-        Self { connector, wait, probe }
+        Self { connector, wait, probe, turns: Semaphore::new(RELEASES_PER_TURN) }
     }
 
     /// Connects, now or as soon as the backend is up, however long that takes.
@@ -118,7 +123,15 @@ impl BackendWait {
                 },
             };
             let _ = probe.changed().await;
+            self.take_turn().await;
         }
+    }
+
+    /// Lets the clients that were held go on in small numbers, so that open connections have their turn
+    /// between.
+    pub async fn take_turn(&self) {
+        let _turn = self.turns.acquire().await;
+        yield_now().await;
     }
 
     /// Dials once, or, where the backend's backlog is full, when there is room. (A probe that succeeds would

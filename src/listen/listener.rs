@@ -13,7 +13,7 @@ use rustix::net::{SocketType, sockopt};
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::task::coop::consume_budget;
+use tokio::task::yield_now;
 use tokio::time::sleep;
 
 use crate::counters::{GaugeGuard, ListenerCounters};
@@ -36,6 +36,9 @@ static AT_THE_CAP: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static REGISTER_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
+/// Clients accepted before open connections have their turn. Each client is a task that is ready at once.
+const ACCEPTS_PER_TURN: u32 = 8;
+
 /// A listening stream socket.
 #[derive(Debug)]
 pub struct Listener {
@@ -47,6 +50,8 @@ pub struct Listener {
     /// connection inherits them when its handshake is complete, not when it is accepted.
     inherits: Cell<bool>,
     keepalive: Cell<Option<Keepalive>>,
+    /// Clients accepted in this turn of the event loop.
+    accepted: Cell<u32>,
     /// The socket file made here.
     file: Option<SocketFile>,
 }
@@ -124,6 +129,7 @@ impl Listener {
             identity,
             inherits: Cell::new(false),
             keepalive: Cell::new(None),
+            accepted: Cell::new(0),
             file,
         })
     }
@@ -142,8 +148,11 @@ impl Listener {
     /// Only when the listener itself is broken; what passes is waited for, and said once a minute.
     pub async fn accept(&self, descriptors: &FdBudget) -> io::Result<Accepted> {
         loop {
-            // Lets others run however many are queued: accepting alone never waits.
-            consume_budget().await;
+            // Accepting alone never waits: connections that are open have their turn between.
+            if self.accepted.get() >= ACCEPTS_PER_TURN {
+                self.accepted.set(0);
+                yield_now().await;
+            }
             let mut ready = self.io.readable().await?;
             let reserved = match descriptors.try_reserve() {
                 Some(reserved) => reserved,
@@ -160,6 +169,7 @@ impl Listener {
                 Ok((fd, address)) => (fd, Address::from_sockaddr(&address)),
                 Err(error) => match Errno::from_io_error(&error) {
                     Some(Errno::AGAIN) => {
+                        self.accepted.set(0);
                         self.inherits.set(true);
                         ready.clear_ready();
                         continue;
@@ -183,6 +193,7 @@ impl Listener {
                     }
                 },
             };
+            self.accepted.set(self.accepted.get() + 1);
             if !self.inherits.get() || self.family == Family::Unix {
                 set_options(&fd, self.family);
                 if let Some(keepalive) = self.keepalive.get() {
