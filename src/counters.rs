@@ -1,28 +1,26 @@
-//! What is counted, where it happens, for whoever looks later: `STATUS=` and `--metrics=`.
+//! The counters behind `STATUS=` and `--metrics=`.
 //!
-//! Counting is a relaxed atomic or two, and never waits. What many threads would count at once, bytes,
-//! each event loop counts for itself; who looks adds up. Nothing here is ever reset.
+//! Counting costs a relaxed atomic operation or two and never waits. Each event loop counts bytes for itself,
+//! and a reader adds the loops up. No counter is ever reset.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// What comes and goes: connections on an event loop, those included that are on their way there, or
-/// from a listener; pipes.
+/// The number of objects that exist, shared by its clones.
 #[derive(Clone, Debug, Default)]
 pub struct Gauge(Arc<AtomicUsize>);
 
-/// One of it, until this is dropped.
+/// An object that a [`Gauge`] counts until this is dropped.
 #[derive(Debug)]
 pub struct GaugeGuard(Arc<AtomicUsize>);
 
 impl Gauge {
-    /// How many there are.
     pub fn taken(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// One more.
+    /// Counts an object.
     pub fn take(&self) -> GaugeGuard {
         self.0.fetch_add(1, Ordering::Relaxed);
         GaugeGuard(Arc::clone(&self.0))
@@ -35,91 +33,84 @@ impl Drop for GaugeGuard {
     }
 }
 
-/// Events so far, counted by any thread.
+/// A number of events, counted by any thread.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// How many there were.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// One more.
     pub fn add_one(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-/// What happens at one way in.
+/// Connections of one listener.
 #[derive(Debug, Default)]
 pub struct ListenerCounters {
-    /// Connections that are not over.
+    /// Open connections.
     pub open: Gauge,
-    /// Those of them that are waiting until their backend is up.
+    /// Open connections that wait until their backend is up.
     pub waiting: Gauge,
-    /// Connections that were admitted.
+    /// Connections admitted.
     pub admitted: Counter,
-    /// Those that were closed at the cap.
+    /// Connections closed at the connection limit.
     pub refused: Counter,
-    /// Those that got no backend.
+    /// Connections closed because no backend was reached.
     pub failed: Counter,
 }
 
-/// Bytes delivered between the clients of one backend and it, counted by one thread and read by any.
-/// They have their cache lines for themselves: another thread's count is not to take them away.
+/// Bytes delivered between one backend and its clients, counted by one thread and read by any.
+///
+/// The alignment keeps counters of other threads out of its cache lines.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct ByteCounters([AtomicU64; 2]);
 
 impl ByteCounters {
-    /// So far: from clients, and from the backend.
+    /// Returns the bytes from clients and from the backend.
     pub fn get(&self) -> [u64; 2] {
         self.0.each_ref().map(|bytes| bytes.load(Ordering::Relaxed))
     }
 
-    /// From the client (0) or the backend (1). A load and a store: nobody else stores.
+    /// Adds bytes from the client (side 0) or from the backend (side 1).
     pub fn add(&self, side: usize, bytes: u64) {
+        // Not fetch_add: no other thread stores.
         let count = &self.0[side];
         count.store(count.load(Ordering::Relaxed) + bytes, Ordering::Relaxed);
     }
 }
 
-/// What one event loop counts.
+/// Counters of one event loop.
 #[derive(Clone, Debug)]
 pub struct LoopCounters {
-    /// For each backend, and behind them for connections to what is no backend any more.
+    /// One for each backend, and a last one for backends that are no longer configured.
     pub carried: Vec<Arc<ByteCounters>>,
-    /// Pipes in existence.
+    /// Open pipes.
     pub pipes: Gauge,
 }
 
-impl LoopCounters {
-    /// For this many backends.
-    pub fn new(backends: usize) -> Self {
-        let carried = (0..=backends).map(|_| Arc::default()).collect();
-        Self { carried, pipes: Gauge::default() }
-    }
-}
-
-/// What all event loops have counted, those included that have ended.
+/// Counters of all event loops, those that have ended included.
 #[derive(Debug, Default)]
 pub struct Loops(Mutex<Vec<LoopCounters>>);
 
 impl Loops {
-    /// One more.
+    /// Returns counters for a new event loop.
     pub fn add(&self, backends: usize) -> LoopCounters {
-        let counts = LoopCounters::new(backends);
-        self.lock().push(counts.clone());
-        counts
+        let carried = (0..=backends).map(|_| Arc::default()).collect();
+        let counters = LoopCounters { carried, pipes: Gauge::default() };
+        self.lock().push(counters.clone());
+        counters
     }
 
-    /// Bytes delivered so far, for each backend and the rest, as [`ByteCounters::get`] has them.
+    /// Returns the bytes delivered, in the order of [`LoopCounters::carried`].
     pub fn carried(&self) -> Vec<[u64; 2]> {
         let mut sums = Vec::new();
-        for counts in &*self.lock() {
-            sums.resize(counts.carried.len(), [0, 0]);
-            for (sum, carried) in sums.iter_mut().zip(&counts.carried) {
+        for counters in &*self.lock() {
+            sums.resize(counters.carried.len(), [0, 0]);
+            for (sum, carried) in sums.iter_mut().zip(&counters.carried) {
                 let bytes = carried.get();
                 *sum = [sum[0] + bytes[0], sum[1] + bytes[1]];
             }
@@ -127,9 +118,9 @@ impl Loops {
         sums
     }
 
-    /// Pipes in existence.
+    /// Returns the number of open pipes.
     pub fn pipes(&self) -> usize {
-        self.lock().iter().map(|counts| counts.pipes.taken()).sum()
+        self.lock().iter().map(|counters| counters.pipes.taken()).sum()
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<LoopCounters>> {
@@ -137,104 +128,87 @@ impl Loops {
     }
 }
 
-/// COMMAND's starts.
+/// Starts of COMMAND.
 #[derive(Debug, Default)]
 pub struct CommandCounters {
-    /// All of them.
     pub all: Counter,
-    /// Those after which it ended before it was ready, or as soon as it was.
+    /// Starts after which COMMAND exited before or as soon as it was ready.
     pub failed: Counter,
 }
 
-/// Attempts to reach one backend.
+/// Attempts to connect to one backend.
 #[derive(Debug, Default)]
 pub struct ConnectCounters {
-    /// How long those took that reached it.
-    pub latency: Histogram,
-    failed: [Counter; ConnectErrorKind::ALL.len()],
+    /// How long the successful attempts took.
+    pub durations: Histogram,
+    errors: [Counter; ConnectErrorKind::NAMES.len()],
 }
 
 impl ConnectCounters {
-    /// Counts one that did not.
+    /// Counts a failed attempt.
     pub fn fail(&self, kind: ConnectErrorKind) {
-        self.failed[kind as usize].add_one();
+        self.errors[kind as usize].add_one();
     }
 
-    /// How many did not, by why.
-    pub fn failed(&self) -> impl Iterator<Item = (ConnectErrorKind, u64)> {
-        ConnectErrorKind::ALL.into_iter().zip(self.failed.iter().map(Counter::get))
+    /// Returns the number of failed attempts for the name of each kind.
+    pub fn errors(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        ConnectErrorKind::NAMES.into_iter().zip(self.errors.iter().map(Counter::get))
     }
 }
 
-/// Why a backend was not reached.
+/// Why an attempt to connect failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectErrorKind {
-    /// Nobody listens (ECONNREFUSED).
+    /// ECONNREFUSED: nothing listens.
     Refused,
-    /// No answer within the connect timeout.
+    /// The connect timeout passed without an answer.
     Timeout,
-    /// There is no way there.
+    /// No route leads to the backend.
     Unreachable,
-    /// There is no such socket file.
+    /// The socket file does not exist.
     NotFound,
-    /// A Unix socket's backlog is full.
+    /// The backlog of a Unix socket is full.
     Backlog,
-    /// Permissions, a firewall or a sandbox forbid it.
+    /// Permissions, a firewall or a sandbox forbid the connection.
     Denied,
-    /// It has no address.
+    /// The name has no address.
     Resolve,
-    /// We are out of descriptors or memory.
+    /// The proxy is out of descriptors or memory.
     Resources,
-    /// Anything else.
     Other,
 }
 
 impl ConnectErrorKind {
-    const ALL: [Self; 9] = [
-        Self::Refused,
-        Self::Timeout,
-        Self::Unreachable,
-        Self::NotFound,
-        Self::Backlog,
-        Self::Denied,
-        Self::Resolve,
-        Self::Resources,
-        Self::Other,
+    /// The names of all kinds, in their order.
+    const NAMES: [&str; 9] = [
+        "refused",
+        "timeout",
+        "unreachable",
+        "not_found",
+        "backlog",
+        "denied",
+        "resolve",
+        "resources",
+        "other",
     ];
-
-    /// In one word.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Refused => "refused",
-            Self::Timeout => "timeout",
-            Self::Unreachable => "unreachable",
-            Self::NotFound => "not_found",
-            Self::Backlog => "backlog",
-            Self::Denied => "denied",
-            Self::Resolve => "resolve",
-            Self::Resources => "resources",
-            Self::Other => "other",
-        }
-    }
 }
 
-/// How long something took: how often, by upper bounds.
+/// Durations, counted in buckets.
 #[derive(Debug, Default)]
 pub struct Histogram {
-    /// Within each bound and above the one before, and above all.
+    /// One count for each bound, and a last one for what is longer.
     counts: [Counter; Self::BOUNDS.len() + 1],
-    /// Nanoseconds in all.
+    /// The sum in nanoseconds.
     sum: AtomicU64,
 }
 
 impl Histogram {
-    /// In microseconds: from a Unix socket of this machine to the connect timeout.
-    pub const BOUNDS: [u64; 13] = [
+    /// Upper bounds in microseconds, from a Unix socket on this machine to the connect timeout.
+    const BOUNDS: [u64; 13] = [
         25, 50, 100, 250, 1_000, 5_000, 10_000, 50_000, 100_000, 500_000, 1_000_000, 5_000_000,
         10_000_000,
     ];
 
-    /// Counts one.
     pub fn record(&self, time: Duration) {
         let within = |bound: &u64| time <= Duration::from_micros(*bound);
         let index = Self::BOUNDS.iter().position(within).unwrap_or(Self::BOUNDS.len());
@@ -242,16 +216,15 @@ impl Histogram {
         self.sum.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
     }
 
-    /// How many were within each bound, how many there were, and how long they took in all.
-    pub fn get(&self) -> ([u64; Self::BOUNDS.len()], u64, Duration) {
-        let sum = Duration::from_nanos(self.sum.load(Ordering::Relaxed));
-        let mut total = 0;
-        let mut up_to = |count: &Counter| {
-            total += count.get();
-            total
-        };
-        let within = std::array::from_fn(|index| up_to(&self.counts[index]));
-        (within, up_to(&self.counts[Self::BOUNDS.len()]), sum)
+    /// Returns the upper bound in seconds and the count of each bucket.
+    pub fn buckets(&self) -> impl Iterator<Item = (f64, u64)> {
+        let bounds = Self::BOUNDS.iter().map(|micros| *micros as f64 / 1e6);
+        bounds.chain([f64::INFINITY]).zip(self.counts.iter().map(Counter::get))
+    }
+
+    /// Returns the sum of all durations.
+    pub fn sum(&self) -> Duration {
+        Duration::from_nanos(self.sum.load(Ordering::Relaxed))
     }
 }
 
@@ -281,24 +254,33 @@ mod tests {
     }
 
     #[test]
-    fn each_bound_holds_what_is_below_it() {
+    fn each_duration_is_in_the_bucket_of_the_least_bound_above() {
         let histogram = Histogram::default();
         for micros in [25, 26, 10_000_000, 10_000_001] {
             histogram.record(Duration::from_micros(micros));
         }
-        let (within, count, sum) = histogram.get();
-        assert_eq!((within[0], within[1], within[12], count), (1, 2, 3, 4));
-        assert_eq!(sum, Duration::from_micros(20_000_052));
+        let buckets: Vec<_> = histogram.buckets().filter(|(_, count)| *count > 0).collect();
+        assert_eq!(buckets, [(2.5e-5, 1), (5e-5, 1), (10.0, 1), (f64::INFINITY, 1)]);
+        assert_eq!(histogram.sum(), Duration::from_micros(20_000_052));
     }
 
     #[test]
-    fn each_failure_is_counted_as_itself() {
+    fn each_failure_is_counted_under_its_name() {
         let counters = ConnectCounters::default();
-        for kind in ConnectErrorKind::ALL {
-            (0..=kind as usize).for_each(|_| counters.fail(kind));
+        let kinds = [
+            (ConnectErrorKind::Refused, "refused"),
+            (ConnectErrorKind::Timeout, "timeout"),
+            (ConnectErrorKind::Unreachable, "unreachable"),
+            (ConnectErrorKind::NotFound, "not_found"),
+            (ConnectErrorKind::Backlog, "backlog"),
+            (ConnectErrorKind::Denied, "denied"),
+            (ConnectErrorKind::Resolve, "resolve"),
+            (ConnectErrorKind::Resources, "resources"),
+            (ConnectErrorKind::Other, "other"),
+        ];
+        for (index, (kind, _)) in kinds.iter().enumerate() {
+            (0..=index).for_each(|_| counters.fail(*kind));
         }
-        for (index, (kind, count)) in counters.failed().enumerate() {
-            assert_eq!((kind as usize, count), (index, index as u64 + 1));
-        }
+        assert!(counters.errors().eq(kinds.map(|(_, name)| name).into_iter().zip(1..)));
     }
 }

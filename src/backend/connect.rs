@@ -245,7 +245,7 @@ impl Connector {
             Target::Name(name) => Box::pin(self.connect_name(name, on_full_backlog)).await,
         };
         match &connected {
-            Ok(_) => self.counters.latency.record(start.elapsed()),
+            Ok(_) => self.counters.durations.record(start.elapsed()),
             Err(error) => self.counters.fail(error.kind()),
         }
         connected

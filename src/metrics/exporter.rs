@@ -18,11 +18,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use prometheus_client::encoding::{prometheus_text, text};
+use prometheus_client::registry::Registry;
 use rustix::io::Errno;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
@@ -37,8 +39,6 @@ use crate::listen::bind::open;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener, is_peer_error};
 use crate::listen::stored::SocketFile;
 use crate::logging::{RateLimit, os_message};
-use crate::metrics::Metrics;
-use crate::metrics::openmetrics::Format;
 use crate::runtime;
 use crate::runtime::start_thread;
 use crate::socket::Family;
@@ -118,19 +118,19 @@ impl Exporter {
     ///
     /// # Errors
     /// When there is no thread for it, or no event loop.
-    pub fn serve(&mut self, metrics: Metrics) -> io::Result<()> {
+    pub fn serve(&mut self, registry: Registry) -> io::Result<()> {
         let listeners = std::mem::take(&mut self.listeners);
         if listeners.is_empty() {
             return Ok(());
         }
-        start_thread("proxyd-metrics", async move || live(listeners, metrics).await).map(drop)
+        start_thread("proxyd-metrics", async move || live(listeners, registry).await).map(drop)
     }
 }
 
 /// The life of the thread.
-async fn live(listeners: Vec<(OwnedFd, Family)>, metrics: Metrics) {
+async fn live(listeners: Vec<(OwnedFd, Family)>, registry: Registry) {
     let scrapers = Rc::new(Scrapers {
-        metrics,
+        registry,
         active: TaskSet::new(SCRAPERS_MAX),
         draining: TaskSet::new(UNACKED_MAX),
     });
@@ -249,9 +249,8 @@ impl TaskSet {
 }
 
 /// Those who ask, and what they ask for.
-#[derive(Debug)]
 struct Scrapers {
-    metrics: Metrics,
+    registry: Registry,
     /// Those who have not been answered.
     active: TaskSet,
     /// Those whose answer is the kernel's, and not yet theirs.
@@ -333,12 +332,17 @@ impl Scrapers {
             response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
             return response;
         }
-        let accept = request.headers().get_all(ACCEPT).iter();
-        let accept: Vec<_> = accept.filter_map(|value| value.to_str().ok()).collect();
-        let form = Format::accepted(&accept.join(","));
-        let mut response = Response::new(self.metrics.render(form));
-        let kind = HeaderValue::from_static(form.content_type());
-        response.headers_mut().insert(CONTENT_TYPE, kind);
+        let mut response = Response::new(String::new());
+        let body = response.body_mut();
+        let (format, encoded) = if accepts_openmetrics(request.headers()) {
+            (OPENMETRICS, text::encode(body, &self.registry))
+        } else {
+            (prometheus_text::CONTENT_TYPE, prometheus_text::encode(body, &self.registry))
+        };
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(format));
+        if encoded.is_err() {
+            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        }
         response
     }
 }
@@ -359,5 +363,37 @@ async fn taken(mut stream: impl AsyncRead + AsyncWrite + AsFd + Unpin) {
     }
     while outq_len(&stream) > 0 {
         sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Whether the client lists OpenMetrics in `Accept:`, with a weight above 0.
+fn accepts_openmetrics(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|range| {
+        let mut parts = range.split(';').map(str::trim);
+        let format = parts.next().unwrap_or_default();
+        let mut weights = parts.filter_map(|part| part.strip_prefix("q=")?.parse::<f32>().ok());
+        format.eq_ignore_ascii_case("application/openmetrics-text") && weights.all(|q| q > 0.0)
+    })
+}
+
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn openmetrics_is_for_clients_that_accept_it() {
+        let accepts = |accept| {
+            let accept = HeaderValue::from_static(accept);
+            accepts_openmetrics(&HeaderMap::from_iter([(ACCEPT, accept)]))
+        };
+        assert!(accepts(
+            "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+        ));
+        for accept in ["*/*", "", "application/openmetrics-text;q=0, text/plain"] {
+            assert!(!accepts(accept), "{accept}");
+        }
     }
 }

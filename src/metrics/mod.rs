@@ -1,255 +1,263 @@
-//! What `--metrics=` shows: each family, its name and its help, from what was counted.
+//! The metrics of `--metrics=`: their names, help texts and labels.
 //!
-//! Its size is bounded: so many listeners and backends have lines of their own, and what is beyond them
-//! is added up as `other`, as are connections of the process before this one that came in elsewhere,
-//! if there was one.
+//! The export is bounded. At most [`SHOWN_MAX`] listeners and as many backends have labels of their own; the
+//! counts of the others are added up under the label `other`. So are the counts of restored connections
+//! whose listener or backend no longer exists.
 
 pub mod exporter;
-mod openmetrics;
 
+use std::collections::BTreeMap;
+use std::fmt;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::counters::{CommandCounters, ConnectCounters, Histogram, ListenerCounters, Loops};
-use crate::limits::ConnectionLimit;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, NoLabelSet};
+use prometheus_client::metrics::MetricType::{self, Counter, Gauge};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::counters::{CommandCounters, ConnectCounters, ListenerCounters, Loops};
 use crate::logging::bounded_line;
-use crate::metrics::openmetrics::{Exposition, Format, Kind};
 
-/// Listeners, and backends, that have lines of their own.
-const SHOWN_MAX: usize = 64;
-
-/// Bytes of a label: a socket's name is anything.
-const LABEL_MAX: usize = 128;
-
-const OTHER: &str = "other";
-
-/// Everything that is shown, to be read at any time on any thread.
-#[derive(Debug)]
-pub struct Metrics {
-    limit: ConnectionLimit,
-    /// By listener and backend.
-    counts: Vec<([String; 2], Vec<Arc<ListenerCounters>>)>,
-    /// Which of the plan's backends have this name.
-    backends: Vec<(String, Vec<usize>)>,
-    counters: Vec<Arc<ConnectCounters>>,
-    loops: Arc<Loops>,
-    restored: u64,
-    starts: Option<Arc<CommandCounters>>,
-    start: f64,
-}
-
-/// Where it all is.
+/// The counters to export.
 #[derive(Debug)]
 pub struct MetricsSources {
-    /// The cap.
-    pub limit: ConnectionLimit,
-    /// Each listener, and which backend it leads to.
+    pub connections_max: NonZeroU32,
+    /// The name of each listener, the index of its backend, and its counters.
     pub listeners: Vec<(String, usize, Arc<ListenerCounters>)>,
-    /// Connections of the process before this one that came in elsewhere.
+    /// Counters of restored connections whose listener no longer exists.
     pub elsewhere: Arc<ListenerCounters>,
-    /// Each backend.
+    /// The name of each backend, and its counters.
     pub backends: Vec<(String, Arc<ConnectCounters>)>,
-    /// The event loops.
     pub loops: Arc<Loops>,
-    /// Connections of the process before this one.
+    /// Connections restored from the previous process.
     pub restored: usize,
-    /// COMMAND's.
     pub starts: Option<Arc<CommandCounters>>,
 }
 
+/// Returns the registry that encodes the metrics.
+pub fn registry(sources: MetricsSources) -> Registry {
+    let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut registry = Registry::default();
+    registry.register_with_unit(
+        "process_start_time",
+        "Start of the process, in seconds since 1970",
+        Unit::Seconds,
+        ConstGauge::new(start.as_secs_f64()),
+    );
+    let ours = registry.sub_registry_with_prefix("socket_proxyd");
+    ours.register("build", "Version, as a label", Info::new([("version", VERSION)]));
+    ours.register(
+        "connections_max",
+        "Connection limit, --connections-max=",
+        ConstGauge::new(sources.connections_max.get()),
+    );
+    ours.register(
+        "handover_connections",
+        "Connections restored from the previous process, --handover=",
+        ConstCounter::new(sources.restored as u64),
+    );
+    ours.register_collector(Box::new(Metrics::new(sources)));
+    registry
+}
+
+/// The metrics that change, read from the counters at each scrape.
+#[derive(Debug)]
+struct Metrics {
+    /// By listener and backend.
+    listeners: Groups<2, Arc<ListenerCounters>>,
+    backends: Groups<1, Backend>,
+    loops: Arc<Loops>,
+    starts: Option<Arc<CommandCounters>>,
+}
+
+/// Counters by the values of their labels.
+type Groups<const LABELS: usize, T> = BTreeMap<[String; LABELS], Vec<T>>;
+
+#[derive(Debug)]
+struct Backend {
+    /// The index in [`Loops::carried`].
+    index: usize,
+    connects: Arc<ConnectCounters>,
+}
+
 impl Metrics {
-    /// Gives everything its name.
-    pub fn new(sources: MetricsSources) -> Self {
-        let MetricsSources { limit, listeners, elsewhere, backends, loops, restored, starts } =
+    fn new(sources: MetricsSources) -> Self {
+        let MetricsSources { listeners, elsewhere, backends, loops, restored, starts, .. } =
             sources;
-        let name = |index: usize| backends.get(index).map_or("", |(name, _)| name).to_string();
-        let counts = listeners.into_iter();
-        let counts = counts.map(|(listener, backend, counts)| ([listener, name(backend)], counts));
-        let has_others = restored > 0;
-        let elsewhere = has_others.then(|| ([OTHER; 2].map(String::from), elsewhere));
-        let known = (0..backends.len()).map(|index| ([name(index)], index));
-        let unknown = has_others.then(|| ([OTHER.to_string()], backends.len()));
-        let grouped = group(known.chain(unknown)).into_iter();
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
-        Self {
-            limit,
-            counts: group(counts.chain(elsewhere)),
-            backends: grouped.map(|([name], indexes)| (name, indexes)).collect(),
-            counters: backends.into_iter().map(|(_, counters)| counters).collect(),
-            loops,
-            restored: restored as u64,
-            starts,
-            start: since_epoch.map_or(0.0, |time| time.as_secs_f64()),
+        let backend_name = |index: usize| backends[index].0.clone();
+        let mut listeners: Vec<_> = listeners
+            .into_iter()
+            .map(|(name, backend, counters)| ([name, backend_name(backend)], counters))
+            .collect();
+        let mut backends: Vec<_> = backends
+            .into_iter()
+            .enumerate()
+            .map(|(index, (name, connects))| ([name], Backend { index, connects }))
+            .collect();
+        if restored > 0 {
+            let (index, connects) = (backends.len(), Arc::default());
+            listeners.push(([OTHER; 2].map(String::from), elsewhere));
+            backends.push(([OTHER.into()], Backend { index, connects }));
         }
+        Self { listeners: group(listeners), backends: group(backends), loops, starts }
     }
 
-    /// All of it, as it is now.
-    pub fn render(&self, form: Format) -> String {
-        let mut all = Exposition::new(form);
-        let version = [("version", env!("CARGO_PKG_VERSION"))];
-        all.family("socket_proxyd_build_info", Kind::Gauge, "The version, as a label.")
-            .sample(&version, 1);
-        all.family(
-            "process_start_time_seconds",
-            Kind::Gauge,
-            "When the process started, in seconds since 1970.",
-        )
-        .sample(&[], self.start);
-        all.family(
-            "socket_proxyd_connections_max",
-            Kind::Gauge,
-            "Connections that are served at a time, --connections-max=.",
-        )
-        .sample(&[], self.limit.max());
-        self.connections(&mut all);
-        all.family(
-            "socket_proxyd_handover_connections",
-            Kind::Counter,
-            "Connections taken over from the process before this one, --handover=.",
-        )
-        .sample(&[], self.restored);
-        self.bytes(&mut all);
-        self.counters(&mut all);
-        if let Some(starts) = &self.starts {
-            let backend = self.backends.first().map_or("", |(name, _)| name);
-            all.family("socket_proxyd_backend_starts", Kind::Counter, "Times COMMAND was started.")
-                .sample(&[("backend", backend)], starts.all.get());
-            all.family(
-                "socket_proxyd_backend_start_failures",
-                Kind::Counter,
-                "Times COMMAND ended before it was ready, or as soon as it was.",
-            )
-            .sample(&[("backend", backend)], starts.failed.get());
-        }
-        all.family("socket_proxyd_pipes", Kind::Gauge, "Pipes for splice(2) in existence.")
-            .sample(&[], self.loops.pipes());
-        all.finish()
+    /// Returns a value of each listener with its labels.
+    fn by_listener(
+        &self,
+        value: impl Fn(&ListenerCounters) -> u64,
+    ) -> impl Iterator<Item = ([(&str, &str); 2], u64)> {
+        self.listeners.iter().map(move |([listener, backend], members)| {
+            let labels = [("listener", listener.as_str()), ("backend", backend)];
+            (labels, members.iter().map(|counters| value(counters)).sum())
+        })
     }
 
-    fn connections(&self, all: &mut Exposition) {
-        type Value = fn(&ListenerCounters) -> u64;
-        let families: [(&str, Kind, &str, Value); 5] = [
-            (
-                "socket_proxyd_connections_open",
-                Kind::Gauge,
-                "Connections that are open, those included that wait for their backend.",
-                |counts| counts.open.taken() as u64,
-            ),
-            (
-                "socket_proxyd_connections_waiting",
-                Kind::Gauge,
-                "Clients that wait until their backend is up.",
-                |counts| counts.waiting.taken() as u64,
-            ),
-            (
-                "socket_proxyd_connections",
-                Kind::Counter,
-                "Connections that were accepted and admitted.",
-                |counts| counts.admitted.get(),
-            ),
-            (
-                "socket_proxyd_connections_refused",
-                Kind::Counter,
-                "Connections that were closed at the cap.",
-                |counts| counts.refused.get(),
-            ),
-            (
-                "socket_proxyd_connections_failed",
-                Kind::Counter,
-                "Connections that ended because there was no backend.",
-                |counts| counts.failed.get(),
-            ),
-        ];
-        for (name, kind, help, value) in families {
-            let mut family = all.family(name, kind, help);
-            for ([listener, backend], counts) in &self.counts {
-                let value: u64 = counts.iter().map(|counts| value(counts)).sum();
-                family.sample(&[("listener", listener), ("backend", backend)], value);
-            }
-        }
+    /// Returns the values of each backend, with its label and a second one for each value.
+    fn by_backend(
+        &self,
+        label: &'static str,
+        values: impl Fn(&Backend) -> Vec<(&'static str, u64)>,
+    ) -> impl Iterator<Item = ([(&str, &str); 2], u64)> {
+        self.backends.iter().flat_map(move |([backend], members)| {
+            let sums = add_up(members.iter().map(&values)).into_iter();
+            sums.map(move |(value, sum)| ([("backend", backend.as_str()), (label, value)], sum))
+        })
     }
 
-    fn bytes(&self, all: &mut Exposition) {
-        let carried = self.loops.carried();
-        let mut family = all.family(
-            "socket_proxyd_bytes",
-            Kind::Counter,
-            "Bytes delivered, --proxy-protocol= headers included.",
-        );
-        for (backend, indexes) in &self.backends {
-            for (side, direction) in ["from_client", "from_backend"].into_iter().enumerate() {
-                let bytes = indexes.iter().filter_map(|index| Some(carried.get(*index)?[side]));
-                let labels = [("backend", backend.as_str()), ("direction", direction)];
-                family.sample(&labels, bytes.sum::<u64>());
-            }
+    fn encode_connect_durations(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut family = encoder.encode_descriptor(
+            "connect_duration",
+            "Time to look a backend up and to connect to it.",
+            Some(&Unit::Seconds),
+            MetricType::Histogram,
+        )?;
+        for ([backend], members) in &self.backends {
+            let durations = members.iter().map(|backend| &backend.connects.durations);
+            let sum = durations.clone().map(|durations| durations.sum().as_secs_f64()).sum();
+            let buckets = add_up(durations.map(|durations| durations.buckets().collect()));
+            let count = buckets.iter().map(|(_, count)| count).sum();
+            family
+                .encode_family(&[("backend", backend.as_str())])?
+                .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
         }
-    }
-
-    fn counters(&self, all: &mut Exposition) {
-        let counters = |indexes: &[usize]| -> Vec<_> {
-            indexes.iter().filter_map(|index| self.counters.get(*index)).collect()
-        };
-        let mut family = all.family(
-            "socket_proxyd_connect_duration_seconds",
-            Kind::Histogram,
-            "How long it took to look a backend up and to connect to it.",
-        );
-        for (backend, indexes) in &self.backends {
-            let mut within = Histogram::BOUNDS.map(|micros| (micros as f64 / 1e6, 0));
-            let (mut count, mut sum) = (0, 0.0);
-            for counters in counters(indexes) {
-                let (its_within, its_count, its_sum) = counters.latency.get();
-                within.iter_mut().zip(its_within).for_each(|((_, all), its)| *all += its);
-                count += its_count;
-                sum += its_sum.as_secs_f64();
-            }
-            family.histogram(&[("backend", backend)], &within, count, sum);
-        }
-        let mut family = all.family(
-            "socket_proxyd_connect_errors",
-            Kind::Counter,
-            "Attempts to connect to a backend that failed, those included that only look whether it is up.",
-        );
-        for (backend, indexes) in &self.backends {
-            let mut sums: Vec<_> = ConnectCounters::default().failed().collect();
-            for counters in counters(indexes) {
-                sums.iter_mut().zip(counters.failed()).for_each(|((_, sum), (_, its))| *sum += its);
-            }
-            for (kind, count) in sums {
-                family.sample(&[("backend", backend), ("kind", kind.name())], count);
-            }
-        }
+        Ok(())
     }
 }
 
-/// What has the same names together, in order, and what is beyond the bound as others.
-fn group<const N: usize, T>(
-    named: impl Iterator<Item = ([String; N], T)>,
-) -> Vec<([String; N], Vec<T>)> {
-    let mut groups: Vec<([String; N], Vec<T>)> = Vec::new();
-    for (names, it) in named {
-        let mut names = names.map(|name| bounded_line(&name, LABEL_MAX));
-        let is_new = !groups.iter().any(|(known, _)| *known == names);
-        if is_new && groups.len() >= SHOWN_MAX {
-            names = std::array::from_fn(|_| OTHER.into());
+impl Collector for Metrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let encoder = &mut encoder;
+        let help = "Open connections, those that wait for their backend included.";
+        let open = self.by_listener(|counters| counters.open.taken() as u64);
+        encode(encoder, Gauge, "connections_open", help, open)?;
+        let help = "Clients that wait until their backend is up.";
+        let waiting = self.by_listener(|counters| counters.waiting.taken() as u64);
+        encode(encoder, Gauge, "connections_waiting", help, waiting)?;
+        let help = "Connections accepted and admitted.";
+        let admitted = self.by_listener(|counters| counters.admitted.get());
+        encode(encoder, Counter, "connections", help, admitted)?;
+        let help = "Connections closed at the connection limit.";
+        let refused = self.by_listener(|counters| counters.refused.get());
+        encode(encoder, Counter, "connections_refused", help, refused)?;
+        let help = "Connections closed because no backend was reached.";
+        let failed = self.by_listener(|counters| counters.failed.get());
+        encode(encoder, Counter, "connections_failed", help, failed)?;
+
+        let help = "Bytes delivered, --proxy-protocol= headers included.";
+        let carried = self.loops.carried();
+        let bytes = self.by_backend("direction", |backend| {
+            let [client, backend] = carried.get(backend.index).copied().unwrap_or_default();
+            vec![("from_client", client), ("from_backend", backend)]
+        });
+        encode(encoder, Counter, "bytes", help, bytes)?;
+        self.encode_connect_durations(encoder)?;
+        let help = "Failed attempts to connect to a backend, probes for waiting clients included.";
+        let errors = self.by_backend("kind", |backend| backend.connects.errors().collect());
+        encode(encoder, Counter, "connect_errors", help, errors)?;
+
+        if let Some((starts, [backend])) = self.starts.as_ref().zip(self.backends.keys().next()) {
+            let labels = [("backend", backend.as_str())];
+            let all = [(labels, starts.all.get())];
+            encode(encoder, Counter, "backend_starts", "Starts of COMMAND.", all)?;
+            let help = "Starts of COMMAND after which it exited before or as soon as it was ready.";
+            let failed = [(labels, starts.failed.get())];
+            encode(encoder, Counter, "backend_start_failures", help, failed)?;
         }
-        match groups.iter_mut().find(|(known, _)| *known == names) {
-            Some((_, members)) => members.push(it),
-            None => groups.push((names, vec![it])),
+        let pipes = [([("", ""); 0], self.loops.pipes() as u64)];
+        encode(encoder, Gauge, "pipes", "Open pipes for splice(2).", pipes)
+    }
+}
+
+/// Writes the values of a metric, each with its labels.
+fn encode<L: EncodeLabelSet>(
+    encoder: &mut DescriptorEncoder<'_>,
+    kind: MetricType,
+    name: &str,
+    help: &str,
+    values: impl IntoIterator<Item = (L, u64)>,
+) -> fmt::Result {
+    let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+    for (labels, value) in values {
+        let labelled = family.encode_family(&labels)?;
+        match kind {
+            Counter => ConstCounter::new(value).encode(labelled)?,
+            _ => ConstGauge::new(value).encode(labelled)?,
         }
+    }
+    Ok(())
+}
+
+/// Groups counters whose labels are equal, and those beyond the bound as [`OTHER`].
+fn group<const LABELS: usize, T>(
+    labelled: impl IntoIterator<Item = ([String; LABELS], T)>,
+) -> Groups<LABELS, T> {
+    let mut groups = Groups::new();
+    for (labels, counters) in labelled {
+        let mut labels = labels.map(|label| bounded_line(&label, LABEL_MAX));
+        if groups.len() >= SHOWN_MAX && !groups.contains_key(&labels) {
+            labels = labels.map(|_| OTHER.into());
+        }
+        groups.entry(labels).or_insert_with(Vec::new).push(counters);
     }
     groups
 }
 
+/// Adds up the counts of a group's members, key by key.
+fn add_up<K>(members: impl Iterator<Item = Vec<(K, u64)>>) -> Vec<(K, u64)> {
+    let add = |mut sums: Vec<(K, u64)>, counts: Vec<(K, u64)>| {
+        sums.iter_mut().zip(counts).for_each(|((_, sum), (_, count))| *sum += count);
+        sums
+    };
+    members.reduce(add).unwrap_or_default()
+}
+
+/// The label of what has none of its own.
+const OTHER: &str = "other";
+
+/// Listeners, and backends, with labels of their own.
+const SHOWN_MAX: usize = 64;
+
+/// Bytes of a label: the name of a socket may be of any length.
+const LABEL_MAX: usize = 128;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::num::NonZeroU32;
+
+    use prometheus_client::encoding::{prometheus_text, text};
 
     use super::*;
     use crate::counters::ConnectErrorKind;
 
-    fn metrics(listeners: usize, name: impl Fn(usize) -> String) -> Metrics {
+    fn metrics(listeners: usize, name: impl Fn(usize) -> String) -> Registry {
         let listeners: Vec<_> = (0..listeners)
             .map(|index| (name(index), index, Arc::<ListenerCounters>::default()))
             .collect();
@@ -265,8 +273,8 @@ mod tests {
         }
         let loops = Arc::new(Loops::default());
         loops.add(listeners.len()).carried.iter().for_each(|carried| carried.add(0, 1));
-        Metrics::new(MetricsSources {
-            limit: ConnectionLimit::new(NonZeroU32::MIN),
+        registry(MetricsSources {
+            connections_max: NonZeroU32::MIN,
             listeners,
             elsewhere: Arc::default(),
             backends,
@@ -276,14 +284,49 @@ mod tests {
         })
     }
 
+    fn openmetrics(registry: &Registry) -> String {
+        let mut body = String::new();
+        text::encode(&mut body, registry).unwrap();
+        body
+    }
+
+    fn text(registry: &Registry) -> String {
+        let mut body = String::new();
+        prometheus_text::encode(&mut body, registry).unwrap();
+        body
+    }
+
     fn sum(text: &str, name: &str) -> u64 {
         let values = text.lines().filter(|line| line.starts_with(name));
         values.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
 
     #[test]
+    fn both_formats_have_the_same_metrics() {
+        let registry = metrics(1, |_| r#"a "\ name"#.into());
+        let (openmetrics, text) = (openmetrics(&registry), text(&registry));
+        let label = r#"{listener="a \"\\ name",backend="a \"\\ name"}"#;
+        for line in [
+            "# TYPE socket_proxyd_connections_open gauge",
+            "# TYPE socket_proxyd_connect_duration_seconds histogram",
+            "socket_proxyd_pipes 0",
+            &format!("socket_proxyd_build_info{{version=\"{VERSION}\"}} 1"),
+            &format!("socket_proxyd_connections_total{label} 1"),
+        ] {
+            for body in [&openmetrics, &text] {
+                assert!(body.lines().any(|of_body| of_body == line), "no {line} in {body}");
+            }
+        }
+        assert!(openmetrics.contains("# TYPE socket_proxyd_connections counter\n"));
+        assert!(openmetrics.contains("# UNIT socket_proxyd_connect_duration_seconds seconds\n"));
+        assert!(openmetrics.ends_with("# EOF\n"));
+        assert!(text.contains("# TYPE socket_proxyd_connections_total counter\n"));
+        assert!(!text.contains("UNIT") && !text.contains("EOF"));
+    }
+
+    #[test]
     fn the_dashboard_asks_for_what_is_there() {
-        let text = metrics(1, |_| "web".into()).render(Format::Text);
+        let text = text(&metrics(1, |_| "web".into()));
         let dashboard = include_str!("../../docs/grafana.json");
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
         let names = dashboard.split(|c| !is_name(c));
@@ -299,7 +342,7 @@ mod tests {
 
     #[test]
     fn nothing_is_said_twice_however_sockets_are_named() {
-        let text = metrics(3, |_| "the same".into()).render(Format::OpenMetrics);
+        let text = openmetrics(&metrics(3, |_| "the same".into()));
         let series: Vec<_> =
             text.lines().filter_map(|line| Some(line.rsplit_once(' ')?.0)).collect();
         let unique: BTreeSet<_> = series.iter().collect();
@@ -312,7 +355,7 @@ mod tests {
     #[test]
     fn however_many_there_are_the_text_is_bounded_and_nothing_is_missing() {
         let name = |index| format!("{index}{}", "\\".repeat(4096));
-        let text = metrics(1000, name).render(Format::Text);
+        let text = text(&metrics(1000, name));
         assert!(text.len() < 1024 * 1024, "{}", text.len());
         assert_eq!(sum(&text, "socket_proxyd_connections_total{"), 1000);
         assert_eq!(sum(&text, "socket_proxyd_bytes_total{"), 1000);

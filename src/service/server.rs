@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prometheus_client::registry::Registry;
 use sd_notify::NotifyState;
 use tokio::sync::Notify;
 use tokio::task::{JoinError, JoinSet, yield_now};
@@ -27,7 +28,7 @@ use crate::listen::Sources;
 use crate::listen::accepted::AcceptedSocket;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
 use crate::logging::{RateLimit, os_message};
-use crate::metrics::{self, Metrics};
+use crate::metrics::{self, MetricsSources};
 use crate::notify::Notifier;
 use crate::runtime::catch_panic;
 use crate::service::signals::{ReportSignal, Signals};
@@ -97,8 +98,8 @@ pub struct Tasks {
 }
 
 impl Server {
-    /// Returns the counters that `--metrics=` shows.
-    pub fn metrics(&self) -> Metrics {
+    /// Returns the metrics of `--metrics=`.
+    pub fn metrics(&self) -> Registry {
         let settings = self.event_loops.settings();
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
             (listener.to_string(), *backend, Arc::clone(listener.info().counts()))
@@ -106,8 +107,8 @@ impl Server {
         let backend = |setup: &BackendSetup| {
             (setup.connector.target().to_string(), Arc::clone(setup.connector.counters()))
         };
-        Metrics::new(metrics::MetricsSources {
-            limit: self.limit.clone(),
+        metrics::registry(MetricsSources {
+            connections_max: self.limit.max(),
             listeners: self.routes.listeners().iter().map(listener).collect(),
             elsewhere: Arc::clone(&self.elsewhere),
             backends: settings.backends.iter().map(backend).collect(),
