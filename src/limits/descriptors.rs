@@ -39,14 +39,11 @@ const FOR_COMMAND: usize = 12;
 /// For an event loop of another thread: epoll, its wake-up, its end of the signals.
 const PER_THREAD: usize = 4;
 
-/// Scrapers that are served at a time.
+/// Requests for metrics that are open at a time.
 pub const SCRAPERS_MAX: usize = 256;
 
-/// Scrapers whose answer is written, and which have not taken it yet.
-pub const UNACKED_MAX: usize = 32;
-
-/// For all of them, one more in the moment in which another gives way, and their event loop.
-const FOR_METRICS: usize = SCRAPERS_MAX + UNACKED_MAX + 2 + PER_THREAD;
+/// For these requests, for those that give way while others are accepted, and for their event loop.
+const FOR_METRICS: usize = SCRAPERS_MAX + 8 + PER_THREAD;
 
 /// What start-up opens at most, beside the listeners: counted only when descriptors are few.
 const OPEN_AT_START: usize = 64;

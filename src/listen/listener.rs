@@ -206,9 +206,9 @@ impl Listener {
         }
     }
 
-    /// For somebody who accepts otherwise: the socket, and its file, which goes when that is dropped.
-    pub fn into_parts(self) -> (OwnedFd, Family, Option<SocketFile>) {
-        (self.io.into_inner(), self.family, self.file)
+    /// Returns the socket, for another event loop, and its socket file, removed when that is dropped.
+    pub fn into_parts(self) -> (OwnedFd, Option<SocketFile>) {
+        (self.io.into_inner(), self.file)
     }
 
     /// Says why newcomers wait in the kernel.
