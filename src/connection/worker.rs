@@ -21,7 +21,6 @@ use tokio::time::{Instant, sleep};
 use crate::backend::wait::BackendWait;
 use crate::connection::{LoopContext, Restored, Settings, resume, serve};
 use crate::counters::Gauge;
-use crate::forward::idle::sweep;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::listen::listener::Accepted;
@@ -198,9 +197,7 @@ impl EventLoop {
         let arrived = Rc::new(Notify::new());
         spawn_local(hold_guard_timer(Rc::clone(&arrived)));
         let context = Rc::new(LoopContext::new(settings));
-        if let Some(idle_time) = context.registry.idle_time() {
-            spawn_local(sweep(Rc::clone(&context.registry), idle_time));
-        }
+        spawn_local(Rc::clone(&context.registry).sweep());
         Self { context, arrived }
     }
 

@@ -9,12 +9,10 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::forward::endpoint::Endpoint;
 use crate::forward::flow::Flow;
+use crate::forward::registry::Registration;
 use crate::forward::snapshot::{FlowState, SIDES, Side};
 use crate::forward::{CloseReason, Forwarder, Progress, Summary};
 use crate::socket::{Family, Socket};
-
-/// How long a receiver may make no progress after the other side was reset.
-pub const LINGER: Duration = Duration::from_secs(60);
 
 impl Forwarder {
     /// Whether the only thing that can happen is that a receiver accepts what is buffered for it.
@@ -61,9 +59,11 @@ impl Forwarder {
         SIDES.into_iter().any(|side| self.is_delivering(side))
     }
 
-    /// Waits until both peers have received their bytes, but at most `linger` without progress. Both sockets
-    /// stay open. A caller that stops waiting may call this again.
-    pub(super) async fn finish_delivery(&self, linger: Duration) {
+    /// Waits until both peers have received their bytes, but at most [`LINGER`], or the idle time if that is
+    /// shorter, without progress. Both sockets stay open. A caller that stops waiting may call this again.
+    pub(super) async fn finish_delivery(&self) {
+        let idle_time = self.registration.as_ref().and_then(Registration::idle_time);
+        let linger = idle_time.map_or(LINGER, |time| time.min(LINGER));
         tokio::join!(
             self.finish_side(Side::Client, linger),
             self.finish_side(Side::Backend, linger)
@@ -141,3 +141,6 @@ async fn wait_until_acked(socket: &Socket, linger: Duration) {
         }
     }
 }
+
+/// How long a receiver may make no progress after the other side was reset.
+const LINGER: Duration = Duration::from_secs(60);

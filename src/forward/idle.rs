@@ -11,13 +11,7 @@
 //! connection is closed between one and a quarter and one and a half times the idle time.
 
 use std::cell::Cell;
-use std::convert::Infallible;
-use std::rc::Rc;
 use std::time::Duration;
-
-use tokio::time::sleep;
-
-use crate::forward::registry::Registry;
 
 /// What the sweep knows of a connection.
 #[derive(Debug, Default)]
@@ -29,20 +23,6 @@ pub struct Activity {
     /// The unacknowledged bytes of each side at the last report. Once there are none, none come without a
     /// delivery. (They fit: no socket buffer is larger.)
     unacked: Cell<Option<[u32; 2]>>,
-}
-
-/// Visits the connections of an event loop for as long as it lives.
-pub async fn sweep(registry: Rc<Registry>, idle_time: Duration) -> Infallible {
-    // tokio's timers tell no shorter times apart.
-    let interval = (idle_time / u32::from(VISITS)).max(Duration::from_millis(1));
-    loop {
-        if registry.is_empty() {
-            registry.occupied.notified().await;
-        }
-        // From now on, however late this visit was: the next one would be too early for all.
-        sleep(interval).await;
-        registry.wake_if(Activity::visit);
-    }
 }
 
 impl Activity {
@@ -69,8 +49,14 @@ impl Activity {
         }
     }
 
+    /// Returns the time between two visits.
+    pub fn visit_interval(idle_time: Duration) -> Duration {
+        // tokio's timers tell no shorter times apart.
+        (idle_time / u32::from(VISITS)).max(Duration::from_millis(1))
+    }
+
     /// Counts a visit. Returns whether the connection has something to do.
-    fn visit(&self) -> bool {
+    pub fn visit(&self) -> bool {
         let visits = self.visits.get().saturating_add(1);
         self.visits.set(visits);
         if visits < FIRST_REPORT {
@@ -95,13 +81,14 @@ const FIRST_REPORT: u8 = 2;
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
+    use std::rc::Rc;
     use std::task::Poll;
 
     use tokio::task::{LocalSet, spawn_local};
-    use tokio::time::{Instant, advance};
+    use tokio::time::{Instant, advance, sleep};
 
     use super::*;
-    use crate::forward::registry::Registration;
+    use crate::forward::registry::{Registration, Registry};
 
     const TIME: Duration = Duration::from_secs(60);
 
@@ -123,10 +110,10 @@ mod tests {
     }
 
     async fn with_sweep<T>(test: impl AsyncFnOnce(Rc<Registry>) -> T) -> T {
-        let registry = Rc::new(Registry::default());
+        let registry = Rc::new(Registry::new(Some(TIME)));
         let set = LocalSet::new();
         set.run_until(async move {
-            spawn_local(sweep(Rc::clone(&registry), TIME));
+            spawn_local(Rc::clone(&registry).sweep());
             test(registry).await
         })
         .await

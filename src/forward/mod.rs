@@ -60,12 +60,12 @@
 //! direction lives on until it ends, too. When both flows are over, each socket is closed, or *reset*
 //! if the other socket was reset or this side's own bytes were lost. A reset overtakes bytes in
 //! flight, so it waits until the peer's kernel has acknowledged them all: an answer followed by a
-//! reset arrives whole. After a reset, a receiver that makes no progress for [`LINGER`](close::LINGER), or
+//! reset arrives whole. After a reset, a receiver that makes no progress for `LINGER`, or
 //! for the idle time if that is shorter, is given up.
 //!
 //! A socket that no flow reads from (its flow has ended, or waits for a stalled receiver) is watched for
 //! EPOLLHUP, so that the death of its peer is noticed. Where EPOLLHUP may also mean two FINs, the socket is
-//! checked every [`LINGER`](close::LINGER) instead.
+//! checked every `LINGER` instead.
 //!
 //! An *idle* connection, which delivered nothing for `--connection-idle-time=`, is reset on both sides.
 //!
@@ -93,7 +93,6 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::counters::ByteCounters;
-use crate::forward::close::LINGER;
 use crate::forward::endpoint::Endpoint;
 use crate::forward::flow::{Fault, Flow, LoopBuffers, Step};
 use crate::forward::registry::Registration;
@@ -219,8 +218,6 @@ impl Forwarder {
             // A connection that has ended is not idle, even if it ended late.
             let is_idle = !self.is_over() && self.is_idle();
             if !is_idle && self.has_unfinished_delivery() {
-                let idle_time = self.registration.as_ref().and_then(Registration::idle_time);
-                let linger = idle_time.map_or(LINGER, |time| time.min(LINGER));
                 let detach_requested = async {
                     match &self.registration {
                         Some(it) => it.detach_requested(|| report(self.progress())).await,
@@ -229,7 +226,7 @@ impl Forwarder {
                 };
                 tokio::select! {
                     biased;
-                    () = Box::pin(self.finish_delivery(linger)) => {}
+                    () = Box::pin(self.finish_delivery()) => {}
                     () = Box::pin(detach_requested) => return Ok(self.detached()),
                 }
             }

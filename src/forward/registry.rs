@@ -8,6 +8,7 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::sleep;
 
 use crate::forward::idle::Activity;
 
@@ -21,7 +22,7 @@ pub struct Registry {
     /// How often reports were requested.
     reports: Cell<u32>,
     /// The first connection was registered.
-    pub(super) occupied: Notify,
+    occupied: Notify,
     /// The last connection was deregistered.
     vacated: Notify,
 }
@@ -86,12 +87,25 @@ impl Registry {
         self.wake_all();
     }
 
+    /// Visits the connections for as long as the event loop lives, and closes those that are idle.
+    pub async fn sweep(self: Rc<Self>) {
+        let Some(idle_time) = self.idle_time else { return };
+        loop {
+            if self.is_empty() {
+                self.occupied.notified().await;
+            }
+            // From now on, however late this visit was: the next one would be too early for all.
+            sleep(Activity::visit_interval(idle_time)).await;
+            self.wake_if(Activity::visit);
+        }
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.entries.borrow().is_empty()
     }
 
     /// Visits all connections, and wakes those for which `visit` returns `true`.
-    pub(super) fn wake_if(&self, visit: impl Fn(&Activity) -> bool) {
+    fn wake_if(&self, visit: impl Fn(&Activity) -> bool) {
         for entry in &*self.entries.borrow() {
             if let (true, Some(waker)) = (visit(&entry.activity), entry.waker.get()) {
                 waker.wake_by_ref();

@@ -59,10 +59,8 @@ impl Exporter {
         let listeners = match address {
             MetricsAddress::Open(address) => bind::open(address, &mut Vec::new()).await?,
             MetricsAddress::Passed(name) => {
-                let (ours, others) =
-                    std::mem::take(passed).into_iter().partition(|fd| fd.name == *name);
-                *passed = others;
-                Vec::into_iter(ours).map(Listener::adopt).collect::<Result<_, _>>()?
+                let sockets = take_matching(passed, |fd| fd.name == *name).into_iter();
+                sockets.map(Listener::adopt).collect::<Result<_, _>>()?
             }
         };
         if listeners.is_empty() {
