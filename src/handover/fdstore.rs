@@ -1,8 +1,8 @@
-//! systemd's file descriptor store (`FDSTORE=1` in sd_notify(3)): what it keeps while there is no
-//! process, and gives to the next one beside the sockets.
+//! systemd's file descriptor store (`FDSTORE=1` in sd_notify(3)): systemd keeps these descriptors while the
+//! service does not run, and passes them to the next process beside the sockets.
 //!
-//! systemd compares each descriptor that it is given with every other it has, so there are only
-//! two: the ends of one [`Queue`], under names of their own.
+//! systemd compares each new descriptor with every stored one, so the proxy stores only two: the ends of one
+//! [`Queue`], under names of their own.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -19,35 +19,34 @@ use crate::listen::activation::{PassedFd, take_matching};
 use crate::notify::Notifier;
 use crate::socket::sys::register;
 
-/// Names that no socket unit has: systemd's default is the unit's own.
+/// Names that no socket unit has: by default a socket has the name of its unit.
 const QUEUE: &str = "handover-of-socket-proxyd.queue";
 const SENDER: &str = "handover-of-socket-proxyd.sender";
 const PROBE: &str = "handover-of-socket-proxyd.probe";
 
-/// How long systemd has to answer.
-const ANSWER: Duration = Duration::from_secs(5);
+/// How long systemd may take to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What came back from the store.
+/// The descriptors that systemd passed from the store.
 #[derive(Debug, Default)]
 pub struct StoredFds {
     stored: Vec<PassedFd>,
 }
 
 impl StoredFds {
-    /// Takes what has one of our names out of what was passed.
-    pub fn take(inherited: &mut Vec<PassedFd>) -> Self {
+    /// Takes them out of all that were passed, by their names.
+    pub fn take(passed: &mut Vec<PassedFd>) -> Self {
         let is_ours = |it: &PassedFd| [QUEUE, SENDER, PROBE].contains(&&*it.name);
-        Self { stored: take_matching(inherited, is_ours) }
+        Self { stored: take_matching(passed, is_ours) }
     }
 
-    /// Whether there was nothing.
     pub fn is_empty(&self) -> bool {
         self.stored.is_empty()
     }
 
-    /// The queue that was kept. Whatever is not one is closed, and systemd is told to do the same.
+    /// Returns the stored queue. What is not part of one is closed, and systemd closes it too.
     pub async fn into_queue(mut self, notifier: &Notifier) -> Option<Queue> {
-        // Left by a process that did not come to take it out.
+        // A process that was killed while keep() ran left the probe.
         if !take_matching(&mut self.stored, |it| it.name == PROBE).is_empty() {
             remove(PROBE, notifier).await;
         }
@@ -56,22 +55,21 @@ impl StoredFds {
             Some(self.stored.remove(index).fd)
         };
         let ends = take(QUEUE).zip(take(SENDER));
-        let queue = ends.and_then(|(inner, sender)| Queue::of(inner, sender));
+        let queue = ends.and_then(|(reader, writer)| Queue::from_pair(reader, writer));
         if queue.is_some() && self.stored.is_empty() {
             return queue;
         }
         tracing::warn!("The store is damaged, closing it, and the connections in it.");
         self.discard(notifier).await;
-        // Under the names of what was closed it stood as well.
-        match queue {
-            Some(queue) => keep(&queue, notifier).await.is_ok().then_some(queue),
-            None => None,
-        }
+        // discard() removed the queue too: it has the same names.
+        let queue = queue?;
+        keep(&queue, notifier).await.is_ok().then_some(queue)
     }
 
-    /// Closes all of it, here and in the store.
+    /// Closes the descriptors, here and in the store.
     pub async fn discard(self, notifier: &Notifier) {
-        // What is in the queue now, and not when systemd comes to it: listeners would be in the way.
+        // The contents are closed now, and not when systemd gets to it: stored listeners would still hold
+        // their addresses.
         for queue in self.stored.iter().filter(|it| it.name == QUEUE) {
             while rustix::net::recv(&queue.fd, &mut [0; 1], RecvFlags::DONTWAIT)
                 .is_ok_and(|it| it.1 > 0)
@@ -83,44 +81,45 @@ impl StoredFds {
     }
 }
 
-/// Has systemd close what it keeps under this name.
+/// Removes the descriptors of this name from the store.
 pub async fn remove(name: &str, notifier: &Notifier) {
     let name = format!("FDNAME={name}");
     let states = [NotifyState::Custom("FDSTOREREMOVE=1"), NotifyState::Custom(&name)];
     notifier.send(&states).await;
 }
 
-/// Has systemd keep a queue.
+/// Stores a queue.
 ///
 /// # Errors
-/// Why it does not, in words.
+/// Why systemd does not keep it.
 pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str> {
     if !notifier.has_manager() {
         return Err("there is no NOTIFY_SOCKET; set Type=notify and FileDescriptorStoreMax=4");
     }
-    // It never says whether it keeps what it is given, and closes what it does not. It keeps as many
-    // as there is room for, in the order in which they come; so where it keeps the third, it has kept
-    // the two before it.
+    // systemd never says whether it keeps a descriptor. It keeps as many as FileDescriptorStoreMax= allows, in
+    // the order in which they come, and closes the others. So where it keeps the third, the probe, it has kept
+    // the two before.
     let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
     let failed = |_| "there are no descriptors left";
     let (probe, entry) = pipe_with(flags).map_err(failed)?;
-    let [inner, sender] = queue.ends();
-    for (name, fd) in [(QUEUE, inner), (SENDER, sender), (PROBE, entry.as_fd())] {
+    let [reader, writer] = queue.ends();
+    for (name, fd) in [(QUEUE, reader), (SENDER, writer), (PROBE, entry.as_fd())] {
         put(name, fd, notifier).await;
     }
     drop(entry);
     let (answer, asked) = pipe_with(flags).map_err(failed)?;
-    // It closes this when it has come to it (BARRIER=1 in sd_notify(3)).
+    // systemd closes this when it has handled the messages before (BARRIER=1 in sd_notify(3)).
     notifier.send_with(&[NotifyState::Custom("BARRIER=1")], &[asked.as_fd()]).await;
     drop(asked);
-    let answer = register(answer, Interest::READABLE).map_err(|_| "it can't be waited for")?;
-    let answers = timeout(ANSWER, answer.readable()).await.is_ok();
+    let answer =
+        register(answer, Interest::READABLE).map_err(|_| "its answer cannot be waited for")?;
+    let answers = timeout(ANSWER_TIMEOUT, answer.readable()).await.is_ok();
     let is_kept = rustix::io::read(&probe, &mut [0; 1]) == Err(Errno::AGAIN);
     remove(PROBE, notifier).await;
     if answers && is_kept {
         return Ok(());
     }
-    // As it comes to it, or where only one of them was kept.
+    // systemd may have kept one of them, or may still get to them.
     remove(QUEUE, notifier).await;
     remove(SENDER, notifier).await;
     Err(if answers {

@@ -2,52 +2,49 @@
 //!
 //! With `restart` each connection is detached when the process is stopped: its sockets and its buffered
 //! bytes go into the [`Queue`] that systemd keeps, and the next process takes them from there before it accepts
-//! anything. With `crash` a connection is in the queue from accept on, and none of its bytes is ever in the
-//! memory of the process; a [`Journal`] keeps the queue current.
+//! clients. With `crash` a connection is in the queue from accept on, and none of its bytes is ever in the
+//! memory of the process. A [`Journal`] keeps the queue current.
 
 pub mod replay;
+mod detached;
 pub mod journal;
 mod fdstore;
-pub mod record;
 pub mod queue;
+pub mod record;
 
 use std::collections::HashSet;
-use std::convert::Infallible;
-use std::io;
+use std::future::pending;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::net::{SocketType, sockopt};
-use tokio::time::Instant;
 
 use crate::config::values::HandoverMode;
-use crate::forward::Forwarder;
-use crate::forward::snapshot::FdRef;
 use crate::handover::fdstore::StoredFds;
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
 use crate::handover::record::{RECORDS_MAX, Record, RecordBody, descriptors_of};
-use crate::handover::replay::{Leftovers, Replay, recover, replay};
+use crate::handover::replay::{Leftovers, Replay, replay};
 use crate::limits::descriptors::{raise_limit, spare_fds};
-use crate::limits::slot::Slot;
 use crate::listen::activation::{PassedFd, take_matching};
 use crate::listen::listener::Listener;
 use crate::logging::os_message;
 use crate::notify::Notifier;
-use crate::socket::Socket;
 use crate::socket::file_id::FileId;
+
+pub use detached::Detached;
 
 /// The store, as the connections of this process use it.
 #[derive(Debug)]
 pub struct Handover {
     mode: HandoverMode,
     journal: Arc<Journal>,
-    /// Descriptors that the next process can take back, if it has the same limit.
+    /// Descriptors that the next process can open, if it has the same limit.
     fds_max: usize,
-    /// Descriptors stored by this process, and the most of one message (restart mode). Event loops store one
-    /// after the other.
+    /// Descriptors that this process stored, and the most of one message (restart mode). Event loops store
+    /// one after the other.
     stored_fds: AtomicUsize,
     largest_message: AtomicUsize,
     detach_is_requested: AtomicBool,
@@ -55,74 +52,54 @@ pub struct Handover {
 }
 
 impl Handover {
-    /// Takes what was stored, and makes a store for what is to be. Without one it says so, once. A process
-    /// that `opens` its sockets itself is passed none.
+    /// Reads what the previous process stored, and opens the store for this one. Without a store, logs why
+    /// and returns `None`. A process that `opens` its sockets itself is passed no listeners.
     ///
     /// # Errors
-    /// One line when what was stored can't be read; then it is still there.
+    /// One line when the stored connections cannot be read. They stay stored.
     pub async fn open(
         mode: Option<HandoverMode>,
         opens: bool,
-        inherited: &mut Vec<PassedFd>,
+        passed: &mut Vec<PassedFd>,
         notifier: &Notifier,
     ) -> Result<(Option<Arc<Self>>, Leftovers), String> {
-        let nothing = Ok((None, Leftovers::default()));
-        let returned = StoredFds::take(inherited);
+        let stored = StoredFds::take(passed);
         let Some(mode) = mode else {
-            if !returned.is_empty() {
+            if !stored.is_empty() {
                 tracing::info!("Closing what was stored, since --handover=never.");
-                returned.discard(notifier).await;
+                stored.discard(notifier).await;
             }
-            return nothing;
+            return Ok((None, Leftovers::default()));
         };
-        close_unknown_fds(inherited, opens, notifier).await;
-        let queue = if returned.is_empty() { None } else { returned.into_queue(notifier).await };
-        let queue = match queue {
-            Some(queue) => queue,
-            None => match new_queue(notifier).await {
-                Ok(queue) => queue,
-                Err(error) => {
-                    tracing::warn!(
-                        "--handover= without a store, connections end with the process: {error}."
-                    );
-                    return nothing;
-                }
-            },
+        close_unknown_fds(passed, opens, notifier).await;
+        let queue = match open_queue(stored, notifier).await {
+            Ok(queue) => queue,
+            Err(error) => {
+                tracing::warn!(
+                    "--handover= without a store, connections end with the process: {error}."
+                );
+                return Ok((None, Leftovers::default()));
+            }
         };
-        let failed = |error| {
-            let error = os_message(&error);
-            format!("Failed to read the store, which is left as it is: {error}.")
-        };
-        let payloads = queue.payloads().map_err(failed)?;
-        let (descriptors, at_a_time) = descriptors_of(&payloads);
-        // A message may also have what does not count any more.
-        let spare = spare_fds();
-        if spare < descriptors + at_a_time {
-            return Err(format!(
-                "RLIMIT_NOFILE={} leaves no room for the stored connections, which have \
-                 {descriptors} file descriptors and stay stored; raise LimitNOFILE=.",
-                raise_limit()
-            ));
-        }
-        let sorted = replay(&payloads, queue.messages()).map_err(failed)?;
-        let Replay { messages, records, refused } = sorted;
-        // A connection that systemd passes (Accept=yes) and has stored as well is one.
-        let stored: HashSet<_> = records.iter().flat_map(Record::file_ids).collect();
-        inherited.retain(|it| !FileId::of(&it.fd).is_ok_and(|id| stored.contains(&id)));
+        let fds_max = spare_fds();
+        let Replay { messages, records, refused } = read(&queue, fds_max)?;
+        // With Accept=yes a connection may be both passed and stored.
+        let file_ids: HashSet<_> = records.iter().flat_map(Record::file_ids).collect();
+        passed.retain(|it| !FileId::of(&it.fd).is_ok_and(|id| file_ids.contains(&id)));
         let current: HashSet<_> = records.iter().map(|record| record.id).collect();
         let journal = Journal::new(queue, messages, &current);
-        let kept_in = (mode == HandoverMode::Crash).then_some(&journal);
-        let restored = Leftovers { refused, ..recover(records, kept_in) };
+        let crash_journal = (mode == HandoverMode::Crash).then_some(&journal);
+        let leftovers = Leftovers::new(records, refused, crash_journal);
         let handover = Self {
             mode,
             journal,
-            fds_max: spare,
+            fds_max,
             stored_fds: AtomicUsize::default(),
             largest_message: AtomicUsize::default(),
             detach_is_requested: AtomicBool::default(),
             lost: AtomicUsize::default(),
         };
-        Ok((Some(Arc::new(handover)), restored))
+        Ok((Some(Arc::new(handover)), leftovers))
     }
 
     /// Whether connections are stored from accept on.
@@ -130,29 +107,28 @@ impl Handover {
         self.mode == HandoverMode::Crash
     }
 
-    /// All that was stored is this process's again.
+    /// Empties the store in restart mode: a second reference would keep peers from seeing the end of their
+    /// connections.
     pub fn discard_replayed(&self) {
         if self.mode == HandoverMode::Restart {
-            // A second reference would keep peers from seeing the end of their connections.
             self.journal.clear();
         }
     }
 
-    /// Keeps the store clean, for ever.
-    pub async fn clean(&self) -> Infallible {
+    /// Drops superseded records, for as long as the process lives. (In restart mode there are none.)
+    pub async fn clean(&self) {
         if self.is_crash_mode() {
-            return self.journal.clean().await;
+            self.journal.clean().await;
         }
-        // In restart mode the store is empty while the process runs.
-        std::future::pending().await
+        pending().await
     }
 
-    /// Keeps a client, from now on and whatever ends the process, if that is asked for.
+    /// Stores a client from now on (crash mode).
     pub fn keep_client(&self, client: impl AsFd) -> Option<JournalEntry> {
         self.keep(RecordBody::Client(client))
     }
 
-    /// The same for a socket that was opened here.
+    /// Stores a socket that the proxy opened from now on (crash mode).
     pub fn keep_listener(&self, listener: &Listener) -> Option<JournalEntry> {
         self.keep(RecordBody::Listener(listener.as_fd(), listener.file()))
     }
@@ -161,8 +137,8 @@ impl Handover {
         self.is_crash_mode().then(|| self.journal.keep(monotonic_micros(), body)).flatten()
     }
 
-    /// To be buffered where a panic would end all connections of a thread in order: then the process is
-    /// ended at once instead, if they outlive that.
+    /// Returns a guard for a thread with connections. In crash mode a panic ends the process at once:
+    /// unwinding would end all connections of the thread, and the next process restores them.
     pub fn abort_on_panic(&self) -> Option<AbortOnPanic> {
         self.is_crash_mode().then_some(AbortOnPanic)
     }
@@ -172,7 +148,6 @@ impl Handover {
         self.detach_is_requested.store(true, Ordering::Release);
     }
 
-    /// Whether they are to.
     pub fn is_detach_requested(&self) -> bool {
         self.detach_is_requested.load(Ordering::Acquire)
     }
@@ -180,15 +155,15 @@ impl Handover {
     /// Stores detached connections. Those that cannot be stored are reset.
     ///
     /// Buffered bytes need descriptors of their own, so there may be more of them than this process could
-    /// have open: what the next process could not open is not stored.
+    /// have open. What the next process could not open is not stored.
     pub fn store(&self, mut detached: Vec<Detached>) {
         while !detached.is_empty() {
             let (mut bodies, mut fds) = (Vec::new(), 0);
-            for one in detached.iter().rev().take(RECORDS_MAX) {
-                match one.body() {
-                    Ok((age, body)) if self.has_room(fds + body.fds()) => {
+            for connection in detached.iter().rev().take(RECORDS_MAX) {
+                match connection.body() {
+                    Ok(body) if self.has_room(fds + body.fds()) => {
                         fds += body.fds();
-                        bodies.push((start_of(age), body));
+                        bodies.push((started(connection.start().elapsed()), body));
                     }
                     Ok(_) => break,
                     // Out of descriptors: storing the others first frees theirs.
@@ -217,13 +192,13 @@ impl Handover {
         }
     }
 
-    /// Whether the next process can open so many descriptors more, and those of a whole message at once.
+    /// Whether the next process can open so many descriptors more, and those of the largest message at once.
     fn has_room(&self, fds: usize) -> bool {
         let largest = self.largest_message.load(Ordering::Relaxed).max(fds);
         self.stored_fds.load(Ordering::Relaxed) + fds + largest <= self.fds_max
     }
 
-    /// The same for a socket that was opened here; whether it is stored.
+    /// Stores a socket that the proxy opened. Returns whether there was room.
     pub fn store_listener(&self, listener: &Listener) -> bool {
         let body = RecordBody::Listener(listener.as_fd(), listener.file());
         let is_stored = self.journal.append(vec![(monotonic_micros(), body)]).is_ok();
@@ -231,54 +206,9 @@ impl Handover {
         is_stored
     }
 
-    /// What the next process will find, connections and listeners, and connections that it will not.
+    /// Returns the number of connections and listeners that are stored, and of connections that could not be.
     pub fn stored_and_lost(&self) -> [usize; 2] {
         [self.journal.live(), self.lost.load(Ordering::Relaxed)]
-    }
-}
-
-/// A connection that has been taken off its event loop and is to be stored. Dropping it resets both
-/// sides.
-#[derive(Debug)]
-pub struct Detached {
-    start: Instant,
-    state: DetachedState,
-    _slot: Slot,
-}
-
-#[derive(Debug)]
-enum DetachedState {
-    /// A client that still waits for its backend.
-    Client(Socket),
-    Forwarder(Box<Forwarder>),
-}
-
-impl Detached {
-    /// A client without a backend, accepted at `start`.
-    pub fn client(start: Instant, socket: Socket, slot: Slot) -> Self {
-        Self { start, state: DetachedState::Client(socket), _slot: slot }
-    }
-
-    /// A connection with its buffered bytes, accepted at `start`.
-    pub fn forwarder(start: Instant, forwarder: Box<Forwarder>, slot: Slot) -> Self {
-        Self { start, state: DetachedState::Forwarder(forwarder), _slot: slot }
-    }
-
-    /// Returns the connection's age, and what is to be stored of it.
-    fn body(&self) -> io::Result<(Duration, RecordBody<FdRef<'_>>)> {
-        let body = match &self.state {
-            DetachedState::Client(socket) => RecordBody::Client(FdRef::Borrowed(socket.as_fd())),
-            DetachedState::Forwarder(it) => RecordBody::Forwarder(Box::new(it.snapshot()?)),
-        };
-        Ok((self.start.elapsed(), body))
-    }
-
-    /// Closes the sockets here: the stored ones keep the connection open.
-    fn release(self) {
-        match self.state {
-            DetachedState::Client(socket) => socket.detach(),
-            DetachedState::Forwarder(forwarder) => forwarder.detach(),
-        }
     }
 }
 
@@ -294,29 +224,57 @@ impl Drop for AbortOnPanic {
     }
 }
 
-async fn new_queue(notifier: &Notifier) -> Result<Queue, String> {
+/// Returns the stored queue, or stores a new one.
+async fn open_queue(stored: StoredFds, notifier: &Notifier) -> Result<Queue, String> {
+    if !stored.is_empty() {
+        if let Some(queue) = stored.into_queue(notifier).await {
+            return Ok(queue);
+        }
+    }
     let queue = Queue::new().map_err(|error| os_message(&error))?;
     fdstore::keep(&queue, notifier).await?;
     Ok(queue)
 }
 
-/// What can't come from a socket unit, beside the sockets that do: somebody else's descriptors in the
-/// store. A connection is the only one, or is somebody else's as well.
-async fn close_unknown_fds(inherited: &mut Vec<PassedFd>, opens: bool, notifier: &Notifier) {
+/// Reads the connections in the queue, which stays as it is.
+///
+/// # Errors
+/// When they have more descriptors than the process can open, `fds_max`, or when a message cannot be read.
+fn read(queue: &Queue, fds_max: usize) -> Result<Replay, String> {
+    let failed = |error| {
+        let error = os_message(&error);
+        format!("Failed to read the store, which is left as it is: {error}.")
+    };
+    let payloads = queue.payloads().map_err(failed)?;
+    let (descriptors, largest_message) = descriptors_of(&payloads);
+    // A message may also have descriptors of superseded records, which are open for a moment.
+    if fds_max < descriptors + largest_message {
+        return Err(format!(
+            "RLIMIT_NOFILE={} leaves no room for the stored connections, which have {descriptors} \
+             file descriptors and stay stored; raise LimitNOFILE=.",
+            raise_limit()
+        ));
+    }
+    replay(&payloads, queue.messages()).map_err(failed)
+}
+
+/// Closes descriptors that are neither ours nor listening sockets, here and in the store. A process that neither
+/// `opens` listeners nor is passed any keeps what it was passed: that is its one connection.
+async fn close_unknown_fds(passed: &mut Vec<PassedFd>, opens: bool, notifier: &Notifier) {
     let is_listener = |it: &PassedFd| {
-        sockopt::socket_type(&it.fd).is_ok_and(|it| it == SocketType::STREAM)
+        sockopt::socket_type(&it.fd).is_ok_and(|kind| kind == SocketType::STREAM)
             && sockopt::socket_acceptconn(&it.fd).unwrap_or(false)
     };
-    if !opens && !inherited.iter().any(is_listener) {
+    if !opens && !passed.iter().any(is_listener) {
         return;
     }
-    let unknown = take_matching(inherited, |it| !is_listener(it));
+    let unknown = take_matching(passed, |it| !is_listener(it));
     if unknown.is_empty() {
         return;
     }
     let names: Vec<_> = unknown.iter().map(|it| &*it.name).collect();
     tracing::warn!(
-        "Got what is no listening socket passed in or stored, closing it: {}.",
+        "Got passed in or stored what is not a listening socket, closing it: {}.",
         names.join(", ")
     );
     for unknown_fd in &unknown {
@@ -324,6 +282,6 @@ async fn close_unknown_fds(inherited: &mut Vec<PassedFd>, opens: bool, notifier:
     }
 }
 
-fn start_of(age: Duration) -> u64 {
+fn started(age: Duration) -> u64 {
     monotonic_micros().saturating_sub(age.as_micros() as u64)
 }

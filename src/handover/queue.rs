@@ -1,8 +1,8 @@
-//! A queue of messages with descriptors that outlives whoever writes it: a pair of connected
-//! SOCK_SEQPACKET sockets, of which somebody else keeps a second reference.
+//! A queue of messages with descriptors that outlives its writer: a pair of connected SOCK_SEQPACKET
+//! sockets, of which systemd keeps a second reference.
 //!
-//! What was sent to one of the two stays in the other's queue until it is received, the descriptors
-//! (`SCM_RIGHTS` in unix(7)) included. It is read with `MSG_PEEK`, so that reading takes nothing out.
+//! What is sent to one of the two stays in the other's receive queue until it is received, the descriptors
+//! (`SCM_RIGHTS` in unix(7)) included. Messages are read with `MSG_PEEK`, so that reading takes nothing out.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -19,83 +19,79 @@ use socket2::SockRef;
 use crate::handover::record::{DESCRIPTORS_MAX, MESSAGE_MAX};
 use crate::socket::sys::{outq_len, set_peek_offset};
 
-/// Bytes of the queue that are asked for: some 10,000 messages. Whoever may not have them gets
-/// what `net.core.wmem_max` allows.
+/// The size in bytes to ask for: some 10,000 messages. Without privileges the kernel grants what
+/// `net.core.wmem_max` allows.
 const SIZE: usize = 16 * 1024 * 1024;
 
 /// The two sockets.
 #[derive(Debug)]
 pub struct Queue {
-    /// Where the messages are.
-    inner: OwnedFd,
-    /// Where they are sent.
-    sender: OwnedFd,
-    /// Bytes it may take, with what the kernel needs for each message.
+    /// The messages are in its receive queue.
+    reader: OwnedFd,
+    writer: OwnedFd,
+    /// The size in bytes, the kernel's overhead for each message included.
     size: usize,
 }
 
 /// A message.
 #[derive(Debug)]
 pub struct Message {
-    /// What it says.
     pub bytes: Vec<u8>,
-    /// What came with it.
     pub fds: Vec<OwnedFd>,
-    /// Whether that is all of both.
+    /// Neither the bytes nor the descriptors were truncated.
     pub is_whole: bool,
 }
 
 impl Queue {
-    /// A new one, empty.
+    /// Creates an empty queue.
     ///
     /// # Errors
     /// socketpair(2)'s.
     pub fn new() -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (inner, sender) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        // The kernel gives it a name that nobody else has ("autobind" in unix(7)), by which the other
-        // knows it.
-        bind(&inner, &SocketAddrUnix::new_unnamed())?;
-        // With CAP_NET_ADMIN whatever the limit is.
-        let _ = sockopt::set_socket_send_buffer_size_force(&sender, SIZE)
-            .or_else(|_| sockopt::set_socket_send_buffer_size(&sender, SIZE));
-        Ok(Self::from_ends(inner, sender))
+        let (reader, writer) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        // The kernel gives the socket a unique name ("autobind" in unix(7)), by which from_pair() tells
+        // that the two belong together.
+        bind(&reader, &SocketAddrUnix::new_unnamed())?;
+        // With CAP_NET_ADMIN the limit does not apply.
+        let _ = sockopt::set_socket_send_buffer_size_force(&writer, SIZE)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(&writer, SIZE));
+        Ok(Self::from_ends(reader, writer))
     }
 
-    /// One that exists, of which these are the two sockets.
-    pub fn from_ends(inner: OwnedFd, sender: OwnedFd) -> Self {
-        let size = sockopt::socket_send_buffer_size(&sender).unwrap_or(0);
-        Self { inner, sender, size }
+    /// Wraps the two sockets of a queue.
+    pub fn from_ends(reader: OwnedFd, writer: OwnedFd) -> Self {
+        let size = sockopt::socket_send_buffer_size(&writer).unwrap_or(0);
+        Self { reader, writer, size }
     }
 
-    /// The same, if they are: the sender's peer has the name of the other.
-    pub fn of(inner: OwnedFd, sender: OwnedFd) -> Option<Self> {
-        let is_one = |fd: &OwnedFd| {
+    /// Wraps two sockets if they are those of a queue: the writer's peer has the name of the reader.
+    pub fn from_pair(reader: OwnedFd, writer: OwnedFd) -> Option<Self> {
+        let is_seqpacket = |fd: &OwnedFd| {
             rustix::io::ioctl_fionbio(fd, true).is_ok()
                 && sockopt::socket_type(fd) == Ok(SocketType::SEQPACKET)
         };
-        let name = SockRef::from(&inner).local_addr().ok()?;
-        let peer = SockRef::from(&sender).peer_addr().ok()?;
-        let are_two = is_one(&inner) && is_one(&sender);
+        let name = SockRef::from(&reader).local_addr().ok()?;
+        let peer = SockRef::from(&writer).peer_addr().ok()?;
         let is_named = name.as_abstract_namespace().is_some_and(|it| !it.is_empty());
-        let are_connected = is_named && name == peer;
-        (are_two && are_connected).then(|| Self::from_ends(inner, sender))
+        let is_pair = is_seqpacket(&reader) && is_seqpacket(&writer) && is_named && name == peer;
+        is_pair.then(|| Self::from_ends(reader, writer))
     }
 
-    /// The two sockets, the one with the messages first.
+    /// Returns the reader and the writer.
     pub fn ends(&self) -> [BorrowedFd<'_>; 2] {
-        [self.inner.as_fd(), self.sender.as_fd()]
+        [self.reader.as_fd(), self.writer.as_fd()]
     }
 
-    /// How full it is, in percent of the bytes it may take.
+    /// Returns how full the queue is, in percent of its size.
     pub fn fullness(&self) -> usize {
-        outq_len(&self.sender) * 100 / self.size.max(1)
+        outq_len(&self.writer) * 100 / self.size.max(1)
     }
 
-    /// Puts a message at its end.
+    /// Appends a message.
     ///
     /// # Errors
-    /// `EAGAIN` when it is full, `ETOOMANYREFS` when the user has more descriptors under way than
+    /// `EAGAIN` when the queue is full, `ETOOMANYREFS` when the user has more descriptors in flight than
     /// `RLIMIT_NOFILE` (unix(7)).
     pub fn append(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
@@ -103,10 +99,10 @@ impl Queue {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(Errno::INVAL);
         }
-        sendmsg(&self.sender, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).map(drop)
+        sendmsg(&self.writer, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).map(drop)
     }
 
-    /// Reads the messages from the first on; they stay where they are.
+    /// Reads the messages from the first on. They stay in the queue.
     pub fn messages(&self) -> impl Iterator<Item = io::Result<Message>> {
         let mut offset = 0;
         std::iter::from_fn(move || {
@@ -127,38 +123,38 @@ impl Queue {
         })
     }
 
-    /// What the messages say, without what came with them.
+    /// Returns the bytes of all messages, without opening their descriptors.
     ///
     /// # Errors
     /// recvmsg(2)'s.
     pub fn payloads(&self) -> io::Result<Vec<Vec<u8>>> {
         let mut payloads = Vec::new();
         let mut offset = 0;
-        // Without a place for descriptors none are made.
+        // Without a buffer for descriptors the kernel opens none.
         while let Some((bytes, ..)) = self.peek(&mut offset, &mut RecvAncillaryBuffer::default())? {
             payloads.push(bytes);
         }
         Ok(payloads)
     }
 
-    /// The message at an offset, which is moved on behind it: what it says, or nothing if that is too
-    /// long, and whether it was not.
+    /// Reads the message at `offset`, and moves `offset` behind it. Returns its bytes, or none if there are
+    /// more than [`MESSAGE_MAX`], and whether it is whole.
     fn peek(
         &self,
         offset: &mut usize,
         control: &mut RecvAncillaryBuffer<'_>,
     ) -> io::Result<Option<(Vec<u8>, bool, ReturnFlags)>> {
-        // Each time: of a message that is too long the next receive would give the rest.
-        set_peek_offset(&self.inner, u32::try_from(*offset).map_err(|_| Errno::OVERFLOW)?)?;
+        // Set each time: after a message that is too long the next receive would return its rest.
+        set_peek_offset(&self.reader, u32::try_from(*offset).map_err(|_| Errno::OVERFLOW)?)?;
         let mut bytes = vec![0; MESSAGE_MAX];
         let iov = &mut [IoSliceMut::new(&mut bytes)];
-        // With MSG_TRUNC it says how long the message is, whatever the buffer took.
+        // With MSG_TRUNC the kernel returns the message's length, however small the buffer.
         let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC | RecvFlags::TRUNC;
-        let received = match recvmsg(&self.inner, iov, control, flags) {
+        let received = match recvmsg(&self.reader, iov, control, flags) {
             Err(Errno::AGAIN) => return Ok(None),
             received => received?,
         };
-        // The end of the other socket: it is somebody else's.
+        // The end of the writer: the sockets are not those of a queue.
         if received.bytes == 0 {
             return Ok(None);
         }
@@ -168,10 +164,10 @@ impl Queue {
         Ok(Some((bytes, is_whole, received.flags)))
     }
 
-    /// Takes the first message out, with its references to what came with it.
+    /// Drops the first message and its descriptors. Returns whether there was one.
     pub fn pop(&self) -> bool {
-        // Without a place for descriptors the kernel closes them.
-        rustix::net::recv(&self.inner, &mut [0; 1], RecvFlags::empty()).is_ok()
+        // Without a buffer for descriptors the kernel closes them.
+        rustix::net::recv(&self.reader, &mut [0; 1], RecvFlags::empty()).is_ok()
     }
 }
 
@@ -184,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_stays_and_what_is_first_goes_first() {
+    fn reading_takes_no_message_out_and_pop_takes_the_first() {
         let queue = Queue::new().unwrap();
         for text in ["a", "bcd", "ef"] {
             queue.append(text.as_bytes(), &queue.ends()).unwrap();
@@ -212,25 +208,25 @@ mod tests {
     }
 
     #[test]
-    fn only_two_ends_of_one_are_one() {
+    fn two_sockets_are_a_queue_only_if_they_are_a_pair() {
         let ends = |queue: &Queue| queue.ends().map(|fd| fd.try_clone_to_owned().unwrap());
         let (one, other) = (Queue::new().unwrap(), Queue::new().unwrap());
         one.append(b"first", &[]).unwrap();
-        let [inner, sender] = ends(&one);
-        assert_eq!(bytes(&Queue::of(inner, sender).unwrap()), [b"first"]);
-        let [inner, sender] = ends(&one);
-        assert!(Queue::of(sender, inner).is_none(), "the other way round");
-        let ([inner, _], [_, sender]) = (ends(&one), ends(&other));
-        assert!(Queue::of(inner, sender).is_none());
+        let [reader, writer] = ends(&one);
+        assert_eq!(bytes(&Queue::from_pair(reader, writer).unwrap()), [b"first"]);
+        let [reader, writer] = ends(&one);
+        assert!(Queue::from_pair(writer, reader).is_none(), "the other way round");
+        let ([reader, _], [_, writer]) = (ends(&one), ends(&other));
+        assert!(Queue::from_pair(reader, writer).is_none());
         let file = || OwnedFd::from(tempfile::tempfile().unwrap());
-        assert!(Queue::of(file(), file()).is_none());
+        assert!(Queue::from_pair(file(), file()).is_none());
     }
 
     #[test]
-    fn it_is_full_at_some_time() {
-        let Queue { inner, sender, .. } = Queue::new().unwrap();
-        sockopt::set_socket_send_buffer_size(&sender, 8192).unwrap();
-        let queue = Queue::from_ends(inner, sender);
+    fn a_full_queue_refuses_a_message() {
+        let Queue { reader, writer, .. } = Queue::new().unwrap();
+        sockopt::set_socket_send_buffer_size(&writer, 8192).unwrap();
+        let queue = Queue::from_ends(reader, writer);
         assert!(queue.fullness() < 50);
         let full = std::iter::from_fn(|| queue.append(b"x", &[]).err()).next();
         let full = full.or_else(|| (0..100).find_map(|_| queue.append(b"x", &[]).err()));

@@ -18,57 +18,82 @@ use crate::listen::stored::StoredListener;
 use crate::socket::sys::outq_len;
 use crate::socket::{has_hung_up, has_unread};
 
-/// What the process before this one has left.
+/// What the previous process left.
 #[derive(Debug, Default)]
 pub struct Leftovers {
-    /// Sockets it listened on, which it had opened.
+    /// Listening sockets that it had opened.
     pub listeners: Vec<StoredListener>,
-    /// That these are stored, until those that are used are again.
+    /// Their records. Those of listeners that this process uses are stored again.
     pub listener_entries: Vec<JournalEntry>,
     /// Clients without a backend.
     pub clients: Vec<RestoredRecord<OwnedFd>>,
     /// Connections.
-    pub pairs: Vec<RestoredRecord<Box<Snapshot<OwnedFd>>>>,
-    /// What can't be taken back.
+    pub forwarders: Vec<RestoredRecord<Box<Snapshot<OwnedFd>>>>,
+    /// The number of records that cannot be restored.
     pub refused: usize,
 }
 
 impl Leftovers {
-    /// Whether there are any, with a backend or without.
+    /// Sorts records by what they are. With a `journal` (crash mode) they stay in it; in restart mode they stay
+    /// in the queue until all of them are taken.
+    pub fn new(
+        records: Vec<Record<OwnedFd>>,
+        refused: usize,
+        journal: Option<&Arc<Journal>>,
+    ) -> Self {
+        let mut all = Self { refused, ..Self::default() };
+        for Record { id, start, body } in records {
+            let entry = journal.map(|journal| journal.entry(id, start));
+            let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
+            let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
+            match body {
+                RecordBody::Nothing => {}
+                RecordBody::Listener(fd, file) => {
+                    all.listeners.push(StoredListener { fd, file });
+                    all.listener_entries.extend(entry);
+                }
+                RecordBody::Client(body) => all.clients.push(RestoredRecord { body, start, entry }),
+                RecordBody::Forwarder(body) => {
+                    all.forwarders.push(RestoredRecord { body, start, entry });
+                }
+            }
+        }
+        all
+    }
+
     pub fn has_connections(&self) -> bool {
         self.connections() > 0
     }
 
-    /// How many.
+    /// Returns the number of connections, those without a backend included.
     pub fn connections(&self) -> usize {
-        self.clients.len() + self.pairs.len()
+        self.clients.len() + self.forwarders.len()
     }
 
-    /// Descriptors that they have.
+    /// Returns the number of their descriptors.
     pub fn descriptors(&self) -> usize {
-        self.clients.len() + self.pairs.iter().map(|pair| pair.body.fds()).sum::<usize>()
+        self.clients.len() + self.forwarders.iter().map(|it| it.body.fds()).sum::<usize>()
     }
 }
 
 /// A connection that was stored.
 #[derive(Debug)]
 pub struct RestoredRecord<T> {
-    /// What it consists of.
     pub body: T,
-    /// When it began.
+    /// When the connection was accepted.
     pub start: Instant,
-    /// That it is stored at this moment, if it is to be at every one.
+    /// Its record, which stays in the journal (crash mode).
     pub entry: Option<JournalEntry>,
 }
 
-/// What the messages of a queue say.
+/// The contents of a queue.
 #[derive(Debug, Default)]
 pub struct Replay {
     /// The ids of the records in each message.
     pub messages: Vec<Vec<u64>>,
     /// The live records, without those of connections that have ended.
     pub records: Vec<Record<OwnedFd>>,
-    /// What can't be taken back.
+    /// The number of records that cannot be restored.
     pub refused: usize,
 }
 
@@ -78,7 +103,7 @@ pub struct Replay {
 /// one back, and only the descriptors of live records are open at a time.
 ///
 /// # Errors
-/// When a message can't be read.
+/// When a message cannot be read.
 pub fn replay(
     payloads: &[Vec<u8>],
     messages: impl Iterator<Item = io::Result<Message>>,
@@ -117,16 +142,17 @@ pub fn replay(
     Ok(out)
 }
 
-/// Whether there is nothing to go on with: it was only not taken out of the store yet.
+/// Whether the connection has ended, and only its record was not dropped yet.
 fn is_over(body: &RecordBody<OwnedFd>) -> bool {
     match body {
         RecordBody::Nothing => true,
         RecordBody::Listener(..) => false,
-        // The last words of a Unix client that has closed are still to be delivered.
+        // What a Unix client sent before it closed is still to be delivered.
         RecordBody::Client(socket) => has_hung_up(socket) && !has_unread(socket),
-        RecordBody::Forwarder(pair) => {
-            pair.endpoints.iter().all(|end| has_hung_up(&end.socket) && !is_delivering(&end.socket))
-                && pair.flows.iter().all(|flow| is_empty(&flow.buffered))
+        RecordBody::Forwarder(snapshot) => {
+            let mut sockets = snapshot.endpoints.iter().map(|end| &end.socket);
+            sockets.all(|socket| has_hung_up(socket) && !is_delivering(socket))
+                && snapshot.flows.iter().all(|flow| is_empty(&flow.buffered))
         }
     }
 }
@@ -139,34 +165,10 @@ fn is_empty(buffered: &BufferedSnapshot<OwnedFd>) -> bool {
     }
 }
 
-/// Whether its peer's kernel has bytes yet to acknowledge. (One that was reset has no peer, and counts
-/// as if it had sent more than it has.)
+/// Whether the peer's kernel has yet to acknowledge bytes. (A socket that was reset has no peer, and the
+/// kernel counts more bytes than it has.)
 fn is_delivering(socket: &OwnedFd) -> bool {
     SockRef::from(socket).peer_addr().is_ok() && outq_len(socket) > 0
-}
-
-/// As this process goes on with it: kept in the ledger, or else left as it is until all is taken.
-pub fn recover(records: Vec<Record<OwnedFd>>, kept_in: Option<&Arc<Journal>>) -> Leftovers {
-    let mut restored = Leftovers::default();
-    for Record { id, start, body } in records {
-        let entry = kept_in.map(|journal| journal.entry(id, start));
-        let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
-        let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
-        match body {
-            RecordBody::Nothing => {}
-            RecordBody::Listener(fd, file) => {
-                restored.listeners.push(StoredListener { fd, file });
-                restored.listener_entries.extend(entry);
-            }
-            RecordBody::Client(body) => {
-                restored.clients.push(RestoredRecord { body, start, entry });
-            }
-            RecordBody::Forwarder(body) => {
-                restored.pairs.push(RestoredRecord { body, start, entry });
-            }
-        }
-    }
-    restored
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ pub fn take_over(server: &Server, restored: Leftovers) {
     server.routes.listeners().iter().for_each(|(listener, _)| listener.own_file());
     // Those of them that are still used are stored anew.
     restored.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
-    for RestoredRecord { body, start, entry } in restored.pairs {
+    for RestoredRecord { body, start, entry } in restored.forwarders {
         let [client, backend] = body.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
         let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
         let (listener_info, known_backend) = find_listener(server, &client);

@@ -1,0 +1,60 @@
+//! Connections that are taken off their event loop, to be stored.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use tokio::time::Instant;
+
+use crate::forward::Forwarder;
+use crate::forward::snapshot::FdRef;
+use crate::handover::record::RecordBody;
+use crate::limits::slot::Slot;
+use crate::socket::Socket;
+
+/// A connection that is to be stored. Dropping this resets both sides.
+#[derive(Debug)]
+pub struct Detached {
+    start: Instant,
+    state: DetachedState,
+    _slot: Slot,
+}
+
+#[derive(Debug)]
+enum DetachedState {
+    /// A client that still waits for its backend.
+    Client(Socket),
+    Forwarder(Box<Forwarder>),
+}
+
+impl Detached {
+    /// A client without a backend, accepted at `start`.
+    pub fn client(start: Instant, socket: Socket, slot: Slot) -> Self {
+        Self { start, state: DetachedState::Client(socket), _slot: slot }
+    }
+
+    /// A connection with its buffered bytes, accepted at `start`.
+    pub fn forwarder(start: Instant, forwarder: Box<Forwarder>, slot: Slot) -> Self {
+        Self { start, state: DetachedState::Forwarder(forwarder), _slot: slot }
+    }
+
+    /// Returns when the connection was accepted.
+    pub fn start(&self) -> Instant {
+        self.start
+    }
+
+    /// Returns what is to be stored of the connection.
+    pub fn body(&self) -> io::Result<RecordBody<FdRef<'_>>> {
+        Ok(match &self.state {
+            DetachedState::Client(socket) => RecordBody::Client(FdRef::Borrowed(socket.as_fd())),
+            DetachedState::Forwarder(it) => RecordBody::Forwarder(Box::new(it.snapshot()?)),
+        })
+    }
+
+    /// Closes the sockets here: the stored ones keep the connection open.
+    pub fn release(self) {
+        match self.state {
+            DetachedState::Client(socket) => socket.detach(),
+            DetachedState::Forwarder(forwarder) => forwarder.detach(),
+        }
+    }
+}
