@@ -1,20 +1,20 @@
 complete -c socket-proxyd -l listen -d 'Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT' -r -F
 complete -c socket-proxyd -s c -l connections-max -d 'Serve up to N connections at a time' -r
-complete -c socket-proxyd -l overflow -d 'Refuse others, or let them wait' -r -f -a "refuse\t'They are accepted and closed'
-wait\t'They stay queued in the kernel, and are accepted in order as others leave'"
+complete -c socket-proxyd -l overflow -d 'Refuse others, or let them wait' -r -f -a "refuse\t'Accept and close them'
+wait\t'Leave them queued in the kernel until a connection ends'"
 complete -c socket-proxyd -l exit-idle-time -d 'Exit after TIME without a connection' -r
 complete -c socket-proxyd -l drain-time -d 'When stopped, give open connections TIME to end' -r
-complete -c socket-proxyd -l handover -d 'Keep connections over a restart or a crash' -r -f -a "never\t'Nothing'
-restart\t'A stop of the process'
-crash\t'Any end of the process'"
+complete -c socket-proxyd -l handover -d 'Keep connections over a restart or a crash' -r -f -a "never\t''
+restart\t'A stop'
+crash\t'Any end, SIGKILL included'"
 complete -c socket-proxyd -l backend-wait -d 'Hold clients until TARGET is up [default: 0; COMMAND: 90s]' -r
 complete -c socket-proxyd -l connect-timeout -d 'Give up on one address of TARGET after TIME' -r
 complete -c socket-proxyd -l connection-idle-time -d 'Close connections idle for TIME' -r
 complete -c socket-proxyd -l keepalive -d 'Probe TCP peers silent for TIME' -r
 complete -c socket-proxyd -l proxy-protocol -d 'Tell TARGET the client\'s address' -r -f -a "v1\t'One line of text, at most 107 bytes'
 v2\t'Binary, at most 232 bytes here'"
-complete -c socket-proxyd -l ready -d 'COMMAND is ready when TARGET accepts, or on READY=1' -r -f -a "connect\t'When TARGET accepts a connection'
-notify\t'When it sends `READY=1`'"
+complete -c socket-proxyd -l ready -d 'COMMAND is ready when TARGET accepts, or on READY=1' -r -f -a "connect\t'TARGET accepts a connection'
+notify\t'COMMAND sends `READY=1`'"
 complete -c socket-proxyd -l stop-idle-time -d 'Stop COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd -l threads -d 'Serve with up to N threads, 1 to 256' -r
 complete -c socket-proxyd -l metrics -d 'Answer Prometheus there, or at the passed socket fd:NAME' -r -F

@@ -1,6 +1,6 @@
-//! The PROXY protocol header that tells the backend who the client is.
+//! The PROXY protocol header, which tells the backend the client's address.
 //!
-//! The format is HAProxy's proxy-protocol.txt; what is sent when is systemd-socket-proxyd's.
+//! The format is that of HAProxy's proxy-protocol.txt. The header is sent as systemd-socket-proxyd sends it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
@@ -20,11 +20,10 @@ pub enum ProxyProtocol {
 }
 
 impl ProxyProtocol {
-    /// The bytes that go to the backend ahead of the client's.
+    /// Returns the bytes that go to the backend ahead of the client's.
     ///
-    /// `client` is the connection's peer, `listener` the address it connected to. Version 1 knows
-    /// TCP, version 2 Unix sockets with a name as well; of any other client they say that they have
-    /// no address.
+    /// `client` is the connection's peer, `listener` the address it connected to. Version 1 knows TCP. Version 2
+    /// also knows Unix sockets with a name. For other clients the header says that the address is unknown.
     pub fn header(self, client: &Address, listener: &Address) -> Vec<u8> {
         match self {
             Self::V1 => v1_addresses(client, listener).to_string().into_bytes(),
@@ -33,7 +32,7 @@ impl ProxyProtocol {
     }
 }
 
-/// The TCP addresses of both sides. A dual-stack listener's IPv4 client is an IPv4 client.
+/// Returns the TCP addresses of both sides. An IPv4 client of a dual-stack listener is an IPv4 client.
 fn inet(client: &Address, listener: &Address) -> Option<[SocketAddr; 2]> {
     let (Address::Inet(client), Address::Inet(listener)) = (client, listener) else { return None };
     let both = [canonical(*client), canonical(*listener)];
@@ -63,7 +62,7 @@ fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
             Addresses::from((client, listener))
         }),
     };
-    // LOCAL: the receiver is to take the connection's own addresses.
+    // LOCAL: the receiver takes the connection's own addresses.
     let (command, protocol) = match addresses {
         Addresses::Unspecified => (Command::Local, Protocol::Unspecified),
         _ => (Command::Proxy, Protocol::Stream),
@@ -72,7 +71,7 @@ fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
     header.expect("the length of addresses fits into two bytes")
 }
 
-/// As the kernel has it; all zero for an unnamed socket.
+/// Returns `sun_path` as the kernel has it, all zero for an unnamed socket.
 fn sun_path(name: Option<&UnixName>) -> [u8; 108] {
     let mut path = [0; 108];
     let (start, name) = match name {

@@ -739,7 +739,7 @@ fn wrong_command_lines() {
         (&["a", "b", "--", "sh"], "Too many parameters: one COMMAND serves one TARGET"),
         (&["--", "a", "b"], "Too many parameters."),
         (&["--backend-wait=0", &target, "--", "sh"], "--backend-wait=0 leaves COMMAND no time"),
-        (&[&target, "--", "no-such-thing"], "COMMAND \"no-such-thing\": it is nowhere in $PATH."),
+        (&[&target, "--", "no-such-thing"], "COMMAND \"no-such-thing\": it is not in $PATH."),
         (&[&target, "--", "/etc/passwd"], "COMMAND \"/etc/passwd\": it is not executable"),
     ] {
         let args: Vec<_> = [listen].iter().chain(args).copied().collect();

@@ -1,4 +1,4 @@
-//! COMMAND as the command line gives it: a program that is there, and its arguments.
+//! COMMAND: an executable program and its arguments.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -11,33 +11,33 @@ use rustix::io::Errno;
 
 use crate::logging::os_message;
 
-/// Where programs are looked for without `$PATH`, as execvp(3) does.
+/// The search path without `$PATH`, as in execvp(3).
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
 /// A program and its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommandLine {
-    /// The program and its arguments; at least the program.
+    /// At least the program.
     pub words: Vec<OsString>,
 }
 
 impl CommandLine {
-    /// Takes the words after `--`, once it is seen that the program exists and may be executed.
+    /// Takes the words after `--`, if the program exists and may be executed.
     ///
     /// # Errors
-    /// One line that names the program and says what is wrong with it.
+    /// One line that names the program and the reason.
     pub fn find(words: Vec<OsString>) -> Result<Self, String> {
         let Some(program) = words.first().filter(|program| !program.is_empty()) else {
             return Err("There is no COMMAND after --; write TARGET -- COMMAND [ARG...].".into());
         };
-        match look_for(program) {
+        match search(program) {
             Ok(()) => Ok(Self { words }),
             Err(errno) => {
                 let why = match errno {
                     Errno::NOENT if program.as_encoded_bytes().contains(&b' ') => {
-                        "there is no such file; its arguments are words of their own".into()
+                        "there is no such file; write each argument as a separate word".into()
                     }
-                    Errno::NOENT if !has_slash(program) => "it is nowhere in $PATH".into(),
+                    Errno::NOENT if !has_slash(program) => "it is not in $PATH".into(),
                     Errno::ISDIR => "it is a directory".into(),
                     Errno::ACCESS => "it is not executable, or not for this user".into(),
                     errno => os_message(&errno.into()),
@@ -56,8 +56,8 @@ impl fmt::Display for CommandLine {
     }
 }
 
-/// execvp(3)'s search, without the execution.
-fn look_for(program: &OsStr) -> Result<(), Errno> {
+/// Searches for a program as execvp(3) does.
+fn search(program: &OsStr) -> Result<(), Errno> {
     if has_slash(program) {
         return check(Path::new(program));
     }
@@ -82,7 +82,7 @@ fn check(path: &Path) -> Result<(), Errno> {
     if metadata.is_dir() {
         return Err(Errno::ISDIR);
     }
-    // execve(2) asks with the effective ids, and so does this.
+    // execve(2) checks the effective ids.
     accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
 }
 
@@ -95,15 +95,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_has_to_be_there_and_executable() {
+    fn command_must_exist_and_be_executable() {
         let find = |program: &str| CommandLine::find(vec![program.into()]);
         assert_eq!(find("sh").unwrap().to_string(), "sh");
         assert_eq!(find("/bin/sh").unwrap().to_string(), "sh");
         for (program, why) in [
             ("", "There is no COMMAND after --; write TARGET -- COMMAND [ARG...]."),
-            ("no-such-program", "\"no-such-program\": it is nowhere in $PATH."),
+            ("no-such-program", "\"no-such-program\": it is not in $PATH."),
             ("/bin/no-such-program", "No such file or directory."),
-            ("/bin/sh -c true", "there is no such file; its arguments are words of their own."),
+            ("/bin/sh -c true", "there is no such file; write each argument as a separate word."),
             ("/usr", "it is a directory."),
             ("/etc/passwd", "it is not executable, or not for this user."),
         ] {

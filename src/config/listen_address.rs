@@ -1,4 +1,4 @@
-//! What `--listen=` and `--metrics=` take.
+//! The addresses of `--listen=` and `--metrics=`.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -21,11 +21,11 @@ pub enum ListenAddress {
 }
 
 impl ListenAddress {
-    /// Reads `PORT`, `HOST:PORT`, `[V6]:PORT`, `/path`, `@abstract`, `vsock:CID:PORT` or
+    /// Parses `PORT`, `HOST:PORT`, `[V6]:PORT`, `/path`, `@abstract`, `vsock:CID:PORT` or
     /// `vsock::PORT`.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// The reason.
     pub fn parse(text: &OsStr) -> Result<Self, String> {
         if let Some(name) = UnixName::parse(text) {
             return Ok(Self::Unix(name?));
@@ -34,13 +34,12 @@ impl ListenAddress {
         if let Some(vsock) = parse_vsock(text) {
             return vsock.map(Self::Vsock);
         }
-        if let Some(port) = text.strip_prefix(':')
-            && !port.is_empty()
-            && port.bytes().all(|byte| byte.is_ascii_digit())
-        {
-            return Err(format!("every address is the port alone, {port}"));
+        let is_number =
+            |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        if let Some(port) = text.strip_prefix(':').filter(|port| is_number(port)) {
+            return Err(format!("a port on every address is written without the colon, {port}"));
         }
-        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        if is_number(text) {
             let port = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
             return Ok(Self::Any(port));
         }
@@ -62,17 +61,17 @@ impl fmt::Display for ListenAddress {
 /// The value of `--metrics=`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MetricsAddress {
-    /// To be opened.
+    /// The proxy opens the socket.
     Open(ListenAddress),
-    /// Passed by systemd, with this `FileDescriptorName=`.
+    /// systemd passes the socket with this `FileDescriptorName=`.
     Passed(String),
 }
 
 impl MetricsAddress {
-    /// Reads `fd:NAME`, or what `--listen=` takes, but vsock, which no scraper speaks.
+    /// Parses `fd:NAME`, or an address as `--listen=` takes it. vsock is refused: no scraper speaks it.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// The reason.
     pub fn parse(text: &OsStr) -> Result<Self, String> {
         match text.as_bytes().strip_prefix(b"fd:") {
             Some(b"") => Err("fd: stands before the FileDescriptorName= of a passed socket".into()),

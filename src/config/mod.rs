@@ -1,6 +1,6 @@
-//! The command line: upstream's options first, as upstream reads them, into a finished [`Config`].
+//! The command line, parsed and checked into a [`Config`].
 //!
-//! Parsing ends here: after a `Config` exists no string is interpreted again.
+//! Parsing ends here: once a `Config` exists, no string is interpreted again.
 
 pub mod arguments;
 pub mod parser;
@@ -26,65 +26,51 @@ use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
 use crate::socket::Keepalive;
 
-/// Everything the command line says, read and checked.
+/// Everything the command line says, parsed and checked. Each field is the option of its name, unless said.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The backends.
+    /// TARGET, or each SELECTOR=TARGET.
     pub targets: Targets,
-    /// Sockets to open; none when systemd passes them.
+    /// Empty when systemd passes the sockets.
     pub listen: Vec<ListenAddress>,
-    /// The exact cap on connections, dialled ones included.
+    /// Connections that are being connected to their backend count, too.
     pub connections_max: NonZeroU32,
-    /// What becomes of clients above it.
     pub overflow: Overflow,
-    /// Exit after this long without a connection.
     pub exit_idle_time: TimeSpan,
-    /// On a signal, open connections have this long to end.
     pub drain_time: TimeSpan,
-    /// What open connections outlive.
     pub handover: Option<HandoverMode>,
-    /// What serves the target, if it is ours to start and stop.
-    pub application: Option<CommandConfig>,
-    /// How long a client is held while the backend is not up yet.
+    /// COMMAND.
+    pub command: Option<CommandConfig>,
     pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
     pub connect_timeout: TimeSpan,
-    /// A connection that carries nothing for this long is closed.
     pub connection_idle_time: TimeSpan,
-    /// When TCP peers that carry nothing are probed.
     pub keepalive: Option<Keepalive>,
-    /// The header that tells the backend who the client is.
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Event loops, each a thread.
     pub threads: NonZeroUsize,
-    /// Where scrapers ask for metrics.
     pub metrics: Option<MetricsAddress>,
-    /// What is logged; from `--log-level=`, or else `$SYSTEMD_LOG_LEVEL`.
+    /// `--log-level=`, or else `$SYSTEMD_LOG_LEVEL`.
     pub log_level: LogLevel,
 }
 
-/// An application that runs only while somebody uses it.
+/// An application that the proxy starts and stops.
 #[derive(Clone, Debug)]
 pub struct CommandConfig {
-    /// COMMAND and its arguments.
-    pub command: CommandLine,
-    /// How it is known to be ready.
+    pub line: CommandLine,
     pub ready: ReadyMode,
-    /// It is stopped after this long without a connection.
     pub stop_idle_time: TimeSpan,
 }
 
 /// What the command line asks for.
 #[derive(Debug)]
 pub enum Request {
-    /// Serve.
     Serve(Box<Config>),
-    /// Print this on standard output and exit with success.
+    /// Print this text on standard output and exit with 0.
     Print(String),
 }
 
 impl Config {
-    /// Reads the arguments, the program's name first.
+    /// Parses the arguments, the program's name first.
     ///
     /// # Errors
     /// One line for standard error that names the option and the value.
@@ -104,15 +90,15 @@ impl Config {
                     .into(),
             );
         }
-        let application = match arguments.command {
+        let command = match arguments.command {
             Some(words) => Some(CommandConfig {
-                command: CommandLine::find(words)?,
+                line: CommandLine::find(words)?,
                 ready: arguments.ready.unwrap_or(ReadyMode::Connect),
                 stop_idle_time: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
             }),
             None => None,
         };
-        let default_wait = if application.is_some() { COMMAND_WAIT } else { Duration::ZERO };
+        let default_wait = if command.is_some() { COMMAND_WAIT } else { Duration::ZERO };
         let handover = arguments.handover;
         Ok(Request::Serve(Box::new(Self {
             targets,
@@ -122,7 +108,7 @@ impl Config {
             exit_idle_time: arguments.exit_idle_time,
             drain_time: arguments.drain_time,
             handover: (handover != HandoverMode::Never).then_some(handover),
-            application,
+            command,
             backend_wait: arguments.backend_wait.unwrap_or_else(|| TimeSpan::new(default_wait)),
             connect_timeout: arguments.connect_timeout,
             connection_idle_time: arguments.connection_idle_time,
@@ -135,39 +121,39 @@ impl Config {
     }
 }
 
-/// How long clients are held by default while COMMAND starts.
+/// How long clients wait by default while COMMAND starts.
 const COMMAND_WAIT: Duration = Duration::from_secs(90);
 
-/// What is wrong with the options together, the first that applies.
+/// Options that exclude each other, and the error. The first that applies counts.
 type Conflict = (fn(&Arguments) -> bool, &'static str);
 
 const CONFLICTS: [Conflict; 7] = [
-    (|it| it.targets.is_empty(), "Not enough parameters. (There is no TARGET; see --help.)"),
+    (|args| args.targets.is_empty(), "Not enough parameters. (There is no TARGET; see --help.)"),
     (
-        |it| it.command.is_some() && it.targets.len() > 1,
+        |args| args.command.is_some() && args.targets.len() > 1,
         "Too many parameters: one COMMAND serves one TARGET. (Write TARGET -- COMMAND [ARG...], and run \
          a proxy for each.)",
     ),
     (
-        |it| it.command.is_some() && it.handover != HandoverMode::Never,
+        |args| args.command.is_some() && args.handover != HandoverMode::Never,
         "--handover= cannot be combined with COMMAND, which stops with the proxy. (Run COMMAND from a \
          unit of its own.)",
     ),
     (
-        |it| it.handover != HandoverMode::Never && !it.drain_time.is_zero(),
+        |args| args.handover != HandoverMode::Never && !args.drain_time.is_zero(),
         "--handover= cannot be combined with --drain-time=: the first hands open connections to the next \
          process, the second waits for their end.",
     ),
     (
-        |it| it.command.is_none() && it.ready.is_some(),
+        |args| args.command.is_none() && args.ready.is_some(),
         "--ready= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
     ),
     (
-        |it| it.command.is_none() && it.stop_idle_time.is_some(),
+        |args| args.command.is_none() && args.stop_idle_time.is_some(),
         "--stop-idle-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
     ),
     (
-        |it| it.command.is_some() && it.backend_wait.is_some_and(|wait| wait.is_zero()),
+        |args| args.command.is_some() && args.backend_wait.is_some_and(|wait| wait.is_zero()),
         "--backend-wait=0 leaves COMMAND no time to start.",
     ),
 ];
@@ -254,7 +240,7 @@ mod tests {
         let words = |args: &[&str]| {
             let config = parse(args).unwrap();
             let target = config.targets.iter().next().unwrap().to_string();
-            (target, config.application.map(|it| it.command.words.len()))
+            (target, config.command.map(|it| it.line.words.len()))
         };
         assert_eq!(words(&["--", "/a"]), ("/a".into(), None));
         assert_eq!(words(&["/a", "--", "ls", "-l"]), ("/a".into(), Some(2)));

@@ -14,12 +14,12 @@ const NAME_MAX: usize = 255;
 /// Sockets that a message lists.
 const LISTED_MAX: usize = 16;
 
-/// What the command line says of backends.
+/// The backends that the command line names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Targets {
-    /// All sockets lead to one.
+    /// All sockets lead to this one.
     One(Target),
-    /// Each socket leads to the one of its selector.
+    /// Each socket leads to the target of the selector that selects it.
     Selected(Vec<Selection>),
 }
 
@@ -30,31 +30,30 @@ pub struct Selection {
     target: Target,
 }
 
-/// What is looked for among the sockets.
+/// Which sockets are selected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Selector {
     /// `FileDescriptorName=`, or by default the socket unit's name.
     Name(String),
-    /// `:PORT`, on whatever address.
+    /// `:PORT`, on any address.
     Port(u16),
-    /// Where it listens.
+    /// The address that the socket listens on.
     Address(Address),
 }
 
 impl Targets {
-    /// Reads the arguments that are not options; there is at least one, and a lone `/path` or
-    /// `@name` is a TARGET whatever it contains, as for systemd-socket-proxyd.
+    /// Parses the arguments that are not options, at least one. A single `/path` or `@name` is a TARGET
+    /// whatever it contains, as for systemd-socket-proxyd.
     ///
     /// # Errors
-    /// One line on the first that is neither.
+    /// One line about the first argument that is neither a TARGET nor SELECTOR=TARGET.
     pub fn parse(arguments: &[OsString]) -> Result<Self, String> {
-        if let [lone] = arguments
-            && (is_unix(lone) || !lone.as_bytes().contains(&b'='))
-        {
-            let target = Target::parse(lone);
-            return target
-                .map(Self::One)
-                .map_err(|error| format!("Invalid target {lone:?}: {error}."));
+        match arguments {
+            [single] if is_unix(single) || !single.as_bytes().contains(&b'=') => {
+                let target = Target::parse(single).map(Self::One);
+                return target.map_err(|error| format!("Invalid target {single:?}: {error}."));
+            }
+            _ => {}
         }
         if !arguments.iter().any(|argument| argument.as_bytes().contains(&b'=')) {
             return Err("Too many parameters. (Put -- in front of a COMMAND, or write \
@@ -65,7 +64,7 @@ impl Targets {
         selections.collect::<Result<_, _>>().map(Self::Selected)
     }
 
-    /// All of them, in the order of the command line.
+    /// Returns the targets in the order of the command line.
     pub fn iter(&self) -> impl Iterator<Item = &Target> {
         let (one, selected) = match self {
             Self::One(target) => (Some(target), &[][..]),
@@ -74,7 +73,7 @@ impl Targets {
         one.into_iter().chain(selected.iter().map(|selection| &selection.target))
     }
 
-    /// The one TARGET, if it begins with the address of a socket and a `=`.
+    /// Returns the single TARGET if it begins with the address of a socket and a `=`.
     pub fn resembles_selector(&self, sockets: &[&SocketLabel]) -> Option<&Target> {
         let Self::One(target) = self else { return None };
         let text = target.to_string();
@@ -84,11 +83,11 @@ impl Targets {
         sockets.iter().any(is_selector).then_some(target)
     }
 
-    /// For each socket, which of [`Targets::iter`] it leads to.
+    /// Returns the index of each socket's target in [`Targets::iter`].
     ///
     /// # Errors
-    /// One line that lists the sockets, when it is not exactly one for each, or when a selector is of
-    /// no use.
+    /// One line that lists the sockets, when not exactly one selector selects a socket, or when a selector
+    /// selects none.
     pub fn assign(&self, sockets: &[&SocketLabel]) -> Result<Vec<usize>, String> {
         let Self::Selected(selections) = self else {
             return Ok(vec![0; sockets.len()]);
@@ -126,14 +125,14 @@ impl Targets {
     }
 }
 
-/// Such a word is a TARGET for systemd-socket-proxyd, whatever else it contains.
+/// Whether systemd-socket-proxyd takes the argument for a TARGET, whatever else it contains.
 fn is_unix(argument: &OsStr) -> bool {
     matches!(argument.as_bytes(), [b'/' | b'@', ..])
 }
 
 impl Selection {
-    /// Reads `SELECTOR=TARGET`. Names and paths may contain a `=`, hosts don't: of several, the
-    /// first that a TARGET follows is the one between the two.
+    /// Parses `SELECTOR=TARGET`. Names and paths may contain a `=`, hosts do not: the first `=` that a valid
+    /// TARGET follows separates the two.
     fn parse(argument: &OsStr) -> Result<Self, String> {
         let bytes = argument.as_bytes();
         let mut splits =
@@ -149,7 +148,7 @@ impl Selection {
         };
         let (selector, target) = match target {
             Ok(target) => (selector, target),
-            // What stands after the first is the likeliest mistake.
+            // If none is valid, the error after the first `=` is the likeliest mistake.
             Err(error) => splits
                 .find_map(|(selector, target)| Some((selector, target.ok()?)))
                 .ok_or_else(|| format!("Invalid target in {argument:?}: {error}."))?,
@@ -178,7 +177,7 @@ impl Selector {
             let address: SocketAddr = text.parse().map_err(|_| {
                 format!("\"{text}\" is not an address with a port; of any address it is :PORT")
             })?;
-            // What is one address has one form.
+            // An IPv4-mapped IPv6 address is the IPv4 address.
             return Ok(Self::Address(Address::Inet(canonical(address))));
         }
         if text.is_empty() {
@@ -190,7 +189,7 @@ impl Selector {
         Ok(Self::Name(text.into()))
     }
 
-    /// What may have been meant.
+    /// Returns what the selector looked for, and what may have been meant.
     fn hint(&self) -> String {
         match self {
             Self::Name(name) if name.bytes().all(|byte| byte.is_ascii_digit()) => {

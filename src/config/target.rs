@@ -1,7 +1,7 @@
 //! Where connections go: `HOST:PORT`, `/path`, `@abstract`, `vsock:CID:PORT`.
 //!
-//! What can be known to be wrong is refused here, at start; names are looked up for each
-//! connection, in `resolve`.
+//! What is certain to fail is refused here, at start. Names are looked up for each connection, in
+//! `socket/resolve.rs`.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -22,10 +22,10 @@ pub enum Target {
 }
 
 impl Target {
-    /// Reads a TARGET argument.
+    /// Parses a TARGET argument.
     ///
     /// # Errors
-    /// What is wrong with it, in words that follow "Invalid target ...:".
+    /// The reason, which follows "Invalid target ...:".
     pub fn parse(text: &OsStr) -> Result<Self, String> {
         if let Some(name) = UnixName::parse(text) {
             return Ok(Self::Address(Address::Unix(Some(Box::new(name?)))));
@@ -40,7 +40,7 @@ impl Target {
         }
         let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
         if is_number && text.parse::<u16>().is_ok_and(|port| port != 0) {
-            // As a host it is an address in 0.0.0.0/8, which is nobody's.
+            // As a host it would be an address in 0.0.0.0/8, which no machine has.
             return Err(format!("that is a port; of this machine it is 127.0.0.1:{text}"));
         }
         let host_port = HostPort::parse(text, Some(DEFAULT_PORT))?;
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_known_to_be_wrong_is_refused() {
+    fn refuses_targets_that_cannot_work() {
         for text in [
             "",
             ":80",

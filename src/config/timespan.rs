@@ -1,14 +1,14 @@
-//! Time spans as systemd.time(7) writes them: `5min 20s`, `1.5`, `infinity`.
+//! Time spans as in systemd.time(7): `5min 20s`, `1.5`, `infinity`.
 //!
-//! Read here rather than by a library, because a unit must mean the same to the microsecond as it
-//! did to systemd, which cuts each decimal of a fraction by itself, and refuses `3.s` and `+.5`.
+//! No library parses them exactly as systemd does, which truncates each decimal of a fraction by itself, and
+//! refuses `3.s` and `+.5`. A unit must mean the same to the microsecond.
 
 use std::fmt;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A time span on the command line, in whole microseconds as systemd keeps it.
+/// A time span, in whole microseconds as systemd keeps it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimeSpan(Option<Duration>);
 
@@ -22,7 +22,7 @@ const DAY: u64 = 24 * HOUR;
 const YEAR: u64 = 31_557_600 * SECOND;
 const MONTH: u64 = YEAR / 12;
 
-/// Farther away than anybody waits; a clock can't tell the end of infinity.
+/// The deadline of an infinite span is so far away.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 const PRINTED_UNITS: [(&str, u64); 9] = [
@@ -37,7 +37,7 @@ const PRINTED_UNITS: [(&str, u64); 9] = [
     ("us", 1),
 ];
 
-/// The first that matches is taken, so longer names come before the ones they begin with.
+/// The first that matches counts, so a name stands before its prefixes.
 const UNITS: [(&str, u64); 29] = [
     ("seconds", SECOND),
     ("second", SECOND),
@@ -71,10 +71,9 @@ const UNITS: [(&str, u64); 29] = [
 ];
 
 impl TimeSpan {
-    /// For ever.
     pub const INFINITY: Self = Self(None);
 
-    /// Reads one; a number without a unit is seconds. `None` if systemd would refuse it too.
+    /// Parses a time span. A number without a unit is in seconds. Returns `None` where systemd refuses it.
     pub fn parse(text: &str) -> Option<Self> {
         // U+03BC, the Greek letter, stands for U+00B5, the sign, as people type either.
         let text = text.replace('\u{3bc}', "\u{b5}");
@@ -86,7 +85,7 @@ impl TimeSpan {
         let mut something = false;
         while !rest.is_empty() {
             let (part, behind) = parse_part(rest)?;
-            // The largest value stands for infinity, which only its name may mean.
+            // add() refuses the largest value, which stands for infinity.
             micros = add(micros, part)?;
             something = true;
             rest = behind.trim_start_matches(WHITE_SPACE);
@@ -94,7 +93,7 @@ impl TimeSpan {
         something.then(|| Self::new(Duration::from_micros(micros)))
     }
 
-    /// A finite span.
+    /// Creates a finite span.
     pub const fn new(span: Duration) -> Self {
         Self(Some(span))
     }
@@ -115,12 +114,12 @@ impl TimeSpan {
         self.0 == Some(Duration::ZERO)
     }
 
-    /// When it is over, if it begins now.
+    /// Returns when the span is over, if it begins now.
     pub fn deadline(self) -> Instant {
         Instant::now() + self.0.unwrap_or(FOREVER).min(FOREVER)
     }
 
-    /// How long, or `None` for ever.
+    /// Returns the duration, or `None` for infinity.
     pub const fn finite(self) -> Option<Duration> {
         self.0
     }
@@ -154,7 +153,7 @@ impl fmt::Display for TimeSpan {
     }
 }
 
-/// Reads one number with its fraction and unit: the microseconds, and what stands behind it.
+/// Parses one number with its fraction and unit. Returns the microseconds and the rest of the text.
 fn parse_part(text: &str) -> Option<(u64, &str)> {
     let (whole, rest) = match text.strip_prefix('+') {
         Some(signed) if !signed.starts_with(|c: char| c.is_ascii_digit()) => return None,
@@ -174,13 +173,13 @@ fn parse_part(text: &str) -> Option<(u64, &str)> {
         .iter()
         .find_map(|(name, unit)| Some((*unit, behind.strip_prefix(name)?)))
         .unwrap_or((SECOND, behind));
-    // Something has to part two numbers: `12.34.56` is none.
+    // A unit or white space must separate two numbers: `12.34.56` is not a time span.
     if behind.len() == rest.len() && !rest.is_empty() {
         return None;
     }
     let whole = match whole {
         "" => 0,
-        // systemd's type for it is signed.
+        // systemd parses a signed number.
         whole => u64::try_from(whole.parse::<i64>().ok()?).ok()?,
     };
     if whole >= u64::MAX / unit {
@@ -227,7 +226,7 @@ mod tests {
 
     // tests/systemd.rs holds the same function against `systemd-analyze timespan`.
     #[test]
-    fn spans_are_read_as_systemd_reads_them() {
+    fn parses_as_systemd_does() {
         for (text, expected) in [
             ("5", 5_000_000),
             ("1.5", 1_500_000),

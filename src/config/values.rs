@@ -1,4 +1,4 @@
-//! The values of options: enums, and parsers for what has no type of its own.
+//! The values of options: enums, and parsers for values that have no type of their own.
 
 use std::ffi::OsStr;
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -10,7 +10,7 @@ use crate::config::timespan::TimeSpan;
 use crate::logging::LogLevel;
 use crate::socket::Keepalive;
 
-/// More than there are processors in most machines; each costs four descriptors and a stack.
+/// More than most machines have processors. Each thread costs four descriptors and a stack.
 const THREADS_MAX: u32 = 256;
 
 pub fn connections_max(text: &str) -> Result<NonZeroU32, String> {
@@ -22,7 +22,7 @@ pub fn span(text: &str) -> Result<TimeSpan, String> {
     TimeSpan::parse(text).ok_or_else(|| "it is not a time span (30s, 5min 20s, infinity)".into())
 }
 
-/// A time span longer than nothing.
+/// Parses a time span above zero.
 pub fn positive(text: &str) -> Result<TimeSpan, String> {
     let span = span(text)?;
     if span.is_zero() { Err("it has to be more than 0, or infinity".into()) } else { Ok(span) }
@@ -43,7 +43,7 @@ pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
     count.ok_or_else(|| format!("it is not a number from 1 to {THREADS_MAX}"))
 }
 
-/// A level by name or number. Help and completions have the names alone.
+/// Parses a level by name or number. Help and completions list only the names.
 #[derive(Clone, Debug)]
 pub struct LogLevelParser;
 
@@ -67,8 +67,8 @@ impl TypedValueParser for LogLevelParser {
 
 const LEVELS: [&str; 5] = ["err", "warning", "notice", "info", "debug"];
 
-/// A number as systemd's `safe_atou` reads it: leading white space, a plus sign, and the bases
-/// that `0x`, `0o`, `0b` and a leading zero name.
+/// Parses a number as systemd's `safe_atou` does: with leading white space, a plus sign, and the base
+/// that `0x`, `0o`, `0b` or a leading zero names.
 fn parse_unsigned(text: &str) -> Option<u32> {
     let text = text.trim_start_matches([' ', '\t', '\n', '\r']);
     let (negative, text) = match text.strip_prefix('-') {
@@ -87,7 +87,7 @@ fn parse_unsigned(text: &str) -> Option<u32> {
     } else {
         (text, 10)
     };
-    // from_str_radix would take another sign here.
+    // from_str_radix() would accept another sign here.
     if !digits.chars().all(|digit| digit.is_digit(radix)) {
         return None;
     }
@@ -97,29 +97,28 @@ fn parse_unsigned(text: &str) -> Option<u32> {
 /// What happens to clients above the connection limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Overflow {
-    /// They are accepted and closed.
+    /// Accept and close them.
     Refuse,
-    /// They stay queued in the kernel, and are accepted in order as others leave.
+    /// Leave them queued in the kernel until a connection ends.
     Wait,
 }
 
-/// What open connections survive.
+/// Which ends of the process open connections survive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum HandoverMode {
-    /// Nothing.
     Never,
-    /// A stop of the process.
+    /// A stop.
     Restart,
-    /// Any end of the process.
+    /// Any end, SIGKILL included.
     Crash,
 }
 
 /// When COMMAND counts as ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ReadyMode {
-    /// When TARGET accepts a connection.
+    /// TARGET accepts a connection.
     Connect,
-    /// When it sends `READY=1`.
+    /// COMMAND sends `READY=1`.
     Notify,
 }
 
@@ -128,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_read_as_systemd_reads_them() {
+    fn parses_numbers_as_systemd_does() {
         for (text, number) in [
             ("0x10", Some(16)),
             ("010", Some(8)),

@@ -39,7 +39,7 @@ pub struct Opened {
 
 /// Sets `PR_SET_NO_NEW_PRIVS`, which threads and children inherit. COMMAND may need set-user-ID programs.
 pub fn forbid_new_privileges(config: &Config) {
-    if config.application.is_some() {
+    if config.command.is_some() {
         return;
     }
     if let Err(error) = set_no_new_privs(true) {
@@ -93,7 +93,7 @@ pub fn build(
         config.connections_max.get(),
         FdNeeds {
             lookups: config.targets.iter().any(|target| matches!(target, Target::Name(_))),
-            command: config.application.is_some(),
+            command: config.command.is_some(),
             threads: config.threads.get() - 1,
             metrics: config.metrics.is_some(),
             is_journaled: handover.as_ref().is_some_and(|it| it.is_crash_mode()),
@@ -147,7 +147,7 @@ fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), Str
     if !matches!(sources, Sources::Connection(_)) {
         return Ok(());
     }
-    let option = match (&config.application, &config.metrics) {
+    let option = match (&config.command, &config.metrics) {
         (Some(_), _) => "COMMAND",
         (_, Some(_)) => "--metrics=",
         _ => return Ok(()),
@@ -200,20 +200,19 @@ fn supervisor(
     routes: &Routes,
     fd_limit: Option<u64>,
 ) -> Result<Option<Arc<Supervisor>>, String> {
-    let (Some(application), Some(target)) = (&config.application, config.targets.iter().next())
-    else {
+    let (Some(command), Some(target)) = (&config.command, config.targets.iter().next()) else {
         return Ok(None);
     };
     if !config.listen.is_empty() {
         check_command_target(target, routes.listeners())?;
     }
     set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
-    let CommandConfig { command, ready, stop_idle_time } = application.clone();
+    let CommandConfig { line, ready, stop_idle_time } = command.clone();
     let notify = match ready {
         ReadyMode::Connect => None,
         ReadyMode::Notify => Some(NotifyPlace::find()?),
     };
-    let supervisor = Supervisor::new(command, target.clone(), notify, stop_idle_time, fd_limit);
+    let supervisor = Supervisor::new(line, target.clone(), notify, stop_idle_time, fd_limit);
     Ok(Some(Arc::new(supervisor)))
 }
 
