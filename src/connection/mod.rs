@@ -1,6 +1,6 @@
 //! The life of a connection: connect, header, forward, log.
 
-pub mod worker;
+pub mod event_loop;
 mod context;
 mod log;
 

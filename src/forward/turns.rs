@@ -1,30 +1,17 @@
 //! How much a bulky connection moves before the other connections of its event loop have their turn.
 //!
-//! An event loop gives each connection that is ready one turn, then it looks for new events. So the
-//! turns of a round add up to what a small message waits. Only a sender and a receiver of this machine
-//! are fast enough to use up a turn.
+//! An event loop gives each connection that is ready one turn, then it polls for new events. So a small message
+//! waits for the turns of a round. Only a sender and a receiver on this machine are fast enough to use up
+//! a turn.
 
 use std::cell::Cell;
-
-/// Bytes of a turn while only bulk runs. Smaller turns wake sender and receiver more often and cost a
-/// tenth of their rate (BENCHMARKS.md).
-const BULK_ALONE: usize = 8 * 1024 * 1024;
-
-/// Bytes of all turns of a round together, while messages are carried beside bulk, and of one of them.
-const ROUND: usize = 1024 * 1024;
-const MOST: usize = 256 * 1024;
-const LEAST: usize = 64 * 1024;
-
-/// Turns of bulk without a message between them after which there is only bulk: a client that sends a
-/// message now and then is not to meet a large turn.
-const ALONE_AFTER: u32 = 256;
 
 /// The turns on one event loop.
 #[derive(Debug)]
 pub struct Turns {
-    /// Turns of bulky connections.
+    /// Turns of bulky connections so far.
     taken: Cell<u64>,
-    /// The last ones, without one of another connection between them.
+    /// Turns of bulky connections since the last turn of another connection.
     in_a_row: Cell<u32>,
 }
 
@@ -47,7 +34,7 @@ impl Turns {
     pub fn begin_bulk(&self, last: &mut u64) -> usize {
         let in_a_row = self.in_a_row.get().saturating_add(1);
         self.in_a_row.set(in_a_row);
-        // With itself, as many have had a turn since its last one.
+        // As many connections, this one included, have had a turn since its last one.
         let connections = (self.taken.get() - *last + 1) as usize;
         let is_first = *last == 0;
         self.taken.set(self.taken.get() + 1);
@@ -60,12 +47,25 @@ impl Turns {
     }
 }
 
+/// Bytes of a turn while only bulk runs. Smaller turns wake sender and receiver more often and cost a
+/// tenth of their rate (BENCHMARKS.md).
+const BULK_ALONE: usize = 8 * 1024 * 1024;
+
+/// Bytes of all turns of a round together, while there are messages beside bulk, and of one turn.
+const ROUND: usize = 1024 * 1024;
+const MOST: usize = 256 * 1024;
+const LEAST: usize = 64 * 1024;
+
+/// Turns of bulk in a row after which there is only bulk. A client that sends a message now and then does not
+/// meet a large turn.
+const ALONE_AFTER: u32 = 256;
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn bulk_alone_has_large_turns_and_beside_messages_a_round_is_shared() {
+    fn turns_are_large_for_bulk_alone_and_shared_beside_messages() {
         let turns = Turns::default();
         let mut bulk = [0; 8];
         for _ in 0..2 {

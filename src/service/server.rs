@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use crate::backend::command::Supervisor;
 use crate::config::timespan::TimeSpan;
 use crate::connection::BackendSetup;
-use crate::connection::worker::EventLoops;
+use crate::connection::event_loop::EventLoops;
 use crate::counters::ListenerCounters;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;

@@ -14,7 +14,7 @@ use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::config::values::{Overflow, ReadyMode};
 use crate::config::{CommandConfig, Config};
-use crate::connection::worker::EventLoops;
+use crate::connection::event_loop::EventLoops;
 use crate::connection::{BackendSetup, Settings};
 use crate::counters::{ConnectCounters, Loops};
 use crate::forward::pipe::{self, Limits};

@@ -1,9 +1,9 @@
 //! The event loops, and which of them a connection gets.
 //!
 //! The main thread's loop accepts, and is the first to serve. With `--threads=` above one a connection goes
-//! to the loop with the fewest connections; a thread is started for the first connection that finds all
-//! loops busy. A connection stays on its loop from connect to close: its buffer, pipes and timers belong to
-//! the loop, so that no byte meets a lock or a cache line that another thread writes.
+//! to the loop with the fewest connections. The first connection that finds all loops busy starts a thread.
+//! A connection stays on its loop from connect to close. Its buffer, pipes and timers belong to the loop, so
+//! that no byte meets a lock or a cache line that another thread writes.
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
@@ -27,29 +27,22 @@ use crate::listen::listener::Accepted;
 use crate::logging::{RateLimit, os_message};
 use crate::runtime::start_thread;
 
-/// Shorter than the connect timeout by default.
-const TIMER_AHEAD: Duration = Duration::from_secs(5);
-
-/// How long to do with the threads there are, after the system refused one.
-const RETRY_AFTER: Duration = Duration::from_secs(10);
-
-static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
-
 /// All event loops.
 #[derive(Debug)]
 pub struct EventLoops {
     settings: Settings,
-    /// The main thread's.
+    /// The main thread's event loop.
     main_loop: EventLoop,
-    /// Connections on it.
+    /// Connections on the main thread's event loop.
     main_load: Gauge,
     threads: RefCell<Vec<Thread>>,
     threads_max: usize,
+    /// When to start a thread again, after the system refused one.
     retry_at: Cell<Option<Instant>>,
 }
 
 impl EventLoops {
-    /// At most `count` loops, of which the calling one is the first.
+    /// Creates at most `count` event loops. The calling thread's is the first.
     pub fn new(settings: Settings, count: NonZeroUsize) -> Self {
         Self {
             main_loop: EventLoop::start(&settings),
@@ -61,32 +54,31 @@ impl EventLoops {
         }
     }
 
-    /// Where clients of the main thread's loop are held, which COMMAND's life needs as well; it has
-    /// one backend.
+    /// Returns where clients of the main thread's loop wait for the only backend of a COMMAND.
     pub fn backend_wait(&self) -> &Rc<BackendWait> {
         self.main_loop.context.backends[0].backend_wait()
     }
 
-    /// What all connections have in common.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// Bytes delivered so far, on all loops.
+    /// Returns the bytes delivered on all event loops.
     pub fn carried(&self) -> u64 {
         self.settings.loops.carried().into_iter().flatten().sum()
     }
 
-    /// Gives a connection for a backend of the settings to the loop with the fewest connections.
+    /// Dispatches a connection that leads to `backend` of the settings.
     pub fn serve(&self, accepted: Accepted, backend: usize, journal: Option<JournalEntry>) {
         self.dispatch(Assignment::Accepted(accepted, backend, journal));
     }
 
-    /// Gives a connection that was stored to the loop with the fewest.
+    /// Dispatches a stored connection.
     pub fn resume(&self, restored: Restored) {
         self.dispatch(Assignment::Restored(Box::new(restored)));
     }
 
+    /// Sends an assignment to the event loop with the fewest connections.
     fn dispatch(&self, mut assignment: Assignment) {
         let mut threads = self.threads.borrow_mut();
         if let Some(index) = self.least_loaded(&mut threads) {
@@ -95,7 +87,7 @@ impl EventLoops {
             match thread.assignments.send(assignment) {
                 Ok(()) => return,
                 Err(unacked) => {
-                    // Its event loop has panicked, which was logged.
+                    // The thread has panicked, which was logged.
                     threads.remove(index);
                     assignment = unacked.0;
                 }
@@ -109,7 +101,7 @@ impl EventLoops {
     pub fn request_reports(&self) {
         self.main_loop.context.registry.request_reports();
         for thread in self.threads.borrow().iter() {
-            // If it has ended, there are none.
+            // A thread that has ended has no connections.
             let _ = thread.assignments.send(Assignment::Report);
         }
     }
@@ -121,7 +113,8 @@ impl EventLoops {
         self.main_loop.detach_all(handover).await;
     }
 
-    /// The thread for the next connection; `None` is the main one, which is first among equals.
+    /// Returns the index of the thread for the next connection, or `None` for the main thread, which is
+    /// preferred among equals.
     fn least_loaded(&self, threads: &mut Vec<Thread>) -> Option<usize> {
         let main_loop = self.main_load.taken();
         let loads = threads.iter().map(|thread| thread.load.taken());
@@ -136,7 +129,7 @@ impl EventLoops {
         (elsewhere < main_loop).then_some(index)
     }
 
-    /// Starts another thread beside `running` ones, if the system lets us.
+    /// Starts a thread beside the `running` ones.
     fn start(&self, running: usize) -> Option<Thread> {
         if self.retry_at.get().is_some_and(|until| Instant::now() < until) {
             return None;
@@ -164,13 +157,13 @@ impl Drop for EventLoops {
     }
 }
 
-/// What is on the way to an event loop.
+/// What an event loop is sent.
 #[derive(Debug)]
 enum Assignment {
     /// A connection, its backend, and its stored form.
     Accepted(Accepted, usize, Option<JournalEntry>),
     Restored(Box<Restored>),
-    /// How its connections are.
+    /// All connections are to report their progress.
     Report,
 }
 
@@ -185,10 +178,11 @@ impl Assignment {
     }
 }
 
-/// An event loop's own side: it never leaves its thread.
+/// The part of an event loop that never leaves its thread.
 #[derive(Debug)]
 struct EventLoop {
     context: Rc<LoopContext>,
+    /// A client was accepted.
     arrived: Rc<Notify>,
 }
 
@@ -220,11 +214,10 @@ impl EventLoop {
     }
 }
 
-/// Keeps a timer armed while clients come.
+/// Keeps a timer armed while clients are accepted.
 ///
-/// When a timer becomes the next to expire, tokio wakes its own event loop, which is a write to
-/// an eventfd and an event to read. A connect(2) in progress arms one; with this one ahead of
-/// it, it is never the next.
+/// When a timer becomes the next to expire, tokio wakes its own event loop: a write to an eventfd and an
+/// event to read. A connect(2) in progress arms a timer. With this one ahead, it is never the next.
 async fn hold_guard_timer(arrived: Rc<Notify>) -> Infallible {
     loop {
         arrived.notified().await;
@@ -235,38 +228,48 @@ async fn hold_guard_timer(arrived: Rc<Notify>) -> Infallible {
 /// A thread with an event loop.
 #[derive(Debug)]
 struct Thread {
-    /// Open for as long as the thread is to live.
+    /// Dropping this ends the thread.
     assignments: UnboundedSender<Assignment>,
-    /// Connections on it, those included that are on their way there.
+    /// Connections on the thread, and those sent to it.
     load: Gauge,
     handle: JoinHandle<()>,
 }
 
 impl Thread {
-    /// Ends it, and resets the connections on it that were not told to leave.
+    /// Ends the thread. Connections on it that were not detached are reset.
     fn end(self) {
         drop(self.assignments);
-        // It has said what it had to say of a panic.
+        // A panic was logged.
         let _ = self.handle.join();
     }
 
-    /// Starts one, and waits until it has its event loop.
+    /// Starts a thread, and waits until it has its event loop.
     fn start(settings: Settings) -> io::Result<Self> {
-        // Not bounded here: whoever is sent has been admitted.
+        // Not bounded: the connection limit bounds what is sent.
         let (assignments, receiver) = unbounded_channel();
-        let handle = start_thread("proxyd-worker", async move || live(&settings, receiver).await)?;
+        let handle = start_thread("proxyd-worker", async move || run(&settings, receiver).await)?;
         Ok(Self { assignments, load: Gauge::default(), handle })
     }
 }
 
-/// The life of a thread.
-async fn live(settings: &Settings, mut assignments: UnboundedReceiver<Assignment>) {
+/// Runs on a thread until [`Thread::end`].
+async fn run(settings: &Settings, mut assignments: UnboundedReceiver<Assignment>) {
     let event_loop = EventLoop::start(settings);
-    let _abort = settings.handover.as_ref().and_then(|it| it.abort_on_panic());
+    let _abort = settings.handover.as_ref().and_then(|handover| handover.abort_on_panic());
     while let Some(assignment) = assignments.recv().await {
         event_loop.serve(assignment);
     }
-    if let Some(handover) = settings.handover.as_ref().filter(|it| it.is_detach_requested()) {
+    if let Some(handover) =
+        settings.handover.as_ref().filter(|handover| handover.is_detach_requested())
+    {
         event_loop.detach_all(handover).await;
     }
 }
+
+/// When the guard timer expires: earlier than the default connect timeout.
+const TIMER_AHEAD: Duration = Duration::from_secs(5);
+
+/// How long the running threads serve alone, after the system refused one.
+const RETRY_AFTER: Duration = Duration::from_secs(10);
+
+static NO_THREAD: RateLimit = RateLimit::new(1, Duration::from_secs(60));
