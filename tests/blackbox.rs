@@ -7,8 +7,6 @@
 //! `PROXY_UNDER_TEST=/path/to/program` runs the cases against that program alone.
 
 mod support;
-#[path = "support/urgent.rs"]
-mod urgent;
 
 use std::env;
 use std::fs::{self, Permissions};
@@ -28,8 +26,6 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// A program under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

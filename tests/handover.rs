@@ -1,8 +1,6 @@
 //! `--handover=`: connections outlive a restart of the proxy, and its death. (In a real systemd:
 //! tests/handover_systemd.rs.)
 
-#[path = "support/keeper.rs"]
-mod keeper;
 mod support;
 
 use std::io::{Read, Write};
@@ -11,14 +9,12 @@ use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
 
-use keeper::Keeper;
+use support::keeper::Keeper;
 use rustix::process::Signal;
 use socket_proxyd::testing::{Queue, Record, RecordBody, encode_message, record_ids, replay};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use support::*;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// How the process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

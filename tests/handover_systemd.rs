@@ -3,8 +3,6 @@
 //! Needs root and systemd-nspawn, and says so when it is skipped; in CI it is not. (All kinds of
 //! ends, and damaged stores: tests/handover.rs.)
 
-#[path = "support/container.rs"]
-mod container;
 mod support;
 
 use std::io::{Read, Write};
@@ -13,7 +11,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use container::{Container, Test};
+use support::container::{Container, Test};
 use sha2::{Digest, Sha256};
 use socket2::{Domain, SockAddr, Socket, Type};
 use support::*;

@@ -4,15 +4,13 @@
 //! Needs root, systemd-nspawn and aptly (`make test` installs them), and says so when it is skipped; in
 //! CI it is not.
 
-#[path = "support/container.rs"]
-mod container;
 mod support;
 
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use container::{Container, Test};
+use support::container::{Container, Test};
 use support::*;
 use tokio::time::Instant;
 

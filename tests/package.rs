@@ -4,8 +4,6 @@
 //! Needs root, systemd-nspawn, and what `make test` prepares, and says so when it is skipped; in CI it
 //! is not.
 
-#[path = "support/container.rs"]
-mod container;
 mod support;
 
 use std::collections::BTreeSet;
@@ -14,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use container::{Container, Test};
+use support::container::{Container, Test};
 use support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;

@@ -3,8 +3,6 @@
 //!
 //! Needs root and systemd-nspawn, and says so when it is skipped; in CI it is not.
 
-#[path = "support/container.rs"]
-mod container;
 mod support;
 
 use std::io::{ErrorKind, Read, Write};
@@ -14,12 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use container::{Container, Test};
+use support::container::{Container, Test};
 use socket2::Socket;
 use support::*;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// Where Debian has systemd-socket-proxyd; in the container it is ours.
 const IN_ITS_PLACE: &str = "/usr/lib/systemd/systemd-socket-proxyd";

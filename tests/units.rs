@@ -4,8 +4,6 @@
 //! Needs root, systemd-nspawn and the systems (`make test` installs them), and says so when it is
 //! skipped; in CI it is not. The only change to the units: 10 idle minutes are 2 seconds.
 
-#[path = "support/container.rs"]
-mod container;
 mod support;
 
 use std::io::Write;
@@ -14,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
 
-use container::{Container, Test};
+use support::container::{Container, Test};
 use support::*;
 use tokio::time::Instant;
 

@@ -1,6 +1,5 @@
 //! A real systemd in a container of its own: an overlay of this machine's root, a private network,
 //! a private /tmp and /run. All of it is gone with the process.
-#![allow(dead_code, unreachable_pub, reason = "as in the rest of the support")]
 
 use std::collections::HashMap;
 use std::env;

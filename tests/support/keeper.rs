@@ -1,5 +1,4 @@
 //! Plays systemd's side of the file descriptor store.
-#![allow(dead_code, unreachable_pub, reason = "as in the rest of the support")]
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;

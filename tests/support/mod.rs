@@ -4,6 +4,10 @@
 //! is a span of time itself: a deadline to outlast, CPU to be measured over.
 #![allow(dead_code, unreachable_pub, reason = "each test crate uses its own part")]
 
+pub mod container;
+pub mod keeper;
+pub mod urgent;
+
 use std::collections::VecDeque;
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, IoSlice, Read, Write};
@@ -21,6 +25,12 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 use tokio::time::Instant;
+
+/// The program under test.
+pub const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+
+/// An application for COMMAND; says what it takes.
+pub const APP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/app.pl");
 
 /// Longer than anything takes that works.
 pub const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,5 +1,4 @@
 //! Transfers with urgent data at random places.
-#![allow(unreachable_pub, reason = "as in the rest of the support")]
 
 use std::io::Write;
 use std::net::Shutdown;

@@ -1,9 +1,5 @@
 //! `--metrics=`: what is counted, who may ask, and that nobody who asks is in a client's way.
 
-#[path = "support/keeper.rs"]
-mod keeper;
-mod support;
-
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -14,14 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use keeper::Keeper;
 use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
-use support::*;
+use crate::support::keeper::Keeper;
+use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// A proxy that answers scrapers on a TCP port.
 struct Scraped {

@@ -1,7 +1,5 @@
 //! `--connection-idle-time=`: a connection that carries nothing is closed, a busy one is not.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::thread;
@@ -9,10 +7,8 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use socket2::Socket;
-use support::*;
+use crate::support::*;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 const TIME: Duration = Duration::from_secs(1);
 

@@ -3,18 +3,10 @@
 //!
 //! `TRANSFERS=3000 cargo test --test urgent` has that many for each pair of families.
 
-#[path = "support/keeper.rs"]
-mod keeper;
-mod support;
-#[path = "support/urgent.rs"]
-mod urgent;
-
 use std::env;
 
-use keeper::Keeper;
-use support::*;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+use crate::support::keeper::Keeper;
+use crate::support::*;
 
 fn transfers(options: &[&str]) {
     let transfers: usize = env::var("TRANSFERS").map_or(240, |it| it.parse().unwrap());

@@ -1,8 +1,6 @@
 //! `--drain-time=`: after a signal, nobody is let in, and who is in has time to end. (In a real
 //! systemd: tests/systemd.rs.)
 
-mod support;
-
 use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::thread;
@@ -10,12 +8,9 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
-use support::*;
+use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
-const APP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/app.pl");
 
 fn start(front: &Endpoint, backend: &Endpoint, time: &str, manager: &Manager) -> Running {
     Launch::new(OURS)

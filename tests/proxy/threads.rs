@@ -3,19 +3,15 @@
 //! That everything else is as with one thread is shown in `tests/blackbox.rs`, whose cases run with
 //! three of them, too.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
 use rustix::process::Signal;
 use socket2::Socket;
-use support::*;
+use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 fn start(threads: &str, backend: &Endpoint, front: &Endpoint) -> Running {
     let launch = Launch::new(OURS).arg(format!("--threads={threads}"));

@@ -1,18 +1,14 @@
 //! What is logged where threads are forbidden, and of clients with strange names.
 
-mod support;
-
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use rustix::process::Signal;
 use socket2::{Domain, Socket, Type};
-use support::*;
+use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// A user of its own for each test, which may have one task.
 fn without_threads(directory: &TempDir, user: u32) -> Option<Launch> {

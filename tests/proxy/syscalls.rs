@@ -2,8 +2,6 @@
 //!
 //! Needs strace(1) and the right to use it; says so when it is skipped.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
@@ -15,13 +13,11 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use support::*;
+use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
 const STRACE: &str = "/usr/bin/strace";
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// The system calls that a process makes during `work`, counted; `None` without strace.
 fn counted(process: u32, work: impl FnOnce()) -> Option<BTreeMap<String, usize>> {

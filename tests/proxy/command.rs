@@ -2,8 +2,6 @@
 //!
 //! The application is tests/support/app.pl: it needs its time to listen and to stop.
 
-mod support;
-
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
@@ -17,12 +15,9 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use socket2::{Domain, SockAddr, Socket, Type};
-use support::*;
+use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
-const APP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/app.pl");
 
 /// The proxy with an application behind it.
 struct Service {

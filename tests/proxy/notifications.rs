@@ -1,15 +1,11 @@
 //! Notifications while the queue of the service manager's socket is full, as in a daemon-reload or at boot.
 
-mod support;
-
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use support::*;
+use crate::support::*;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// Fills the manager's queue (net.unix.max_dgram_qlen).
 fn fill(manager: &Manager) {

@@ -1,14 +1,10 @@
 //! `SELECTOR=TARGET`: each socket leads to its own backend. (In a real systemd: tests/units.rs.)
 
-mod support;
-
 use std::io::{Read, Write};
 
 use rustix::process::Signal;
 use socket2::Socket;
-use support::*;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
+use crate::support::*;
 
 /// A backend that says its name to each client, and then echoes.
 fn named(family: Family, name: &'static str) -> Endpoint {

@@ -1,7 +1,5 @@
 //! `--keepalive=`: the timer on both sides, and a peer that vanishes.
 
-mod support;
-
 use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -11,10 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use support::*;
+use crate::support::*;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// What ss(8) says of the connections with one of these ports on a side.
 fn timers(filter: &str) -> Vec<String> {

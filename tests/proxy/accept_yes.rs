@@ -1,8 +1,6 @@
 //! A connection that was passed instead of a listener: `Accept=yes`, and inetd's descriptor 0. (In a
 //! real systemd: tests/systemd.rs.)
 
-mod support;
-
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -11,10 +9,8 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use socket2::Socket;
-use support::*;
+use crate::support::*;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// A client, and the other end as it was accepted.
 fn accepted(family: Family) -> (Socket, Socket) {

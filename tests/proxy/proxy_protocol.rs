@@ -1,19 +1,15 @@
 //! PROXY headers, read by those whose backends they are for: nginx, which logs the client's address,
 //! and HAProxy, which ends a connection whose header it doesn't understand.
 
-mod support;
-
 use std::env;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-use support::*;
+use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
 /// Whether a program is there; if not, that is said.
 fn is_installed(program: &str) -> bool {

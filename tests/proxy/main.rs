@@ -1,0 +1,18 @@
+//! The proxy, one option or one promise a module. What the originals have as well is in tests/compat/.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod accept_yes;
+mod command;
+mod drain;
+mod idle_time;
+mod keepalive;
+mod logging;
+mod metrics;
+mod notifications;
+mod proxy_protocol;
+mod selectors;
+mod syscalls;
+mod threads;
+mod urgent;
