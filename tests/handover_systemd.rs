@@ -11,9 +11,9 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use support::container::{Container, Test};
 use sha2::{Digest, Sha256};
 use socket2::{Domain, SockAddr, Socket, Type};
+use support::container::{Container, Test};
 use support::*;
 use tokio::time::Instant;
 

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use support::container::{Container, Test};
 use socket2::Socket;
+use support::container::{Container, Test};
 use support::*;
 use tokio::time::Instant;
 

@@ -7,9 +7,9 @@ use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use crate::support::*;
 use rustix::process::Signal;
 use socket2::Socket;
-use crate::support::*;
 use tokio::time::Instant;
 
 /// A client, and the other end as it was accepted.

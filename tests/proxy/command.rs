@@ -13,9 +13,9 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use crate::support::*;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use socket2::{Domain, SockAddr, Socket, Type};
-use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
 

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
+use crate::support::*;
 use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
-use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
 

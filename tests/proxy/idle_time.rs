@@ -5,9 +5,9 @@ use std::net::Shutdown;
 use std::thread;
 use std::time::Duration;
 
+use crate::support::*;
 use rustix::process::Signal;
 use socket2::Socket;
-use crate::support::*;
 use tokio::time::Instant;
 
 const TIME: Duration = Duration::from_secs(1);

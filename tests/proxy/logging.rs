@@ -4,9 +4,9 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
+use crate::support::*;
 use rustix::process::Signal;
 use socket2::{Domain, Socket, Type};
-use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
 

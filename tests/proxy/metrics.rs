@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::Signal;
-use socket2::{Domain, SockAddr, Socket, Type};
 use crate::support::keeper::Keeper;
 use crate::support::*;
+use rustix::process::Signal;
+use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 use tokio::time::Instant;
 

@@ -3,8 +3,8 @@
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
-use rustix::process::Signal;
 use crate::support::*;
+use rustix::process::Signal;
 use tokio::time::Instant;
 
 /// Fills the manager's queue (net.unix.max_dgram_qlen).

@@ -2,9 +2,9 @@
 
 use std::io::{Read, Write};
 
+use crate::support::*;
 use rustix::process::Signal;
 use socket2::Socket;
-use crate::support::*;
 
 /// A backend that says its name to each client, and then echoes.
 fn named(family: Family, name: &'static str) -> Endpoint {

@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
+use crate::support::*;
 use rustix::process::Signal;
 use socket2::Socket;
-use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
 

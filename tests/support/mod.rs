@@ -2,13 +2,15 @@
 //!
 //! Tests wait for events, and [`PATIENCE`] only turns a hang into a failure. A [`pause`] is for what
 //! is a span of time itself: a deadline to outlast, CPU to be measured over.
-#![allow(dead_code, unreachable_pub, reason = "each test crate uses its own part")]
+#![allow(dead_code, unreachable_pub, unused_imports, reason = "each test crate uses its own part")]
 
 pub mod container;
 pub mod keeper;
+mod trials;
 pub mod urgent;
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpListener};
@@ -25,6 +27,8 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 use tokio::time::Instant;
+
+pub use trials::*;
 
 /// The program under test.
 pub const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
@@ -48,6 +52,15 @@ pub fn raise_descriptor_limit() {
 pub enum Family {
     Tcp,
     Unix,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Unix => "Unix",
+        })
+    }
 }
 
 /// Each pair of a listener's and a backend's family.

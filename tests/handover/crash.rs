@@ -1,0 +1,106 @@
+//! What a kill finds half done, and what `--handover=crash` costs others.
+
+use std::io::Write;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tokio::time::Instant;
+
+use crate::support::*;
+use crate::{End, MODES, Mode, Proxy, joined, launch, passes, queue, stored};
+
+pub(crate) fn register(trials: &mut Trials) {
+    for (backend_resets, end) in [(false, "the client's"), (true, "the backend's")] {
+        trials
+            .add(format!("a reset that was read and not stored stays a reset, {end}"), move || {
+                unstored_reset_stays_a_reset(backend_resets)
+            });
+    }
+    for mode in MODES {
+        for threads in [1, 2] {
+            trials.add(
+                format!("a kill during recovery loses nothing, {mode}, {threads} threads"),
+                move || kill_during_recovery(mode, threads),
+            );
+        }
+    }
+    for (from_client, end) in [(true, "clients"), (false, "backends")] {
+        for (with_descriptors, kind) in [(false, "bytes"), (true, "descriptors")] {
+            trials.add(
+                format!("a flood of one-byte messages delays no other client, {kind} from {end}"),
+                move || flood_delays_no_other_client(from_client, with_descriptors),
+            );
+        }
+    }
+}
+
+fn unstored_reset_stays_a_reset(backend_resets: bool) {
+    let [front, backend] = [Family::Tcp, Family::Tcp].map(Endpoint::new);
+    let mut proxy = Proxy::start(&front, &["--handover=crash", &backend.target]);
+    let (mut client, mut served) = joined(&front, &backend);
+    passes(&mut client, &mut served);
+    passes(&mut served, &mut client);
+    proxy.end(End::Killed);
+    let (mut resets, mut stays) = if backend_resets { (served, client) } else { (client, served) };
+    resets.write_all(b"a part").unwrap();
+    reset(resets);
+    // As the process did in its last moment.
+    let queue = queue(&proxy.keeper);
+    for message in queue.messages() {
+        for fd in message.unwrap().fds {
+            let _ = socket2::SockRef::from(&fd).take_error();
+        }
+    }
+    proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+    proxy.keeper.wait_for("READY=1");
+    let (bytes, end) = read_all(&mut stays);
+    assert_eq!(bytes, b"a part");
+    assert!(is_reset(&end), "{end:?}");
+}
+
+fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    let handover = format!("--handover={handover}");
+    let threads = format!("--threads={threads}");
+    let arguments = [&handover, "--connections-max=2000", &threads, &backend.target];
+    let mut proxy = Proxy::start(&front, &arguments);
+    let mut all: Vec<_> = (0..300).map(|_| joined(&front, &backend)).collect();
+    proxy.end(end);
+    let stored_before = stored(&proxy.keeper);
+    assert_eq!(stored_before, all.len());
+    for _ in 0..3 {
+        // While it reads the store, as far as one can tell from outside: not at its place in the
+        // queue, which is that of whoever reads it.
+        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+        let is_reading = || {
+            let links = std::fs::read_dir(format!("/proc/{}/fd", proxy.running.pid()));
+            (links.unwrap().count() > 40).then_some(())
+        };
+        poll_until(Instant::now() + PATIENCE, is_reading).unwrap();
+        // Whoever has taken all of it is not recovering any more.
+        proxy.running.signal(Signal::STOP);
+        if handover == "--handover=restart" && stored(&proxy.keeper) == 0 {
+            // It has taken all of them, and is not recovering any more.
+            proxy.running.signal(Signal::CONT);
+            proxy.end(End::Stopped);
+        } else {
+            proxy.end(End::Killed);
+        }
+    }
+    proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+    proxy.running.lines.wait_for("Recovered connections: 300.");
+    proxy.keeper.wait_for("STATUS=300 connections of 2000, 0 served, 0 bytes; 300 recovered");
+    for (client, served) in &mut all {
+        passes(client, served);
+        passes(served, client);
+    }
+}
+
+/// Within 0.1 s, as in tests/compat/flood.rs.
+fn flood_delays_no_other_client(from_client: bool, with_descriptors: bool) {
+    let [from, to] = [Family::Unix, Family::Tcp].map(Endpoint::new);
+    let (front, backend) = if from_client { (from, to) } else { (to, from) };
+    let _proxy = Proxy::start(&front, &["--handover=crash", &backend.target]);
+    let times = beside_floods(&front, &backend, from_client, with_descriptors);
+    assert!(times[7] < Duration::from_millis(100), "answers took {times:?}");
+}

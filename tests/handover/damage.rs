@@ -1,0 +1,135 @@
+//! A descriptor store that is missing, damaged, or holds what the proxy does not know.
+
+use std::os::fd::AsFd;
+
+use rustix::process::Signal;
+use socket_proxyd::testing::{Queue, Record, RecordBody, encode_message};
+use socket2::Socket;
+
+use crate::launch;
+use crate::support::keeper::Keeper;
+use crate::support::*;
+
+pub(crate) fn register(trials: &mut Trials) {
+    for handover in ["restart", "crash"] {
+        for (stored, put, says) in DAMAGED {
+            trials.add(
+                format!(
+                    "damaged and unknown descriptors are closed and removed, {handover}, {stored}"
+                ),
+                move || damage_is_removed(handover, put, says),
+            );
+        }
+        for (store, max) in [
+            ("no NOTIFY_SOCKET", None),
+            ("FileDescriptorStoreMax=0", Some(0)),
+            ("FileDescriptorStoreMax=1", Some(1)),
+            ("FileDescriptorStoreMax=2", Some(2)),
+        ] {
+            trials.add(
+                format!("without a store the proxy warns and serves, {handover}, {store}"),
+                move || warns_without_a_store(handover, max),
+            );
+        }
+    }
+}
+
+/// What is stored, how, and what the log says of it.
+type Damaged = (&'static str, fn(&Keeper), &'static str);
+
+const DAMAGED: [Damaged; 5] = [
+    ("a file as the queue", file_as_the_queue, "damaged"),
+    ("one end of the queue", one_end_of_the_queue, "damaged"),
+    ("sockets of another type", stream_sockets_as_the_queue, "damaged"),
+    ("unknown descriptors", unknown_descriptors, "closing it: config, peer."),
+    ("messages that are not records", foreign_messages, "can't be taken back, closing them: 3."),
+];
+
+fn file_as_the_queue(keeper: &Keeper) {
+    keeper.put(&name("queue"), tempfile::tempfile().unwrap());
+}
+
+fn one_end_of_the_queue(keeper: &Keeper) {
+    keeper.put(&name("sender"), open_socket());
+}
+
+fn stream_sockets_as_the_queue(keeper: &Keeper) {
+    let (one, other) = socket_pair(Family::Unix);
+    keeper.put(&name("queue"), one);
+    keeper.put(&name("sender"), other);
+}
+
+fn unknown_descriptors(keeper: &Keeper) {
+    keeper.put("config", tempfile::tempfile().unwrap());
+    keeper.put("peer", open_socket());
+}
+
+fn foreign_messages(keeper: &Keeper) {
+    let queue = Queue::new().unwrap();
+    let [inner, sender] = queue.ends();
+    keeper.put(&name("queue"), inner);
+    keeper.put(&name("sender"), sender);
+    let socket = open_socket();
+    queue.append(b"what is this", &[socket.as_fd()]).unwrap();
+    queue.append(&[0; 4000], &[socket.as_fd(); 200]).unwrap();
+    // A record of a form that is unknown.
+    let client = Record { id: 1, start: 0, body: RecordBody::Client(socket.as_fd()) };
+    let encoded = client.encode();
+    let (mut bytes, fds) = encode_message(std::slice::from_ref(&encoded));
+    bytes[4 + 36] = 3;
+    queue.append(&bytes, &fds).unwrap();
+}
+
+/// A socket whose peer stays open.
+fn open_socket() -> Socket {
+    let (one, other) = socket_pair(Family::Unix);
+    std::mem::forget(other);
+    one
+}
+
+fn name(end: &str) -> String {
+    format!("handover-of-socket-proxyd.{end}")
+}
+
+fn damage_is_removed(handover: &str, put: fn(&Keeper), says: &str) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let keeper = Keeper::new(8);
+    put(&keeper);
+    let arguments = [format!("--handover={handover}"), backend.target.clone()];
+    let mut proxy = launch(&front, &arguments, &keeper);
+    keeper.wait_for("READY=1");
+    let mut client = front.connect();
+    echoes(&mut client);
+    proxy.lines.wait_for(says);
+    assert_eq!(keeper.names(), [name("queue"), name("sender")]);
+    // The new queue works.
+    proxy.signal(Signal::TERM);
+    proxy.wait();
+    let _proxy = launch(&front, &arguments, &keeper);
+    echoes(&mut client);
+}
+
+fn warns_without_a_store(handover: &str, max: Option<usize>) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let launch = Launch::new(OURS)
+        .args([&format!("--handover={handover}"), &backend.target])
+        .listener(&front);
+    let keeper = max.map(Keeper::new);
+    let launch = match &keeper {
+        Some(keeper) => keeper.launch(launch, 1),
+        None => launch,
+    };
+    let mut proxy = launch.start();
+    echoes(&mut front.connect());
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait().code(), Some(0));
+    let says = match max {
+        None => "there is no NOTIFY_SOCKET",
+        Some(_) => "set FileDescriptorStoreMax=4",
+    };
+    let log = proxy.lines.all();
+    assert!(log.matches("--handover=").count() == 1 && log.contains(says), "{log}");
+    if let Some(keeper) = keeper {
+        assert!(keeper.names().is_empty(), "{:?}", keeper.names());
+    }
+}

@@ -1,0 +1,245 @@
+//! How much is stored, and what happens where there is no more room.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use socket_proxyd::testing::{Queue, record_ids};
+use socket2::Socket;
+use tokio::time::Instant;
+
+use crate::support::keeper::Keeper;
+use crate::support::*;
+use crate::{End, MODES, Mode, Proxy, joined, launch, passes, queue, stored};
+
+pub(crate) fn register(trials: &mut Trials) {
+    trials.add("the default queue holds 2,000 connections", default_queue_holds_thousands);
+    for mode in MODES {
+        trials.add(
+            format!("a restart needs no more descriptors than the start, {mode}"),
+            move || restart_needs_no_more_descriptors(mode),
+        );
+        trials.add(
+            format!("a start with too few descriptors leaves connections stored, {mode}"),
+            move || too_few_descriptors(mode),
+        );
+        for overflow in ["refuse", "wait"] {
+            trials.add(
+                format!(
+                    "restored connections count towards the limit, {mode}, --overflow={overflow}"
+                ),
+                move || restored_connections_count(mode, overflow),
+            );
+        }
+        trials.add(format!("the store does not leak, {mode}"), move || store_does_not_leak(mode));
+    }
+    trials
+        .add("no more is stored than the next process can open", stores_no_more_than_can_be_opened);
+    trials.add("with a full store new connections are served and not stored", full_store);
+}
+
+/// The queue as it is without privileges, by default.
+const DEFAULT_WMEM_MAX: usize = 212_992;
+
+fn keeper_with_queue(bytes: usize) -> Keeper {
+    let keeper = Keeper::new(8);
+    let queue = Queue::new().unwrap();
+    for (end, fd) in ["queue", "sender"].into_iter().zip(queue.ends()) {
+        rustix::net::sockopt::set_socket_send_buffer_size(fd, bytes).unwrap();
+        keeper.put(&format!("handover-of-socket-proxyd.{end}"), fd);
+    }
+    keeper
+}
+
+fn default_queue_holds_thousands() {
+    const CONNECTIONS: usize = 2000;
+    raise_descriptor_limit();
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let keeper = keeper_with_queue(DEFAULT_WMEM_MAX);
+    let mut all: Vec<Socket> = Vec::new();
+    // Also one way after the other, with forms and pipes of their own.
+    for (handover, end) in
+        [("crash", End::Killed), ("crash", End::Stopped), ("restart", End::Stopped)]
+    {
+        let arguments = [format!("--handover={handover}"), "-c3000".into(), backend.target.clone()];
+        let mut proxy = launch(&front, &arguments, &keeper);
+        keeper.wait_for("READY=1");
+        while all.len() < CONNECTIONS {
+            all.push(front.connect());
+            echoes(all.last_mut().unwrap());
+        }
+        for _ in 0..200 {
+            echoes(&mut front.connect());
+        }
+        all.iter_mut().for_each(echoes);
+        proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
+        proxy.wait();
+        let log = proxy.lines.all();
+        assert!(!log.contains("store is full") && !log.contains("not stored"), "{log}");
+    }
+    let arguments = ["--handover=crash".into(), "-c3000".into(), backend.target.clone()];
+    let proxy = launch(&front, &arguments, &keeper);
+    proxy.lines.wait_for(&format!("Recovered connections: {CONNECTIONS}."));
+    all.iter_mut().for_each(echoes);
+    assert_eq!(proxy.lines.count("store"), 0);
+}
+
+fn restart_needs_no_more_descriptors(Mode { handover, end }: Mode) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let arguments = [format!("--handover={handover}"), "-c100".into(), backend.target.clone()];
+    let keeper = Keeper::new(4);
+    let launch = || {
+        let launch = Launch::new(OURS).args(&arguments).listener(&front);
+        keeper.launch(launch.descriptors(1024), 1).start()
+    };
+    let mut proxy = launch();
+    let mut all: Vec<_> = (0..90).map(|_| front.connect()).collect();
+    all.iter_mut().for_each(echoes);
+    for _ in 0..3 {
+        proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
+        proxy.wait();
+        proxy = launch();
+        all.iter_mut().for_each(echoes);
+        let mut newcomers: Vec<_> = (0..10).map(|_| front.connect()).collect();
+        newcomers.iter_mut().for_each(echoes);
+    }
+    assert_eq!(proxy.lines.count("Out of"), 0);
+}
+
+fn too_few_descriptors(Mode { handover, end }: Mode) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let arguments = [format!("--handover={handover}"), "-c100".into(), backend.target.clone()];
+    let keeper = Keeper::new(4);
+    let launch = |descriptors| {
+        let launch = Launch::new(OURS).args(&arguments).listener(&front);
+        keeper.launch(launch.descriptors(descriptors), 1).start()
+    };
+    let mut proxy = launch(1024);
+    let mut all: Vec<_> = (0..90).map(|_| front.connect()).collect();
+    all.iter_mut().for_each(echoes);
+    proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
+    proxy.wait();
+    for descriptors in [100, 150] {
+        let mut proxy = launch(descriptors);
+        assert_eq!(proxy.wait().code(), Some(1));
+        let stderr = proxy.lines.all();
+        let line = format!("RLIMIT_NOFILE={descriptors} leaves no room for the stored");
+        assert!(stderr.contains(&line) && stderr.contains("stay stored"), "{stderr}");
+        assert!(!stderr.contains("closing them"), "{stderr}");
+    }
+    let proxy = launch(1024);
+    proxy.lines.wait_for("Recovered connections: 90.");
+    all.iter_mut().for_each(echoes);
+}
+
+/// Buffered bytes have descriptors of their own: what is stored may need more than the process had.
+fn stores_no_more_than_can_be_opened() {
+    const CONNECTIONS: usize = 100;
+    let (front, backend) = (Endpoint::new(Family::Unix), Endpoint::new(Family::Unix));
+    let arguments = ["--handover=restart".into(), "-c150".into(), backend.target.clone()];
+    let keeper = Keeper::new(4);
+    let launch = || {
+        let launch = Launch::new(OURS).args(&arguments).listener(&front);
+        keeper.launch(launch.descriptors(300), 1).start()
+    };
+    let mut proxy = launch();
+    let mut all: Vec<_> = (0..CONNECTIONS).map(|_| (front.connect(), backend.accept())).collect();
+    for (client, served) in &mut all {
+        for socket in [client, served] {
+            socket.set_write_timeout(Some(Duration::from_millis(20))).unwrap();
+            while socket.write(&[0; 16 * 1024]).is_ok() {}
+        }
+    }
+    proxy.signal(Signal::TERM);
+    assert!(proxy.wait().success());
+    proxy.lines.wait_for("Open connections could not be stored, resetting them: ");
+    let proxy = launch();
+    proxy.lines.wait_for("Recovered connections: ");
+    drop(all);
+    let (mut client, mut served) = (front.connect(), backend.accept());
+    passes(&mut client, &mut served);
+}
+
+fn full_store() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    let keeper = keeper_with_queue(2304);
+    let arguments = ["--handover=crash".into(), backend.target.clone()];
+    let proxy = launch(&front, &arguments, &keeper);
+    keeper.wait_for("READY=1");
+    let mut all: Vec<_> = (0..100).map(|_| joined(&front, &backend)).collect();
+    all.iter_mut().for_each(|(client, served)| passes(served, client));
+    assert_eq!(proxy.lines.count("The store is full"), 1);
+    proxy.signal(Signal::KILL);
+    drop(proxy);
+    let entry = stored(&keeper);
+    assert!((1..60).contains(&entry), "{entry}");
+    let _proxy = launch(&front, &arguments, &keeper);
+    keeper.wait_for("READY=1");
+    let mut live = 0;
+    for (mut client, mut served) in all {
+        let mut answer = [0];
+        let is_live = served.write_all(b"?").is_ok() && matches!(client.read(&mut answer), Ok(1));
+        live += usize::from(is_live);
+    }
+    assert_eq!(live, entry);
+}
+
+fn restored_connections_count(Mode { handover, end }: Mode, overflow: &str) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    let arguments = [
+        &format!("--handover={handover}"),
+        "--connections-max=3",
+        &format!("--overflow={overflow}"),
+        &backend.target,
+    ];
+    let mut proxy = Proxy::start(&front, &arguments);
+    let mut all: Vec<_> = (0..3).map(|_| joined(&front, &backend)).collect();
+    proxy.arguments[1] = "--connections-max=2".into();
+    proxy.again(end);
+    let mut newcomer = front.connect();
+    if overflow == "refuse" {
+        assert_eq!(read_all(&mut newcomer).0, b"");
+    } else {
+        newcomer.write_all(b"hello").unwrap();
+    }
+    all.iter_mut().for_each(|(client, served)| passes(served, client));
+    all.truncate(1);
+    if overflow == "refuse" {
+        let served = poll_until(Instant::now() + PATIENCE, || {
+            let mut client = front.connect();
+            backend.socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            let (mut served, _) = backend.socket.accept().ok()?;
+            passes(&mut client, &mut served);
+            Some(())
+        });
+        served.expect("there is a place again");
+    } else {
+        backend.accept().read_exact(&mut [0; 5]).expect("the newcomer");
+    }
+}
+
+fn store_does_not_leak(Mode { handover, end }: Mode) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let handover = format!("--handover={handover}");
+    let mut proxy = Proxy::start(&front, &[&handover, "--connections-max=300", &backend.target]);
+    let mut quiet: Vec<_> = (0..100).map(|_| front.connect()).collect();
+    quiet.iter_mut().for_each(echoes);
+    let mut held = Vec::new();
+    for _ in 0..8 {
+        for _ in 0..100 {
+            echoes(&mut front.connect());
+        }
+        proxy.end(end);
+        // Those that were on their way out at the end, and twice what lives.
+        let payloads = queue(&proxy.keeper).payloads().unwrap();
+        let records: usize = payloads.iter().map(|text| record_ids(text).unwrap().len()).sum();
+        assert!(records <= 2 * 200 + 32, "{records} records");
+        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+        proxy.keeper.wait_for("READY=1");
+        quiet.iter_mut().for_each(echoes);
+        held.push(proxy.running.descriptors());
+    }
+    // The last of those that came and went may still be on their way out.
+    let [first, last] = [held[1], held[7]];
+    assert!(last <= first + 12, "{held:?}");
+}

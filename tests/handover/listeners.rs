@@ -1,0 +1,228 @@
+//! Listeners between two processes: passed by systemd, or opened by `--listen=` and stored.
+
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+
+use rustix::process::Signal;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::support::keeper::Keeper;
+use crate::support::*;
+use crate::{End, MODES, Mode, passes};
+
+pub(crate) fn register(trials: &mut Trials) {
+    for mode in MODES {
+        trials.add(
+            format!("a waiting client stays with the listener of its family, {mode}"),
+            move || waiting_client_stays_with_its_listener(mode),
+        );
+        for family in [Family::Tcp, Family::Unix] {
+            trials.add(
+            format!("new clients wait at a listener of --listen= between two processes, {mode}, {family}"),
+            move || new_clients_wait_between_processes(mode, family),
+        );
+            trials.add(
+                format!("a failed start leaves connections and listeners stored, {mode}, {family}"),
+                move || failed_start_leaves_the_store(mode, family),
+            );
+        }
+        trials.add(
+            format!("a listener is reused when its address is spelled differently, {mode}"),
+            move || address_is_spelled_differently(mode),
+        );
+    }
+    trials.add(
+        "an unknown stored descriptor is not taken for a listener",
+        unknown_descriptor_is_not_a_listener,
+    );
+}
+
+fn waiting_client_stays_with_its_listener(Mode { handover, end }: Mode) {
+    let wildcard = |address: &str, domain| {
+        let address: SocketAddr = address.parse().unwrap();
+        let socket = Socket::new(domain, Type::STREAM, None).unwrap();
+        if address.is_ipv6() {
+            socket.set_only_v6(true).unwrap();
+        }
+        socket.bind(&address.into()).unwrap();
+        socket.listen(16).unwrap();
+        socket
+    };
+
+    let six = wildcard("[::]:0", Domain::IPV6);
+    let port = six.local_addr().unwrap().as_socket().unwrap().port();
+    let four = wildcard(&format!("0.0.0.0:{port}"), Domain::IPV4);
+    let backends = [free_port(), free_port()];
+    let keeper = Keeper::new(8);
+    let launch = || {
+        let launch = Launch::new(OURS).socket(&six).socket(&four);
+        let handover = format!("--handover={handover}");
+        let launch = launch.args([&*handover, "--backend-wait=1min"]);
+        let launch = launch.arg(format!("[::]:{port}=127.0.0.1:{}", backends[0]));
+        let launch = launch.arg(format!("0.0.0.0:{port}=127.0.0.1:{}", backends[1]));
+        let running = keeper.launch(launch, 2).start();
+        keeper.wait_for("READY=1");
+        running
+    };
+    let mut proxy = launch();
+    let clients = [format!("[::1]:{port}"), format!("127.0.0.1:{port}")].map(|address| {
+        let client = connect(&address.parse::<SocketAddr>().unwrap().into());
+        (&client).write_all(address.as_bytes()).unwrap();
+        proxy.lines.wait_for(&format!(
+            "Failed to connect to remote host: 127.0.0.1:{}",
+            backends[usize::from(address.starts_with('1'))]
+        ));
+        (client, address)
+    });
+    proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
+    proxy.wait();
+    proxy = launch();
+    proxy.lines.wait_for("Recovered connections: 2.");
+    proxy.signal(Signal::USR1);
+    for (client, listener, backend) in
+        [("[::1]", "[::]", backends[0]), ("127.0.0.1", "0.0.0.0", backends[1])]
+    {
+        let line = proxy.lines.wait_for(&format!("yet. client={client}"));
+        assert!(line.contains(&format!("({listener}:{port})")), "{line}");
+        assert!(line.contains(&format!("backend=127.0.0.1:{backend}")), "{line}");
+    }
+    for ((mut client, address), port) in clients.into_iter().zip(backends) {
+        let backend = Endpoint::tcp(&format!("127.0.0.1:{port}"), 16);
+        let mut served = backend.accept();
+        let mut read = vec![0; address.len()];
+        served.read_exact(&mut read).unwrap();
+        assert_eq!(String::from_utf8(read).unwrap(), address);
+        passes(&mut served, &mut client);
+    }
+}
+
+fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Family) {
+    let backend = Endpoint::new(Family::Tcp);
+    let directory = tempfile::TempDir::new().unwrap();
+    let (listen, address) = place(family, &directory);
+    let arguments =
+        [format!("--handover={handover}"), format!("--listen={listen}"), backend.target.clone()];
+    let keeper = Keeper::new(4);
+    let launch = || keeper.launch(Launch::new(OURS).args(&arguments), 0).start();
+    let mut proxy = launch();
+    keeper.wait_for("READY=1");
+    let (mut client, mut served) = (connect(&address), backend.accept());
+    passes(&mut client, &mut served);
+    for _ in 0..3 {
+        match end {
+            End::Stopped => proxy.signal(Signal::TERM),
+            End::Killed => proxy.signal(Signal::KILL),
+        }
+        proxy.wait();
+        let mut newcomer = connect(&address);
+        newcomer.write_all(b"hello").unwrap();
+        proxy = launch();
+        let mut served_too = backend.accept();
+        served_too.read_exact(&mut [0; 5]).unwrap();
+        passes(&mut client, &mut served);
+        keeper.wait_for("READY=1");
+    }
+    assert_eq!(keeper.names().len(), 2, "nothing but the queue");
+    proxy.signal(Signal::TERM);
+    proxy.wait();
+}
+
+fn failed_start_leaves_the_store(Mode { handover, end }: Mode, family: Family) {
+    let backend = Endpoint::new(Family::Tcp);
+    let directory = tempfile::TempDir::new().unwrap();
+    let (listen, address) = place(family, &directory);
+    let handover = format!("--handover={handover}");
+    let listen = format!("--listen={listen}");
+    let keeper = Keeper::new(4);
+    let launch = |arguments: &[&str]| keeper.launch(Launch::new(OURS).args(arguments), 0).start();
+    let right = [&*handover, &listen, &backend.target];
+    let mut proxy = launch(&right);
+    keeper.wait_for("READY=1");
+    let joined = || {
+        let (mut client, mut served) = (connect(&address), backend.accept());
+        passes(&mut client, &mut served);
+        (client, served)
+    };
+    let (mut client, mut served) = joined();
+    end_by(&mut proxy, end);
+    // Nothing leads from the one socket that there is.
+    for _ in 0..5 {
+        let wrong = [&*handover, &listen, "other=/nowhere"];
+        assert_eq!(launch(&wrong).wait().code(), Some(1));
+    }
+    let mut newcomer = connect(&address);
+    newcomer.write_all(b"hello").unwrap();
+    let mut proxy = launch(&right);
+    let mut newcomers_backend = backend.accept();
+    newcomers_backend.read_exact(&mut [0; 5]).unwrap();
+    passes(&mut client, &mut served);
+    passes(&mut served, &mut client);
+    // And then nothing is started any more.
+    end_by(&mut proxy, end);
+    assert_eq!(launch(&[&handover, &listen, "other=/nowhere"]).wait().code(), Some(1));
+    keeper.clear();
+    assert!(is_reset(&read_all(&mut served).1));
+}
+
+/// Where a listener may be opened.
+fn place(family: Family, directory: &tempfile::TempDir) -> (String, SockAddr) {
+    let path = directory.path().join("socket");
+    match family {
+        Family::Tcp => {
+            let address = format!("127.0.0.1:{}", free_port());
+            (address.clone(), address.parse::<SocketAddr>().unwrap().into())
+        }
+        Family::Unix => (path.display().to_string(), SockAddr::unix(&path).unwrap()),
+    }
+}
+
+fn end_by(proxy: &mut Running, end: End) {
+    proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
+    proxy.wait();
+}
+
+fn address_is_spelled_differently(Mode { handover, end }: Mode) {
+    let backend = Endpoint::new(Family::Unix);
+    let port = free_port();
+    let handover = format!("--handover={handover}");
+    let keeper = Keeper::new(4);
+    let launch = |handover: &str, listen: &str| {
+        let arguments = [handover, &format!("--listen={listen}"), &backend.target];
+        let running = keeper.launch(Launch::new(OURS).args(arguments), 0).start();
+        keeper.wait_for("READY=1");
+        running
+    };
+    let address = SocketAddr::from(([127, 0, 0, 1], port)).into();
+    let mut proxy = launch(&handover, &format!("127.0.0.1:{port}"));
+    let (mut client, mut served) = (connect(&address), backend.accept());
+    passes(&mut client, &mut served);
+    for listen in [format!("{port}"), format!("localhost:{port}"), format!("127.0.0.1:{port}")] {
+        end_by(&mut proxy, end);
+        proxy = launch(&handover, &listen);
+        passes(&mut client, &mut served);
+        let (mut newcomer, mut newcomers_backend) = (connect(&address), backend.accept());
+        passes(&mut newcomer, &mut newcomers_backend);
+    }
+    // And without the option at once.
+    end_by(&mut proxy, end);
+    let _proxy = launch("--handover=never", &format!("127.0.0.1:{port}"));
+    assert!(is_reset(&read_all(&mut client).1));
+    let (mut newcomer, mut newcomers_backend) = (connect(&address), backend.accept());
+    passes(&mut newcomer, &mut newcomers_backend);
+}
+
+fn unknown_descriptor_is_not_a_listener() {
+    let backend = echo_backend(Family::Unix);
+    let keeper = Keeper::new(8);
+    keeper.put("config", tempfile::tempfile().unwrap());
+    let listen = format!("127.0.0.1:{}", free_port());
+    let launch = Launch::new(OURS).args([
+        "--handover=crash",
+        &format!("--listen={listen}"),
+        &backend.target,
+    ]);
+    let proxy = keeper.launch(launch, 0).start();
+    proxy.lines.wait_for("closing it: config.");
+    keeper.wait_for("READY=1");
+    echoes(&mut connect(&listen.parse::<SocketAddr>().unwrap().into()));
+}

@@ -1,0 +1,150 @@
+//! `--handover=`: connections survive a restart of the proxy and its death. (In a real systemd:
+//! tests/systemd/handover.rs.)
+
+mod crash;
+mod damage;
+mod limits;
+mod listeners;
+mod restart;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::fmt;
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+use rustix::process::Signal;
+use socket_proxyd::testing::{Queue, replay};
+use socket2::Socket;
+use tokio::time::Instant;
+
+use support::keeper::Keeper;
+use support::*;
+
+fn main() -> ExitCode {
+    let mut trials = Trials::default();
+    restart::register(&mut trials);
+    crash::register(&mut trials);
+    listeners::register(&mut trials);
+    damage::register(&mut trials);
+    limits::register(&mut trials);
+    trials.run()
+}
+
+/// What `--handover=` says, and how the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mode {
+    handover: &'static str,
+    end: End,
+}
+
+const MODES: [Mode; 3] = [
+    Mode { handover: "restart", end: End::Stopped },
+    Mode { handover: "crash", end: End::Stopped },
+    Mode { handover: "crash", end: End::Killed },
+];
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = match self.end {
+            End::Stopped => "stopped",
+            End::Killed => "killed",
+        };
+        write!(f, "{} mode, {end}", self.handover)
+    }
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Stopped,
+    Killed,
+}
+
+struct Proxy<'a> {
+    front: &'a Endpoint,
+    arguments: Vec<String>,
+    keeper: Keeper,
+    running: Running,
+}
+
+impl<'a> Proxy<'a> {
+    fn start(front: &'a Endpoint, arguments: &[&str]) -> Self {
+        let arguments: Vec<_> = arguments.iter().map(ToString::to_string).collect();
+        let keeper = Keeper::new(8);
+        let running = launch(front, &arguments, &keeper);
+        keeper.wait_for("READY=1");
+        Self { front, arguments, keeper, running }
+    }
+
+    /// Another process in the place of this one.
+    fn again(&mut self, end: End) {
+        self.end(end);
+        self.running = launch(self.front, &self.arguments, &self.keeper);
+        self.keeper.wait_for("READY=1");
+    }
+
+    fn end(&mut self, end: End) {
+        match end {
+            End::Stopped => self.running.signal(Signal::TERM),
+            End::Killed => self.running.signal(Signal::KILL),
+        }
+        let status = self.running.wait();
+        assert_eq!(status.code().is_some(), end == End::Stopped, "{}", self.running.lines.all());
+    }
+
+    /// Records that count in the store. The proxy stands still meanwhile: its place in the queue is that of
+    /// whoever reads it.
+    fn stored(&self) -> usize {
+        self.running.signal(Signal::STOP);
+        let stands = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.running.pid()));
+            stat.unwrap().rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
+        };
+        poll_until(Instant::now() + PATIENCE, stands).unwrap();
+        let records = stored(&self.keeper);
+        self.running.signal(Signal::CONT);
+        records
+    }
+
+    /// Waits until the store holds this many records.
+    fn wait_until_stored(&self, records: usize) {
+        let mut last = 0;
+        let reached = poll_until(Instant::now() + PATIENCE, || {
+            last = self.stored();
+            (last == records).then_some(())
+        });
+        assert!(reached.is_some(), "{last} records are stored, and not {records}");
+    }
+}
+
+fn launch(front: &Endpoint, arguments: &[String], keeper: &Keeper) -> Running {
+    let launch = Launch::new(OURS).args(["--log-level=debug"]).args(arguments).listener(front);
+    keeper.launch(launch, 1).start()
+}
+
+/// Records that count in the queue.
+fn stored(keeper: &Keeper) -> usize {
+    let queue = queue(keeper);
+    replay(&queue.payloads().unwrap(), queue.messages()).unwrap().records.len()
+}
+
+fn queue(keeper: &Keeper) -> Queue {
+    let [inner, sender] =
+        ["queue", "sender"].map(|end| keeper.get(&format!("handover-of-socket-proxyd.{end}")));
+    Queue::from_ends(inner, sender)
+}
+
+/// A connection that has been used: whoever is only being dialled for is dialled for again.
+fn joined(front: &Endpoint, backend: &Endpoint) -> (Socket, Socket) {
+    let (mut client, mut served) = (front.connect(), backend.accept());
+    passes(&mut client, &mut served);
+    (client, served)
+}
+
+fn passes(from: &mut Socket, to: &mut Socket) {
+    from.write_all(b"are you there?").unwrap();
+    let mut read = [0; 14];
+    to.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"are you there?");
+}

@@ -1,0 +1,437 @@
+//! Connections survive the restart of the process and carry on as they were.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::support::keeper::Keeper;
+use crate::support::*;
+use crate::{End, MODES, Mode, Proxy, joined, launch, passes};
+
+pub(crate) fn register(trials: &mut Trials) {
+    for mode in MODES {
+        for (front, back) in PAIRS {
+            let pair = (front, back);
+            for threads in [1, 2] {
+                trials.add(
+                format!("every byte arrives and idle connections live on, {mode}, {front} to {back}, {threads} threads"),
+                move || every_byte_arrives(mode, pair, threads),
+            );
+            }
+            for (swapped, first) in [(false, "the client"), (true, "the backend")] {
+                trials.add(
+                format!("an end stays an end and a reset a reset, {mode}, {front} to {back}, {first} closes"),
+                move || ends_and_resets_stay_what_they_are(mode, pair, swapped),
+            );
+            }
+            for version in ["v1", "v2"] {
+                trials.add(
+                    format!("the PROXY header is sent once, {mode}, {front} to {back}, {version}"),
+                    move || header_is_sent_once(mode, pair, version),
+                );
+            }
+            trials.add(
+                format!(
+                    "a waiting client is connected by the next process, {mode}, {front} to {back}"
+                ),
+                move || waiting_client_is_connected(mode, pair),
+            );
+        }
+        for threads in [1, 3] {
+            trials.add(
+                format!(
+                    "no connection is lost on the way to its event loop, {mode}, {threads} threads"
+                ),
+                move || no_connection_is_lost_on_the_way(mode, threads),
+            );
+        }
+        trials.add(format!("bytes sent before a reset arrive, {mode}"), move || {
+            bytes_before_a_reset_arrive(mode)
+        });
+        trials.add(
+            format!("a connection keeps its backend when TARGET changes, {mode}"),
+            move || connection_keeps_its_backend(mode),
+        );
+        trials.add(format!("a stop for good resets connections, {mode}"), move || {
+            a_stop_for_good_resets(mode)
+        });
+        trials.add(format!("urgent data is forwarded, {mode}"), move || {
+            urgent_data_is_forwarded(mode)
+        });
+    }
+    trials.add("--handover= can change between restarts", mode_can_change);
+    for handover in ["restart", "crash"] {
+        trials.add(
+            format!("the answer to a half-closed MPTCP client arrives whole, {handover}"),
+            move || half_closed_mptcp_client(handover),
+        );
+    }
+}
+
+fn every_byte_arrives(
+    Mode { handover, end }: Mode,
+    (front, back): (Family, Family),
+    threads: usize,
+) {
+    const BYTES: usize = 24_000_000;
+
+    let (front, backend) = (Endpoint::new(front), Endpoint::new(back));
+    let options = [format!("--handover={handover}"), format!("--threads={threads}")];
+    let mut proxy = Proxy::start(&front, &[&options[0], &options[1], &backend.target]);
+    let connect = || joined(&front, &backend);
+    let mut quiet: Vec<_> = (0..5).map(|_| connect()).collect();
+    // One of them has ended its sending.
+    quiet[0].0.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(quiet[0].1.read(&mut [0]).unwrap(), 0);
+    let (mut up, mut down, mut slow) = (connect(), connect(), connect());
+    let message = noise(5, BYTES);
+    let received = thread::scope(|scope| {
+        let message = &message;
+        let transfers = [
+            scope.spawn(move || {
+                let reader = scope.spawn(move || read_all(&mut up.1));
+                up.0.write_all(message).unwrap();
+                up.0.shutdown(Shutdown::Write).unwrap();
+                reader.join().unwrap()
+            }),
+            scope.spawn(move || {
+                let reader = scope.spawn(move || read_all(&mut down.0));
+                down.1.write_all(message).unwrap();
+                down.1.shutdown(Shutdown::Write).unwrap();
+                reader.join().unwrap()
+            }),
+            // Nobody reads before the last process is there.
+            scope.spawn(move || {
+                let writer = scope.spawn(move || {
+                    slow.1.write_all(message).unwrap();
+                    drop(slow.1);
+                });
+                let mut first = vec![0; 1_000_000];
+                slow.0.read_exact(&mut first).unwrap();
+                thread::park();
+                let (rest, end) = read_all(&mut slow.0);
+                writer.join().unwrap();
+                first.extend(rest);
+                (first, end)
+            }),
+        ];
+        for _ in 0..3 {
+            proxy.again(end);
+            for (client, served) in &mut quiet[1..] {
+                passes(client, served);
+                passes(served, client);
+            }
+            let (client, served) = &mut quiet[0];
+            passes(served, client);
+        }
+        transfers[2].thread().unpark();
+        transfers.map(|it| it.join().unwrap())
+    });
+    for (bytes, end) in received {
+        end.unwrap();
+        assert!(bytes == message, "{} bytes", bytes.len());
+    }
+    for (client, mut served) in quiet {
+        drop(client);
+        assert!(read_all(&mut served).1.is_ok());
+    }
+    let _ = proxy.running.lines.wait_for("Recovered connections: ");
+}
+
+fn ends_and_resets_stay_what_they_are(
+    Mode { handover, end }: Mode,
+    (front_family, back): (Family, Family),
+    swapped: bool,
+) {
+    let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back));
+    let handover = format!("--handover={handover}");
+    let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
+    let connect = || {
+        let (client, served) = joined(&front, &backend);
+        if swapped { (served, client) } else { (client, served) }
+    };
+    let near = if swapped { back } else { front_family };
+    let ends_well = |(one, mut other): (Socket, Socket)| {
+        drop(one);
+        let (bytes, end) = read_all(&mut other);
+        assert!(bytes.is_empty() && end.is_ok(), "{end:?}");
+    };
+    let is_cut = |(one, mut other): (Socket, Socket)| {
+        one.set_linger(Some(Duration::ZERO)).unwrap();
+        drop(one);
+        let (_, end) = read_all(&mut other);
+        let both_tcp = (front_family, back) == (Family::Tcp, Family::Tcp);
+        assert_eq!(is_reset(&end), both_tcp, "{near:?} {end:?}");
+    };
+    // Before, in a process of its own and taken over.
+    ends_well(connect());
+    is_cut(connect());
+    let [one, other, between] = [connect(), connect(), connect()];
+    proxy.again(end);
+    ends_well(one);
+    is_cut(other);
+    // While there is no process.
+    proxy.end(end);
+    let (one, mut other) = between;
+    one.set_linger(Some(Duration::ZERO)).unwrap();
+    drop(one);
+    proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+    let (_, ended) = read_all(&mut other);
+    let both_tcp = (front_family, back) == (Family::Tcp, Family::Tcp);
+    assert_eq!(is_reset(&ended), both_tcp, "{near:?} {ended:?}");
+    drop(other);
+    proxy.keeper.wait_for("READY=1");
+    proxy.wait_until_stored(0);
+    proxy.again(end);
+    assert_eq!(proxy.running.lines.count("Recovered"), 0);
+}
+
+fn bytes_before_a_reset_arrive(Mode { handover, end }: Mode) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let handover = format!("--handover={handover}");
+    let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
+    let (mut client, mut served) = joined(&front, &backend);
+    // More than the sockets between them take.
+    let message = noise(4, 12_000_000);
+    let answer = message.clone();
+    let writer = thread::spawn(move || {
+        let written = served.write_all(&answer);
+        reset(served);
+        written
+    });
+    let mut first = vec![0; 1000];
+    client.read_exact(&mut first).unwrap();
+    proxy.again(end);
+    let (rest, ended) = read_all(&mut client);
+    writer.join().unwrap().unwrap();
+    first.extend(rest);
+    assert!(is_reset(&ended), "{ended:?}");
+    assert!(message.starts_with(&first));
+}
+
+fn a_stop_for_good_resets(Mode { handover, end }: Mode) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let handover = format!("--handover={handover}");
+    let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
+    let [first, second] = [joined(&front, &backend), joined(&front, &backend)];
+    proxy.again(end);
+    // Once it has been taken over, its own end is one.
+    let (client, mut served) = first;
+    drop(client);
+    assert!(read_all(&mut served).1.is_ok());
+    drop(served);
+    proxy.running.lines.wait_for("Connection closed");
+    proxy.end(end);
+    let log = proxy.running.lines.all();
+    let says = log.contains("Stopping, left open connections with systemd: 1.");
+    assert_eq!(says, end == End::Stopped, "{log}");
+    // As systemd does when nothing is started again.
+    proxy.keeper.clear();
+    let (mut client, mut served) = second;
+    assert!(is_reset(&read_all(&mut client).1));
+    assert!(is_reset(&read_all(&mut served).1));
+}
+
+fn header_is_sent_once(
+    Mode { handover, end }: Mode,
+    (front, back): (Family, Family),
+    version: &str,
+) {
+    let (front, backend) = (Endpoint::new(front), Endpoint::new(back));
+    let handover = format!("--handover={handover}");
+    let version = format!("--proxy-protocol={version}");
+    let mut proxy = Proxy::start(&front, &[&handover, &version, &backend.target]);
+    let (mut client, mut served) = (front.connect(), backend.accept());
+    client.write_all(b"one").unwrap();
+    let mut bytes = Vec::new();
+    while !bytes.ends_with(b"one") {
+        let mut byte = [0];
+        served.read_exact(&mut byte).unwrap();
+        bytes.extend(byte);
+    }
+    proxy.again(end);
+    client.write_all(b"two").unwrap();
+    proxy.again(end);
+    client.shutdown(Shutdown::Write).unwrap();
+    let (rest, ended) = read_all(&mut served);
+    ended.unwrap();
+    bytes.extend(rest);
+    let header = bytes.strip_suffix(b"onetwo").expect("all bytes, behind the header");
+    let count = |start: &[u8]| header.windows(start.len()).filter(|it| *it == start).count();
+    assert_eq!(count(b"PROXY ") + count(b"\r\n\r\n\0\r\nQUIT\n"), 1, "{header:?}");
+}
+
+fn waiting_client_is_connected(Mode { handover, end }: Mode, (front, back): (Family, Family)) {
+    let (front, place) = (Endpoint::new(front), Endpoint::new(back));
+    let address = place.address.clone();
+    let target = place.target.clone();
+    let handover = format!("--handover={handover}");
+    let arguments = [&handover, "--proxy-protocol=v1", "--backend-wait=1min", &target];
+    // Its backend goes, and its place stays free.
+    place.socket.shutdown(Shutdown::Both).unwrap();
+    let directory = match back {
+        Family::Tcp => {
+            drop(place);
+            None
+        }
+        Family::Unix => Some(place),
+    };
+    let mut proxy = Proxy::start(&front, &arguments);
+    let mut client = front.connect();
+    client.write_all(b"first words").unwrap();
+    proxy.running.lines.wait_for("holding clients");
+    proxy.again(end);
+    proxy.running.lines.wait_for("Recovered connections: 1.");
+    proxy.running.lines.wait_for("holding clients");
+    if let Some(path) = address.as_pathname() {
+        std::fs::remove_file(path).unwrap();
+    }
+    let backend = Socket::new(address.domain(), Type::STREAM, None).unwrap();
+    backend.set_reuse_address(true).unwrap();
+    backend.bind(&address).unwrap();
+    backend.listen(16).unwrap();
+    let (mut served, _) = backend.accept().unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let (bytes, ended) = read_all(&mut served);
+    ended.unwrap();
+    let text = String::from_utf8(bytes).unwrap();
+    assert!(text.starts_with("PROXY ") && text.ends_with("\r\nfirst words"), "{text:?}");
+    assert_eq!(text.matches("PROXY").count(), 1);
+    drop(directory);
+}
+
+fn connection_keeps_its_backend(Mode { handover, end }: Mode) {
+    let front = Endpoint::new(Family::Tcp);
+    let (before, after) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    let handover = format!("--handover={handover}");
+    let mut proxy = Proxy::start(&front, &[&handover, &before.target]);
+    let (mut client, mut served) = joined(&front, &before);
+    proxy.arguments = vec![handover, after.target.clone(), "--threads=2".into()];
+    proxy.again(end);
+    passes(&mut client, &mut served);
+    let (mut newcomer, mut elsewhere) = (front.connect(), after.accept());
+    passes(&mut newcomer, &mut elsewhere);
+    passes(&mut served, &mut client);
+}
+
+fn mode_can_change() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    let mut proxy = Proxy::start(&front, &["--handover=restart", &backend.target]);
+    let (mut client, mut served) = (front.connect(), backend.accept());
+    for (handover, end) in [
+        ("crash", End::Stopped),
+        ("crash", End::Killed),
+        ("restart", End::Killed),
+        ("restart", End::Stopped),
+        ("crash", End::Stopped),
+        ("never", End::Killed),
+    ] {
+        // Something is under way, as far as it fits into the sockets.
+        let message = noise(1, 300_000);
+        let writer = {
+            let (mut client, message) = (client.try_clone().unwrap(), message.clone());
+            thread::spawn(move || client.write_all(&message).unwrap())
+        };
+        let mut read = vec![0; message.len()];
+        served.read_exact(&mut read[..1]).unwrap();
+        proxy.arguments[0] = format!("--handover={handover}");
+        proxy.again(end);
+        if handover == "never" {
+            proxy.running.lines.wait_for("Closing what was stored, since --handover=never.");
+            drop(writer);
+            assert!(proxy.keeper.names().is_empty());
+            drop(client);
+            return;
+        }
+        served.read_exact(&mut read[1..]).unwrap();
+        writer.join().unwrap();
+        assert!(read == message);
+        passes(&mut served, &mut client);
+    }
+}
+
+/// The answer to a client that has half-closed: an MPTCP socket counts its FIN as a byte that can be read.
+fn half_closed_mptcp_client(handover: &str) {
+    let socket = || Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP));
+    let Ok(listener) = socket() else {
+        assert!(std::env::var_os("CI").is_none(), "MPTCP is missing");
+        return eprintln!("SKIPPED: this kernel has no MPTCP");
+    };
+    listener.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+    listener.listen(16).unwrap();
+
+    let backend = Endpoint::new(Family::Tcp);
+    let keeper = Keeper::new(4);
+    let arguments = [format!("--handover={handover}"), backend.target.clone()];
+    let launch = Launch::new(OURS).args(&arguments).socket(&listener);
+    let _proxy = keeper.launch(launch, 1).start();
+    let mut client = socket().unwrap();
+    client.connect(&listener.local_addr().unwrap()).unwrap();
+    client.write_all(b"a question").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut served = backend.accept();
+    assert_eq!(read_all(&mut served).0, b"a question");
+    let answer = noise(1, 1_000_000);
+    served.write_all(&answer).unwrap();
+    drop(served);
+    // Both directions are over before the client reads.
+    pause(Duration::from_millis(300));
+    let (received, end) = read_all(&mut client);
+    assert!(received == answer, "{handover}: {} bytes, {end:?}", received.len());
+}
+
+fn urgent_data_is_forwarded(Mode { handover, end }: Mode) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    let handover = format!("--handover={handover}");
+    let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
+    let (mut client, mut served) = joined(&front, &backend);
+    client.write_all(b"before").unwrap();
+    client.send_out_of_band(b"!").unwrap();
+    client.write_all(b"after").unwrap();
+    let mut read = [0; 12];
+    served.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"before!after");
+    if end == End::Stopped {
+        proxy.again(end);
+        passes(&mut client, &mut served);
+    } else {
+        // It is not stored any more, since its bytes are in the process now and then.
+        proxy.end(end);
+        assert!(read_all(&mut served).0.is_empty());
+        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+        proxy.keeper.wait_for("READY=1");
+        assert_eq!(proxy.running.lines.count("Recovered"), 0);
+    }
+}
+
+fn no_connection_is_lost_on_the_way(Mode { handover, end }: Mode, threads: usize) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let handover = format!("--handover={handover}");
+    let threads = format!("--threads={threads}");
+    let arguments = [&handover, &threads, "--connections-max=2000", &backend.target];
+    let mut proxy = Proxy::start(&front, &arguments);
+    let mut all = Vec::new();
+    for _ in 0..10 {
+        // It finds them, and what ends it, at the same time.
+        proxy.running.signal(Signal::STOP);
+        for _ in 0..50 {
+            let mut client = front.connect();
+            client.write_all(b"?").unwrap();
+            all.push(client);
+        }
+        proxy.running.signal(if end == End::Stopped { Signal::TERM } else { Signal::CONT });
+        proxy.running.signal(Signal::CONT);
+        proxy.again(end);
+    }
+    let mut lost = 0;
+    for client in &mut all {
+        lost += usize::from(client.read_exact(&mut [0]).is_err());
+    }
+    // Between accept(2) and the store there is a moment.
+    let most = if end == End::Killed { 10 } else { 0 };
+    assert!(lost <= most, "{lost} of {} are lost", all.len());
+}

@@ -1,0 +1,38 @@
+//! Tests with a name for each combination, so that one can be run alone.
+
+use std::env;
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+#[derive(Default)]
+pub struct Trials(Vec<Trial>);
+
+impl Trials {
+    pub fn add(&mut self, name: impl Into<String>, test: impl FnOnce() + Send + 'static) {
+        let test = move || {
+            test();
+            Ok(())
+        };
+        self.0.push(Trial::test(name, test));
+    }
+
+    pub fn run(self) -> ExitCode {
+        libtest_mimic::run(&Arguments::from_args(), self.0).exit_code()
+    }
+}
+
+/// Says that a test is skipped because something is missing; fails in CI.
+pub fn skip(test: &str, missing: &str) {
+    eprintln!("SKIPPED: {test}: needs {missing}");
+    assert!(env::var_os("CI").is_none(), "{test}: needs {missing}");
+}
+
+/// Whether the tests run as root; otherwise says that `test` is skipped.
+pub fn is_root_for(test: &str) -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        skip(test, "root");
+    }
+    is_root
+}
