@@ -1,5 +1,5 @@
 //! What the manuals show, and what the unit writer writes, in a real systemd: every example is run as it
-//! is printed, and every case of tests/unit_writer/ is verified and weighed there.
+//! is printed, and every case of tests/packaging/golden/ is verified and weighed there.
 //!
 //! Needs root, systemd-nspawn and aptly (`make test` installs them), and says so when it is skipped; in
 //! CI it is not.
@@ -47,7 +47,7 @@ fn check(container: &Container, units: &[&str]) {
 fn written(container: &Container) {
     // Elsewhere than the examples, and found all the same.
     let directory = "/run/systemd/system";
-    for case in fs::read_dir(Path::new(ROOT).join("tests/unit_writer")).unwrap() {
+    for case in fs::read_dir(Path::new(ROOT).join("tests/packaging/golden")).unwrap() {
         let arguments = fs::read_to_string(case.unwrap().path().join("arguments")).unwrap();
         // Each of its own name: those beside it are the other cases'.
         let words = ["socket-proxyd-units", "--write", directory, "--force"];

@@ -33,6 +33,12 @@ pub use trials::*;
 /// The program under test.
 pub const OURS: &str = env!("CARGO_BIN_EXE_socket-proxyd");
 
+/// The unit writer under test.
+pub const UNIT_WRITER: &str = env!("CARGO_BIN_EXE_socket-proxyd-units");
+
+/// The checkout.
+pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
 /// An application for COMMAND; says what it takes.
 pub const APP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/app.pl");
 

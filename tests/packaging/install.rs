@@ -1,21 +1,17 @@
 //! `make install`, and what the shells make of it.
 
 use std::collections::BTreeSet;
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tempfile::TempDir;
 
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+use crate::support::*;
 
-const PROGRAMS: [(&str, &str); 2] = [
-    (env!("CARGO_BIN_EXE_socket-proxyd"), "socket-proxyd"),
-    (env!("CARGO_BIN_EXE_socket-proxyd-units"), "socket-proxyd-units"),
-];
+const PROGRAMS: [(&str, &str); 2] = [(OURS, "socket-proxyd"), (UNIT_WRITER, "socket-proxyd-units")];
 
-/// Installs the program that is tested, in a directory of its own.
+/// Installs the tested programs into a new directory.
 fn install() -> TempDir {
     let (built, installed) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let release = built.path().join("release");
@@ -23,7 +19,7 @@ fn install() -> TempDir {
     for (program, name) in PROGRAMS {
         fs::copy(program, release.join(name)).unwrap();
     }
-    // With a umask that lets nobody else read.
+    // With a umask that hides files from other users.
     let status = Command::new("sh")
         .args([
             "-c",
@@ -57,7 +53,7 @@ fn files(directory: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn what_is_shipped_is_installed() {
+fn installs_programs_manuals_completions_and_examples() {
     let installed = install();
     let there = files(installed.path());
     let mut expected: BTreeSet<String> = BTreeSet::new();
@@ -80,7 +76,7 @@ fn what_is_shipped_is_installed() {
     use std::os::unix::fs::PermissionsExt;
     for file in &there {
         let mode = fs::metadata(installed.path().join(file)).unwrap().permissions().mode();
-        assert_eq!(mode & 0o444, 0o444, "{file} is for everybody to read: {mode:o}");
+        assert_eq!(mode & 0o444, 0o444, "{file} is readable by all users: {mode:o}");
     }
     for (_, program) in PROGRAMS {
         let program = installed.path().join("usr/bin").join(program);
@@ -88,22 +84,21 @@ fn what_is_shipped_is_installed() {
     }
 }
 
-/// Whether a shell is there; in CI it has to be.
-fn is_there(path: &str) -> bool {
-    let is_there = PathBuf::from(path).exists();
-    if !is_there {
-        assert!(env::var_os("CI").is_none(), "{path} is missing");
-        eprintln!("SKIPPED: {path} is missing; `make test` installs it");
+/// Whether a shell or its completion is installed.
+fn is_installed(path: &str) -> bool {
+    let is_installed = PathBuf::from(path).exists();
+    if !is_installed {
+        skip("completions", path);
     }
-    is_there
+    is_installed
 }
 
 #[test]
 fn bash_completes() {
-    if !is_there("/usr/share/bash-completion/bash_completion") {
+    if !is_installed("/usr/share/bash-completion/bash_completion") {
         return;
     }
-    // As readline does it: words, the one under the cursor, and then what came of it.
+    // As readline calls it: the words, the one under the cursor, then COMPREPLY.
     let complete = |words: &str| {
         let split = words.replace(':', " : ").replace('=', " = ");
         let program = words.split(' ').next().unwrap();
@@ -130,7 +125,7 @@ fn bash_completes() {
 
 #[test]
 fn fish_completes() {
-    if !is_there("/usr/bin/fish") {
+    if !is_installed("/usr/bin/fish") {
         return;
     }
     let complete = |words: &str| {
@@ -147,8 +142,8 @@ fn fish_completes() {
 }
 
 #[test]
-fn zsh_understands_what_it_is_given() {
-    if !is_there("/usr/bin/zsh") {
+fn zsh_loads_the_completions() {
+    if !is_installed("/usr/bin/zsh") {
         return;
     }
     let script = format!(

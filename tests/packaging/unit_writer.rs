@@ -1,6 +1,6 @@
-//! What `socket-proxyd-units` writes, file by file: tests/unit_writer/ has a directory for each case,
-//! with the arguments in `arguments`, a word a line. `UPDATE=1` writes them anew. (tests/manuals.rs runs one of
-//! each form.)
+//! What `socket-proxyd-units` writes, file by file. golden/ has a directory for each case, with the
+//! arguments in `arguments`, a word a line. `UPDATE=1` writes the expected files again. In a real systemd
+//! they are verified by tests/systemd/manuals.rs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,15 +9,15 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-const WRITER: &str = env!("CARGO_BIN_EXE_socket-proxyd-units");
-const PROXY: &str = env!("CARGO_BIN_EXE_socket-proxyd");
-const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/unit_writer");
+use crate::support::*;
+
+const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/packaging/golden");
 
 fn write(arguments: &[&str]) -> Output {
-    Command::new(WRITER).args(arguments).output().unwrap()
+    Command::new(UNIT_WRITER).args(arguments).output().unwrap()
 }
 
-/// All files below a directory, by their names there.
+/// All files below a directory, by their relative names.
 fn files(directory: &Path) -> BTreeMap<PathBuf, String> {
     let mut all = BTreeMap::new();
     for entry in fs::read_dir(directory).unwrap() {
@@ -26,10 +26,10 @@ fn files(directory: &Path) -> BTreeMap<PathBuf, String> {
         if path.is_dir() {
             all.extend(files(&path).into_iter().map(|(below, text)| (name.join(below), text)));
         } else {
-            // As a package has it.
-            let text = fs::read_to_string(&path).unwrap().replace(PROXY, "/usr/bin/socket-proxyd");
+            // The path that a package installs.
+            let text = fs::read_to_string(&path).unwrap().replace(OURS, "/usr/bin/socket-proxyd");
             let mut lines = text.split_inclusive('\n');
-            // Which is of the text with that path.
+            // The checksum is that of the text with the other path.
             let text = lines.by_ref().filter(|line| !line.starts_with("# Checksum: ")).collect();
             all.insert(name, text);
         }
@@ -38,7 +38,7 @@ fn files(directory: &Path) -> BTreeMap<PathBuf, String> {
 }
 
 #[test]
-fn each_case_is_written_as_it_stands_there() {
+fn writes_the_golden_units() {
     let mut cases = 0;
     for case in fs::read_dir(CASES).unwrap() {
         let case = case.unwrap().path();
@@ -65,7 +65,7 @@ fn each_case_is_written_as_it_stands_there() {
 }
 
 #[test]
-fn without_write_they_are_printed_and_nothing_is_written() {
+fn prints_units_without_write() {
     let output = write(&["--listen=8080", "--target=/run/a.sock", "it's"]);
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
@@ -79,7 +79,7 @@ fn without_write_they_are_printed_and_nothing_is_written() {
 }
 
 #[test]
-fn it_says_what_it_did_and_what_it_will_not_do() {
+fn reports_what_it_wrote_and_refuses_foreign_files() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().display();
     let arguments = ["--listen=8080", "--target=/run/a.sock", &format!("--write={path}"), "app"];
