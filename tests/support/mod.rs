@@ -4,7 +4,6 @@
 //! is a span of time itself: a deadline to outlast, CPU to be measured over.
 #![allow(dead_code, unreachable_pub, unused_imports, reason = "each test crate uses its own part")]
 
-pub mod container;
 pub mod keeper;
 mod trials;
 pub mod urgent;

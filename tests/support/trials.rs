@@ -17,8 +17,27 @@ impl Trials {
         self.0.push(Trial::test(name, test));
     }
 
+    /// Adds a test that stands for tests that can't run. It is ignored, and fails in CI.
+    pub fn skip(&mut self, tests: &str, missing: &str) {
+        eprintln!("SKIPPED: {tests}: needs {missing}; `make test` installs it");
+        let failure = format!("needs {missing}");
+        let trial = Trial::test(tests, move || Err(failure.into()));
+        self.0.push(trial.with_ignored_flag(env::var_os("CI").is_none()));
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     pub fn run(self) -> ExitCode {
         libtest_mimic::run(&Arguments::from_args(), self.0).exit_code()
+    }
+
+    /// Runs on so many threads, unless the command line says how many.
+    pub fn run_on(self, threads: usize) -> ExitCode {
+        let mut arguments = Arguments::from_args();
+        arguments.test_threads = arguments.test_threads.or(Some(threads));
+        libtest_mimic::run(&arguments, self.0).exit_code()
     }
 }
 

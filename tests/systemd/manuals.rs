@@ -1,37 +1,37 @@
-//! What the manuals show, and what the unit writer writes, in a real systemd: every example is run as it
-//! is printed, and every case of tests/packaging/golden/ is verified and weighed there.
-//!
-//! Needs root, systemd-nspawn and aptly (`make test` installs them), and says so when it is skipped; in
-//! CI it is not.
-
-mod support;
+//! What the manuals show, and what the unit writer writes: every example is run as it is printed, and every
+//! case of tests/packaging/golden/ is verified and weighed.
 
 use std::fs;
 use std::path::Path;
-use std::process::ExitCode;
+use std::sync::Arc;
 
-use support::container::{Container, Test};
-use support::*;
+use crate::container::{Container, Suite};
+use crate::support::*;
 use tokio::time::Instant;
 
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-
-fn main() -> ExitCode {
-    let tests: &[Test] = &[
-        ("whatever is written is verified without a word, and hardened", written),
-        ("a command gets its arguments as they were given", arguments),
-        ("a short idle time closes no port", short_idle),
-        ("a lost metrics socket costs the metrics", lost_metrics),
-        ("a mask below /run stays", masked),
-        ("the examples of both manuals", examples),
-    ];
+pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
     let aptly = (!Path::new("/usr/bin/aptly").exists()).then_some("aptly");
-    container::run(Container::missing().or(aptly), &[], tests, || {
-        let mut files = Container::programs();
-        let aptly = Path::new(ROOT).join("units/aptly/aptly-api.service");
-        files.push((aptly, "/etc/systemd/system/aptly-api.service".into()));
-        Container::boot(&files)
-    })
+    if let Some(missing) = Container::missing().or(aptly) {
+        return trials.skip("systemd: the manuals and the unit writer", missing);
+    }
+    suite.in_turn(
+        trials,
+        &[
+            ("systemd-analyze accepts what the unit writer writes", written),
+            ("COMMAND gets its arguments as they were given", arguments),
+            ("a short idle time closes no port", short_idle),
+            ("without its metrics socket the proxy serves clients", lost_metrics),
+            ("the unit writer leaves a mask below /run", masked),
+            ("the examples of both manuals work", examples),
+        ],
+    );
+}
+
+pub(crate) fn boot() -> Container {
+    let mut files = Container::programs();
+    let aptly = Path::new(ROOT).join("units/aptly/aptly-api.service");
+    files.push((aptly, "/etc/systemd/system/aptly-api.service".into()));
+    Container::boot(&files)
 }
 
 /// Verifies units and weighs those that run the proxy.

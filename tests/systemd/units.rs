@@ -1,52 +1,48 @@
-//! The shipped units in a real systemd, each with the system it is for: cold, warm, stopped when
-//! idle, started again, killed and back.
-//!
-//! Needs root, systemd-nspawn and the systems (`make test` installs them), and says so when it is
-//! skipped; in CI it is not. The only change to the units: 10 idle minutes are 2 seconds.
-
-mod support;
+//! The shipped units, each with the system that it is for: cold, warm, stopped when idle, started again,
+//! killed and back. The only change to the units: 10 idle minutes are 2 seconds.
 
 use std::io::Write;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 
-use support::container::{Container, Test};
-use support::*;
+use crate::container::{Container, Suite, Test};
+use crate::support::*;
 use tokio::time::Instant;
 
 /// Where `make test` puts yaq.
 const YAQ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/yaq");
 
-fn main() -> ExitCode {
-    let tests: &[Test] = &[
-        ("units are verified without a word", verify),
-        ("a proxy has what it needs and little else", hardened),
-        ("aptly", aptly),
-        ("webhook", webhook),
-        ("Radicale", radicale),
-        ("two yaq daemons", yaqd),
-        ("two yaq daemons behind one proxy", several_targets),
-        ("two yaq daemons, two sockets with names, one proxy", named_sockets),
-        ("a program that a script starts", script),
-        ("on-demand-command", on_demand_command),
-        ("on-demand-service", on_demand_service),
-        ("an application and its proxy in a network of their own", isolated),
-        ("connections that outlive the proxy", steady),
+pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
+    if let Some(missing) = Container::missing().or_else(missing) {
+        return trials.skip("systemd: the shipped units", missing);
+    }
+    let tests: [Test; 13] = [
+        ("systemd-analyze verify accepts the shipped units", verify),
+        ("systemd-analyze security finds the shipped proxies hardened", hardened),
+        ("aptly runs on demand", aptly),
+        ("webhook runs on demand", webhook),
+        ("Radicale runs on demand", radicale),
+        ("two yaq daemons run on demand", yaqd),
+        ("two yaq daemons run on demand behind one proxy", several_targets),
+        ("one proxy tells two sockets apart by their names", named_sockets),
+        ("a program that a script starts runs on demand", script),
+        ("the example on-demand-command works", on_demand_command),
+        ("the example on-demand-service works", on_demand_service),
+        ("the example isolated has a network of its own", isolated),
+        ("connections of the example steady outlive the proxy", steady),
     ];
-    container::run(missing(), tests, &[], || {
-        let mut files = Container::files();
-        files.push((YAQ.into(), "/opt/yaq".into()));
-        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/app.pl");
-        files.push((program, "/usr/local/lib/app.pl".into()));
-        let container = Container::boot(&files);
-        prepare(&container);
-        container
-    })
+    for (name, test) in tests {
+        suite.beside(trials, name, test);
+    }
 }
 
-fn missing() -> Option<&'static str> {
+pub(crate) fn files() -> [(PathBuf, String); 2] {
+    [(YAQ.into(), "/opt/yaq".into()), (APP.into(), "/usr/local/lib/app.pl".into())]
+}
+
+pub(crate) fn missing() -> Option<&'static str> {
     let needed = [
         ("/usr/bin/aptly", "aptly"),
         ("/usr/bin/webhook", "webhook"),
@@ -56,13 +52,11 @@ fn missing() -> Option<&'static str> {
             "yaqd-core, yaqd-fakes, yaqc",
         ),
     ];
-    Container::missing().or_else(|| {
-        let missing = needed.into_iter().find(|(file, _)| !PathBuf::from(file).exists());
-        missing.map(|(_, name)| name)
-    })
+    let missing = needed.into_iter().find(|(file, _)| !Path::new(file).exists());
+    missing.map(|(_, name)| name)
 }
 
-fn prepare(container: &Container) {
+pub(crate) fn prepare(container: &Container) {
     container.run(&["useradd", "--system", "aptly"]);
     let shorter = "cd /etc/systemd/system && grep -l idle-time=10min *.service | wc -l && \
         sed -i s/idle-time=10min/idle-time=2s/ *.service";
@@ -87,7 +81,7 @@ fn prepare(container: &Container) {
         "#!/bin/sh\nexec perl /usr/local/lib/app.pl \"$@\" up=5 down=1.5\n",
     );
     container.run(&["chmod", "755", "/usr/local/bin/hook", "/usr/local/bin/program"]);
-    container.run(&["systemctl", "daemon-reload"]);
+    container.reload();
 }
 
 /// What DynamicUser= gives (systemd.exec(5)).
@@ -447,7 +441,7 @@ fn on_demand_service(container: &Container) {
     container.run(&["sh", "-c", impatient]);
     system.stops();
     container.wait_for("app-proxy.service", "ActiveState", "inactive");
-    container.run(&["systemctl", "daemon-reload"]);
+    container.reload();
     thread::scope(|scope| {
         for _ in 0..30 {
             scope.spawn(|| {
@@ -458,7 +452,7 @@ fn on_demand_service(container: &Container) {
     });
     assert_ne!(container.show("app-proxy.socket")["ActiveState"], "failed");
     container.run(&["rm", broken]);
-    container.run(&["systemctl", "daemon-reload"]);
+    container.reload();
     request();
 }
 

@@ -1,41 +1,41 @@
-//! The packages: what is in them, and the .deb in a small Debian of its own, without a compiler, with the
-//! four commands of the README, as they are printed there.
-//!
-//! Needs root, systemd-nspawn, and what `make test` prepares, and says so when it is skipped; in CI it
-//! is not.
-
-mod support;
+//! The packages: what is in them, and the .deb in a small Debian without a compiler, with the four commands
+//! of the README as they are printed there.
 
 use std::collections::BTreeSet;
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
+use std::sync::Arc;
 
-use support::container::{Container, Test};
-use support::*;
+use crate::container::{Container, Suite};
+use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Where `make test` puts a small Debian.
 const FRESH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/fresh-debian.tar");
 
-fn main() -> ExitCode {
-    let tests: &[Test] = &[
-        ("both packages hold what make install installs", contents),
-        ("the four commands of the README", four_commands),
-        ("a bridge, and nothing is left of it", bridge),
-    ];
+pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
     let fresh = (!Path::new(FRESH).exists()).then_some("a small Debian");
+    if let Some(missing) = Container::missing().or(fresh) {
+        return trials.skip("systemd: the packages", missing);
+    }
+    suite.in_turn(
+        trials,
+        &[
+            ("both packages hold what make install installs", contents),
+            ("the four commands of the README work", four_commands),
+            ("a bridge works, and a purge leaves nothing of it", bridge),
+        ],
+    );
+}
+
+pub(crate) fn boot() -> Container {
+    let package = make("deb");
+    let name = package.file_name().unwrap().to_str().unwrap();
     let root = TempDir::new_in("/var/tmp").unwrap();
-    container::run(Container::missing().or(fresh), &[], tests, || {
-        let package = make("deb");
-        let name = package.file_name().unwrap().to_str().unwrap();
-        lines("tar", &["-C", root.path().to_str().unwrap(), "-xf", FRESH]);
-        Container::boot_on(root.path(), &[(package.clone(), format!("/root/{name}"))])
-    })
+    lines("tar", &["-C", root.path().to_str().unwrap(), "-xf", FRESH]);
+    Container::boot_in(root, &[(package.clone(), format!("/root/{name}"))])
 }
 
 /// Makes a package, from the program as it is released.

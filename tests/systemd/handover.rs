@@ -1,92 +1,104 @@
-//! `--handover=` in a real systemd: transfers and quiet connections across restarts and kills.
-//!
-//! Needs root and systemd-nspawn, and says so when it is skipped; in CI it is not. (All kinds of
-//! ends, and damaged stores: tests/handover.rs.)
-
-mod support;
+//! `--handover=`: transfers and idle connections across restarts and kills. (All kinds of ends, and
+//! damaged stores: tests/handover/.)
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use crate::container::{Container, Suite, Test};
+use crate::support::*;
 use sha2::{Digest, Sha256};
 use socket2::{Domain, SockAddr, Socket, Type};
-use support::container::{Container, Test};
-use support::*;
 use tokio::time::Instant;
 
-fn main() -> ExitCode {
-    let tests: &[Test] = &[
-        ("three restarts, TCP to Unix", |it| survive(it, &LARGE, "restart")),
-        ("three kills, TCP to Unix", |it| {
-            // Both run at the same time.
-            let case = Case { front: "127.0.0.1:7101", back: "@other-large-back", ..LARGE };
-            survive(it, &case, "crash");
-        }),
-        ("restarts and kills, all pairs, with a PROXY header", |it| {
-            for case in &SMALL {
-                survive(it, case, "restart");
-                survive(it, case, "crash");
-            }
-        }),
-        ("a client that is held", held),
-        ("killed three times while it recovers", killed_while_recovering),
-        ("a store with garbage in it", garbage),
-        ("a connection that systemd has accepted", accepted),
-        ("a start that fails", failing_start),
-        ("a start with too few descriptors", too_few_descriptors),
-        ("a signal that is not systemd's", foreign_signal),
+pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
+    if let Some(missing) = Container::missing() {
+        return trials.skip("systemd: handover", missing);
+    }
+    for (handover, ends) in [("restart", "restarts"), ("crash", "kills")] {
+        suite.beside(
+            trials,
+            format!("large transfers survive three {ends}, TCP to Unix"),
+            move |container| survive(container, &LARGE, handover),
+        );
+        for case in &SMALL {
+            let name = case.name;
+            let name = format!("transfers and a PROXY header survive three {ends}, {name}");
+            suite.beside(trials, name, move |container| survive(container, case, handover));
+        }
+        let name = format!("a waiting client survives three {ends}");
+        suite.beside(trials, name, move |container| waiting(container, handover));
+        let name = format!("a thousand connections survive twenty {ends}");
+        suite.alone(trials, name, move |container| thousand(container, handover));
+    }
+    let tests: [Test; 6] = [
+        ("connections survive kills during recovery", killed_while_recovering),
+        ("unknown and damaged descriptors in the store are closed", garbage),
+        ("a connection that systemd has accepted survives restarts", accepted),
+        ("connections survive starts that fail", failing_start),
+        ("connections survive starts with too few descriptors", too_few_descriptors),
+        ("a SIGTERM that systemd did not send resets connections", foreign_signal),
     ];
-    let alone: &[Test] = &[("a thousand connections, twenty restarts", thousand)];
-    container::run(Container::missing(), tests, alone, || Container::boot(&Container::files()))
+    for (name, test) in tests {
+        suite.beside(trials, name, test);
+    }
 }
 
 struct Case {
+    /// The families, as the tests are named.
     name: &'static str,
-    front: &'static str,
-    back: &'static str,
+    /// The units are named so.
+    unit: &'static str,
+    /// A port for restarts, the next one for kills; none is an abstract name.
+    front: Option<u16>,
+    back: Option<u16>,
     bytes: usize,
-    quiet: usize,
+    idle: usize,
     header: Option<&'static str>,
 }
 
 const LARGE: Case = Case {
-    name: "large",
-    front: "127.0.0.1:7100",
-    back: "@large-back",
+    name: "TCP to Unix",
+    unit: "large",
+    front: Some(6100),
+    back: None,
     bytes: 120_000_000,
-    quiet: 20,
+    idle: 20,
     header: None,
 };
 
 const SMALL: [Case; 3] = [
     Case {
-        name: "unix-tcp",
-        front: "@unix-tcp-front",
-        back: "127.0.0.1:7203",
+        name: "Unix to TCP, v1",
+        unit: "unix-tcp",
+        front: None,
+        back: Some(6200),
         header: Some("v1"),
         ..SMALL_TCP
     },
     SMALL_TCP,
-    Case {
-        name: "unix-unix",
-        front: "@unix-unix-front",
-        back: "@unix-unix-back",
-        header: Some("v2"),
-        ..SMALL_TCP
-    },
+    Case { name: "Unix to Unix, v2", unit: "unix-unix", front: None, back: None, ..SMALL_TCP },
 ];
 
 const SMALL_TCP: Case = Case {
-    name: "tcp-tcp",
-    front: "127.0.0.1:7204",
-    back: "127.0.0.1:7205",
+    name: "TCP to TCP, v2",
+    unit: "tcp-tcp",
+    front: Some(6204),
+    back: Some(6206),
     bytes: 20_000_000,
-    quiet: 4,
+    idle: 4,
     header: Some("v2"),
 };
+
+/// An address that no other test uses.
+fn own_address(port: Option<u16>, unit: &str, handover: &str) -> String {
+    match port {
+        Some(port) => format!("127.0.0.1:{}", port + u16::from(handover == "crash")),
+        None => format!("@{unit}-{handover}"),
+    }
+}
 
 /// A TCP address, or an abstract name, which belongs to the network and not to the files.
 fn address(text: &str) -> SockAddr {
@@ -149,12 +161,15 @@ struct Peers {
 }
 
 fn survive(container: &Container, case: &Case, handover: &str) {
-    let Case { name, front, back, bytes, quiet, header } = *case;
-    let (name, service) = (format!("{name}-{handover}"), format!("{name}-{handover}.service"));
+    let Case { unit, front, back, bytes, idle, header, .. } = *case;
+    let name = &format!("{unit}-{handover}");
+    let service = format!("{name}.service");
+    let front = &own_address(front, &format!("{unit}-front"), handover);
+    let back = &own_address(back, &format!("{unit}-back"), handover);
     let backend = container.inside(|| listen(back));
     let option = header.map_or(String::new(), |version| format!("--proxy-protocol={version}"));
     let arguments = format!("--handover={handover} {option} --connections-max=100 {back}");
-    start_proxy(container, &name, front, &arguments);
+    start_proxy(container, name, front, &arguments);
     let joined = || {
         let client = container.inside(|| connect(&address(front)));
         backend.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -167,12 +182,12 @@ fn survive(container: &Container, case: &Case, handover: &str) {
         assert_eq!(header_seen.is_empty(), header.is_none(), "{header_seen:?}");
         Peers { client, served }
     };
-    let mut quiet: Vec<_> = (0..quiet).map(|_| joined()).collect();
+    let mut idle: Vec<_> = (0..idle).map(|_| joined()).collect();
     // Two have half-closed, one on each side.
-    quiet[0].client.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(quiet[0].served.read(&mut [0]).unwrap(), 0);
-    quiet[1].served.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(quiet[1].client.read(&mut [0]).unwrap(), 0);
+    idle[0].client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(idle[0].served.read(&mut [0]).unwrap(), 0);
+    idle[1].served.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(idle[1].client.read(&mut [0]).unwrap(), 0);
 
     let digests = thread::scope(|scope| {
         let transfers: Vec<_> = (0..4_u64)
@@ -205,7 +220,7 @@ fn survive(container: &Container, case: &Case, handover: &str) {
             .collect();
         for _ in 0..3 {
             replace(container, &service, handover);
-            let (half, whole) = quiet.split_at_mut(2);
+            let (half, whole) = idle.split_at_mut(2);
             passes(&mut half[0].served, &mut half[0].client);
             passes(&mut half[1].client, &mut half[1].served);
             for Peers { client, served } in whole {
@@ -223,11 +238,11 @@ fn survive(container: &Container, case: &Case, handover: &str) {
     });
     // Each end is an end to the other side, and then nobody is left.
     drop(digests);
-    for Peers { client, mut served } in quiet.drain(1..) {
+    for Peers { client, mut served } in idle.drain(1..) {
         drop(client);
         assert!(read_all(&mut served).1.is_ok());
     }
-    drop(quiet);
+    drop(idle);
     container.wait_for_status(&service, "0 connections of 100");
     replace(container, &service, handover);
     let journal = container.run(&["journalctl", "-u", &service, "-o", "cat"]);
@@ -265,93 +280,90 @@ fn passes(from: &mut Socket, to: &mut Socket) {
     assert_eq!(&read, b"are you there?");
 }
 
-fn held(container: &Container) {
-    for (handover, port) in [("restart", 7300), ("crash", 7302)] {
-        let (front, back) = (format!("127.0.0.1:{port}"), format!("@held-{handover}"));
-        let (name, service) = (format!("held-{handover}"), format!("held-{handover}.service"));
-        let arguments =
-            format!("--handover={handover} --backend-wait=1min --proxy-protocol=v1 {back}");
-        start_proxy(container, &name, &front, &arguments);
-        let mut client = container.inside(|| connect(&address(&front)));
-        client.write_all(b"+").unwrap();
-        container.wait_for_status(&service, "1 connection of 256");
-        for _ in 0..3 {
-            replace(container, &service, handover);
-        }
-        let backend = container.inside(|| listen(&back));
-        let (mut served, _) = backend.accept().unwrap();
-        assert!(read_header(&mut served).starts_with(b"PROXY TCP4 127.0.0.1 "));
-        passes(&mut served, &mut client);
-        passes(&mut client, &mut served);
-        client.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(read_all(&mut served).0, b"", "and no second header");
-        container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
+fn waiting(container: &Container, handover: &str) {
+    let port = if handover == "crash" { 6302 } else { 6300 };
+    let (front, back) = (format!("127.0.0.1:{port}"), format!("@waiting-{handover}"));
+    let (name, service) = (format!("waiting-{handover}"), format!("waiting-{handover}.service"));
+    let arguments = format!("--handover={handover} --backend-wait=1min --proxy-protocol=v1 {back}");
+    start_proxy(container, &name, &front, &arguments);
+    let mut client = container.inside(|| connect(&address(&front)));
+    client.write_all(b"+").unwrap();
+    container.wait_for_status(&service, "1 connection of 256");
+    for _ in 0..3 {
+        replace(container, &service, handover);
     }
+    let backend = container.inside(|| listen(&back));
+    let (mut served, _) = backend.accept().unwrap();
+    assert!(read_header(&mut served).starts_with(b"PROXY TCP4 127.0.0.1 "));
+    passes(&mut served, &mut client);
+    passes(&mut client, &mut served);
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_all(&mut served).0, b"", "and no second header");
+    container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
 }
 
-fn thousand(container: &Container) {
+fn thousand(container: &Container, handover: &str) {
+    let port = if handover == "crash" { 6402 } else { 6400 };
     const CONNECTIONS: usize = 1000;
     const SLACK: f64 = 3.0;
     raise_descriptor_limit();
-    for (handover, port) in [("restart", 7400), ("crash", 7402)] {
-        let (front, back) = (format!("127.0.0.1:{port}"), format!("@thousand-{handover}"));
-        let service = format!("thousand-{handover}.service");
-        let name = format!("thousand-{handover}");
-        let backend = container.inside(|| listen(&back));
-        let arguments = format!("--handover={handover} --connections-max=2000 {back}");
-        start_proxy(container, &name, &front, &arguments);
-        serve_on(backend, echo);
-        let mut all = container
-            .inside(|| (0..CONNECTIONS).map(|_| connect(&address(&front))).collect::<Vec<_>>());
+    let (front, back) = (format!("127.0.0.1:{port}"), format!("@thousand-{handover}"));
+    let service = format!("thousand-{handover}.service");
+    let name = format!("thousand-{handover}");
+    let backend = container.inside(|| listen(&back));
+    let arguments = format!("--handover={handover} --connections-max=2000 {back}");
+    start_proxy(container, &name, &front, &arguments);
+    serve_on(backend, echo);
+    let mut all = container
+        .inside(|| (0..CONNECTIONS).map(|_| connect(&address(&front))).collect::<Vec<_>>());
+    all.iter_mut().for_each(echoes);
+    let mut measured = Vec::new();
+    let mut manager_cpu = Vec::new();
+    let mut longest = 0.0_f64;
+    for _ in 0..20 {
+        let before = container.manager_cpu();
+        replace(container, &service, handover);
+        manager_cpu.push((container.manager_cpu() - before).as_secs_f64());
+        let show = container.show(&service);
         all.iter_mut().for_each(echoes);
-        let mut measured = Vec::new();
-        let mut manager_cpu = Vec::new();
-        let mut longest = 0.0_f64;
-        for _ in 0..20 {
-            let before = container.manager_cpu();
-            replace(container, &service, handover);
-            manager_cpu.push((container.manager_cpu() - before).as_secs_f64());
-            let show = container.show(&service);
-            all.iter_mut().for_each(echoes);
-            measured.push(container.process(&show["MainPID"]));
+        measured.push(container.process(&show["MainPID"]));
+    }
+    manager_cpu.sort_by(f64::total_cmp);
+    let median_cpu = manager_cpu[manager_cpu.len() / 2];
+    assert!(median_cpu < 0.1 * SLACK, "PID 1 used {manager_cpu:?} s");
+    let [first, last] = [measured[0], measured[19]];
+    assert_eq!(first.descriptors, last.descriptors, "{measured:?}");
+    assert!(last.resident < first.resident + first.resident / 5, "{measured:?}");
+    let journal = container.run(&["journalctl", "-u", &service, "-o", "short-monotonic"]);
+    let mut begun = None;
+    let mut recovered = 0;
+    for line in journal.lines() {
+        let at = || -> f64 {
+            let text = line.trim_start_matches('[').trim_start();
+            text.split(']').next().unwrap().parse().unwrap()
+        };
+        if line.contains("Starting ") {
+            begun = Some(at());
+        } else if line.contains("Recovered connections: 1000.") {
+            recovered += 1;
+            let took = at() - begun.expect("it was started");
+            assert!(took < 0.3 * SLACK, "recovered after {took} s");
+            longest = longest.max(took);
         }
-        manager_cpu.sort_by(f64::total_cmp);
-        let median_cpu = manager_cpu[manager_cpu.len() / 2];
-        assert!(median_cpu < 0.1 * SLACK, "PID 1 used {manager_cpu:?} s");
-        let [first, last] = [measured[0], measured[19]];
-        assert_eq!(first.descriptors, last.descriptors, "{measured:?}");
-        assert!(last.resident < first.resident + first.resident / 5, "{measured:?}");
-        let journal = container.run(&["journalctl", "-u", &service, "-o", "short-monotonic"]);
-        let mut begun = None;
-        let mut recovered = 0;
-        for line in journal.lines() {
-            let at = || -> f64 {
-                let text = line.trim_start_matches('[').trim_start();
-                text.split(']').next().unwrap().parse().unwrap()
-            };
-            if line.contains("Starting ") {
-                begun = Some(at());
-            } else if line.contains("Recovered connections: 1000.") {
-                recovered += 1;
-                let took = at() - begun.expect("it was started");
-                assert!(took < 0.3 * SLACK, "recovered after {took} s");
-                longest = longest.max(took);
-            }
-        }
-        assert_eq!(recovered, 20, "{journal}");
-        eprintln!(
-            "1,000 connections, {handover}: recovered within {longest:.3} s of the start, PID 1 used \
+    }
+    assert_eq!(recovered, 20, "{journal}");
+    eprintln!(
+        "1,000 connections, {handover}: recovered within {longest:.3} s of the start, PID 1 used \
              {median_cpu:.3} s (median of 20)"
-        );
-        container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
-        for mut client in all {
-            assert!(is_reset(&read_all(&mut client).1), "a stop is a stop, and no end");
-        }
+    );
+    container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
+    for mut client in all {
+        assert!(is_reset(&read_all(&mut client).1), "a stop is a stop, and no end");
     }
 }
 
 fn killed_while_recovering(container: &Container) {
-    let (front, back) = ("127.0.0.1:7500", "@recovering");
+    let (front, back) = ("127.0.0.1:6500", "@recovering");
     let backend = container.inside(|| listen(back));
     start_proxy(container, "recovering", front, &format!("--handover=crash -c 2000 {back}"));
     serve_on(backend, echo);
@@ -396,7 +408,7 @@ if not os.path.exists("/run/littered"):
 "#;
 
 fn garbage(container: &Container) {
-    let (front, back) = ("127.0.0.1:7600", "@garbage");
+    let (front, back) = ("127.0.0.1:6600", "@garbage");
     let backend = container.inside(|| listen(back));
     serve_on(backend, echo);
     container.write("/usr/local/lib/litter.py", LITTER);
@@ -425,7 +437,7 @@ fn garbage(container: &Container) {
 
 /// Not with a kill: after that systemd passes the listening socket to the one instance.
 fn accepted(container: &Container) {
-    let (front, back) = ("127.0.0.1:7700", "@accepted");
+    let (front, back) = ("127.0.0.1:6700", "@accepted");
     let backend = container.inside(|| listen(back));
     serve_on(backend, echo);
     container.start_units(&[
@@ -454,7 +466,7 @@ fn accepted(container: &Container) {
 }
 
 fn failing_start(container: &Container) {
-    let (front, back) = ("127.0.0.1:7800", "@failing");
+    let (front, back) = ("127.0.0.1:6800", "@failing");
     let backend = container.inside(|| listen(back));
     serve_on(backend, echo);
     let start = || start_proxy(container, "failing", front, &format!("--handover=restart {back}"));
@@ -465,11 +477,7 @@ fn failing_start(container: &Container) {
     let wrong = "[Service]\nExecStart=\nExecStart=/usr/bin/socket-proxyd --handover=restart x=y\n";
     let drop_in = "/run/systemd/system/failing.service.d/wrong.conf";
     container.write(drop_in, wrong);
-    let reload = || {
-        let _reloading = container.not_reloading();
-        container.run(&["systemctl", "daemon-reload"]);
-    };
-    reload();
+    container.reload();
     container.output(&["systemctl", "restart", "failing.service"]);
     let failed = poll_until(Instant::now() + PATIENCE, || {
         let restarts = container.show("failing.service")["NRestarts"].parse::<u32>().unwrap();
@@ -477,7 +485,7 @@ fn failing_start(container: &Container) {
     });
     failed.expect("it is started again and again");
     container.run(&["rm", drop_in]);
-    reload();
+    container.reload();
     echoes(&mut client);
     container.wait_for("failing.service", "ActiveState", "active");
     container.run(&["systemctl", "stop", "failing.socket", "failing.service"]);
@@ -485,7 +493,7 @@ fn failing_start(container: &Container) {
 }
 
 fn too_few_descriptors(container: &Container) {
-    let (front, back) = ("127.0.0.1:7850", "@few");
+    let (front, back) = ("127.0.0.1:6850", "@few");
     let backend = container.inside(|| listen(back));
     serve_on(backend, echo);
     start_proxy(container, "few", front, &format!("--handover=crash {back}"));
@@ -494,11 +502,7 @@ fn too_few_descriptors(container: &Container) {
     clients.iter_mut().for_each(echoes);
     let drop_in = "/run/systemd/system/few.service.d/limit.conf";
     container.write(drop_in, "[Service]\nLimitNOFILE=200\n");
-    let reload = || {
-        let _reloading = container.not_reloading();
-        container.run(&["systemctl", "daemon-reload"]);
-    };
-    reload();
+    container.reload();
     container.run(&["systemctl", "kill", "-s", "KILL", "few.service"]);
     let failed = poll_until(Instant::now() + PATIENCE, || {
         let restarts = container.show("few.service")["NRestarts"].parse::<u32>().unwrap();
@@ -506,7 +510,7 @@ fn too_few_descriptors(container: &Container) {
     });
     failed.expect("it is started again and again");
     container.run(&["rm", drop_in]);
-    reload();
+    container.reload();
     clients.iter_mut().for_each(echoes);
     let log = container.run(&["journalctl", "--no-pager", "-o", "cat", "-u", "few.service"]);
     assert!(log.contains("stay stored; raise LimitNOFILE="), "{log}");
@@ -517,7 +521,7 @@ fn too_few_descriptors(container: &Container) {
 }
 
 fn foreign_signal(container: &Container) {
-    let (front, back) = ("127.0.0.1:7900", "@foreign");
+    let (front, back) = ("127.0.0.1:6900", "@foreign");
     let backend = container.inside(|| listen(back));
     serve_on(backend, echo);
     start_proxy(container, "foreign", front, &format!("--handover=crash {back}"));

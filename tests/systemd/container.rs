@@ -2,70 +2,139 @@
 //! a private /tmp and /run. All of it is gone with the process.
 
 use std::collections::HashMap;
-use std::env;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use libtest_mimic::{Arguments, Trial};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::support::{PATIENCE, poll_until};
+use crate::support::*;
 
 /// A booted container; killed when it is dropped.
-pub struct Container {
+pub(crate) struct Container {
     outermost: Child,
     /// The container's first process, as this namespace counts it.
     leader: u32,
     reloading: Mutex<()>,
     _directory: TempDir,
+    _root: Option<TempDir>,
+}
+
+/// Tests that run at a time.
+const SLOTS: usize = 2;
+
+/// Tests that share a container. The first of them boots it.
+pub(crate) struct Suite {
+    boot: fn() -> Container,
+    container: Mutex<Option<Arc<Container>>>,
+    turn: Mutex<()>,
 }
 
 /// A test and its name.
-pub type Test = (&'static str, fn(&Container));
+pub(crate) type Test = (&'static str, fn(&Container));
 
-/// Runs tests in one container: those of `beside` two at a time, those of `alone` while no other
-/// runs, since they measure the service manager or use the same names. Without what they need it
-/// says so, and fails in CI.
-pub fn run(
-    missing: Option<&str>,
-    beside: &[Test],
-    alone: &[Test],
-    boot: impl FnOnce() -> Container,
-) -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    arguments.test_threads = arguments.test_threads.or(Some(2));
-    if let Some(missing) = missing {
-        eprintln!("SKIPPED: the tests in a real systemd need {missing}; `make test` installs it");
-        let in_ci = env::var_os("CI").is_some();
-        return if in_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+impl Suite {
+    pub(crate) fn new(boot: fn() -> Container) -> Arc<Self> {
+        Arc::new(Self { boot, container: Mutex::default(), turn: Mutex::default() })
     }
-    let container = (!arguments.list).then(|| Arc::new(boot()));
-    let running = Arc::new(RwLock::new(()));
-    let beside = beside.iter().map(|&(name, test)| {
-        let (container, running) = (container.clone(), Arc::clone(&running));
-        Trial::test(name, move || {
-            let _beside = running.read().unwrap_or_else(PoisonError::into_inner);
-            test(&container.expect("a list runs nothing"));
-            Ok(())
-        })
+
+    /// Adds a test that may run beside another.
+    pub(crate) fn beside(
+        self: &Arc<Self>,
+        trials: &mut Trials,
+        name: impl Into<String>,
+        test: impl FnOnce(&Container) + Send + 'static,
+    ) {
+        let this = Arc::clone(self);
+        trials.add(name, move || {
+            let _slot = Slots::take(1);
+            test(&this.container());
+        });
+    }
+
+    /// Adds tests that use the same names: one of them runs at a time.
+    pub(crate) fn in_turn(self: &Arc<Self>, trials: &mut Trials, tests: &[Test]) {
+        for &(name, test) in tests {
+            let this = Arc::clone(self);
+            trials.add(name, move || {
+                let _turn = this.turn.lock().unwrap_or_else(PoisonError::into_inner);
+                let _slot = Slots::take(1);
+                test(&this.container());
+            });
+        }
+    }
+
+    /// Adds a test that measures the service manager: no other test runs beside it.
+    pub(crate) fn alone(
+        self: &Arc<Self>,
+        trials: &mut Trials,
+        name: impl Into<String>,
+        test: impl FnOnce(&Container) + Send + 'static,
+    ) {
+        let this = Arc::clone(self);
+        trials.add(name, move || {
+            let _slots = Slots::take(SLOTS);
+            test(&this.container());
+        });
+    }
+
+    fn container(&self) -> Arc<Container> {
+        let mut container = self.container.lock().expect("the container has booted");
+        Arc::clone(container.get_or_insert_with(|| Arc::new(on_a_lasting_thread(self.boot))))
+    }
+
+    /// Ends the container.
+    pub(crate) fn end(&self) {
+        drop(self.container.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+/// Boots on a thread that lives as long as this process: a container ends with the thread that started
+/// it.
+fn on_a_lasting_thread(boot: fn() -> Container) -> Container {
+    let (send, booted) = mpsc::channel();
+    thread::spawn(move || {
+        let _ = send.send(boot());
+        loop {
+            thread::park();
+        }
     });
-    let alone = alone.iter().map(|&(name, test)| {
-        let (container, running) = (container.clone(), Arc::clone(&running));
-        Trial::test(name, move || {
-            let _alone = running.write().unwrap_or_else(PoisonError::into_inner);
-            test(&container.expect("a list runs nothing"));
-            Ok(())
-        })
-    });
-    libtest_mimic::run(&arguments, beside.chain(alone).collect()).exit_code()
+    booted.recv().expect("the container boots")
+}
+
+/// Runs the tests: each on a thread, which waits for its turn and its slot.
+pub(crate) fn run(trials: Trials) -> ExitCode {
+    let threads = trials.len();
+    trials.run_on(threads)
+}
+
+/// Slots that a test has taken; free again when dropped.
+struct Slots(usize);
+
+static FREE: (Mutex<usize>, Condvar) = (Mutex::new(SLOTS), Condvar::new());
+
+impl Slots {
+    fn take(count: usize) -> Self {
+        let free = FREE.0.lock().unwrap();
+        let mut free = FREE.1.wait_while(free, |free| *free < count).unwrap();
+        *free -= count;
+        Self(count)
+    }
+}
+
+impl Drop for Slots {
+    fn drop(&mut self) {
+        *FREE.0.lock().unwrap() += self.0;
+        FREE.1.notify_all();
+    }
 }
 
 /// Runs in a mount namespace of its own, so that no mount outlives it: $1 the empty directory, $2 its
@@ -89,7 +158,7 @@ exec systemd-nspawn -q -D "$base/root" -b --register=no --keep-unit --console=pi
 
 impl Container {
     /// What is missing to run one, if anything is.
-    pub fn missing() -> Option<&'static str> {
+    pub(crate) fn missing() -> Option<&'static str> {
         if !rustix::process::geteuid().is_root() {
             return Some("root");
         }
@@ -97,16 +166,22 @@ impl Container {
         nspawn.is_err().then_some("systemd-nspawn (Debian: systemd-container)")
     }
 
-    /// Boots with files copied in. To be called on the main thread: the container ends with the
-    /// thread that started it.
-    pub fn boot(files: &[(PathBuf, String)]) -> Self {
-        Self::boot_on(Path::new("/"), files)
+    /// Boots an overlay of this machine's root with files copied in.
+    pub(crate) fn boot(files: &[(PathBuf, String)]) -> Self {
+        Self::boot_on(Path::new("/"), None, files)
     }
 
-    /// The same with another root than this machine's.
-    pub fn boot_on(root: &Path, files: &[(PathBuf, String)]) -> Self {
+    /// Boots an overlay of `root`, which is kept until the container has ended.
+    pub(crate) fn boot_in(root: TempDir, files: &[(PathBuf, String)]) -> Self {
+        let path = root.path().to_path_buf();
+        Self::boot_on(&path, Some(root), files)
+    }
+
+    fn boot_on(root: &Path, kept: Option<TempDir>, files: &[(PathBuf, String)]) -> Self {
         let directory = TempDir::new_in("/var/tmp").unwrap();
-        let name = format!("socket-proxyd-{}", std::process::id());
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("socket-proxyd-{}-{number}", std::process::id());
         // Killing nspawn leaves the container behind. So both are in a PID namespace, whose end is
         // the end of all in it: when this thread dies, so does unshare, and with it its child, the
         // namespace's first process.
@@ -126,6 +201,7 @@ impl Container {
             leader: 0,
             reloading: Mutex::default(),
             _directory: directory,
+            _root: kept,
         };
         let deadline = Instant::now() + Duration::from_secs(120);
         let booted = poll_until(deadline, || {
@@ -146,23 +222,20 @@ impl Container {
     }
 
     /// The programs and their manuals.
-    pub fn programs() -> Vec<(PathBuf, String)> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    pub(crate) fn programs() -> Vec<(PathBuf, String)> {
+        let root = Path::new(ROOT);
         let manual = |name| (root.join("man").join(name), format!("/usr/share/man/man8/{name}"));
         vec![
-            (env!("CARGO_BIN_EXE_socket-proxyd").into(), "/usr/bin/socket-proxyd".into()),
-            (
-                env!("CARGO_BIN_EXE_socket-proxyd-units").into(),
-                "/usr/bin/socket-proxyd-units".into(),
-            ),
+            (OURS.into(), "/usr/bin/socket-proxyd".into()),
+            (UNIT_WRITER.into(), "/usr/bin/socket-proxyd-units".into()),
             manual("socket-proxyd.8"),
             manual("socket-proxyd-units.8"),
         ]
     }
 
     /// The same, and everything in units/ in its place.
-    pub fn files() -> Vec<(PathBuf, String)> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    pub(crate) fn files() -> Vec<(PathBuf, String)> {
+        let root = Path::new(ROOT);
         let mut files = Self::programs();
         for set in fs::read_dir(root.join("units")).unwrap() {
             for file in fs::read_dir(set.unwrap().path()).unwrap() {
@@ -180,12 +253,12 @@ impl Container {
     }
 
     /// Runs a command inside, and gives what it printed.
-    pub fn output(&self, words: &[&str]) -> Output {
+    pub(crate) fn output(&self, words: &[&str]) -> Output {
         enter(self.leader).args(words).stdin(Stdio::null()).output().unwrap()
     }
 
     /// Runs a command that has to succeed, and gives its standard output.
-    pub fn run(&self, words: &[&str]) -> String {
+    pub(crate) fn run(&self, words: &[&str]) -> String {
         let output = self.output(words);
         if !output.status.success() {
             let stderr = String::from_utf8_lossy(&output.stderr);
@@ -197,7 +270,7 @@ impl Container {
     }
 
     /// Writes a file inside.
-    pub fn write(&self, path: &str, text: &str) {
+    pub(crate) fn write(&self, path: &str, text: &str) {
         let mut command = enter(self.leader);
         command.args(["sh", "-c", "mkdir -p \"$(dirname \"$0\")\" && cat >\"$0\"", path]);
         let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
@@ -206,27 +279,29 @@ impl Container {
     }
 
     /// Writes units and starts the last one.
-    pub fn start_units(&self, units: &[(&str, &str)]) {
+    pub(crate) fn start_units(&self, units: &[(&str, &str)]) {
         for (name, text) in units {
             self.write(&format!("/run/systemd/system/{name}"), text);
         }
-        {
-            let _reloading = self.not_reloading();
-            self.run(&["systemctl", "daemon-reload"]);
-        }
+        self.reload();
         if let Some((name, _)) = units.last() {
             self.run(&["systemctl", "start", name]);
         }
     }
 
+    pub(crate) fn reload(&self) {
+        let _reloading = self.not_reloading();
+        self.run(&["systemctl", "daemon-reload"]);
+    }
+
     /// While this is held no other test reloads systemd, which then forgets that a unit that is
     /// being stopped was given more time (252).
-    pub fn not_reloading(&self) -> MutexGuard<'_, ()> {
+    pub(crate) fn not_reloading(&self) -> MutexGuard<'_, ()> {
         self.reloading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has systemd look at a unit, which has nothing to say of it.
-    pub fn verify(&self, unit: &str) {
+    pub(crate) fn verify(&self, unit: &str) {
         let output = self.output(&["systemd-analyze", "verify", unit]);
         let words = [output.stdout, output.stderr].concat();
         assert_eq!(String::from_utf8_lossy(&words), "", "{unit}");
@@ -234,7 +309,7 @@ impl Container {
     }
 
     /// Has systemd weigh a service: by its own measure at most 1.5 of 10.
-    pub fn weigh(&self, unit: &str) {
+    pub(crate) fn weigh(&self, unit: &str) {
         let analyze = ["systemd-analyze", "security", "--no-pager", "--threshold=15", unit];
         let output = self.output(&analyze);
         let table = String::from_utf8_lossy(&output.stdout);
@@ -242,14 +317,14 @@ impl Container {
     }
 
     /// Properties of a unit.
-    pub fn show(&self, unit: &str) -> HashMap<String, String> {
+    pub(crate) fn show(&self, unit: &str) -> HashMap<String, String> {
         let text = self.run(&["systemctl", "show", unit]);
         let pairs = text.lines().filter_map(|line| line.split_once('='));
         pairs.map(|(name, value)| (name.into(), value.into())).collect()
     }
 
     /// Waits until a property of a unit is `value`.
-    pub fn wait_for(&self, unit: &str, property: &str, value: &str) {
+    pub(crate) fn wait_for(&self, unit: &str, property: &str, value: &str) {
         let mut last = String::new();
         let reached = poll_until(Instant::now() + PATIENCE, || {
             last = self.show(unit).remove(property).unwrap_or_default();
@@ -259,7 +334,7 @@ impl Container {
     }
 
     /// Waits until what a service says of itself begins so.
-    pub fn wait_for_status(&self, unit: &str, start: &str) {
+    pub(crate) fn wait_for_status(&self, unit: &str, start: &str) {
         let mut last = String::new();
         let reached = poll_until(Instant::now() + PATIENCE, || {
             last = self.show(unit).remove("StatusText").unwrap_or_default();
@@ -269,13 +344,13 @@ impl Container {
     }
 
     /// On-CPU time of the service manager so far.
-    pub fn manager_cpu(&self) -> Duration {
+    pub(crate) fn manager_cpu(&self) -> Duration {
         let text = fs::read_to_string(format!("/proc/{}/schedstat", self.leader)).unwrap();
         Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
     }
 
     /// What a process inside has, by its number there.
-    pub fn process(&self, pid: &str) -> Process {
+    pub(crate) fn process(&self, pid: &str) -> Process {
         let descriptors = self.run(&["ls", &format!("/proc/{pid}/fd")]).lines().count();
         let status = self.run(&["cat", &format!("/proc/{pid}/status")]);
         let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -284,7 +359,7 @@ impl Container {
     }
 
     /// Runs `work` on a thread whose sockets are the container's.
-    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(format!("/proc/{}/ns/net", self.leader)).unwrap();
         thread::scope(|scope| {
             let work = scope.spawn(|| {
@@ -299,9 +374,9 @@ impl Container {
 
 /// Descriptors, and resident memory in KiB.
 #[derive(Clone, Copy, Debug)]
-pub struct Process {
-    pub descriptors: usize,
-    pub resident: usize,
+pub(crate) struct Process {
+    pub(crate) descriptors: usize,
+    pub(crate) resident: usize,
 }
 
 impl Drop for Container {

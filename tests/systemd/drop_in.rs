@@ -1,44 +1,39 @@
-//! A real systemd, in a container of its own: units that were written for systemd-socket-proxyd,
-//! the journal, names. (The shipped units are in tests/units.rs.)
-//!
-//! Needs root and systemd-nspawn, and says so when it is skipped; in CI it is not.
-
-mod support;
+//! Units that were written for systemd-socket-proxyd, the journal, names.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, UdpSocket};
-use std::process::{Command, ExitCode};
+use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use crate::IN_ITS_PLACE;
+use crate::container::{Container, Suite, Test};
+use crate::support::*;
 use socket2::Socket;
-use support::container::{Container, Test};
-use support::*;
 use tokio::time::Instant;
 
-/// Where Debian has systemd-socket-proxyd; in the container it is ours.
-const IN_ITS_PLACE: &str = "/usr/lib/systemd/systemd-socket-proxyd";
-
-fn main() -> ExitCode {
-    let tests: &[Test] = &[
-        ("time spans are systemd's", time_spans),
-        ("a unit written for systemd-socket-proxyd", drop_in),
-        ("a stop that lets connections end", drain),
-        ("one connection a process", accepted),
-        ("the journal has fields", journal),
-        ("a service name for a port", service_name),
-        ("a slow resolver holds up only its own connection", slow_resolver),
-        ("a family that is not to be had", missing_family),
-        ("accept(2) is forbidden", forbidden_accept),
-        ("connect(2) is forbidden", forbidden_connect),
-        ("an ephemeral port nobody listens on", self_connection),
+pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
+    if let Some(missing) = Container::missing() {
+        return trials.skip("systemd: drop-in for systemd-socket-proxyd", missing);
+    }
+    let tests: [Test; 11] = [
+        ("time spans mean what systemd-analyze says", time_spans),
+        ("runs a unit written for systemd-socket-proxyd", drop_in),
+        ("a stop waits for connections to end", drain),
+        ("serves one connection a process with Accept=yes", accepted),
+        ("journal entries have fields", journal),
+        ("accepts a service name as a port", service_name),
+        ("a slow resolver delays only its own connection", slow_resolver),
+        ("waits for one address while the other's family is missing", missing_family),
+        ("does not spin when accept4(2) is forbidden", forbidden_accept),
+        ("does not hold clients when connect(2) is forbidden", forbidden_connect),
+        ("does not connect to itself", self_connection),
     ];
-    container::run(Container::missing(), tests, &[], || {
-        let mut files = Container::files();
-        files.push((OURS.into(), IN_ITS_PLACE.into()));
-        Container::boot(&files)
-    })
+    for (name, test) in tests {
+        suite.beside(trials, name, test);
+    }
 }
 
 fn time_spans(_: &Container) {
@@ -321,7 +316,8 @@ fn service_name(container: &Container) {
         serve(&backend, echo);
         backend
     });
-    container.write("/etc/services", "postgresql 5432/tcp\n");
+    let add = "grep -q ^postgresql /etc/services || echo postgresql 5432/tcp >>/etc/services";
+    container.run(&["sh", "-c", add]);
     container.start_units(&[
         (
             "named.service",
@@ -341,7 +337,9 @@ fn slow_resolver(container: &Container) {
     });
     thread::spawn(move || answer_names(&server));
     container.write("/etc/resolv.conf", "nameserver 127.0.0.1\noptions timeout:30 attempts:1\n");
-    container.write("/etc/nsswitch.conf", "hosts: files dns\nservices: files\n");
+    let lookup = "sed -i -e '/^hosts:/d' -e '/^services:/d' /etc/nsswitch.conf && \
+        printf 'hosts: files dns\\nservices: files\\n' >>/etc/nsswitch.conf";
+    container.run(&["sh", "-c", lookup]);
     container.start_units(&[
         (
             "slow.service",
@@ -395,7 +393,7 @@ fn slow_resolver(container: &Container) {
     assert_eq!(container.show("slow.service")["Result"], "success");
 }
 
-/// Questions the name server has seen.
+/// Questions for `backend.test` that the name server has seen.
 static QUESTIONS: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether the name server knows `later.test` by now.
@@ -406,10 +404,11 @@ static RESOLVES_LATER: AtomicBool = AtomicBool::new(false);
 fn answer_names(server: &UdpSocket) {
     let mut packet = [0; 512];
     while let Ok((length, client)) = server.recv_from(&mut packet) {
-        if QUESTIONS.fetch_add(1, Ordering::SeqCst) < 2 {
+        let question = &packet[..length];
+        let is_of_backend = question.windows(8).any(|label| label == b"\x07backend");
+        if is_of_backend && QUESTIONS.fetch_add(1, Ordering::SeqCst) < 2 {
             continue;
         }
-        let question = &packet[..length];
         let wants_ipv4 = question[12..].windows(4).any(|end| end == [0, 1, 0, 1]);
         let mut answer = question[..length].to_vec();
         // A response, recursion available, without error (RFC 1035, 4.1.1).
