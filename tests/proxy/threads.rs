@@ -1,6 +1,6 @@
 //! `--threads=`: when threads start, how connections are spread over them, and how they end.
 //!
-//! That everything else is as with one thread is shown in `tests/blackbox.rs`, whose cases run with
+//! That everything else is as with one thread is shown in tests/compat/, whose cases run with
 //! three of them, too.
 
 use std::collections::BTreeSet;

@@ -3,17 +3,24 @@
 use std::env;
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Failed, Trial};
 
 #[derive(Default)]
 pub struct Trials(Vec<Trial>);
 
 impl Trials {
     pub fn add(&mut self, name: impl Into<String>, test: impl FnOnce() + Send + 'static) {
-        let test = move || {
+        self.add_fallible(name, move || {
             test();
             Ok(())
-        };
+        });
+    }
+
+    pub fn add_fallible(
+        &mut self,
+        name: impl Into<String>,
+        test: impl FnOnce() -> Result<(), Failed> + Send + 'static,
+    ) {
         self.0.push(Trial::test(name, test));
     }
 

@@ -1,0 +1,223 @@
+//! One suite for every program that does this job: ours and the originals, side by side.
+//!
+//! Each case runs against ours, against the installed systemd-socket-proxyd, and against the newest
+//! one where `make test` has put it. A case that an original fails says so, with the words in which
+//! it fails. A case that passes there after all, or fails otherwise, fails the suite.
+//!
+//! `PROXY_UNDER_TEST=/path/to/program` runs the cases against that program alone.
+
+mod activation;
+mod backend_wait;
+mod cli;
+mod forwarding;
+mod limits;
+mod logging;
+mod notify;
+mod proxy_protocol;
+mod stop;
+#[path = "../support/mod.rs"]
+mod support;
+mod targets;
+
+use std::env;
+use std::fs::{self, Permissions};
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::panic::{self, AssertUnwindSafe};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::Failed;
+use socket2::Socket;
+use support::*;
+use tempfile::TempDir;
+
+/// A program under test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Subject {
+    Ours,
+    /// The same, with three event loops.
+    Threads,
+    /// Debian 12's.
+    Old,
+    /// 262 or later.
+    New,
+    /// `$PROXY_UNDER_TEST`, expected to pass everything.
+    Named,
+}
+
+impl Subject {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Ours => "ours",
+            Self::Threads => "ours-3-threads",
+            Self::Old => "systemd-252",
+            Self::New => "systemd-262",
+            Self::Named => "named",
+        }
+    }
+
+    const fn is_original(self) -> bool {
+        matches!(self, Self::Old | Self::New)
+    }
+
+    /// The program; `directory` is for one that is made here.
+    fn path(self, directory: &Path) -> Option<PathBuf> {
+        let path: PathBuf = match self {
+            Self::Ours => OURS.into(),
+            Self::Threads => {
+                // A copy, which other users reach wherever the original is.
+                let (path, copy) = (directory.join("three-threads"), directory.join("program"));
+                fs::copy(OURS, &copy).unwrap();
+                let copy = copy.display();
+                let script = format!("#!/bin/sh\nexec {copy} --threads=3 \"$@\"\n");
+                fs::write(&path, script).unwrap();
+                fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+                path
+            }
+            Self::Old => "/lib/systemd/systemd-socket-proxyd".into(),
+            Self::New => env::var_os("NEWEST_ORIGINAL")?.into(),
+            Self::Named => env::var_os("PROXY_UNDER_TEST")?.into(),
+        };
+        path.exists().then_some(path)
+    }
+}
+
+/// What a case expects of the originals.
+#[derive(Clone, Copy)]
+enum Expected {
+    /// Every program passes.
+    Shared,
+    /// These fail, with these words in the failure.
+    FailsOn(&'static [Subject], &'static str),
+    /// Only ours has what the case is about; the originals fail, with these words.
+    OnlyOurs(&'static str),
+    /// The originals are not asked: whether they pass depends on how busy the machine is.
+    OursAlone,
+}
+
+type Test = dyn Fn(&Path) + Send + Sync;
+
+struct Case {
+    name: String,
+    expected: Expected,
+    needs_root: bool,
+    test: Arc<Test>,
+}
+
+#[derive(Default)]
+struct Cases(Vec<Case>);
+
+impl Cases {
+    fn add(
+        &mut self,
+        name: impl Into<String>,
+        expected: Expected,
+        test: impl Fn(&Path) + Send + Sync + 'static,
+    ) {
+        let test = Arc::new(test);
+        self.0.push(Case { name: name.into(), expected, needs_root: false, test });
+    }
+
+    fn add_as_root(&mut self, name: &str, expected: Expected, test: fn(&Path)) {
+        self.add(name, expected, test);
+        self.0.last_mut().unwrap().needs_root = true;
+    }
+}
+
+fn main() -> ExitCode {
+    let mut cases = Cases::default();
+    cli::register(&mut cases);
+    activation::register(&mut cases);
+    notify::register(&mut cases);
+    stop::register(&mut cases);
+    logging::register(&mut cases);
+    targets::register(&mut cases);
+    proxy_protocol::register(&mut cases);
+    forwarding::register(&mut cases);
+    limits::register(&mut cases);
+    backend_wait::register(&mut cases);
+
+    panic::set_hook(Box::new(|_| {}));
+    raise_descriptor_limit();
+    let directory = TempDir::new().unwrap();
+    // Some cases run as another user.
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let subjects = match Subject::Named.path(directory.path()) {
+        Some(_) => vec![Subject::Named],
+        None => vec![Subject::Ours, Subject::Threads, Subject::Old, Subject::New],
+    };
+    let is_root = rustix::process::geteuid().is_root();
+    let mut trials = Trials::default();
+    for subject in subjects {
+        let Some(path) = subject.path(directory.path()) else {
+            trials.skip(&format!("{}: all cases", subject.name()), subject.name());
+            continue;
+        };
+        for case in &cases.0 {
+            if subject.is_original() && matches!(case.expected, Expected::OursAlone) {
+                continue;
+            }
+            let name = format!("{}: {}", subject.name(), case.name);
+            if case.needs_root && !is_root {
+                trials.skip(&name, "root");
+                continue;
+            }
+            let (path, expected, test) = (path.clone(), case.expected, Arc::clone(&case.test));
+            trials.add_fallible(name, move || judge(subject, &path, expected, &*test));
+        }
+    }
+    // The cases measure CPU and count descriptors; two at a time keeps two cores busy.
+    trials.run_on(2)
+}
+
+fn judge(subject: Subject, path: &Path, expected: Expected, test: &Test) -> Result<(), Failed> {
+    let failure = panic::catch_unwind(AssertUnwindSafe(|| test(path))).err().map(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()))
+            .unwrap_or_default()
+    });
+    let expected = match expected {
+        Expected::FailsOn(subjects, words) if subjects.contains(&subject) => Some(words),
+        Expected::OnlyOurs(words) if subject.is_original() => Some(words),
+        _ => None,
+    };
+    match (failure, expected) {
+        (None, None) => Ok(()),
+        (Some(failure), Some(words)) if failure.contains(words) => Ok(()),
+        (Some(failure), None) => Err(failure.into()),
+        (Some(failure), Some(words)) => {
+            Err(format!("expected to fail here with {words:?}, but failed with: {failure}").into())
+        }
+        (None, Some(words)) => {
+            Err(format!("expected to fail here with {words:?}, but passed; mend the table").into())
+        }
+    }
+}
+
+fn echoes_after(client: &mut Socket, sent: &[u8]) {
+    let mut answer = vec![0; sent.len()];
+    client.read_exact(&mut answer).expect("the echo backend answers");
+    assert_eq!(answer, sent);
+}
+
+/// Waits until somebody accepts: the backend is not there, so that the client is closed.
+fn front_is_served(front: &Endpoint) -> bool {
+    read_all(&mut front.connect()).0.is_empty()
+}
+
+/// Something that no other test has at this moment.
+fn unique_name() -> String {
+    format!("{}-{}", std::process::id(), free_port())
+}
+
+/// A copy of the program where an unprivileged user may execute it.
+fn executable_by_all(program: &Path, directory: &TempDir) -> PathBuf {
+    let mode = || PermissionsExt::from_mode(0o755);
+    let copy = directory.path().join("program");
+    fs::copy(program, &copy).unwrap();
+    fs::set_permissions(&copy, mode()).unwrap();
+    fs::set_permissions(directory.path(), mode()).unwrap();
+    copy
+}
