@@ -12,7 +12,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
 use crate::clock;
-use crate::keeper::Keeper;
+use crate::fake_systemd::FakeSystemd;
 use crate::scrapers::Scrapers;
 
 /// The families on both sides of the proxy.
@@ -135,7 +135,7 @@ pub(crate) struct Running {
     pub(crate) process: Option<Child>,
     /// When it was executed, where that is known.
     pub(crate) executed: Option<u64>,
-    _keeper: Option<Keeper>,
+    _systemd: Option<FakeSystemd>,
     scrapers: Option<Scrapers>,
     _directory: TempDir,
 }
@@ -221,7 +221,7 @@ impl Contender {
                     front: target.clone(),
                     process: None,
                     executed: None,
-                    _keeper: None,
+                    _systemd: None,
                     scrapers: None,
                     _directory: directory,
                 };
@@ -236,15 +236,15 @@ impl Contender {
                     address.as_socket().expect("a TCP address")
                 });
                 let is_stored = words.iter().any(|word| word.starts_with("--handover="));
-                let keeper = is_stored.then(|| Keeper::start(path));
-                let notify = keeper.as_ref().map(|keeper| &*keeper.path);
+                let systemd = is_stored.then(|| FakeSystemd::with_fd_store(8));
+                let notify = systemd.as_ref().map(|systemd| &*systemd.path);
                 let (process, executed) = activate(&words, &socket, &written(target), user, notify);
                 return Running {
                     front,
                     process: Some(process),
                     executed,
                     scrapers: metrics.map(Scrapers::start),
-                    _keeper: keeper,
+                    _systemd: systemd,
                     _directory: directory,
                 };
             }
@@ -269,7 +269,7 @@ impl Contender {
             front,
             process: Some(process),
             executed: None,
-            _keeper: None,
+            _systemd: None,
             scrapers: None,
             _directory: directory,
         }

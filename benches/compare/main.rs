@@ -9,7 +9,9 @@
 
 mod clock;
 mod contender;
-mod keeper;
+#[path = "../../tests/support/fake_systemd.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the tests use the rest")]
+mod fake_systemd;
 mod load;
 mod process;
 mod report;

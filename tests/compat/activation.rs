@@ -66,13 +66,13 @@ fn vsock_listener(program: &Path) {
     };
     socket.bind(&address).unwrap();
     socket.listen(1).unwrap();
-    let mut manager = Manager::new();
+    let systemd = FakeSystemd::new();
     let _proxy = Launch::new(program)
         .args(["--exit-idle-time=1s", "127.0.0.1:80"])
         .socket(&socket)
-        .env("NOTIFY_SOCKET", manager.path.display())
+        .notify(&systemd)
         .start();
-    manager.wait_for("STOPPING=1");
+    systemd.wait_for("STOPPING=1");
     // A name of a socket that exists is as it is written; any port of any CID again.
     let any = ["--listen=vsock::4294967295", "--log-level=debug", "127.0.0.1:80"];
     let proxy = Launch::new(program).args(any).start();

@@ -76,11 +76,11 @@ fn bind_backend(address: &SockAddr) -> Socket {
 }
 
 fn started(launch: Launch) -> Running {
-    let mut manager = Manager::new();
-    let mut proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+    let systemd = FakeSystemd::new();
+    let mut proxy = launch.notify(&systemd).start();
     let ready = thread::spawn(move || {
-        manager.wait_for("READY=1");
-        manager
+        systemd.wait_for("READY=1");
+        systemd
     });
     poll_until(Instant::now() + PATIENCE, || {
         if !proxy.is_running() {

@@ -106,13 +106,9 @@ fn wrong_at_start(program: &Path) {
     let long = format!("/{}", "x".repeat(107));
     for target in ["", ":80", "localhost:99999", "localhost:", "::1", "[::1", "@", &long] {
         let front = Endpoint::new(Family::Tcp);
-        let mut manager = Manager::new();
-        let mut proxy = Launch::new(program)
-            .arg(target)
-            .listener(&front)
-            .env("NOTIFY_SOCKET", manager.path.display())
-            .start();
-        let ready = thread::spawn(move || manager.next());
+        let systemd = FakeSystemd::new();
+        let mut proxy = Launch::new(program).arg(target).listener(&front).notify(&systemd).start();
+        let ready = thread::spawn(move || systemd.next());
         let ended = poll_until(Instant::now() + PATIENCE, || {
             (ready.is_finished() || !proxy.is_running()).then(|| !proxy.is_running())
         });

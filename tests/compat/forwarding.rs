@@ -212,7 +212,7 @@ fn floods(program: &Path, with_descriptors: bool) {
         let [from, to] = [Family::Unix, Family::Tcp].map(Endpoint::new);
         let (front, backend) = if from_client { (from, to) } else { (to, from) };
         let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
-        let times = beside_floods(&front, &backend, from_client, with_descriptors);
+        let times = floods::beside_floods(&front, &backend, from_client, with_descriptors);
         assert!(times[7] < Duration::from_millis(100), "answers took {times:?}");
     }
 }

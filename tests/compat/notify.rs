@@ -19,46 +19,43 @@ pub(crate) fn register(cases: &mut Cases) {
 
 fn notifications(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let mut manager = Manager::new();
+    let systemd = FakeSystemd::new();
     let mut proxy = Launch::new(program)
         .args(["--exit-idle-time=100ms", &backend.target])
         .listener(&front)
-        .env("NOTIFY_SOCKET", manager.path.display())
+        .notify(&systemd)
         .start();
     let mut client = front.connect();
-    assert_eq!(manager.next(), "READY=1");
-    assert_eq!(manager.next(), "STATUS=Processing requests...");
+    assert_eq!(systemd.next(), "READY=1");
+    assert_eq!(systemd.next(), "STATUS=Processing requests...");
     echoes(&mut client);
     drop(client);
-    manager.wait_for("STOPPING=1");
-    manager.wait_for("STATUS=Shutting down...");
+    systemd.wait_for("STOPPING=1");
+    systemd.wait_for("STATUS=Shutting down...");
     assert_eq!(proxy.wait().code(), Some(0));
 }
 
 fn watchdog(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let mut manager = Manager::new();
+    let systemd = FakeSystemd::new();
     let _proxy = Launch::new(program)
         .arg(&backend.target)
         .listener(&front)
-        .env("NOTIFY_SOCKET", manager.path.display())
+        .notify(&systemd)
         .env("WATCHDOG_USEC", 200_000)
         .start();
     for _ in 0..3 {
-        manager.wait_for("WATCHDOG=1");
+        systemd.wait_for("WATCHDOG=1");
     }
     echoes(&mut front.connect());
 }
 
 fn status_rate(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let mut manager = Manager::new();
-    let _proxy = Launch::new(program)
-        .arg(&backend.target)
-        .listener(&front)
-        .env("NOTIFY_SOCKET", manager.path.display())
-        .start();
-    manager.wait_for("STATUS=Processing requests...");
+    let systemd = FakeSystemd::new();
+    let _proxy =
+        Launch::new(program).arg(&backend.target).listener(&front).notify(&systemd).start();
+    systemd.wait_for("STATUS=Processing requests...");
     // Far more changes than messages.
     let start = Instant::now();
     thread::scope(|scope| {
@@ -67,10 +64,10 @@ fn status_rate(program: &Path) {
                 echoes(&mut front.connect());
             }
         });
-        manager.wait_for("STATUS=");
+        systemd.wait_for("STATUS=");
         for _ in 0..2 {
             let last = Instant::now();
-            let status = manager.wait_for("STATUS=");
+            let status = systemd.wait_for("STATUS=");
             let apart = last.elapsed();
             assert!(status.contains(" of 256, ") && status.contains(" served, "), "{status}");
             assert!(apart > Duration::from_millis(700), "{apart:?} apart");

@@ -71,12 +71,9 @@ fn queued_at_the_deadline(program: &Path) {
 
 fn terminate(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
-    let mut manager = Manager::new();
-    let mut proxy = Launch::new(program)
-        .arg(&backend.target)
-        .listener(&front)
-        .env("NOTIFY_SOCKET", manager.path.display())
-        .start();
+    let systemd = FakeSystemd::new();
+    let mut proxy =
+        Launch::new(program).arg(&backend.target).listener(&front).notify(&systemd).start();
     let mut client = front.connect();
     let mut server = backend.accept();
     server.write_all(b"half of a download").unwrap();
@@ -87,10 +84,10 @@ fn terminate(program: &Path) {
     let last = {
         // A mark behind whatever the program said.
         let mark = std::os::unix::net::UnixDatagram::unbound().unwrap();
-        mark.send_to(b"MARK=1", &manager.path).unwrap();
+        mark.send_to(b"MARK=1", &systemd.path).unwrap();
         let mut last = String::new();
         loop {
-            match manager.next() {
+            match systemd.next() {
                 mark if mark == "MARK=1" => break last,
                 next => last = next,
             }
@@ -104,16 +101,16 @@ fn terminate(program: &Path) {
 
 fn stops_on(program: &Path, signal: Signal) {
     let front = Endpoint::new(Family::Tcp);
-    let mut manager = Manager::new();
+    let systemd = FakeSystemd::new();
     let mut proxy = Launch::new(program)
         .args(["--exit-idle-time=1h", "127.0.0.1:80"])
         .listener(&front)
-        .env("NOTIFY_SOCKET", manager.path.display())
+        .notify(&systemd)
         .start();
     assert!(front_is_served(&front));
     proxy.signal(signal);
     assert_eq!(proxy.wait().code(), Some(0), "killed by a signal");
-    manager.wait_for("STOPPING=1");
+    systemd.wait_for("STOPPING=1");
 }
 
 /// As with nohup(1), and in what a shell's script starts with `&`.

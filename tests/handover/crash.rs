@@ -45,14 +45,14 @@ fn unstored_reset_stays_a_reset(backend_resets: bool) {
     resets.write_all(b"a part").unwrap();
     reset(resets);
     // As the process did in its last moment.
-    let queue = queue(&proxy.keeper);
+    let queue = queue(&proxy.systemd);
     for message in queue.messages() {
         for fd in message.unwrap().fds {
             let _ = socket2::SockRef::from(&fd).take_error();
         }
     }
-    proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
-    proxy.keeper.wait_for("READY=1");
+    proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
+    proxy.systemd.wait_for("READY=1");
     let (bytes, end) = read_all(&mut stays);
     assert_eq!(bytes, b"a part");
     assert!(is_reset(&end), "{end:?}");
@@ -66,12 +66,12 @@ fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
     let mut proxy = Proxy::start(&front, &arguments);
     let mut all: Vec<_> = (0..300).map(|_| joined(&front, &backend)).collect();
     proxy.end(end);
-    let stored_before = stored(&proxy.keeper);
+    let stored_before = stored(&proxy.systemd);
     assert_eq!(stored_before, all.len());
     for _ in 0..3 {
         // While it reads the store, as far as one can tell from outside: not at its place in the
         // queue, which is that of whoever reads it.
-        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+        proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
         let is_reading = || {
             let links = std::fs::read_dir(format!("/proc/{}/fd", proxy.running.pid()));
             (links.unwrap().count() > 40).then_some(())
@@ -79,7 +79,7 @@ fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
         poll_until(Instant::now() + PATIENCE, is_reading).unwrap();
         // Whoever has taken all of it is not recovering any more.
         proxy.running.signal(Signal::STOP);
-        if handover == "--handover=restart" && stored(&proxy.keeper) == 0 {
+        if handover == "--handover=restart" && stored(&proxy.systemd) == 0 {
             // It has taken all of them, and is not recovering any more.
             proxy.running.signal(Signal::CONT);
             proxy.end(End::Stopped);
@@ -87,9 +87,9 @@ fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
             proxy.end(End::Killed);
         }
     }
-    proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+    proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
     proxy.running.lines.wait_for("Recovered connections: 300.");
-    proxy.keeper.wait_for("STATUS=300 connections of 2000, 0 served, 0 bytes; 300 recovered");
+    proxy.systemd.wait_for("STATUS=300 connections of 2000, 0 served, 0 bytes; 300 recovered");
     for (client, served) in &mut all {
         passes(client, served);
         passes(served, client);
@@ -101,6 +101,6 @@ fn flood_delays_no_other_client(from_client: bool, with_descriptors: bool) {
     let [from, to] = [Family::Unix, Family::Tcp].map(Endpoint::new);
     let (front, backend) = if from_client { (from, to) } else { (to, from) };
     let _proxy = Proxy::start(&front, &["--handover=crash", &backend.target]);
-    let times = beside_floods(&front, &backend, from_client, with_descriptors);
+    let times = floods::beside_floods(&front, &backend, from_client, with_descriptors);
     assert!(times[7] < Duration::from_millis(100), "answers took {times:?}");
 }

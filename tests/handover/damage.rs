@@ -7,7 +7,6 @@ use socket_proxyd::testing::{Queue, Record, RecordBody, encode_message};
 use socket2::Socket;
 
 use crate::launch;
-use crate::support::keeper::Keeper;
 use crate::support::*;
 
 pub(crate) fn register(trials: &mut Trials) {
@@ -35,7 +34,7 @@ pub(crate) fn register(trials: &mut Trials) {
 }
 
 /// What is stored, how, and what the log says of it.
-type Damaged = (&'static str, fn(&Keeper), &'static str);
+type Damaged = (&'static str, fn(&FakeSystemd), &'static str);
 
 const DAMAGED: [Damaged; 5] = [
     ("a file as the queue", file_as_the_queue, "damaged"),
@@ -45,30 +44,30 @@ const DAMAGED: [Damaged; 5] = [
     ("messages that are not records", foreign_messages, "can't be taken back, closing them: 3."),
 ];
 
-fn file_as_the_queue(keeper: &Keeper) {
-    keeper.put(&name("queue"), tempfile::tempfile().unwrap());
+fn file_as_the_queue(systemd: &FakeSystemd) {
+    systemd.fd_store.put(&name("queue"), tempfile::tempfile().unwrap());
 }
 
-fn one_end_of_the_queue(keeper: &Keeper) {
-    keeper.put(&name("sender"), open_socket());
+fn one_end_of_the_queue(systemd: &FakeSystemd) {
+    systemd.fd_store.put(&name("sender"), open_socket());
 }
 
-fn stream_sockets_as_the_queue(keeper: &Keeper) {
+fn stream_sockets_as_the_queue(systemd: &FakeSystemd) {
     let (one, other) = socket_pair(Family::Unix);
-    keeper.put(&name("queue"), one);
-    keeper.put(&name("sender"), other);
+    systemd.fd_store.put(&name("queue"), one);
+    systemd.fd_store.put(&name("sender"), other);
 }
 
-fn unknown_descriptors(keeper: &Keeper) {
-    keeper.put("config", tempfile::tempfile().unwrap());
-    keeper.put("peer", open_socket());
+fn unknown_descriptors(systemd: &FakeSystemd) {
+    systemd.fd_store.put("config", tempfile::tempfile().unwrap());
+    systemd.fd_store.put("peer", open_socket());
 }
 
-fn foreign_messages(keeper: &Keeper) {
+fn foreign_messages(systemd: &FakeSystemd) {
     let queue = Queue::new().unwrap();
     let [inner, sender] = queue.ends();
-    keeper.put(&name("queue"), inner);
-    keeper.put(&name("sender"), sender);
+    systemd.fd_store.put(&name("queue"), inner);
+    systemd.fd_store.put(&name("sender"), sender);
     let socket = open_socket();
     queue.append(b"what is this", &[socket.as_fd()]).unwrap();
     queue.append(&[0; 4000], &[socket.as_fd(); 200]).unwrap();
@@ -91,21 +90,21 @@ fn name(end: &str) -> String {
     format!("handover-of-socket-proxyd.{end}")
 }
 
-fn damage_is_removed(handover: &str, put: fn(&Keeper), says: &str) {
+fn damage_is_removed(handover: &str, put: fn(&FakeSystemd), says: &str) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
-    let keeper = Keeper::new(8);
-    put(&keeper);
+    let systemd = FakeSystemd::with_fd_store(8);
+    put(&systemd);
     let arguments = [format!("--handover={handover}"), backend.target.clone()];
-    let mut proxy = launch(&front, &arguments, &keeper);
-    keeper.wait_for("READY=1");
+    let mut proxy = launch(&front, &arguments, &systemd);
+    systemd.wait_for("READY=1");
     let mut client = front.connect();
     echoes(&mut client);
     proxy.lines.wait_for(says);
-    assert_eq!(keeper.names(), [name("queue"), name("sender")]);
+    assert_eq!(systemd.fd_store.names(), [name("queue"), name("sender")]);
     // The new queue works.
     proxy.signal(Signal::TERM);
     proxy.wait();
-    let _proxy = launch(&front, &arguments, &keeper);
+    let _proxy = launch(&front, &arguments, &systemd);
     echoes(&mut client);
 }
 
@@ -114,9 +113,9 @@ fn warns_without_a_store(handover: &str, max: Option<usize>) {
     let launch = Launch::new(OURS)
         .args([&format!("--handover={handover}"), &backend.target])
         .listener(&front);
-    let keeper = max.map(Keeper::new);
-    let launch = match &keeper {
-        Some(keeper) => keeper.launch(launch, 1),
+    let systemd = max.map(FakeSystemd::with_fd_store);
+    let launch = match &systemd {
+        Some(systemd) => launch.stored_by(systemd),
         None => launch,
     };
     let mut proxy = launch.start();
@@ -129,7 +128,7 @@ fn warns_without_a_store(handover: &str, max: Option<usize>) {
     };
     let log = proxy.lines.all();
     assert!(log.matches("--handover=").count() == 1 && log.contains(says), "{log}");
-    if let Some(keeper) = keeper {
-        assert!(keeper.names().is_empty(), "{:?}", keeper.names());
+    if let Some(systemd) = systemd {
+        assert!(systemd.fd_store.names().is_empty(), "{:?}", systemd.fd_store.names());
     }
 }

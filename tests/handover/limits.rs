@@ -8,7 +8,6 @@ use socket_proxyd::testing::{Queue, record_ids};
 use socket2::Socket;
 use tokio::time::Instant;
 
-use crate::support::keeper::Keeper;
 use crate::support::*;
 use crate::{End, MODES, Mode, Proxy, joined, launch, passes, queue, stored};
 
@@ -41,29 +40,29 @@ pub(crate) fn register(trials: &mut Trials) {
 /// The queue as it is without privileges, by default.
 const DEFAULT_WMEM_MAX: usize = 212_992;
 
-fn keeper_with_queue(bytes: usize) -> Keeper {
-    let keeper = Keeper::new(8);
+fn systemd_with_queue(bytes: usize) -> FakeSystemd {
+    let systemd = FakeSystemd::with_fd_store(8);
     let queue = Queue::new().unwrap();
     for (end, fd) in ["queue", "sender"].into_iter().zip(queue.ends()) {
         rustix::net::sockopt::set_socket_send_buffer_size(fd, bytes).unwrap();
-        keeper.put(&format!("handover-of-socket-proxyd.{end}"), fd);
+        systemd.fd_store.put(&format!("handover-of-socket-proxyd.{end}"), fd);
     }
-    keeper
+    systemd
 }
 
 fn default_queue_holds_thousands() {
     const CONNECTIONS: usize = 2000;
     raise_descriptor_limit();
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
-    let keeper = keeper_with_queue(DEFAULT_WMEM_MAX);
+    let systemd = systemd_with_queue(DEFAULT_WMEM_MAX);
     let mut all: Vec<Socket> = Vec::new();
     // Also one way after the other, with forms and pipes of their own.
     for (handover, end) in
         [("crash", End::Killed), ("crash", End::Stopped), ("restart", End::Stopped)]
     {
         let arguments = [format!("--handover={handover}"), "-c3000".into(), backend.target.clone()];
-        let mut proxy = launch(&front, &arguments, &keeper);
-        keeper.wait_for("READY=1");
+        let mut proxy = launch(&front, &arguments, &systemd);
+        systemd.wait_for("READY=1");
         while all.len() < CONNECTIONS {
             all.push(front.connect());
             echoes(all.last_mut().unwrap());
@@ -78,7 +77,7 @@ fn default_queue_holds_thousands() {
         assert!(!log.contains("store is full") && !log.contains("not stored"), "{log}");
     }
     let arguments = ["--handover=crash".into(), "-c3000".into(), backend.target.clone()];
-    let proxy = launch(&front, &arguments, &keeper);
+    let proxy = launch(&front, &arguments, &systemd);
     proxy.lines.wait_for(&format!("Recovered connections: {CONNECTIONS}."));
     all.iter_mut().for_each(echoes);
     assert_eq!(proxy.lines.count("store"), 0);
@@ -87,10 +86,10 @@ fn default_queue_holds_thousands() {
 fn restart_needs_no_more_descriptors(Mode { handover, end }: Mode) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
     let arguments = [format!("--handover={handover}"), "-c100".into(), backend.target.clone()];
-    let keeper = Keeper::new(4);
+    let systemd = FakeSystemd::with_fd_store(4);
     let launch = || {
         let launch = Launch::new(OURS).args(&arguments).listener(&front);
-        keeper.launch(launch.descriptors(1024), 1).start()
+        launch.descriptors(1024).stored_by(&systemd).start()
     };
     let mut proxy = launch();
     let mut all: Vec<_> = (0..90).map(|_| front.connect()).collect();
@@ -109,10 +108,10 @@ fn restart_needs_no_more_descriptors(Mode { handover, end }: Mode) {
 fn too_few_descriptors(Mode { handover, end }: Mode) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
     let arguments = [format!("--handover={handover}"), "-c100".into(), backend.target.clone()];
-    let keeper = Keeper::new(4);
+    let systemd = FakeSystemd::with_fd_store(4);
     let launch = |descriptors| {
         let launch = Launch::new(OURS).args(&arguments).listener(&front);
-        keeper.launch(launch.descriptors(descriptors), 1).start()
+        launch.descriptors(descriptors).stored_by(&systemd).start()
     };
     let mut proxy = launch(1024);
     let mut all: Vec<_> = (0..90).map(|_| front.connect()).collect();
@@ -137,10 +136,10 @@ fn stores_no_more_than_can_be_opened() {
     const CONNECTIONS: usize = 100;
     let (front, backend) = (Endpoint::new(Family::Unix), Endpoint::new(Family::Unix));
     let arguments = ["--handover=restart".into(), "-c150".into(), backend.target.clone()];
-    let keeper = Keeper::new(4);
+    let systemd = FakeSystemd::with_fd_store(4);
     let launch = || {
         let launch = Launch::new(OURS).args(&arguments).listener(&front);
-        keeper.launch(launch.descriptors(300), 1).start()
+        launch.descriptors(300).stored_by(&systemd).start()
     };
     let mut proxy = launch();
     let mut all: Vec<_> = (0..CONNECTIONS).map(|_| (front.connect(), backend.accept())).collect();
@@ -162,19 +161,19 @@ fn stores_no_more_than_can_be_opened() {
 
 fn full_store() {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
-    let keeper = keeper_with_queue(2304);
+    let systemd = systemd_with_queue(2304);
     let arguments = ["--handover=crash".into(), backend.target.clone()];
-    let proxy = launch(&front, &arguments, &keeper);
-    keeper.wait_for("READY=1");
+    let proxy = launch(&front, &arguments, &systemd);
+    systemd.wait_for("READY=1");
     let mut all: Vec<_> = (0..100).map(|_| joined(&front, &backend)).collect();
     all.iter_mut().for_each(|(client, served)| passes(served, client));
     assert_eq!(proxy.lines.count("The store is full"), 1);
     proxy.signal(Signal::KILL);
     drop(proxy);
-    let entry = stored(&keeper);
+    let entry = stored(&systemd);
     assert!((1..60).contains(&entry), "{entry}");
-    let _proxy = launch(&front, &arguments, &keeper);
-    keeper.wait_for("READY=1");
+    let _proxy = launch(&front, &arguments, &systemd);
+    systemd.wait_for("READY=1");
     let mut live = 0;
     for (mut client, mut served) in all {
         let mut answer = [0];
@@ -231,11 +230,11 @@ fn store_does_not_leak(Mode { handover, end }: Mode) {
         }
         proxy.end(end);
         // Those that were on their way out at the end, and twice what lives.
-        let payloads = queue(&proxy.keeper).payloads().unwrap();
+        let payloads = queue(&proxy.systemd).payloads().unwrap();
         let records: usize = payloads.iter().map(|text| record_ids(text).unwrap().len()).sum();
         assert!(records <= 2 * 200 + 32, "{records} records");
-        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
-        proxy.keeper.wait_for("READY=1");
+        proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
+        proxy.systemd.wait_for("READY=1");
         quiet.iter_mut().for_each(echoes);
         held.push(proxy.running.descriptors());
     }

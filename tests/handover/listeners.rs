@@ -6,7 +6,6 @@ use std::net::SocketAddr;
 use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::support::keeper::Keeper;
 use crate::support::*;
 use crate::{End, MODES, Mode, passes};
 
@@ -53,15 +52,15 @@ fn waiting_client_stays_with_its_listener(Mode { handover, end }: Mode) {
     let port = six.local_addr().unwrap().as_socket().unwrap().port();
     let four = wildcard(&format!("0.0.0.0:{port}"), Domain::IPV4);
     let backends = [free_port(), free_port()];
-    let keeper = Keeper::new(8);
+    let systemd = FakeSystemd::with_fd_store(8);
     let launch = || {
         let launch = Launch::new(OURS).socket(&six).socket(&four);
         let handover = format!("--handover={handover}");
         let launch = launch.args([&*handover, "--backend-wait=1min"]);
         let launch = launch.arg(format!("[::]:{port}=127.0.0.1:{}", backends[0]));
         let launch = launch.arg(format!("0.0.0.0:{port}=127.0.0.1:{}", backends[1]));
-        let running = keeper.launch(launch, 2).start();
-        keeper.wait_for("READY=1");
+        let running = launch.stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
         running
     };
     let mut proxy = launch();
@@ -102,10 +101,10 @@ fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Fami
     let (listen, address) = place(family, &directory);
     let arguments =
         [format!("--handover={handover}"), format!("--listen={listen}"), backend.target.clone()];
-    let keeper = Keeper::new(4);
-    let launch = || keeper.launch(Launch::new(OURS).args(&arguments), 0).start();
+    let systemd = FakeSystemd::with_fd_store(4);
+    let launch = || Launch::new(OURS).args(&arguments).stored_by(&systemd).start();
     let mut proxy = launch();
-    keeper.wait_for("READY=1");
+    systemd.wait_for("READY=1");
     let (mut client, mut served) = (connect(&address), backend.accept());
     passes(&mut client, &mut served);
     for _ in 0..3 {
@@ -120,9 +119,9 @@ fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Fami
         let mut served_too = backend.accept();
         served_too.read_exact(&mut [0; 5]).unwrap();
         passes(&mut client, &mut served);
-        keeper.wait_for("READY=1");
+        systemd.wait_for("READY=1");
     }
-    assert_eq!(keeper.names().len(), 2, "nothing but the queue");
+    assert_eq!(systemd.fd_store.names().len(), 2, "nothing but the queue");
     proxy.signal(Signal::TERM);
     proxy.wait();
 }
@@ -133,11 +132,11 @@ fn failed_start_leaves_the_store(Mode { handover, end }: Mode, family: Family) {
     let (listen, address) = place(family, &directory);
     let handover = format!("--handover={handover}");
     let listen = format!("--listen={listen}");
-    let keeper = Keeper::new(4);
-    let launch = |arguments: &[&str]| keeper.launch(Launch::new(OURS).args(arguments), 0).start();
+    let systemd = FakeSystemd::with_fd_store(4);
+    let launch = |arguments: &[&str]| Launch::new(OURS).args(arguments).stored_by(&systemd).start();
     let right = [&*handover, &listen, &backend.target];
     let mut proxy = launch(&right);
-    keeper.wait_for("READY=1");
+    systemd.wait_for("READY=1");
     let joined = || {
         let (mut client, mut served) = (connect(&address), backend.accept());
         passes(&mut client, &mut served);
@@ -160,7 +159,7 @@ fn failed_start_leaves_the_store(Mode { handover, end }: Mode, family: Family) {
     // And then nothing is started any more.
     end_by(&mut proxy, end);
     assert_eq!(launch(&[&handover, &listen, "other=/nowhere"]).wait().code(), Some(1));
-    keeper.clear();
+    systemd.fd_store.clear();
     assert!(is_reset(&read_all(&mut served).1));
 }
 
@@ -185,11 +184,11 @@ fn address_is_spelled_differently(Mode { handover, end }: Mode) {
     let backend = Endpoint::new(Family::Unix);
     let port = free_port();
     let handover = format!("--handover={handover}");
-    let keeper = Keeper::new(4);
+    let systemd = FakeSystemd::with_fd_store(4);
     let launch = |handover: &str, listen: &str| {
         let arguments = [handover, &format!("--listen={listen}"), &backend.target];
-        let running = keeper.launch(Launch::new(OURS).args(arguments), 0).start();
-        keeper.wait_for("READY=1");
+        let running = Launch::new(OURS).args(arguments).stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
         running
     };
     let address = SocketAddr::from(([127, 0, 0, 1], port)).into();
@@ -213,16 +212,16 @@ fn address_is_spelled_differently(Mode { handover, end }: Mode) {
 
 fn unknown_descriptor_is_not_a_listener() {
     let backend = echo_backend(Family::Unix);
-    let keeper = Keeper::new(8);
-    keeper.put("config", tempfile::tempfile().unwrap());
+    let systemd = FakeSystemd::with_fd_store(8);
+    systemd.fd_store.put("config", tempfile::tempfile().unwrap());
     let listen = format!("127.0.0.1:{}", free_port());
     let launch = Launch::new(OURS).args([
         "--handover=crash",
         &format!("--listen={listen}"),
         &backend.target,
     ]);
-    let proxy = keeper.launch(launch, 0).start();
+    let proxy = launch.stored_by(&systemd).start();
     proxy.lines.wait_for("closing it: config.");
-    keeper.wait_for("READY=1");
+    systemd.wait_for("READY=1");
     echoes(&mut connect(&listen.parse::<SocketAddr>().unwrap().into()));
 }

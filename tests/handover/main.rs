@@ -18,7 +18,6 @@ use socket_proxyd::testing::{Queue, replay};
 use socket2::Socket;
 use tokio::time::Instant;
 
-use support::keeper::Keeper;
 use support::*;
 
 fn main() -> ExitCode {
@@ -64,24 +63,24 @@ enum End {
 struct Proxy<'a> {
     front: &'a Endpoint,
     arguments: Vec<String>,
-    keeper: Keeper,
+    systemd: FakeSystemd,
     running: Running,
 }
 
 impl<'a> Proxy<'a> {
     fn start(front: &'a Endpoint, arguments: &[&str]) -> Self {
         let arguments: Vec<_> = arguments.iter().map(ToString::to_string).collect();
-        let keeper = Keeper::new(8);
-        let running = launch(front, &arguments, &keeper);
-        keeper.wait_for("READY=1");
-        Self { front, arguments, keeper, running }
+        let systemd = FakeSystemd::with_fd_store(8);
+        let running = launch(front, &arguments, &systemd);
+        systemd.wait_for("READY=1");
+        Self { front, arguments, systemd, running }
     }
 
     /// Another process in the place of this one.
     fn again(&mut self, end: End) {
         self.end(end);
-        self.running = launch(self.front, &self.arguments, &self.keeper);
-        self.keeper.wait_for("READY=1");
+        self.running = launch(self.front, &self.arguments, &self.systemd);
+        self.systemd.wait_for("READY=1");
     }
 
     fn end(&mut self, end: End) {
@@ -102,7 +101,7 @@ impl<'a> Proxy<'a> {
             stat.unwrap().rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
         };
         poll_until(Instant::now() + PATIENCE, stands).unwrap();
-        let records = stored(&self.keeper);
+        let records = stored(&self.systemd);
         self.running.signal(Signal::CONT);
         records
     }
@@ -118,20 +117,20 @@ impl<'a> Proxy<'a> {
     }
 }
 
-fn launch(front: &Endpoint, arguments: &[String], keeper: &Keeper) -> Running {
+fn launch(front: &Endpoint, arguments: &[String], systemd: &FakeSystemd) -> Running {
     let launch = Launch::new(OURS).args(["--log-level=debug"]).args(arguments).listener(front);
-    keeper.launch(launch, 1).start()
+    launch.stored_by(systemd).start()
 }
 
 /// Records that count in the queue.
-fn stored(keeper: &Keeper) -> usize {
-    let queue = queue(keeper);
+fn stored(systemd: &FakeSystemd) -> usize {
+    let queue = queue(systemd);
     replay(&queue.payloads().unwrap(), queue.messages()).unwrap().records.len()
 }
 
-fn queue(keeper: &Keeper) -> Queue {
-    let [inner, sender] =
-        ["queue", "sender"].map(|end| keeper.get(&format!("handover-of-socket-proxyd.{end}")));
+fn queue(systemd: &FakeSystemd) -> Queue {
+    let [inner, sender] = ["queue", "sender"]
+        .map(|end| systemd.fd_store.get(&format!("handover-of-socket-proxyd.{end}")));
     Queue::from_ends(inner, sender)
 }
 

@@ -8,7 +8,6 @@ use std::time::Duration;
 use rustix::process::Signal;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::support::keeper::Keeper;
 use crate::support::*;
 use crate::{End, MODES, Mode, Proxy, joined, launch, passes};
 
@@ -179,12 +178,12 @@ fn ends_and_resets_stay_what_they_are(
     let (one, mut other) = between;
     one.set_linger(Some(Duration::ZERO)).unwrap();
     drop(one);
-    proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
+    proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
     let (_, ended) = read_all(&mut other);
     let both_tcp = (front_family, back) == (Family::Tcp, Family::Tcp);
     assert_eq!(is_reset(&ended), both_tcp, "{near:?} {ended:?}");
     drop(other);
-    proxy.keeper.wait_for("READY=1");
+    proxy.systemd.wait_for("READY=1");
     proxy.wait_until_stored(0);
     proxy.again(end);
     assert_eq!(proxy.running.lines.count("Recovered"), 0);
@@ -230,7 +229,7 @@ fn a_stop_for_good_resets(Mode { handover, end }: Mode) {
     let says = log.contains("Stopping, left open connections with systemd: 1.");
     assert_eq!(says, end == End::Stopped, "{log}");
     // As systemd does when nothing is started again.
-    proxy.keeper.clear();
+    proxy.systemd.fd_store.clear();
     let (mut client, mut served) = second;
     assert!(is_reset(&read_all(&mut client).1));
     assert!(is_reset(&read_all(&mut served).1));
@@ -343,7 +342,7 @@ fn mode_can_change() {
         if handover == "never" {
             proxy.running.lines.wait_for("Closing what was stored, since --handover=never.");
             drop(writer);
-            assert!(proxy.keeper.names().is_empty());
+            assert!(proxy.systemd.fd_store.names().is_empty());
             drop(client);
             return;
         }
@@ -365,10 +364,10 @@ fn half_closed_mptcp_client(handover: &str) {
     listener.listen(16).unwrap();
 
     let backend = Endpoint::new(Family::Tcp);
-    let keeper = Keeper::new(4);
+    let systemd = FakeSystemd::with_fd_store(4);
     let arguments = [format!("--handover={handover}"), backend.target.clone()];
     let launch = Launch::new(OURS).args(&arguments).socket(&listener);
-    let _proxy = keeper.launch(launch, 1).start();
+    let _proxy = launch.stored_by(&systemd).start();
     let mut client = socket().unwrap();
     client.connect(&listener.local_addr().unwrap()).unwrap();
     client.write_all(b"a question").unwrap();
@@ -402,8 +401,8 @@ fn urgent_data_is_forwarded(Mode { handover, end }: Mode) {
         // It is not stored any more, since its bytes are in the process now and then.
         proxy.end(end);
         assert!(read_all(&mut served).0.is_empty());
-        proxy.running = launch(&front, &proxy.arguments, &proxy.keeper);
-        proxy.keeper.wait_for("READY=1");
+        proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
+        proxy.systemd.wait_for("READY=1");
         assert_eq!(proxy.running.lines.count("Recovered"), 0);
     }
 }

@@ -23,12 +23,12 @@ fn it_is_served_and_that_is_all() {
     for (front, back) in PAIRS {
         let (mut client, passed) = accepted(front);
         let backend = echo_backend(back);
-        let mut manager = Manager::new();
+        let systemd = FakeSystemd::new();
         let launch = Launch::new(OURS).args(["--threads=2", &backend.target]).socket(&passed);
-        let launch = launch.env("NOTIFY_SOCKET", manager.path.display());
+        let launch = launch.notify(&systemd);
         let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
         drop(passed);
-        assert_eq!(manager.next(), "READY=1");
+        assert_eq!(systemd.next(), "READY=1");
         for _ in 0..3 {
             echoes(&mut client);
         }
@@ -44,7 +44,7 @@ fn it_is_served_and_that_is_all() {
         });
         answer.1.unwrap();
         assert!(answer.0 == message, "{} bytes", answer.0.len());
-        manager.wait_for("STOPPING=1");
+        systemd.wait_for("STOPPING=1");
         assert_eq!(proxy.wait().code(), Some(0));
         assert_eq!(proxy.lines.all(), "");
     }
@@ -77,12 +77,12 @@ fn whatever_comes_of_it_the_start_was_one() {
             } else {
                 Some(client)
             };
-            let mut manager = Manager::new();
+            let systemd = FakeSystemd::new();
             let launch = Launch::new(OURS).arg(target).socket(&passed);
-            let mut proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+            let mut proxy = launch.notify(&systemd).start();
             drop(passed);
-            assert_eq!(manager.next(), "READY=1", "{target} {is_gone}");
-            manager.wait_for("STOPPING=1");
+            assert_eq!(systemd.next(), "READY=1", "{target} {is_gone}");
+            systemd.wait_for("STOPPING=1");
             assert_eq!(proxy.wait().code(), Some(0), "{}", proxy.lines.all());
             drop(client);
         }

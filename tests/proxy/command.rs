@@ -327,12 +327,12 @@ fn two_hundred_clients_start_one_process() {
 
 #[test]
 fn it_sees_nothing_of_the_proxys() {
-    let manager = Manager::new();
+    let systemd = FakeSystemd::new();
     let service = Service::start_as(Family::Unix, &[], &["perl", APP], &[], |launch| {
         let given = fs::File::open("/etc/hostname").unwrap();
         let launch = launch.socket(&given).env("LISTEN_FDS", 1);
         let launch = launch.soft_descriptors(500).env("LISTEN_FDNAMES", "front");
-        launch.env("NOTIFY_SOCKET", manager.path.display()).env("WATCHDOG_USEC", 20_000_000)
+        launch.notify(&systemd).env("WATCHDOG_USEC", 20_000_000)
     });
     let mut client = service.connect();
     let environment = ask(&mut client, "environment");
@@ -616,12 +616,11 @@ fn messages_say_what_clients_wait_for() {
 
 #[test]
 fn what_ends_before_it_is_ready_is_tried_again_ever_more_slowly() {
-    let mut manager = Manager::new();
+    let systemd = FakeSystemd::new();
     let options = ["--backend-wait=2s", "--log-level=debug"];
     let program = ["sh", "-c", "echo \"started $$\" >>\"$2\"; exit 3", "sh"];
-    let mut service = Service::start_as(Family::Tcp, &options, &program, &[], |launch| {
-        launch.env("NOTIFY_SOCKET", manager.path.display())
-    });
+    let mut service =
+        Service::start_as(Family::Tcp, &options, &program, &[], |launch| launch.notify(&systemd));
     let start = Instant::now();
     let mut client = service.connect();
     assert_eq!(read_all(&mut client).0, b"");
@@ -637,7 +636,7 @@ fn what_ends_before_it_is_ready_is_tried_again_ever_more_slowly() {
     service.proxy.lines.wait_for("sh has ended before it was ready (exit status: 3); failure 2 in");
     let line = service.proxy.lines.wait_for(", for 2s");
     assert!(line.contains("before it was ready"), "{line}");
-    let status = manager.wait_for("STATUS=0 connections");
+    let status = systemd.wait_for("STATUS=0 connections");
     assert!(status.contains("; sh: failed "), "{status}");
     // With nobody waiting it is left alone.
     pause(Duration::from_secs(1));
@@ -791,10 +790,10 @@ fn new_privileges_are_forbidden_without_a_command_only() {
     for (words, forbidden) in
         [(&["127.0.0.1:9"][..], "1"), (&["127.0.0.1:9", "--", "/bin/sleep", "1000"], "0")]
     {
-        let (front, mut manager) = (Endpoint::new(Family::Tcp), Manager::new());
+        let (front, systemd) = (Endpoint::new(Family::Tcp), FakeSystemd::new());
         let launch = Launch::new(OURS).args(words).listener(&front);
-        let proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
-        manager.wait_for("READY=1");
+        let proxy = launch.notify(&systemd).start();
+        systemd.wait_for("READY=1");
         let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:"));
         assert_eq!(line.unwrap().trim(), forbidden, "{words:?}");

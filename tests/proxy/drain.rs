@@ -12,11 +12,11 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-fn start(front: &Endpoint, backend: &Endpoint, time: &str, manager: &Manager) -> Running {
+fn start(front: &Endpoint, backend: &Endpoint, time: &str, systemd: &FakeSystemd) -> Running {
     Launch::new(OURS)
         .args([&format!("--drain-time={time}"), "--threads=2", &backend.target])
         .listener(front)
-        .env("NOTIFY_SOCKET", manager.path.display())
+        .notify(systemd)
         .start()
 }
 
@@ -24,9 +24,9 @@ fn start(front: &Endpoint, backend: &Endpoint, time: &str, manager: &Manager) ->
 fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
     const BYTES: usize = 50_000_000;
     for (front, back) in PAIRS {
-        let (front, backend, mut manager) =
-            (Endpoint::new(front), Endpoint::new(back), Manager::new());
-        let mut proxy = start(&front, &backend, "60s", &manager);
+        let (front, backend, systemd) =
+            (Endpoint::new(front), Endpoint::new(back), FakeSystemd::new());
+        let mut proxy = start(&front, &backend, "60s", &systemd);
         let (mut client, mut served) = (front.connect(), backend.accept());
         let message = noise(7, BYTES);
         let received = thread::scope(|scope| {
@@ -34,9 +34,9 @@ fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
             let reader = scope.spawn(move || (read_all(&mut client), client));
             served.write_all(sent).unwrap();
             proxy.signal(Signal::TERM);
-            manager.wait_for("STOPPING=1");
-            assert_eq!(manager.next(), "EXTEND_TIMEOUT_USEC=30000000");
-            assert_eq!(manager.next(), "STATUS=Draining, 1 connection is left, for up to 1min");
+            systemd.wait_for("STOPPING=1");
+            assert_eq!(systemd.next(), "EXTEND_TIMEOUT_USEC=30000000");
+            assert_eq!(systemd.next(), "STATUS=Draining, 1 connection is left, for up to 1min");
             let mut newcomer = front.connect();
             newcomer.write_all(b"are you there?").unwrap();
             served.write_all(go_on).unwrap();
@@ -47,9 +47,9 @@ fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
             assert_eq!(newcomer.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
             newcomer.set_read_timeout(Some(PATIENCE)).unwrap();
             drop(client);
-            manager.wait_for("STATUS=Shutting down...");
+            systemd.wait_for("STATUS=Shutting down...");
             assert_eq!(proxy.wait().code(), Some(0));
-            let _next = start(&front, &backend, "60s", &manager);
+            let _next = start(&front, &backend, "60s", &systemd);
             let mut served = backend.accept();
             served.read_exact(&mut [0; 14]).expect("the newcomer's bytes");
             received
@@ -63,20 +63,20 @@ fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
 fn when_the_time_is_over_the_rest_is_reset() {
     for (front_family, back) in PAIRS {
         let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back));
-        let mut manager = Manager::new();
-        let mut proxy = start(&front, &backend, "2s", &manager);
+        let systemd = FakeSystemd::new();
+        let mut proxy = start(&front, &backend, "2s", &systemd);
         let first = (front.connect(), backend.accept());
         let (mut client, mut served) = (front.connect(), backend.accept());
-        manager.wait_for("READY=1");
+        systemd.wait_for("READY=1");
         let start = Instant::now();
         proxy.signal(Signal::INT);
-        manager.wait_for("STATUS=Draining, 2 connections are left, for up to 2s");
+        systemd.wait_for("STATUS=Draining, 2 connections are left, for up to 2s");
         // Who is it that is waited for?
         proxy.signal(Signal::USR1);
         proxy.lines.wait_for("Open connections: 2.");
         proxy.lines.wait_for("to the backend");
         drop(first);
-        manager.wait_for("STATUS=Draining, 1 connection is left, for up to 1s");
+        systemd.wait_for("STATUS=Draining, 1 connection is left, for up to 1s");
         for (socket, family) in [(&mut client, front_family), (&mut served, back)] {
             let (bytes, end) = read_all(socket);
             assert!(bytes.is_empty() && is_reset(&end) == (family == Family::Tcp), "{end:?}");
@@ -92,19 +92,19 @@ fn when_the_time_is_over_the_rest_is_reset() {
 fn a_second_signal_ends_it_at_once() {
     for (second, ends) in [(Signal::TERM, true), (Signal::INT, true), (Signal::HUP, false)] {
         let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
-        let mut manager = Manager::new();
-        let mut proxy = start(&front, &backend, "infinity", &manager);
+        let systemd = FakeSystemd::new();
+        let mut proxy = start(&front, &backend, "infinity", &systemd);
         let (mut client, mut served) = (front.connect(), backend.accept());
-        manager.wait_for("READY=1");
+        systemd.wait_for("READY=1");
         proxy.signal(Signal::TERM);
-        manager.wait_for("STATUS=Draining, 1 connection is left");
+        systemd.wait_for("STATUS=Draining, 1 connection is left");
         proxy.signal(second);
         if ends {
             assert_eq!(proxy.wait().code(), Some(0));
             assert!(is_reset(&read_all(&mut client).1));
         } else {
             // systemd's SendSIGHUP= sends one right behind SIGTERM.
-            manager.wait_for("STATUS=Draining, 1 connection is left");
+            systemd.wait_for("STATUS=Draining, 1 connection is left");
             served.write_all(b"x").unwrap();
             client.read_exact(&mut [0]).expect("it is still served");
             drop((client, served));

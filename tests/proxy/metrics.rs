@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::support::keeper::Keeper;
 use crate::support::*;
 use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -323,13 +322,13 @@ fn what_is_no_address_or_is_taken_is_said() {
 /// With sockets of its own, what is passed is only for scrapers, and nobody's that was left in the store.
 #[test]
 fn connections_that_were_taken_over_are_counted_as_such() {
-    let (scrapers, keeper) = (Endpoint::new(Family::Tcp), Keeper::new(8));
+    let (scrapers, systemd) = (Endpoint::new(Family::Tcp), FakeSystemd::with_fd_store(8));
     let (port, backend) = (free_port(), echo_backend(Family::Tcp));
     let listen = format!("--listen=127.0.0.1:{port}");
     let start = |listen: &str, target: &str| {
         let words = ["--metrics=fd:front", "--handover=restart", listen, target];
-        let proxy = keeper.launch(Launch::new(OURS).args(words).listener(&scrapers), 1).start();
-        keeper.wait_for("READY=1");
+        let proxy = Launch::new(OURS).args(words).listener(&scrapers).stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
         proxy
     };
     let text = || {

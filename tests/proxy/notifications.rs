@@ -8,56 +8,56 @@ use rustix::process::Signal;
 use tokio::time::Instant;
 
 /// Fills the manager's queue (net.unix.max_dgram_qlen).
-fn fill(manager: &Manager) {
+fn fill(systemd: &FakeSystemd) {
     let socket = UnixDatagram::unbound().unwrap();
     socket.set_nonblocking(true).unwrap();
-    while socket.send_to(b"FULL=1", &manager.path).is_ok() {}
+    while socket.send_to(b"FULL=1", &systemd.path).is_ok() {}
 }
 
-fn start(front: &Endpoint, manager: &Manager, args: &[&str]) -> Running {
+fn start(front: &Endpoint, systemd: &FakeSystemd, args: &[&str]) -> Running {
     let launch = Launch::new(OURS).args(args).listener(front);
-    launch.env("NOTIFY_SOCKET", manager.path.display()).start()
+    launch.notify(systemd).start()
 }
 
 #[test]
 fn ready_is_sent_when_there_is_room_and_clients_are_served_meanwhile() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let mut manager = Manager::new();
-    fill(&manager);
-    let proxy = start(&front, &manager, &[&backend.target]);
+    let systemd = FakeSystemd::new();
+    fill(&systemd);
+    let proxy = start(&front, &systemd, &[&backend.target]);
     let mut client = front.connect();
     echoes(&mut client);
     proxy.lines.wait_for("Failed to send READY=1 to systemd, trying again");
-    manager.wait_for("READY=1");
-    manager.wait_for("STATUS=1 connection");
+    systemd.wait_for("READY=1");
+    systemd.wait_for("STATUS=1 connection");
     echoes(&mut client);
 }
 
 #[test]
 fn an_idle_exit_waits_until_ready_is_sent() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let mut manager = Manager::new();
-    fill(&manager);
-    let mut proxy = start(&front, &manager, &["--exit-idle-time=50ms", &backend.target]);
+    let systemd = FakeSystemd::new();
+    fill(&systemd);
+    let mut proxy = start(&front, &systemd, &["--exit-idle-time=50ms", &backend.target]);
     echoes(&mut front.connect());
     pause(Duration::from_secs(2));
     assert!(proxy.is_running(), "a unit whose process ends before it is ready has failed");
-    manager.wait_for("READY=1");
+    systemd.wait_for("READY=1");
     assert_eq!(proxy.wait().code(), Some(0));
 }
 
 #[test]
 fn a_client_cancels_an_idle_exit_that_waits_for_ready() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let mut manager = Manager::new();
-    fill(&manager);
-    let mut proxy = start(&front, &manager, &["--exit-idle-time=50ms", &backend.target]);
+    let systemd = FakeSystemd::new();
+    fill(&systemd);
+    let mut proxy = start(&front, &systemd, &["--exit-idle-time=50ms", &backend.target]);
     echoes(&mut front.connect());
     // The idle time is over, and READY=1 not sent.
     pause(Duration::from_secs(1));
     let mut client = front.connect();
     echoes(&mut client);
-    manager.wait_for("READY=1");
+    systemd.wait_for("READY=1");
     pause(Duration::from_millis(300));
     echoes(&mut client);
     drop(client);
@@ -67,16 +67,16 @@ fn a_client_cancels_an_idle_exit_that_waits_for_ready() {
 #[test]
 fn a_stop_that_waits_for_ready_accepts_nobody() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let mut manager = Manager::new();
-    fill(&manager);
-    let mut proxy = start(&front, &manager, &["--log-level=debug", &backend.target]);
+    let systemd = FakeSystemd::new();
+    fill(&systemd);
+    let mut proxy = start(&front, &systemd, &["--log-level=debug", &backend.target]);
     echoes(&mut front.connect());
     proxy.lines.wait_for("Connection closed");
     proxy.signal(Signal::TERM);
     pause(Duration::from_millis(300));
     let _client = front.connect();
     pause(Duration::from_millis(300));
-    manager.wait_for("READY=1");
+    systemd.wait_for("READY=1");
     assert_eq!(proxy.wait().code(), Some(0));
     assert_eq!(proxy.lines.count("Connection established"), 1);
 }
@@ -84,10 +84,10 @@ fn a_stop_that_waits_for_ready_accepts_nobody() {
 #[test]
 fn a_stop_waits_for_nothing() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let mut manager = Manager::new();
-    let mut proxy = start(&front, &manager, &[&backend.target]);
-    manager.wait_for("READY=1");
-    fill(&manager);
+    let systemd = FakeSystemd::new();
+    let mut proxy = start(&front, &systemd, &[&backend.target]);
+    systemd.wait_for("READY=1");
+    fill(&systemd);
     let start = Instant::now();
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.wait().code(), Some(0));

@@ -99,12 +99,12 @@ fn logs_and_status_name_the_listener() {
     let fronts = [(); 2].map(|()| Endpoint::new(Family::Tcp));
     let one = named(Family::Tcp, "one");
     let nobody = format!("127.0.0.1:{}", free_port());
-    let mut manager = Manager::new();
+    let systemd = FakeSystemd::new();
     let launch = Launch::new(OURS).arg("--log-level=debug");
     let launch = launch.arg(format!("web={}", one.target)).arg(format!("api={nobody}"));
     let launch = fronts.iter().fold(launch, |launch, front| launch.listener(front));
     let launch = launch.env("LISTEN_FDNAMES", "web:api");
-    let proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+    let proxy = launch.notify(&systemd).start();
     let [web, api] = fronts.each_ref().map(|front| &front.target);
     assert_eq!(read_all(&mut fronts[1].connect()).0, b"");
     let failed = proxy.lines.wait_for("Failed to connect to remote host");
@@ -112,7 +112,7 @@ fn logs_and_status_name_the_listener() {
     let mut clients = [fronts[0].connect(), fronts[0].connect()];
     assert_eq!(clients.each_mut().map(greeting), ["one", "one"]);
     loop {
-        let status = manager.wait_for("STATUS=2 connections of 256, ");
+        let status = systemd.wait_for("STATUS=2 connections of 256, ");
         if status.ends_with(&format!("; web ({web}): 2")) {
             break;
         }

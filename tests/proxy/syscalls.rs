@@ -74,16 +74,16 @@ fn a_queued_client_comes_before_what_may_wait() {
     let directory = TempDir::new().unwrap();
     let log = directory.path().join("log");
     for (front, back) in PAIRS {
-        let (front, backend, mut manager) =
-            (Endpoint::new(front), echo_backend(back), Manager::new());
+        let (front, backend, systemd) =
+            (Endpoint::new(front), echo_backend(back), FakeSystemd::new());
         let mut client = front.connect();
         // The tracer is the child here, so that LISTEN_PID= stays true.
         let launch = Launch::new(STRACE).args(["-D", "-f", "-o"]).arg(log.display());
         let launch = launch.args([OURS, &backend.target]).listener(&front);
-        let launch = launch.env("NOTIFY_SOCKET", manager.path.display());
+        let launch = launch.notify(&systemd);
         let mut proxy = launch.env("WATCHDOG_USEC", 20_000_000).start();
         echoes(&mut client);
-        manager.wait_for("WATCHDOG=1");
+        systemd.wait_for("WATCHDOG=1");
         proxy.signal(Signal::TERM);
         assert!(proxy.wait().success());
         let traced = || {

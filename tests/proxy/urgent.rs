@@ -5,17 +5,16 @@
 
 use std::env;
 
-use crate::support::keeper::Keeper;
 use crate::support::*;
 
 fn transfers(options: &[&str]) {
     let transfers: usize = env::var("TRANSFERS").map_or(240, |it| it.parse().unwrap());
     for (front_family, back_family) in PAIRS {
         let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back_family));
-        let keeper = Keeper::new(8);
+        let systemd = FakeSystemd::with_fd_store(8);
         let launch = Launch::new(OURS).args(options).arg(&backend.target).listener(&front);
-        let _proxy = keeper.launch(launch, 1).start();
-        keeper.wait_for("READY=1");
+        let _proxy = launch.stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
         let half = transfers / 2;
         for (from_client, seeds) in [(true, 0..half), (false, half..transfers)] {
             let failures = urgent::carry(&front, &backend, from_client, seeds);

@@ -1,0 +1,230 @@
+//! Sockets of either family, and backends.
+
+use std::fmt;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use socket2::{Domain, SockAddr, Socket, Type};
+use tempfile::TempDir;
+
+use super::PATIENCE;
+
+/// The two families that both originals know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Tcp,
+    Unix,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Unix => "Unix",
+        })
+    }
+}
+
+/// Each pair of a listener's and a backend's family.
+pub const PAIRS: [(Family, Family); 4] = [
+    (Family::Tcp, Family::Tcp),
+    (Family::Tcp, Family::Unix),
+    (Family::Unix, Family::Tcp),
+    (Family::Unix, Family::Unix),
+];
+
+/// A listening socket, and its name as a target is written.
+pub struct Endpoint {
+    pub socket: Socket,
+    pub target: String,
+    pub address: SockAddr,
+    _directory: Option<TempDir>,
+}
+
+impl Endpoint {
+    pub fn new(family: Family) -> Self {
+        Self::with_backlog(family, 4096)
+    }
+
+    pub fn with_backlog(family: Family, backlog: i32) -> Self {
+        match family {
+            Family::Tcp => Self::tcp("127.0.0.1:0", backlog),
+            Family::Unix => {
+                let directory = TempDir::new().unwrap();
+                let path = directory.path().join("socket");
+                let address = SockAddr::unix(&path).unwrap();
+                let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+                socket.bind(&address).unwrap();
+                socket.listen(backlog).unwrap();
+                Self {
+                    socket,
+                    target: path.to_str().unwrap().into(),
+                    address,
+                    _directory: Some(directory),
+                }
+            }
+        }
+    }
+
+    pub fn tcp(address: &str, backlog: i32) -> Self {
+        let address: std::net::SocketAddr = address.parse().unwrap();
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+        if address.is_ipv6() {
+            socket.set_only_v6(false).unwrap();
+        }
+        socket.bind(&address.into()).unwrap();
+        socket.listen(backlog).unwrap();
+        let address = socket.local_addr().unwrap();
+        Self { socket, target: address.as_socket().unwrap().to_string(), address, _directory: None }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.address.as_socket().unwrap().port()
+    }
+
+    pub fn connect(&self) -> Socket {
+        connect(&self.address)
+    }
+
+    pub fn accept(&self) -> Socket {
+        self.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (socket, _) = self.socket.accept().expect("somebody connects to the backend");
+        patient(socket)
+    }
+}
+
+pub fn connect(address: &SockAddr) -> Socket {
+    let socket = Socket::new(address.domain(), Type::STREAM, None).unwrap();
+    socket.connect(address).expect("the listener has a backlog");
+    patient(socket)
+}
+
+fn patient(socket: Socket) -> Socket {
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_write_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// A Unix socket's address, of whatever bytes and length: bind(2) takes a path of 108 without a NUL.
+pub fn unix_address(name: &[u8]) -> SockAddr {
+    // SAFETY: the address is a sockaddr_un with as many bytes of a path as there is room for.
+    let address = unsafe {
+        SockAddr::try_init(|storage, length| {
+            let address = &mut *storage.cast::<libc::sockaddr_un>();
+            address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+            for (to, from) in address.sun_path.iter_mut().zip(name) {
+                *to = *from as libc::c_char;
+            }
+            *length = (size_of::<libc::sa_family_t>() + name.len()) as libc::socklen_t;
+            Ok(())
+        })
+    };
+    address.unwrap().1
+}
+
+/// Two connected sockets of a family.
+pub fn socket_pair(family: Family) -> (Socket, Socket) {
+    match family {
+        Family::Tcp => {
+            let listener = Endpoint::new(family);
+            let near = listener.connect();
+            near.set_tcp_nodelay(true).unwrap();
+            (near, listener.accept())
+        }
+        Family::Unix => {
+            let (near, far) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+            (patient(near), patient(far))
+        }
+    }
+}
+
+/// Serves each connection on a thread of its own, for as long as the test process lives.
+pub fn serve(endpoint: &Endpoint, handler: impl Fn(Socket) + Send + Sync + 'static) {
+    serve_on(endpoint.socket.try_clone().unwrap(), handler);
+}
+
+pub fn serve_on(listener: Socket, handler: impl Fn(Socket) + Send + Sync + 'static) {
+    let handler = Arc::new(handler);
+    thread::spawn(move || {
+        while let Ok((socket, _)) = listener.accept() {
+            let handler = Arc::clone(&handler);
+            thread::spawn(move || handler(patient(socket)));
+        }
+    });
+}
+
+/// A backend that sends back what it gets, and the end of it.
+pub fn echo(mut socket: Socket) {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(bytes) if socket.write_all(&buffer[..bytes]).is_ok() => {}
+            _ => return,
+        }
+    }
+    let _ = socket.shutdown(Shutdown::Write);
+}
+
+pub fn echo_backend(family: Family) -> Endpoint {
+    let endpoint = Endpoint::new(family);
+    serve(&endpoint, echo);
+    endpoint
+}
+
+/// Sends and reads back the same number of bytes.
+pub fn exchange(socket: &mut Socket, message: &[u8]) -> std::io::Result<Vec<u8>> {
+    socket.write_all(message)?;
+    let mut answer = vec![0; message.len()];
+    socket.read_exact(&mut answer)?;
+    Ok(answer)
+}
+
+pub fn echoes(socket: &mut Socket) {
+    let answer = exchange(socket, b"are you there?").expect("the echo backend answers");
+    assert_eq!(answer, b"are you there?");
+}
+
+/// Reads until the end: the bytes, and whether the end was a clean one.
+pub fn read_all(socket: &mut Socket) -> (Vec<u8>, std::io::Result<()>) {
+    let mut bytes = Vec::new();
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => return (bytes, Ok(())),
+            Ok(more) => bytes.extend_from_slice(&buffer[..more]),
+            Err(error) => return (bytes, Err(error)),
+        }
+    }
+}
+
+pub fn is_reset(end: &std::io::Result<()>) -> bool {
+    matches!(end, Err(error) if error.kind() == ErrorKind::ConnectionReset)
+}
+
+/// Makes the close of a TCP socket a reset.
+pub fn reset(socket: Socket) {
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+/// Bytes that don't repeat soon, the same for the same seed.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(2).wrapping_add(1);
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// A TCP port on which nobody listens now.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
