@@ -5,6 +5,7 @@ mod support;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
+use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -18,6 +19,119 @@ use socket_proxyd::testing::{
 use socket2::Socket;
 use support::*;
 use tokio::time::Instant;
+
+fn main() -> ExitCode {
+    let mut trials = Trials::default();
+    everywhere(&mut trials, "forwards single bytes", single_bytes);
+    for (near, far) in PAIRS {
+        trials.add(
+            format!("forwards hundreds of megabytes each way at once, {near} to {far}"),
+            move || hundreds_of_megabytes_each_way_at_once(near, far),
+        );
+    }
+    for (near, far) in PAIRS {
+        trials.add(format!("copies without pipes, {near} to {far}"), move || {
+            without_pipes_copying_carries_on(near, far)
+        });
+    }
+    for far in [Family::Tcp, Family::Unix] {
+        trials.add(format!("copies to a sink with little room, to {far}"), move || {
+            a_sink_with_little_room_is_copied_to(far)
+        });
+    }
+    trials.add("a stalled TCP sink holds little unsent", a_stalled_tcp_sink_holds_little_unsent);
+    trials.add(
+        "a stalled TCP sink of small pieces holds little unsent",
+        a_stalled_tcp_sink_of_small_pieces_holds_little_unsent,
+    );
+    everywhere(
+        &mut trials,
+        "a stalled reader stalls its own direction only",
+        a_stalled_reader_stalls_its_own_direction_only,
+    );
+    everywhere(
+        &mut trials,
+        "a half-close leaves the other direction open",
+        half_close_lets_the_other_direction_live,
+    );
+    everywhere(&mut trials, "forwards a reset before any byte", reset_before_any_byte);
+    everywhere(
+        &mut trials,
+        "delivers unread bytes before a reset",
+        reset_after_bytes_that_nobody_has_read_yet,
+    );
+    // A Unix sender whose bytes don't fit can't say that they were taken.
+    swapped_or_not(
+        &mut trials,
+        "forwards a reset while the reader is stalled",
+        Family::Tcp,
+        reset_while_the_reader_is_stalled,
+    );
+    everywhere(
+        &mut trials,
+        "notices a reset after the sender's half-close",
+        reset_after_its_own_half_close,
+    );
+    everywhere(
+        &mut trials,
+        "forwards a reset after the reader's half-close",
+        reset_after_the_others_half_close,
+    );
+    everywhere(
+        &mut trials,
+        "delivers an answer before a close with the upload unread",
+        a_server_that_answers_and_closes_with_the_upload_unread,
+    );
+    swapped_or_not(
+        &mut trials,
+        "a failed write lets the other direction drain",
+        Family::Unix,
+        a_failed_write_lets_the_other_direction_drain,
+    );
+    trials.add(
+        "a reset that a write has met is not a clean end",
+        an_end_after_a_reset_that_a_write_has_met_is_no_clean_one,
+    );
+    swapped_or_not(
+        &mut trials,
+        "ends after a Unix client has closed",
+        Family::Unix,
+        a_unix_client_that_closes_is_not_waited_for,
+    );
+    for far in [Family::Tcp, Family::Unix] {
+        trials.add(
+            format!("waits a limited time for a stalled reader after a reset, to {far}"),
+            move || a_stalled_reader_is_not_waited_for_ever_after_a_reset(far),
+        );
+    }
+    for (far, bulky, kind) in
+        [(Family::Tcp, false, "bytes"), (Family::Unix, false, "bytes"), (Family::Tcp, true, "bulk")]
+    {
+        for swapped in [false, true] {
+            let ends = ends(Family::Tcp, far, swapped);
+            trials.add(format!("forwards what is behind urgent data, {kind}, {ends}"), move || {
+                urgent_data_stops_nobody(far, bulky, swapped)
+            });
+        }
+    }
+    trials.add("forwards urgent data that comes first", urgent_data_may_come_first);
+    trials.add(
+        "notices a reset while its bytes wait and the other direction has ended",
+        a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended,
+    );
+    for far in [Family::Tcp, Family::Unix] {
+        trials.add(format!("sends the preface first and in one write, to {far}"), move || {
+            the_preface_goes_first_and_in_one_write(far)
+        });
+    }
+    swapped_or_not(
+        &mut trials,
+        "forwards the bytes of messages with descriptors",
+        Family::Unix,
+        bytes_that_carry_descriptors_arrive_without_them,
+    );
+    trials.run()
+}
 
 /// A pair of sockets with the forwarder in between: what `near` sends, `far` receives.
 struct Forwarding {
@@ -104,7 +218,7 @@ impl Forwarding {
 
     /// Carries 20 MB from `near` to `far`, and ends both directions.
     fn carry_one_way(mut self) -> Outcome {
-        let message = noise(3, 20_000_000);
+        let message = random_bytes(3, 20_000_000);
         let expected = Sha256::digest(&message);
         let mut near = self.near.try_clone().unwrap();
         let writer = thread::spawn(move || {
@@ -118,8 +232,8 @@ impl Forwarding {
     }
 
     /// Waits until the forwarder has taken everything that `near` sent.
-    fn taken(&self) {
-        taken(&self.near);
+    fn wait_until_read(&self) {
+        wait_until_read(&self.near);
     }
 }
 
@@ -127,8 +241,8 @@ impl Forwarding {
 /// nothing else happens.
 const PAUSED: usize = 3;
 
-fn taken(socket: &Socket) {
-    let deadline = Instant::now() + PATIENCE;
+fn wait_until_read(socket: &Socket) {
+    let deadline = Instant::now() + TIMEOUT;
     let empty = || (unsent(socket) == 0).then_some(());
     poll_until(deadline, empty).expect("the forwarder takes what was sent");
 }
@@ -142,129 +256,132 @@ fn unsent(socket: &Socket) -> i32 {
     }
 }
 
-/// Runs a test on every pair of families, each end being the client once.
-fn everywhere(test: impl Fn(Forwarding)) {
+/// Adds a trial for every pair of families, each end being the client once.
+fn everywhere(trials: &mut Trials, name: &str, test: fn(Forwarding)) {
     for (near, far) in PAIRS {
         for swapped in [false, true] {
-            eprintln!("{near:?} to {far:?}, swapped: {swapped}");
-            test(Forwarding::new(near, far, swapped));
+            let ends = ends(near, far, swapped);
+            trials
+                .add(format!("{name}, {ends}"), move || test(Forwarding::new(near, far, swapped)));
         }
     }
+}
+
+/// Adds a trial for pairs with one family at the near end.
+fn swapped_or_not(trials: &mut Trials, name: &str, near: Family, test: fn(Family, bool)) {
+    for far in [Family::Tcp, Family::Unix] {
+        for swapped in [false, true] {
+            let ends = ends(near, far, swapped);
+            trials.add(format!("{name}, {ends}"), move || test(far, swapped));
+        }
+    }
+}
+
+fn ends(near: Family, far: Family, swapped: bool) -> String {
+    let [one, other] = if swapped { ["backend", "client"] } else { ["client", "backend"] };
+    format!("{near} {one} to {far} {other}")
 }
 
 fn delivered(outcome: &Outcome) -> u64 {
     outcome.closed.from_client + outcome.closed.from_backend
 }
 
-#[test]
-fn single_bytes() {
-    everywhere(|mut it| {
-        let message = noise(1, 3000);
-        let expected = message.clone();
-        let mut near = it.near.try_clone().unwrap();
-        let writer = thread::spawn(move || {
-            message.iter().for_each(|byte| near.write_all(&[*byte]).unwrap());
-            near.shutdown(Shutdown::Write).unwrap();
-        });
-        let (received, end) = read_all(&mut it.far);
-        end.unwrap();
-        assert!(received == expected);
-        writer.join().unwrap();
-        drop((it.near, it.far));
-        let outcome = it.forwarder.join().unwrap();
-        assert_eq!((delivered(&outcome), outcome.pipes), (3000, 0), "no pipe for single bytes");
+fn single_bytes(mut pair: Forwarding) {
+    let message = random_bytes(1, 3000);
+    let expected = message.clone();
+    let mut near = pair.near.try_clone().unwrap();
+    let writer = thread::spawn(move || {
+        message.iter().for_each(|byte| near.write_all(&[*byte]).unwrap());
+        near.shutdown(Shutdown::Write).unwrap();
     });
+    let (received, end) = read_all(&mut pair.far);
+    end.unwrap();
+    assert!(received == expected);
+    writer.join().unwrap();
+    drop((pair.near, pair.far));
+    let outcome = pair.forwarder.join().unwrap();
+    assert_eq!((delivered(&outcome), outcome.pipes), (3000, 0), "no pipe for single bytes");
 }
 
-#[test]
-fn hundreds_of_megabytes_each_way_at_once() {
+fn hundreds_of_megabytes_each_way_at_once(near: Family, far: Family) {
     const PIECE: usize = 1 << 20;
-    let piece = noise(2, PIECE);
+    let piece = random_bytes(2, PIECE);
     let rounds = 128;
     let expected = {
         let mut digest = Sha256::new();
         (0..rounds).for_each(|_| digest.update(&piece));
         digest.finalize()
     };
-    for (near, far) in PAIRS {
-        let it = Forwarding::new(near, far, false);
-        thread::scope(|scope| {
-            for socket in [&it.near, &it.far] {
-                let (mut writer, mut reader) =
-                    (socket.try_clone().unwrap(), socket.try_clone().unwrap());
-                let piece = &piece;
-                scope.spawn(move || {
-                    (0..rounds).for_each(|_| writer.write_all(piece).unwrap());
-                    writer.shutdown(Shutdown::Write).unwrap();
-                });
-                scope.spawn(move || {
-                    let mut digest = Sha256::new();
-                    let mut buffer = vec![0; 300_000];
-                    loop {
-                        match reader.read(&mut buffer).unwrap() {
-                            0 => break,
-                            bytes => digest.update(&buffer[..bytes]),
-                        }
+
+    let pair = Forwarding::new(near, far, false);
+    thread::scope(|scope| {
+        for socket in [&pair.near, &pair.far] {
+            let (mut writer, mut reader) =
+                (socket.try_clone().unwrap(), socket.try_clone().unwrap());
+            let piece = &piece;
+            scope.spawn(move || {
+                (0..rounds).for_each(|_| writer.write_all(piece).unwrap());
+                writer.shutdown(Shutdown::Write).unwrap();
+            });
+            scope.spawn(move || {
+                let mut digest = Sha256::new();
+                let mut buffer = vec![0; 300_000];
+                loop {
+                    match reader.read(&mut buffer).unwrap() {
+                        0 => break,
+                        bytes => digest.update(&buffer[..bytes]),
                     }
-                    assert!(digest.finalize() == expected);
-                });
-            }
-        });
-        let outcome = it.forwarder.join().unwrap();
-        assert_eq!(delivered(&outcome), 2 * (rounds * PIECE) as u64);
-        // From a Unix socket only until it is known to be bulk.
-        assert!(outcome.pipes > 0, "that much is spliced");
-    }
+                }
+                assert!(digest.finalize() == expected);
+            });
+        }
+    });
+    let outcome = pair.forwarder.join().unwrap();
+    assert_eq!(delivered(&outcome), 2 * (rounds * PIECE) as u64);
+    // From a Unix socket only until it is known to be bulk.
+    assert!(outcome.pipes > 0, "that much is spliced");
 }
 
-#[test]
-fn without_pipes_copying_carries_on() {
-    for (near, far) in PAIRS {
-        let it = Forwarding::with(near, far, false, 0, Vec::new());
-        assert_eq!(it.carry_one_way().pipes, 0);
-    }
+fn without_pipes_copying_carries_on(near: Family, far: Family) {
+    let pair = Forwarding::with(near, far, false, 0, Vec::new());
+    assert_eq!(pair.carry_one_way().pipes, 0);
 }
 
 /// As with a send buffer that the kernel has cut to a page, being short of memory for TCP, while pipes are
 /// held for other flows: no pipe is taken for what a page has room for.
-#[test]
-fn a_sink_with_little_room_is_copied_to() {
-    for far in [Family::Tcp, Family::Unix] {
-        let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
-        pairs[1].1.set_send_buffer_size(4608).unwrap();
-        let it = Forwarding::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
-        assert_eq!(it.carry_one_way().pipes, 0, "a pipe was made for {far:?}");
-    }
+fn a_sink_with_little_room_is_copied_to(far: Family) {
+    let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
+    pairs[1].1.set_send_buffer_size(4608).unwrap();
+    let pair = Forwarding::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
+    assert_eq!(pair.carry_one_way().pipes, 0, "a pipe was made for {far:?}");
 }
 
 /// Hundreds of stalled receivers are not to use up the kernel's memory for TCP: each holds what its window
 /// takes, and less than a megabyte behind that.
-#[test]
 fn a_stalled_tcp_sink_holds_little_unsent() {
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
     let sink = pairs[1].1.try_clone().unwrap();
-    let mut it = Forwarding::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
-    it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
-    let chunk = noise(4, 100_000);
-    while it.near.write(&chunk).is_ok() {}
+    let mut pair = Forwarding::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
+    pair.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let chunk = random_bytes(4, 100_000);
+    while pair.near.write(&chunk).is_ok() {}
     let held = unsent(&sink);
     assert!((100_000..2_000_000).contains(&held), "{held} bytes are held");
 }
 
 /// The same for a flow that never fills the copy buffer.
-#[test]
 fn a_stalled_tcp_sink_of_small_pieces_holds_little_unsent() {
     let pairs = [socket_pair(Family::Unix), socket_pair(Family::Tcp)];
     let sink = pairs[1].1.try_clone().unwrap();
-    let it = Forwarding::join((Family::Unix, Family::Tcp), pairs, false, 8, Vec::new());
-    let piece = noise(4, 16 * 1024);
+    let pair = Forwarding::join((Family::Unix, Family::Tcp), pairs, false, 8, Vec::new());
+    let piece = random_bytes(4, 16 * 1024);
     // Each piece is taken by itself, for as long as the sink has room.
     let is_taken = || {
         let deadline = Instant::now() + Duration::from_millis(300);
-        poll_until(deadline, || (unsent(&it.near) == 0).then_some(())).is_some()
+        poll_until(deadline, || (unsent(&pair.near) == 0).then_some(())).is_some()
     };
     for _ in 0..200 {
-        (&it.near).write_all(&piece).unwrap();
+        (&pair.near).write_all(&piece).unwrap();
         if !is_taken() {
             break;
         }
@@ -273,69 +390,63 @@ fn a_stalled_tcp_sink_of_small_pieces_holds_little_unsent() {
     assert!((100_000..2_000_000).contains(&held), "{held} bytes are held");
 }
 
-#[test]
-fn a_stalled_reader_stalls_its_own_direction_only() {
-    everywhere(|mut it| {
-        it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
-        let chunk = noise(4, 100_000);
-        let mut sent = Vec::new();
-        loop {
-            match it.near.write(&chunk) {
-                Ok(bytes) => sent.extend(&chunk[..bytes]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => panic!("{error}"),
-            }
-            assert!(sent.len() < 100_000_000, "nothing holds the sender back");
+fn a_stalled_reader_stalls_its_own_direction_only(mut pair: Forwarding) {
+    pair.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let chunk = random_bytes(4, 100_000);
+    let mut sent = Vec::new();
+    loop {
+        match pair.near.write(&chunk) {
+            Ok(bytes) => sent.extend(&chunk[..bytes]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => panic!("{error}"),
         }
-        // Far does not read, and yet is heard.
-        for _ in 0..100 {
-            it.far.write_all(b"the other way").unwrap();
-            let mut heard = [0; 13];
-            it.near.read_exact(&mut heard).unwrap();
-            assert_eq!(&heard, b"the other way");
-        }
-        it.near.shutdown(Shutdown::Write).unwrap();
-        let (received, end) = read_all(&mut it.far);
-        end.unwrap();
-        assert!(received == sent, "{} of {}", received.len(), sent.len());
-        drop(it.far);
-        it.forwarder.join().unwrap();
-    });
+        assert!(sent.len() < 100_000_000, "nothing holds the sender back");
+    }
+    // Far does not read, and yet is heard.
+    for _ in 0..100 {
+        pair.far.write_all(b"the other way").unwrap();
+        let mut heard = [0; 13];
+        pair.near.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"the other way");
+    }
+    pair.near.shutdown(Shutdown::Write).unwrap();
+    let (received, end) = read_all(&mut pair.far);
+    end.unwrap();
+    assert!(received == sent, "{} of {}", received.len(), sent.len());
+    drop(pair.far);
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn half_close_lets_the_other_direction_live() {
-    everywhere(|mut it| {
-        it.near.write_all(b"that was all").unwrap();
-        it.near.shutdown(Shutdown::Write).unwrap();
-        let (received, end) = read_all(&mut it.far);
-        end.unwrap();
-        assert_eq!(received, b"that was all");
-        for round in 0..20 {
-            let answer = noise(round, 50_000);
-            it.far.write_all(&answer).unwrap();
-            let mut received = vec![0; answer.len()];
-            it.near.read_exact(&mut received).unwrap();
-            assert!(received == answer);
-        }
-        it.far.shutdown(Shutdown::Write).unwrap();
-        let (received, end) = read_all(&mut it.near);
-        end.unwrap();
-        assert!(received.is_empty());
-        let outcome = it.forwarder.join().unwrap();
-        assert!(outcome.closed.reason == CloseReason::Closed);
-    });
+fn half_close_lets_the_other_direction_live(mut pair: Forwarding) {
+    pair.near.write_all(b"that was all").unwrap();
+    pair.near.shutdown(Shutdown::Write).unwrap();
+    let (received, end) = read_all(&mut pair.far);
+    end.unwrap();
+    assert_eq!(received, b"that was all");
+    for round in 0..20 {
+        let answer = random_bytes(round, 50_000);
+        pair.far.write_all(&answer).unwrap();
+        let mut received = vec![0; answer.len()];
+        pair.near.read_exact(&mut received).unwrap();
+        assert!(received == answer);
+    }
+    pair.far.shutdown(Shutdown::Write).unwrap();
+    let (received, end) = read_all(&mut pair.near);
+    end.unwrap();
+    assert!(received.is_empty());
+    let outcome = pair.forwarder.join().unwrap();
+    assert!(outcome.closed.reason == CloseReason::Closed);
 }
 
 /// On TCP a reset; on Unix the nearest thing: a close with something unread.
-fn abort(it: &mut Forwarding) {
-    if it.families.0 == Family::Tcp {
-        it.near.set_linger(Some(Duration::ZERO)).unwrap();
+fn abort(pair: &mut Forwarding) {
+    if pair.families.0 == Family::Tcp {
+        pair.near.set_linger(Some(Duration::ZERO)).unwrap();
     } else {
-        it.far.write_all(b"never read").unwrap();
-        taken(&it.far);
-        // Taken by the forwarder; now it has to be in near's queue.
-        peek_all(&it.near, 10);
+        pair.far.write_all(b"never read").unwrap();
+        wait_until_read(&pair.far);
+        // Taken by the forwarder; now they have to be in near's queue.
+        peek_all(&pair.near, 10);
     }
 }
 
@@ -343,7 +454,7 @@ fn abort(it: &mut Forwarding) {
 fn peek_all(socket: &Socket, bytes: usize) {
     let mut buffer = vec![std::mem::MaybeUninit::new(0); bytes];
     let there = || (socket.peek(&mut buffer).unwrap() == bytes).then_some(());
-    poll_until(Instant::now() + PATIENCE, there).expect("the bytes come");
+    poll_until(Instant::now() + TIMEOUT, there).expect("the bytes come");
 }
 
 /// What follows a reset: all that was sent before it, then a reset where the family has one.
@@ -353,139 +464,110 @@ fn ends_in_reset(socket: &mut Socket, family: Family, expected: &[u8]) {
     assert!(family == Family::Unix || is_reset(&end), "a clean end: {end:?}");
 }
 
-#[test]
-fn reset_before_any_byte() {
-    everywhere(|mut it| {
-        abort(&mut it);
-        drop(it.near);
-        ends_in_reset(&mut it.far, it.families.1, b"");
-        assert!(matches!(it.forwarder.join().unwrap().closed.reason, CloseReason::Fault(..)));
-    });
+fn reset_before_any_byte(mut pair: Forwarding) {
+    abort(&mut pair);
+    drop(pair.near);
+    ends_in_reset(&mut pair.far, pair.families.1, b"");
+    assert!(matches!(pair.forwarder.join().unwrap().closed.reason, CloseReason::Fault(..)));
 }
 
-#[test]
-fn reset_after_bytes_that_nobody_has_read_yet() {
-    everywhere(|mut it| {
-        // More than a buffer, less than the kernel's queues hold.
-        let message = noise(5, 100_000);
-        it.near.write_all(&message).unwrap();
-        it.taken();
-        abort(&mut it);
-        drop(it.near);
-        ends_in_reset(&mut it.far, it.families.1, &message);
-        it.forwarder.join().unwrap();
-    });
+fn reset_after_bytes_that_nobody_has_read_yet(mut pair: Forwarding) {
+    // More than a buffer, less than the kernel's queues hold.
+    let message = random_bytes(5, 100_000);
+    pair.near.write_all(&message).unwrap();
+    pair.wait_until_read();
+    abort(&mut pair);
+    drop(pair.near);
+    ends_in_reset(&mut pair.far, pair.families.1, &message);
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn reset_while_the_reader_is_stalled() {
-    for (near, far) in PAIRS {
-        if near != Family::Tcp {
-            // A Unix sender whose bytes don't fit can't say that they were taken.
-            continue;
-        }
-        for swapped in [false, true] {
-            let mut it = Forwarding::new(near, far, swapped);
-            it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
-            let mut sent = Vec::new();
-            let chunk = noise(6, 100_000);
-            while let Ok(bytes) = it.near.write(&chunk) {
-                sent.extend(&chunk[..bytes]);
-            }
-            // What the forwarder's kernel has acknowledged is the sender's no more; the rest of the
-            // sender's queue goes with the reset.
-            abort(&mut it);
-            drop(it.near);
-            let (received, end) = read_all(&mut it.far);
-            assert!(received.len() > 200_000 && sent.starts_with(&received));
-            assert!(far == Family::Unix || is_reset(&end), "a clean end: {end:?}");
-            it.forwarder.join().unwrap();
-        }
+fn reset_while_the_reader_is_stalled(far: Family, swapped: bool) {
+    let mut pair = Forwarding::new(Family::Tcp, far, swapped);
+    pair.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut sent = Vec::new();
+    let chunk = random_bytes(6, 100_000);
+    while let Ok(bytes) = pair.near.write(&chunk) {
+        sent.extend(&chunk[..bytes]);
     }
+    // What the forwarder's kernel has acknowledged is the sender's no more; the rest of the
+    // sender's queue goes with the reset.
+    abort(&mut pair);
+    drop(pair.near);
+    let (received, end) = read_all(&mut pair.far);
+    assert!(received.len() > 200_000 && sent.starts_with(&received));
+    assert!(far == Family::Unix || is_reset(&end), "a clean end: {end:?}");
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn reset_after_its_own_half_close() {
-    everywhere(|mut it| {
-        it.near.write_all(b"question").unwrap();
-        it.near.shutdown(Shutdown::Write).unwrap();
-        let (received, end) = read_all(&mut it.far);
-        end.unwrap();
-        assert_eq!(received, b"question");
-        // Nobody reads from near any more, and far is silent: it is noticed all the same.
-        abort(&mut it);
-        drop(it.near);
-        it.forwarder.join().unwrap();
-        // Far's next bytes meet nobody.
-        let deadline = Instant::now() + PATIENCE;
-        let failed = || it.far.write_all(b"answer").err();
-        poll_until(deadline, failed).expect("far is told that nobody listens");
-    });
+fn reset_after_its_own_half_close(mut pair: Forwarding) {
+    pair.near.write_all(b"question").unwrap();
+    pair.near.shutdown(Shutdown::Write).unwrap();
+    let (received, end) = read_all(&mut pair.far);
+    end.unwrap();
+    assert_eq!(received, b"question");
+    // Nobody reads from near any more, and far is silent: it is noticed all the same.
+    abort(&mut pair);
+    drop(pair.near);
+    pair.forwarder.join().unwrap();
+    // Far's next bytes meet nobody.
+    let deadline = Instant::now() + TIMEOUT;
+    let failed = || pair.far.write_all(b"answer").err();
+    poll_until(deadline, failed).expect("far is told that nobody listens");
 }
 
-#[test]
-fn reset_after_the_others_half_close() {
-    everywhere(|mut it| {
-        it.far.shutdown(Shutdown::Write).unwrap();
-        assert!(read_all(&mut it.near).0.is_empty());
-        let message = noise(7, 100_000);
-        it.near.write_all(&message).unwrap();
-        it.taken();
-        if it.families.0 == Family::Tcp {
-            reset(it.near);
-            ends_in_reset(&mut it.far, it.families.1, &message);
-        } else {
-            drop(it.near);
-            assert!(read_all(&mut it.far).0 == message);
-        }
-        it.forwarder.join().unwrap();
-    });
+fn reset_after_the_others_half_close(mut pair: Forwarding) {
+    pair.far.shutdown(Shutdown::Write).unwrap();
+    assert!(read_all(&mut pair.near).0.is_empty());
+    let message = random_bytes(7, 100_000);
+    pair.near.write_all(&message).unwrap();
+    pair.wait_until_read();
+    if pair.families.0 == Family::Tcp {
+        reset(pair.near);
+        ends_in_reset(&mut pair.far, pair.families.1, &message);
+    } else {
+        drop(pair.near);
+        assert!(read_all(&mut pair.far).0 == message);
+    }
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn a_server_that_answers_and_closes_with_the_upload_unread() {
-    everywhere(|mut it| {
-        let answer = noise(8, 60_000);
-        let mut uploader = it.far.try_clone().unwrap();
-        let upload = thread::spawn(move || while uploader.write_all(&[b'u'; 10_000]).is_ok() {});
-        it.near.read_exact(&mut [0; 10_000]).unwrap();
-        it.near.write_all(&answer).unwrap();
-        drop(it.near);
-        let (received, _) = read_all(&mut it.far);
-        assert!(received == answer, "{} bytes", received.len());
-        upload.join().unwrap();
-        drop(it.far);
-        it.forwarder.join().unwrap();
-    });
+fn a_server_that_answers_and_closes_with_the_upload_unread(mut pair: Forwarding) {
+    let answer = random_bytes(8, 60_000);
+    let mut uploader = pair.far.try_clone().unwrap();
+    let upload = thread::spawn(move || while uploader.write_all(&[b'u'; 10_000]).is_ok() {});
+    pair.near.read_exact(&mut [0; 10_000]).unwrap();
+    pair.near.write_all(&answer).unwrap();
+    drop(pair.near);
+    let (received, _) = read_all(&mut pair.far);
+    assert!(received == answer, "{} bytes", received.len());
+    upload.join().unwrap();
+    drop(pair.far);
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn a_failed_write_lets_the_other_direction_drain() {
+fn a_failed_write_lets_the_other_direction_drain(far: Family, swapped: bool) {
     // Only a Unix peer can stop reading without stopping to speak.
-    for far in [Family::Tcp, Family::Unix] {
-        for swapped in [false, true] {
-            let mut it = Forwarding::new(Family::Unix, far, swapped);
-            it.near.shutdown(Shutdown::Read).unwrap();
-            it.far.write_all(b"to deaf ears").unwrap();
-            taken(&it.far);
-            for round in 0..20 {
-                let answer = noise(round, 50_000);
-                it.near.write_all(&answer).unwrap();
-                let mut received = vec![0; answer.len()];
-                it.far.read_exact(&mut received).unwrap();
-                assert!(received == answer);
-            }
-            drop(it.near);
-            // Near's own end was a clean one, and comes before the reset that says what was lost.
-            let (received, end) = read_all(&mut it.far);
-            end.unwrap();
-            assert!(received.is_empty());
-            assert!(matches!(it.forwarder.join().unwrap().closed.reason, CloseReason::Fault(..)));
-        }
+
+    let mut pair = Forwarding::new(Family::Unix, far, swapped);
+    pair.near.shutdown(Shutdown::Read).unwrap();
+    pair.far.write_all(b"to deaf ears").unwrap();
+    wait_until_read(&pair.far);
+    for round in 0..20 {
+        let answer = random_bytes(round, 50_000);
+        pair.near.write_all(&answer).unwrap();
+        let mut received = vec![0; answer.len()];
+        pair.far.read_exact(&mut received).unwrap();
+        assert!(received == answer);
     }
+    drop(pair.near);
+    // Near's own end was a clean one, and comes before the reset that says what was lost.
+    let (received, end) = read_all(&mut pair.far);
+    end.unwrap();
+    assert!(received.is_empty());
+    assert!(matches!(pair.forwarder.join().unwrap().closed.reason, CloseReason::Fault(..)));
 }
 
-#[test]
 fn an_end_after_a_reset_that_a_write_has_met_is_no_clean_one() {
     // The kernel reports a reset once. Here the forwarder's write meets it before its read does,
     // which then looks as if it came to a FIN.
@@ -493,143 +575,121 @@ fn an_end_after_a_reset_that_a_write_has_met_is_no_clean_one() {
     let (backend, client) = (pairs[0].0.try_clone().unwrap(), pairs[1].0.try_clone().unwrap());
     (&client).write_all(b"more of the upload").unwrap();
     (&backend).write_all(b"half of the answer").unwrap();
-    taken(&client);
-    taken(&backend);
+    wait_until_read(&client);
+    wait_until_read(&backend);
     backend.set_linger(Some(Duration::ZERO)).unwrap();
     let [(backend_outer, inner), client_pair] = pairs;
     drop((backend, backend_outer));
     let stand_in = socket_pair(Family::Tcp).0;
     let pairs = [(stand_in, inner), client_pair];
-    let mut it = Forwarding::join((Family::Tcp, Family::Tcp), pairs, true, 8, Vec::new());
-    ends_in_reset(&mut it.far, Family::Tcp, b"half of the answer");
-    it.forwarder.join().unwrap();
+    let mut pair = Forwarding::join((Family::Tcp, Family::Tcp), pairs, true, 8, Vec::new());
+    ends_in_reset(&mut pair.far, Family::Tcp, b"half of the answer");
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn a_unix_client_that_closes_is_not_waited_for() {
-    for far in [Family::Tcp, Family::Unix] {
-        for swapped in [false, true] {
-            let mut it = Forwarding::new(Family::Unix, far, swapped);
-            it.near.write_all(b"for your information").unwrap();
-            drop(it.near);
-            let (received, end) = read_all(&mut it.far);
-            end.unwrap();
-            assert_eq!(received, b"for your information");
-            // Far says nothing and closes nothing.
-            let outcome = it.forwarder.join().unwrap();
-            assert!(outcome.closed.reason == CloseReason::Closed);
-        }
-    }
+fn a_unix_client_that_closes_is_not_waited_for(far: Family, swapped: bool) {
+    let mut pair = Forwarding::new(Family::Unix, far, swapped);
+    pair.near.write_all(b"for your information").unwrap();
+    drop(pair.near);
+    let (received, end) = read_all(&mut pair.far);
+    end.unwrap();
+    assert_eq!(received, b"for your information");
+    // Far says nothing and closes nothing.
+    let outcome = pair.forwarder.join().unwrap();
+    assert!(outcome.closed.reason == CloseReason::Closed);
 }
 
-#[test]
-fn a_stalled_reader_is_not_waited_for_ever_after_a_reset() {
-    for far in [Family::Tcp, Family::Unix] {
-        let mut it = Forwarding::with(Family::Tcp, far, false, PAUSED, Vec::new());
-        it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
-        while it.near.write(&[0; 100_000]).is_ok() {}
-        reset(it.near);
-        // Far never reads; the clock is stopped and jumps, so this does not take LINGER.
-        it.forwarder.join().unwrap();
-    }
+fn a_stalled_reader_is_not_waited_for_ever_after_a_reset(far: Family) {
+    let mut pair = Forwarding::with(Family::Tcp, far, false, PAUSED, Vec::new());
+    pair.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    while pair.near.write(&[0; 100_000]).is_ok() {}
+    reset(pair.near);
+    // Far never reads; the clock is stopped and jumps, so this does not take LINGER.
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn urgent_data_stops_nobody() {
+fn urgent_data_stops_nobody(far: Family, bulky: bool, swapped: bool) {
     // A receive ends early in front of it, and splice never gets past it. All of it is queued
     // before the forwarder starts, so that no further edge helps.
-    for (far, bulky) in [(Family::Tcp, false), (Family::Unix, false), (Family::Tcp, true)] {
-        for swapped in [false, true] {
-            let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
-            let mut near = pairs[0].0.try_clone().unwrap();
-            let before = noise(10, if bulky { 90_000 } else { 5 });
-            near.write_all(&before).unwrap();
-            near.send_out_of_band(b"!").unwrap();
-            near.write_all(b"world").unwrap();
-            taken(&near);
-            let mut it = Forwarding::join((Family::Tcp, far), pairs, swapped, 8, Vec::new());
-            let mut received = vec![0; before.len() + 6];
-            it.far.read_exact(&mut received).expect("what is behind the urgent byte comes, too");
-            assert!(received.starts_with(&before) && received.ends_with(b"!world"));
-            // And what comes later, spliced until then, with a FIN behind it.
-            let more = noise(11, 150_000);
-            near.write_all(&more).unwrap();
-            near.send_out_of_band(b"?").unwrap();
-            near.write_all(b"end").unwrap();
-            near.shutdown(Shutdown::Write).unwrap();
-            let (received, end) = read_all(&mut it.far);
-            end.unwrap();
-            assert!(received.starts_with(&more) && received.ends_with(b"?end"), "bytes are lost");
-            drop((near, it.near, it.far));
-            it.forwarder.join().unwrap();
-        }
-    }
+
+    let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
+    let mut near = pairs[0].0.try_clone().unwrap();
+    let before = random_bytes(10, if bulky { 90_000 } else { 5 });
+    near.write_all(&before).unwrap();
+    near.send_out_of_band(b"!").unwrap();
+    near.write_all(b"world").unwrap();
+    wait_until_read(&near);
+    let mut pair = Forwarding::join((Family::Tcp, far), pairs, swapped, 8, Vec::new());
+    let mut received = vec![0; before.len() + 6];
+    pair.far.read_exact(&mut received).expect("what is behind the urgent byte comes, too");
+    assert!(received.starts_with(&before) && received.ends_with(b"!world"));
+    // And what comes later, spliced until then, with a FIN behind it.
+    let more = random_bytes(11, 150_000);
+    near.write_all(&more).unwrap();
+    near.send_out_of_band(b"?").unwrap();
+    near.write_all(b"end").unwrap();
+    near.shutdown(Shutdown::Write).unwrap();
+    let (received, end) = read_all(&mut pair.far);
+    end.unwrap();
+    assert!(received.starts_with(&more) && received.ends_with(b"?end"), "bytes are lost");
+    drop((near, pair.near, pair.far));
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
 fn urgent_data_may_come_first() {
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
     let near = pairs[0].0.try_clone().unwrap();
     near.send_out_of_band(b"!").unwrap();
     (&near).write_all(b"world").unwrap();
-    taken(&near);
-    let mut it = Forwarding::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
+    wait_until_read(&near);
+    let mut pair = Forwarding::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
     let mut received = [0; 6];
-    it.far.read_exact(&mut received).unwrap();
+    pair.far.read_exact(&mut received).unwrap();
     assert_eq!(&received, b"!world");
-    drop((near, it.near, it.far));
-    it.forwarder.join().unwrap();
+    drop((near, pair.near, pair.far));
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
 fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
-    let mut it = Forwarding::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
-    it.far.shutdown(Shutdown::Write).unwrap();
-    assert!(read_all(&mut it.near).0.is_empty());
-    it.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
-    while it.near.write(&[0; 100_000]).is_ok() {}
-    reset(it.near);
+    let mut pair = Forwarding::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
+    pair.far.shutdown(Shutdown::Write).unwrap();
+    assert!(read_all(&mut pair.near).0.is_empty());
+    pair.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    while pair.near.write(&[0; 100_000]).is_ok() {}
+    reset(pair.near);
     // Far never reads; the clock is stopped and jumps.
-    it.forwarder.join().unwrap();
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn the_preface_goes_first_and_in_one_write() {
-    for back in [Family::Tcp, Family::Unix] {
-        let preface = b"PROXY UNKNOWN\r\n".to_vec();
-        let mut it = Forwarding::with(Family::Unix, back, false, 8, preface.clone());
-        peek_all(&it.far, preface.len());
-        it.near.write_all(b"hello").unwrap();
-        it.near.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(read_all(&mut it.far).0, b"PROXY UNKNOWN\r\nhello");
-        drop(it.far);
-        it.forwarder.join().unwrap();
-    }
+fn the_preface_goes_first_and_in_one_write(back: Family) {
+    let preface = b"PROXY UNKNOWN\r\n".to_vec();
+    let mut pair = Forwarding::with(Family::Unix, back, false, 8, preface.clone());
+    peek_all(&pair.far, preface.len());
+    pair.near.write_all(b"hello").unwrap();
+    pair.near.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_all(&mut pair.far).0, b"PROXY UNKNOWN\r\nhello");
+    drop(pair.far);
+    pair.forwarder.join().unwrap();
 }
 
-#[test]
-fn bytes_that_carry_descriptors_arrive_without_them() {
+fn bytes_that_carry_descriptors_arrive_without_them(far: Family, swapped: bool) {
     // A receive ends early at a message with descriptors: what is behind it must not wait for an
     // edge that never comes.
-    for far in [Family::Tcp, Family::Unix] {
-        for swapped in [false, true] {
-            let mut it = Forwarding::new(Family::Unix, far, swapped);
-            for round in 0..50 {
-                let fds = [it.near.as_fd()];
-                let mut space =
-                    [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-                let mut ancillary = SendAncillaryBuffer::new(&mut space);
-                assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
-                let bytes = std::io::IoSlice::new(b"with");
-                let flags = SendFlags::empty();
-                rustix::net::sendmsg(&it.near, &[bytes], &mut ancillary, flags).unwrap();
-                it.near.write_all(b"without").unwrap();
-                let mut received = [0; 11];
-                it.far.read_exact(&mut received).unwrap_or_else(|error| panic!("{round}: {error}"));
-                assert_eq!(&received, b"withwithout");
-            }
-            drop((it.near, it.far));
-            it.forwarder.join().unwrap();
-        }
+
+    let mut pair = Forwarding::new(Family::Unix, far, swapped);
+    for round in 0..50 {
+        let fds = [pair.near.as_fd()];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        let bytes = std::io::IoSlice::new(b"with");
+        let flags = SendFlags::empty();
+        rustix::net::sendmsg(&pair.near, &[bytes], &mut ancillary, flags).unwrap();
+        pair.near.write_all(b"without").unwrap();
+        let mut received = [0; 11];
+        pair.far.read_exact(&mut received).unwrap_or_else(|error| panic!("{round}: {error}"));
+        assert_eq!(&received, b"withwithout");
     }
+    drop((pair.near, pair.far));
+    pair.forwarder.join().unwrap();
 }

@@ -50,7 +50,7 @@ fn several_sockets(program: &Path) {
     }
     let _proxy = launch.start();
     for front in &fronts {
-        echoes(&mut front.connect());
+        assert_echoes(&mut front.connect());
     }
 }
 
@@ -97,7 +97,7 @@ fn vsock_listener(program: &Path) {
     let args = [format!("--listen=vsock::{port}"), format!("vsock:1:{target}")];
     let proxy = Launch::new(program).args(args).start();
     proxy.lines.wait_for("Listening on vsock::");
-    echoes(&mut connect(&SockAddr::vsock(1, port.parse().unwrap())));
+    assert_echoes(&mut connect(&SockAddr::vsock(1, port.parse().unwrap())));
 }
 
 fn own_listeners(program: &Path) {
@@ -115,15 +115,15 @@ fn own_listeners(program: &Path) {
         let line = proxy.lines.wait_for(&format!("Listening on {host}:"));
         let address = line.split("Listening on ").nth(1).unwrap().trim_end_matches('.');
         let address: std::net::SocketAddr = address.parse().unwrap();
-        echoes(&mut connect(&address.into()));
+        assert_echoes(&mut connect(&address.into()));
         if host == "[::]" {
             let ipv4 = std::net::SocketAddr::new([127, 0, 0, 1].into(), address.port());
-            echoes(&mut connect(&ipv4.into()));
+            assert_echoes(&mut connect(&ipv4.into()));
         }
     }
     proxy.lines.wait_for(&format!("Listening on {name}."));
-    echoes(&mut connect(&SockAddr::unix(&path).unwrap()));
-    echoes(&mut connect(&SockAddr::unix(name.replace('@', "\0")).unwrap()));
+    assert_echoes(&mut connect(&SockAddr::unix(&path).unwrap()));
+    assert_echoes(&mut connect(&SockAddr::unix(name.replace('@', "\0")).unwrap()));
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.wait().code(), Some(0));
     assert!(!path.exists(), "the socket file stayed");

@@ -82,7 +82,7 @@ fn started(launch: Launch) -> Running {
         systemd.wait_for("READY=1");
         systemd
     });
-    poll_until(Instant::now() + PATIENCE, || {
+    poll_until(Instant::now() + TIMEOUT, || {
         if !proxy.is_running() {
             panic!("{}", proxy.lines.all());
         }
@@ -98,8 +98,8 @@ fn waits_until_up(program: &Path, family: Family) {
     let proxy = started(Launch::new(program).args(args).listener(&front));
     let mut client = front.connect();
     client.write_all(b"patience").unwrap();
-    let said = proxy.lines.wait_for("holding clients for up to 30s");
-    assert!(said.contains("Failed to connect to remote host"), "{said}");
+    let printed = proxy.lines.wait_for("holding clients for up to 30s");
+    assert!(printed.contains("Failed to connect to remote host"), "{printed}");
     pause(Duration::from_secs(1));
     let listener = bind_backend(&address);
     let up = Instant::now();
@@ -128,8 +128,8 @@ fn waits_until_permitted(program: &Path) {
     let proxy = started(Launch::new(&copy).args(args).listener(&front).unprivileged());
     let mut client = front.connect();
     client.write_all(b"patience").unwrap();
-    let said = proxy.lines.wait_for("holding clients");
-    assert!(said.contains("Permission denied"), "{said}");
+    let printed = proxy.lines.wait_for("holding clients");
+    assert!(printed.contains("Permission denied"), "{printed}");
     pause(Duration::from_secs(1));
     mode(Path::new(&target), 0o666);
     let permitted = Instant::now();
@@ -152,8 +152,8 @@ fn never_up(program: &Path) {
         let bounds = Duration::from_millis(1500)..Duration::from_millis(3500);
         assert!(bounds.contains(&held), "closed after {held:?}");
     }
-    let said = proxy.lines.wait_for("Connection refused, for 2s");
-    assert!(said.contains("Failed to connect to remote host"), "{said}");
+    let printed = proxy.lines.wait_for("Connection refused, for 2s");
+    assert!(printed.contains("Failed to connect to remote host"), "{printed}");
 }
 
 fn one_prober(program: &Path) {
@@ -170,7 +170,7 @@ fn one_prober(program: &Path) {
     pause(Duration::from_secs(2));
     let spent = proxy.cpu() - before;
     assert!(spent < Duration::from_millis(100), "{spent:?} of CPU in the wait");
-    assert_eq!(proxy.lines.count("holding clients"), 1, "said once");
+    assert_eq!(proxy.lines.count("holding clients"), 1, "logged once");
     let listener = bind_backend(&address);
     serve_on(listener, echo);
     for client in &mut clients {
@@ -217,7 +217,7 @@ fn waiting_client_has_closed(program: &Path) {
     pause(Duration::from_secs(2));
     let listener = bind_backend(&address);
     listener.set_nonblocking(true).unwrap();
-    let accepted = poll_until(Instant::now() + PATIENCE, || listener.accept().ok());
+    let accepted = poll_until(Instant::now() + TIMEOUT, || listener.accept().ok());
     let (mut served, _) = accepted.expect("the client's bytes come to the backend");
     served.set_nonblocking(false).unwrap();
     let (bytes, end) = read_all(&mut served);

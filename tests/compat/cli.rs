@@ -90,7 +90,7 @@ fn accepted_values(program: &Path) {
         let front = Endpoint::new(Family::Tcp);
         let launch = Launch::new(program).args(args).arg(&backend.target).listener(&front);
         let _proxy = launch.start();
-        echoes(&mut front.connect());
+        assert_echoes(&mut front.connect());
     }
 }
 
@@ -99,7 +99,7 @@ fn repeated_options(program: &Path) {
     let args = ["-c", "0x1", "--connections-max=8", &backend.target, "--conn=9"];
     let _proxy = Launch::new(program).args(args).listener(&front).start();
     let mut clients: Vec<_> = (0..5).map(|_| front.connect()).collect();
-    clients.iter_mut().for_each(echoes);
+    clients.iter_mut().for_each(assert_echoes);
 }
 
 fn wrong_at_start(program: &Path) {
@@ -109,7 +109,7 @@ fn wrong_at_start(program: &Path) {
         let systemd = FakeSystemd::new();
         let mut proxy = Launch::new(program).arg(target).listener(&front).notify(&systemd).start();
         let ready = thread::spawn(move || systemd.next());
-        let ended = poll_until(Instant::now() + PATIENCE, || {
+        let ended = poll_until(Instant::now() + TIMEOUT, || {
             (ready.is_finished() || !proxy.is_running()).then(|| !proxy.is_running())
         });
         assert_eq!(ended, Some(true), "started with the target {target:?}");

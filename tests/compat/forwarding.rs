@@ -53,9 +53,9 @@ fn there_and_back(program: &Path, (front, back): (Family, Family)) {
     let (front, backend) = (Endpoint::new(front), echo_backend(back));
     let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
     let mut client = front.connect();
-    let message = noise(1, 64 * 1024);
+    let message = random_bytes(1, 64 * 1024);
     assert!(exchange(&mut client, &message).unwrap() == message);
-    echoes(&mut client);
+    assert_echoes(&mut client);
 }
 
 fn random_clients(program: &Path, (front, back): (Family, Family)) {
@@ -71,10 +71,10 @@ fn random_clients(program: &Path, (front, back): (Family, Family)) {
 
 /// Sends up to 9 MB in pieces of all sizes with pauses, and compares what comes back.
 fn random_client(client: Socket, seed: u64) {
-    let dice = noise(seed, 4096);
+    let dice = random_bytes(seed, 4096);
     let die = |at: usize| usize::from(dice[at % 4096]) << 8 | usize::from(dice[(at + 1) % 4096]);
     let length = (die(0) * 144).min(9_000_000);
-    let message = noise(seed + 100, length);
+    let message = random_bytes(seed + 100, length);
     let mut reader = client.try_clone().unwrap();
     let expected = Sha256::digest(&message);
     thread::scope(|scope| {
@@ -114,7 +114,7 @@ fn client_ends_first(program: &Path, (front, back): (Family, Family)) {
     client.shutdown(Shutdown::Write).unwrap();
     let mut server = backend.accept();
     assert_eq!(read_all(&mut server).0, b"question");
-    let answer = noise(2, 300_000);
+    let answer = random_bytes(2, 300_000);
     let _ = server.write_all(&answer);
     drop(server);
     let (received, end) = read_all(&mut client);
@@ -130,7 +130,7 @@ fn backend_ends_first(program: &Path, (front, back): (Family, Family)) {
     server.write_all(b"greeting").unwrap();
     server.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_all(&mut client).0, b"greeting");
-    let upload = noise(3, 300_000);
+    let upload = random_bytes(3, 300_000);
     let _ = client.write_all(&upload);
     drop(client);
     let (received, end) = read_all(&mut server);
@@ -144,7 +144,7 @@ fn reset_by(program: &Path, the_client: bool) {
     let client = front.connect();
     let server = backend.accept();
     let (mut one, mut other) = if the_client { (client, server) } else { (server, client) };
-    let last_words = noise(4, 100_000);
+    let last_words = random_bytes(4, 100_000);
     one.write_all(&last_words).unwrap();
     let mut read = vec![0; last_words.len()];
     other.read_exact(&mut read).unwrap();
@@ -187,7 +187,7 @@ fn early_answer(program: &Path) {
         let mut uploader = client.try_clone().unwrap();
         // Ends with the proxy at the latest.
         thread::spawn(move || while uploader.write_all(&[b'u'; 10_000]).is_ok() {});
-        let answer = noise(round, 60_000);
+        let answer = random_bytes(round, 60_000);
         server.read_exact(&mut [0; 10_000]).unwrap();
         server.write_all(&answer).unwrap();
         drop(server);

@@ -48,16 +48,16 @@ fn exact_limit(program: &Path) {
     let args = ["--connections-max=2", &backend.target];
     let _proxy = Launch::new(program).args(args).listener(&front).start();
     let mut first = front.connect();
-    echoes(&mut first);
+    assert_echoes(&mut first);
     let mut second = front.connect();
-    echoes(&mut second);
+    assert_echoes(&mut second);
     let mut third = front.connect();
     is_refused(&mut third);
     drop(first);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let served = poll_until(deadline, || exchange(&mut front.connect(), b"now?").ok());
     served.expect("a place that came free is given away");
-    echoes(&mut second);
+    assert_echoes(&mut second);
 }
 
 fn limit_with_few_descriptors(program: &Path) {
@@ -67,7 +67,7 @@ fn limit_with_few_descriptors(program: &Path) {
     let launch = Launch::new(program).arg(&backend.target).descriptors(1024);
     let proxy = launch.listener(&front).start();
     let mut clients: Vec<_> = (0..LIMIT).map(|_| front.connect()).collect();
-    clients.iter_mut().for_each(echoes);
+    clients.iter_mut().for_each(assert_echoes);
     is_refused(&mut front.connect());
     proxy.lines.wait_for("Hit connection limit, refusing connection.");
 }
@@ -90,7 +90,7 @@ fn overflow_waits(program: &Path) {
             panic!("{}", proxy.lines.all());
         }
         let mut second = front.connect();
-        echoes(&mut second);
+        assert_echoes(&mut second);
         let mut waiting: Vec<_> = (0..4).map(|_| front.connect()).collect();
         for client in &mut waiting {
             client.write_all(b"here!").unwrap();
@@ -106,17 +106,17 @@ fn overflow_waits(program: &Path) {
             other => panic!("was not left to wait: {other:?}"),
         };
         assert!(!waiting.iter_mut().any(served), "served above the limit");
-        echoes(&mut second);
+        assert_echoes(&mut second);
         // One after the other, in order, and each only when another has left.
         let mut leaving = vec![first, second];
         for place in 0..waiting.len() {
             drop(leaving.remove(0));
-            let deadline = Instant::now() + PATIENCE;
+            let deadline = Instant::now() + TIMEOUT;
             poll_until(deadline, || served(&mut waiting[place]).then_some(())).expect("its turn");
             assert!(!waiting[place + 1..].iter_mut().any(served), "out of its turn");
             leaving.push(waiting[place].try_clone().unwrap());
             waiting[place].set_nonblocking(false).unwrap();
-            echoes(&mut waiting[place]);
+            assert_echoes(&mut waiting[place]);
             // The last reference is the one in `leaving`.
             waiting[place] = front.connect();
             waiting[place].set_nonblocking(true).unwrap();
@@ -129,7 +129,7 @@ fn overflow_waits(program: &Path) {
 fn answers(client: &mut Socket, proxy: &mut Running) -> bool {
     client.write_all(b"hello").unwrap();
     client.set_nonblocking(true).unwrap();
-    let answered = poll_until(Instant::now() + PATIENCE, || match client.read(&mut [0; 5]) {
+    let answered = poll_until(Instant::now() + TIMEOUT, || match client.read(&mut [0; 5]) {
         Ok(5) => Some(true),
         _ => (!proxy.is_running()).then_some(false),
     });
@@ -143,7 +143,7 @@ fn idle_clients(program: &Path) {
     let args = ["--connections-max=4096", &backend.target];
     let proxy = Launch::new(program).args(args).descriptors(20_000).listener(&front).start();
     echo_many(&backend);
-    let before = poll_until(Instant::now() + PATIENCE, || {
+    let before = poll_until(Instant::now() + TIMEOUT, || {
         Some(proxy.descriptors()).filter(|&count| count > 4)
     });
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
@@ -219,7 +219,7 @@ fn few_descriptors(program: &Path) {
             // Those who were served stay as long as the others wait, and are still served.
             for client in &mut served {
                 client.set_nonblocking(false).unwrap();
-                echoes(client);
+                assert_echoes(client);
                 client.set_nonblocking(true).unwrap();
             }
         }
@@ -232,7 +232,7 @@ fn soft_limit(program: &Path) {
     let launch = Launch::new(program).arg(&backend.target).soft_descriptors(40);
     let _proxy = launch.listener(&front).start();
     let mut clients: Vec<_> = (0..60).map(|_| front.connect()).collect();
-    clients.iter_mut().for_each(echoes);
+    clients.iter_mut().for_each(assert_echoes);
 }
 
 fn idle_descriptors(program: &Path) {
@@ -240,10 +240,10 @@ fn idle_descriptors(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
     let mut first = front.connect();
-    echoes(&mut first);
+    assert_echoes(&mut first);
     let before = proxy.descriptors();
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
-    clients.iter_mut().for_each(echoes);
+    clients.iter_mut().for_each(assert_echoes);
     let each = (proxy.descriptors() - before) / CLIENTS;
     assert_eq!(each, 2, "{each} descriptors an idle connection, and not 2");
 }
@@ -254,9 +254,9 @@ fn idle_after_bulk(program: &Path) {
     let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
     // One for each event loop there may be.
     let mut first: Vec<_> = (0..3).map(|_| front.connect()).collect();
-    first.iter_mut().for_each(echoes);
+    first.iter_mut().for_each(assert_echoes);
     let before = proxy.descriptors();
-    let message = noise(5, 4_000_000);
+    let message = random_bytes(5, 4_000_000);
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
     for client in &mut clients {
         let mut writer = client.try_clone().unwrap();
@@ -277,7 +277,7 @@ fn stalled_bulk(program: &Path) {
     for back in [Family::Tcp, Family::Unix] {
         let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(back));
         let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
-        let message = noise(6, 4 * 1024 * 1024);
+        let message = random_bytes(6, 4 * 1024 * 1024);
         let clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
         // More than the kernel holds for a receiver that takes nothing, in large pieces.
         let mut sent = vec![0; CLIENTS];
@@ -295,7 +295,7 @@ fn stalled_bulk(program: &Path) {
                 }
                 (*sent == before && proxy.is_asleep()).then_some(())
             };
-            poll_until(Instant::now() + PATIENCE, stuck).expect("the sender is stuck");
+            poll_until(Instant::now() + TIMEOUT, stuck).expect("the sender is stuck");
         }
         // Sixteen among the event loops, and those that held a remainder after all.
         let (pipes, loops) = (proxy.pipes() / 2, 1 + proxy.workers());
@@ -338,7 +338,7 @@ fn pipes_used_up(program: &Path) {
     let proxy = launch.start();
     let mut client = front.connect();
     let before = proxy.pipes();
-    let message = noise(12, 20_000_000);
+    let message = random_bytes(12, 20_000_000);
     let mut writer = client.try_clone().unwrap();
     thread::scope(|scope| {
         // An original may also stand still on a pipe of one page; the reader says so.

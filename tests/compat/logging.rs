@@ -12,7 +12,7 @@ use crate::support::*;
 
 pub(crate) fn register(cases: &mut Cases) {
     cases.add("logs an unreachable backend and serves on", Shared, unreachable);
-    cases.add("logs a refused connection in the words of the original", Shared, refusal_is_said);
+    cases.add("logs a refused connection in the words of the original", Shared, refusal_is_logged);
     cases.add("does not log clients that disconnect", Shared, silent_about_peers);
     cases.add("logs each connection on SIGUSR1", OnlyOurs("no line with"), tells_of_each);
     cases.add(
@@ -40,12 +40,12 @@ fn unreachable(program: &Path) {
     assert!(line.contains("Connection refused"), "{line}");
 }
 
-fn refusal_is_said(program: &Path) {
+fn refusal_is_logged(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let args = ["-c1", &backend.target];
     let proxy = Launch::new(program).args(args).listener(&front).start();
     let mut clients: Vec<_> = (0..4).map(|_| front.connect()).collect();
-    echoes(&mut clients[0]);
+    assert_echoes(&mut clients[0]);
     proxy.lines.wait_for("Hit connection limit, refusing connection.");
 }
 
@@ -54,12 +54,12 @@ fn silent_about_peers(program: &Path) {
     let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
     for round in 0..30 {
         let mut client = front.connect();
-        echoes(&mut client);
+        assert_echoes(&mut client);
         if round % 2 == 0 {
             reset(client);
         }
     }
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
     let unasked = proxy.lines.count("");
     assert_eq!(unasked, 0, "lines about clients that left");
 }
@@ -70,7 +70,7 @@ fn tells_of_each(program: &Path) {
         let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
         let mut clients: Vec<_> = (0..5).map(|_| front.connect()).collect();
         for (round, client) in clients.iter_mut().enumerate() {
-            (0..=round).for_each(|_| echoes(client));
+            (0..=round).for_each(|_| assert_echoes(client));
         }
         for times in 1..=2 {
             proxy.signal(Signal::USR1);
@@ -78,15 +78,16 @@ fn tells_of_each(program: &Path) {
             for round in 0..5 {
                 let bytes = 14 * (round + 1);
                 let line = format!(": {bytes} bytes to the backend, {bytes} bytes back");
-                let said = || (proxy.lines.count(&line) == times).then_some(());
-                poll_until(Instant::now() + PATIENCE, said).expect("no line with what it carried");
+                let printed = || (proxy.lines.count(&line) == times).then_some(());
+                poll_until(Instant::now() + TIMEOUT, printed)
+                    .expect("no line with what it carried");
             }
         }
         let line = proxy.lines.wait_for("Connection of ");
         assert!(line.contains(&backend.target), "{line}");
         let has_tcp = [front_family, back].contains(&Family::Tcp);
         assert_eq!(line.contains(", idle for "), has_tcp, "{line}");
-        clients.iter_mut().for_each(echoes);
+        clients.iter_mut().for_each(assert_echoes);
     }
 }
 
@@ -115,10 +116,10 @@ fn stuck_log(program: &Path) {
         assert!(answered.is_ok(), "Failed to parse --log-level, or waits for its log");
     }
     proxy.lines.collect(proxy.unread_stderr.take().unwrap());
-    let deadline = Instant::now() + PATIENCE;
-    let said = poll_until(deadline, || {
+    let deadline = Instant::now() + TIMEOUT;
+    let printed = poll_until(deadline, || {
         let _ = exchange(&mut front.connect(), b"one more line");
         (proxy.lines.count("log lines were dropped") > 0).then_some(())
     });
-    said.expect("the number of dropped lines is logged");
+    printed.expect("the number of dropped lines is logged");
 }

@@ -28,7 +28,7 @@ fn notifications(program: &Path) {
     let mut client = front.connect();
     assert_eq!(systemd.next(), "READY=1");
     assert_eq!(systemd.next(), "STATUS=Processing requests...");
-    echoes(&mut client);
+    assert_echoes(&mut client);
     drop(client);
     systemd.wait_for("STOPPING=1");
     systemd.wait_for("STATUS=Shutting down...");
@@ -47,7 +47,7 @@ fn watchdog(program: &Path) {
     for _ in 0..3 {
         systemd.wait_for("WATCHDOG=1");
     }
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
 }
 
 fn status_rate(program: &Path) {
@@ -61,7 +61,7 @@ fn status_rate(program: &Path) {
     thread::scope(|scope| {
         scope.spawn(|| {
             while start.elapsed() < Duration::from_secs(5) {
-                echoes(&mut front.connect());
+                assert_echoes(&mut front.connect());
             }
         });
         systemd.wait_for("STATUS=");

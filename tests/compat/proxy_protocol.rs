@@ -101,7 +101,7 @@ fn names_of_every_length(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Unix), echo_backend(Family::Unix));
     let mut proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
     let mut stays = front.connect();
-    echoes(&mut stays);
+    assert_echoes(&mut stays);
     let (directory, longest) = longest_path();
     let shortest = directory.path().as_os_str().len() + 2;
     let paths = (shortest..=108).map(|length| longest[..length].to_vec());
@@ -111,9 +111,9 @@ fn names_of_every_length(program: &Path) {
         let mut client = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
         client.bind(&unix_address(&name)).unwrap();
         client.connect(&front.address).unwrap();
-        echoes(&mut client);
+        assert_echoes(&mut client);
     }
-    echoes(&mut stays);
+    assert_echoes(&mut stays);
     assert!(proxy.is_running());
 }
 
@@ -149,7 +149,7 @@ fn has_proxy_header(program: &Path, front: &Endpoint, address: &str, protocol: &
     client.write_all(b"first bytes").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
     backend.socket.set_nonblocking(true).unwrap();
-    let accepted = poll_until(Instant::now() + PATIENCE, || {
+    let accepted = poll_until(Instant::now() + TIMEOUT, || {
         assert!(
             proxy.is_running(),
             "the option is unknown, no header instead of {protocol}: {}",

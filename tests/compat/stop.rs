@@ -32,17 +32,17 @@ fn idle_exit(program: &Path) {
     let args = ["--exit-idle-time=200ms", &backend.target];
     let mut proxy = Launch::new(program).args(args).listener(&front).start();
     let mut client = front.connect();
-    echoes(&mut client);
+    assert_echoes(&mut client);
     pause(Duration::from_millis(500));
     assert!(proxy.is_running(), "a connection is no idleness");
-    echoes(&mut client);
+    assert_echoes(&mut client);
     drop(client);
     assert_eq!(proxy.wait().code(), Some(0));
     // As systemd would: the socket stays, and the next client starts the next process.
     let mut client = front.connect();
     let args = ["--exit-idle-time=200ms", &backend.target];
     let _proxy = Launch::new(program).args(args).listener(&front).start();
-    echoes(&mut client);
+    assert_echoes(&mut client);
 }
 
 fn idle_from_start(program: &Path) {
@@ -58,13 +58,13 @@ fn queued_at_the_deadline(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let args = ["--exit-idle-time=300ms", &backend.target];
     let mut proxy = Launch::new(program).args(args).listener(&front).start();
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
     // Stopped over the deadline, it wakes up to an expired timer and a queued client at once.
     proxy.signal(Signal::STOP);
     pause(Duration::from_millis(500));
     let mut client = front.connect();
     proxy.signal(Signal::CONT);
-    echoes(&mut client);
+    assert_echoes(&mut client);
     drop(client);
     assert_eq!(proxy.wait().code(), Some(0));
 }
@@ -120,12 +120,12 @@ fn ignored_signals(program: &Path) {
     let launch = launch.signals("--ignore-signal=HUP,INT");
     let mut proxy = launch.start();
     let mut client = front.connect();
-    echoes(&mut client);
+    assert_echoes(&mut client);
     proxy.signal(Signal::HUP);
     proxy.signal(Signal::INT);
     // A signal that is not ignored is handled before the next system call ends.
-    (0..10).for_each(|_| echoes(&mut front.connect()));
-    echoes(&mut client);
+    (0..10).for_each(|_| assert_echoes(&mut front.connect()));
+    assert_echoes(&mut client);
     assert!(proxy.is_running());
     proxy.signal(Signal::TERM);
     proxy.wait();

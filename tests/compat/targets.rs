@@ -45,7 +45,7 @@ fn name_is_resolved(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let target = format!("localhost:{}", backend.port());
     let _proxy = Launch::new(program).arg(target).listener(&front).start();
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
 }
 
 fn every_address(program: &Path) {
@@ -81,14 +81,14 @@ fn last_colon(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), ipv6_backend());
     let target = format!("::1:{}", backend.port());
     let _proxy = Launch::new(program).arg(target).listener(&front).start();
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
 }
 
 fn brackets(program: &Path) {
     let (front, backend) = (Endpoint::new(Family::Tcp), ipv6_backend());
     let target = format!("[::1]:{}", backend.port());
     let _proxy = Launch::new(program).arg(target).listener(&front).start();
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
 }
 
 fn abstract_socket(program: &Path) {
@@ -101,7 +101,7 @@ fn abstract_socket(program: &Path) {
     thread::spawn(move || echo(handle.accept().unwrap().0));
     let front = Endpoint::new(Family::Unix);
     let _proxy = Launch::new(program).arg(format!("@{name}")).listener(&front).start();
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
 }
 
 /// A TCP backend that takes no notice: its backlog is full, and the kernel drops what comes.
@@ -148,7 +148,7 @@ fn leaves_early(program: &Path) {
     let mut proxy = Launch::new(program).args(args).listener(&front).start();
     let client = front.connect();
     client.send(b"hello?").unwrap();
-    let taken = poll_until(Instant::now() + PATIENCE, || {
+    let taken = poll_until(Instant::now() + TIMEOUT, || {
         if !proxy.is_running() {
             panic!("{}", proxy.lines.all());
         }
@@ -172,7 +172,7 @@ fn full_backlog(program: &Path) {
     client.write_all(b"patience").unwrap();
     // The proxy has met the full backlog once it has accepted the client and slept over it.
     let busy =
-        poll_until(Instant::now() + PATIENCE, || (proxy.cpu() > Duration::ZERO).then_some(()));
+        poll_until(Instant::now() + TIMEOUT, || (proxy.cpu() > Duration::ZERO).then_some(()));
     busy.unwrap();
     pause(Duration::from_millis(300));
     serve(&backend, echo);

@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use tokio::time::Instant;
 
 use crate::support::*;
-use crate::{End, MODES, Mode, Proxy, joined, launch, passes, queue, stored};
+use crate::{End, MODES, Mode, Proxy, assert_forwards, established, launch, queue, stored};
 
 pub(crate) fn register(trials: &mut Trials) {
     for (backend_resets, end) in [(false, "the client's"), (true, "the backend's")] {
@@ -37,10 +37,10 @@ pub(crate) fn register(trials: &mut Trials) {
 fn unstored_reset_stays_a_reset(backend_resets: bool) {
     let [front, backend] = [Family::Tcp, Family::Tcp].map(Endpoint::new);
     let mut proxy = Proxy::start(&front, &["--handover=crash", &backend.target]);
-    let (mut client, mut served) = joined(&front, &backend);
-    passes(&mut client, &mut served);
-    passes(&mut served, &mut client);
-    proxy.end(End::Killed);
+    let (mut client, mut served) = established(&front, &backend);
+    assert_forwards(&mut client, &mut served);
+    assert_forwards(&mut served, &mut client);
+    proxy.stop(End::Killed);
     let (mut resets, mut stays) = if backend_resets { (served, client) } else { (client, served) };
     resets.write_all(b"a part").unwrap();
     reset(resets);
@@ -64,8 +64,8 @@ fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
     let threads = format!("--threads={threads}");
     let arguments = [&handover, "--connections-max=2000", &threads, &backend.target];
     let mut proxy = Proxy::start(&front, &arguments);
-    let mut all: Vec<_> = (0..300).map(|_| joined(&front, &backend)).collect();
-    proxy.end(end);
+    let mut all: Vec<_> = (0..300).map(|_| established(&front, &backend)).collect();
+    proxy.stop(end);
     let stored_before = stored(&proxy.systemd);
     assert_eq!(stored_before, all.len());
     for _ in 0..3 {
@@ -76,23 +76,23 @@ fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
             let links = std::fs::read_dir(format!("/proc/{}/fd", proxy.running.pid()));
             (links.unwrap().count() > 40).then_some(())
         };
-        poll_until(Instant::now() + PATIENCE, is_reading).unwrap();
+        poll_until(Instant::now() + TIMEOUT, is_reading).unwrap();
         // Whoever has taken all of it is not recovering any more.
         proxy.running.signal(Signal::STOP);
         if handover == "--handover=restart" && stored(&proxy.systemd) == 0 {
             // It has taken all of them, and is not recovering any more.
             proxy.running.signal(Signal::CONT);
-            proxy.end(End::Stopped);
+            proxy.stop(End::Stopped);
         } else {
-            proxy.end(End::Killed);
+            proxy.stop(End::Killed);
         }
     }
     proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
     proxy.running.lines.wait_for("Recovered connections: 300.");
     proxy.systemd.wait_for("STATUS=300 connections of 2000, 0 served, 0 bytes; 300 recovered");
     for (client, served) in &mut all {
-        passes(client, served);
-        passes(served, client);
+        assert_forwards(client, served);
+        assert_forwards(served, client);
     }
 }
 

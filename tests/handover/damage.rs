@@ -11,12 +11,12 @@ use crate::support::*;
 
 pub(crate) fn register(trials: &mut Trials) {
     for handover in ["restart", "crash"] {
-        for (stored, put, says) in DAMAGED {
+        for (stored, put, line) in DAMAGED {
             trials.add(
                 format!(
                     "damaged and unknown descriptors are closed and removed, {handover}, {stored}"
                 ),
-                move || damage_is_removed(handover, put, says),
+                move || damage_is_removed(handover, put, line),
             );
         }
         for (store, max) in [
@@ -33,7 +33,7 @@ pub(crate) fn register(trials: &mut Trials) {
     }
 }
 
-/// What is stored, how, and what the log says of it.
+/// What is stored, how, and what the log line of it.
 type Damaged = (&'static str, fn(&FakeSystemd), &'static str);
 
 const DAMAGED: [Damaged; 5] = [
@@ -90,7 +90,7 @@ fn name(end: &str) -> String {
     format!("handover-of-socket-proxyd.{end}")
 }
 
-fn damage_is_removed(handover: &str, put: fn(&FakeSystemd), says: &str) {
+fn damage_is_removed(handover: &str, put: fn(&FakeSystemd), line: &str) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
     let systemd = FakeSystemd::with_fd_store(8);
     put(&systemd);
@@ -98,14 +98,14 @@ fn damage_is_removed(handover: &str, put: fn(&FakeSystemd), says: &str) {
     let mut proxy = launch(&front, &arguments, &systemd);
     systemd.wait_for("READY=1");
     let mut client = front.connect();
-    echoes(&mut client);
-    proxy.lines.wait_for(says);
+    assert_echoes(&mut client);
+    proxy.lines.wait_for(line);
     assert_eq!(systemd.fd_store.names(), [name("queue"), name("sender")]);
     // The new queue works.
     proxy.signal(Signal::TERM);
     proxy.wait();
     let _proxy = launch(&front, &arguments, &systemd);
-    echoes(&mut client);
+    assert_echoes(&mut client);
 }
 
 fn warns_without_a_store(handover: &str, max: Option<usize>) {
@@ -119,15 +119,15 @@ fn warns_without_a_store(handover: &str, max: Option<usize>) {
         None => launch,
     };
     let mut proxy = launch.start();
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.wait().code(), Some(0));
-    let says = match max {
+    let line = match max {
         None => "there is no NOTIFY_SOCKET",
         Some(_) => "set FileDescriptorStoreMax=4",
     };
     let log = proxy.lines.all();
-    assert!(log.matches("--handover=").count() == 1 && log.contains(says), "{log}");
+    assert!(log.matches("--handover=").count() == 1 && log.contains(line), "{log}");
     if let Some(systemd) = systemd {
         assert!(systemd.fd_store.names().is_empty(), "{:?}", systemd.fd_store.names());
     }

@@ -9,7 +9,7 @@ use socket2::Socket;
 use tokio::time::Instant;
 
 use crate::support::*;
-use crate::{End, MODES, Mode, Proxy, joined, launch, passes, queue, stored};
+use crate::{End, MODES, Mode, Proxy, assert_forwards, established, launch, queue, stored};
 
 pub(crate) fn register(trials: &mut Trials) {
     trials.add("the default queue holds 2,000 connections", default_queue_holds_thousands);
@@ -65,12 +65,12 @@ fn default_queue_holds_thousands() {
         systemd.wait_for("READY=1");
         while all.len() < CONNECTIONS {
             all.push(front.connect());
-            echoes(all.last_mut().unwrap());
+            assert_echoes(all.last_mut().unwrap());
         }
         for _ in 0..200 {
-            echoes(&mut front.connect());
+            assert_echoes(&mut front.connect());
         }
-        all.iter_mut().for_each(echoes);
+        all.iter_mut().for_each(assert_echoes);
         proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
         proxy.wait();
         let log = proxy.lines.all();
@@ -79,7 +79,7 @@ fn default_queue_holds_thousands() {
     let arguments = ["--handover=crash".into(), "-c3000".into(), backend.target.clone()];
     let proxy = launch(&front, &arguments, &systemd);
     proxy.lines.wait_for(&format!("Recovered connections: {CONNECTIONS}."));
-    all.iter_mut().for_each(echoes);
+    all.iter_mut().for_each(assert_echoes);
     assert_eq!(proxy.lines.count("store"), 0);
 }
 
@@ -93,14 +93,14 @@ fn restart_needs_no_more_descriptors(Mode { handover, end }: Mode) {
     };
     let mut proxy = launch();
     let mut all: Vec<_> = (0..90).map(|_| front.connect()).collect();
-    all.iter_mut().for_each(echoes);
+    all.iter_mut().for_each(assert_echoes);
     for _ in 0..3 {
         proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
         proxy.wait();
         proxy = launch();
-        all.iter_mut().for_each(echoes);
-        let mut newcomers: Vec<_> = (0..10).map(|_| front.connect()).collect();
-        newcomers.iter_mut().for_each(echoes);
+        all.iter_mut().for_each(assert_echoes);
+        let mut new_clients: Vec<_> = (0..10).map(|_| front.connect()).collect();
+        new_clients.iter_mut().for_each(assert_echoes);
     }
     assert_eq!(proxy.lines.count("Out of"), 0);
 }
@@ -115,7 +115,7 @@ fn too_few_descriptors(Mode { handover, end }: Mode) {
     };
     let mut proxy = launch(1024);
     let mut all: Vec<_> = (0..90).map(|_| front.connect()).collect();
-    all.iter_mut().for_each(echoes);
+    all.iter_mut().for_each(assert_echoes);
     proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
     proxy.wait();
     for descriptors in [100, 150] {
@@ -128,7 +128,7 @@ fn too_few_descriptors(Mode { handover, end }: Mode) {
     }
     let proxy = launch(1024);
     proxy.lines.wait_for("Recovered connections: 90.");
-    all.iter_mut().for_each(echoes);
+    all.iter_mut().for_each(assert_echoes);
 }
 
 /// Buffered bytes have descriptors of their own: what is stored may need more than the process had.
@@ -156,7 +156,7 @@ fn stores_no_more_than_can_be_opened() {
     proxy.lines.wait_for("Recovered connections: ");
     drop(all);
     let (mut client, mut served) = (front.connect(), backend.accept());
-    passes(&mut client, &mut served);
+    assert_forwards(&mut client, &mut served);
 }
 
 fn full_store() {
@@ -165,8 +165,8 @@ fn full_store() {
     let arguments = ["--handover=crash".into(), backend.target.clone()];
     let proxy = launch(&front, &arguments, &systemd);
     systemd.wait_for("READY=1");
-    let mut all: Vec<_> = (0..100).map(|_| joined(&front, &backend)).collect();
-    all.iter_mut().for_each(|(client, served)| passes(served, client));
+    let mut all: Vec<_> = (0..100).map(|_| established(&front, &backend)).collect();
+    all.iter_mut().for_each(|(client, served)| assert_forwards(served, client));
     assert_eq!(proxy.lines.count("The store is full"), 1);
     proxy.signal(Signal::KILL);
     drop(proxy);
@@ -192,28 +192,28 @@ fn restored_connections_count(Mode { handover, end }: Mode, overflow: &str) {
         &backend.target,
     ];
     let mut proxy = Proxy::start(&front, &arguments);
-    let mut all: Vec<_> = (0..3).map(|_| joined(&front, &backend)).collect();
+    let mut all: Vec<_> = (0..3).map(|_| established(&front, &backend)).collect();
     proxy.arguments[1] = "--connections-max=2".into();
-    proxy.again(end);
-    let mut newcomer = front.connect();
+    proxy.replace(end);
+    let mut new_client = front.connect();
     if overflow == "refuse" {
-        assert_eq!(read_all(&mut newcomer).0, b"");
+        assert_eq!(read_all(&mut new_client).0, b"");
     } else {
-        newcomer.write_all(b"hello").unwrap();
+        new_client.write_all(b"hello").unwrap();
     }
-    all.iter_mut().for_each(|(client, served)| passes(served, client));
+    all.iter_mut().for_each(|(client, served)| assert_forwards(served, client));
     all.truncate(1);
     if overflow == "refuse" {
-        let served = poll_until(Instant::now() + PATIENCE, || {
+        let served = poll_until(Instant::now() + TIMEOUT, || {
             let mut client = front.connect();
             backend.socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
             let (mut served, _) = backend.socket.accept().ok()?;
-            passes(&mut client, &mut served);
+            assert_forwards(&mut client, &mut served);
             Some(())
         });
         served.expect("there is a place again");
     } else {
-        backend.accept().read_exact(&mut [0; 5]).expect("the newcomer");
+        backend.accept().read_exact(&mut [0; 5]).expect("the new client");
     }
 }
 
@@ -221,21 +221,21 @@ fn store_does_not_leak(Mode { handover, end }: Mode) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let handover = format!("--handover={handover}");
     let mut proxy = Proxy::start(&front, &[&handover, "--connections-max=300", &backend.target]);
-    let mut quiet: Vec<_> = (0..100).map(|_| front.connect()).collect();
-    quiet.iter_mut().for_each(echoes);
+    let mut idle: Vec<_> = (0..100).map(|_| front.connect()).collect();
+    idle.iter_mut().for_each(assert_echoes);
     let mut held = Vec::new();
     for _ in 0..8 {
         for _ in 0..100 {
-            echoes(&mut front.connect());
+            assert_echoes(&mut front.connect());
         }
-        proxy.end(end);
+        proxy.stop(end);
         // Those that were on their way out at the end, and twice what lives.
         let payloads = queue(&proxy.systemd).payloads().unwrap();
         let records: usize = payloads.iter().map(|text| record_ids(text).unwrap().len()).sum();
         assert!(records <= 2 * 200 + 32, "{records} records");
         proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
         proxy.systemd.wait_for("READY=1");
-        quiet.iter_mut().for_each(echoes);
+        idle.iter_mut().for_each(assert_echoes);
         held.push(proxy.running.descriptors());
     }
     // The last of those that came and went may still be on their way out.

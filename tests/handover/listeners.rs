@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::support::*;
-use crate::{End, MODES, Mode, passes};
+use crate::{End, MODES, Mode, assert_forwards};
 
 pub(crate) fn register(trials: &mut Trials) {
     for mode in MODES {
@@ -91,14 +91,14 @@ fn waiting_client_stays_with_its_listener(Mode { handover, end }: Mode) {
         let mut read = vec![0; address.len()];
         served.read_exact(&mut read).unwrap();
         assert_eq!(String::from_utf8(read).unwrap(), address);
-        passes(&mut served, &mut client);
+        assert_forwards(&mut served, &mut client);
     }
 }
 
 fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Family) {
     let backend = Endpoint::new(Family::Tcp);
     let directory = tempfile::TempDir::new().unwrap();
-    let (listen, address) = place(family, &directory);
+    let (listen, address) = free_address(family, &directory);
     let arguments =
         [format!("--handover={handover}"), format!("--listen={listen}"), backend.target.clone()];
     let systemd = FakeSystemd::with_fd_store(4);
@@ -106,19 +106,19 @@ fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Fami
     let mut proxy = launch();
     systemd.wait_for("READY=1");
     let (mut client, mut served) = (connect(&address), backend.accept());
-    passes(&mut client, &mut served);
+    assert_forwards(&mut client, &mut served);
     for _ in 0..3 {
         match end {
             End::Stopped => proxy.signal(Signal::TERM),
             End::Killed => proxy.signal(Signal::KILL),
         }
         proxy.wait();
-        let mut newcomer = connect(&address);
-        newcomer.write_all(b"hello").unwrap();
+        let mut new_client = connect(&address);
+        new_client.write_all(b"hello").unwrap();
         proxy = launch();
         let mut served_too = backend.accept();
         served_too.read_exact(&mut [0; 5]).unwrap();
-        passes(&mut client, &mut served);
+        assert_forwards(&mut client, &mut served);
         systemd.wait_for("READY=1");
     }
     assert_eq!(systemd.fd_store.names().len(), 2, "nothing but the queue");
@@ -129,7 +129,7 @@ fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Fami
 fn failed_start_leaves_the_store(Mode { handover, end }: Mode, family: Family) {
     let backend = Endpoint::new(Family::Tcp);
     let directory = tempfile::TempDir::new().unwrap();
-    let (listen, address) = place(family, &directory);
+    let (listen, address) = free_address(family, &directory);
     let handover = format!("--handover={handover}");
     let listen = format!("--listen={listen}");
     let systemd = FakeSystemd::with_fd_store(4);
@@ -137,34 +137,34 @@ fn failed_start_leaves_the_store(Mode { handover, end }: Mode, family: Family) {
     let right = [&*handover, &listen, &backend.target];
     let mut proxy = launch(&right);
     systemd.wait_for("READY=1");
-    let joined = || {
+    let established = || {
         let (mut client, mut served) = (connect(&address), backend.accept());
-        passes(&mut client, &mut served);
+        assert_forwards(&mut client, &mut served);
         (client, served)
     };
-    let (mut client, mut served) = joined();
-    end_by(&mut proxy, end);
+    let (mut client, mut served) = established();
+    stop(&mut proxy, end);
     // Nothing leads from the one socket that there is.
     for _ in 0..5 {
         let wrong = [&*handover, &listen, "other=/nowhere"];
         assert_eq!(launch(&wrong).wait().code(), Some(1));
     }
-    let mut newcomer = connect(&address);
-    newcomer.write_all(b"hello").unwrap();
+    let mut new_client = connect(&address);
+    new_client.write_all(b"hello").unwrap();
     let mut proxy = launch(&right);
-    let mut newcomers_backend = backend.accept();
-    newcomers_backend.read_exact(&mut [0; 5]).unwrap();
-    passes(&mut client, &mut served);
-    passes(&mut served, &mut client);
+    let mut new_clients_backend = backend.accept();
+    new_clients_backend.read_exact(&mut [0; 5]).unwrap();
+    assert_forwards(&mut client, &mut served);
+    assert_forwards(&mut served, &mut client);
     // And then nothing is started any more.
-    end_by(&mut proxy, end);
+    stop(&mut proxy, end);
     assert_eq!(launch(&[&handover, &listen, "other=/nowhere"]).wait().code(), Some(1));
     systemd.fd_store.clear();
     assert!(is_reset(&read_all(&mut served).1));
 }
 
 /// Where a listener may be opened.
-fn place(family: Family, directory: &tempfile::TempDir) -> (String, SockAddr) {
+fn free_address(family: Family, directory: &tempfile::TempDir) -> (String, SockAddr) {
     let path = directory.path().join("socket");
     match family {
         Family::Tcp => {
@@ -175,7 +175,7 @@ fn place(family: Family, directory: &tempfile::TempDir) -> (String, SockAddr) {
     }
 }
 
-fn end_by(proxy: &mut Running, end: End) {
+fn stop(proxy: &mut Running, end: End) {
     proxy.signal(if end == End::Stopped { Signal::TERM } else { Signal::KILL });
     proxy.wait();
 }
@@ -194,20 +194,20 @@ fn address_is_spelled_differently(Mode { handover, end }: Mode) {
     let address = SocketAddr::from(([127, 0, 0, 1], port)).into();
     let mut proxy = launch(&handover, &format!("127.0.0.1:{port}"));
     let (mut client, mut served) = (connect(&address), backend.accept());
-    passes(&mut client, &mut served);
+    assert_forwards(&mut client, &mut served);
     for listen in [format!("{port}"), format!("localhost:{port}"), format!("127.0.0.1:{port}")] {
-        end_by(&mut proxy, end);
+        stop(&mut proxy, end);
         proxy = launch(&handover, &listen);
-        passes(&mut client, &mut served);
-        let (mut newcomer, mut newcomers_backend) = (connect(&address), backend.accept());
-        passes(&mut newcomer, &mut newcomers_backend);
+        assert_forwards(&mut client, &mut served);
+        let (mut new_client, mut new_clients_backend) = (connect(&address), backend.accept());
+        assert_forwards(&mut new_client, &mut new_clients_backend);
     }
     // And without the option at once.
-    end_by(&mut proxy, end);
+    stop(&mut proxy, end);
     let _proxy = launch("--handover=never", &format!("127.0.0.1:{port}"));
     assert!(is_reset(&read_all(&mut client).1));
-    let (mut newcomer, mut newcomers_backend) = (connect(&address), backend.accept());
-    passes(&mut newcomer, &mut newcomers_backend);
+    let (mut new_client, mut new_clients_backend) = (connect(&address), backend.accept());
+    assert_forwards(&mut new_client, &mut new_clients_backend);
 }
 
 fn unknown_descriptor_is_not_a_listener() {
@@ -223,5 +223,5 @@ fn unknown_descriptor_is_not_a_listener() {
     let proxy = launch.stored_by(&systemd).start();
     proxy.lines.wait_for("closing it: config.");
     systemd.wait_for("READY=1");
-    echoes(&mut connect(&listen.parse::<SocketAddr>().unwrap().into()));
+    assert_echoes(&mut connect(&listen.parse::<SocketAddr>().unwrap().into()));
 }

@@ -77,13 +77,13 @@ impl<'a> Proxy<'a> {
     }
 
     /// Another process in the place of this one.
-    fn again(&mut self, end: End) {
-        self.end(end);
+    fn replace(&mut self, end: End) {
+        self.stop(end);
         self.running = launch(self.front, &self.arguments, &self.systemd);
         self.systemd.wait_for("READY=1");
     }
 
-    fn end(&mut self, end: End) {
+    fn stop(&mut self, end: End) {
         match end {
             End::Stopped => self.running.signal(Signal::TERM),
             End::Killed => self.running.signal(Signal::KILL),
@@ -100,7 +100,7 @@ impl<'a> Proxy<'a> {
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.running.pid()));
             stat.unwrap().rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
         };
-        poll_until(Instant::now() + PATIENCE, stands).unwrap();
+        poll_until(Instant::now() + TIMEOUT, stands).unwrap();
         let records = stored(&self.systemd);
         self.running.signal(Signal::CONT);
         records
@@ -109,7 +109,7 @@ impl<'a> Proxy<'a> {
     /// Waits until the store holds this many records.
     fn wait_until_stored(&self, records: usize) {
         let mut last = 0;
-        let reached = poll_until(Instant::now() + PATIENCE, || {
+        let reached = poll_until(Instant::now() + TIMEOUT, || {
             last = self.stored();
             (last == records).then_some(())
         });
@@ -135,13 +135,13 @@ fn queue(systemd: &FakeSystemd) -> Queue {
 }
 
 /// A connection that has been used: whoever is only being dialled for is dialled for again.
-fn joined(front: &Endpoint, backend: &Endpoint) -> (Socket, Socket) {
+fn established(front: &Endpoint, backend: &Endpoint) -> (Socket, Socket) {
     let (mut client, mut served) = (front.connect(), backend.accept());
-    passes(&mut client, &mut served);
+    assert_forwards(&mut client, &mut served);
     (client, served)
 }
 
-fn passes(from: &mut Socket, to: &mut Socket) {
+fn assert_forwards(from: &mut Socket, to: &mut Socket) {
     from.write_all(b"are you there?").unwrap();
     let mut read = [0; 14];
     to.read_exact(&mut read).unwrap();

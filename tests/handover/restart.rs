@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::*;
-use crate::{End, MODES, Mode, Proxy, joined, launch, passes};
+use crate::{End, MODES, Mode, Proxy, assert_forwards, established, launch};
 
 pub(crate) fn register(trials: &mut Trials) {
     for mode in MODES {
@@ -81,13 +81,13 @@ fn every_byte_arrives(
     let (front, backend) = (Endpoint::new(front), Endpoint::new(back));
     let options = [format!("--handover={handover}"), format!("--threads={threads}")];
     let mut proxy = Proxy::start(&front, &[&options[0], &options[1], &backend.target]);
-    let connect = || joined(&front, &backend);
-    let mut quiet: Vec<_> = (0..5).map(|_| connect()).collect();
+    let connect = || established(&front, &backend);
+    let mut idle: Vec<_> = (0..5).map(|_| connect()).collect();
     // One of them has ended its sending.
-    quiet[0].0.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(quiet[0].1.read(&mut [0]).unwrap(), 0);
+    idle[0].0.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(idle[0].1.read(&mut [0]).unwrap(), 0);
     let (mut up, mut down, mut slow) = (connect(), connect(), connect());
-    let message = noise(5, BYTES);
+    let message = random_bytes(5, BYTES);
     let received = thread::scope(|scope| {
         let message = &message;
         let transfers = [
@@ -119,13 +119,13 @@ fn every_byte_arrives(
             }),
         ];
         for _ in 0..3 {
-            proxy.again(end);
-            for (client, served) in &mut quiet[1..] {
-                passes(client, served);
-                passes(served, client);
+            proxy.replace(end);
+            for (client, served) in &mut idle[1..] {
+                assert_forwards(client, served);
+                assert_forwards(served, client);
             }
-            let (client, served) = &mut quiet[0];
-            passes(served, client);
+            let (client, served) = &mut idle[0];
+            assert_forwards(served, client);
         }
         transfers[2].thread().unpark();
         transfers.map(|it| it.join().unwrap())
@@ -134,7 +134,7 @@ fn every_byte_arrives(
         end.unwrap();
         assert!(bytes == message, "{} bytes", bytes.len());
     }
-    for (client, mut served) in quiet {
+    for (client, mut served) in idle {
         drop(client);
         assert!(read_all(&mut served).1.is_ok());
     }
@@ -150,7 +150,7 @@ fn ends_and_resets_stay_what_they_are(
     let handover = format!("--handover={handover}");
     let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
     let connect = || {
-        let (client, served) = joined(&front, &backend);
+        let (client, served) = established(&front, &backend);
         if swapped { (served, client) } else { (client, served) }
     };
     let near = if swapped { back } else { front_family };
@@ -170,11 +170,11 @@ fn ends_and_resets_stay_what_they_are(
     ends_well(connect());
     is_cut(connect());
     let [one, other, between] = [connect(), connect(), connect()];
-    proxy.again(end);
+    proxy.replace(end);
     ends_well(one);
     is_cut(other);
     // While there is no process.
-    proxy.end(end);
+    proxy.stop(end);
     let (one, mut other) = between;
     one.set_linger(Some(Duration::ZERO)).unwrap();
     drop(one);
@@ -185,7 +185,7 @@ fn ends_and_resets_stay_what_they_are(
     drop(other);
     proxy.systemd.wait_for("READY=1");
     proxy.wait_until_stored(0);
-    proxy.again(end);
+    proxy.replace(end);
     assert_eq!(proxy.running.lines.count("Recovered"), 0);
 }
 
@@ -193,9 +193,9 @@ fn bytes_before_a_reset_arrive(Mode { handover, end }: Mode) {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
     let handover = format!("--handover={handover}");
     let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
-    let (mut client, mut served) = joined(&front, &backend);
+    let (mut client, mut served) = established(&front, &backend);
     // More than the sockets between them take.
-    let message = noise(4, 12_000_000);
+    let message = random_bytes(4, 12_000_000);
     let answer = message.clone();
     let writer = thread::spawn(move || {
         let written = served.write_all(&answer);
@@ -204,7 +204,7 @@ fn bytes_before_a_reset_arrive(Mode { handover, end }: Mode) {
     });
     let mut first = vec![0; 1000];
     client.read_exact(&mut first).unwrap();
-    proxy.again(end);
+    proxy.replace(end);
     let (rest, ended) = read_all(&mut client);
     writer.join().unwrap().unwrap();
     first.extend(rest);
@@ -216,15 +216,15 @@ fn a_stop_for_good_resets(Mode { handover, end }: Mode) {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
     let handover = format!("--handover={handover}");
     let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
-    let [first, second] = [joined(&front, &backend), joined(&front, &backend)];
-    proxy.again(end);
+    let [first, second] = [established(&front, &backend), established(&front, &backend)];
+    proxy.replace(end);
     // Once it has been taken over, its own end is one.
     let (client, mut served) = first;
     drop(client);
     assert!(read_all(&mut served).1.is_ok());
     drop(served);
     proxy.running.lines.wait_for("Connection closed");
-    proxy.end(end);
+    proxy.stop(end);
     let log = proxy.running.lines.all();
     let says = log.contains("Stopping, left open connections with systemd: 1.");
     assert_eq!(says, end == End::Stopped, "{log}");
@@ -252,9 +252,9 @@ fn header_is_sent_once(
         served.read_exact(&mut byte).unwrap();
         bytes.extend(byte);
     }
-    proxy.again(end);
+    proxy.replace(end);
     client.write_all(b"two").unwrap();
-    proxy.again(end);
+    proxy.replace(end);
     client.shutdown(Shutdown::Write).unwrap();
     let (rest, ended) = read_all(&mut served);
     ended.unwrap();
@@ -265,25 +265,25 @@ fn header_is_sent_once(
 }
 
 fn waiting_client_is_connected(Mode { handover, end }: Mode, (front, back): (Family, Family)) {
-    let (front, place) = (Endpoint::new(front), Endpoint::new(back));
-    let address = place.address.clone();
-    let target = place.target.clone();
+    let (front, absent) = (Endpoint::new(front), Endpoint::new(back));
+    let address = absent.address.clone();
+    let target = absent.target.clone();
     let handover = format!("--handover={handover}");
     let arguments = [&handover, "--proxy-protocol=v1", "--backend-wait=1min", &target];
     // Its backend goes, and its place stays free.
-    place.socket.shutdown(Shutdown::Both).unwrap();
+    absent.socket.shutdown(Shutdown::Both).unwrap();
     let directory = match back {
         Family::Tcp => {
-            drop(place);
+            drop(absent);
             None
         }
-        Family::Unix => Some(place),
+        Family::Unix => Some(absent),
     };
     let mut proxy = Proxy::start(&front, &arguments);
     let mut client = front.connect();
     client.write_all(b"first words").unwrap();
     proxy.running.lines.wait_for("holding clients");
-    proxy.again(end);
+    proxy.replace(end);
     proxy.running.lines.wait_for("Recovered connections: 1.");
     proxy.running.lines.wait_for("holding clients");
     if let Some(path) = address.as_pathname() {
@@ -308,13 +308,13 @@ fn connection_keeps_its_backend(Mode { handover, end }: Mode) {
     let (before, after) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
     let handover = format!("--handover={handover}");
     let mut proxy = Proxy::start(&front, &[&handover, &before.target]);
-    let (mut client, mut served) = joined(&front, &before);
+    let (mut client, mut served) = established(&front, &before);
     proxy.arguments = vec![handover, after.target.clone(), "--threads=2".into()];
-    proxy.again(end);
-    passes(&mut client, &mut served);
-    let (mut newcomer, mut elsewhere) = (front.connect(), after.accept());
-    passes(&mut newcomer, &mut elsewhere);
-    passes(&mut served, &mut client);
+    proxy.replace(end);
+    assert_forwards(&mut client, &mut served);
+    let (mut new_client, mut elsewhere) = (front.connect(), after.accept());
+    assert_forwards(&mut new_client, &mut elsewhere);
+    assert_forwards(&mut served, &mut client);
 }
 
 fn mode_can_change() {
@@ -330,7 +330,7 @@ fn mode_can_change() {
         ("never", End::Killed),
     ] {
         // Something is under way, as far as it fits into the sockets.
-        let message = noise(1, 300_000);
+        let message = random_bytes(1, 300_000);
         let writer = {
             let (mut client, message) = (client.try_clone().unwrap(), message.clone());
             thread::spawn(move || client.write_all(&message).unwrap())
@@ -338,7 +338,7 @@ fn mode_can_change() {
         let mut read = vec![0; message.len()];
         served.read_exact(&mut read[..1]).unwrap();
         proxy.arguments[0] = format!("--handover={handover}");
-        proxy.again(end);
+        proxy.replace(end);
         if handover == "never" {
             proxy.running.lines.wait_for("Closing what was stored, since --handover=never.");
             drop(writer);
@@ -349,7 +349,7 @@ fn mode_can_change() {
         served.read_exact(&mut read[1..]).unwrap();
         writer.join().unwrap();
         assert!(read == message);
-        passes(&mut served, &mut client);
+        assert_forwards(&mut served, &mut client);
     }
 }
 
@@ -357,8 +357,7 @@ fn mode_can_change() {
 fn half_closed_mptcp_client(handover: &str) {
     let socket = || Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP));
     let Ok(listener) = socket() else {
-        assert!(std::env::var_os("CI").is_none(), "MPTCP is missing");
-        return eprintln!("SKIPPED: this kernel has no MPTCP");
+        return skip("an MPTCP client", "a kernel with MPTCP");
     };
     listener.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
     listener.listen(16).unwrap();
@@ -374,7 +373,7 @@ fn half_closed_mptcp_client(handover: &str) {
     client.shutdown(Shutdown::Write).unwrap();
     let mut served = backend.accept();
     assert_eq!(read_all(&mut served).0, b"a question");
-    let answer = noise(1, 1_000_000);
+    let answer = random_bytes(1, 1_000_000);
     served.write_all(&answer).unwrap();
     drop(served);
     // Both directions are over before the client reads.
@@ -387,7 +386,7 @@ fn urgent_data_is_forwarded(Mode { handover, end }: Mode) {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
     let handover = format!("--handover={handover}");
     let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
-    let (mut client, mut served) = joined(&front, &backend);
+    let (mut client, mut served) = established(&front, &backend);
     client.write_all(b"before").unwrap();
     client.send_out_of_band(b"!").unwrap();
     client.write_all(b"after").unwrap();
@@ -395,11 +394,11 @@ fn urgent_data_is_forwarded(Mode { handover, end }: Mode) {
     served.read_exact(&mut read).unwrap();
     assert_eq!(&read, b"before!after");
     if end == End::Stopped {
-        proxy.again(end);
-        passes(&mut client, &mut served);
+        proxy.replace(end);
+        assert_forwards(&mut client, &mut served);
     } else {
         // It is not stored any more, since its bytes are in the process now and then.
-        proxy.end(end);
+        proxy.stop(end);
         assert!(read_all(&mut served).0.is_empty());
         proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
         proxy.systemd.wait_for("READY=1");
@@ -424,7 +423,7 @@ fn no_connection_is_lost_on_the_way(Mode { handover, end }: Mode, threads: usize
         }
         proxy.running.signal(if end == End::Stopped { Signal::TERM } else { Signal::CONT });
         proxy.running.signal(Signal::CONT);
-        proxy.again(end);
+        proxy.replace(end);
     }
     let mut lost = 0;
     for client in &mut all {

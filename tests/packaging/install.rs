@@ -152,6 +152,6 @@ fn zsh_loads_the_completions() {
          [[ $_comps[$program] == _$program ]] && autoload +X _$program || exit 1\ndone"
     );
     let output = Command::new("zsh").args(["-f", "-c", &script]).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.is_empty(), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && printed.is_empty(), "{printed}");
 }

@@ -13,7 +13,7 @@ fn unwinder_is_linked_in() {
     }
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
     let maps = fs::read_to_string(format!("/proc/{}/maps", proxy.pid())).unwrap();
     assert!(maps.contains("libc.so") && !maps.contains("libgcc_s"), "{maps}");
 }

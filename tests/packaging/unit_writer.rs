@@ -83,7 +83,7 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().display();
     let arguments = ["--listen=8080", "--target=/run/a.sock", &format!("--write={path}"), "app"];
-    let said = |arguments: &[&str]| {
+    let printed = |arguments: &[&str]| {
         let output = write(arguments);
         let [stdout, stderr] =
             [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
@@ -95,42 +95,42 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     );
     let wrote =
         |what| format!("{what} {path}/app-proxy.socket\n{what} {path}/app-proxy.service\n{next}");
-    assert_eq!(said(&arguments), (Some(0), wrote("Wrote"), String::new()));
-    assert_eq!(said(&arguments), (Some(0), wrote("Already there:"), String::new()));
+    assert_eq!(printed(&arguments), (Some(0), wrote("Wrote"), String::new()));
+    assert_eq!(printed(&arguments), (Some(0), wrote("Already there:"), String::new()));
     fs::write(directory.path().join("app-proxy.service"), "[Service]\n").unwrap();
     let theirs = format!(
         "{path}/app-proxy.service is there, and not written by this program; nothing was written. \
          (--force replaces it.)\n"
     );
-    assert_eq!(said(&arguments), (Some(1), String::new(), theirs));
-    let (code, stdout, _) = said(&[&arguments[..], &["--force"]].concat());
+    assert_eq!(printed(&arguments), (Some(1), String::new(), theirs));
+    let (code, stdout, _) = printed(&[&arguments[..], &["--force"]].concat());
     assert_eq!(code, Some(0));
     let again = "systemctl daemon-reload && systemctl enable app-proxy.socket && systemctl stop \
                  app-proxy.service && systemctl restart app-proxy.socket\n";
     assert!(stdout.contains("Replaced") && stdout.ends_with(again), "{stdout}");
     let with_service = [&arguments[..], &["--service=app"]].concat();
-    let (_, stdout, _) = said(&with_service);
+    let (_, stdout, _) = printed(&with_service);
     assert!(stdout.contains(" && systemctl disable --now app.service && "), "{stdout}");
-    let (_, stdout, _) = said(&arguments);
+    let (_, stdout, _) = printed(&arguments);
     let left = format!("Removed {path}/app.service.d/app-proxy.conf, of before\n");
     assert!(stdout.contains(&left), "{stdout}");
     let lost = "\napp.service has lost its proxy: if it runs, it runs on, and no client starts it any more. \
                 (systemctl stop app.service, or systemctl enable --now app.service)\nNext: ";
     assert!(stdout.contains(lost), "{stdout}");
-    said(&with_service);
-    let (_, stdout, _) = said(&[&arguments[..], &["--service=app2"]].concat());
+    printed(&with_service);
+    let (_, stdout, _) = printed(&[&arguments[..], &["--service=app2"]].concat());
     assert!(stdout.contains(lost) && stdout.contains("disable --now app2.service"), "{stdout}");
-    let (code, _, stderr) = said(&[&arguments[..], &["--", "/nowhere/prog"]].concat());
+    let (code, _, stderr) = printed(&[&arguments[..], &["--", "/nowhere/prog"]].concat());
     assert_eq!(code, Some(1), "a socket that it can't make: {stderr}");
     let with_command = ["--listen=1", "--target=127.0.0.1:2", "b", "--", "/nowhere/prog"];
-    let (code, _, stderr) = said(&with_command);
+    let (code, _, stderr) = printed(&with_command);
     let note = "Note: Failed to execute COMMAND \"/nowhere/prog\": No such file or directory.\n";
     assert!(code == Some(0) && stderr.ends_with(note), "{stderr}");
 
-    let (code, _, stderr) = said(&["--listen=1", "--target=/tmp/a", "app"]);
+    let (code, _, stderr) = printed(&["--listen=1", "--target=/tmp/a", "app"]);
     let why = "Invalid --target=/tmp/a: a dynamic user has a /tmp of its own; add --user=, or have the \
                backend listen elsewhere.\n";
     assert_eq!((code, &*stderr), (Some(1), why));
-    let (_, stdout, _) = said(&["--version"]);
+    let (_, stdout, _) = printed(&["--version"]);
     assert!(stdout.starts_with("socket-proxyd-units "), "{stdout}");
 }

@@ -19,7 +19,7 @@ fn accepted(family: Family) -> (Socket, Socket) {
 }
 
 #[test]
-fn it_is_served_and_that_is_all() {
+fn serves_one_connection_and_exits() {
     for (front, back) in PAIRS {
         let (mut client, passed) = accepted(front);
         let backend = echo_backend(back);
@@ -30,9 +30,9 @@ fn it_is_served_and_that_is_all() {
         drop(passed);
         assert_eq!(systemd.next(), "READY=1");
         for _ in 0..3 {
-            echoes(&mut client);
+            assert_echoes(&mut client);
         }
-        let message = noise(3, 3_000_000);
+        let message = random_bytes(3, 3_000_000);
         let answer = std::thread::scope(|scope| {
             let mut writer = client.try_clone().unwrap();
             let message = &message;
@@ -51,7 +51,7 @@ fn it_is_served_and_that_is_all() {
 }
 
 #[test]
-fn a_reset_is_a_reset_and_no_failure() {
+fn forwards_a_reset_and_exits_with_success() {
     for back in [Family::Tcp, Family::Unix] {
         let (client, passed) = accepted(Family::Tcp);
         let backend = Endpoint::new(back);
@@ -66,7 +66,7 @@ fn a_reset_is_a_reset_and_no_failure() {
 }
 
 #[test]
-fn whatever_comes_of_it_the_start_was_one() {
+fn sends_ready_even_if_the_connection_fails() {
     // systemd takes an exit without READY=1 for a failure (Type=notify).
     for target in ["/nonexistent", "127.0.0.1:1"] {
         for is_gone in [false, true] {
@@ -90,7 +90,7 @@ fn whatever_comes_of_it_the_start_was_one() {
 }
 
 #[test]
-fn an_unreachable_backend_is_said_and_no_failure() {
+fn logs_an_unreachable_backend_and_exits_with_success() {
     let (mut client, passed) = accepted(Family::Tcp);
     let launch = Launch::new(OURS).arg("127.0.0.1:1").socket(&passed);
     let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
@@ -101,7 +101,7 @@ fn an_unreachable_backend_is_said_and_no_failure() {
 }
 
 #[test]
-fn it_stops_when_told_to() {
+fn sigterm_resets_the_connection_and_stops() {
     let (mut client, passed) = accepted(Family::Tcp);
     let backend = Endpoint::new(Family::Tcp);
     let mut proxy = Launch::new(OURS).arg(&backend.target).socket(&passed).start();
@@ -113,7 +113,7 @@ fn it_stops_when_told_to() {
 }
 
 #[test]
-fn options_apply_to_it() {
+fn applies_options() {
     let (client, passed) = accepted(Family::Tcp);
     let backend = Endpoint::new(Family::Unix);
     let selection = format!("connection={}", backend.target);
@@ -136,7 +136,7 @@ fn options_apply_to_it() {
 }
 
 #[test]
-fn what_can_not_be_is_an_error_at_start() {
+fn rejects_invalid_combinations() {
     let (_client, passed) = accepted(Family::Tcp);
     let front = Endpoint::new(Family::Tcp);
     for (launch, message) in [
@@ -179,7 +179,7 @@ fn inetd(socket: Socket, others: Option<(Stdio, Stdio)>, args: &[&str]) -> Child
 
 fn exit_code(child: &mut Child) -> Option<i32> {
     let ended = || child.try_wait().unwrap();
-    let status = poll_until(Instant::now() + PATIENCE, ended);
+    let status = poll_until(Instant::now() + TIMEOUT, ended);
     if status.is_none() {
         let _ = child.kill();
     }
@@ -187,7 +187,7 @@ fn exit_code(child: &mut Child) -> Option<i32> {
 }
 
 #[test]
-fn inetds_client_hears_only_the_backend() {
+fn inetd_client_gets_only_what_the_backend_sends() {
     for (front, back) in PAIRS {
         let (mut client, passed) = accepted(front);
         let backend = Endpoint::new(back);
@@ -223,7 +223,7 @@ fn inetds_client_hears_only_the_backend() {
 }
 
 #[test]
-fn a_standard_error_of_its_own_is_used() {
+fn logs_to_a_separate_standard_error() {
     let (mut client, passed) = accepted(Family::Tcp);
     let others = Some((Stdio::null(), Stdio::piped()));
     let mut proxy = inetd(passed, others, &["127.0.0.1:1"]);
@@ -235,13 +235,13 @@ fn a_standard_error_of_its_own_is_used() {
 }
 
 #[test]
-fn a_listener_on_descriptor_0_is_a_listener() {
+fn serves_a_listener_on_descriptor_0() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
     let socket = front.socket.try_clone().unwrap();
     let args = ["--exit-idle-time=500ms", &backend.target];
     let mut proxy = inetd(socket, None, &args);
     for _ in 0..3 {
-        echoes(&mut front.connect());
+        assert_echoes(&mut front.connect());
     }
     assert_eq!(exit_code(&mut proxy), Some(0));
 }
@@ -256,7 +256,7 @@ fn refuses(socket: Socket, words: &str) {
 }
 
 #[test]
-fn a_socket_by_which_a_program_was_run_is_not_a_client() {
+fn refuses_a_socket_without_a_client_on_descriptor_0() {
     // No address: a socketpair(2), as sshd and many others have it.
     let (_ours, theirs) = Socket::pair(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
     refuses(theirs, "Didn't get any sockets passed in.");

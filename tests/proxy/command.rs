@@ -82,15 +82,16 @@ impl Service {
     }
 
     /// Pids that the application has noted under a word.
-    fn noted(&self, word: &str) -> Vec<Pid> {
+    fn logged_pids(&self, word: &str) -> Vec<Pid> {
         let log = fs::read_to_string(self.directory.path().join("log")).unwrap();
         let pids = log.lines().filter_map(|line| line.strip_prefix(word)?.trim().parse().ok());
         pids.map(|pid| Pid::from_raw(pid).unwrap()).collect()
     }
 
-    fn wait_for_note(&self, word: &str) -> Pid {
-        let noted = || self.noted(word).last().copied();
-        poll_until(Instant::now() + PATIENCE, noted).unwrap_or_else(|| panic!("{word} is noted"))
+    fn wait_for_pid(&self, word: &str) -> Pid {
+        let logged_pids = || self.logged_pids(word).last().copied();
+        poll_until(Instant::now() + TIMEOUT, logged_pids)
+            .unwrap_or_else(|| panic!("{word} is logged_pids"))
     }
 }
 
@@ -116,7 +117,7 @@ fn is_running(pid: Pid) -> bool {
 /// Waits until it is gone; how long that took.
 fn wait_for_end(pid: Pid) -> Duration {
     let start = Instant::now();
-    let gone = poll_until(start + PATIENCE, || (!is_running(pid)).then_some(()));
+    let gone = poll_until(start + TIMEOUT, || (!is_running(pid)).then_some(()));
     gone.expect("the process ends");
     start.elapsed()
 }
@@ -124,11 +125,11 @@ fn wait_for_end(pid: Pid) -> Duration {
 fn on_demand(family: Family) {
     let service = Service::start(family, &["--stop-idle-time=1s"], &["up=1.5", "down=1.5"]);
     pause(Duration::from_millis(300));
-    assert_eq!(service.noted("started"), [], "nothing runs before the first client");
+    assert_eq!(service.logged_pids("started"), [], "nothing runs before the first client");
 
     let mut client = service.connect();
     let first = pid(&mut client);
-    assert_eq!(service.noted("started"), [first]);
+    assert_eq!(service.logged_pids("started"), [first]);
     assert_eq!(pid(&mut service.connect()), first, "warm");
     pause(Duration::from_secs(2));
     assert_eq!(pid(&mut client), first, "in use for longer than the idle time");
@@ -136,7 +137,7 @@ fn on_demand(family: Family) {
     drop(client);
 
     // In the stop window it still listens, and answers whoever it is handed.
-    assert_eq!(service.wait_for_note("asked"), first);
+    assert_eq!(service.wait_for_pid("asked"), first);
     let idle = left.elapsed();
     assert!(idle > Duration::from_millis(900), "stopped after {idle:?}");
     assert!(is_running(first));
@@ -147,7 +148,7 @@ fn on_demand(family: Family) {
     kill_process(second, Signal::KILL).unwrap();
     wait_for_end(second);
     let third = service.pid();
-    assert_eq!(service.noted("started"), [first, second, third]);
+    assert_eq!(service.logged_pids("started"), [first, second, third]);
 
     let took = wait_for_end(third);
     assert!(took < Duration::from_secs(6), "idle for {took:?} and still there");
@@ -155,17 +156,17 @@ fn on_demand(family: Family) {
 }
 
 #[test]
-fn on_demand_over_tcp() {
+fn runs_on_demand_over_tcp() {
     on_demand(Family::Tcp);
 }
 
 #[test]
-fn on_demand_over_unix() {
+fn runs_on_demand_over_unix() {
     on_demand(Family::Unix);
 }
 
 #[test]
-fn a_killed_proxy_leaves_nothing_behind() {
+fn command_ends_when_the_proxy_is_killed() {
     // The application itself, one behind a script, and one with a child in a session of its own.
     let script = ["sh", "-c", "perl \"$@\"; true", "sh", APP];
     for (program, settings) in
@@ -173,7 +174,7 @@ fn a_killed_proxy_leaves_nothing_behind() {
     {
         let service = Service::start_as(Family::Tcp, &[], program, settings, |launch| launch);
         let mut all = vec![service.pid()];
-        all.extend(service.noted("stray"));
+        all.extend(service.logged_pids("stray"));
         assert_eq!(all.len(), if settings == ["stray=1"] { 2 } else { 1 });
         service.proxy.signal(Signal::KILL);
         for pid in all {
@@ -184,7 +185,7 @@ fn a_killed_proxy_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_killed_proxy_takes_a_stubborn_application_with_it() {
+fn command_that_ignores_sigterm_ends_when_the_proxy_is_killed() {
     let service = Service::start(Family::Tcp, &[], &["keep=1"]);
     let app = service.pid();
     service.proxy.signal(Signal::KILL);
@@ -194,18 +195,18 @@ fn a_killed_proxy_takes_a_stubborn_application_with_it() {
 }
 
 #[test]
-fn a_killed_guard_takes_the_application_with_it() {
+fn command_ends_when_the_guard_is_killed() {
     let service = Service::start(Family::Tcp, &[], &["fork=1"]);
     let mut client = service.connect();
     let child = pid(&mut client);
     kill_process(service.guards()[0], Signal::KILL).unwrap();
     wait_for_end(child);
-    wait_for_end(service.noted("parent")[0]);
+    wait_for_end(service.logged_pids("parent")[0]);
     assert_ne!(service.pid(), child, "the next client starts it again");
 }
 
 #[test]
-fn nothing_survives_when_both_are_killed() {
+fn command_ends_when_proxy_and_guard_are_killed() {
     let service = Service::start(Family::Tcp, &[], &[]);
     let app = service.pid();
     let guard = service.guards()[0];
@@ -217,7 +218,7 @@ fn nothing_survives_when_both_are_killed() {
 }
 
 #[test]
-fn who_comes_as_it_dies_is_served_by_the_next() {
+fn clients_of_a_dying_command_are_served_by_the_next() {
     let service = Service::start(Family::Tcp, &[], &[]);
     let mut dying = service.pid();
     for _ in 0..5 {
@@ -237,7 +238,7 @@ fn who_comes_as_it_dies_is_served_by_the_next() {
 }
 
 #[test]
-fn a_stopped_proxy_waits_for_its_end() {
+fn stop_waits_for_command() {
     // To the proxy alone, as with KillMode=mixed, or to all processes of the unit.
     for to_all in [false, true] {
         let mut service = Service::start(Family::Tcp, &[], &["down=0.5"]);
@@ -249,17 +250,17 @@ fn a_stopped_proxy_waits_for_its_end() {
         service.proxy.signal(Signal::TERM);
         assert_eq!(service.proxy.wait().code(), Some(0));
         assert!(!is_running(app), "the proxy has waited for it");
-        assert_eq!(service.noted("started"), [app]);
-        assert_eq!(service.noted("asked")[0], app);
+        assert_eq!(service.logged_pids("started"), [app]);
+        assert_eq!(service.logged_pids("asked")[0], app);
     }
 }
 
 #[test]
-fn what_does_not_stop_is_killed_with_its_group() {
+fn command_that_does_not_stop_is_killed_with_its_group() {
     let settings = ["keep=1", "fork=1"];
     let service = Service::start(Family::Tcp, &["--stop-idle-time=100ms"], &settings);
     let child = service.pid();
-    let parent = service.noted("parent")[0];
+    let parent = service.logged_pids("parent")[0];
     let line = service.proxy.lines.wait_for("Stopping perl, ");
     assert!(line.contains("no connection for 100ms"), "{line}");
     let start = Instant::now();
@@ -274,7 +275,7 @@ fn what_does_not_stop_is_killed_with_its_group() {
 }
 
 #[test]
-fn what_has_left_its_group_is_stopped_with_it() {
+fn processes_outside_the_group_are_stopped() {
     // The application itself in a session of its own, and a child that does nothing.
     for (program, settings) in [
         (&["sh", "-c", "setsid perl \"$@\" & wait", "sh", APP][..], &[][..]),
@@ -285,22 +286,23 @@ fn what_has_left_its_group_is_stopped_with_it() {
         let mut after_the_first = None;
         for _ in 0..3 {
             let mut all = vec![service.pid()];
-            all.extend(service.noted("stray").last());
+            all.extend(service.logged_pids("stray").last());
             for pid in all {
                 wait_for_end(pid);
             }
-            let patience = Instant::now() + PATIENCE;
+            let patience = Instant::now() + TIMEOUT;
             poll_until(patience, || service.guards().is_empty().then_some(())).expect("no guard");
             let least = *after_the_first.get_or_insert_with(|| service.proxy.descriptors());
             let at_most = || (service.proxy.descriptors() <= least).then_some(());
             poll_until(patience, at_most).expect("no run leaves descriptors open");
         }
-        assert_eq!(service.noted("started").len(), 3);
+        assert_eq!(service.logged_pids("started").len(), 3);
     }
 }
 
 #[test]
 fn two_hundred_clients_start_one_process() {
+    let _turn = measuring();
     raise_descriptor_limit();
     for (family, threads) in [(Family::Tcp, "1"), (Family::Unix, "1"), (Family::Tcp, "3")] {
         let service = Service::start(family, &[&format!("--threads={threads}")], &["up=2"]);
@@ -308,7 +310,7 @@ fn two_hundred_clients_start_one_process() {
         for client in &mut clients {
             client.write_all(b"pid\n").unwrap();
         }
-        let first = service.wait_for_note("started");
+        let first = service.wait_for_pid("started");
         let before = service.proxy.cpu();
         pause(Duration::from_millis(1500));
         let spent = service.proxy.cpu() - before;
@@ -321,12 +323,12 @@ fn two_hundred_clients_start_one_process() {
             }
             assert_eq!(String::from_utf8(answer).unwrap(), first.as_raw_nonzero().to_string());
         }
-        assert_eq!(service.noted("started"), [first]);
+        assert_eq!(service.logged_pids("started"), [first]);
     }
 }
 
 #[test]
-fn it_sees_nothing_of_the_proxys() {
+fn command_inherits_nothing_of_the_proxy() {
     let systemd = FakeSystemd::new();
     let service = Service::start_as(Family::Unix, &[], &["perl", APP], &[], |launch| {
         let given = fs::File::open("/etc/hostname").unwrap();
@@ -365,7 +367,7 @@ fn signals(status: &str) -> [u64; 2] {
 }
 
 #[test]
-fn it_gets_the_signals_that_the_proxy_was_started_with() {
+fn command_gets_the_original_signal_dispositions() {
     let cases: [(&[&str], [u64; 2]); 3] = [
         (&[], [0, 0]),
         // SIGPIPE is 13, as systemd ignores it by default; SIGHUP 1, as nohup(1) does.
@@ -389,21 +391,21 @@ fn it_gets_the_signals_that_the_proxy_was_started_with() {
 }
 
 #[test]
-fn a_signal_that_was_blocked_stops_the_proxy() {
+fn blocked_sigterm_stops_the_proxy() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let launch = Launch::new(OURS).listener(&front).arg(&backend.target);
     let mut proxy = launch.signals("--block-signal=TERM").start();
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
     proxy.signal(Signal::TERM);
     assert!(proxy.wait().success());
 }
 
 #[test]
-fn ready_when_it_says_so() {
+fn clients_wait_for_ready() {
     for family in [Family::Tcp, Family::Unix] {
         let service = Service::start(family, &["--ready=notify"], &["ready=0.7"]);
         let mut clients: Vec<_> = (0..5).map(|_| service.connect()).collect();
-        let first = service.wait_for_note("started");
+        let first = service.wait_for_pid("started");
         for client in &mut clients {
             assert_eq!(pid(client), first, "and not \"not ready\"");
         }
@@ -412,7 +414,7 @@ fn ready_when_it_says_so() {
 }
 
 #[test]
-fn readiness_is_believed_of_its_own_only() {
+fn ignores_ready_from_other_processes() {
     let runtime = TempDir::new().unwrap();
     let service = Service::start_as(
         Family::Tcp,
@@ -423,7 +425,7 @@ fn readiness_is_believed_of_its_own_only() {
     );
     let mut client = service.connect();
     client.write_all(b"pid\n").unwrap();
-    service.wait_for_note("started");
+    service.wait_for_pid("started");
     let socket: PathBuf = fs::read_dir(runtime.path()).unwrap().next().unwrap().unwrap().path();
     // With the longest name there is: all of sun_path.
     let mut name = runtime.path().as_os_str().as_encoded_bytes().to_vec();
@@ -451,17 +453,16 @@ fn flood(socket: &Path, user: u32) -> Child {
     let mut flood = Command::new("setpriv");
     flood.args(["--reuid", &user.to_string(), "--clear-groups", "perl", "-e", script]).arg(socket);
     let mut flood = flood.stdout(Stdio::piped()).spawn().unwrap();
-    let mut said = String::new();
-    flood.stdout.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(said, "flooding\n");
+    let mut printed = String::new();
+    flood.stdout.take().unwrap().read_to_string(&mut printed).unwrap();
+    assert_eq!(printed, "flooding\n");
     flood
 }
 
 #[test]
-fn a_flood_of_ready_messages_costs_little_and_hides_none() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: a flood of READY=1: needs root, for another user");
-        assert!(std::env::var_os("CI").is_none());
+fn flood_of_ready_costs_little_and_hides_none() {
+    let _turn = busy();
+    if !is_root_for("a flood of READY=1 by other users") {
         return;
     }
     let runtime = TempDir::new().unwrap();
@@ -475,7 +476,7 @@ fn a_flood_of_ready_messages_costs_little_and_hides_none() {
     );
     let mut client = service.connect();
     client.write_all(b"pid\n").unwrap();
-    let app = service.wait_for_note("started");
+    let app = service.wait_for_pid("started");
     let socket = fs::read_dir(runtime.path()).unwrap().next().unwrap().unwrap().path();
     // More users than are told apart.
     let mut floods: Vec<_> =
@@ -499,7 +500,7 @@ fn a_flood_of_ready_messages_costs_little_and_hides_none() {
 }
 
 #[test]
-fn a_killed_proxy_leaves_no_socket_to_notify() {
+fn killed_proxy_leaves_no_notify_socket() {
     // While COMMAND starts, while it is ready, and before it was ever started.
     for ready in [Some("ready=600"), Some("ready=0"), None] {
         let runtime = TempDir::new().unwrap();
@@ -516,20 +517,20 @@ fn a_killed_proxy_leaves_no_socket_to_notify() {
             if ready == "ready=0" {
                 pid(&mut client);
             } else {
-                service.wait_for_note("started");
+                service.wait_for_pid("started");
             }
             client
         });
         service.proxy.signal(Signal::KILL);
         service.proxy.wait();
         let left = || fs::read_dir(runtime.path()).unwrap().next().is_none().then_some(());
-        let gone = poll_until(Instant::now() + PATIENCE, left);
+        let gone = poll_until(Instant::now() + TIMEOUT, left);
         assert!(gone.is_some(), "{ready:?}: the directory of the socket is left");
     }
 }
 
 #[test]
-fn a_shell_script_says_it_is_ready() {
+fn accepts_ready_from_systemd_notify() {
     // systemd-notify(1) is another process, which waits until it is heard and then goes.
     let script = format!(
         "perl {APP} \"$@\" & sleep 0.3; setsid systemd-notify --ready && \
@@ -539,14 +540,14 @@ fn a_shell_script_says_it_is_ready() {
     let service = Service::start_as(Family::Tcp, &["--ready=notify"], &program, &[], |it| it);
     let start = Instant::now();
     let app = service.pid();
-    assert_eq!(service.noted("started"), [app]);
-    service.wait_for_note("notified");
+    assert_eq!(service.logged_pids("started"), [app]);
+    service.wait_for_pid("notified");
     let took = start.elapsed();
     assert!(took < Duration::from_secs(4), "systemd-notify gives up after 5 s, and took {took:?}");
 }
 
 #[test]
-fn what_it_notifies_later_is_read_too() {
+fn reads_notifications_after_ready() {
     let service = Service::start(Family::Tcp, &["--ready=notify"], &["ready=0"]);
     let mut client = service.connect();
     // More than a socket queues (net.unix.max_dgram_qlen).
@@ -556,14 +557,14 @@ fn what_it_notifies_later_is_read_too() {
 }
 
 #[test]
-fn one_that_is_ready_and_ends_is_not_started_in_a_circle() {
+fn backs_off_after_exit_on_ready() {
     for status in ["0", "1"] {
         let script = format!("echo \"started $$\" >>\"$2\"; systemd-notify --ready; exit {status}");
         let program = ["sh", "-c", &script, "sh"];
         let options = ["--ready=notify", "--backend-wait=2s"];
         let service = Service::start_as(Family::Tcp, &options, &program, &[], |it| it);
         assert_eq!(read_all(&mut service.connect()).0, b"");
-        let starts = service.noted("started").len();
+        let starts = service.logged_pids("started").len();
         assert!((2..=5).contains(&starts), "{starts} starts in 2 s");
         let words = format!("as soon as it was ready (exit status: {status})");
         let line = service.proxy.lines.wait_for(&words);
@@ -573,7 +574,7 @@ fn one_that_is_ready_and_ends_is_not_started_in_a_circle() {
 }
 
 #[test]
-fn what_time_cant_mend_ends_at_once() {
+fn closes_clients_at_once_on_a_permanent_error() {
     let front = Endpoint::new(Family::Tcp);
     let directory = TempDir::new().unwrap();
     let socket = directory.path().join("datagram");
@@ -591,7 +592,7 @@ fn what_time_cant_mend_ends_at_once() {
 }
 
 #[test]
-fn messages_say_what_clients_wait_for() {
+fn logs_what_clients_wait_for() {
     let silent = Service::start(Family::Tcp, &["--ready=notify", "--backend-wait=1s"], &[]);
     assert_eq!(read_all(&mut silent.connect()).0, b"");
     silent.proxy.lines.wait_for("perl runs, but has not sent READY=1, for 1s");
@@ -599,7 +600,7 @@ fn messages_say_what_clients_wait_for() {
     let options = ["--stop-idle-time=100ms", "--backend-wait=1s"];
     let slow = Service::start(Family::Tcp, &options, &["down=4"]);
     slow.pid();
-    slow.wait_for_note("asked");
+    slow.wait_for_pid("asked");
     assert_eq!(read_all(&mut slow.connect()).0, b"");
     slow.proxy.lines.wait_for("perl is still stopping, for 1s");
 
@@ -615,7 +616,7 @@ fn messages_say_what_clients_wait_for() {
 }
 
 #[test]
-fn what_ends_before_it_is_ready_is_tried_again_ever_more_slowly() {
+fn backs_off_after_exit_before_ready() {
     let systemd = FakeSystemd::new();
     let options = ["--backend-wait=2s", "--log-level=debug"];
     let program = ["sh", "-c", "echo \"started $$\" >>\"$2\"; exit 3", "sh"];
@@ -631,7 +632,7 @@ fn what_ends_before_it_is_ready_is_tried_again_ever_more_slowly() {
         "{held:?}"
     );
     // At 0, 100, 300, 700 and 1500 ms, at the earliest.
-    let starts = service.noted("started").len();
+    let starts = service.logged_pids("started").len();
     assert!((2..=5).contains(&starts), "{starts} starts in 2 s");
     service.proxy.lines.wait_for("sh has ended before it was ready (exit status: 3); failure 2 in");
     let line = service.proxy.lines.wait_for(", for 2s");
@@ -640,14 +641,14 @@ fn what_ends_before_it_is_ready_is_tried_again_ever_more_slowly() {
     assert!(status.contains("; sh: failed "), "{status}");
     // With nobody waiting it is left alone.
     pause(Duration::from_secs(1));
-    let starts = service.noted("started").len();
+    let starts = service.logged_pids("started").len();
     pause(Duration::from_secs(3));
-    assert_eq!(service.noted("started").len(), starts);
+    assert_eq!(service.logged_pids("started").len(), starts);
     assert!(service.proxy.is_running());
 }
 
 #[test]
-fn a_target_somebody_else_serves_is_an_error() {
+fn refuses_a_target_that_is_served_already() {
     for family in [Family::Tcp, Family::Unix] {
         let other = Endpoint::new(family);
         let directory = TempDir::new().unwrap();
@@ -668,21 +669,21 @@ fn a_target_somebody_else_serves_is_an_error() {
 }
 
 #[test]
-fn idle_exit_stops_it_first() {
+fn idle_exit_stops_command_first() {
     let options = ["--exit-idle-time=500ms"];
     let mut service = Service::start(Family::Tcp, &options, &["down=1.5"]);
     let first = service.pid();
     // Who comes while it is being stopped for the exit calls the exit off.
-    assert_eq!(service.wait_for_note("asked"), first);
+    assert_eq!(service.wait_for_pid("asked"), first);
     let second = service.pid();
     assert_ne!(second, first);
     assert_eq!(service.proxy.wait().code(), Some(0));
     assert!(!is_running(second));
-    assert_eq!(service.noted("asked"), [first, second]);
+    assert_eq!(service.logged_pids("asked"), [first, second]);
 }
 
 #[test]
-fn the_first_of_the_two_idle_times_acts() {
+fn shorter_idle_time_acts_first() {
     let options = ["--exit-idle-time=2s", "--stop-idle-time=200ms"];
     let mut service = Service::start(Family::Tcp, &options, &[]);
     let first = service.pid();
@@ -692,7 +693,7 @@ fn the_first_of_the_two_idle_times_acts() {
 }
 
 #[test]
-fn a_second_signal_does_not_wait() {
+fn second_signal_does_not_wait_for_command() {
     let mut service = Service::start(Family::Tcp, &[], &["keep=1"]);
     let app = service.pid();
     service.proxy.signal(Signal::TERM);
@@ -704,7 +705,7 @@ fn a_second_signal_does_not_wait() {
 }
 
 #[test]
-fn connections_of_one_that_dies_end() {
+fn connections_end_with_command() {
     let service = Service::start(Family::Tcp, &[], &[]);
     let mut client = service.connect();
     let app = pid(&mut client);
@@ -713,11 +714,11 @@ fn connections_of_one_that_dies_end() {
     assert_eq!(reader.join().unwrap(), b"");
     let line = service.proxy.lines.wait_for("perl has ended");
     assert!(line.contains("signal: 9 (SIGKILL)"), "{line}");
-    assert_eq!(service.noted("started"), [app], "nobody needs it now");
+    assert_eq!(service.logged_pids("started"), [app], "nobody needs it now");
 }
 
 #[test]
-fn wrong_command_lines() {
+fn rejects_wrong_command_lines() {
     let port = free_port().to_string();
     let target = format!("127.0.0.1:{port}");
     let listen = "--listen=127.0.0.1:0";
@@ -746,7 +747,7 @@ fn wrong_command_lines() {
 }
 
 #[test]
-fn the_target_is_not_what_we_listen_on_ourselves() {
+fn rejects_its_own_listener_as_target() {
     let port = free_port();
     let listen = format!("--listen=127.0.0.1:{port}");
     let target = format!("127.0.0.1:{port}");
@@ -759,7 +760,7 @@ fn the_target_is_not_what_we_listen_on_ourselves() {
 }
 
 #[test]
-fn what_has_left_the_group_is_asked_to_end_too() {
+fn processes_outside_the_group_get_sigterm() {
     // The group needs its 10 s; who has left it has its own time after that.
     let script = "setsid sh -c 'trap \"sleep 1; echo ended $$ >>$1; exit\" TERM; \
         while :; do sleep 0.1; done' sh \"$2\" & trap '' TERM; exec perl \"$0\" \"$@\"";
@@ -767,11 +768,11 @@ fn what_has_left_the_group_is_asked_to_end_too() {
     let options = ["--stop-idle-time=100ms"];
     let service = Service::start_as(Family::Tcp, &options, &program, &["keep=1"], |it| it);
     service.pid();
-    service.wait_for_note("ended");
+    service.wait_for_pid("ended");
 }
 
 #[test]
-fn a_place_for_the_socket_is_asked_for() {
+fn fails_without_a_directory_for_the_notify_socket() {
     let front = Endpoint::new(Family::Tcp);
     let mut proxy = Launch::new(OURS)
         .listener(&front)
@@ -786,7 +787,7 @@ fn a_place_for_the_socket_is_asked_for() {
 }
 
 #[test]
-fn new_privileges_are_forbidden_without_a_command_only() {
+fn sets_no_new_privs_only_without_command() {
     for (words, forbidden) in
         [(&["127.0.0.1:9"][..], "1"), (&["127.0.0.1:9", "--", "/bin/sleep", "1000"], "0")]
     {

@@ -21,14 +21,14 @@ fn start(front: &Endpoint, backend: &Endpoint, time: &str, systemd: &FakeSystemd
 }
 
 #[test]
-fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
+fn transfer_ends_and_new_clients_wait_for_the_next_process() {
     const BYTES: usize = 50_000_000;
     for (front, back) in PAIRS {
         let (front, backend, systemd) =
             (Endpoint::new(front), Endpoint::new(back), FakeSystemd::new());
         let mut proxy = start(&front, &backend, "60s", &systemd);
         let (mut client, mut served) = (front.connect(), backend.accept());
-        let message = noise(7, BYTES);
+        let message = random_bytes(7, BYTES);
         let received = thread::scope(|scope| {
             let (sent, go_on) = message.split_at(1_000_000);
             let reader = scope.spawn(move || (read_all(&mut client), client));
@@ -37,21 +37,21 @@ fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
             systemd.wait_for("STOPPING=1");
             assert_eq!(systemd.next(), "EXTEND_TIMEOUT_USEC=30000000");
             assert_eq!(systemd.next(), "STATUS=Draining, 1 connection is left, for up to 1min");
-            let mut newcomer = front.connect();
-            newcomer.write_all(b"are you there?").unwrap();
+            let mut new_client = front.connect();
+            new_client.write_all(b"are you there?").unwrap();
             served.write_all(go_on).unwrap();
             drop(served);
             let (received, client) = reader.join().unwrap();
             // Until then the client may go on, and the newcomer waits.
-            newcomer.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-            assert_eq!(newcomer.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
-            newcomer.set_read_timeout(Some(PATIENCE)).unwrap();
+            new_client.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            assert_eq!(new_client.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+            new_client.set_read_timeout(Some(TIMEOUT)).unwrap();
             drop(client);
             systemd.wait_for("STATUS=Shutting down...");
             assert_eq!(proxy.wait().code(), Some(0));
             let _next = start(&front, &backend, "60s", &systemd);
             let mut served = backend.accept();
-            served.read_exact(&mut [0; 14]).expect("the newcomer's bytes");
+            served.read_exact(&mut [0; 14]).expect("the new client's bytes");
             received
         });
         received.1.unwrap();
@@ -60,7 +60,7 @@ fn a_transfer_ends_and_a_newcomer_is_the_next_processs() {
 }
 
 #[test]
-fn when_the_time_is_over_the_rest_is_reset() {
+fn resets_what_is_left_after_the_drain_time() {
     for (front_family, back) in PAIRS {
         let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back));
         let systemd = FakeSystemd::new();
@@ -89,7 +89,7 @@ fn when_the_time_is_over_the_rest_is_reset() {
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn second_signal_ends_the_drain() {
     for (second, ends) in [(Signal::TERM, true), (Signal::INT, true), (Signal::HUP, false)] {
         let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
         let systemd = FakeSystemd::new();
@@ -114,7 +114,7 @@ fn a_second_signal_ends_it_at_once() {
 }
 
 #[test]
-fn nobody_keeps_a_socket_that_was_opened_here() {
+fn own_listeners_are_closed_during_the_drain() {
     let backend = echo_backend(Family::Unix);
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("front");
@@ -131,16 +131,16 @@ fn nobody_keeps_a_socket_that_was_opened_here() {
         proxy.lines.wait_for("--drain-time=1min without NOTIFY_SOCKET");
         proxy.lines.wait_for("Listening on");
         let mut client = connect(&address);
-        echoes(&mut client);
+        assert_echoes(&mut client);
         proxy.signal(Signal::TERM);
         proxy.lines.wait_for("Stopping, waiting up to 1min for open connections to end: 1.");
         let refused = || {
-            let newcomer =
+            let new_client =
                 Socket::new(Domain::from(i32::from(address.family())), Type::STREAM, None);
-            newcomer.unwrap().connect(&address).is_err().then_some(())
+            new_client.unwrap().connect(&address).is_err().then_some(())
         };
-        poll_until(Instant::now() + PATIENCE, refused).expect("newcomers are refused");
-        echoes(&mut client);
+        poll_until(Instant::now() + TIMEOUT, refused).expect("newcomers are refused");
+        assert_echoes(&mut client);
         drop(client);
         assert_eq!(proxy.wait().code(), Some(0));
     }
@@ -166,7 +166,7 @@ fn ask_pid(client: &mut Socket) -> String {
 }
 
 #[test]
-fn command_lives_until_its_connections_have_ended() {
+fn command_runs_until_its_connections_have_ended() {
     let front = Endpoint::new(Family::Tcp);
     let (mut proxy, _directory, log) = on_demand(&front, &["--drain-time=60s"], &[]);
     let mut client = front.connect();
@@ -182,18 +182,18 @@ fn command_lives_until_its_connections_have_ended() {
 }
 
 #[test]
-fn who_called_an_idle_exit_off_is_served() {
+fn client_cancels_idle_exit() {
     let front = Endpoint::new(Family::Tcp);
     let options = ["--exit-idle-time=100ms", "--drain-time=60s"];
     let (mut proxy, _directory, log) = on_demand(&front, &options, &["down=2"]);
     ask_pid(&mut front.connect());
     // COMMAND is being stopped, for the exit, when a client comes and then the signal.
     let asked = || std::fs::read_to_string(&log).unwrap().contains("asked ").then_some(());
-    poll_until(Instant::now() + PATIENCE, asked).expect("COMMAND is told to stop");
+    poll_until(Instant::now() + TIMEOUT, asked).expect("COMMAND is told to stop");
     let before = proxy.descriptors();
     let mut client = front.connect();
     let is_in = || (proxy.descriptors() > before).then_some(());
-    poll_until(Instant::now() + PATIENCE, is_in).expect("the client is accepted");
+    poll_until(Instant::now() + TIMEOUT, is_in).expect("the client is accepted");
     proxy.signal(Signal::TERM);
     ask_pid(&mut client);
     drop(client);

@@ -32,7 +32,8 @@ fn ends(socket: &mut Socket, family: Family, since: Instant) {
 }
 
 #[test]
-fn a_busy_connection_outlives_a_quiet_one() {
+fn busy_connection_outlives_an_idle_one() {
+    let _turn = measuring();
     thread::scope(|scope| {
         for (front, back) in PAIRS {
             scope.spawn(move || busy_and_quiet(front, back));
@@ -81,10 +82,11 @@ fn busy_and_quiet(front_family: Family, back: Family) {
 }
 
 #[test]
-fn a_stalled_reader_is_quiet() {
+fn stalled_reader_is_idle() {
+    let _turn = measuring();
     for (front_family, back) in PAIRS {
         // More than all buffers between take; made before the idle time runs.
-        let message = noise(1, 64 * 1024 * 1024);
+        let message = random_bytes(1, 64 * 1024 * 1024);
         let (front, backend) = (Endpoint::new(front_family), Endpoint::new(back));
         let _proxy = start(&front, &backend);
         let (mut client, _served) = (front.connect(), backend.accept());
@@ -96,8 +98,9 @@ fn a_stalled_reader_is_quiet() {
 }
 
 #[test]
-fn a_slow_reader_is_not_quiet() {
+fn slow_reader_is_not_idle() {
     const STEP: usize = 100_000;
+    let _turn = measuring();
     thread::scope(|scope| {
         for (front, back) in PAIRS {
             scope.spawn(move || {
@@ -105,13 +108,13 @@ fn a_slow_reader_is_not_quiet() {
                 let _proxy = start(&front, &backend);
                 let (mut client, mut served) = (front.connect(), backend.accept());
                 // All of it is taken at once, and then the sender is gone.
-                let message = noise(2, 15 * STEP);
+                let message = random_bytes(2, 15 * STEP);
                 let sent = message.clone();
                 scope.spawn(move || served.write_all(&sent).unwrap());
                 let mut received = vec![0; message.len()];
                 for piece in received.chunks_mut(STEP) {
                     pause(TIME * 3 / 10);
-                    client.read_exact(piece).expect("who takes something is not quiet");
+                    client.read_exact(piece).expect("who takes something is not idle");
                 }
                 assert!(received == message);
                 assert_eq!(read_all(&mut client).0, b"");
@@ -121,24 +124,26 @@ fn a_slow_reader_is_not_quiet() {
 }
 
 #[test]
-fn the_rest_is_not_waited_for_longer_either() {
+fn unread_bytes_of_a_reset_wait_no_longer() {
+    let _turn = measuring();
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
     let proxy = start(&front, &backend);
     let (mut client, _served) = (front.connect(), backend.accept());
     // More than the backend's side takes, which waits to be received when the sender is reset.
-    client.write_all(&noise(3, 4_000_000)).unwrap();
+    client.write_all(&random_bytes(3, 4_000_000)).unwrap();
     // Its pipe may come later, and stays for the next.
     let without_pipes = || proxy.descriptors() - proxy.pipes();
     let before = without_pipes();
     let since = Instant::now();
     reset(client);
     let over = || (without_pipes() <= before - 2).then_some(());
-    poll_until(Instant::now() + PATIENCE, over).expect("it ends");
+    poll_until(Instant::now() + TIMEOUT, over).expect("it ends");
     assert!(since.elapsed() < LATE, "{:?}", since.elapsed());
 }
 
 #[test]
-fn a_client_that_is_held_is_not_quiet() {
+fn waiting_client_is_not_idle() {
+    let _turn = measuring();
     let front = Endpoint::new(Family::Tcp);
     let target = format!("127.0.0.1:{}", free_port());
     let options = ["--connection-idle-time=100ms", "--backend-wait=60s", &target];

@@ -12,9 +12,7 @@ use tokio::time::Instant;
 
 /// A user of its own for each test, which may have one task.
 fn without_threads(directory: &TempDir, user: u32) -> Option<Launch> {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: without threads: needs root, for users of its own");
-        assert!(std::env::var_os("CI").is_none());
+    if !is_root_for("a user without threads") {
         return None;
     }
     let program: PathBuf = directory.path().join("program");
@@ -26,7 +24,7 @@ fn without_threads(directory: &TempDir, user: u32) -> Option<Launch> {
 }
 
 #[test]
-fn without_a_thread_for_it_lines_are_written_at_once() {
+fn writes_lines_without_a_thread() {
     let directory = TempDir::new().unwrap();
     let Some(launch) = without_threads(&directory, 61_001) else { return };
     let front = Endpoint::new(Family::Tcp);
@@ -38,7 +36,7 @@ fn without_a_thread_for_it_lines_are_written_at_once() {
 }
 
 #[test]
-fn without_a_thread_for_metrics_the_start_fails_with_a_line() {
+fn fails_to_start_without_a_thread_for_metrics() {
     let directory = TempDir::new().unwrap();
     let Some(launch) = without_threads(&directory, 61_002) else { return };
     let front = Endpoint::new(Family::Tcp);
@@ -49,21 +47,21 @@ fn without_a_thread_for_metrics_the_start_fails_with_a_line() {
 }
 
 #[test]
-fn without_a_thread_a_stuck_reader_holds_up_nobody() {
+fn stuck_standard_error_delays_no_client_without_a_thread() {
     let directory = TempDir::new().unwrap();
     let Some(launch) = without_threads(&directory, 61_003) else { return };
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let launch = launch.args(["--log-level=debug", &backend.target]).listener(&front);
     let mut proxy = launch.stderr_unread().start();
     // Two lines each: far more than a pipe takes.
-    (0..1000).for_each(|_| echoes(&mut front.connect()));
+    (0..1000).for_each(|_| assert_echoes(&mut front.connect()));
     let stderr = proxy.unread_stderr.take().unwrap();
     proxy.lines.collect(stderr);
     let written = || {
-        echoes(&mut front.connect());
+        assert_echoes(&mut front.connect());
         (proxy.lines.count("log lines were dropped") == 1).then_some(())
     };
-    poll_until(Instant::now() + PATIENCE, written).expect("what is dropped is counted");
+    poll_until(Instant::now() + TIMEOUT, written).expect("what is dropped is counted");
     proxy.signal(Signal::TERM);
     assert!(proxy.wait().success());
     let log = proxy.lines.all();
@@ -71,7 +69,7 @@ fn without_a_thread_a_stuck_reader_holds_up_nobody() {
 }
 
 #[test]
-fn a_clients_name_adds_no_field() {
+fn client_name_adds_no_field() {
     let (front, backend) = (Endpoint::new(Family::Unix), echo_backend(Family::Unix));
     let launch = Launch::new(OURS).args(["--log-level=debug", &backend.target]).listener(&front);
     let proxy = launch.start();
@@ -85,7 +83,7 @@ fn a_clients_name_adds_no_field() {
         let mut client = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
         client.bind(&unix_address(name.as_bytes())).unwrap();
         client.connect(&front.address).unwrap();
-        echoes(&mut client);
+        assert_echoes(&mut client);
         drop(client);
         proxy.lines.wait_for(&written);
     }

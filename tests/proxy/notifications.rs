@@ -20,26 +20,26 @@ fn start(front: &Endpoint, systemd: &FakeSystemd, args: &[&str]) -> Running {
 }
 
 #[test]
-fn ready_is_sent_when_there_is_room_and_clients_are_served_meanwhile() {
+fn sends_ready_late_and_serves_clients_meanwhile() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let systemd = FakeSystemd::new();
     fill(&systemd);
     let proxy = start(&front, &systemd, &[&backend.target]);
     let mut client = front.connect();
-    echoes(&mut client);
+    assert_echoes(&mut client);
     proxy.lines.wait_for("Failed to send READY=1 to systemd, trying again");
     systemd.wait_for("READY=1");
     systemd.wait_for("STATUS=1 connection");
-    echoes(&mut client);
+    assert_echoes(&mut client);
 }
 
 #[test]
-fn an_idle_exit_waits_until_ready_is_sent() {
+fn idle_exit_waits_until_ready_is_sent() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let systemd = FakeSystemd::new();
     fill(&systemd);
     let mut proxy = start(&front, &systemd, &["--exit-idle-time=50ms", &backend.target]);
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
     pause(Duration::from_secs(2));
     assert!(proxy.is_running(), "a unit whose process ends before it is ready has failed");
     systemd.wait_for("READY=1");
@@ -47,30 +47,30 @@ fn an_idle_exit_waits_until_ready_is_sent() {
 }
 
 #[test]
-fn a_client_cancels_an_idle_exit_that_waits_for_ready() {
+fn client_cancels_an_idle_exit_that_waits_for_ready() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let systemd = FakeSystemd::new();
     fill(&systemd);
     let mut proxy = start(&front, &systemd, &["--exit-idle-time=50ms", &backend.target]);
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
     // The idle time is over, and READY=1 not sent.
     pause(Duration::from_secs(1));
     let mut client = front.connect();
-    echoes(&mut client);
+    assert_echoes(&mut client);
     systemd.wait_for("READY=1");
     pause(Duration::from_millis(300));
-    echoes(&mut client);
+    assert_echoes(&mut client);
     drop(client);
     assert_eq!(proxy.wait().code(), Some(0));
 }
 
 #[test]
-fn a_stop_that_waits_for_ready_accepts_nobody() {
+fn stop_that_waits_for_ready_accepts_no_client() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let systemd = FakeSystemd::new();
     fill(&systemd);
     let mut proxy = start(&front, &systemd, &["--log-level=debug", &backend.target]);
-    echoes(&mut front.connect());
+    assert_echoes(&mut front.connect());
     proxy.lines.wait_for("Connection closed");
     proxy.signal(Signal::TERM);
     pause(Duration::from_millis(300));
@@ -82,7 +82,7 @@ fn a_stop_that_waits_for_ready_accepts_nobody() {
 }
 
 #[test]
-fn a_stop_waits_for_nothing() {
+fn stop_does_not_wait_for_the_queue() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let systemd = FakeSystemd::new();
     let mut proxy = start(&front, &systemd, &[&backend.target]);

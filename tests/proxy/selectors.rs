@@ -43,13 +43,13 @@ fn each_socket_leads_to_its_own_backend() {
             let mut clients = fronts.each_ref().map(Endpoint::connect);
             let names = clients.each_mut().map(greeting);
             assert_eq!(names, ["one", "two", "one"], "{selections:?}");
-            clients.iter_mut().for_each(echoes);
+            clients.iter_mut().for_each(assert_echoes);
         }
     }
 }
 
 #[test]
-fn a_port_is_on_whatever_address() {
+fn selects_a_port_on_any_address() {
     let (one, two) = (named(Family::Tcp, "one"), named(Family::Unix, "two"));
     for address in ["127.0.0.1:0", "[::1]:0", "[::]:0", "0.0.0.0:0"] {
         let fronts = [address, "127.0.0.1:0"].map(|address| Endpoint::tcp(address, 16));
@@ -63,7 +63,7 @@ fn a_port_is_on_whatever_address() {
 }
 
 #[test]
-fn sockets_opened_here_are_selected_by_address() {
+fn selects_own_listeners_by_address() {
     let (one, two) = (named(Family::Tcp, "one"), named(Family::Unix, "two"));
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("front").display().to_string();
@@ -79,7 +79,7 @@ fn sockets_opened_here_are_selected_by_address() {
 }
 
 #[test]
-fn a_backend_that_is_down_is_down_alone() {
+fn backend_that_is_down_delays_no_other() {
     let fronts = [(); 2].map(|()| Endpoint::new(Family::Tcp));
     let (one, port) = (named(Family::Tcp, "one"), free_port());
     let launch = Launch::new(OURS).arg("--backend-wait=60s");
@@ -127,7 +127,7 @@ fn logs_and_status_name_the_listener() {
 }
 
 #[test]
-fn what_does_not_fit_is_an_error_at_start() {
+fn rejects_selectors_that_do_not_fit() {
     let fronts = [Family::Tcp, Family::Unix].map(Endpoint::new);
     let [tcp, unix] = fronts.each_ref().map(|front| front.target.clone());
     let both = format!("The sockets are: web ({tcp}), web ({unix}).");

@@ -3,7 +3,6 @@
 //! Needs strace(1) and the right to use it; says so when it is skipped.
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
@@ -35,14 +34,14 @@ fn traced(process: u32, work: impl FnOnce()) -> Option<Vec<String>> {
     let mut strace = Command::new(STRACE);
     strace.args(["-f", "-o"]).arg(&log).args(["-p", &process.to_string()]);
     let Ok(mut strace) = strace.stderr(Stdio::piped()).spawn() else {
-        skip();
+        skip("system calls", "strace");
         return None;
     };
-    let mut said = String::new();
+    let mut printed = String::new();
     let mut stderr = BufReader::new(strace.stderr.take().unwrap());
-    while !said.contains("attached") {
-        let bytes = stderr.read_line(&mut said).unwrap();
-        assert!(bytes > 0, "strace can't attach: {said}");
+    while !printed.contains("attached") {
+        let bytes = stderr.read_line(&mut printed).unwrap();
+        assert!(bytes > 0, "strace can't attach: {printed}");
     }
     work();
     kill_process(Pid::from_child(&strace), Signal::INT).unwrap();
@@ -57,19 +56,15 @@ fn traced(process: u32, work: impl FnOnce()) -> Option<Vec<String>> {
     Some(log.lines().filter_map(name).collect())
 }
 
-fn skip() {
-    eprintln!("SKIPPED: looking at system calls: needs strace");
-    assert!(env::var_os("CI").is_none());
-}
-
 fn take(counts: &mut BTreeMap<String, usize>, names: &[&str]) -> usize {
     names.iter().filter_map(|name| counts.remove(*name)).sum()
 }
 
 #[test]
-fn a_queued_client_comes_before_what_may_wait() {
+fn queued_client_comes_before_notifications() {
+    let _turn = measuring();
     if !Path::new(STRACE).exists() {
-        return skip();
+        return skip("system calls", "strace");
     }
     let directory = TempDir::new().unwrap();
     let log = directory.path().join("log");
@@ -82,7 +77,7 @@ fn a_queued_client_comes_before_what_may_wait() {
         let launch = launch.args([OURS, &backend.target]).listener(&front);
         let launch = launch.notify(&systemd);
         let mut proxy = launch.env("WATCHDOG_USEC", 20_000_000).start();
-        echoes(&mut client);
+        assert_echoes(&mut client);
         systemd.wait_for("WATCHDOG=1");
         proxy.signal(Signal::TERM);
         assert!(proxy.wait().success());
@@ -90,7 +85,7 @@ fn a_queued_client_comes_before_what_may_wait() {
             let log = fs::read_to_string(&log).unwrap();
             log.contains("+++ exited with 0").then_some(log)
         };
-        let log = poll_until(Instant::now() + PATIENCE, traced).expect("the trace is written");
+        let log = poll_until(Instant::now() + TIMEOUT, traced).expect("the trace is written");
         let at = |text: &str| log.find(text).unwrap_or_else(|| panic!("{text}: {log}"));
         let dialled = log[at(" accept4(")..].find(" connect(").expect("it dials") + at(" accept4(");
         assert!(dialled < at("READY=1") && at("READY=1") < at("WATCHDOG=1"), "{log}");
@@ -98,8 +93,9 @@ fn a_queued_client_comes_before_what_may_wait() {
 }
 
 #[test]
-fn a_round_trip_is_two_receives_and_two_sends() {
+fn round_trip_is_two_receives_and_two_sends() {
     const TIMES: usize = 200;
+    let _turn = measuring();
     let options = ["--connection-idle-time=infinity", "--connection-idle-time=1s"];
     for (front, back, option) in
         PAIRS.into_iter().flat_map(|(front, back)| options.map(|option| (front, back, option)))
@@ -108,7 +104,7 @@ fn a_round_trip_is_two_receives_and_two_sends() {
         let launch = Launch::new(OURS).args([option, &backend.target]);
         let proxy = launch.listener(&front).start();
         let mut client = front.connect();
-        let message = noise(1, 64);
+        let message = random_bytes(1, 64);
         let mut ask =
             |times| (0..times).for_each(|_| drop(exchange(&mut client, &message).unwrap()));
         ask(10);
@@ -123,20 +119,21 @@ fn a_round_trip_is_two_receives_and_two_sends() {
 }
 
 #[test]
-fn a_short_connection_has_a_fixed_list() {
+fn short_connection_has_a_fixed_list_of_calls() {
     const TIMES: usize = 50;
+    let _turn = measuring();
     for (front_family, back) in PAIRS {
         let (front, backend) = (Endpoint::new(front_family), echo_backend(back));
         let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
         // Once for what is done once: a timer, the buffers.
         let mut client = front.connect();
-        echoes(&mut client);
+        assert_echoes(&mut client);
         let idle = proxy.descriptors() - 2;
         drop(client);
         let work = |times| {
-            (0..times).for_each(|_| echoes(&mut front.connect()));
+            (0..times).for_each(|_| assert_echoes(&mut front.connect()));
             let over = || (proxy.descriptors() == idle).then_some(());
-            poll_until(Instant::now() + PATIENCE, over).expect("all connections are over");
+            poll_until(Instant::now() + TIMEOUT, over).expect("all connections are over");
         };
         work(1);
         let Some(mut counts) = counted(proxy.pid(), || work(TIMES)) else { return };
@@ -183,6 +180,7 @@ fn a_short_connection_has_a_fixed_list() {
 #[test]
 fn bulk_is_spliced() {
     const BYTES: usize = 256 * 1024 * 1024;
+    let _turn = busy();
     // A few clients that read nothing cost the others nothing.
     for (back, stalled) in [(Family::Tcp, 0), (Family::Unix, 0), (Family::Tcp, 20)] {
         let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(back));
@@ -196,7 +194,7 @@ fn bulk_is_spliced() {
             })
             .collect();
         let (mut client, mut taken) = (front.connect(), backend.accept());
-        let message = noise(2, 1024 * 1024);
+        let message = random_bytes(2, 1024 * 1024);
         let mut carry = |bytes: usize| {
             thread::scope(|scope| {
                 scope.spawn(|| {

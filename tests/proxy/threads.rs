@@ -37,12 +37,12 @@ fn watched(proxy: &Running) -> Vec<usize> {
 /// A client that is being served.
 fn client(front: &Endpoint) -> Socket {
     let mut client = front.connect();
-    echoes(&mut client);
+    assert_echoes(&mut client);
     client
 }
 
 #[test]
-fn threads_start_when_there_is_work_for_them() {
+fn starts_threads_when_there_is_work() {
     for (front, back) in PAIRS {
         let (front, backend) = (Endpoint::new(front), echo_backend(back));
         let proxy = start("3", &backend, &front);
@@ -51,12 +51,12 @@ fn threads_start_when_there_is_work_for_them() {
             clients.push(client(&front));
             assert_eq!(proxy.workers(), expected, "with {} clients", clients.len());
         }
-        clients.iter_mut().for_each(echoes);
+        clients.iter_mut().for_each(assert_echoes);
         // One after the other they are served by the main thread.
         let idle = proxy.descriptors() - 2 * clients.len();
         drop(clients);
         let over = || (proxy.descriptors() == idle).then_some(());
-        poll_until(Instant::now() + PATIENCE, over).expect("all connections are over");
+        poll_until(Instant::now() + TIMEOUT, over).expect("all connections are over");
         let before = watched(&proxy);
         let _client = client(&front);
         let after = watched(&proxy);
@@ -66,7 +66,7 @@ fn threads_start_when_there_is_work_for_them() {
 }
 
 #[test]
-fn connections_are_spread_evenly() {
+fn spreads_connections_evenly() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
     let proxy = start("3", &backend, &front);
     let clients: Vec<_> = (0..3).map(|_| client(&front)).collect();
@@ -80,7 +80,7 @@ fn connections_are_spread_evenly() {
 }
 
 #[test]
-fn a_signal_resets_the_connections_of_all_threads() {
+fn signal_resets_the_connections_of_all_threads() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let mut proxy = start("4", &backend, &front);
     let clients: Vec<_> = (0..8).map(|_| client(&front)).collect();
@@ -93,7 +93,7 @@ fn a_signal_resets_the_connections_of_all_threads() {
 }
 
 #[test]
-fn a_probe_is_spent_on_no_other_than_who_waits() {
+fn probe_goes_to_a_waiting_client() {
     let (front, port) = (Endpoint::new(Family::Tcp), free_port());
     let address = format!("127.0.0.1:{port}");
     let launch = Launch::new(OURS).args(["--threads=2", "--backend-wait=20s"]);
@@ -102,7 +102,7 @@ fn a_probe_is_spent_on_no_other_than_who_waits() {
     let first = front.connect();
     proxy.lines.wait_for("holding clients");
     let mut second = front.connect();
-    poll_until(Instant::now() + PATIENCE, || (proxy.workers() == 1).then_some(())).unwrap();
+    poll_until(Instant::now() + TIMEOUT, || (proxy.workers() == 1).then_some(())).unwrap();
     // A probe has one more for a moment.
     let (mut seen, mut before) = (0, 0);
     let settled = || {
@@ -111,10 +111,10 @@ fn a_probe_is_spent_on_no_other_than_who_waits() {
         before = now;
         (seen == 20).then_some(now)
     };
-    let both = poll_until(Instant::now() + PATIENCE, settled).unwrap();
+    let both = poll_until(Instant::now() + TIMEOUT, settled).unwrap();
     reset(first);
     let left = || (proxy.descriptors() == both - 1).then_some(());
-    poll_until(Instant::now() + PATIENCE, left).expect("the first has left");
+    poll_until(Instant::now() + TIMEOUT, left).expect("the first has left");
     // A backend that serves once.
     let backend = Endpoint::tcp(&address, 1);
     let served = std::thread::spawn(move || {
@@ -122,16 +122,14 @@ fn a_probe_is_spent_on_no_other_than_who_waits() {
         drop(backend);
         echo(connection);
     });
-    echoes(&mut second);
+    assert_echoes(&mut second);
     drop(second);
     served.join().unwrap();
 }
 
 #[test]
-fn a_thread_that_the_system_refuses_is_done_without() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: a thread that is refused: needs root, to be somebody else");
-        assert!(std::env::var_os("CI").is_none());
+fn serves_without_a_refused_thread() {
+    if !is_root_for("a user without threads") {
         return;
     }
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
@@ -158,7 +156,7 @@ fn a_thread_that_the_system_refuses_is_done_without() {
 }
 
 #[test]
-fn numbers_of_threads_that_are_none() {
+fn rejects_invalid_numbers() {
     for number in ["0", "-1", "257", "two", ""] {
         let option = format!("--threads={number}");
         let (code, _, stderr) = run(&OURS.into(), &[&option, "/a"]);

@@ -25,11 +25,13 @@ fn transfers(options: &[&str]) {
 }
 
 #[test]
-fn urgent_data_is_carried() {
+fn forwards_urgent_data() {
+    let _turn = busy();
     transfers(&[]);
 }
 
 #[test]
-fn urgent_data_is_carried_while_every_byte_is_stored() {
+fn forwards_urgent_data_in_crash_mode() {
+    let _turn = busy();
     transfers(&["--handover=crash"]);
 }

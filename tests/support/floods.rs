@@ -23,7 +23,7 @@ pub fn beside_floods(
     let floods: Vec<_> = (0..2).map(|_| (front.connect(), backend.accept())).collect();
     serve(backend, echo);
     let mut client = front.connect();
-    echoes(&mut client);
+    assert_echoes(&mut client);
     let mut times: Vec<Duration> = thread::scope(|scope| {
         for (near, far) in &floods {
             let (from, to) = if from_client { (near, far) } else { (far, near) };
@@ -36,7 +36,7 @@ pub fn beside_floods(
         pause(Duration::from_millis(300));
         let ask = || {
             let start = Instant::now();
-            echoes(&mut client);
+            assert_echoes(&mut client);
             start.elapsed()
         };
         let times = std::iter::repeat_with(ask).take(15).collect();

@@ -12,7 +12,7 @@ use std::time::Duration;
 use command_fds::{CommandFdExt, FdMapping};
 use tokio::time::Instant;
 
-use super::{Endpoint, FakeSystemd, PATIENCE, poll_until};
+use super::{Endpoint, FakeSystemd, TIMEOUT, poll_until};
 
 /// A program that is started with sockets, as systemd does it.
 pub struct Launch {
@@ -194,7 +194,7 @@ impl Running {
     }
 
     pub fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         poll_until(deadline, || self.child.try_wait().unwrap()).expect("the program exits")
     }
 
@@ -292,7 +292,7 @@ impl Lines {
     pub fn wait_for(&self, text: &str) -> String {
         let (state, changed) = &*self.0;
         let mut state = state.lock().unwrap();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(line) = state.lines.iter().find(|line| line.contains(text)) {
                 return line.clone();
@@ -307,7 +307,7 @@ impl Lines {
     pub fn all(&self) -> String {
         let (state, changed) = &*self.0;
         let state = state.lock().unwrap();
-        let state = changed.wait_timeout_while(state, PATIENCE, |state| !state.ended).unwrap().0;
+        let state = changed.wait_timeout_while(state, TIMEOUT, |state| !state.ended).unwrap().0;
         state.lines.join("\n")
     }
 

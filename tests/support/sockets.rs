@@ -10,7 +10,7 @@ use std::time::Duration;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
-use super::PATIENCE;
+use super::TIMEOUT;
 
 /// The two families that both originals know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,21 +90,21 @@ impl Endpoint {
     }
 
     pub fn accept(&self) -> Socket {
-        self.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.socket.set_read_timeout(Some(TIMEOUT)).unwrap();
         let (socket, _) = self.socket.accept().expect("somebody connects to the backend");
-        patient(socket)
+        with_timeouts(socket)
     }
 }
 
 pub fn connect(address: &SockAddr) -> Socket {
     let socket = Socket::new(address.domain(), Type::STREAM, None).unwrap();
     socket.connect(address).expect("the listener has a backlog");
-    patient(socket)
+    with_timeouts(socket)
 }
 
-fn patient(socket: Socket) -> Socket {
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket.set_write_timeout(Some(PATIENCE)).unwrap();
+fn with_timeouts(socket: Socket) -> Socket {
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+    socket.set_write_timeout(Some(TIMEOUT)).unwrap();
     socket
 }
 
@@ -136,7 +136,7 @@ pub fn socket_pair(family: Family) -> (Socket, Socket) {
         }
         Family::Unix => {
             let (near, far) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
-            (patient(near), patient(far))
+            (with_timeouts(near), with_timeouts(far))
         }
     }
 }
@@ -151,7 +151,7 @@ pub fn serve_on(listener: Socket, handler: impl Fn(Socket) + Send + Sync + 'stat
     thread::spawn(move || {
         while let Ok((socket, _)) = listener.accept() {
             let handler = Arc::clone(&handler);
-            thread::spawn(move || handler(patient(socket)));
+            thread::spawn(move || handler(with_timeouts(socket)));
         }
     });
 }
@@ -183,7 +183,7 @@ pub fn exchange(socket: &mut Socket, message: &[u8]) -> std::io::Result<Vec<u8>>
     Ok(answer)
 }
 
-pub fn echoes(socket: &mut Socket) {
+pub fn assert_echoes(socket: &mut Socket) {
     let answer = exchange(socket, b"are you there?").expect("the echo backend answers");
     assert_eq!(answer, b"are you there?");
 }
@@ -211,7 +211,7 @@ pub fn reset(socket: Socket) {
 }
 
 /// Bytes that don't repeat soon, the same for the same seed.
-pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub fn random_bytes(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2).wrapping_add(1);
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {

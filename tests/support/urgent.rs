@@ -14,12 +14,12 @@ const AT_A_TIME: usize = 4;
 
 /// Bytes as they are sent: pieces, of which some are urgent in their last byte.
 fn pieces(seed: u64) -> Vec<(Vec<u8>, bool)> {
-    let dice = noise(seed, 64);
+    let dice = random_bytes(seed, 64);
     // Small ones arrive together, large ones are bulk.
     let sizes = [1, 40, 3_000, 100_000, 300_000];
     let piece = |index: usize| {
         let size = sizes[dice[index] as usize % sizes.len()] + usize::from(dice[index + 16]);
-        (noise(seed + index as u64, size), dice[index + 32] % 2 == 0)
+        (random_bytes(seed + index as u64, size), dice[index + 32] % 2 == 0)
     };
     (0..2 + dice[63] as usize % 5).map(piece).collect()
 }

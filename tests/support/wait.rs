@@ -1,6 +1,6 @@
 //! Waiting, for events where there are any.
 //!
-//! [`PATIENCE`] only turns a hang into a failure. A [`pause`] is for what is itself a span of time: a
+//! [`TIMEOUT`] only turns a hang into a failure. A [`pause`] is for what is itself a span of time: a
 //! deadline to outlast, CPU to be measured over.
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Longer than anything takes that works.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Looks again and again until `look` gives something, or the deadline is over. Only for what has
 /// no event: another process's descriptors, CPU time or end.

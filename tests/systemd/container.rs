@@ -326,7 +326,7 @@ impl Container {
     /// Waits until a property of a unit is `value`.
     pub(crate) fn wait_for(&self, unit: &str, property: &str, value: &str) {
         let mut last = String::new();
-        let reached = poll_until(Instant::now() + PATIENCE, || {
+        let reached = poll_until(Instant::now() + TIMEOUT, || {
             last = self.show(unit).remove(property).unwrap_or_default();
             (last == value).then_some(())
         });
@@ -336,7 +336,7 @@ impl Container {
     /// Waits until what a service says of itself begins so.
     pub(crate) fn wait_for_status(&self, unit: &str, start: &str) {
         let mut last = String::new();
-        let reached = poll_until(Instant::now() + PATIENCE, || {
+        let reached = poll_until(Instant::now() + TIMEOUT, || {
             last = self.show(unit).remove("StatusText").unwrap_or_default();
             last.starts_with(start).then_some(())
         });

@@ -42,7 +42,7 @@ fn time_spans(_: &Container) {
     let fractions = ["", ".", ".5", ".0000005", ".999999999999"];
     let units = ["", "s", " sec", "ms", "us", "m", " min", "h", "d", "w", "M", "y", "months", "ns"];
     let tails = ["", " 3s", "4", " infinity", ".5"];
-    let dice = noise(9, 4 * 400);
+    let dice = random_bytes(9, 4 * 400);
     let drawn = dice.chunks(4).map(|die| {
         let pick = |words: &[&'static str], at: usize| words[usize::from(die[at]) % words.len()];
         [pick(&numbers, 0), pick(&fractions, 1), pick(&units, 2), pick(&tails, 3)].concat()
@@ -89,8 +89,8 @@ fn drop_in(container: &Container) {
     let connect = || container.inside(|| connect(&front.into()));
 
     let mut first = connect();
-    echoes(&mut first);
-    let message = noise(1, 64 * 1024);
+    assert_echoes(&mut first);
+    let message = random_bytes(1, 64 * 1024);
     assert!(exchange(&mut first, &message).unwrap() == message);
     let service = container.show("drop-in.service");
     assert_eq!(service["ActiveState"], "active", "Type=notify: READY=1 came");
@@ -103,7 +103,7 @@ fn drop_in(container: &Container) {
     let refused = exchange(&mut second, b"me too?").expect_err("served above the cap of 1");
     assert_ne!(refused.kind(), ErrorKind::WouldBlock, "left to wait above the cap of 1");
     drop(first);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let served = poll_until(deadline, || exchange(&mut connect(), b"now?").ok());
     served.expect("served once the first has left");
 
@@ -111,7 +111,7 @@ fn drop_in(container: &Container) {
     let service = container.show("drop-in.service");
     assert_eq!((&*service["Result"], &*service["ExecMainStatus"]), ("success", "0"));
     container.wait_for("drop-in.socket", "SubState", "listening");
-    echoes(&mut connect());
+    assert_echoes(&mut connect());
     let again = container.show("drop-in.service");
     assert_ne!(again["MainPID"], process, "another process");
     container.run(&["systemctl", "stop", "drop-in.socket", "drop-in.service"]);
@@ -137,7 +137,7 @@ fn drain(container: &Container) {
     let mut client = connect();
     let mut served = backend.accept();
     let process = container.show("drain.service")["MainPID"].clone();
-    let message = noise(5, BYTES);
+    let message = random_bytes(5, BYTES);
     let (sent, rest) = message.split_at(BYTES / 2);
     let not_reloading = container.not_reloading();
     let stopped = thread::scope(|scope| {
@@ -146,8 +146,8 @@ fn drain(container: &Container) {
         let stop = scope.spawn(|| container.output(&["systemctl", "stop", "drain.service"]));
         container.wait_for("drain.service", "ActiveState", "deactivating");
         let status = container.show("drain.service")["StatusText"].clone();
-        let mut newcomer = connect();
-        newcomer.write_all(b"are you there?").unwrap();
+        let mut new_client = connect();
+        new_client.write_all(b"are you there?").unwrap();
         // Twice what TimeoutStopSec= allows, and the watchdog.
         pause(Duration::from_secs(4));
         let later = container.show("drain.service")["StatusText"].clone();
@@ -161,8 +161,8 @@ fn drain(container: &Container) {
         drop(client);
         let stopped = stop.join().unwrap();
         let mut served = backend.accept();
-        served.read_exact(&mut [0; 14]).expect("the newcomer's bytes");
-        drop(newcomer);
+        served.read_exact(&mut [0; 14]).expect("the new client's bytes");
+        drop(new_client);
         stopped
     });
     drop(not_reloading);
@@ -207,7 +207,7 @@ fn accepted(container: &Container) {
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         let connect = |address: SocketAddr| container.inside(|| connect(&address.into()));
         let mut clients = [(); 3].map(|()| connect(address));
-        clients.iter_mut().for_each(echoes);
+        clients.iter_mut().for_each(assert_echoes);
         let socket = format!("{form}.socket");
         container.wait_for(&socket, "NConnections", "3");
         for client in &mut clients {
@@ -221,17 +221,17 @@ fn accepted(container: &Container) {
         unit(&lost, port + 10, "127.0.0.1:8009");
         let mut client = connect(SocketAddr::from(([127, 0, 0, 1], port + 10)));
         let (bytes, _) = read_all(&mut client);
-        assert_eq!(bytes, b"", "what is said is not said to the client");
-        let said = poll_until(Instant::now() + PATIENCE, || {
+        assert_eq!(bytes, b"", "the client gets no messages");
+        let printed = poll_until(Instant::now() + TIMEOUT, || {
             let journal = container.run(&["journalctl", "-o", "json", "--no-pager"]);
             let of_unit = format!("\"_SYSTEMD_UNIT\":\"{lost}@");
             let mut lines = journal.lines().filter(|line| line.contains(&of_unit));
             lines.find(|line| line.contains("Failed to connect to remote host")).map(String::from)
         });
-        let said = said.expect("it is said in the journal");
-        assert!(said.contains("\"PRIORITY\":\"4\""), "{said}");
+        let printed = printed.expect("the journal has the message");
+        assert!(printed.contains("\"PRIORITY\":\"4\""), "{printed}");
         let name = if form == "accept" { "connection" } else { "stdin" };
-        assert!(said.contains(&format!("\"LISTENER\":\"{name} (127.0.0.1:")), "{said}");
+        assert!(printed.contains(&format!("\"LISTENER\":\"{name} (127.0.0.1:")), "{printed}");
         container.wait_for(&format!("{lost}.socket"), "NConnections", "0");
         let failed = ["systemctl", "list-units", "--failed", "--plain", "--no-legend"];
         let failed = container.run(&failed);
@@ -263,11 +263,11 @@ fn journal(container: &Container) {
         container.inside(|| connect(&address.into()))
     };
     let mut client = connect(7203);
-    echoes(&mut client);
+    assert_echoes(&mut client);
     let name = client.local_addr().unwrap().as_socket().unwrap().to_string();
     drop(client);
     let entry = |unit: &str, message: &str| {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let found = poll_until(deadline, || {
             let lines = container.run(&["journalctl", "-u", unit, "-o", "json", "--no-pager"]);
             lines.lines().find(|line| line.contains(message)).map(String::from)
@@ -326,7 +326,7 @@ fn service_name(container: &Container) {
         ("named.socket", "[Socket]\nListenStream=127.0.0.1:7300\n"),
     ]);
     let front = SocketAddr::from(([127, 0, 0, 1], 7300));
-    echoes(&mut container.inside(|| connect(&front.into())));
+    assert_echoes(&mut container.inside(|| connect(&front.into())));
 }
 
 fn slow_resolver(container: &Container) {
@@ -351,11 +351,11 @@ fn slow_resolver(container: &Container) {
     // The name server swallows the first lookup and answers the others.
     let mut stuck = container.inside(|| connect(&front.into()));
     stuck.write_all(b"hello?").unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let asked = poll_until(deadline, || QUESTIONS.load(Ordering::SeqCst).ge(&2).then_some(()));
     asked.expect("the first lookup is under way");
     let mut quick = container.inside(|| connect(&front.into()));
-    echoes(&mut quick);
+    assert_echoes(&mut quick);
     stuck.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let waiting = stuck.read(&mut [0; 6]).unwrap_err();
     assert_eq!(waiting.kind(), ErrorKind::WouldBlock, "the stuck one is still held");
@@ -374,11 +374,11 @@ fn slow_resolver(container: &Container) {
     let later = SocketAddr::from(([127, 0, 0, 1], 7402));
     let mut held = container.inside(|| connect(&later.into()));
     held.write_all(b"are you there?").unwrap();
-    let said = poll_until(Instant::now() + PATIENCE, || {
+    let printed = poll_until(Instant::now() + TIMEOUT, || {
         let journal = container.run(&["journalctl", "-u", "later.service", "--no-pager"]);
         journal.contains("Failed to resolve host: later.test:7401").then_some(journal)
     });
-    let journal = said.expect("the first failure is said");
+    let journal = printed.expect("the first failure is logged");
     assert!(journal.contains("Temporary failure in name resolution, holding clients"), "{journal}");
     RESOLVES_LATER.store(true, Ordering::SeqCst);
     let mut answer = [0; 14];
@@ -446,7 +446,7 @@ fn missing_family(container: &Container) {
     let front = SocketAddr::from(([127, 0, 0, 1], 7700));
     let mut client: Socket = container.inside(|| connect(&front.into()));
     client.write_all(b"are you there?").unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let held = poll_until(deadline, || {
         let journal = container.run(&["journalctl", "-u", "mixed.service", "--no-pager"]);
         journal.contains("Connection refused, holding clients").then_some(())

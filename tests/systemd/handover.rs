@@ -116,7 +116,7 @@ fn listen(text: &str) -> Socket {
     }
     // Between fork(2) and execve(2) a process that another test starts has the last listener there, too.
     let bound = || socket.bind(&address).ok();
-    poll_until(Instant::now() + PATIENCE, bound).unwrap_or_else(|| panic!("{text} is in use"));
+    poll_until(Instant::now() + TIMEOUT, bound).unwrap_or_else(|| panic!("{text} is in use"));
     socket.listen(4096).unwrap();
     socket
 }
@@ -147,7 +147,7 @@ fn replace(container: &Container, service: &str, handover: &str) {
         "crash" => container.run(&["systemctl", "kill", "-s", "KILL", service]),
         _ => container.run(&["systemctl", "restart", service]),
     };
-    let another = poll_until(Instant::now() + PATIENCE, || {
+    let another = poll_until(Instant::now() + TIMEOUT, || {
         let show = container.show(service);
         (show["ActiveState"] == "active" && show["MainPID"] != before).then_some(())
     });
@@ -172,10 +172,10 @@ fn survive(container: &Container, case: &Case, handover: &str) {
     start_proxy(container, name, front, &arguments);
     let joined = || {
         let client = container.inside(|| connect(&address(front)));
-        backend.set_read_timeout(Some(PATIENCE)).unwrap();
+        backend.set_read_timeout(Some(TIMEOUT)).unwrap();
         let (served, _) = backend.accept().expect("the proxy connects");
-        served.set_read_timeout(Some(PATIENCE)).unwrap();
-        served.set_write_timeout(Some(PATIENCE)).unwrap();
+        served.set_read_timeout(Some(TIMEOUT)).unwrap();
+        served.set_write_timeout(Some(TIMEOUT)).unwrap();
         let (mut client, mut served) = (client, served);
         client.write_all(b"+").unwrap();
         let header_seen = read_header(&mut served);
@@ -197,7 +197,7 @@ fn survive(container: &Container, case: &Case, handover: &str) {
                 let (mut from, mut to) =
                     if seed % 2 == 0 { (client, served) } else { (served, client) };
                 let writer = scope.spawn(move || {
-                    let message = noise(seed, bytes);
+                    let message = random_bytes(seed, bytes);
                     from.write_all(&message).unwrap();
                     from.shutdown(Shutdown::Write).unwrap();
                     (Sha256::digest(&message), from)
@@ -221,11 +221,11 @@ fn survive(container: &Container, case: &Case, handover: &str) {
         for _ in 0..3 {
             replace(container, &service, handover);
             let (half, whole) = idle.split_at_mut(2);
-            passes(&mut half[0].served, &mut half[0].client);
-            passes(&mut half[1].client, &mut half[1].served);
+            assert_forwards(&mut half[0].served, &mut half[0].client);
+            assert_forwards(&mut half[1].client, &mut half[1].served);
             for Peers { client, served } in whole {
-                passes(client, served);
-                passes(served, client);
+                assert_forwards(client, served);
+                assert_forwards(served, client);
             }
         }
         let join = |(writer, reader): (thread::ScopedJoinHandle<'_, (_, _)>, _)| {
@@ -273,7 +273,7 @@ fn read_header(served: &mut Socket) -> Vec<u8> {
     }
 }
 
-fn passes(from: &mut Socket, to: &mut Socket) {
+fn assert_forwards(from: &mut Socket, to: &mut Socket) {
     from.write_all(b"are you there?").unwrap();
     let mut read = [0; 14];
     to.read_exact(&mut read).unwrap();
@@ -295,8 +295,8 @@ fn waiting(container: &Container, handover: &str) {
     let backend = container.inside(|| listen(&back));
     let (mut served, _) = backend.accept().unwrap();
     assert!(read_header(&mut served).starts_with(b"PROXY TCP4 127.0.0.1 "));
-    passes(&mut served, &mut client);
-    passes(&mut client, &mut served);
+    assert_forwards(&mut served, &mut client);
+    assert_forwards(&mut client, &mut served);
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_all(&mut served).0, b"", "and no second header");
     container.run(&["systemctl", "stop", &format!("{name}.socket"), &service]);
@@ -316,7 +316,7 @@ fn thousand(container: &Container, handover: &str) {
     serve_on(backend, echo);
     let mut all = container
         .inside(|| (0..CONNECTIONS).map(|_| connect(&address(&front))).collect::<Vec<_>>());
-    all.iter_mut().for_each(echoes);
+    all.iter_mut().for_each(assert_echoes);
     let mut measured = Vec::new();
     let mut manager_cpu = Vec::new();
     let mut longest = 0.0_f64;
@@ -325,7 +325,7 @@ fn thousand(container: &Container, handover: &str) {
         replace(container, &service, handover);
         manager_cpu.push((container.manager_cpu() - before).as_secs_f64());
         let show = container.show(&service);
-        all.iter_mut().for_each(echoes);
+        all.iter_mut().for_each(assert_echoes);
         measured.push(container.process(&show["MainPID"]));
     }
     manager_cpu.sort_by(f64::total_cmp);
@@ -369,19 +369,19 @@ fn killed_while_recovering(container: &Container) {
     serve_on(backend, echo);
     let mut all =
         container.inside(|| (0..500).map(|_| connect(&address(front))).collect::<Vec<_>>());
-    all.iter_mut().for_each(echoes);
+    all.iter_mut().for_each(assert_echoes);
     for _ in 0..3 {
         let before = container.show("recovering.service")["MainPID"].clone();
         container.run(&["systemctl", "kill", "-s", "KILL", "recovering.service"]);
         // As soon as there is another: it is not ready, or just is.
-        let another = poll_until(Instant::now() + PATIENCE, || {
+        let another = poll_until(Instant::now() + TIMEOUT, || {
             let show = container.show("recovering.service");
             (show["MainPID"] != before && show["MainPID"] != "0").then_some(())
         });
         another.expect("it is started again");
     }
     container.run(&["systemctl", "kill", "-s", "KILL", "recovering.service"]);
-    all.iter_mut().for_each(echoes);
+    all.iter_mut().for_each(assert_echoes);
     container.run(&["systemctl", "stop", "recovering.socket", "recovering.service"]);
 }
 
@@ -424,14 +424,14 @@ fn garbage(container: &Container) {
         ("garbage.socket", &format!("[Socket]\nListenStream={front}\n")),
     ]);
     let mut client = container.inside(|| connect(&address(front)));
-    echoes(&mut client);
+    assert_echoes(&mut client);
     let journal = container.run(&["journalctl", "-u", "garbage.service", "-o", "cat"]);
     let strangers = ["closing it: config, peer.", "closing it: peer, config."];
     assert!(strangers.iter().any(|line| journal.contains(line)), "{journal}");
     assert!(journal.contains("The store is damaged, closing it"), "{journal}");
     assert_eq!(container.show("garbage.service")["NFileDescriptorStore"], "2");
     replace(container, "garbage.service", "crash");
-    echoes(&mut client);
+    assert_echoes(&mut client);
     container.run(&["systemctl", "stop", "garbage.socket", "garbage.service"]);
 }
 
@@ -451,13 +451,13 @@ fn accepted(container: &Container) {
         ("accepted.socket", &format!("[Socket]\nListenStream={front}\nAccept=yes\n")),
     ]);
     let mut client = container.inside(|| connect(&address(front)));
-    echoes(&mut client);
+    assert_echoes(&mut client);
     let list = ["systemctl", "list-units", "--plain", "--no-legend", "accepted@*"];
     let list = container.run(&list);
     let service = list.split_whitespace().next().unwrap();
     for _ in 0..3 {
         replace(container, service, "restart");
-        echoes(&mut client);
+        assert_echoes(&mut client);
     }
     client.shutdown(Shutdown::Write).unwrap();
     assert!(read_all(&mut client).1.is_ok());
@@ -472,21 +472,21 @@ fn failing_start(container: &Container) {
     let start = || start_proxy(container, "failing", front, &format!("--handover=restart {back}"));
     start();
     let mut client = container.inside(|| connect(&address(front)));
-    echoes(&mut client);
+    assert_echoes(&mut client);
     // What an administrator may write, and puts right a little later.
     let wrong = "[Service]\nExecStart=\nExecStart=/usr/bin/socket-proxyd --handover=restart x=y\n";
     let drop_in = "/run/systemd/system/failing.service.d/wrong.conf";
     container.write(drop_in, wrong);
     container.reload();
     container.output(&["systemctl", "restart", "failing.service"]);
-    let failed = poll_until(Instant::now() + PATIENCE, || {
+    let failed = poll_until(Instant::now() + TIMEOUT, || {
         let restarts = container.show("failing.service")["NRestarts"].parse::<u32>().unwrap();
         (restarts >= 3).then_some(())
     });
     failed.expect("it is started again and again");
     container.run(&["rm", drop_in]);
     container.reload();
-    echoes(&mut client);
+    assert_echoes(&mut client);
     container.wait_for("failing.service", "ActiveState", "active");
     container.run(&["systemctl", "stop", "failing.socket", "failing.service"]);
     assert!(is_reset(&read_all(&mut client).1));
@@ -499,19 +499,19 @@ fn too_few_descriptors(container: &Container) {
     start_proxy(container, "few", front, &format!("--handover=crash {back}"));
     let connect = || container.inside(|| connect(&address(front)));
     let mut clients: Vec<_> = std::iter::repeat_with(connect).take(150).collect();
-    clients.iter_mut().for_each(echoes);
+    clients.iter_mut().for_each(assert_echoes);
     let drop_in = "/run/systemd/system/few.service.d/limit.conf";
     container.write(drop_in, "[Service]\nLimitNOFILE=200\n");
     container.reload();
     container.run(&["systemctl", "kill", "-s", "KILL", "few.service"]);
-    let failed = poll_until(Instant::now() + PATIENCE, || {
+    let failed = poll_until(Instant::now() + TIMEOUT, || {
         let restarts = container.show("few.service")["NRestarts"].parse::<u32>().unwrap();
         (restarts >= 3).then_some(())
     });
     failed.expect("it is started again and again");
     container.run(&["rm", drop_in]);
     container.reload();
-    clients.iter_mut().for_each(echoes);
+    clients.iter_mut().for_each(assert_echoes);
     let log = container.run(&["journalctl", "--no-pager", "-o", "cat", "-u", "few.service"]);
     assert!(log.contains("stay stored; raise LimitNOFILE="), "{log}");
     assert!(!log.contains("closing them"), "nothing was closed: {log}");
@@ -526,7 +526,7 @@ fn foreign_signal(container: &Container) {
     serve_on(backend, echo);
     start_proxy(container, "foreign", front, &format!("--handover=crash {back}"));
     let mut client = container.inside(|| connect(&address(front)));
-    echoes(&mut client);
+    assert_echoes(&mut client);
     container.run(&["systemctl", "kill", "-s", "TERM", "foreign.service"]);
     assert!(is_reset(&read_all(&mut client).1), "a success is not restarted");
     container.run(&["systemctl", "stop", "foreign.socket", "foreign.service"]);

@@ -51,9 +51,10 @@ fn written(container: &Container) {
         let arguments = fs::read_to_string(case.unwrap().path().join("arguments")).unwrap();
         // Each of its own name: those beside it are the other cases'.
         let words = ["socket-proxyd-units", "--write", directory, "--force"];
-        let said = container.run(&[&words[..], &arguments.lines().collect::<Vec<_>>()].concat());
-        let written: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("Wrote ")).collect();
-        assert!(written.len() >= 2, "{said}");
+        let printed = container.run(&[&words[..], &arguments.lines().collect::<Vec<_>>()].concat());
+        let written: Vec<_> =
+            printed.lines().filter_map(|line| line.strip_prefix("Wrote ")).collect();
+        assert!(written.len() >= 2, "{printed}");
         let names = written.iter().filter_map(|path| path.strip_prefix("/run/systemd/system/"));
         let units: Vec<_> = names.filter(|name| !name.contains('/')).collect();
         let _reloading = container.not_reloading();
@@ -74,8 +75,8 @@ fn arguments(container: &Container) {
     let command = ["--", "/usr/local/bin/words"];
     let options = ["--listen=127.0.0.1:38701", "--target=127.0.0.1:38702", "--write", name];
     let all = [&["socket-proxyd-units"], &options[..], &command[..], &words[..]].concat();
-    let said = container.run(&all);
-    let next = said.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
+    let printed = container.run(&all);
+    let next = printed.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
     // Where the words go.
     let unit = "strange:\\x20100\\x25\\x20it\\x27s\\x20\\x401-proxy.service";
     let drop_in = format!("/etc/systemd/system/{unit}.d/state.conf");
@@ -89,7 +90,7 @@ fn arguments(container: &Container) {
     let _client = container.inside(|| connect(&address));
     let expected: String = words.iter().map(|word| format!("<{word}>")).collect();
     let mut got = String::new();
-    let written = poll_until(Instant::now() + PATIENCE, || {
+    let written = poll_until(Instant::now() + TIMEOUT, || {
         let output = container.output(&["cat", "/var/lib/words/words"]);
         got = String::from_utf8_lossy(&output.stdout).into();
         (got == expected).then_some(())
@@ -100,8 +101,8 @@ fn arguments(container: &Container) {
 
 /// Writes units, and does what comes next; `name` is that of the units.
 fn set_up(container: &Container, words: &[&str]) {
-    let said = container.run(&[&["socket-proxyd-units", "--write"], words].concat());
-    let next = said.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
+    let printed = container.run(&[&["socket-proxyd-units", "--write"], words].concat());
+    let next = printed.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
     let _reloading = container.not_reloading();
     container.run(&["systemctl", "daemon-reload"]);
     container.run(&["sh", "-c", next]);
@@ -123,13 +124,13 @@ fn short_idle(container: &Container) {
     let starts = || container.show("quick-proxy.service")["InvocationID"].clone();
     let mut all = std::collections::HashSet::new();
     for _ in 0..12 {
-        echoes(&mut container.inside(|| connect(&address(38801))));
+        assert_echoes(&mut container.inside(|| connect(&address(38801))));
         all.insert(starts());
         container.wait_for("quick-proxy.service", "ActiveState", "inactive");
     }
     assert!(all.len() >= 10, "it was started for nearly each: {}", all.len());
     for _ in 0..100 {
-        echoes(&mut container.inside(|| connect(&address(38801))));
+        assert_echoes(&mut container.inside(|| connect(&address(38801))));
         pause(std::time::Duration::from_millis(90));
     }
     assert_eq!(container.show("quick-proxy.socket")["Result"], "success");
@@ -148,18 +149,18 @@ fn lost_metrics(container: &Container) {
         container.run(&["systemctl", "start", "lost-proxy.socket"]);
     }
     let mut client = container.inside(|| connect(&address(38811)));
-    echoes(&mut client);
+    assert_echoes(&mut client);
     let log = container.run(&["journalctl", "--no-pager", "-u", "lost-proxy.service"]);
     assert!(log.contains("there are no metrics"), "{log}");
     drop(taken);
     container.run(&["systemctl", "stop", "lost-proxy.service"]);
     container.run(&["systemctl", "start", "lost-metrics.socket"]);
     let mut client = container.inside(|| connect(&address(38811)));
-    echoes(&mut client);
+    assert_echoes(&mut client);
     let metrics = ["curl", "-sSf", "--max-time", "20", "http://127.0.0.1:38813/metrics"];
     assert!(container.run(&metrics).contains("socket_proxyd_connections_open"));
     container.run(&["systemctl", "stop", "lost-metrics.socket"]);
-    echoes(&mut client);
+    assert_echoes(&mut client);
     container.run(&["systemctl", "stop", "lost-proxy.socket", "lost-proxy.service"]);
 }
 
@@ -167,8 +168,8 @@ fn masked(container: &Container) {
     container.run(&["systemctl", "mask", "--runtime", "masked-proxy.socket"]);
     let words = ["socket-proxyd-units", "--listen=1", "--target=/a", "--write", "masked"];
     let output = container.output(&words);
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("/run/systemd/system/masked-proxy.socket is a mask"), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(printed.contains("/run/systemd/system/masked-proxy.socket is a mask"), "{printed}");
     assert!(!output.status.success());
     container.run(&["systemctl", "unmask", "--runtime", "masked-proxy.socket"]);
 }
@@ -215,7 +216,7 @@ fn answers(container: &Container, example: &str, listen: &str) {
     };
     let curl = ["curl", "-s", "--max-time", "60", "-o", "/dev/null", "-w", "%{http_code}"];
     let mut code = String::new();
-    let answered = poll_until(Instant::now() + PATIENCE, || {
+    let answered = poll_until(Instant::now() + TIMEOUT, || {
         let output = container.output(&[&curl[..], &place].concat());
         code = String::from_utf8(output.stdout).unwrap();
         output.status.success().then_some(())

@@ -41,9 +41,9 @@ pub(crate) fn boot() -> Container {
 /// Makes a package, from the program as it is released.
 fn make(kind: &str) -> PathBuf {
     let output = Command::new("make").args(["-s", "-C", ROOT, kind]).output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-    Path::new(ROOT).join(said.lines().last().expect("it says where the package is"))
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+    Path::new(ROOT).join(printed.lines().last().expect("it says where the package is"))
 }
 
 /// What a program prints, line by line.
@@ -105,10 +105,10 @@ fn four_commands(container: &Container) {
     // A line that goes on is no command of its own.
     let count = commands.lines().count() - commands.matches("\\\n").count();
     assert_eq!(count, 4, "{commands}");
-    let said = container.run(&["sh", "-exc", &format!("cd /root\n{commands}")]);
+    let printed = container.run(&["sh", "-exc", &format!("cd /root\n{commands}")]);
     let next = "Next: systemctl enable --now docs-proxy.socket\n";
-    assert!(said.contains(next), "{said}");
-    assert!(said.contains("Directory listing for /"), "{said}");
+    assert!(printed.contains(next), "{printed}");
+    assert!(printed.contains("Directory listing for /"), "{printed}");
     assert!(
         !container
             .output(&["sh", "-c", "ls /etc/systemd/system | grep -v docs-proxy | grep prox"])
@@ -128,8 +128,8 @@ fn four_commands(container: &Container) {
 
 fn bridge(container: &Container) {
     let write = |options: &[&str]| {
-        let said = container.run(&[&["socket-proxyd-units", "--write"], options].concat());
-        let next = said.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
+        let printed = container.run(&[&["socket-proxyd-units", "--write"], options].concat());
+        let next = printed.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
         container.run(&["sh", "-c", next]);
     };
     container.write(
@@ -140,7 +140,7 @@ fn bridge(container: &Container) {
     // From TCP to a Unix socket, and from a Unix socket to TCP.
     write(&["--listen=/run/bridge.sock", "--target=127.0.0.1:3001", "inner"]);
     write(&["--listen=127.0.0.1:8081", "--target=/run/bridge.sock", "outer"]);
-    let page = poll_until(Instant::now() + PATIENCE, || {
+    let page = poll_until(Instant::now() + TIMEOUT, || {
         let output =
             container.output(&["curl", "-sS", "--max-time", "60", "http://127.0.0.1:8081/"]);
         output.status.success().then(|| String::from_utf8(output.stdout).unwrap())

@@ -132,7 +132,7 @@ impl System<'_> {
     /// Waits until nobody has used it for its time.
     fn stops(&self) {
         let stopped =
-            poll_until(Instant::now() + PATIENCE, || self.processes().is_empty().then_some(()));
+            poll_until(Instant::now() + TIMEOUT, || self.processes().is_empty().then_some(()));
         stopped.unwrap_or_else(|| panic!("{} still runs", self.application));
         let socket = self.container.show(self.socket);
         assert!(["listening", "running"].contains(&&*socket["SubState"]), "{}", socket["SubState"]);
@@ -142,7 +142,7 @@ impl System<'_> {
 
     /// Waits for the end of a process.
     fn stops_being(&self, process: &str) {
-        let gone = poll_until(Instant::now() + PATIENCE, || {
+        let gone = poll_until(Instant::now() + TIMEOUT, || {
             (!self.processes().iter().any(|it| it == process)).then_some(())
         });
         gone.unwrap_or_else(|| panic!("process {process} still runs"));
@@ -157,7 +157,7 @@ impl System<'_> {
             journal.matches("Stopping ").count()
         };
         let before = times();
-        let stopping = poll_until(Instant::now() + PATIENCE, || (times() > before).then_some(()));
+        let stopping = poll_until(Instant::now() + TIMEOUT, || (times() > before).then_some(()));
         stopping.expect("the proxy says that it stops the application");
         request();
         let next = self.processes();
@@ -476,7 +476,7 @@ fn steady(container: &Container) {
         container.run(&["systemctl", "start", "steady.socket"]);
         connect(&std::net::SocketAddr::from(([127, 0, 0, 1], 8086)).into())
     });
-    echoes(&mut client);
+    assert_echoes(&mut client);
     // More often than systemd starts a service within 10 seconds by default.
     for round in 0..8 {
         let before = container.show("steady.service")["MainPID"].clone();
@@ -485,7 +485,7 @@ fn steady(container: &Container) {
         } else {
             container.run(&["systemctl", "restart", "steady.service"]);
         }
-        echoes(&mut client);
+        assert_echoes(&mut client);
         assert_ne!(container.show("steady.service")["MainPID"], before);
     }
     assert_eq!(container.show("steady.service")["NFileDescriptorStore"], "2");
