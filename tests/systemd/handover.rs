@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use crate::container::{Container, Suite, Test};
 use crate::support::*;
-use sha2::{Digest, Sha256};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::Instant;
 
@@ -170,7 +169,7 @@ fn survive(container: &Container, case: &Case, handover: &str) {
     let option = header.map_or(String::new(), |version| format!("--proxy-protocol={version}"));
     let arguments = format!("--handover={handover} {option} --connections-max=100 {back}");
     start_proxy(container, name, front, &arguments);
-    let joined = || {
+    let established = || {
         let client = container.inside(|| connect(&address(front)));
         backend.set_read_timeout(Some(TIMEOUT)).unwrap();
         let (served, _) = backend.accept().expect("the proxy connects");
@@ -182,42 +181,45 @@ fn survive(container: &Container, case: &Case, handover: &str) {
         assert_eq!(header_seen.is_empty(), header.is_none(), "{header_seen:?}");
         Peers { client, served }
     };
-    let mut idle: Vec<_> = (0..idle).map(|_| joined()).collect();
+    let mut idle: Vec<_> = (0..idle).map(|_| established()).collect();
     // Two have half-closed, one on each side.
     idle[0].client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(idle[0].served.read(&mut [0]).unwrap(), 0);
     idle[1].served.shutdown(Shutdown::Write).unwrap();
     assert_eq!(idle[1].client.read(&mut [0]).unwrap(), 0);
 
-    let digests = thread::scope(|scope| {
-        let transfers: Vec<_> = (0..4_u64)
-            .map(|seed| {
-                let Peers { client, served } = joined();
-                // Two up, two down; of each two one is read slowly.
-                let (mut from, mut to) =
-                    if seed % 2 == 0 { (client, served) } else { (served, client) };
-                let writer = scope.spawn(move || {
-                    let message = random_bytes(seed, bytes);
-                    from.write_all(&message).unwrap();
-                    from.shutdown(Shutdown::Write).unwrap();
-                    (Sha256::digest(&message), from)
-                });
-                let reader = scope.spawn(move || {
-                    let mut digest = Sha256::new();
-                    let mut buffer = vec![0; 256 * 1024];
-                    loop {
-                        match to.read(&mut buffer).expect("no reset, no standstill") {
-                            0 => return (digest.finalize(), to),
-                            read => digest.update(&buffer[..read]),
-                        }
-                        if seed < 2 {
-                            pause(Duration::from_millis(1));
-                        }
+    let message = random_bytes(1, bytes);
+    let transferred: Vec<(Socket, Socket)> = thread::scope(|scope| {
+        let start = |(number, is_up): (usize, bool)| {
+            let Peers { client, served } = established();
+            // Two up, two down; of each two one is read slowly.
+            let (mut from, mut to) = if is_up { (client, served) } else { (served, client) };
+            // Other bytes than those of the transfer beside it.
+            let message = &message[number..];
+            let writer = scope.spawn(move || {
+                from.write_all(message).unwrap();
+                from.shutdown(Shutdown::Write).unwrap();
+                from
+            });
+            let reader = scope.spawn(move || {
+                let mut buffer = vec![0; 256 * 1024];
+                let mut left = message;
+                loop {
+                    let bytes = to.read(&mut buffer).expect("no reset, no standstill");
+                    if bytes == 0 {
+                        assert_eq!(left.len(), 0, "bytes are missing");
+                        return to;
                     }
-                });
-                (writer, reader)
-            })
-            .collect();
+                    assert!(left.starts_with(&buffer[..bytes]));
+                    left = &left[bytes..];
+                    if number < 2 {
+                        pause(Duration::from_millis(1));
+                    }
+                }
+            });
+            (writer, reader)
+        };
+        let transfers = [(0, true), (1, false), (2, true), (3, false)].map(start);
         for _ in 0..3 {
             replace(container, &service, handover);
             let (half, whole) = idle.split_at_mut(2);
@@ -228,16 +230,10 @@ fn survive(container: &Container, case: &Case, handover: &str) {
                 assert_forwards(served, client);
             }
         }
-        let join = |(writer, reader): (thread::ScopedJoinHandle<'_, (_, _)>, _)| {
-            let reader: thread::ScopedJoinHandle<'_, (_, _)> = reader;
-            let ((sent, from), (received, to)) = (writer.join().unwrap(), reader.join().unwrap());
-            assert_eq!(sent, received);
-            (from, to)
-        };
-        transfers.into_iter().map(join).collect::<Vec<(Socket, Socket)>>()
+        transfers.map(|(from, to)| (from.join().unwrap(), to.join().unwrap())).into()
     });
-    // Each end is an end to the other side, and then nobody is left.
-    drop(digests);
+    // Each end is an end to the other side, and then no connection is left.
+    drop(transferred);
     for Peers { client, mut served } in idle.drain(1..) {
         drop(client);
         assert!(read_all(&mut served).1.is_ok());
