@@ -13,7 +13,7 @@ NEWEST = $(CURDIR)/target/newest-original
 YAQ = $(CURDIR)/target/yaq
 FRESH = $(CURDIR)/target/fresh-debian.tar
 
-.PHONY: build demo test check bench fmt clippy doc man deny install deb rpm clean
+.PHONY: build demo quick test check bench fmt clippy doc man deny install deb rpm clean
 
 build:
 	$(CARGO) build --release --locked
@@ -21,6 +21,11 @@ build:
 # The main job, shown: a Unix-socket service behind a TCP port.
 demo: build
 	examples/demo $(TARGET)/release/socket-proxyd
+
+# What needs neither root nor a package, in less than a minute after the build.
+quick:
+	$(CARGO) test --locked --lib --test activation --test attacks --test forward --test layout --test packaging
+	$(CARGO) test --locked --test proxy -- accept_yes:: drain:: notifications:: selectors::
 
 # Installs what the tests need (as root, or by sudo) and runs them all, whichever fail.
 test:

@@ -1,5 +1,5 @@
-//! What was passed is taken, and the variables that say so are gone. In a process of its own, since
-//! the environment is the process's.
+//! Passed descriptors are taken, and their variables are removed. In a process of its own, since the
+//! environment belongs to the process.
 
 mod support;
 
@@ -27,7 +27,7 @@ fn main() {
 }
 
 fn child() {
-    // SAFETY: there is no other thread yet, and nobody else has the descriptors.
+    // SAFETY: there is no other thread yet, and no other code uses the descriptors.
     let inherited = unsafe { take_passed_fds() }.unwrap();
     let names: Vec<_> = inherited.iter().map(|inherited| &*inherited.name).collect();
     assert_eq!(names, ["first", "unknown"]);

@@ -181,7 +181,7 @@ impl Forwarding {
         let [(near_outer, near_inner), (far_outer, far_inner)] = pairs;
         let ours = |socket: Socket, family| {
             socket.set_nonblocking(true).unwrap();
-            // As the listener and the dialler set it.
+            // As the listener and the connector set it.
             socket.set_out_of_band_inline(true).unwrap();
             let family = match family {
                 Family::Tcp => proxy::Family::Tcp,
@@ -205,7 +205,7 @@ impl Forwarding {
                 let (ours, count) = (Rc::clone(&shared), Arc::clone(&carried));
                 let pair = Forwarder::new(client, backend, preface, ours, count, None);
                 let proxy::Outcome::Closed(closed) = pair.run(|_| {}).await.unwrap() else {
-                    unreachable!("nobody tells it to leave")
+                    unreachable!("no detach is requested")
                 };
                 let delivered = [preface_len + closed.from_client, closed.from_backend];
                 assert_eq!(carried.get(), delivered);
@@ -215,7 +215,7 @@ impl Forwarding {
         Self { near: near_outer, far: far_outer, families: (near, far), forwarder }
     }
 
-    /// Carries 20 MB from `near` to `far`, and ends both directions.
+    /// Sends 20 MB from `near` to `far`, and ends both directions.
     fn carry_one_way(mut self) -> Outcome {
         let message = random_bytes(3, 20_000_000);
         thread::scope(|scope| {
@@ -337,8 +337,8 @@ fn without_pipes_copying_carries_on(near: Family, far: Family) {
     assert_eq!(pair.carry_one_way().pipes, 0);
 }
 
-/// As with a send buffer that the kernel has cut to a page, being short of memory for TCP, while pipes are
-/// held for other flows: no pipe is taken for what a page has room for.
+/// As with a send buffer that the kernel has cut to a page, short of memory for TCP, while pipes are
+/// held for other directions: no pipe is taken for what a page has room for.
 fn a_sink_with_little_room_is_copied_to(far: Family) {
     let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
     pairs[1].1.set_send_buffer_size(4608).unwrap();
@@ -346,7 +346,7 @@ fn a_sink_with_little_room_is_copied_to(far: Family) {
     assert_eq!(pair.carry_one_way().pipes, 0, "a pipe was made for {far:?}");
 }
 
-/// Hundreds of stalled receivers are not to use up the kernel's memory for TCP: each holds what its window
+/// Hundreds of stalled receivers must not use up the kernel's memory for TCP. Each holds what its window
 /// takes, and less than a megabyte behind that.
 fn a_stalled_tcp_sink_holds_little_unsent() {
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
@@ -359,7 +359,7 @@ fn a_stalled_tcp_sink_holds_little_unsent() {
     assert!((100_000..2_000_000).contains(&held), "{held} bytes are held");
 }
 
-/// The same for a flow that never fills the copy buffer.
+/// A direction that never fills the copy buffer.
 fn a_stalled_tcp_sink_of_small_pieces_holds_little_unsent() {
     let pairs = [socket_pair(Family::Unix), socket_pair(Family::Tcp)];
     let sink = pairs[1].1.try_clone().unwrap();
@@ -392,7 +392,7 @@ fn a_stalled_reader_stalls_its_own_direction_only(mut pair: Forwarding) {
         }
         assert!(sent.len() < 100_000_000, "nothing holds the sender back");
     }
-    // Far does not read, and yet is heard.
+    // Far does not read, and its own bytes arrive.
     for _ in 0..100 {
         pair.far.write_all(b"the other way").unwrap();
         let mut heard = [0; 13];
@@ -447,7 +447,7 @@ fn peek_all(socket: &Socket, bytes: usize) {
     poll_until(Instant::now() + TIMEOUT, there).expect("the bytes come");
 }
 
-/// What follows a reset: all that was sent before it, then a reset where the family has one.
+/// Reads all that was sent before a reset, then the reset where the family has one.
 fn ends_in_reset(socket: &mut Socket, family: Family, expected: &[u8]) {
     let (received, end) = read_all(socket);
     assert!(received == expected, "{} of {} bytes", received.len(), expected.len());
@@ -496,14 +496,14 @@ fn reset_after_its_own_half_close(mut pair: Forwarding) {
     let (received, end) = read_all(&mut pair.far);
     end.unwrap();
     assert_eq!(received, b"question");
-    // Nobody reads from near any more, and far is silent: it is noticed all the same.
+    // The forwarder no longer reads from near, and far is silent.
     abort(&mut pair);
     drop(pair.near);
     pair.forwarder.join().unwrap();
-    // Far's next bytes meet nobody.
+    // Far's next write fails.
     let deadline = Instant::now() + TIMEOUT;
     let failed = || pair.far.write_all(b"answer").err();
-    poll_until(deadline, failed).expect("far is told that nobody listens");
+    poll_until(deadline, failed).expect("far gets an error");
 }
 
 fn reset_after_the_others_half_close(mut pair: Forwarding) {
@@ -551,7 +551,7 @@ fn a_failed_write_lets_the_other_direction_drain(far: Family, swapped: bool) {
         assert!(received == answer);
     }
     drop(pair.near);
-    // Near's own end was a clean one, and comes before the reset that says what was lost.
+    // Near's own end was clean, and comes before the reset for the lost bytes.
     let (received, end) = read_all(&mut pair.far);
     end.unwrap();
     assert!(received.is_empty());

@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(rounded(93_600.0 + 120.0), "1d 2h");
     }
 
-    // tests/systemd.rs holds the same function against `systemd-analyze timespan`.
+    // tests/systemd/drop_in.rs holds the same function against `systemd-analyze timespan`.
     #[test]
     fn parses_as_systemd_does() {
         for (text, expected) in [

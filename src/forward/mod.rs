@@ -45,7 +45,7 @@
 //! - Bulk from a TCP socket: two `splice` for up to 1 MiB, and one `setsockopt` after the first 128 KiB to a
 //!   TCP sink. With many stalled flows a `poll` and a `getsockopt` more.
 //!
-//! `tests/syscalls.rs` counts them, except those that stalled flows add.
+//! `tests/proxy/syscalls.rs` counts them, except those that stalled flows add.
 //!
 //! ## How a flow ends
 //!

@@ -55,7 +55,7 @@ fn several_sockets(program: &Path) {
 }
 
 fn vsock_listener(program: &Path) {
-    // Any port of any CID this machine has; nobody connects.
+    // Any port of any CID of this machine; no client connects.
     let address = SockAddr::vsock(u32::MAX, u32::MAX);
     let socket = match Socket::new(Domain::VSOCK, Type::STREAM, None) {
         Ok(socket) => socket,

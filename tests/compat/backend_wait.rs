@@ -51,7 +51,7 @@ pub(crate) fn register(cases: &mut Cases) {
     );
 }
 
-/// An address of either family where nobody listens yet.
+/// An address of either family without a listener.
 fn absent_backend(family: Family) -> (SockAddr, String, TempDir) {
     let directory = TempDir::new().unwrap();
     let (address, target) = match family {
@@ -196,7 +196,7 @@ fn waiting_client_leaves(program: &Path) {
         }
         proxy.lines.wait_for("the client has left");
         assert!(left.elapsed() < Duration::from_secs(3), "its place is held");
-        // The next one gets the place, and is held in turn.
+        // The next client gets the slot, and waits in turn.
         let next = front.connect();
         next.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
         let waiting = (&next).read(&mut [0]).expect_err("refused");

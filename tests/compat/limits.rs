@@ -61,7 +61,7 @@ fn exact_limit(program: &Path) {
 }
 
 fn limit_with_few_descriptors(program: &Path) {
-    // Descriptors for the default cap and hardly more: the cap has to be what is met first.
+    // Descriptors for the default limit and hardly more.
     const LIMIT: usize = 256;
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let launch = Launch::new(program).arg(&backend.target).descriptors(1024);
@@ -72,7 +72,7 @@ fn limit_with_few_descriptors(program: &Path) {
     proxy.lines.wait_for("Hit connection limit, refusing connection.");
 }
 
-/// Closed or reset: not served, and not left to wait either.
+/// Asserts that a client is closed or reset: neither served nor left to wait.
 fn is_refused(client: &mut Socket) {
     match exchange(client, b"me too?") {
         Ok(_) => panic!("was served above the limit"),
@@ -107,7 +107,7 @@ fn overflow_waits(program: &Path) {
         };
         assert!(!waiting.iter_mut().any(served), "served above the limit");
         assert_echoes(&mut second);
-        // One after the other, in order, and each only when another has left.
+        // They are served in order, each when another client has left.
         let mut leaving = vec![first, second];
         for place in 0..waiting.len() {
             drop(leaving.remove(0));
@@ -125,7 +125,7 @@ fn overflow_waits(program: &Path) {
     }
 }
 
-/// Whether the program serves, or has ended over an option that it does not know.
+/// Whether the program serves. Otherwise it has ended because of an unknown option.
 fn answers(client: &mut Socket, proxy: &mut Running) -> bool {
     client.write_all(b"hello").unwrap();
     client.set_nonblocking(true).unwrap();
@@ -206,7 +206,7 @@ fn few_descriptors(program: &Path) {
             });
             (!answered.is_empty()).then_some(())
         });
-        found.expect("somebody who waits is served when others leave, and none is dropped");
+        found.expect("a waiting client is served when others leave, and none is dropped");
         served.append(&mut answered);
         if !measured {
             measured = true;
@@ -216,7 +216,7 @@ fn few_descriptors(program: &Path) {
             assert!(cpu < Duration::from_millis(100), "{cpu:?} of CPU in 2 s, none is dropped");
             let logged = proxy.lines.count("Out of file descriptors");
             assert_eq!(logged, 1, "warnings, and none is dropped");
-            // Those who were served stay as long as the others wait, and are still served.
+            // Served clients stay open while the others wait, and are still served.
             for client in &mut served {
                 client.set_nonblocking(false).unwrap();
                 assert_echoes(client);
@@ -297,7 +297,7 @@ fn stalled_bulk(program: &Path) {
             };
             poll_until(Instant::now() + TIMEOUT, stuck).expect("the sender is stuck");
         }
-        // Sixteen among the event loops, and those that held a remainder after all.
+        // Sixteen among the event loops, and those that hold a remainder.
         let (pipes, loops) = (proxy.pipes() / 2, 1 + proxy.workers());
         assert!(pipes <= 16 + 4 * loops, "{pipes} pipes for 60 stalled connections");
         assert!(pipes >= 16 / loops * loops, "{pipes} pipes: the limit is not reached");
@@ -324,8 +324,8 @@ fn stalled_bulk(program: &Path) {
 }
 
 fn pipes_used_up(program: &Path) {
-    // Somebody else has spent the user's pipe-user-pages-soft (pipe(7); 1024 pipes of 16 pages):
-    // what a new pipe gets is not worth splicing through, and copying carries on.
+    // Another process has used up the user's pipe-user-pages-soft (pipe(7); 1024 pipes of 16 pages). A new
+    // pipe is too small to splice through, so that bytes are copied.
     let spend = "for (1..1100) { pipe($r, $w) or die; push @pipes, $r, $w; undef $r; undef $w } \
                  print STDERR \"spent\\n\"; sleep";
     let hog = Launch::new("/usr/bin/perl").args(["-e", spend]).descriptors(4096).unprivileged();
@@ -348,7 +348,7 @@ fn pipes_used_up(program: &Path) {
         read.unwrap_or_else(|error| panic!("stuck between ends of pipes: {error}"));
         assert!(answer == message);
     });
-    // Tried and given up; a pipe that was used would be in the pool.
+    // A pipe that was used would be in the pool.
     let kept = proxy.pipes().saturating_sub(before);
     assert_eq!(kept, 0, "ends of pipes while there is no quota for them");
 }

@@ -202,12 +202,12 @@ fn echoes_after(client: &mut Socket, sent: &[u8]) {
     assert_eq!(answer, sent);
 }
 
-/// Waits until somebody accepts: the backend is not there, so that the client is closed.
+/// Waits until a client is accepted and, since there is no backend, closed.
 fn front_is_served(front: &Endpoint) -> bool {
     read_all(&mut front.connect()).0.is_empty()
 }
 
-/// Something that no other test has at this moment.
+/// A name that no other test uses.
 fn unique_name() -> String {
     format!("{}-{}", std::process::id(), free_port())
 }

@@ -82,7 +82,7 @@ fn terminate(program: &Path) {
     proxy.wait();
     let (_, end) = read_all(&mut client);
     let last = {
-        // A mark behind whatever the program said.
+        // A mark behind what the program sent.
         let mark = std::os::unix::net::UnixDatagram::unbound().unwrap();
         mark.send_to(b"MARK=1", &systemd.path).unwrap();
         let mut last = String::new();

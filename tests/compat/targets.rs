@@ -49,7 +49,7 @@ fn name_is_resolved(program: &Path) {
 }
 
 fn every_address(program: &Path) {
-    // The backend is first at the one address, then at the other: who tries only one fails once.
+    // First at one address, then at the other: a program that tries only one fails once.
     let port = reach_by_name(program, "127.0.0.1:0");
     reach_by_name(program, &format!("127.0.0.9:{port}"));
 }
@@ -104,7 +104,7 @@ fn abstract_socket(program: &Path) {
     assert_echoes(&mut front.connect());
 }
 
-/// A TCP backend that takes no notice: its backlog is full, and the kernel drops what comes.
+/// A TCP backend whose backlog is full, so that the kernel drops new connections.
 fn black_hole() -> (Endpoint, Vec<Socket>) {
     let backend = Endpoint::with_backlog(Family::Tcp, 0);
     let mut crowd = Vec::new();
@@ -190,7 +190,7 @@ fn full_backlog_of_many(program: &Path, args: &[&str]) {
     let proxy = launch.listener(&front).start();
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
     clients.iter_mut().for_each(|client| client.write_all(b"patience").unwrap());
-    // All are in.
+    // All clients are accepted.
     let settled = || {
         let before = proxy.cpu();
         pause(Duration::from_millis(500));

@@ -44,7 +44,7 @@ fn unstored_reset_stays_a_reset(backend_resets: bool) {
     let (mut resets, mut stays) = if backend_resets { (served, client) } else { (client, served) };
     resets.write_all(b"a part").unwrap();
     reset(resets);
-    // As the process did in its last moment.
+    // As the process may have done before the kill.
     let queue = queue(&proxy.systemd);
     for message in queue.messages() {
         for fd in message.unwrap().fds {
@@ -69,18 +69,17 @@ fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
     let stored_before = stored(&proxy.systemd);
     assert_eq!(stored_before, all.len());
     for _ in 0..3 {
-        // While it reads the store, as far as one can tell from outside: not at its place in the
-        // queue, which is that of whoever reads it.
+        // While the process reads the store. Its descriptors show that; a reader here would move the read
+        // position that both share.
         proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
         let is_reading = || {
             let links = std::fs::read_dir(format!("/proc/{}/fd", proxy.running.pid()));
             (links.unwrap().count() > 40).then_some(())
         };
         poll_until(Instant::now() + TIMEOUT, is_reading).unwrap();
-        // Whoever has taken all of it is not recovering any more.
         proxy.running.signal(Signal::STOP);
         if handover == "--handover=restart" && stored(&proxy.systemd) == 0 {
-            // It has taken all of them, and is not recovering any more.
+            // It has read all records, and the recovery is over.
             proxy.running.signal(Signal::CONT);
             proxy.stop(End::Stopped);
         } else {

@@ -1,4 +1,4 @@
-//! How much is stored, and what happens where there is no more room.
+//! How much is stored, and what happens beyond that.
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -56,7 +56,7 @@ fn default_queue_holds_thousands() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
     let systemd = systemd_with_queue(DEFAULT_WMEM_MAX);
     let mut all: Vec<Socket> = Vec::new();
-    // Also one way after the other, with forms and pipes of their own.
+    // Modes may follow each other; each stores records of its own.
     for (handover, end) in
         [("crash", End::Killed), ("crash", End::Stopped), ("restart", End::Stopped)]
     {
@@ -131,7 +131,7 @@ fn too_few_descriptors(Mode { handover, end }: Mode) {
     all.iter_mut().for_each(assert_echoes);
 }
 
-/// Buffered bytes have descriptors of their own: what is stored may need more than the process had.
+/// Buffered bytes are stored in descriptors of their own, more than the process had open.
 fn stores_no_more_than_can_be_opened() {
     const CONNECTIONS: usize = 100;
     let (front, backend) = (Endpoint::new(Family::Unix), Endpoint::new(Family::Unix));
@@ -229,7 +229,7 @@ fn store_does_not_leak(Mode { handover, end }: Mode) {
             assert_echoes(&mut front.connect());
         }
         proxy.stop(end);
-        // Those that were on their way out at the end, and twice what lives.
+        // Twice the open connections, and those that were closing at the end.
         let payloads = queue(&proxy.systemd).payloads().unwrap();
         let records: usize = payloads.iter().map(|text| record_ids(text).unwrap().len()).sum();
         assert!(records <= 2 * 200 + 32, "{records} records");
@@ -238,7 +238,7 @@ fn store_does_not_leak(Mode { handover, end }: Mode) {
         idle.iter_mut().for_each(assert_echoes);
         held.push(proxy.running.descriptors());
     }
-    // The last of those that came and went may still be on their way out.
+    // The last short connections may still be closing.
     let [first, last] = [held[1], held[7]];
     assert!(last <= first + 12, "{held:?}");
 }

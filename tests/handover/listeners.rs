@@ -144,7 +144,7 @@ fn failed_start_leaves_the_store(Mode { handover, end }: Mode, family: Family) {
     };
     let (mut client, mut served) = established();
     stop(&mut proxy, end);
-    // Nothing leads from the one socket that there is.
+    // The selector selects no socket.
     for _ in 0..5 {
         let wrong = [&*handover, &listen, "other=/nowhere"];
         assert_eq!(launch(&wrong).wait().code(), Some(1));
@@ -156,14 +156,14 @@ fn failed_start_leaves_the_store(Mode { handover, end }: Mode, family: Family) {
     new_clients_backend.read_exact(&mut [0; 5]).unwrap();
     assert_forwards(&mut client, &mut served);
     assert_forwards(&mut served, &mut client);
-    // And then nothing is started any more.
+    // Then the service is not started again.
     stop(&mut proxy, end);
     assert_eq!(launch(&[&handover, &listen, "other=/nowhere"]).wait().code(), Some(1));
     systemd.fd_store.clear();
     assert!(is_reset(&read_all(&mut served).1));
 }
 
-/// Where a listener may be opened.
+/// An address for --listen=, and the same for a client.
 fn free_address(family: Family, directory: &tempfile::TempDir) -> (String, SockAddr) {
     let path = directory.path().join("socket");
     match family {
@@ -202,7 +202,7 @@ fn address_is_spelled_differently(Mode { handover, end }: Mode) {
         let (mut new_client, mut new_clients_backend) = (connect(&address), backend.accept());
         assert_forwards(&mut new_client, &mut new_clients_backend);
     }
-    // And without the option at once.
+    // Without the option the address is free at once.
     stop(&mut proxy, end);
     let _proxy = launch("--handover=never", &format!("127.0.0.1:{port}"));
     assert!(is_reset(&read_all(&mut client).1));

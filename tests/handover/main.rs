@@ -76,7 +76,7 @@ impl<'a> Proxy<'a> {
         Self { front, arguments, systemd, running }
     }
 
-    /// Another process in the place of this one.
+    /// Ends the process and starts the next.
     fn replace(&mut self, end: End) {
         self.stop(end);
         self.running = launch(self.front, &self.arguments, &self.systemd);
@@ -92,15 +92,15 @@ impl<'a> Proxy<'a> {
         assert_eq!(status.code().is_some(), end == End::Stopped, "{}", self.running.lines.all());
     }
 
-    /// Records that count in the store. The proxy stands still meanwhile: its place in the queue is that of
-    /// whoever reads it.
+    /// The number of valid records in the store. The process is stopped meanwhile, since readers of the
+    /// queue share the read position.
     fn stored(&self) -> usize {
         self.running.signal(Signal::STOP);
-        let stands = || {
+        let is_stopped = || {
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.running.pid()));
             stat.unwrap().rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
         };
-        poll_until(Instant::now() + TIMEOUT, stands).unwrap();
+        poll_until(Instant::now() + TIMEOUT, is_stopped).unwrap();
         let records = stored(&self.systemd);
         self.running.signal(Signal::CONT);
         records
@@ -122,7 +122,7 @@ fn launch(front: &Endpoint, arguments: &[String], systemd: &FakeSystemd) -> Runn
     launch.stored_by(systemd).start()
 }
 
-/// Records that count in the queue.
+/// The number of valid records in the queue.
 fn stored(systemd: &FakeSystemd) -> usize {
     let queue = queue(systemd);
     replay(&queue.payloads().unwrap(), queue.messages()).unwrap().records.len()
@@ -134,7 +134,7 @@ fn queue(systemd: &FakeSystemd) -> Queue {
     Queue::from_ends(inner, sender)
 }
 
-/// A connection that has been used: whoever is only being dialled for is dialled for again.
+/// A connection that has transferred bytes. One that is still connecting would connect again.
 fn established(front: &Endpoint, backend: &Endpoint) -> (Socket, Socket) {
     let (mut client, mut served) = (front.connect(), backend.accept());
     assert_forwards(&mut client, &mut served);

@@ -83,7 +83,7 @@ fn every_byte_arrives(
     let mut proxy = Proxy::start(&front, &[&options[0], &options[1], &backend.target]);
     let connect = || established(&front, &backend);
     let mut idle: Vec<_> = (0..5).map(|_| connect()).collect();
-    // One of them has ended its sending.
+    // One client has half-closed.
     idle[0].0.shutdown(Shutdown::Write).unwrap();
     assert_eq!(idle[0].1.read(&mut [0]).unwrap(), 0);
     let (mut up, mut down, mut slow) = (connect(), connect(), connect());
@@ -103,7 +103,7 @@ fn every_byte_arrives(
                 down.1.shutdown(Shutdown::Write).unwrap();
                 reader.join().unwrap()
             }),
-            // Nobody reads before the last process is there.
+            // Read only once the last process runs.
             scope.spawn(move || {
                 let writer = scope.spawn(move || {
                     slow.1.write_all(message).unwrap();
@@ -166,14 +166,14 @@ fn ends_and_resets_stay_what_they_are(
         let both_tcp = (front_family, back) == (Family::Tcp, Family::Tcp);
         assert_eq!(is_reset(&end), both_tcp, "{near:?} {end:?}");
     };
-    // Before, in a process of its own and taken over.
+    // In the first process.
     ends_well(connect());
     is_cut(connect());
     let [one, other, between] = [connect(), connect(), connect()];
     proxy.replace(end);
     ends_well(one);
     is_cut(other);
-    // While there is no process.
+    // Between two processes.
     proxy.stop(end);
     let (one, mut other) = between;
     one.set_linger(Some(Duration::ZERO)).unwrap();
@@ -194,7 +194,7 @@ fn bytes_before_a_reset_arrive(Mode { handover, end }: Mode) {
     let handover = format!("--handover={handover}");
     let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
     let (mut client, mut served) = established(&front, &backend);
-    // More than the sockets between them take.
+    // More than the sockets between them hold.
     let message = random_bytes(4, 12_000_000);
     let answer = message.clone();
     let writer = thread::spawn(move || {
@@ -218,7 +218,7 @@ fn a_stop_for_good_resets(Mode { handover, end }: Mode) {
     let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
     let [first, second] = [established(&front, &backend), established(&front, &backend)];
     proxy.replace(end);
-    // Once it has been taken over, its own end is one.
+    // A restored connection that ends by itself ends cleanly.
     let (client, mut served) = first;
     drop(client);
     assert!(read_all(&mut served).1.is_ok());
@@ -228,7 +228,7 @@ fn a_stop_for_good_resets(Mode { handover, end }: Mode) {
     let log = proxy.running.lines.all();
     let says = log.contains("Stopping, left open connections with systemd: 1.");
     assert_eq!(says, end == End::Stopped, "{log}");
-    // As systemd does when nothing is started again.
+    // As systemd does when the service is not started again.
     proxy.systemd.fd_store.clear();
     let (mut client, mut served) = second;
     assert!(is_reset(&read_all(&mut client).1));
@@ -270,7 +270,7 @@ fn waiting_client_is_connected(Mode { handover, end }: Mode, (front, back): (Fam
     let target = absent.target.clone();
     let handover = format!("--handover={handover}");
     let arguments = [&handover, "--proxy-protocol=v1", "--backend-wait=1min", &target];
-    // Its backend goes, and its place stays free.
+    // The backend closes; its address stays free.
     absent.socket.shutdown(Shutdown::Both).unwrap();
     let directory = match back {
         Family::Tcp => {
@@ -329,7 +329,7 @@ fn mode_can_change() {
         ("crash", End::Stopped),
         ("never", End::Killed),
     ] {
-        // Something is under way, as far as it fits into the sockets.
+        // Bytes are under way, as many as the sockets hold.
         let message = random_bytes(1, 300_000);
         let writer = {
             let (mut client, message) = (client.try_clone().unwrap(), message.clone());
@@ -353,7 +353,7 @@ fn mode_can_change() {
     }
 }
 
-/// The answer to a client that has half-closed: an MPTCP socket counts its FIN as a byte that can be read.
+/// An MPTCP socket counts a FIN as a byte that can be read.
 fn half_closed_mptcp_client(handover: &str) {
     let socket = || Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP));
     let Ok(listener) = socket() else {
@@ -397,7 +397,7 @@ fn urgent_data_is_forwarded(Mode { handover, end }: Mode) {
         proxy.replace(end);
         assert_forwards(&mut client, &mut served);
     } else {
-        // It is not stored any more, since its bytes are in the process now and then.
+        // Its bytes may be in the process, so that it is not stored.
         proxy.stop(end);
         assert!(read_all(&mut served).0.is_empty());
         proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
@@ -414,7 +414,7 @@ fn no_connection_is_lost_on_the_way(Mode { handover, end }: Mode, threads: usize
     let mut proxy = Proxy::start(&front, &arguments);
     let mut all = Vec::new();
     for _ in 0..10 {
-        // It finds them, and what ends it, at the same time.
+        // The proxy finds the clients and the signal at the same time.
         proxy.running.signal(Signal::STOP);
         for _ in 0..50 {
             let mut client = front.connect();
@@ -429,7 +429,7 @@ fn no_connection_is_lost_on_the_way(Mode { handover, end }: Mode, threads: usize
     for client in &mut all {
         lost += usize::from(client.read_exact(&mut [0]).is_err());
     }
-    // Between accept(2) and the store there is a moment.
+    // A kill may come between accept(2) and the store.
     let most = if end == End::Killed { 10 } else { 0 };
     assert!(lost <= most, "{lost} of {} are lost", all.len());
 }

@@ -1,5 +1,5 @@
 //! A connection that was passed instead of a listener: `Accept=yes`, and inetd's descriptor 0. (In a
-//! real systemd: tests/systemd.rs.)
+//! real systemd: tests/systemd/drop_in.rs.)
 
 use std::io::Write;
 use std::net::Shutdown;

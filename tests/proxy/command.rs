@@ -1,6 +1,6 @@
-//! COMMAND: started for the first client, stopped when nobody is left, and never left behind.
+//! COMMAND: started for the first client, stopped after the last, and never left behind.
 //!
-//! The application is tests/support/app.pl: it needs its time to listen and to stop.
+//! The application is tests/support/app.pl, which takes time to listen and to stop.
 
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
@@ -68,7 +68,7 @@ impl Service {
         connect(&self.front)
     }
 
-    /// The pid of who answers.
+    /// The PID of the application that answers.
     fn pid(&self) -> Pid {
         pid(&mut self.connect())
     }
@@ -81,7 +81,7 @@ impl Service {
         pids.map(|pid| Pid::from_raw(pid).unwrap()).collect()
     }
 
-    /// Pids that the application has noted under a word.
+    /// PIDs that the application has logged behind a word.
     fn logged_pids(&self, word: &str) -> Vec<Pid> {
         let log = fs::read_to_string(self.directory.path().join("log")).unwrap();
         let pids = log.lines().filter_map(|line| line.strip_prefix(word)?.trim().parse().ok());
@@ -114,7 +114,7 @@ fn is_running(pid: Pid) -> bool {
     test_kill_process(pid).is_ok()
 }
 
-/// Waits until it is gone; how long that took.
+/// Waits until a process has ended. Returns how long that took.
 fn wait_for_end(pid: Pid) -> Duration {
     let start = Instant::now();
     let gone = poll_until(start + TIMEOUT, || (!is_running(pid)).then_some(()));
@@ -136,13 +136,13 @@ fn on_demand(family: Family) {
     let left = Instant::now();
     drop(client);
 
-    // In the stop window it still listens, and answers whoever it is handed.
+    // While it stops, it still listens and would answer.
     assert_eq!(service.wait_for_pid("asked"), first);
     let idle = left.elapsed();
     assert!(idle > Duration::from_millis(900), "stopped after {idle:?}");
     assert!(is_running(first));
     let second = service.pid();
-    assert_ne!(second, first, "nobody is handed to the dying one");
+    assert_ne!(second, first, "no client goes to the one that stops");
     assert!(!is_running(first));
 
     kill_process(second, Signal::KILL).unwrap();
@@ -478,7 +478,7 @@ fn flood_of_ready_costs_little_and_hides_none() {
     client.write_all(b"pid\n").unwrap();
     let app = service.wait_for_pid("started");
     let socket = fs::read_dir(runtime.path()).unwrap().next().unwrap().unwrap().path();
-    // More users than are told apart.
+    // More users than are counted separately.
     let mut floods: Vec<_> =
         (1..=10).map(|user| flood(&socket.join("notify"), 60_000 + user)).collect();
     let cost = || {
@@ -639,7 +639,7 @@ fn backs_off_after_exit_before_ready() {
     assert!(line.contains("before it was ready"), "{line}");
     let status = systemd.wait_for("STATUS=0 connections");
     assert!(status.contains("; sh: failed "), "{status}");
-    // With nobody waiting it is left alone.
+    // Without a waiting client it is not started again.
     pause(Duration::from_secs(1));
     let starts = service.logged_pids("started").len();
     pause(Duration::from_secs(3));
@@ -661,7 +661,7 @@ fn refuses_a_target_that_is_served_already() {
         serve(&other, echo);
         let mut client = front.connect();
         client.write_all(b"who are you?").unwrap();
-        assert_eq!(read_all(&mut client).0, b"", "not served by a stranger");
+        assert_eq!(read_all(&mut client).0, b"", "not served by the other backend");
         let words = format!("Failed to start touch: somebody else serves {} already", other.target);
         proxy.lines.wait_for(&words);
         assert!(!log.exists(), "it was not started");
@@ -673,7 +673,7 @@ fn idle_exit_stops_command_first() {
     let options = ["--exit-idle-time=500ms"];
     let mut service = Service::start(Family::Tcp, &options, &["down=1.5"]);
     let first = service.pid();
-    // Who comes while it is being stopped for the exit calls the exit off.
+    // A client that comes while it is being stopped cancels the exit.
     assert_eq!(service.wait_for_pid("asked"), first);
     let second = service.pid();
     assert_ne!(second, first);
@@ -714,7 +714,7 @@ fn connections_end_with_command() {
     assert_eq!(reader.join().unwrap(), b"");
     let line = service.proxy.lines.wait_for("perl has ended");
     assert!(line.contains("signal: 9 (SIGKILL)"), "{line}");
-    assert_eq!(service.logged_pids("started"), [app], "nobody needs it now");
+    assert_eq!(service.logged_pids("started"), [app], "no client needs it now");
 }
 
 #[test]
@@ -761,7 +761,7 @@ fn rejects_its_own_listener_as_target() {
 
 #[test]
 fn processes_outside_the_group_get_sigterm() {
-    // The group needs its 10 s; who has left it has its own time after that.
+    // The group takes its 10 s; processes outside it have time of their own after that.
     let script = "setsid sh -c 'trap \"sleep 1; echo ended $$ >>$1; exit\" TERM; \
         while :; do sleep 0.1; done' sh \"$2\" & trap '' TERM; exec perl \"$0\" \"$@\"";
     let program = ["sh", "-c", script, APP];

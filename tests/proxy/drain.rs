@@ -1,5 +1,5 @@
-//! `--drain-time=`: after a signal, nobody is let in, and who is in has time to end. (In a real
-//! systemd: tests/systemd.rs.)
+//! `--drain-time=`: after a signal new clients are refused, and open connections have time to end. (In a
+//! real systemd: tests/systemd/drop_in.rs.)
 
 use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ fn transfer_ends_and_new_clients_wait_for_the_next_process() {
             served.write_all(go_on).unwrap();
             drop(served);
             let (received, client) = reader.join().unwrap();
-            // Until then the client may go on, and the newcomer waits.
+            // Until then the client is served, and the new client waits.
             new_client.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
             assert_eq!(new_client.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
             new_client.set_read_timeout(Some(TIMEOUT)).unwrap();
@@ -71,7 +71,7 @@ fn resets_what_is_left_after_the_drain_time() {
         let start = Instant::now();
         proxy.signal(Signal::INT);
         systemd.wait_for("STATUS=Draining, 2 connections are left, for up to 2s");
-        // Who is it that is waited for?
+        // SIGUSR1 logs the connections that are left.
         proxy.signal(Signal::USR1);
         proxy.lines.wait_for("Open connections: 2.");
         proxy.lines.wait_for("to the backend");
@@ -127,7 +127,7 @@ fn own_listeners_are_closed_during_the_drain() {
         let mut proxy = Launch::new(OURS)
             .args([&format!("--listen={listen}"), "--drain-time=60s", &backend.target])
             .start();
-        // Said although nobody waits here, since a unit of the same kind would be cut short.
+        // Logged although no manager waits here: a unit like this would be killed early.
         proxy.lines.wait_for("--drain-time=1min without NOTIFY_SOCKET");
         proxy.lines.wait_for("Listening on");
         let mut client = connect(&address);

@@ -1,4 +1,4 @@
-//! `--connection-idle-time=`: a connection that carries nothing is closed, a busy one is not.
+//! `--connection-idle-time=`: an idle connection is closed, a busy one is not.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -46,7 +46,7 @@ fn busy_and_quiet(front_family: Family, back: Family) {
     let proxy = start(&front, &backend);
     thread::scope(|scope| {
         let (mut client, mut served) = (front.connect(), backend.accept());
-        // Carries bytes one way only, each way for a while, and then none.
+        // Bytes flow one way, then the other way, then not at all.
         scope.spawn(move || {
             let mut last = Instant::now();
             for round in 0..12 {
@@ -63,7 +63,7 @@ fn busy_and_quiet(front_family: Family, back: Family) {
             ends(&mut client, front_family, last);
             ends(&mut served, back, last);
         });
-        // Never carries anything.
+        // Never sends anything.
         let since = Instant::now();
         let (mut client, mut served) = (front.connect(), backend.accept());
         ends(&mut client, front_family, since);
@@ -91,7 +91,7 @@ fn stalled_reader_is_idle() {
         let _proxy = start(&front, &backend);
         let (mut client, _served) = (front.connect(), backend.accept());
         let since = Instant::now();
-        let error = client.write_all(&message).expect_err("nobody reads it");
+        let error = client.write_all(&message).expect_err("the backend does not read");
         let took = since.elapsed();
         assert!(took >= TIME && took < LATE, "after {took:?}: {error}");
     }
@@ -107,14 +107,14 @@ fn slow_reader_is_not_idle() {
                 let (front, backend) = (Endpoint::new(front), Endpoint::new(back));
                 let _proxy = start(&front, &backend);
                 let (mut client, mut served) = (front.connect(), backend.accept());
-                // All of it is taken at once, and then the sender is gone.
+                // The sender has sent everything and closed before the client reads.
                 let message = random_bytes(2, 15 * STEP);
                 let sent = message.clone();
                 scope.spawn(move || served.write_all(&sent).unwrap());
                 let mut received = vec![0; message.len()];
                 for piece in received.chunks_mut(STEP) {
                     pause(TIME * 3 / 10);
-                    client.read_exact(piece).expect("who takes something is not idle");
+                    client.read_exact(piece).expect("a reader that takes some is not idle");
                 }
                 assert!(received == message);
                 assert_eq!(read_all(&mut client).0, b"");

@@ -1,4 +1,4 @@
-//! `--metrics=`: what is counted, who may ask, and that nobody who asks is in a client's way.
+//! `--metrics=`: what is counted, how scrapers are answered, and that they delay no client.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -27,7 +27,7 @@ impl Scraped {
         Self::of(launch.arg("--metrics=127.0.0.1:0").start())
     }
 
-    /// One that says where.
+    /// Reads the address from the log.
     fn of(proxy: Running) -> Self {
         let line = proxy.lines.wait_for("Metrics on ");
         let address = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap();
@@ -102,7 +102,7 @@ fn counts_connections_and_bytes_by_listener_and_backend() {
         drop(clients);
         scraped.wait_for(&web_series("socket_proxyd_connections_open"), 0.0);
         let failed = read_all(&mut api.connect());
-        assert_eq!(failed.0, b"", "nobody listens");
+        assert_eq!(failed.0, b"", "there is no listener");
         scraped.wait_for(&api_series("socket_proxyd_connections_failed_total"), 1.0);
 
         let text = scraped.text();
@@ -145,7 +145,7 @@ fn counts_waiting_clients_and_pipes() {
     let _accepted = [backend.accept(), backend.accept()];
     scraped.wait_for(&held, 0.0);
     assert_eq!(scraped.value("socket_proxyd_pipes"), 0.0);
-    // Until nobody reads any more.
+    // Until the backend takes no more.
     clients[0].set_nonblocking(true).unwrap();
     let bulk = random_bytes(1, 1 << 20);
     let pipes = poll_until(Instant::now() + TIMEOUT, || {
@@ -210,7 +210,7 @@ fn answers_only_metrics_and_in_the_requested_format() {
     assert!(open.contains(kind) && open.ends_with("# EOF\n"), "{open}");
 }
 
-/// As nc -N and other simple ones do; and it reads slowly.
+/// As nc -N does; it reads slowly.
 #[test]
 fn answers_a_slow_scraper_that_has_half_closed() {
     let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
@@ -318,7 +318,7 @@ fn rejects_invalid_and_used_addresses() {
     }
 }
 
-/// With sockets of its own, what is passed is only for scrapers, and nobody's that was left in the store.
+/// With --listen= the passed socket is for scrapers only, and stored connections may belong to no listener.
 #[test]
 fn counts_restored_connections() {
     let (scrapers, systemd) = (Endpoint::new(Family::Tcp), FakeSystemd::with_fd_store(8));
@@ -353,7 +353,7 @@ fn counts_restored_connections() {
     second.signal(Signal::TERM);
     assert!(second.wait().success());
 
-    // Its listener is not asked for any more.
+    // Its listener is no longer configured.
     let _third = start("--listen=[::1]:0", &backend.target);
     assert_echoes(&mut client);
     let after = text();
@@ -375,7 +375,7 @@ fn untaken(metrics: SocketAddr) -> (usize, usize) {
     (queues.iter().sum(), queues.len())
 }
 
-/// The end of somebody who has had their time.
+/// Whether a scraper whose time is over is closed.
 fn is_let_go(stream: &mut impl Read) -> bool {
     match stream.read_to_end(&mut Vec::new()) {
         Ok(_) => true,
@@ -404,7 +404,7 @@ fn silent_and_stalled_scrapers_delay_no_other() {
             let stream = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
             stream.set_recv_buffer_size(2304).unwrap();
             stream.connect(&scraped.metrics.into()).unwrap();
-            // Whoever has to give way has had their time.
+            // A scraper may be closed once its time is over.
             let _ = (&stream).write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
             stream
         })
@@ -414,7 +414,7 @@ fn silent_and_stalled_scrapers_delay_no_other() {
     let now = scraped.proxy.resident();
     assert!(now as f64 <= resident as f64 * 1.1, "{resident} KiB before, {now} KiB now");
     let (bytes, scrapers) = untaken(scraped.metrics);
-    assert!(scrapers > 0, "nobody has left anything");
+    assert!(scrapers > 0, "no answer waits in the kernel");
     assert!(scrapers <= 260 && bytes <= 260 * 64 * 1024, "{bytes} bytes for {scrapers}");
     // All are let go, whatever they do, and nothing stays behind.
     assert!(is_let_go(&mut slow));

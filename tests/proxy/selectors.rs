@@ -1,4 +1,4 @@
-//! `SELECTOR=TARGET`: each socket leads to its own backend. (In a real systemd: tests/units.rs.)
+//! `SELECTOR=TARGET`: each socket leads to its own backend. (In a real systemd: tests/systemd/units.rs.)
 
 use std::io::{Read, Write};
 
@@ -98,17 +98,17 @@ fn backend_that_is_down_delays_no_other() {
 fn logs_and_status_name_the_listener() {
     let fronts = [(); 2].map(|()| Endpoint::new(Family::Tcp));
     let one = named(Family::Tcp, "one");
-    let nobody = format!("127.0.0.1:{}", free_port());
+    let absent = format!("127.0.0.1:{}", free_port());
     let systemd = FakeSystemd::new();
     let launch = Launch::new(OURS).arg("--log-level=debug");
-    let launch = launch.arg(format!("web={}", one.target)).arg(format!("api={nobody}"));
+    let launch = launch.arg(format!("web={}", one.target)).arg(format!("api={absent}"));
     let launch = fronts.iter().fold(launch, |launch, front| launch.listener(front));
     let launch = launch.env("LISTEN_FDNAMES", "web:api");
     let proxy = launch.notify(&systemd).start();
     let [web, api] = fronts.each_ref().map(|front| &front.target);
     assert_eq!(read_all(&mut fronts[1].connect()).0, b"");
     let failed = proxy.lines.wait_for("Failed to connect to remote host");
-    assert!(failed.ends_with(&format!("listener=\"api ({api})\" backend={nobody}")), "{failed}");
+    assert!(failed.ends_with(&format!("listener=\"api ({api})\" backend={absent}")), "{failed}");
     let mut clients = [fronts[0].connect(), fronts[0].connect()];
     assert_eq!(clients.each_mut().map(greeting), ["one", "one"]);
     loop {

@@ -125,7 +125,7 @@ fn short_connection_has_a_fixed_list_of_calls() {
     for (front_family, back) in PAIRS {
         let (front, backend) = (Endpoint::new(front_family), echo_backend(back));
         let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
-        // Once for what is done once: a timer, the buffers.
+        // First what is done only once: a timer, the buffers.
         let mut client = front.connect();
         assert_echoes(&mut client);
         let idle = proxy.descriptors() - 2;
@@ -144,7 +144,7 @@ fn short_connection_has_a_fixed_list_of_calls() {
             let (least, most) = (times * (TIMES - 1), times * (TIMES + 1));
             assert!((least..=most).contains(&count), "{names:?}: {count} in {TIMES} connections");
         };
-        // The second is the one that says that nobody else waits.
+        // The second one finds that no other client waits.
         per_connection(&["accept4", "accept"], 2);
         per_connection(&["socket"], 1);
         per_connection(&["connect"], 1);
@@ -208,7 +208,7 @@ fn bulk_is_spliced() {
                 }
             });
         };
-        // It is known to be bulk after this, and has its pipe.
+        // After this it is known to be bulk, and has its pipe.
         carry(BYTES / 8);
         let Some(mut counts) = counted(proxy.pid(), || carry(BYTES)) else { return };
         let splices = take(&mut counts, &["splice"]);

@@ -137,8 +137,7 @@ fn serves_without_a_refused_thread() {
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     let program = directory.path().join("program");
     fs::copy(OURS, &program).unwrap();
-    // The main thread, one that logs, and another, of a user who has nothing else; root is never
-    // refused.
+    // The main thread, one that logs, and one more. Root would not be refused.
     let user = ["--reuid=54321", "--regid=54321", "--clear-groups", "prlimit", "--nproc=3", "--"];
     let launch = Launch::new("/usr/bin/setpriv").args(user).arg(program.display());
     let args = ["--threads=8", "--log-level=debug", &backend.target];

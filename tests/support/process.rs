@@ -57,7 +57,7 @@ impl Launch {
         self
     }
 
-    /// Passes a socket on.
+    /// Passes a socket.
     pub fn socket(mut self, socket: &impl AsFd) -> Self {
         self.sockets.push(socket.as_fd().try_clone_to_owned().unwrap());
         self
@@ -88,7 +88,7 @@ impl Launch {
         self
     }
 
-    /// As if systemd itself had started the program.
+    /// Starts the program as systemd does.
     pub fn under_systemd(mut self) -> Self {
         self.before_exec = format!("export SYSTEMD_EXEC_PID=$$ && {}", self.before_exec);
         self
@@ -106,7 +106,7 @@ impl Launch {
         self
     }
 
-    /// Passes sockets that are meant for somebody else.
+    /// Passes sockets that are meant for another process.
     pub fn other_pid(mut self) -> Self {
         self.before_exec = "export LISTEN_PID=1".into();
         self
@@ -202,7 +202,7 @@ impl Running {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Descriptors that are open now.
+    /// The number of open descriptors.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
@@ -214,21 +214,21 @@ impl Running {
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Ends of pipes that are open now, those it was started with among them.
+    /// The number of open ends of pipes, the inherited ones included.
     pub fn pipes(&self) -> usize {
         let links = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
         let links = links.filter_map(|link| fs::read_link(link.ok()?.path()).ok());
         links.filter(|link| link.to_string_lossy().starts_with("pipe:")).count()
     }
 
-    /// Whether all its threads wait for something.
+    /// Whether all threads sleep.
     pub fn is_asleep(&self) -> bool {
         let is_asleep =
             |stat: &str| stat.rsplit_once(") ").is_some_and(|(_, it)| it.starts_with('S'));
         self.tasks("stat").iter().all(|stat| is_asleep(stat))
     }
 
-    /// The event loops that were started beside the main thread's.
+    /// The number of event loops beside the main thread's.
     pub fn workers(&self) -> usize {
         self.tasks("comm").iter().filter(|name| *name == "proxyd-worker\n").count()
     }

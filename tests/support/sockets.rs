@@ -91,7 +91,7 @@ impl Endpoint {
 
     pub fn accept(&self) -> Socket {
         self.socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-        let (socket, _) = self.socket.accept().expect("somebody connects to the backend");
+        let (socket, _) = self.socket.accept().expect("a connection to the backend comes");
         with_timeouts(socket)
     }
 }
@@ -156,7 +156,7 @@ pub fn serve_on(listener: Socket, handler: impl Fn(Socket) + Send + Sync + 'stat
     });
 }
 
-/// A backend that sends back what it gets, and the end of it.
+/// Sends back what is received, and the end.
 pub fn echo(mut socket: Socket) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -224,7 +224,7 @@ pub fn random_bytes(seed: u64, length: usize) -> Vec<u8> {
     bytes
 }
 
-/// A TCP port on which nobody listens now.
+/// A TCP port without a listener.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

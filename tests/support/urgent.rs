@@ -37,14 +37,14 @@ fn send(mut socket: &Socket, pieces: &[(Vec<u8>, bool)]) {
     socket.shutdown(Shutdown::Write).unwrap();
 }
 
-/// Where the first byte is missing, or how it ended.
+/// How received bytes differ from those sent.
 fn difference(expected: &[u8], received: &[u8]) -> String {
     let same = expected.iter().zip(received).take_while(|(one, other)| one == other).count();
     format!("{} of {} bytes, the first {same} as sent", received.len(), expected.len())
 }
 
-/// Carries transfers from clients or to them, a few at a time, until something comes otherwise than it
-/// was sent: says what.
+/// Runs transfers from clients or to them, a few at a time, until one arrives otherwise than it was sent.
+/// Returns the differences.
 pub fn carry(
     front: &Endpoint,
     backend: &Endpoint,

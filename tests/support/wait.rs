@@ -12,8 +12,8 @@ use tokio::time::Instant;
 /// Longer than anything takes that works.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Looks again and again until `look` gives something, or the deadline is over. Only for what has
-/// no event: another process's descriptors, CPU time or end.
+/// Polls until `look` returns something, or until the deadline. Only for what has no event: another
+/// process's descriptors, CPU time or end.
 pub fn poll_until<T>(deadline: Instant, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     loop {
         if let Some(found) = look() {

@@ -1,5 +1,5 @@
-//! A real systemd in a container of its own: an overlay of this machine's root, a private network,
-//! a private /tmp and /run. All of it is gone with the process.
+//! Containers with a real systemd: an overlay of a root, a private network, a private /tmp and /run. They
+//! end with this process.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -145,7 +145,7 @@ base=$1; name=$2; lower=$3; shift 3
 mount -t tmpfs tmpfs "$base"
 mkdir "$base/upper" "$base/work" "$base/root"
 mount -t overlay overlay -o "lowerdir=$lower,upperdir=$base/upper,workdir=$base/work" "$base/root"
-# What this machine has enabled is no business of the tests.
+# What this machine has enabled does not start in the tests.
 rm -rf "$base"/root/etc/systemd/system/*.wants
 while [ $# -gt 0 ]; do
     mkdir -p "$base/root$(dirname "$2")"
@@ -157,7 +157,7 @@ exec systemd-nspawn -q -D "$base/root" -b --register=no --keep-unit --console=pi
 "#;
 
 impl Container {
-    /// What is missing to run one, if anything is.
+    /// What a container needs and this machine lacks.
     pub(crate) fn missing() -> Option<&'static str> {
         if !rustix::process::geteuid().is_root() {
             return Some("root");
@@ -215,7 +215,7 @@ impl Container {
             ["running", "degraded"].contains(&state.trim()).then_some(leader)
         });
         this.leader = booted.expect("systemd boots");
-        // Ports of the ephemeral range that units listen on are nobody's local port.
+        // Units listen on ports of the ephemeral range; no client gets them as its local port.
         this.inside(|| fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", "38000-39999"))
             .expect("ports can be reserved");
         this
@@ -233,7 +233,7 @@ impl Container {
         ]
     }
 
-    /// The same, and everything in units/ in its place.
+    /// The programs, their manuals, and everything in units/ in its place.
     pub(crate) fn files() -> Vec<(PathBuf, String)> {
         let root = Path::new(ROOT);
         let mut files = Self::programs();
@@ -252,12 +252,12 @@ impl Container {
         files
     }
 
-    /// Runs a command inside, and gives what it printed.
+    /// Runs a command inside.
     pub(crate) fn output(&self, words: &[&str]) -> Output {
         enter(self.leader).args(words).stdin(Stdio::null()).output().unwrap()
     }
 
-    /// Runs a command that has to succeed, and gives its standard output.
+    /// Runs a command that has to succeed, and returns its standard output.
     pub(crate) fn run(&self, words: &[&str]) -> String {
         let output = self.output(words);
         if !output.status.success() {
@@ -294,13 +294,13 @@ impl Container {
         self.run(&["systemctl", "daemon-reload"]);
     }
 
-    /// While this is held no other test reloads systemd, which then forgets that a unit that is
-    /// being stopped was given more time (252).
+    /// While this is held, no other test reloads systemd. A reload makes systemd 252 forget that a stopping
+    /// unit asked for more time.
     pub(crate) fn not_reloading(&self) -> MutexGuard<'_, ()> {
         self.reloading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has systemd look at a unit, which has nothing to say of it.
+    /// Asserts that `systemd-analyze verify` prints nothing.
     pub(crate) fn verify(&self, unit: &str) {
         let output = self.output(&["systemd-analyze", "verify", unit]);
         let words = [output.stdout, output.stderr].concat();
@@ -308,7 +308,7 @@ impl Container {
         assert!(output.status.success());
     }
 
-    /// Has systemd weigh a service: by its own measure at most 1.5 of 10.
+    /// Asserts that `systemd-analyze security` rates a service at most 1.5 of 10.
     pub(crate) fn weigh(&self, unit: &str) {
         let analyze = ["systemd-analyze", "security", "--no-pager", "--threshold=15", unit];
         let output = self.output(&analyze);
@@ -333,7 +333,7 @@ impl Container {
         assert!(reached.is_some(), "{unit}: {property} is {last:?} and not {value:?}");
     }
 
-    /// Waits until what a service says of itself begins so.
+    /// Waits until the status text of a service begins with `start`.
     pub(crate) fn wait_for_status(&self, unit: &str, start: &str) {
         let mut last = String::new();
         let reached = poll_until(Instant::now() + TIMEOUT, || {
@@ -349,7 +349,7 @@ impl Container {
         Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
     }
 
-    /// What a process inside has, by its number there.
+    /// What a process inside holds, by its PID there.
     pub(crate) fn process(&self, pid: &str) -> Process {
         let descriptors = self.run(&["ls", &format!("/proc/{pid}/fd")]).lines().count();
         let status = self.run(&["cat", &format!("/proc/{pid}/status")]);

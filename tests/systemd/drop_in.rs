@@ -100,8 +100,8 @@ fn drop_in(container: &Container) {
     container.wait_for("drop-in.service", "StatusText", "1 connection of 1, 0 served, 128.0 KiB");
 
     let mut second = connect();
-    let refused = exchange(&mut second, b"me too?").expect_err("served above the cap of 1");
-    assert_ne!(refused.kind(), ErrorKind::WouldBlock, "left to wait above the cap of 1");
+    let refused = exchange(&mut second, b"me too?").expect_err("served above the limit of 1");
+    assert_ne!(refused.kind(), ErrorKind::WouldBlock, "left to wait above the limit of 1");
     drop(first);
     let deadline = Instant::now() + TIMEOUT;
     let served = poll_until(deadline, || exchange(&mut connect(), b"now?").ok());
@@ -148,7 +148,7 @@ fn drain(container: &Container) {
         let status = container.show("drain.service")["StatusText"].clone();
         let mut new_client = connect();
         new_client.write_all(b"are you there?").unwrap();
-        // Twice what TimeoutStopSec= allows, and the watchdog.
+        // Twice what TimeoutStopSec= and WatchdogSec= allow.
         pause(Duration::from_secs(4));
         let later = container.show("drain.service")["StatusText"].clone();
         assert!(status.starts_with("Draining, 1 connection is left, for up to "), "{status}");
@@ -182,7 +182,7 @@ fn accepted(container: &Container) {
         serve(&backend, echo);
         backend
     });
-    // inetd's form: without another word standard output and error are the client, too.
+    // With StandardInput=socket alone, standard output and error are the client as well.
     for (form, port, settings) in [
         ("accept", 8002, "Type=notify\n"),
         ("inetd", 8003, "StandardInput=socket\n"),
@@ -360,7 +360,7 @@ fn slow_resolver(container: &Container) {
     let waiting = stuck.read(&mut [0; 6]).unwrap_err();
     assert_eq!(waiting.kind(), ErrorKind::WouldBlock, "the stuck one is still held");
 
-    // A resolver that expects to know more later: the client is held until it does.
+    // The resolver fails temporarily; the client waits.
     container.start_units(&[
         (
             "later.service",
@@ -431,7 +431,7 @@ fn answer_names(server: &UdpSocket) {
 }
 
 fn missing_family(container: &Container) {
-    // One address is not up yet, the other never will be: the client is held all the same.
+    // One address is not up yet, and the family of the other is missing. The client waits.
     container.write("/etc/hosts", "127.0.0.1 localhost mixed\n::1 mixed\n");
     container.start_units(&[
         (
@@ -493,7 +493,7 @@ fn forbidden_accept(container: &Container) {
 }
 
 fn forbidden_connect(container: &Container) {
-    // Time does not mend a sandbox: nobody is held.
+    // A sandbox does not change with time, so that no client waits.
     container.start_units(&[
         (
             "sandbox.service",
@@ -508,24 +508,24 @@ fn forbidden_connect(container: &Container) {
     let front = SocketAddr::from(([127, 0, 0, 1], 7800));
     for _ in 0..3 {
         let mut client: Socket = container.inside(|| connect(&front.into()));
-        assert_eq!(read_all(&mut client).0, b"", "closed, and within the client's patience");
+        assert_eq!(read_all(&mut client).0, b"", "closed in time");
     }
     assert_eq!(container.show("sandbox.service")["ActiveState"], "active");
 }
 
 fn self_connection(container: &Container) {
-    // Two ports to choose from, and nobody on the target: every second attempt gets the target's
+    // Two local ports to choose from, and no listener at the target: every second attempt gets the target's
     // own port, and TCP connects it to itself.
     for target in ["127.0.0.1:40000", "[::1]:40000", "0.0.0.0:40000", "[::]:40000"] {
         connects_to_itself(container, target, 200, 1);
     }
-    // Held, and tried again and again; also for a COMMAND that does not listen.
+    // Repeated attempts of a waiting client; also with a COMMAND that does not listen.
     for held in ["127.0.0.1:40000", "127.0.0.1:40000 -- /bin/sleep 60"] {
         connects_to_itself(container, &format!("--backend-wait=10s {held}"), 1, 5);
     }
 }
 
-/// `clients` at a time, so many times.
+/// Connects `clients` at a time, `times` times.
 fn connects_to_itself(container: &Container, arguments: &str, times: usize, clients: usize) {
     container.start_units(&[
         (

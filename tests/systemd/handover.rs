@@ -113,14 +113,14 @@ fn listen(text: &str) -> Socket {
     if address.domain() != Domain::UNIX {
         socket.set_reuse_address(true).unwrap();
     }
-    // Between fork(2) and execve(2) a process that another test starts has the last listener there, too.
+    // A process that another test starts holds the last listener between fork(2) and execve(2).
     let bound = || socket.bind(&address).ok();
     poll_until(Instant::now() + TIMEOUT, bound).unwrap_or_else(|| panic!("{text} is in use"));
     socket.listen(4096).unwrap();
     socket
 }
 
-/// A proxy as it is to be run, but for its user: it may be any.
+/// Starts a proxy as the manual advises.
 fn start_proxy(container: &Container, name: &str, front: &str, arguments: &str) {
     container.start_units(&[
         (
@@ -139,7 +139,7 @@ fn start_proxy(container: &Container, name: &str, front: &str, arguments: &str) 
     ]);
 }
 
-/// Another process, by what `--handover=` is about; waits until it is ready.
+/// Replaces the process by a restart or a kill, and waits until the next one is ready.
 fn replace(container: &Container, service: &str, handover: &str) {
     let before = container.show(service)["MainPID"].clone();
     match handover {
@@ -153,7 +153,7 @@ fn replace(container: &Container, service: &str, handover: &str) {
     assert!(another.is_some(), "{:?}", container.show(service));
 }
 
-/// What a client and its backend's side send and receive, each in its way.
+/// Both ends of a connection through the proxy.
 struct Peers {
     client: Socket,
     served: Socket,
@@ -192,7 +192,7 @@ fn survive(container: &Container, case: &Case, handover: &str) {
     let transferred: Vec<(Socket, Socket)> = thread::scope(|scope| {
         let start = |(number, is_up): (usize, bool)| {
             let Peers { client, served } = established();
-            // Two up, two down; of each two one is read slowly.
+            // Two uploads and two downloads; one of each is read slowly.
             let (mut from, mut to) = if is_up { (client, served) } else { (served, client) };
             // Other bytes than those of the transfer beside it.
             let message = &message[number..];
@@ -248,7 +248,7 @@ fn survive(container: &Container, case: &Case, handover: &str) {
     assert_eq!(container.show(&service)["NFileDescriptorStore"], "0");
 }
 
-/// Reads what comes ahead of the client's own first byte.
+/// Reads the PROXY header, if any, and the client's first byte.
 fn read_header(served: &mut Socket) -> Vec<u8> {
     let mut read = Vec::new();
     loop {
@@ -369,7 +369,7 @@ fn killed_while_recovering(container: &Container) {
     for _ in 0..3 {
         let before = container.show("recovering.service")["MainPID"].clone();
         container.run(&["systemctl", "kill", "-s", "KILL", "recovering.service"]);
-        // As soon as there is another: it is not ready, or just is.
+        // The next process has just started.
         let another = poll_until(Instant::now() + TIMEOUT, || {
             let show = container.show("recovering.service");
             (show["MainPID"] != before && show["MainPID"] != "0").then_some(())
@@ -381,7 +381,7 @@ fn killed_while_recovering(container: &Container) {
     container.run(&["systemctl", "stop", "recovering.socket", "recovering.service"]);
 }
 
-/// Stores a regular file, one socket of a queue without the other, and what nobody knows, once.
+/// Stores, once, a regular file, one socket of a queue without the other, and an unknown socket.
 const LITTER: &str = r#"
 import array, os, socket
 notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -431,7 +431,7 @@ fn garbage(container: &Container) {
     container.run(&["systemctl", "stop", "garbage.socket", "garbage.service"]);
 }
 
-/// Not with a kill: after that systemd passes the listening socket to the one instance.
+/// Without a kill: after one systemd passes the listening socket to the instance.
 fn accepted(container: &Container) {
     let (front, back) = ("127.0.0.1:6700", "@accepted");
     let backend = container.inside(|| listen(back));
@@ -469,7 +469,7 @@ fn failing_start(container: &Container) {
     start();
     let mut client = container.inside(|| connect(&address(front)));
     assert_echoes(&mut client);
-    // What an administrator may write, and puts right a little later.
+    // A mistake of an administrator, corrected below.
     let wrong = "[Service]\nExecStart=\nExecStart=/usr/bin/socket-proxyd --handover=restart x=y\n";
     let drop_in = "/run/systemd/system/failing.service.d/wrong.conf";
     container.write(drop_in, wrong);

@@ -45,11 +45,11 @@ fn check(container: &Container, units: &[&str]) {
 }
 
 fn written(container: &Container) {
-    // Elsewhere than the examples, and found all the same.
+    // systemd finds units here as well.
     let directory = "/run/systemd/system";
     for case in fs::read_dir(Path::new(ROOT).join("tests/packaging/golden")).unwrap() {
         let arguments = fs::read_to_string(case.unwrap().path().join("arguments")).unwrap();
-        // Each of its own name: those beside it are the other cases'.
+        // Cases share unit names, so each case is removed before the next.
         let words = ["socket-proxyd-units", "--write", directory, "--force"];
         let printed = container.run(&[&words[..], &arguments.lines().collect::<Vec<_>>()].concat());
         let written: Vec<_> =
@@ -77,7 +77,7 @@ fn arguments(container: &Container) {
     let all = [&["socket-proxyd-units"], &options[..], &command[..], &words[..]].concat();
     let printed = container.run(&all);
     let next = printed.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
-    // Where the words go.
+    // The program writes its arguments there.
     let unit = "strange:\\x20100\\x25\\x20it\\x27s\\x20\\x401-proxy.service";
     let drop_in = format!("/etc/systemd/system/{unit}.d/state.conf");
     container.write(&drop_in, "[Service]\nStateDirectory=words\n");
@@ -99,7 +99,7 @@ fn arguments(container: &Container) {
     container.run(&["systemctl", "stop", unit, &unit.replace(".service", ".socket")]);
 }
 
-/// Writes units, and does what comes next; `name` is that of the units.
+/// Writes units and runs the command that the unit writer prints.
 fn set_up(container: &Container, words: &[&str]) {
     let printed = container.run(&[&["socket-proxyd-units", "--write"], words].concat());
     let next = printed.lines().find_map(|line| line.strip_prefix("Next: ")).unwrap();
@@ -174,7 +174,7 @@ fn masked(container: &Container) {
     container.run(&["systemctl", "unmask", "--runtime", "masked-proxy.socket"]);
 }
 
-/// The examples of a manual: what stands there between .nf and .fi, as a reader sees it.
+/// The examples of a manual, as a reader sees them: what stands between .nf and .fi.
 fn shown(manual: &str) -> Vec<String> {
     let text = fs::read_to_string(Path::new(ROOT).join("man").join(manual)).unwrap();
     let (_, text) = text.split_once("\n.SH EXAMPLES\n").unwrap();
@@ -204,7 +204,7 @@ fn files(example: &str) -> Vec<(&str, String)> {
     files
 }
 
-/// Has a request answered at a socket, whoever answers.
+/// Waits until a request is answered at a socket.
 fn answers(container: &Container, example: &str, listen: &str) {
     let url = match listen {
         address if address.contains(':') => format!("http://{address}/"),
@@ -229,7 +229,7 @@ fn answers(container: &Container, example: &str, listen: &str) {
 fn examples(container: &Container) {
     container.run(&["useradd", "--system", "aptly"]);
     container.run(&["useradd", "--system", "app"]);
-    // As its first lines say, to have it run always.
+    // As the first lines of the unit say, so that it always runs.
     let aptly = "/etc/systemd/system/aptly-api.service";
     container.run(&["sed", "-i", "/^StopWhenUnneeded/d", aptly]);
     let serve = |port| {
@@ -252,7 +252,7 @@ fn examples(container: &Container) {
     for example in shown("socket-proxyd.8") {
         let mut files = files(&example);
         if !files.iter().any(|(name, _)| *name == "app.service") {
-            // What stands for the user's application, where it is not shown.
+            // The user's application, where the example does not show it.
             container.write(app, &serve(3000));
         }
         let is_ours =
@@ -336,12 +336,12 @@ fn examples(container: &Container) {
     }
 }
 
-/// Stops units and takes them away, for the next example.
+/// Stops and removes units before the next example.
 fn clean_up(container: &Container, files: &[&str]) {
     let _reloading = container.not_reloading();
     let mut units = files.to_vec();
     units.retain(|name| !name.contains('@') && !name.ends_with(".conf"));
-    // The sockets first: a client can't start anything any more.
+    // The sockets first, so that no client starts a service again.
     units.sort_by_key(|name| !name.ends_with(".socket"));
     for unit in units.iter().copied().chain(["app.service"]) {
         container.run(&["systemctl", "stop", unit]);

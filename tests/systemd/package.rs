@@ -38,7 +38,7 @@ pub(crate) fn boot() -> Container {
     Container::boot_in(root, &[(package.clone(), format!("/root/{name}"))])
 }
 
-/// Makes a package, from the program as it is released.
+/// Makes a package of the release build.
 fn make(kind: &str) -> PathBuf {
     let output = Command::new("make").args(["-s", "-C", ROOT, kind]).output().unwrap();
     let printed = String::from_utf8(output.stdout).unwrap();
@@ -67,7 +67,7 @@ fn contents(_: &Container) {
     let (deb, path) = (make("deb"), unpacked.path().to_str().unwrap());
     lines("dpkg-deb", &["-x", deb.to_str().unwrap(), path]);
     let in_deb = lines("find", &[path, "-type", "f", "-printf", "%m /%P\n"]);
-    // As Debian has them: manuals are compressed, and there is one file for the licence.
+    // Debian compresses manuals and has one file for the licence.
     let in_deb = in_deb.iter().map(|line| line.replace(".8.gz", ".8"));
     let in_deb: BTreeSet<_> = in_deb.filter(|line| !line.ends_with("/copyright")).collect();
     assert_eq!(in_deb, installed);
@@ -75,13 +75,13 @@ fn contents(_: &Container) {
     let rpm = make("rpm");
     let words = ["-qp", "--queryformat", "[%{FILEMODES:octal} %{FILENAMES}\\n]"];
     let in_rpm = lines("rpm", &[&words[..], &[rpm.to_str().unwrap()]].concat());
-    // As everybody but Debian has them.
+    // The paths of other distributions.
     let in_rpm = in_rpm.iter().map(|line| {
         let line = line.strip_prefix("100").unwrap_or(line);
         line.replace("/zsh/site-functions/", "/zsh/vendor-completions/")
     });
     assert_eq!(in_rpm.collect::<BTreeSet<_>>(), installed);
-    // Nothing is enabled or started: there is nothing that could.
+    // No scripts, so nothing is enabled or started.
     assert_eq!(lines("rpm", &["-qp", "--scripts", rpm.to_str().unwrap()]), [""; 0]);
     let control = lines("dpkg-deb", &["-I", deb.to_str().unwrap()]);
     for script in ["preinst", "postinst", "prerm", "postrm"] {
@@ -102,7 +102,7 @@ fn block(start: &str) -> String {
 fn four_commands(container: &Container) {
     assert!(!container.output(&["sh", "-c", "command -v cargo gcc"]).status.success());
     let commands = block("apt install ./socket-proxyd_");
-    // A line that goes on is no command of its own.
+    // A continued line is part of the command before it.
     let count = commands.lines().count() - commands.matches("\\\n").count();
     assert_eq!(count, 4, "{commands}");
     let printed = container.run(&["sh", "-exc", &format!("cd /root\n{commands}")]);
@@ -114,7 +114,7 @@ fn four_commands(container: &Container) {
             .output(&["sh", "-c", "ls /etc/systemd/system | grep -v docs-proxy | grep prox"])
             .status
             .success(),
-        "nothing is enabled that nobody asked for"
+        "no other unit is installed"
     );
     container.wait_for_status("docs-proxy.service", "0 connections of 256, 1 served");
     for unit in ["docs-proxy.socket", "docs-proxy.service"] {

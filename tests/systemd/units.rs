@@ -61,7 +61,7 @@ pub(crate) fn prepare(container: &Container) {
     let shorter = "cd /etc/systemd/system && grep -l idle-time=10min *.service | wc -l && \
         sed -i s/idle-time=10min/idle-time=2s/ *.service";
     assert_eq!(container.run(&["sh", "-c", shorter]).trim(), "9", "units with an idle time");
-    // The environment was made elsewhere.
+    // The virtual environment was made at another path.
     let shebang = "sed -i '1s|^#!.*/bin/python.*|#!/opt/yaq/bin/python3|' /opt/yaq/bin/yaq*";
     container.run(&["sh", "-c", shebang]);
     container.write("/usr/local/bin/hook", "#!/bin/sh\necho \"Hello $1, from user $(id -u).\"\n");
@@ -71,10 +71,10 @@ pub(crate) fn prepare(container: &Container) {
              "include-command-output-in-response": true,
              "pass-arguments-to-command": [{"source": "payload", "name": "name"}]}]"#,
     );
-    // Who says which user it is, is; and the container can't look up "localhost".
+    // Any user name is accepted. The container cannot resolve "localhost".
     let config = "[server]\nhosts = 127.0.0.1:5232\n[auth]\ntype = none\n";
     container.write("/etc/radicale/config", config);
-    // Left to the administrator by Debian's package.
+    // Debian's package leaves this to the administrator.
     container.run(&["chown", "-R", "radicale:", "/var/lib/radicale"]);
     container.write(
         "/usr/local/bin/program",
@@ -87,7 +87,7 @@ pub(crate) fn prepare(container: &Container) {
 /// What DynamicUser= gives (systemd.exec(5)).
 const DYNAMIC_USERS: RangeInclusive<u32> = 61_184..=65_519;
 
-/// A system in the hands of its units.
+/// An application that its units start and stop.
 struct System<'a> {
     container: &'a Container,
     socket: &'a str,
@@ -129,14 +129,14 @@ impl System<'_> {
         request();
     }
 
-    /// Waits until nobody has used it for its time.
+    /// Waits until the application is stopped because it is idle.
     fn stops(&self) {
         let stopped =
             poll_until(Instant::now() + TIMEOUT, || self.processes().is_empty().then_some(()));
         stopped.unwrap_or_else(|| panic!("{} still runs", self.application));
         let socket = self.container.show(self.socket);
         assert!(["listening", "running"].contains(&&*socket["SubState"]), "{}", socket["SubState"]);
-        // Whatever was killed or stopped: no unit has failed.
+        // Neither a kill nor a stop made the unit fail.
         assert_ne!(self.container.show(self.proxy)["ActiveState"], "failed");
     }
 
@@ -294,7 +294,7 @@ fn radicale(container: &Container) {
     });
 }
 
-/// What the yaq daemon calls itself that a client meets at a port.
+/// The name of the yaq daemon that answers at a port.
 fn yaq_name(container: &Container, port: &str) -> String {
     let name = container.run(&["/opt/yaq/bin/python3", "/opt/yaq/bin/yaqc", port]);
     name.trim().into()
