@@ -21,86 +21,45 @@ use tokio::time::Instant;
 
 fn main() -> ExitCode {
     let mut trials = Trials::default();
-    everywhere(&mut trials, "forwards single bytes", single_bytes);
+    let t = &mut trials;
+    everywhere(t, "forwards single bytes", single_bytes);
     for (near, far) in PAIRS {
-        trials.add(
+        t.add(
             format!("forwards hundreds of megabytes each way at once, {near} to {far}"),
-            move || hundreds_of_megabytes_each_way_at_once(near, far),
+            move || hundreds_of_megabytes(near, far),
         );
     }
     for (near, far) in PAIRS {
-        trials.add(format!("copies without pipes, {near} to {far}"), move || {
-            without_pipes_copying_carries_on(near, far)
+        t.add(format!("copies without pipes, {near} to {far}"), move || {
+            copies_without_pipes(near, far)
         });
     }
     for far in [Family::Tcp, Family::Unix] {
-        trials.add(format!("copies to a sink with little room, to {far}"), move || {
-            a_sink_with_little_room_is_copied_to(far)
-        });
+        t.add(format!("copies to a sink with little room, to {far}"), move || small_sink(far));
     }
-    trials.add("a stalled TCP sink holds little unsent", a_stalled_tcp_sink_holds_little_unsent);
-    trials.add(
-        "a stalled TCP sink of small pieces holds little unsent",
-        a_stalled_tcp_sink_of_small_pieces_holds_little_unsent,
-    );
-    everywhere(
-        &mut trials,
-        "a stalled reader stalls its own direction only",
-        a_stalled_reader_stalls_its_own_direction_only,
-    );
-    everywhere(
-        &mut trials,
-        "a half-close leaves the other direction open",
-        half_close_lets_the_other_direction_live,
-    );
-    everywhere(&mut trials, "forwards a reset before any byte", reset_before_any_byte);
-    everywhere(
-        &mut trials,
-        "delivers unread bytes before a reset",
-        reset_after_bytes_that_nobody_has_read_yet,
-    );
+    t.add("a stalled TCP sink holds little unsent", stalled_sink);
+    t.add("a stalled TCP sink of small pieces holds little unsent", stalled_sink_of_small_pieces);
+    everywhere(t, "a stalled reader stalls its own direction only", stalled_reader);
+    everywhere(t, "a half-close leaves the other direction open", half_close);
+    everywhere(t, "forwards a reset before any byte", reset_before_any_byte);
+    everywhere(t, "delivers unread bytes before a reset", reset_after_unread_bytes);
     // A Unix sender whose bytes don't fit can't say that they were taken.
-    swapped_or_not(
-        &mut trials,
+    from_family(
+        t,
         "forwards a reset while the reader is stalled",
         Family::Tcp,
-        reset_while_the_reader_is_stalled,
+        reset_to_stalled_reader,
     );
-    everywhere(
-        &mut trials,
-        "notices a reset after the sender's half-close",
-        reset_after_its_own_half_close,
-    );
-    everywhere(
-        &mut trials,
-        "forwards a reset after the reader's half-close",
-        reset_after_the_others_half_close,
-    );
-    everywhere(
-        &mut trials,
-        "delivers an answer before a close with the upload unread",
-        a_server_that_answers_and_closes_with_the_upload_unread,
-    );
-    swapped_or_not(
-        &mut trials,
-        "a failed write lets the other direction drain",
-        Family::Unix,
-        a_failed_write_lets_the_other_direction_drain,
-    );
-    trials.add(
-        "a reset that a write has met is not a clean end",
-        an_end_after_a_reset_that_a_write_has_met_is_no_clean_one,
-    );
-    swapped_or_not(
-        &mut trials,
-        "ends after a Unix client has closed",
-        Family::Unix,
-        a_unix_client_that_closes_is_not_waited_for,
-    );
+    everywhere(t, "notices a reset after the sender's half-close", reset_after_own_half_close);
+    everywhere(t, "forwards a reset after the reader's half-close", reset_after_peer_half_close);
+    everywhere(t, "delivers an answer before a close with the upload unread", early_answer);
+    from_family(t, "a failed write lets the other direction drain", Family::Unix, failed_write);
+    t.add("a reset that a write has met is not a clean end", reset_met_by_a_write);
+    from_family(t, "ends after a Unix client has closed", Family::Unix, closed_unix_client);
     for far in [Family::Tcp, Family::Unix] {
-        trials.add(
+        t.add(
             format!("waits a limited time for a stalled reader after a reset, to {far}"),
-            move || a_stalled_reader_is_not_waited_for_ever_after_a_reset(far),
+            move || linger_after_reset(far),
         );
     }
     for (far, bulky, kind) in
@@ -108,26 +67,26 @@ fn main() -> ExitCode {
     {
         for swapped in [false, true] {
             let ends = ends(Family::Tcp, far, swapped);
-            trials.add(format!("forwards what is behind urgent data, {kind}, {ends}"), move || {
-                urgent_data_stops_nobody(far, bulky, swapped)
+            t.add(format!("forwards what is behind urgent data, {kind}, {ends}"), move || {
+                urgent_data(far, bulky, swapped)
             });
         }
     }
-    trials.add("forwards urgent data that comes first", urgent_data_may_come_first);
-    trials.add(
+    t.add("forwards urgent data that comes first", urgent_data_first);
+    t.add(
         "notices a reset while its bytes wait and the other direction has ended",
-        a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended,
+        reset_behind_waiting_bytes,
     );
     for far in [Family::Tcp, Family::Unix] {
-        trials.add(format!("sends the preface first and in one write, to {far}"), move || {
-            the_preface_goes_first_and_in_one_write(far)
+        t.add(format!("sends the preface first and in one write, to {far}"), move || {
+            preface_first(far)
         });
     }
-    swapped_or_not(
-        &mut trials,
+    from_family(
+        t,
         "forwards the bytes of messages with descriptors",
         Family::Unix,
-        bytes_that_carry_descriptors_arrive_without_them,
+        messages_with_descriptors,
     );
     trials.run()
 }
@@ -266,7 +225,7 @@ fn everywhere(trials: &mut Trials, name: &str, test: fn(Forwarding)) {
 }
 
 /// Adds a trial for pairs with one family at the near end.
-fn swapped_or_not(trials: &mut Trials, name: &str, near: Family, test: fn(Family, bool)) {
+fn from_family(trials: &mut Trials, name: &str, near: Family, test: fn(Family, bool)) {
     for far in [Family::Tcp, Family::Unix] {
         for swapped in [false, true] {
             let ends = ends(near, far, swapped);
@@ -276,8 +235,8 @@ fn swapped_or_not(trials: &mut Trials, name: &str, near: Family, test: fn(Family
 }
 
 fn ends(near: Family, far: Family, swapped: bool) -> String {
-    let [one, other] = if swapped { ["backend", "client"] } else { ["client", "backend"] };
-    format!("{near} {one} to {far} {other}")
+    let [first, second] = if swapped { ["backend", "client"] } else { ["client", "backend"] };
+    format!("{near} {first} to {far} {second}")
 }
 
 fn delivered(outcome: &Outcome) -> u64 {
@@ -301,7 +260,7 @@ fn single_bytes(mut pair: Forwarding) {
     assert_eq!((delivered(&outcome), outcome.pipes), (3000, 0), "no pipe for single bytes");
 }
 
-fn hundreds_of_megabytes_each_way_at_once(near: Family, far: Family) {
+fn hundreds_of_megabytes(near: Family, far: Family) {
     const PIECE: usize = 1 << 20;
     let piece = random_bytes(2, PIECE);
     let rounds = 128;
@@ -332,14 +291,14 @@ fn hundreds_of_megabytes_each_way_at_once(near: Family, far: Family) {
     assert!(outcome.pipes > 0, "that much is spliced");
 }
 
-fn without_pipes_copying_carries_on(near: Family, far: Family) {
+fn copies_without_pipes(near: Family, far: Family) {
     let pair = Forwarding::with(near, far, false, 0, Vec::new());
     assert_eq!(pair.carry_one_way().pipes, 0);
 }
 
 /// As with a send buffer that the kernel has cut to a page, short of memory for TCP, while pipes are
 /// held for other directions: no pipe is taken for what a page has room for.
-fn a_sink_with_little_room_is_copied_to(far: Family) {
+fn small_sink(far: Family) {
     let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
     pairs[1].1.set_send_buffer_size(4608).unwrap();
     let pair = Forwarding::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
@@ -348,7 +307,7 @@ fn a_sink_with_little_room_is_copied_to(far: Family) {
 
 /// Hundreds of stalled receivers must not use up the kernel's memory for TCP. Each holds what its window
 /// takes, and less than a megabyte behind that.
-fn a_stalled_tcp_sink_holds_little_unsent() {
+fn stalled_sink() {
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
     let sink = pairs[1].1.try_clone().unwrap();
     let mut pair = Forwarding::join((Family::Tcp, Family::Tcp), pairs, false, 8, Vec::new());
@@ -360,7 +319,7 @@ fn a_stalled_tcp_sink_holds_little_unsent() {
 }
 
 /// A direction that never fills the copy buffer.
-fn a_stalled_tcp_sink_of_small_pieces_holds_little_unsent() {
+fn stalled_sink_of_small_pieces() {
     let pairs = [socket_pair(Family::Unix), socket_pair(Family::Tcp)];
     let sink = pairs[1].1.try_clone().unwrap();
     let pair = Forwarding::join((Family::Unix, Family::Tcp), pairs, false, 8, Vec::new());
@@ -380,7 +339,7 @@ fn a_stalled_tcp_sink_of_small_pieces_holds_little_unsent() {
     assert!((100_000..2_000_000).contains(&held), "{held} bytes are held");
 }
 
-fn a_stalled_reader_stalls_its_own_direction_only(mut pair: Forwarding) {
+fn stalled_reader(mut pair: Forwarding) {
     pair.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     let chunk = random_bytes(4, 100_000);
     let mut sent = Vec::new();
@@ -407,7 +366,7 @@ fn a_stalled_reader_stalls_its_own_direction_only(mut pair: Forwarding) {
     pair.forwarder.join().unwrap();
 }
 
-fn half_close_lets_the_other_direction_live(mut pair: Forwarding) {
+fn half_close(mut pair: Forwarding) {
     pair.near.write_all(b"that was all").unwrap();
     pair.near.shutdown(Shutdown::Write).unwrap();
     let (received, end) = read_all(&mut pair.far);
@@ -461,7 +420,7 @@ fn reset_before_any_byte(mut pair: Forwarding) {
     assert!(matches!(pair.forwarder.join().unwrap().closed.reason, CloseReason::Fault(..)));
 }
 
-fn reset_after_bytes_that_nobody_has_read_yet(mut pair: Forwarding) {
+fn reset_after_unread_bytes(mut pair: Forwarding) {
     // More than a buffer, less than the kernel's queues hold.
     let message = random_bytes(5, 100_000);
     pair.near.write_all(&message).unwrap();
@@ -472,7 +431,7 @@ fn reset_after_bytes_that_nobody_has_read_yet(mut pair: Forwarding) {
     pair.forwarder.join().unwrap();
 }
 
-fn reset_while_the_reader_is_stalled(far: Family, swapped: bool) {
+fn reset_to_stalled_reader(far: Family, swapped: bool) {
     let mut pair = Forwarding::new(Family::Tcp, far, swapped);
     pair.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     let mut sent = Vec::new();
@@ -490,7 +449,7 @@ fn reset_while_the_reader_is_stalled(far: Family, swapped: bool) {
     pair.forwarder.join().unwrap();
 }
 
-fn reset_after_its_own_half_close(mut pair: Forwarding) {
+fn reset_after_own_half_close(mut pair: Forwarding) {
     pair.near.write_all(b"question").unwrap();
     pair.near.shutdown(Shutdown::Write).unwrap();
     let (received, end) = read_all(&mut pair.far);
@@ -506,7 +465,7 @@ fn reset_after_its_own_half_close(mut pair: Forwarding) {
     poll_until(deadline, failed).expect("far gets an error");
 }
 
-fn reset_after_the_others_half_close(mut pair: Forwarding) {
+fn reset_after_peer_half_close(mut pair: Forwarding) {
     pair.far.shutdown(Shutdown::Write).unwrap();
     assert!(read_all(&mut pair.near).0.is_empty());
     let message = random_bytes(7, 100_000);
@@ -522,7 +481,7 @@ fn reset_after_the_others_half_close(mut pair: Forwarding) {
     pair.forwarder.join().unwrap();
 }
 
-fn a_server_that_answers_and_closes_with_the_upload_unread(mut pair: Forwarding) {
+fn early_answer(mut pair: Forwarding) {
     let answer = random_bytes(8, 60_000);
     let mut uploader = pair.far.try_clone().unwrap();
     let upload = thread::spawn(move || while uploader.write_all(&[b'u'; 10_000]).is_ok() {});
@@ -536,7 +495,7 @@ fn a_server_that_answers_and_closes_with_the_upload_unread(mut pair: Forwarding)
     pair.forwarder.join().unwrap();
 }
 
-fn a_failed_write_lets_the_other_direction_drain(far: Family, swapped: bool) {
+fn failed_write(far: Family, swapped: bool) {
     // Only a Unix peer can stop reading without stopping to speak.
 
     let mut pair = Forwarding::new(Family::Unix, far, swapped);
@@ -558,7 +517,7 @@ fn a_failed_write_lets_the_other_direction_drain(far: Family, swapped: bool) {
     assert!(matches!(pair.forwarder.join().unwrap().closed.reason, CloseReason::Fault(..)));
 }
 
-fn an_end_after_a_reset_that_a_write_has_met_is_no_clean_one() {
+fn reset_met_by_a_write() {
     // The kernel reports a reset once. Here the forwarder's write meets it before its read does,
     // which then looks as if it came to a FIN.
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
@@ -577,7 +536,7 @@ fn an_end_after_a_reset_that_a_write_has_met_is_no_clean_one() {
     pair.forwarder.join().unwrap();
 }
 
-fn a_unix_client_that_closes_is_not_waited_for(far: Family, swapped: bool) {
+fn closed_unix_client(far: Family, swapped: bool) {
     let mut pair = Forwarding::new(Family::Unix, far, swapped);
     pair.near.write_all(b"for your information").unwrap();
     drop(pair.near);
@@ -589,7 +548,7 @@ fn a_unix_client_that_closes_is_not_waited_for(far: Family, swapped: bool) {
     assert!(outcome.closed.reason == CloseReason::Closed);
 }
 
-fn a_stalled_reader_is_not_waited_for_ever_after_a_reset(far: Family) {
+fn linger_after_reset(far: Family) {
     let mut pair = Forwarding::with(Family::Tcp, far, false, PAUSED, Vec::new());
     pair.near.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     while pair.near.write(&[0; 100_000]).is_ok() {}
@@ -598,7 +557,7 @@ fn a_stalled_reader_is_not_waited_for_ever_after_a_reset(far: Family) {
     pair.forwarder.join().unwrap();
 }
 
-fn urgent_data_stops_nobody(far: Family, bulky: bool, swapped: bool) {
+fn urgent_data(far: Family, bulky: bool, swapped: bool) {
     // A receive ends early in front of it, and splice never gets past it. All of it is queued
     // before the forwarder starts, so that no further edge helps.
 
@@ -626,7 +585,7 @@ fn urgent_data_stops_nobody(far: Family, bulky: bool, swapped: bool) {
     pair.forwarder.join().unwrap();
 }
 
-fn urgent_data_may_come_first() {
+fn urgent_data_first() {
     let pairs = [socket_pair(Family::Tcp), socket_pair(Family::Tcp)];
     let near = pairs[0].0.try_clone().unwrap();
     near.send_out_of_band(b"!").unwrap();
@@ -640,7 +599,7 @@ fn urgent_data_may_come_first() {
     pair.forwarder.join().unwrap();
 }
 
-fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
+fn reset_behind_waiting_bytes() {
     let mut pair = Forwarding::with(Family::Tcp, Family::Tcp, false, PAUSED, Vec::new());
     pair.far.shutdown(Shutdown::Write).unwrap();
     assert!(read_all(&mut pair.near).0.is_empty());
@@ -651,7 +610,7 @@ fn a_reset_is_noticed_while_its_bytes_wait_and_the_other_flow_has_ended() {
     pair.forwarder.join().unwrap();
 }
 
-fn the_preface_goes_first_and_in_one_write(back: Family) {
+fn preface_first(back: Family) {
     let preface = b"PROXY UNKNOWN\r\n".to_vec();
     let mut pair = Forwarding::with(Family::Unix, back, false, 8, preface.clone());
     peek_all(&pair.far, preface.len());
@@ -662,7 +621,7 @@ fn the_preface_goes_first_and_in_one_write(back: Family) {
     pair.forwarder.join().unwrap();
 }
 
-fn bytes_that_carry_descriptors_arrive_without_them(far: Family, swapped: bool) {
+fn messages_with_descriptors(far: Family, swapped: bool) {
     // A receive ends early at a message with descriptors: what is behind it must not wait for an
     // edge that never comes.
 

@@ -26,12 +26,10 @@ fn transfers(options: &[&str]) {
 
 #[test]
 fn forwards_urgent_data() {
-    let _turn = busy();
     transfers(&[]);
 }
 
 #[test]
 fn forwards_urgent_data_in_crash_mode() {
-    let _turn = busy();
     transfers(&["--handover=crash"]);
 }
