@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use tokio::time::Instant;
 
 use crate::support::*;
-use crate::{End, MODES, Mode, Proxy, assert_forwards, established, launch, queue, stored};
+use crate::{End, MODES, Mode, Proxy, established, launch, queue, stored};
 
 pub(crate) fn register(trials: &mut Trials) {
     for (backend_resets, end) in [(false, "the client's"), (true, "the backend's")] {

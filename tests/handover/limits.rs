@@ -9,7 +9,7 @@ use socket2::Socket;
 use tokio::time::Instant;
 
 use crate::support::*;
-use crate::{End, MODES, Mode, Proxy, assert_forwards, established, launch, queue, stored};
+use crate::{End, MODES, Mode, Proxy, established, launch, queue, stored};
 
 pub(crate) fn register(trials: &mut Trials) {
     trials.add("the default queue holds 2,000 connections", default_queue_holds_thousands);

@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::support::*;
-use crate::{End, MODES, Mode, assert_forwards};
+use crate::{End, MODES, Mode};
 
 pub(crate) fn register(trials: &mut Trials) {
     for mode in MODES {

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::support::*;
-use crate::{End, MODES, Mode, Proxy, assert_forwards, established, launch};
+use crate::{End, MODES, Mode, Proxy, established, launch};
 
 pub(crate) fn register(trials: &mut Trials) {
     for mode in MODES {

@@ -188,6 +188,13 @@ pub fn assert_echoes(socket: &mut Socket) {
     assert_eq!(answer, b"are you there?");
 }
 
+pub fn assert_forwards(from: &mut Socket, to: &mut Socket) {
+    from.write_all(b"are you there?").unwrap();
+    let mut read = [0; 14];
+    to.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"are you there?");
+}
+
 /// Reads until the end: the bytes, and whether the end was a clean one.
 pub fn read_all(socket: &mut Socket) -> (Vec<u8>, std::io::Result<()>) {
     let mut bytes = Vec::new();

@@ -269,13 +269,6 @@ fn read_header(served: &mut Socket) -> Vec<u8> {
     }
 }
 
-fn assert_forwards(from: &mut Socket, to: &mut Socket) {
-    from.write_all(b"are you there?").unwrap();
-    let mut read = [0; 14];
-    to.read_exact(&mut read).unwrap();
-    assert_eq!(&read, b"are you there?");
-}
-
 fn waiting(container: &Container, handover: &str) {
     let port = if handover == "crash" { 6302 } else { 6300 };
     let (front, back) = (format!("127.0.0.1:{port}"), format!("@waiting-{handover}"));
