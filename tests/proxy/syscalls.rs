@@ -232,7 +232,7 @@ fn a_queue_of_clients_is_accepted_in_small_turns() {
         let (front, backend) = (Endpoint::new(front), echo_backend(back));
         let proxy = Launch::new(OURS).arg(&backend.target).listener(&front).start();
         let mut client = front.connect();
-        echoes(&mut client);
+        assert_echoes(&mut client);
         let names = traced(proxy.pid(), || {
             proxy.signal(Signal::STOP);
             let _queued: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
@@ -256,10 +256,10 @@ fn held_clients_are_released_in_small_turns() {
         let path = directory.path().join("backend");
         let target = path.display().to_string();
         let launch = Launch::new(OURS).args(["--backend-wait=1min", &target]).listener(&front);
-        let mut manager = Manager::new();
-        let proxy = launch.env("NOTIFY_SOCKET", manager.path.display()).start();
+        let systemd = FakeSystemd::new();
+        let proxy = launch.env("NOTIFY_SOCKET", systemd.path.display()).start();
         let _held: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
-        manager.wait_for(&format!("STATUS={CLIENTS} connections of 256"));
+        systemd.wait_for(&format!("STATUS={CLIENTS} connections of 256"));
         let names = traced(proxy.pid(), || {
             let backend = UnixListener::bind(&path).unwrap();
             (0..CLIENTS).for_each(|_| drop(backend.accept().unwrap()));
