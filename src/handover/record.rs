@@ -10,8 +10,11 @@
 //! record with the descriptors of another does not open.
 
 use std::collections::HashMap;
+use std::hash::Hasher;
+use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use fnv::FnvHasher;
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{SocketType, sockopt};
@@ -274,18 +277,17 @@ impl Form {
         }
     }
 
-    /// FNV-1a: the same in every version of this program.
+    /// FNV-1a, the same in every version of this program.
     fn checksum_with<Fd: AsFd>(&self, fds: &[Fd]) -> u64 {
-        const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-        const PRIME: u64 = 0x100_0000_01b3;
-        let identities = fds.iter().flat_map(|fd| {
+        let mut hasher = FnvHasher::default();
+        hasher.write(&self.as_bytes()[..offset_of!(Self, checksum)]);
+        for fd in fds {
             // A descriptor without an inode is refused when the record is opened.
             let FileId { device, inode } = FileId::of(fd).unwrap_or_default();
-            [device.to_ne_bytes(), inode.to_ne_bytes()].into_iter().flatten()
-        });
-        let form = Self { checksum: 0, ..*self };
-        let bytes = form.as_bytes().iter().copied().chain(identities);
-        bytes.fold(BASIS, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME))
+            hasher.write(&device.to_ne_bytes());
+            hasher.write(&inode.to_ne_bytes());
+        }
+        hasher.finish()
     }
 
     /// Opens the form of a connection.

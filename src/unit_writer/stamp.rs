@@ -1,5 +1,9 @@
 //! How a file that was written here is known again, and whether somebody has changed it since.
 
+use std::hash::Hasher;
+
+use fnv::FnvHasher;
+
 /// What every file begins with that was written here.
 const MARK: &str = "# Written by socket-proxyd-units";
 
@@ -45,11 +49,11 @@ impl Origin {
     }
 }
 
-/// FNV-1a, <http://www.isthe.com/chongo/tech/comp/fnv/>: it is no secret, and nobody means to forge it.
+/// FNV-1a detects accidental changes, which is all that a stamp is for.
 fn checksum(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    let mut hasher = FnvHasher::default();
+    hasher.write(text.as_bytes());
+    hasher.finish()
 }
 
 #[cfg(test)]
