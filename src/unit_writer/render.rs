@@ -109,23 +109,25 @@ fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>)
     let is_file = listen.iter().any(|address| address.starts_with('/'));
     let lines: String = listen.iter().map(|it| format!("ListenStream={}\n", value(it))).collect();
     let who = if is_file {
-        "# Everybody may connect to the file; SocketMode=0660 with SocketUser= or SocketGroup= changes that.\n"
+        "# Every user may connect. SocketMode=0660 with SocketUser= or SocketGroup= restricts that.\n"
     } else {
         ""
     };
     let plural = if listen.len() == 1 { "socket" } else { "sockets" };
     let (about, what, more) = match scrapers_of {
-        None => {
-            (format!("The {plural} that clients know"), "what clients connect to", String::new())
-        }
+        None => (
+            format!("The {plural} that clients connect to"),
+            "what clients connect to",
+            String::new(),
+        ),
         Some(proxy) => (
-            "Where Prometheus asks for /metrics".into(),
+            "The socket where Prometheus gets /metrics".into(),
             "its metrics",
             format!("FileDescriptorName=metrics\nService={proxy}.service\n"),
         ),
     };
     format!(
-        "# {about}, open from boot on: systemctl enable --now {}\n\
+        "# {about}. To open at boot: systemctl enable --now {}\n\
          [Unit]\n\
          Description={title}, {what}\n\
          Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n\
@@ -141,23 +143,23 @@ fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>)
 
 fn service(units: &Plan, title: &str, program: &Path) -> String {
     let Plan { unit, starts, idle, user, group, metrics, .. } = units;
-    let ends = match idle.as_deref() {
-        None | Some("infinity") => "which then stays".to_string(),
-        Some(idle) => format!("which is stopped when nobody has been connected for {idle}"),
+    let stops = match idle.as_deref() {
+        None | Some("infinity") => "then runs until this service stops".to_string(),
+        Some(idle) => format!("stops after {idle} without a connection"),
     };
     let mut text = match starts {
-        OnFirstClient::Nothing => "# It starts with the first client.\n".to_string(),
+        OnFirstClient::Nothing => "# The first client starts this service.\n".to_string(),
         OnFirstClient::Service(service) => format!(
-            "# The first client starts this and {service},\n\
-             # {ends}.\n\
-             # Nothing else should start it: systemctl disable --now {}\n",
+            "# The first client starts this service and {service}.\n\
+             # {service} {stops}.\n\
+             # Nothing else should start {service}: systemctl disable --now {}\n",
             quoted(service)
         ),
         OnFirstClient::Command(_) => format!(
-            "# The first client starts this and the program behind the two dashes,\n\
-             # {ends}.\n\
-             # It has to listen at the address in front of the dashes and to stay in the foreground; if it\n\
-             # says READY=1, as sd_notify(3) does, add --ready=notify in front of that address.\n"
+            "# The first client starts this service and the program after --.\n\
+             # The program {stops}.\n\
+             # It must listen on the address before -- and stay in the foreground. If it sends READY=1, as\n\
+             # sd_notify(3) does, add --ready=notify before that address.\n"
         ),
     };
     let metrics_socket = metrics.as_ref().map(|_| format!("{}.socket", metrics_unit(unit)));
@@ -173,21 +175,21 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
     if !matches!(starts, OnFirstClient::Command(_))
         && idle.as_deref().is_some_and(|it| it != "infinity")
     {
-        text += "# Each idle exit is followed by a start: with a start limit, a few clients of a short idle time\n\
-                 # would close the socket for good.\n\
+        text += "# Each idle exit leads to another start. With a start limit, a short idle time and a few clients\n\
+                 # would make systemd close the socket for good.\n\
                  StartLimitIntervalSec=0\n";
     }
     text += &format!("Requires={unit}.socket\n");
     if let Some(metrics) = &metrics_socket {
         text += &format!(
-            "# Wanted, not required: if its address is taken, the metrics are missing and clients are served.\n\
+            "# Wanted, not required: without the metrics socket clients are still served.\n\
              Wants={metrics}\n"
         );
     }
     text += &match starts {
         OnFirstClient::Service(service) => format!(
-            "# Wanted, not required: a service that was killed is started again by its Restart=, and one\n\
-             # that can't start does not take the socket down with it.\n\
+            "# Wanted, not required: Restart= starts a killed service again, and a service that cannot start\n\
+             # does not close the socket.\n\
              Wants={service}\n\
              After={sockets} {service}\n"
         ),
@@ -197,18 +199,20 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
     if metrics.is_some() {
         text += &format!("Sockets={sockets}\n");
     }
-    text += "# Other options of socket-proxyd(8) go in front of the target.\n";
+    text += "# Add other options of socket-proxyd(8) before the target.\n";
     text += &exec_start(units, program);
     if let OnFirstClient::Command(_) = starts {
-        text += "# The proxy stops the program itself, and with it whatever that has started.\nKillMode=mixed\n";
+        text += "# The proxy stops the program and the processes that it has started.\nKillMode=mixed\n";
     }
     text.push('\n');
     text += &match user {
         Some(user) => format!("User={user}\n"),
-        None => "# A user without a home or a file.\nDynamicUser=yes\n".into(),
+        None => "# Run as a transient, unprivileged user.\nDynamicUser=yes\n".into(),
     };
     if let Some(group) = group {
-        text += &format!("# It may use the target's socket.\nSupplementaryGroups={group}\n");
+        text += &format!(
+            "# This group may connect to the target's socket.\nSupplementaryGroups={group}\n"
+        );
     }
     text += &match starts {
         OnFirstClient::Command(_) => for_application(units),
@@ -255,8 +259,8 @@ fn exec_start(units: &Plan, program: &Path) -> String {
 
 /// What COMMAND, and the proxy with it, may use.
 fn for_application(units: &Plan) -> String {
-    let mut text = "# What most programs can live with. One that keeps files needs StateDirectory= (it is in\n\
-                    # /var/lib, and in $STATE_DIRECTORY); whatever else it needs has to be allowed.\n"
+    let mut text = "# Most programs run under these restrictions. A program that keeps files needs StateDirectory=, a\n\
+                    # directory in /var/lib whose path is in $STATE_DIRECTORY.\n"
         .to_string();
     if let Some(directory) = own_directory(units)
         && let Some(name) = directory.file_name()
@@ -285,11 +289,15 @@ fn for_proxy(targets: &[Target]) -> String {
     };
     let mut text = [HARDENING, PROXY_HARDENING].concat();
     if is_below(&HOMES) {
-        let needed = "# The target is below a home, or below /run/user.\nProtectHome=read-only";
+        let needed =
+            "# The target is in a home directory or below /run/user.\nProtectHome=read-only";
         text = text.replace("ProtectHome=yes", needed);
     }
     if is_below(&TEMPORARY) {
-        text = text.replace("PrivateTmp=yes", "# The target is there.\nPrivateTmp=no");
+        text = text.replace(
+            "PrivateTmp=yes",
+            "# The target is in the /tmp or /var/tmp of the system.\nPrivateTmp=no",
+        );
     }
     text
 }
@@ -350,17 +358,17 @@ fn network(targets: &[Target], has_group: bool) -> String {
     }
     let mut text = String::new();
     if is_file && !has_group {
-        text += "# If only a group may use the target's socket: SupplementaryGroups= that group.\n";
+        text += "# If only a group may connect to the target's socket, name it here.\n#SupplementaryGroups=\n";
     }
     if is_private {
-        text += "# The target is a file: no network is needed. For another one these three lines have to go.\n\
+        text += "# A Unix socket needs no network. For a target of another kind remove these three lines.\n\
                  PrivateNetwork=yes\n";
     }
     if anywhere {
-        text += "# Wherever the name leads. IPAddressDeny=any and IPAddressAllow= can say where that is.\n";
+        text += "# The target's name may resolve to any address. IPAddressDeny=any with IPAddressAllow= restricts that.\n";
     } else {
         if !allowed.is_empty() {
-            text += "# Where the target is. Clients are not meant: their sockets are systemd's.\n";
+            text += "# Only the target's address. Clients are not affected: their sockets belong to systemd.\n";
         }
         text += "IPAddressDeny=any\n";
         if !allowed.is_empty() {
@@ -373,11 +381,11 @@ fn network(targets: &[Target], has_group: bool) -> String {
 
 fn drop_in(service: &str) -> String {
     format!(
-        "# {service} runs while its proxy does, which wants it.\n\
+        "# {service} stops when its proxy, which wants it, has stopped.\n\
          [Unit]\n\
          StopWhenUnneeded=yes\n\
-         # An attempt a second for as long as the proxy holds clients; then it has failed. This takes the\n\
-         # place of what the service itself says of restarts.\n\
+         # Try once a second for as long as the proxy holds clients, and then fail. This overrides the\n\
+         # restart settings of the service itself.\n\
          StartLimitIntervalSec=2min\n\
          StartLimitBurst=90\n\
          \n\

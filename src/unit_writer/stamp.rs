@@ -13,11 +13,11 @@ const CHECKSUM: &str = "# Checksum: ";
 pub fn mark(unit: &str, command_line: &str, text: &str) -> String {
     let rest = format!(
         "#   {command_line}\n\
-         # Own settings go into a drop-in, systemctl edit {unit}: this file is only written again as\n\
-         # long as nobody has changed it.\n\
+         # Put your own settings into a drop-in (systemctl edit {unit}): once this file is edited,\n\
+         # socket-proxyd-units no longer updates it.\n\
          {text}"
     );
-    let first = format!("{MARK}, as asked for by\n");
+    let first = format!("{MARK}, with this command:\n");
     let checksum = checksum(&format!("{first}{rest}"));
     format!("{first}{CHECKSUM}{checksum:016x}\n{rest}")
 }
