@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};
 
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
-use clap::{ArgAction, CommandFactory, Parser, ValueHint};
+use clap::{CommandFactory, Parser, ValueHint};
 
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
-use crate::config::parser::{Parsed, expand, parse, split_command};
+use crate::config::parser::{InfoOptions, Parsed, expand, parse, split_command};
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{self, HandoverMode, Overflow, ReadyMode};
 use crate::logging::LogLevel;
@@ -133,12 +133,8 @@ pub struct Arguments {
     #[arg(long, value_name = "LEVEL", hide_possible_values = true, value_parser = values::LogLevelParser, help_heading = "Other",
         allow_hyphen_values = true)]
     pub log_level: Option<LogLevel>,
-    /// Show this help
-    #[arg(long, short, action = ArgAction::HelpShort, help_heading = "Other")]
-    help: Option<bool>,
-    /// Show the version
-    #[arg(long, action = ArgAction::Version, help_heading = "Other")]
-    version: Option<bool>,
+    #[command(flatten, next_help_heading = "Other")]
+    info: InfoOptions,
 
     /// COMMAND and its arguments, if there is a `--` for them.
     #[arg(skip)]

@@ -3,8 +3,8 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{ArgAction, Args, Parser};
 
 /// What a command line asks for.
 #[derive(Debug)]
@@ -13,6 +13,17 @@ pub enum Parsed<T> {
     Arguments(T),
     /// To print this text: help or the version.
     Print(String),
+}
+
+/// The options that print something instead of running the program.
+#[derive(Debug, Args)]
+pub struct InfoOptions {
+    /// Show this help
+    #[arg(long, short, action = ArgAction::HelpShort)]
+    help: Option<bool>,
+    /// Show the version
+    #[arg(long, action = ArgAction::Version)]
+    version: Option<bool>,
 }
 
 /// Reads a command line, the program's name first.

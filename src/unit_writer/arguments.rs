@@ -4,10 +4,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Parser, ValueHint};
+use clap::{Parser, ValueHint};
 
 use crate::config::listen_address::ListenAddress;
-use crate::config::parser::{Parsed, join_path, parse, split_command};
+use crate::config::parser::{InfoOptions, Parsed, join_path, parse, split_command};
 use crate::unit_writer::values::{
     UNIT_DIRECTORIES, account, idle, listen, metrics, service, target,
 };
@@ -72,12 +72,8 @@ pub struct Arguments {
     /// Replace files that this program has not written, too
     #[arg(long, requires = "write", help_heading = "Output")]
     pub force: bool,
-    /// Show this help
-    #[arg(long, short, action = ArgAction::HelpShort, help_heading = "Output")]
-    help: Option<bool>,
-    /// Show the version
-    #[arg(long, action = ArgAction::Version, help_heading = "Output")]
-    version: Option<bool>,
+    #[command(flatten, next_help_heading = "Output")]
+    info: InfoOptions,
 
     /// COMMAND and its arguments, if there is a `--` for them.
     #[arg(skip)]
