@@ -1,92 +1,78 @@
-//! Words as they stand in a unit file (systemd.unit(5), systemd.service(5)), in its name, and in a shell.
+//! Escaping for `ExecStart=`, for other settings, for the name of a unit and for a shell.
 
-use std::fmt::Write;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 
-/// A word of `ExecStart=`: nothing in it is a quote, a variable, a specifier or a separator.
-pub fn exec_word(word: &[u8]) -> String {
-    let is_plain =
-        |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:=@,+[]%$~^!?&|<>(){}*".contains(byte);
-    let is_quoted = word.is_empty() || !word.iter().all(is_plain);
+/// Escapes a word of `ExecStart=`: systemd.service(5) finds no quote, variable, specifier or separator in
+/// it.
+pub fn exec_word(word: impl AsRef<OsStr>) -> String {
+    const PLAIN: &[u8] = b"-_./:=@,+[]%$~^!?&|<>(){}*";
+    let word = word.as_ref().as_bytes();
     let mut text = String::new();
     for chunk in word.utf8_chunks() {
         for c in chunk.valid().chars() {
             match c {
-                '%' => text.push_str("%%"),
-                '$' => text.push_str("$$"),
+                '%' | '$' => text.extend([c, c]),
                 '\\' | '"' => text.extend(['\\', c]),
-                c if c.is_ascii_control() => hex(&mut text, c as u8),
-                c => text.push(c),
+                _ if c.is_ascii_control() => text += &hex(c as u8),
+                _ => text.push(c),
             }
         }
-        chunk.invalid().iter().for_each(|byte| hex(&mut text, *byte));
+        text.extend(chunk.invalid().iter().map(|byte| hex(*byte)));
     }
-    if is_quoted { format!("\"{text}\"") } else { text }
+    let is_plain = word.iter().all(|byte| byte.is_ascii_alphanumeric() || PLAIN.contains(byte));
+    if is_plain && !word.is_empty() { text } else { format!("\"{text}\"") }
 }
 
-/// Whether this can be the whole value of a setting that knows no quotes.
+/// Checks that text can be the whole value of a setting that knows no quotes.
 ///
 /// # Errors
-/// What can't be written there, in words.
+/// What cannot be written there, in words.
 pub fn check_value(text: &str) -> Result<(), String> {
     if text.chars().any(char::is_control) {
-        return Err("it has a control character, which no unit can say".into());
+        return Err("control characters are not allowed".into());
     }
     if text.trim() != text || text.ends_with('\\') {
-        return Err("it begins or ends with what a unit drops there".into());
+        return Err("white space around it and a backslash at its end are not allowed".into());
     }
     Ok(())
 }
 
-/// Such a value, in which nothing is a specifier.
+/// Escapes the value of a setting that knows no quotes: nothing in it is a specifier.
 pub fn value(text: &str) -> String {
     text.replace('%', "%%")
 }
 
-/// The name of a unit without its suffix, as systemctl(1) makes it of whatever it is given: `/` becomes
-/// `-`, and what can't be in a name `\xNN`. An `@` can be in one, and would make it a template's.
+/// Escapes the name of a unit without its suffix as systemctl(1) does: `/` becomes `-`, and what a name
+/// cannot contain `\xNN`. An `@`, which would make the unit a template, is escaped as well.
+///
+/// (systemd-escape(1), which crates imitate, escapes `-` too.)
 pub fn unit_name(name: &str) -> String {
-    let mut escaped = String::new();
-    for (index, byte) in name.bytes().enumerate() {
-        match byte {
-            b'/' => escaped.push('-'),
-            b'.' if index == 0 => hex(&mut escaped, byte),
-            b'-' | b'_' | b'.' | b':' | b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' => {
-                escaped.push(byte.into());
-            }
-            byte => hex(&mut escaped, byte),
-        }
-    }
-    escaped
+    let escape = |(index, byte): (usize, u8)| match byte {
+        b'/' => "-".into(),
+        b'.' if index == 0 => hex(byte),
+        _ if byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte) => char::from(byte).into(),
+        _ => hex(byte),
+    };
+    name.bytes().enumerate().map(escape).collect()
 }
 
-/// A word for a shell to read, on one line.
-pub fn shell_word(word: &[u8]) -> String {
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_./:=@,+%".contains(byte);
-    if !word.is_empty() && word.iter().all(is_plain) {
-        return String::from_utf8_lossy(word).into();
-    }
+/// Quotes a word for a shell, on one line.
+pub fn shell_word(word: impl AsRef<OsStr>) -> String {
+    const PLAIN: &[u8] = b"-_./:=@,+%";
+    let word = word.as_ref().as_bytes();
+    let is_plain = word.iter().all(|byte| byte.is_ascii_alphanumeric() || PLAIN.contains(byte));
     match std::str::from_utf8(word) {
+        Ok(text) if is_plain && !text.is_empty() => text.into(),
         Ok(text) if !text.chars().any(char::is_control) => {
             format!("'{}'", text.replace('\'', r"'\''"))
         }
-        _ => {
-            let mut text = "$'".to_string();
-            for byte in word {
-                match byte {
-                    b'\'' | b'\\' => text.extend(['\\', char::from(*byte)]),
-                    b' '..=b'~' => text.push(char::from(*byte)),
-                    byte => hex(&mut text, *byte),
-                }
-            }
-            text.push('\'');
-            text
-        }
+        _ => format!("$'{}'", word.escape_ascii()),
     }
 }
 
-fn hex(text: &mut String, byte: u8) {
-    // A String takes whatever is written.
-    let _ = write!(text, "\\x{byte:02x}");
+fn hex(byte: u8) -> String {
+    format!("\\x{byte:02x}")
 }
 
 #[cfg(test)]
@@ -94,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_of_a_command() {
+    fn words_of_exec_start() {
         for (word, written) in [
             ("plain-word_1.2/3:4=5", "plain-word_1.2/3:4=5"),
             ("", r#""""#),
@@ -109,9 +95,9 @@ mod tests {
             ("a\nb\tc", r#""a\x0ab\x09c""#),
             ("\u{e4}", "\"\u{e4}\""),
         ] {
-            assert_eq!(exec_word(word.as_bytes()), written, "{word:?}");
+            assert_eq!(exec_word(word), written, "{word:?}");
         }
-        assert_eq!(exec_word(b"\xff"), r#""\xff""#);
+        assert_eq!(exec_word(OsStr::from_bytes(b"\xff")), r#""\xff""#);
     }
 
     #[test]
@@ -124,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn names() {
+    fn names_of_units() {
         for (name, escaped) in [
             ("app", "app"),
             ("my-app_1.2", "my-app_1.2"),
@@ -146,9 +132,9 @@ mod tests {
             (b"plain", "plain"),
             (b"", "''"),
             (b"it's", r"'it'\''s'"),
-            (b"a\nb'\xff", r"$'a\x0ab\'\xff'"),
+            (b"a\nb'\xff", r"$'a\nb\'\xff'"),
         ] {
-            assert_eq!(shell_word(word), written);
+            assert_eq!(shell_word(OsStr::from_bytes(word)), written);
         }
     }
 }

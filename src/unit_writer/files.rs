@@ -188,13 +188,13 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::unit_writer::stamp::mark;
+    use crate::unit_writer::stamp::stamp;
 
     #[test]
     fn what_somebody_else_has_written_stays() {
         let directory = tempfile::tempdir().unwrap();
         let file =
-            |name: &str, text: &str| UnitFile { path: name.into(), text: mark("a", "b", text) };
+            |name: &str, text: &str| UnitFile { path: name.into(), text: stamp("a", "b", text) };
         let files = [file("a.socket", "1"), file("b.service.d/c.conf", "2")];
         let write = |files: &[UnitFile], force| write(files, directory.path(), force);
         assert_eq!(write(&files, false), Ok(vec![Existing::Missing; 2]));
@@ -244,7 +244,7 @@ mod tests {
         assert!(look(usr).unwrap_err().contains("run/a.socket is a mask"));
         assert_eq!(look(root.path()), Ok(()), "no directory of systemd's");
         fs::remove_file(run.join(name)).unwrap();
-        fs::write(run.join(name), mark("a", "b", "[Socket]\n")).unwrap();
+        fs::write(run.join(name), stamp("a", "b", "[Socket]\n")).unwrap();
         assert_eq!(look(etc), Ok(()), "it was written here");
         assert!(look(usr).unwrap_err().contains("run/a.socket is there, and goes before"));
         fs::write(run.join(name), "[Socket]\n").unwrap();
@@ -254,7 +254,7 @@ mod tests {
     #[test]
     fn a_drop_in_that_is_not_needed_any_more_goes() {
         let directory = tempfile::tempdir().unwrap();
-        let file = |name: &str| UnitFile { path: name.into(), text: mark("a", "b", "[Unit]\n") };
+        let file = |name: &str| UnitFile { path: name.into(), text: stamp("a", "b", "[Unit]\n") };
         let [old, new] = ["old.service.d/a.conf", "new.service.d/a.conf"].map(file);
         let (old, new) = ([old], [new]);
         write(&old, directory.path(), false).unwrap();
@@ -272,9 +272,9 @@ mod tests {
         assert!(!directory.path().join("old.service.d").exists());
         assert!(directory.path().join("theirs.service.d/a.conf").exists());
         assert_eq!(clear(), Leftovers::default());
-        let changed = mark("a", "b", "[Unit]\n") + "# changed\n";
+        let changed = stamp("a", "b", "[Unit]\n") + "# changed\n";
         fs::write(path("theirs.service.d/a.conf"), changed).unwrap();
-        fs::write(path("a-metrics.socket"), mark("a", "b", "[Socket]\n")).unwrap();
+        fs::write(path("a-metrics.socket"), stamp("a", "b", "[Socket]\n")).unwrap();
         let changed = vec![path("theirs.service.d/a.conf")];
         let metrics = Some(path("a-metrics.socket"));
         assert_eq!(clear(), Leftovers { removed: vec![], changed, metrics });

@@ -20,14 +20,13 @@ mod values;
 use std::env;
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use arguments::Arguments;
 use escape::shell_word;
 use files::Existing;
 use plan::{OnFirstClient, Plan};
-use render::{UnitFile, metrics_unit, own_directory, quoted};
+use render::{UnitFile, metrics_unit, own_directory};
 use values::{HOMES, TEMPORARY, UNIT_DIRECTORIES};
 
 use crate::config::command::CommandLine;
@@ -119,7 +118,7 @@ fn lost_its_proxy(drop_in: &Path) -> String {
     let directory = drop_in.parent().and_then(Path::file_name).unwrap_or_default();
     let directory = directory.to_string_lossy();
     let service = directory.strip_suffix(".d").unwrap_or(&directory);
-    let word = quoted(service);
+    let word = shell_word(service);
     format!(
         "{service} has lost its proxy: if it runs, it runs on, and no client starts it any more. (systemctl \
          stop {word}, or systemctl enable --now {word})\n"
@@ -135,30 +134,30 @@ fn next(
     left_metrics: Option<&Path>,
 ) -> String {
     let unit = &units.unit;
-    let service = quoted(&format!("{unit}.service"));
-    let mut sockets = quoted(&format!("{unit}.socket"));
+    let service = shell_word(format!("{unit}.service"));
+    let mut sockets = shell_word(format!("{unit}.socket"));
     if units.metrics.is_some() {
-        sockets += &format!(" {}", quoted(&format!("{}.socket", metrics_unit(unit))));
+        sockets += &format!(" {}", shell_word(format!("{}.socket", metrics_unit(unit))));
     }
     let mut commands = Vec::new();
     let is_systemds = UNIT_DIRECTORIES.iter().any(|it| directory == Path::new(it));
     if !is_systemds {
         let mut paths: Vec<_> = files.iter().filter_map(|file| file.path.iter().next()).collect();
         paths.dedup();
-        let paths = paths.iter().map(|it| shell_word(directory.join(it).as_os_str().as_bytes()));
+        let paths = paths.iter().map(|it| shell_word(directory.join(it)));
         let paths = paths.collect::<Vec<_>>().join(" ");
         commands.push(format!("cp -r {paths} {}", UNIT_DIRECTORIES[0]));
     }
     if let Some(path) = left_metrics {
         // Enabled and without --metrics=, it would be one more way in.
         if is_systemds {
-            let metrics = quoted(&format!("{}.socket", metrics_unit(unit)));
+            let metrics = shell_word(format!("{}.socket", metrics_unit(unit)));
             commands.push(format!("systemctl disable --now {metrics}"));
         }
-        commands.push(format!("rm {}", shell_word(path.as_os_str().as_bytes())));
+        commands.push(format!("rm {}", shell_word(path)));
     }
     if let OnFirstClient::Service(started) = &units.starts {
-        commands.push(format!("systemctl disable --now {}", quoted(started)));
+        commands.push(format!("systemctl disable --now {}", shell_word(started)));
     }
     let runtime = if directory == Path::new(UNIT_DIRECTORIES[1]) { "--runtime " } else { "" };
     if before.contains(&Existing::Different) || left_metrics.is_some() {

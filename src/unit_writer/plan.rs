@@ -158,7 +158,7 @@ impl Plan {
         let mut line = PROGRAM.to_string();
         for word in words {
             line.push(' ');
-            line.push_str(&shell_word(word.as_bytes()));
+            line.push_str(&shell_word(word));
         }
         line
     }

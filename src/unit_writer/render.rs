@@ -1,13 +1,12 @@
 //! The units themselves: each setting for a reason, and beside it what a user may have to change.
 
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::config::target::Target;
 use crate::socket::address::{Address, UnixName};
 use crate::unit_writer::escape::{check_value, exec_word, shell_word, value};
 use crate::unit_writer::plan::{OnFirstClient, Plan};
-use crate::unit_writer::stamp::mark;
+use crate::unit_writer::stamp::stamp;
 use crate::unit_writer::values::{HOMES, TEMPORARY};
 
 /// How long clients are held: while a backend is restarted, and while a service starts.
@@ -81,7 +80,7 @@ pub fn files(units: &Plan, program: &Path) -> Result<Vec<UnitFile>, String> {
     let Plan { unit, listen, metrics, .. } = units;
     let command_line = units.command_line();
     let file = |name: String, text: String| UnitFile {
-        text: mark(&quoted(&name), &command_line, &text),
+        text: stamp(&shell_word(&name), &command_line, &text),
         path: name.into(),
     };
     let mut files = vec![file(format!("{unit}.socket"), socket(unit, listen, title, None))];
@@ -93,7 +92,7 @@ pub fn files(units: &Plan, program: &Path) -> Result<Vec<UnitFile>, String> {
     if let OnFirstClient::Service(service) = &units.starts {
         files.push(UnitFile {
             path: format!("{service}.d/{unit}.conf").into(),
-            text: mark(&quoted(service), &command_line, &drop_in(service)),
+            text: stamp(&shell_word(service), &command_line, &drop_in(service)),
         });
     }
     Ok(files)
@@ -137,7 +136,7 @@ fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>)
          \n\
          [Install]\n\
          WantedBy=sockets.target\n",
-        quoted(&format!("{unit}.socket")),
+        shell_word(format!("{unit}.socket")),
     )
 }
 
@@ -153,7 +152,7 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
             "# The first client starts this service and {service}.\n\
              # {service} {stops}.\n\
              # Nothing else should start {service}: systemctl disable --now {}\n",
-            quoted(service)
+            shell_word(service)
         ),
         OnFirstClient::Command(_) => format!(
             "# The first client starts this service and the program after --.\n\
@@ -239,19 +238,19 @@ fn exec_start(units: &Plan, program: &Path) -> String {
     let metrics = units.metrics.as_ref().map(|_| "--metrics=fd:metrics".to_string());
     let wait = wait.map(|wait| format!("--backend-wait={wait}"));
     let options = wait.into_iter().chain(idle).chain(metrics);
-    let mut line = format!("ExecStart={}", exec_word(program.as_os_str().as_bytes()));
+    let mut line = format!("ExecStart={}", exec_word(program));
     for option in options {
-        line += &format!(" {}", exec_word(option.as_bytes()));
+        line += &format!(" {}", exec_word(option));
     }
     let several = units.target_words.len() > 1;
     for word in &units.target_words {
         line += if several { " \\\n    " } else { " " };
-        line += &exec_word(word.as_bytes());
+        line += &exec_word(word);
     }
     if let OnFirstClient::Command(words) = &units.starts {
         line += " -- \\\n   ";
         for word in words {
-            line += &format!(" {}", exec_word(word.as_bytes()));
+            line += &format!(" {}", exec_word(word));
         }
     }
     line + "\n"
@@ -393,9 +392,4 @@ fn drop_in(service: &str) -> String {
          Restart=on-failure\n\
          RestartSec=1s\n"
     )
-}
-
-/// A unit's name for a shell.
-pub fn quoted(unit: &str) -> String {
-    shell_word(unit.as_bytes())
 }

@@ -1,73 +1,72 @@
-//! How a file that was written here is known again, and whether somebody has changed it since.
+//! The stamp at the head of each generated file. It later tells whether the file was generated, and
+//! whether it has been edited since.
 
 use std::hash::Hasher;
 
 use fnv::FnvHasher;
 
-/// What every file begins with that was written here.
-const MARK: &str = "# Written by socket-proxyd-units";
-
-const CHECKSUM: &str = "# Checksum: ";
-
-/// Puts the mark in front of a unit: by what it was asked for, and where own settings belong.
-pub fn mark(unit: &str, command_line: &str, text: &str) -> String {
+/// Puts the stamp in front of a file's text: the command that asked for the file, and where settings of
+/// the administrator's own belong; `unit` is the unit that they are for.
+pub fn stamp(unit: &str, command_line: &str, text: &str) -> String {
+    let first = format!("{MARK}, with this command:\n");
     let rest = format!(
         "#   {command_line}\n\
          # Put your own settings into a drop-in (systemctl edit {unit}): once this file is edited,\n\
          # socket-proxyd-units no longer updates it.\n\
          {text}"
     );
-    let first = format!("{MARK}, with this command:\n");
-    let checksum = checksum(&format!("{first}{rest}"));
-    format!("{first}{CHECKSUM}{checksum:016x}\n{rest}")
+    let checksum = checksum_line(&[&*first, &*rest].concat());
+    [first, checksum, rest].concat()
 }
 
-/// What is known of a file.
+/// Where a file comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// It was written here, and is as it was.
+    /// Written by this program, and unchanged since.
     Generated,
-    /// It was written here, and somebody has changed it.
+    /// Written by this program, and edited since.
     Modified,
-    /// Somebody else's.
+    /// Not written by this program.
     Foreign,
 }
 
 impl Origin {
-    /// Looks at a file's text.
     pub fn of(text: &str) -> Self {
-        if !text.starts_with(MARK) {
-            return Self::Foreign;
-        }
-        let is_checksum = |line: &&str| line.starts_with(CHECKSUM);
-        let found = text.lines().find(is_checksum).and_then(|line| line.strip_prefix(CHECKSUM));
-        let rest: String = text.split_inclusive('\n').filter(|line| !is_checksum(line)).collect();
-        match found.and_then(|found| u64::from_str_radix(found, 16).ok()) {
-            Some(found) if found == checksum(&rest) => Self::Generated,
-            _ => Self::Modified,
+        let lines = text.split_inclusive('\n');
+        let (checksum, rest): (Vec<_>, Vec<_>) = lines.partition(|it| it.starts_with(CHECKSUM));
+        match text.starts_with(MARK) {
+            true if checksum.concat() == checksum_line(&rest.concat()) => Self::Generated,
+            true => Self::Modified,
+            false => Self::Foreign,
         }
     }
 }
 
-/// FNV-1a detects accidental changes, which is all that a stamp is for.
-fn checksum(text: &str) -> u64 {
+fn checksum_line(text: &str) -> String {
+    // FNV-1a detects accidental changes, which is all that a stamp is for.
     let mut hasher = FnvHasher::default();
     hasher.write(text.as_bytes());
-    hasher.finish()
+    format!("{CHECKSUM}{:016x}\n", hasher.finish())
 }
+
+/// What every generated file begins with.
+const MARK: &str = "# Written by socket-proxyd-units";
+
+const CHECKSUM: &str = "# Checksum: ";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_change_is_noticed() {
-        let text = mark("a.socket", "socket-proxyd-units a", "[Socket]\nListenStream=1\n");
+    fn edits_are_detected() {
+        let text = stamp("a.socket", "socket-proxyd-units a", "[Socket]\nListenStream=1\n");
         assert_eq!(Origin::of(&text), Origin::Generated);
         assert_eq!(Origin::of(&text.replace("=1", "=2")), Origin::Modified);
         assert_eq!(Origin::of(&format!("{text}#\n")), Origin::Modified);
         assert_eq!(Origin::of("[Socket]\n"), Origin::Foreign);
-        assert_eq!(checksum(""), 0xcbf2_9ce4_8422_2325);
-        assert_eq!(checksum("a"), 0xaf63_dc4c_8601_ec8c, "as its authors have it");
+        // FNV-1a's published values: a stamp stays valid in later versions.
+        assert_eq!(checksum_line(""), "# Checksum: cbf29ce484222325\n");
+        assert_eq!(checksum_line("a"), "# Checksum: af63dc4c8601ec8c\n");
     }
 }
