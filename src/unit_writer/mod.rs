@@ -1,10 +1,10 @@
-//! `socket-proxyd-units`: a proxy's units, from a line of options; socket-proxyd-units(8).
+//! `socket-proxyd-units`, socket-proxyd-units(8): writes the units of a proxy.
 //!
-//! Arguments are read and checked as the proxy reads its own, become text, and go to standard output or
-//! into files:
+//! The arguments are checked as the proxy checks its own, become text, and go to standard output or into
+//! files:
 //!
 //! ```text
-//! Arguments -> Plan -> UnitFile  -> Existing
+//! Arguments -> Plan -> UnitFile  -> Change
 //! arguments,   plan     render,      files
 //! values                stamp, escape
 //! ```
@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 use arguments::Arguments;
 use escape::shell_word;
-use files::Existing;
+use files::{Change, remove_leftovers};
 use plan::{OnFirstClient, Plan};
 use render::{UnitFile, metrics_unit, own_directory};
 use values::{HOMES, TEMPORARY, UNIT_DIRECTORIES};
@@ -33,142 +33,118 @@ use crate::config::command::CommandLine;
 use crate::config::parser::Parsed;
 use crate::logging::os_message;
 
-/// Where packages put the proxy.
-const PROGRAM: &str = "/usr/bin/socket-proxyd";
-
 /// Does what the arguments ask for, the program's name first.
 ///
 /// # Errors
-/// One line on what is wrong with them, or with the files.
+/// One line on what is wrong with the arguments or the files.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
-    match Arguments::read(args)? {
-        Parsed::Print(text) => print(&mut io::stdout(), &text),
-        Parsed::Arguments(mut arguments) => {
-            let (directory, force) = (arguments.write.take(), arguments.force);
-            let units = Plan::new(arguments)?;
-            let files = render::files(&units, &program())?;
-            match directory {
-                None => {
-                    for (index, file) in files.iter().enumerate() {
-                        let between = if index == 0 { "" } else { "\n" };
-                        let path = Path::new(UNIT_DIRECTORIES[0]).join(&file.path);
-                        let text = format!("{between}# {}\n{}", path.display(), file.text);
-                        print(&mut io::stdout(), &text)?;
-                    }
-                    print(&mut io::stderr(), "Next: the same with --write, as root.\n")?;
-                }
-                Some(directory) => {
-                    let before = files::write(&files, &directory, force)?;
-                    let mut text = String::new();
-                    for (file, before) in files.iter().zip(&before) {
-                        let what = match before {
-                            Existing::Missing => "Wrote",
-                            Existing::Different => "Replaced",
-                            Existing::Identical => "Already there:",
-                        };
-                        text += &format!("{what} {}\n", directory.join(&file.path).display());
-                    }
-                    let metrics = format!("{}.socket", metrics_unit(&units.unit));
-                    let left = files::clear(&files, &units.unit, &metrics, &directory)?;
-                    for path in &left.removed {
-                        text += &format!("Removed {}, of before\n", path.display());
-                    }
-                    for path in &left.changed {
-                        text += &format!("Left {}, which has been changed\n", path.display());
-                    }
-                    for path in left.removed.iter().chain(&left.changed) {
-                        text += &lost_its_proxy(path);
-                    }
-                    text += &next(&units, &files, &directory, &before, left.metrics.as_deref());
-                    print(&mut io::stdout(), &text)?;
-                }
-            }
-            note(&units)
-        }
-    }
+    let mut arguments = match Arguments::read(args)? {
+        Parsed::Arguments(arguments) => arguments,
+        Parsed::Print(text) => return print(&mut io::stdout(), &text),
+    };
+    let (directory, force) = (arguments.write.take(), arguments.force);
+    let plan = Plan::new(arguments)?;
+    let files = render::files(&plan, &program())?;
+    let (output, next) = match &directory {
+        Some(directory) => (write(&plan, &files, directory, force)?, ""),
+        None => (listing(&files), "Next: run the same command with --write, as root.\n"),
+    };
+    print(&mut io::stdout(), &output)?;
+    print(&mut io::stderr(), &(next.to_string() + &notes(&plan)))
 }
 
-/// Says what may be wrong, as far as this machine is the one that the units are for.
-fn note(units: &Plan) -> Result<(), String> {
-    let OnFirstClient::Command(words) = &units.starts else { return Ok(()) };
-    if let Some(directory) = own_directory(units).filter(|directory| directory.exists()) {
-        let note = format!(
-            "Note: {} is there, and becomes the unit's, which removes it when it stops.\n",
-            directory.display()
-        );
-        print(&mut io::stderr(), &note)?;
-    }
-    match CommandLine::find(words.clone()) {
-        Ok(_) => Ok(()),
-        Err(error) => print(&mut io::stderr(), &format!("Note: {error}\n")),
-    }
+fn listing(files: &[UnitFile]) -> String {
+    let directory = Path::new(UNIT_DIRECTORIES[0]);
+    let files = files.iter().map(|file| {
+        let path = directory.join(&file.path);
+        format!("# {}\n{}", path.display(), file.text)
+    });
+    files.collect::<Vec<_>>().join("\n")
 }
 
-/// The proxy beside this program, if there is one, and a hardened unit can see it.
-fn program() -> PathBuf {
-    let is_hidden =
-        |path: &Path| HOMES.iter().chain(&TEMPORARY).any(|directory| path.starts_with(directory));
-    let beside = || Some(env::current_exe().ok()?.parent()?.join("socket-proxyd"));
-    let found = beside().filter(|path| path.exists() && !is_hidden(path));
-    found.unwrap_or_else(|| PROGRAM.into())
+/// Writes the units, and returns a report of that.
+fn write(plan: &Plan, files: &[UnitFile], directory: &Path, force: bool) -> Result<String, String> {
+    let metrics_socket = format!("{}.socket", metrics_unit(&plan.unit));
+    let mut changes = files::write(files, directory, force)?;
+    changes.extend(remove_leftovers(files, &plan.unit, &metrics_socket, directory)?);
+    let report = changes.iter().map(|(change, path)| format!("{change:?} {}\n", path.display()));
+    let dropped = changes.iter().filter(|(it, _)| matches!(it, Change::Removed | Change::Kept));
+    let lost = dropped.map(|(_, path)| lost_its_proxy(path));
+    let next = next_commands(plan, files, directory, &changes).join(" && ");
+    Ok(report.chain(lost).chain([format!("Next: {next}\n")]).collect())
 }
 
-/// What becomes of the service whose drop-in this was.
+/// Returns what becomes of the service that a drop-in was for.
 fn lost_its_proxy(drop_in: &Path) -> String {
-    let directory = drop_in.parent().and_then(Path::file_name).unwrap_or_default();
-    let directory = directory.to_string_lossy();
-    let service = directory.strip_suffix(".d").unwrap_or(&directory);
-    let word = shell_word(service);
+    let service = drop_in.parent().and_then(Path::file_stem).unwrap_or_default().to_string_lossy();
+    let word = shell_word(&*service);
     format!(
-        "{service} has lost its proxy: if it runs, it runs on, and no client starts it any more. (systemctl \
-         stop {word}, or systemctl enable --now {word})\n"
+        "{service} has no proxy any more: clients do not start it, and it does not stop by itself. \
+         (systemctl stop {word}, or systemctl enable --now {word})\n"
     )
 }
 
-/// What to type now.
-fn next(
-    units: &Plan,
+/// Returns the commands that put the written units into effect.
+fn next_commands(
+    plan: &Plan,
     files: &[UnitFile],
     directory: &Path,
-    before: &[Existing],
-    left_metrics: Option<&Path>,
-) -> String {
-    let unit = &units.unit;
-    let service = shell_word(format!("{unit}.service"));
-    let mut sockets = shell_word(format!("{unit}.socket"));
-    if units.metrics.is_some() {
-        sockets += &format!(" {}", shell_word(format!("{}.socket", metrics_unit(unit))));
-    }
+    changes: &[(Change, PathBuf)],
+) -> Vec<String> {
     let mut commands = Vec::new();
-    let is_systemds = UNIT_DIRECTORIES.iter().any(|it| directory == Path::new(it));
-    if !is_systemds {
-        let mut paths: Vec<_> = files.iter().filter_map(|file| file.path.iter().next()).collect();
-        paths.dedup();
-        let paths = paths.iter().map(|it| shell_word(directory.join(it)));
-        let paths = paths.collect::<Vec<_>>().join(" ");
-        commands.push(format!("cp -r {paths} {}", UNIT_DIRECTORIES[0]));
+    let metrics = shell_word(format!("{}.socket", metrics_unit(&plan.unit)));
+    let is_searched = UNIT_DIRECTORIES.iter().any(|it| directory == Path::new(it));
+    if !is_searched {
+        let names = files.iter().filter_map(|file| file.path.iter().next());
+        let paths: Vec<_> = names.map(|name| shell_word(directory.join(name))).collect();
+        commands.push(format!("cp -r {} {}", paths.join(" "), UNIT_DIRECTORIES[0]));
     }
-    if let Some(path) = left_metrics {
-        // Enabled and without --metrics=, it would be one more way in.
-        if is_systemds {
-            let metrics = shell_word(format!("{}.socket", metrics_unit(unit)));
+    let obsolete = changes.iter().find(|(change, _)| *change == Change::Obsolete);
+    if let Some((_, path)) = obsolete {
+        if is_searched {
             commands.push(format!("systemctl disable --now {metrics}"));
         }
         commands.push(format!("rm {}", shell_word(path)));
     }
-    if let OnFirstClient::Service(started) = &units.starts {
-        commands.push(format!("systemctl disable --now {}", shell_word(started)));
+    if let OnFirstClient::Service(service) = &plan.starts {
+        commands.push(format!("systemctl disable --now {}", shell_word(service)));
+    }
+    let mut sockets = shell_word(format!("{}.socket", plan.unit));
+    if plan.metrics.is_some() {
+        sockets += &format!(" {metrics}");
     }
     let runtime = if directory == Path::new(UNIT_DIRECTORIES[1]) { "--runtime " } else { "" };
-    if before.contains(&Existing::Different) || left_metrics.is_some() {
-        commands.push("systemctl daemon-reload".into());
-        commands.push(format!("systemctl enable {runtime}{sockets}"));
-        commands.push(format!("systemctl stop {service}"));
-        commands.push(format!("systemctl restart {sockets}"));
+    if obsolete.is_some() || changes.iter().any(|(change, _)| *change == Change::Replaced) {
+        commands.extend([
+            "systemctl daemon-reload".into(),
+            format!("systemctl enable {runtime}{sockets}"),
+            format!("systemctl stop {}", shell_word(format!("{}.service", plan.unit))),
+            format!("systemctl restart {sockets}"),
+        ]);
     } else {
         commands.push(format!("systemctl enable {runtime}--now {sockets}"));
     }
-    format!("Next: {}\n", commands.join(" && "))
+    commands
+}
+
+/// Returns what the units find on this machine, which may not be the one that they are for.
+fn notes(plan: &Plan) -> String {
+    let OnFirstClient::Command(words) = &plan.starts else { return String::new() };
+    let directory = own_directory(plan).filter(|directory| directory.exists());
+    let directory = directory.map(|directory| {
+        format!("the service will own {}, which exists, and remove it.", directory.display())
+    });
+    let missing = CommandLine::find(words.clone()).err();
+    directory.into_iter().chain(missing).map(|note| format!("Note: {note}\n")).collect()
+}
+
+/// Returns the proxy beside this program, if a hardened unit can see it.
+fn program() -> PathBuf {
+    let beside = || Some(env::current_exe().ok()?.parent()?.join("socket-proxyd"));
+    let is_hidden =
+        |path: &Path| HOMES.iter().chain(&TEMPORARY).any(|directory| path.starts_with(directory));
+    let found = beside().filter(|path| path.exists() && !is_hidden(path));
+    found.unwrap_or_else(|| "/usr/bin/socket-proxyd".into())
 }
 
 fn print(to: &mut impl Write, text: &str) -> Result<(), String> {

@@ -75,7 +75,7 @@ fn prints_units_without_write() {
     );
     assert!(text.contains("\n\n# /etc/systemd/system/it\\x27s-proxy.service\n"), "{text}");
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(stderr, "Next: the same with --write, as root.\n");
+    assert_eq!(stderr, "Next: run the same command with --write, as root.\n");
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     assert_eq!(printed(&arguments), (Some(0), wrote("Already there:"), String::new()));
     fs::write(directory.path().join("app-proxy.service"), "[Service]\n").unwrap();
     let theirs = format!(
-        "{path}/app-proxy.service is there, and not written by this program; nothing was written. \
+        "Failed to replace {path}/app-proxy.service: this program did not write it; nothing was written. \
          (--force replaces it.)\n"
     );
     assert_eq!(printed(&arguments), (Some(1), String::new(), theirs));
@@ -114,7 +114,7 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     let (_, stdout, _) = printed(&arguments);
     let left = format!("Removed {path}/app.service.d/app-proxy.conf, of before\n");
     assert!(stdout.contains(&left), "{stdout}");
-    let lost = "\napp.service has lost its proxy: if it runs, it runs on, and no client starts it any more. \
+    let lost = "\napp.service has no proxy any more: clients do not start it, and it does not stop by itself. \
                 (systemctl stop app.service, or systemctl enable --now app.service)\nNext: ";
     assert!(stdout.contains(lost), "{stdout}");
     printed(&with_service);
