@@ -1,5 +1,4 @@
-//! The command line of socket-proxyd-units: one description, from which `--help` and the completions
-//! come.
+//! The command line of socket-proxyd-units: one description for parsing, `--help` and the completions.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -7,15 +6,16 @@ use std::path::PathBuf;
 use clap::{Parser, ValueHint};
 
 use crate::config::listen_address::ListenAddress;
-use crate::config::parser::{InfoOptions, Parsed, join_path, parse, split_command};
+use crate::config::parser::{InfoOptions, Parsed, join_path, parse};
+use crate::unit_writer::escape::shell_word;
 use crate::unit_writer::values::{
-    UNIT_DIRECTORIES, account, idle, listen, metrics, service, target,
+    UNIT_DIRECTORIES, account, idle, listen, metrics, name, service, target,
 };
 
-/// The command line, option by option, in the order of `--help`.
+/// The options in the order of `--help`.
 #[derive(Debug, Parser)]
 #[command(
-    name = "socket-proxyd-units",
+    name = PROGRAM,
     version,
     about = "Write the units of a proxy: NAME-proxy.socket and NAME-proxy.service, hardened, with \
              comments.",
@@ -29,55 +29,47 @@ use crate::unit_writer::values::{
 )]
 pub struct Arguments {
     /// The name of the units, without -proxy
-    #[arg(value_name = "NAME", value_hint = ValueHint::Other)]
-    pub names: Vec<OsString>,
-    /// Started by the proxy for the first connection
-    #[arg(last = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
-    command_words: Vec<OsString>,
+    #[arg(value_name = "NAME", value_parser = name, value_hint = ValueHint::Other, required = true)]
+    pub names: Vec<String>,
+    /// A program that the proxy starts for the first connection
+    #[arg(last = true, value_hint = ValueHint::CommandWithArguments, conflicts_with = "service")]
+    pub command: Option<Vec<OsString>>,
 
     /// PORT, IP:PORT, /path, @abstract or vsock:CID:PORT; repeatable
     #[arg(long, value_name = "ADDRESS", value_parser = listen, help_heading = "The proxy",
-        value_hint = ValueHint::FilePath, allow_hyphen_values = true)]
-    pub listen: Vec<(ListenAddress, String)>,
+        value_hint = ValueHint::FilePath, required = true)]
+    pub listen: Vec<ListenAddress>,
     /// Where connections go; repeatable as SELECTOR=TARGET
-    #[arg(long = "target", value_name = "TARGET", value_parser = target,
-        help_heading = "The proxy", value_hint = ValueHint::FilePath, allow_hyphen_values = true)]
-    pub targets: Vec<OsString>,
+    #[arg(long = "target", value_name = "TARGET", value_parser = target, help_heading = "The proxy",
+        value_hint = ValueHint::FilePath, required = true)]
+    pub targets: Vec<String>,
     /// Start this service for the first connection
-    #[arg(long, value_name = "UNIT", value_parser = service, help_heading = "The proxy",
-        allow_hyphen_values = true)]
+    #[arg(long, value_name = "UNIT", value_parser = service, help_heading = "The proxy")]
     pub service: Option<String>,
-    /// Stop it, or COMMAND, after TIME without a connection [default: infinity]
-    #[arg(long, value_name = "TIME", value_parser = idle, help_heading = "The proxy",
-        allow_hyphen_values = true)]
+    /// Stop the service or COMMAND when idle for TIME [default: infinity]
+    #[arg(long, value_name = "TIME", value_parser = idle, help_heading = "The proxy")]
     pub idle: Option<String>,
-    /// Run the proxy, and COMMAND, as USER [default: a dynamic user]
-    #[arg(long, value_name = "USER", value_parser = account, help_heading = "The proxy",
-        value_hint = ValueHint::Username, allow_hyphen_values = true)]
+    /// Run the proxy and COMMAND as USER [default: a transient user]
+    #[arg(long, value_parser = account, help_heading = "The proxy", value_hint = ValueHint::Username)]
     pub user: Option<String>,
-    /// Add the proxy to GROUP, which may use the target's Unix socket
-    #[arg(long, value_name = "GROUP", value_parser = account, help_heading = "The proxy",
-        allow_hyphen_values = true)]
+    /// Add the proxy to GROUP, which may connect to the target's Unix socket
+    #[arg(long, value_parser = account, help_heading = "The proxy")]
     pub group: Option<String>,
-    /// Answer Prometheus there, from a socket unit of its own
+    /// Answer Prometheus at ADDRESS, from a socket unit of its own
     #[arg(long, value_name = "ADDRESS", value_parser = metrics, help_heading = "The proxy",
-        value_hint = ValueHint::FilePath, allow_hyphen_values = true)]
-    pub metrics: Option<(ListenAddress, String)>,
+        value_hint = ValueHint::FilePath, conflicts_with = "service")]
+    pub metrics: Option<ListenAddress>,
 
     /// Write to DIR instead of printing [default: /etc/systemd/system]
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true,
         default_missing_value = UNIT_DIRECTORIES[0], help_heading = "Output",
         value_hint = ValueHint::DirPath)]
     pub write: Option<PathBuf>,
-    /// Replace files that this program has not written, too
+    /// Replace files that were edited or that this program did not write
     #[arg(long, requires = "write", help_heading = "Output")]
     pub force: bool,
     #[command(flatten, next_help_heading = "Output")]
     info: InfoOptions,
-
-    /// COMMAND and its arguments, if there is a `--` for them.
-    #[arg(skip)]
-    pub command: Option<Vec<OsString>>,
 }
 
 impl Arguments {
@@ -89,28 +81,49 @@ impl Arguments {
         let mut args: Vec<_> = args.into_iter().collect();
         join_path(&mut args, "--write");
         let has_dashes = args.iter().any(|arg| arg == "--");
-        let mut arguments = match parse::<Self>(args)? {
-            Parsed::Arguments(arguments) => arguments,
-            Parsed::Print(text) => return Ok(Parsed::Print(text)),
-        };
-        if has_dashes && arguments.names.is_empty() {
-            return Err("There is no NAME before --. (See --help.)".into());
+        match parse(args)? {
+            Parsed::Arguments(Self { command: None, .. }) if has_dashes => {
+                Err("There is no COMMAND after --.".into())
+            }
+            parsed => Ok(parsed),
         }
-        (arguments.names, arguments.command) = split_command(
-            arguments.names,
-            std::mem::take(&mut arguments.command_words),
-            has_dashes,
-        );
-        Ok(Parsed::Arguments(arguments))
+    }
+
+    /// Returns the command line that asks for the same units, quoted for a shell.
+    pub fn command_line(&self) -> String {
+        let mut words = vec![OsString::from(PROGRAM)];
+        words.extend(self.listen.iter().map(|listen| format!("--listen={listen}").into()));
+        words.extend(self.targets.iter().map(|target| format!("--target={target}").into()));
+        words.extend(self.service.iter().map(|service| format!("--service={service}").into()));
+        words.extend(self.idle.iter().map(|idle| format!("--idle={idle}").into()));
+        words.extend(self.user.iter().map(|user| format!("--user={user}").into()));
+        words.extend(self.group.iter().map(|group| format!("--group={group}").into()));
+        words.extend(self.metrics.iter().map(|metrics| format!("--metrics={metrics}").into()));
+        words.extend(self.names.iter().map(OsString::from));
+        if let Some(command) = &self.command {
+            words.push("--".into());
+            words.extend_from_slice(command);
+        }
+        words.iter().map(shell_word).collect::<Vec<_>>().join(" ")
     }
 }
 
+const PROGRAM: &str = "socket-proxyd-units";
+
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use clap::CommandFactory;
 
     use super::*;
     use crate::config::arguments::tests::{check_completions, check_documents};
+
+    pub fn parse(line: &str) -> Result<Arguments, String> {
+        let args = std::iter::once(PROGRAM).chain(line.split(' '));
+        match Arguments::read(args.map(OsString::from))? {
+            Parsed::Arguments(arguments) => Ok(arguments),
+            Parsed::Print(text) => Err(text),
+        }
+    }
 
     #[test]
     fn completions_are_current() {
@@ -123,5 +136,42 @@ mod tests {
         let manual = include_str!("../../man/socket-proxyd-units.8");
         let lines = manual.lines().filter(|it| !it.starts_with("systemctl"));
         check_documents(Arguments::command(), &lines.collect::<Vec<_>>().join("\n"));
+    }
+
+    #[test]
+    fn addresses_are_normalised_for_systemd() {
+        for (given, written) in [
+            ("8080", "8080"),
+            ("08080", "8080"),
+            ("127.0.0.1:080", "127.0.0.1:80"),
+            ("::1:80", "[::1]:80"),
+            ("[::1]:0080", "[::1]:80"),
+            ("vsock:2:080", "vsock:2:80"),
+            ("/run/a.sock", "/run/a.sock"),
+            ("@a", "@a"),
+        ] {
+            let arguments = parse(&format!("--listen={given} --target=/a app")).unwrap();
+            assert_eq!(arguments.listen[0].to_string(), written, "{given}");
+        }
+        let arguments = parse("--listen=1 --metrics=::1:09464 --target=/a app").unwrap();
+        assert_eq!(arguments.metrics.unwrap().to_string(), "[::1]:9464");
+    }
+
+    #[test]
+    fn directory_is_the_value_of_write_or_the_next_word() {
+        let base = "--listen=1 --target=127.0.0.1:2";
+        for (words, expected) in [
+            ("--write app", "/etc/systemd/system"),
+            ("--write=/x app", "/x"),
+            ("--write /x app", "/x"),
+            ("--write ./x app", "./x"),
+            ("app --write", "/etc/systemd/system"),
+            ("app --write -- /bin/app", "/etc/systemd/system"),
+        ] {
+            let arguments = parse(&format!("{base} {words}")).unwrap();
+            assert_eq!(arguments.write, Some(PathBuf::from(expected)), "{words}");
+            let again = if words.ends_with("/bin/app") { " -- /bin/app" } else { "" };
+            assert_eq!(arguments.command_line(), format!("{PROGRAM} {base} app{again}"));
+        }
     }
 }

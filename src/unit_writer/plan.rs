@@ -1,217 +1,305 @@
-//! A proxy that is to have units, and what of it can't be had together.
+//! The arguments checked together: everything that can be wrong with the units is found here.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::OsString;
+use std::iter;
+use std::path::Path;
 
-use crate::config::listen_address::ListenAddress;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::socket::address::SocketLabel;
 use crate::unit_writer::arguments::Arguments;
-use crate::unit_writer::escape::{shell_word, unit_name};
-use crate::unit_writer::values::{PROGRAM, address, check_command, check_socket};
+use crate::unit_writer::escape::unit_name;
+use crate::unit_writer::values::{
+    TEMPORARY, address, check_command, check_socket, is_below, refuse_if, socket_path,
+};
 
-/// The longest name of a unit, systemd.unit(5), without what is added here.
-const NAME_MAX: usize = 255 - "-proxy.service.d".len();
-
-/// A proxy that is to have units, checked.
+/// Checked arguments, and what follows from them.
 #[derive(Debug)]
 pub struct Plan {
-    /// As it was given.
+    pub arguments: Arguments,
     pub name: String,
-    /// The name of its units, without suffixes.
+    /// The name of the proxy's units, without a suffix.
     pub unit: String,
-    /// `ListenStream=`, one each.
-    pub listen: Vec<String>,
-    /// The arguments behind the proxy's options.
-    pub target_words: Vec<OsString>,
-    /// The backends.
     pub targets: Vec<Target>,
-    /// What they start.
-    pub starts: OnFirstClient,
-    pub idle: Option<String>,
-    pub user: Option<String>,
-    pub group: Option<String>,
-    /// `ListenStream=` for scrapers.
-    pub metrics: Option<String>,
 }
 
 impl Plan {
-    /// Checks what only all of it together can tell.
+    /// Checks the arguments together.
     ///
     /// # Errors
     /// One line on what is wrong.
     pub fn new(arguments: Arguments) -> Result<Self, String> {
-        let name = match &arguments.names[..] {
-            [] => return Err("There is no NAME for the units. (See --help.)".into()),
-            [name] => name.to_str().ok_or("NAME has to be UTF-8.")?.to_string(),
-            [_, another, ..] => {
-                return Err(format!(
-                    "There is another word after NAME: {another:?}. (Put -- in front of a COMMAND, and \
-                     write a relative directory as --write=DIR.)"
-                ));
-            }
+        let [name] = &arguments.names[..] else {
+            return Err(MANY_NAMES.into());
         };
-        let unit = unit_name(&name);
-        if name.is_empty() || unit.len() > NAME_MAX {
-            return Err(format!("Invalid NAME {name:?}: it has to have 1 to {NAME_MAX} bytes."));
-        }
-        if let Some(suffix) = [".service", ".socket"].iter().find(|it| name.ends_with(**it)) {
-            return Err(format!("Invalid NAME {name:?}: write it without {suffix}."));
-        }
-        let unit = format!("{unit}-proxy");
-        if arguments.listen.is_empty() {
-            return Err("There is no --listen=, where clients come in; see --help.".into());
-        }
-        if arguments.targets.is_empty() {
-            return Err("There is no --target=, where connections go; see --help.".into());
-        }
-        let is_selected = |target: &OsString| target.as_bytes().contains(&b'=');
-        if arguments.targets.len() > 1 && !arguments.targets.iter().any(is_selected) {
-            return Err(
+        let is_bridge = arguments.service.is_none() && arguments.command.is_none();
+        let is_selected = |target: &String| target.contains('=');
+        let unit = format!("{}-proxy", unit_name(name));
+        refuse_if(&[
+            (
+                arguments.targets.len() > 1 && !arguments.targets.iter().any(is_selected),
                 "There are several --target= options; write SELECTOR=TARGET in each, as in \
-                        --target=:8080=127.0.0.1:3000."
-                    .into(),
-            );
+                 --target=:8080=127.0.0.1:3000.",
+            ),
+            (
+                arguments.service == Some(format!("{unit}.service")),
+                "--service= cannot be the proxy's own unit.",
+            ),
+            (
+                arguments.metrics.is_some() && arguments.idle.is_some() && is_bridge,
+                "--metrics= cannot be combined with the --idle= of a bridge: each scrape would start the \
+                 proxy again, and its counters with it.",
+            ),
+        ])?;
+        let words: Vec<_> = arguments.targets.iter().map(OsString::from).collect();
+        let targets = Targets::parse(&words)?;
+        check_addresses(&arguments, &targets, &unit)?;
+        if let Some(words) = &arguments.command {
+            let Targets::One(target) = &targets else {
+                return Err("A COMMAND serves one --target=, without a selector.".into());
+            };
+            check_command(words)?;
+            check_socket(target, name)?;
         }
-        let targets = Targets::parse(&arguments.targets)?;
-        check_assignment(&arguments, &targets, &unit)?;
-        let starts = match (arguments.service, arguments.command) {
-            (Some(_), Some(_)) => {
-                return Err(
-                    "--service= cannot be combined with COMMAND: one of them is what the proxy \
-                            starts."
-                        .into(),
-                );
-            }
-            (Some(service), None) if service == format!("{unit}.service") => {
-                return Err(format!("--service={service} is the proxy's own name."));
-            }
-            (Some(service), None) => OnFirstClient::Service(service),
-            (None, Some(words)) => {
-                let Targets::One(target) = &targets else {
-                    return Err("A COMMAND serves one --target=, without a selector.".into());
-                };
-                check_command(&words)?;
-                check_socket(target, &name)?;
-                OnFirstClient::Command(words)
-            }
-            (None, None) => OnFirstClient::Nothing,
-        };
-        if arguments.metrics.is_some()
-            && arguments.idle.is_some()
-            && matches!(starts, OnFirstClient::Nothing)
-        {
-            return Err("--idle= can't be had with the --metrics= of a bridge: whoever scrapes would start it \
-                        again, and its counters with it."
-                .into());
+        let targets: Vec<_> = targets.iter().cloned().collect();
+        let is_hidden = |path: &&Path| is_below(path, &TEMPORARY);
+        match targets.iter().filter_map(socket_path).find(is_hidden) {
+            Some(path) if arguments.user.is_none() && arguments.command.is_none() => Err(format!(
+                "Invalid --target={}: a dynamic user has a /tmp of its own; add --user=, or have the \
+                 backend listen elsewhere.",
+                path.display()
+            )),
+            _ => Ok(Self { name: name.clone(), unit, targets, arguments }),
         }
-        if arguments.metrics.is_some() && matches!(starts, OnFirstClient::Service(_)) {
-            return Err("--metrics= can't be had with --service=: whoever scrapes would start the service. \
-                        (Give the proxy its own --metrics= in ExecStart=, which answers while it runs.)"
-                .into());
-        }
-        Ok(Self {
-            name,
-            unit,
-            listen: arguments.listen.into_iter().map(|(_, text)| text).collect(),
-            targets: targets.iter().cloned().collect(),
-            target_words: arguments.targets,
-            starts,
-            idle: arguments.idle,
-            user: arguments.user,
-            group: arguments.group,
-            metrics: arguments.metrics.map(|(_, text)| text),
-        })
     }
 
-    /// The command line that asks for them, for a shell.
-    pub fn command_line(&self) -> String {
-        let mut words = Vec::new();
-        let mut option = |name: &str, value: &OsStr| {
-            let mut word = OsString::from(format!("--{name}="));
-            word.push(value);
-            words.push(word);
-        };
-        for listen in &self.listen {
-            option("listen", OsStr::new(listen));
-        }
-        self.target_words.iter().for_each(|target| option("target", target));
-        if let OnFirstClient::Service(service) = &self.starts {
-            option("service", OsStr::new(service));
-        }
-        for (name, value) in [
-            ("idle", &self.idle),
-            ("user", &self.user),
-            ("group", &self.group),
-            ("metrics", &self.metrics),
-        ] {
-            if let Some(value) = value {
-                option(name, OsStr::new(value));
-            }
-        }
-        words.push(OsString::from(&self.name));
-        if let OnFirstClient::Command(command) = &self.starts {
-            words.push("--".into());
-            words.extend(command.iter().cloned());
-        }
-        let mut line = PROGRAM.to_string();
-        for word in words {
-            line.push(' ');
-            line.push_str(&shell_word(word));
-        }
-        line
+    pub fn service(&self) -> String {
+        format!("{}.service", self.unit)
+    }
+
+    pub fn socket(&self) -> String {
+        format!("{}.socket", self.unit)
+    }
+
+    /// Returns the name of the socket unit for Prometheus, whether or not there is one.
+    pub fn metrics_socket(&self) -> String {
+        format!("{}-metrics.socket", unit_name(&self.name))
+    }
+
+    /// Returns the names of the socket units.
+    pub fn sockets(&self) -> Vec<String> {
+        let metrics = self.arguments.metrics.as_ref().map(|_| self.metrics_socket());
+        iter::once(self.socket()).chain(metrics).collect()
+    }
+
+    /// Returns the idle time, if it is finite.
+    pub fn idle(&self) -> Option<&str> {
+        self.arguments.idle.as_deref().filter(|idle| *idle != "infinity")
+    }
+
+    /// Returns the directory below /run in which COMMAND creates its socket, and which systemd creates and
+    /// removes with the unit.
+    pub fn runtime_directory(&self) -> Option<&Path> {
+        self.arguments.command.as_ref()?;
+        let directory = self.targets.iter().find_map(socket_path)?.parent()?;
+        directory.starts_with("/run").then_some(directory)
     }
 }
 
-/// What the first client starts.
-#[derive(Debug)]
-pub enum OnFirstClient {
-    /// Only the proxy.
-    Nothing,
-    /// A service that exists.
-    Service(String),
-    /// A program.
-    Command(Vec<OsString>),
-}
-
-/// That each socket has its backend: as the proxy does at its start, and in its words.
-fn check_assignment(arguments: &Arguments, targets: &Targets, unit: &str) -> Result<(), String> {
+/// Checks that each socket leads to one target, and that no target leads back to a socket.
+fn check_addresses(arguments: &Arguments, targets: &Targets, unit: &str) -> Result<(), String> {
+    let all: Vec<_> = arguments.listen.iter().chain(&arguments.metrics).collect();
+    if let Some(at) = (1..all.len()).find(|&at| all[..at].contains(&all[at])) {
+        return Err(format!("The address {} is given twice.", all[at]));
+    }
     let name = Some(format!("{unit}.socket"));
-    let identities: Vec<_> = arguments
-        .listen
-        .iter()
-        .map(|(listen, _)| SocketLabel { name: name.clone(), address: address(listen) })
-        .collect();
-    let scrapers = arguments.metrics.iter().map(|(listen, _)| listen);
-    let all: Vec<_> = arguments.listen.iter().map(|(listen, _)| listen).chain(scrapers).collect();
-    for (index, listen) in all.iter().enumerate() {
-        if all[..index].contains(listen) {
-            return Err(format!("The address {listen} is given twice."));
-        }
-    }
-    let backends = targets.assign(&identities.iter().collect::<Vec<_>>())?;
-    let leads_back = |option: &str, listen: &ListenAddress, backend: usize| {
-        let Some(Target::Address(target)) = targets.iter().nth(backend) else { return Ok(()) };
-        if address(listen).accepts(target) {
+    let label = |listen| SocketLabel { name: name.clone(), address: address(listen) };
+    let labels: Vec<_> = arguments.listen.iter().map(label).collect();
+    // The proxy checks this at its start, in the same words.
+    let assigned = targets.assign(&labels.iter().collect::<Vec<_>>())?;
+    let targets: Vec<_> = targets.iter().collect();
+    let clients = arguments.listen.iter().zip(assigned.iter().map(|&index| targets[index]));
+    let clients = clients.map(|(listen, target)| ("listen", listen, target));
+    let metrics = arguments.metrics.iter();
+    let scrapes = metrics.flat_map(|listen| targets.iter().map(move |it| ("metrics", listen, *it)));
+    for (option, listen, target) in clients.chain(scrapes) {
+        if matches!(target, Target::Address(target) if address(listen).accepts(target)) {
             return Err(format!(
-                "--{option}={listen} is what --target={target} leads to; let the backend listen on \
+                "--{option}={listen} is the address of --target={target}; let the backend listen on \
                  another address."
             ));
         }
-        Ok(())
-    };
-    for ((listen, _), backend) in arguments.listen.iter().zip(backends) {
-        leads_back("listen", listen, backend)?;
     }
-    if let Some((listen, _)) = &arguments.metrics {
-        let mut all = 0..targets.iter().count();
-        all.try_for_each(|backend| leads_back("metrics", listen, backend))?;
-        let at = address(listen);
-        let mut listeners = identities.iter().map(|identity| &identity.address);
-        if listeners.any(|it| it.accepts(&at) || at.accepts(it)) {
-            return Err(format!("--metrics={listen} is an address that clients know already."));
+    if let Some(metrics) = &arguments.metrics {
+        let (at, mut listeners) = (address(metrics), labels.iter().map(|label| &label.address));
+        if listeners.any(|listener| listener.accepts(&at) || at.accepts(listener)) {
+            return Err(format!("--metrics={metrics} is an address of --listen=."));
         }
     }
     Ok(())
+}
+
+const MANY_NAMES: &str = "There is more than one NAME. (Put -- in front of a COMMAND, and write a \
+                          relative directory as --write=DIR.)";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit_writer::arguments::tests::parse;
+
+    #[test]
+    fn rejects_what_cannot_work() {
+        let plan = |line: &str| Plan::new(parse(line)?);
+        let good = "--listen=8080 --target=127.0.0.1:3000 app";
+        assert!(plan(good).is_ok());
+        for (line, error) in [
+            (
+                "app",
+                "the following required arguments were not provided: --listen <ADDRESS> --target <TARGET>",
+            ),
+            (
+                "--listen=8080 app",
+                "the following required arguments were not provided: --target <TARGET>",
+            ),
+            (
+                "--listen=8080 --target=/a",
+                "the following required arguments were not provided: <NAME>...",
+            ),
+            (
+                "--listen=8080 --target=/a app other",
+                "There is more than one NAME. (Put -- in front of a COMMAND, and write a relative directory as --write=DIR.)",
+            ),
+            (
+                "--listen=localhost:80 --target=/a app",
+                "invalid value 'localhost:80' for '--listen <ADDRESS>': ListenStream= takes no names, write IP:PORT",
+            ),
+            (
+                "--listen=8080 --target=80 app",
+                "Invalid target \"80\": that is a port; of this machine it is 127.0.0.1:80.",
+            ),
+            (
+                "--listen=8080 --target=/a app.service",
+                "invalid value 'app.service' for '<NAME>...': write it without .service",
+            ),
+            (
+                "--listen=1 --target=/a --service=a.socket app",
+                "invalid value 'a.socket' for '--service <UNIT>': it has to be the name of a .service unit",
+            ),
+            (
+                "--listen=/ --target=/a app",
+                "invalid value '/' for '--listen <ADDRESS>': that is a directory",
+            ),
+            (
+                "--listen=1 --target=-x:80 app",
+                "invalid value '-x:80' for '--target <TARGET>': it begins with a dash, as an option does",
+            ),
+            (
+                "--listen=1 --target=/a --service=-x app",
+                "invalid value '-x' for '--service <UNIT>': it begins with a dash, as an option of systemctl(1) does",
+            ),
+            (
+                "--listen=1 --target=/a --service=a@ app",
+                "invalid value 'a@' for '--service <UNIT>': a template has no process; name an instance of it",
+            ),
+            (
+                "--listen=1 --target=/a --service=app-proxy app",
+                "--service= cannot be the proxy's own unit.",
+            ),
+            (
+                "--listen=1 --target=/a --service=a app -- /bin/b",
+                "the argument '--service <UNIT>' cannot be used with '[COMMAND]...'",
+            ),
+            (
+                "--listen=1 --target=/a app -- ./b",
+                "Invalid COMMAND \"./b\": the service starts in /, write an absolute path.",
+            ),
+            (
+                "--listen=1 --target=/a --idle=x app",
+                "invalid value 'x' for '--idle <TIME>': it is not a time span (30s, 5min 20s, infinity)",
+            ),
+            (
+                "--listen=1 --target=/a --user=-x app",
+                "invalid value '-x' for '--user <USER>': that is not the name of an account",
+            ),
+            (
+                "--listen=1 --target=/a --force app",
+                "the following required arguments were not provided: --write[=<DIR>]",
+            ),
+            (
+                "--listen=1 --target=/a --target=/b app",
+                "There are several --target= options; write SELECTOR=TARGET in each, as in --target=:8080=127.0.0.1:3000.",
+            ),
+            (
+                "--listen=1 --listen=2 --target=:1=/a app",
+                "No selector selects the socket app-proxy.socket ([::]:2). The sockets are: app-proxy.socket ([::]:1), app-proxy.socket ([::]:2).",
+            ),
+            (
+                "--listen=1 --target=/a -- /bin/b",
+                "the following required arguments were not provided: <NAME>...",
+            ),
+            (
+                "--listen=1 --target=/a --write= app",
+                "a value is required for '--write[=<DIR>]' but none was supplied",
+            ),
+            (
+                "--listen=1 --target=/a --service=a --service=b app",
+                "the argument '--service <UNIT>' cannot be used multiple times",
+            ),
+            (
+                "--listen=0 --target=/a app",
+                "invalid value '0' for '--listen <ADDRESS>': clients could not know the port",
+            ),
+            ("--listen=1 --listen=1 --target=/a app", "The address 1 is given twice."),
+            ("--listen=1 --metrics=1 --target=/a app", "The address 1 is given twice."),
+            (
+                "--listen=80 --target=127.0.0.1:80 app",
+                "--listen=80 is the address of --target=127.0.0.1:80; let the backend listen on another address.",
+            ),
+            (
+                "--listen=1 --target=/a --user=root app",
+                "invalid value 'root' for '--user <USER>': the units drop root's privileges; leave this option out",
+            ),
+            (
+                "--listen=1 --target=/a app -- /home/me/b",
+                "Invalid COMMAND \"/home/me/b\": the service cannot see /home, /root and /tmp; put it in /usr/local or /opt.",
+            ),
+            (
+                "--listen=1 --target=/run/app.sock app -- /bin/b",
+                "Invalid --target=/run/app.sock: COMMAND cannot create a socket there. (Write /run/app/SOCKET, whose directory systemd creates, and a NAME that is a plain word and not a directory of the system.)",
+            ),
+            (
+                "--listen=1 --target=/run/user/app.sock user -- /bin/b",
+                "Invalid --target=/run/user/app.sock: COMMAND cannot create a socket there. (Write /run/user/SOCKET, whose directory systemd creates, and a NAME that is a plain word and not a directory of the system.)",
+            ),
+            (
+                "--listen=1 --target=127.0.0.1:2 --metrics=2 app",
+                "--metrics=2 is the address of --target=127.0.0.1:2; let the backend listen on another address.",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=127.0.0.1:1 app",
+                "--metrics=127.0.0.1:1 is an address of --listen=.",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=vsock::1 app",
+                "invalid value 'vsock::1' for '--metrics <ADDRESS>': it has to be TCP or a Unix socket",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=2 --idle=1min app",
+                "--metrics= cannot be combined with the --idle= of a bridge: each scrape would start the proxy again, and its counters with it.",
+            ),
+            (
+                "--listen=1 --target=/a --write=a --write=b app",
+                "the argument '--write[=<DIR>]' cannot be used multiple times",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=2 --service=b app",
+                "the argument '--metrics <ADDRESS>' cannot be used with '--service <UNIT>'",
+            ),
+            ("--listen=1 --target=/a app --", "There is no COMMAND after --."),
+            ("--frob app", "unexpected argument '--frob' found"),
+            ("--force=1 app", "unexpected value '1' for '--force' found; no more were expected"),
+        ] {
+            assert_eq!(plan(line).unwrap_err(), error, "{line}");
+        }
+    }
 }

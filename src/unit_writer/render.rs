@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
 use crate::socket::address::{Address, UnixName};
-use crate::unit_writer::escape::{check_value, exec_word, shell_word, value};
-use crate::unit_writer::plan::{OnFirstClient, Plan};
+use crate::unit_writer::arguments::Arguments;
+use crate::unit_writer::escape::{exec_word, shell_word, value};
+use crate::unit_writer::plan::Plan;
 use crate::unit_writer::stamp::stamp;
 use crate::unit_writer::values::{HOMES, TEMPORARY};
 
@@ -59,54 +61,35 @@ pub struct UnitFile {
 }
 
 /// All files of a set, in the order in which they are read; `program` is the proxy's.
-///
-/// # Errors
-/// What can't be said in a unit.
-pub fn files(units: &Plan, program: &Path) -> Result<Vec<UnitFile>, String> {
-    let mut paths = units.targets.iter().filter_map(path);
-    let hidden = paths.find(|path| TEMPORARY.iter().any(|directory| path.starts_with(directory)));
-    if let Some(path) = hidden
-        && units.user.is_none()
-        && !matches!(units.starts, OnFirstClient::Command(_))
-    {
-        return Err(format!(
-            "Invalid --target={}: a dynamic user has a /tmp of its own; add --user=, or have the \
-             backend listen elsewhere.",
-            path.display()
-        ));
-    }
-    check_value(&units.name).map_err(|why| format!("Invalid NAME {:?}: {why}.", units.name))?;
+pub fn files(units: &Plan, program: &Path) -> Vec<UnitFile> {
     let title = &value(&units.name);
-    let Plan { unit, listen, metrics, .. } = units;
-    let command_line = units.command_line();
+    let Plan { unit, arguments: Arguments { listen, service: started, metrics, .. }, .. } = units;
+    let command_line = units.arguments.command_line();
     let file = |name: String, text: String| UnitFile {
         text: stamp(&shell_word(&name), &command_line, &text),
         path: name.into(),
     };
-    let mut files = vec![file(format!("{unit}.socket"), socket(unit, listen, title, None))];
+    let mut files = vec![file(units.socket(), socket(&units.socket(), listen, title, None))];
     if let Some(metrics) = metrics {
-        let text = socket(&metrics_unit(unit), std::slice::from_ref(metrics), title, Some(unit));
-        files.push(file(format!("{}.socket", metrics_unit(unit)), text));
+        let name = units.metrics_socket();
+        let text = socket(&name, std::slice::from_ref(metrics), title, Some(unit));
+        files.push(file(name, text));
     }
-    files.push(file(format!("{unit}.service"), service(units, title, program)));
-    if let OnFirstClient::Service(service) = &units.starts {
+    files.push(file(units.service(), service(units, title, program)));
+    if let Some(service) = started {
         files.push(UnitFile {
             path: format!("{service}.d/{unit}.conf").into(),
             text: stamp(&shell_word(service), &command_line, &drop_in(service)),
         });
     }
-    Ok(files)
-}
-
-/// The socket unit for scrapers: one unit has one `FileDescriptorName=` for all its sockets.
-pub fn metrics_unit(unit: &str) -> String {
-    format!("{}-metrics", unit.strip_suffix("-proxy").unwrap_or(unit))
+    files
 }
 
 /// A socket unit: for clients, or for the scrapers of a proxy.
-fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>) -> String {
-    let is_file = listen.iter().any(|address| address.starts_with('/'));
-    let lines: String = listen.iter().map(|it| format!("ListenStream={}\n", value(it))).collect();
+fn socket(name: &str, listen: &[ListenAddress], title: &str, scrapers_of: Option<&str>) -> String {
+    let is_file = listen.iter().any(|address| address.to_string().starts_with('/'));
+    let lines: String =
+        listen.iter().map(|it| format!("ListenStream={}\n", value(&it.to_string()))).collect();
     let who = if is_file {
         "# Every user may connect. SocketMode=0660 with SocketUser= or SocketGroup= restricts that.\n"
     } else {
@@ -136,17 +119,18 @@ fn socket(unit: &str, listen: &[String], title: &str, scrapers_of: Option<&str>)
          \n\
          [Install]\n\
          WantedBy=sockets.target\n",
-        shell_word(format!("{unit}.socket")),
+        shell_word(name),
     )
 }
 
 fn service(units: &Plan, title: &str, program: &Path) -> String {
-    let Plan { unit, starts, idle, user, group, metrics, .. } = units;
-    let stops = match idle.as_deref() {
-        None | Some("infinity") => "then runs until this service stops".to_string(),
+    let Plan { unit, arguments: Arguments { user, group, metrics, .. }, .. } = units;
+    let (starts, idle) = (OnFirstClient::of(units), units.idle());
+    let stops = match idle {
+        None => "then runs until this service stops".to_string(),
         Some(idle) => format!("stops after {idle} without a connection"),
     };
-    let mut text = match starts {
+    let mut text = match &starts {
         OnFirstClient::Nothing => "# The first client starts this service.\n".to_string(),
         OnFirstClient::Service(service) => format!(
             "# The first client starts this service and {service}.\n\
@@ -154,14 +138,14 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
              # Nothing else should start {service}: systemctl disable --now {}\n",
             shell_word(service)
         ),
-        OnFirstClient::Command(_) => format!(
+        OnFirstClient::Command => format!(
             "# The first client starts this service and the program after --.\n\
              # The program {stops}.\n\
              # It must listen on the address before -- and stay in the foreground. If it sends READY=1, as\n\
              # sd_notify(3) does, add --ready=notify before that address.\n"
         ),
     };
-    let metrics_socket = metrics.as_ref().map(|_| format!("{}.socket", metrics_unit(unit)));
+    let metrics_socket = metrics.as_ref().map(|_| units.metrics_socket());
     let sockets = match &metrics_socket {
         Some(metrics) => format!("{unit}.socket {metrics}"),
         None => format!("{unit}.socket"),
@@ -171,9 +155,7 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
          Description=Proxy in front of {title}\n\
          Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n"
     );
-    if !matches!(starts, OnFirstClient::Command(_))
-        && idle.as_deref().is_some_and(|it| it != "infinity")
-    {
+    if !matches!(starts, OnFirstClient::Command) && idle.is_some() {
         text += "# Each idle exit leads to another start. With a start limit, a short idle time and a few clients\n\
                  # would make systemd close the socket for good.\n\
                  StartLimitIntervalSec=0\n";
@@ -185,7 +167,7 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
              Wants={metrics}\n"
         );
     }
-    text += &match starts {
+    text += &match &starts {
         OnFirstClient::Service(service) => format!(
             "# Wanted, not required: Restart= starts a killed service again, and a service that cannot start\n\
              # does not close the socket.\n\
@@ -200,7 +182,7 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
     }
     text += "# Add other options of socket-proxyd(8) before the target.\n";
     text += &exec_start(units, program);
-    if let OnFirstClient::Command(_) = starts {
+    if let OnFirstClient::Command = starts {
         text += "# The proxy stops the program and the processes that it has started.\nKillMode=mixed\n";
     }
     text.push('\n');
@@ -213,8 +195,8 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
             "# This group may connect to the target's socket.\nSupplementaryGroups={group}\n"
         );
     }
-    text += &match starts {
-        OnFirstClient::Command(_) => for_application(units),
+    text += &match &starts {
+        OnFirstClient::Command => for_application(units),
         _ => network(&units.targets, group.is_some()) + &for_proxy(&units.targets),
     };
     if user.is_some() {
@@ -225,29 +207,27 @@ fn service(units: &Plan, title: &str, program: &Path) -> String {
 }
 
 fn exec_start(units: &Plan, program: &Path) -> String {
-    let idle = |option: &str| {
-        let idle = units.idle.as_deref().unwrap_or("infinity");
-        (idle != "infinity").then(|| format!("{option}={idle}"))
-    };
-    let (wait, idle) = match &units.starts {
+    let idle = |option: &str| units.idle().map(|idle| format!("{option}={idle}"));
+    let Arguments { targets, command, metrics, .. } = &units.arguments;
+    let (wait, idle) = match OnFirstClient::of(units) {
         OnFirstClient::Nothing => (Some(BRIDGE_WAIT), idle("--exit-idle-time")),
         OnFirstClient::Service(_) => (Some(SERVICE_WAIT), idle("--exit-idle-time")),
         // It has a default of its own.
-        OnFirstClient::Command(_) => (None, idle("--stop-idle-time")),
+        OnFirstClient::Command => (None, idle("--stop-idle-time")),
     };
-    let metrics = units.metrics.as_ref().map(|_| "--metrics=fd:metrics".to_string());
+    let metrics = metrics.as_ref().map(|_| "--metrics=fd:metrics".to_string());
     let wait = wait.map(|wait| format!("--backend-wait={wait}"));
     let options = wait.into_iter().chain(idle).chain(metrics);
     let mut line = format!("ExecStart={}", exec_word(program));
     for option in options {
         line += &format!(" {}", exec_word(option));
     }
-    let several = units.target_words.len() > 1;
-    for word in &units.target_words {
+    let several = targets.len() > 1;
+    for word in targets {
         line += if several { " \\\n    " } else { " " };
         line += &exec_word(word);
     }
-    if let OnFirstClient::Command(words) = &units.starts {
+    if let Some(words) = command {
         line += " -- \\\n   ";
         for word in words {
             line += &format!(" {}", exec_word(word));
@@ -261,7 +241,7 @@ fn for_application(units: &Plan) -> String {
     let mut text = "# Most programs run under these restrictions. A program that keeps files needs StateDirectory=, a\n\
                     # directory in /var/lib whose path is in $STATE_DIRECTORY.\n"
         .to_string();
-    if let Some(directory) = own_directory(units)
+    if let Some(directory) = units.runtime_directory()
         && let Some(name) = directory.file_name()
     {
         text += &format!("RuntimeDirectory={}\n", name.to_string_lossy());
@@ -271,13 +251,6 @@ fn for_application(units: &Plan) -> String {
         _ => "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n",
     };
     text + HARDENING + COMMAND_DEFAULTS
-}
-
-/// The directory of COMMAND's socket below /run, which is one of its own, as `values` has made sure of: it
-/// goes with the unit.
-pub fn own_directory(units: &Plan) -> Option<&Path> {
-    let directory = units.targets.iter().find_map(path)?.parent()?;
-    directory.starts_with("/run").then_some(directory)
 }
 
 /// What a proxy needs of files: the sockets of its targets.
@@ -392,4 +365,21 @@ fn drop_in(service: &str) -> String {
          Restart=on-failure\n\
          RestartSec=1s\n"
     )
+}
+
+/// What the first client starts.
+enum OnFirstClient<'a> {
+    Nothing,
+    Service(&'a str),
+    Command,
+}
+
+impl<'a> OnFirstClient<'a> {
+    fn of(plan: &'a Plan) -> Self {
+        match (&plan.arguments.service, &plan.arguments.command) {
+            (Some(service), _) => Self::Service(service),
+            (None, Some(_)) => Self::Command,
+            (None, None) => Self::Nothing,
+        }
+    }
 }

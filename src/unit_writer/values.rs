@@ -1,171 +1,193 @@
-//! What each option of `socket-proxyd-units` may be given, and what is wrong with it, in words.
+//! Parsers for option values, and checks of what systemd and the hardened units allow.
 
 use std::ffi::{OsStr, OsString};
+use std::net::Ipv6Addr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
-use crate::config::timespan::TimeSpan;
+use crate::config::values::span;
 use crate::socket::address::Address;
-use crate::socket::host_port::Port;
-use crate::unit_writer::escape::{check_value, unit_name};
+use crate::unit_writer::escape::unit_name;
 
-/// The name of this program.
-pub const PROGRAM: &str = "socket-proxyd-units";
-
-/// Where systemd looks for an administrator's units.
-pub const UNIT_DIRECTORIES: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];
-
-/// Below these a service with `ProtectHome=yes` finds nothing.
-pub const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
-
-/// Each service with `PrivateTmp=yes` has its own of these, and a dynamic user always has.
-pub const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
-
-/// A TARGET, which the proxy reads.
-pub fn target(text: &str) -> Result<OsString, String> {
-    if text.starts_with('-') {
-        return Err("it begins with a dash, as an option does".into());
+/// Parses NAME.
+pub fn name(text: &str) -> Result<String, String> {
+    if !(1..=NAME_MAX).contains(&unit_name(text).len()) {
+        return Err(format!("it must have 1 to {NAME_MAX} bytes when escaped"));
     }
+    if let Some(suffix) = [".service", ".socket"].iter().find(|suffix| text.ends_with(**suffix)) {
+        return Err(format!("write it without {suffix}"));
+    }
+    check_value(text)?;
     Ok(text.into())
 }
 
-/// Where a socket that systemd opens is.
+/// Parses an address for `ListenStream=`, in the forms that mean the same to systemd.
+pub fn listen(text: &str) -> Result<ListenAddress, String> {
+    let mut listen = ListenAddress::parse(OsStr::new(text))?;
+    if let ListenAddress::Host(host) = &mut listen {
+        let literal = host.literal().ok_or("ListenStream= takes no names, write IP:PORT")?;
+        host.host = literal.ip().to_string();
+    }
+    refuse_if(&[
+        (address(&listen).port() == Some(0), "clients could not know the port"),
+        (Path::new(text) == Path::new("/"), "that is a directory"),
+    ])?;
+    check_value(text)?;
+    Ok(listen)
+}
+
+/// Parses a [`listen`] address at which Prometheus can connect.
+pub fn metrics(text: &str) -> Result<ListenAddress, String> {
+    let listen = listen(text)?;
+    let is_vsock = matches!(listen, ListenAddress::Vsock(_));
+    refuse_if(&[(is_vsock, "it has to be TCP or a Unix socket")])?;
+    Ok(listen)
+}
+
+/// Parses the part of `--target=` that matters before ExecStart= is written.
+pub fn target(text: &str) -> Result<String, String> {
+    refuse_if(&[(text.starts_with('-'), "it begins with a dash, as an option does")])?;
+    Ok(text.into())
+}
+
+pub fn service(text: &str) -> Result<String, String> {
+    let stem = text.strip_suffix(".service").unwrap_or(text);
+    let (_, suffix) = stem.rsplit_once('.').unwrap_or_default();
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_.:\\@".contains(c);
+    let is_other_type = OTHER_UNIT_TYPES.split(' ').any(|other| other == suffix);
+    refuse_if(&[
+        (stem.is_empty() || is_other_type, "it has to be the name of a .service unit"),
+        (!stem.chars().all(is_allowed), "no unit has such a name; see systemd-escape(1)"),
+        (stem.starts_with('-'), "it begins with a dash, as an option of systemctl(1) does"),
+        (stem.ends_with('@'), "a template has no process; name an instance of it"),
+    ])?;
+    Ok(format!("{stem}.service"))
+}
+
+/// Parses a time span, which is kept as written but for white space and a missing unit.
+pub fn idle(text: &str) -> Result<String, String> {
+    let span = span(text)?;
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    let words: Vec<_> = text.split_whitespace().collect();
+    Ok(if is_number { span.to_string() } else { words.join(" ") })
+}
+
+/// Parses the name of a user or a group.
+pub fn account(text: &str) -> Result<String, String> {
+    let is_first = |c: char| c.is_ascii_alphabetic() || c == '_';
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let is_name = text.starts_with(is_first) && text.chars().all(is_allowed);
+    refuse_if(&[
+        (text == "root", "the units drop root's privileges; leave this option out"),
+        (!is_name, "that is not the name of an account"),
+    ])?;
+    Ok(text.into())
+}
+
+/// Checks that COMMAND can create the Unix socket of `target`: in its own /tmp, or in the directory
+/// below /run that is the unit's `RuntimeDirectory=`.
+pub fn check_socket(target: &Target, name: &str) -> Result<(), String> {
+    let Some(path) = socket_path(target) else { return Ok(()) };
+    let own = unit_name(name);
+    let is_own = path.parent() == Some(&Path::new("/run").join(&own))
+        && !SYSTEM_DIRECTORIES.contains(&&*own)
+        // RuntimeDirectory= interprets these two.
+        && !own.contains([':', '\\']);
+    if is_own || is_below(path, &TEMPORARY) {
+        return Ok(());
+    }
+    Err(format!(
+        "Invalid --target={target}: COMMAND cannot create a socket there. (Write /run/{own}/SOCKET, whose \
+         directory systemd creates, and a NAME that is a plain word and not a directory of the system.)"
+    ))
+}
+
+/// Checks that the unit can see the program of COMMAND.
+pub fn check_command(words: &[OsString]) -> Result<(), String> {
+    let program = words.first().map(OsString::as_os_str).unwrap_or_default();
+    let path = Path::new(program);
+    let is_relative = program.as_bytes().contains(&b'/') && path.is_relative();
+    refuse_if(&[
+        (program.is_empty(), "it is empty"),
+        (is_relative, "the service starts in /, write an absolute path"),
+        (
+            is_hidden(path),
+            "the service cannot see /home, /root and /tmp; put it in /usr/local or /opt",
+        ),
+    ])
+    .map_err(|why| format!("Invalid COMMAND {program:?}: {why}."))
+}
+
+/// Checks that text can be the whole value of a setting that knows no quotes.
+pub fn check_value(text: &str) -> Result<(), String> {
+    let is_changed = text.trim() != text || text.ends_with('\\');
+    refuse_if(&[
+        (text.chars().any(char::is_control), "control characters are not allowed"),
+        (is_changed, "white space around it and a backslash at its end are not allowed"),
+    ])
+}
+
+/// Returns the reason of the first condition that is true, as an error.
+pub fn refuse_if(reasons: &[(bool, &str)]) -> Result<(), String> {
+    let found = reasons.iter().find(|(is_true, _)| *is_true);
+    found.map_or(Ok(()), |(_, reason)| Err((*reason).into()))
+}
+
+/// Returns the address of the socket that systemd opens.
 pub fn address(listen: &ListenAddress) -> Address {
     match listen {
-        ListenAddress::Any(port) => Address::Inet((std::net::Ipv6Addr::UNSPECIFIED, *port).into()),
+        ListenAddress::Any(port) => Address::Inet((Ipv6Addr::UNSPECIFIED, *port).into()),
         ListenAddress::Host(host) => host.literal().map_or(Address::Unix(None), Address::Inet),
         ListenAddress::Unix(name) => Address::Unix(Some(Box::new(name.clone()))),
         ListenAddress::Vsock(address) => address.clone(),
     }
 }
 
-/// An address for `ListenStream=`, and as systemd reads it: `08080` and `::1:80` are addresses only here.
-pub fn listen(text: &str) -> Result<(ListenAddress, String), String> {
-    let address = ListenAddress::parse(OsStr::new(text))?;
-    if let ListenAddress::Host(host) = &address
-        && (host.literal().is_none() || matches!(host.port, Port::Service(_)))
-    {
-        return Err("ListenStream= takes no names, write IP:PORT".into());
-    }
-    let port = match &address {
-        ListenAddress::Any(port) => Some(*port),
-        ListenAddress::Host(host) => host.literal().map(|address| address.port()),
+/// Returns the path of a target that is a Unix socket in the file system.
+pub fn socket_path(target: &Target) -> Option<&Path> {
+    match target {
+        Target::Address(Address::Unix(Some(name))) => name.path(),
         _ => None,
-    };
-    if port == Some(0) {
-        return Err("nobody would know the port".into());
     }
-    check_value(text)?;
-    let written = match &address {
-        ListenAddress::Any(port) => port.to_string(),
-        // The name of an interface is the administrator's.
-        ListenAddress::Host(host) if !text.contains('%') => {
-            host.literal().map_or_else(|| text.into(), |address| address.to_string())
+}
+
+/// Whether a hardened service cannot see a file.
+pub fn is_hidden(path: &Path) -> bool {
+    is_below(path, &HOMES) || is_below(path, &TEMPORARY)
+}
+
+pub fn is_below(path: &Path, directories: &[&str]) -> bool {
+    directories.iter().any(|directory| path.starts_with(directory))
+}
+
+/// Directories in which systemd looks for an administrator's units.
+pub const UNIT_DIRECTORIES: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];
+
+/// Directories that are empty for a service with `ProtectHome=yes`.
+pub const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
+
+/// Directories of which each service with `PrivateTmp=yes` has its own, and so each dynamic user.
+pub const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+
+/// Directories below /run that belong to other programs.
+const SYSTEM_DIRECTORIES: [&str; 6] = ["systemd", "user", "dbus", "lock", "log", "udev"];
+
+const OTHER_UNIT_TYPES: &str = "socket target timer path mount automount slice scope device swap";
+
+/// The longest name of a unit, systemd.unit(5), without what is added to NAME.
+const NAME_MAX: usize = 255 - "-proxy.service.d".len();
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_survive_without_quotes() {
+        assert_eq!(check_value("/run/with space, 100%"), Ok(()));
+        for text in ["a\nb", " a", "a ", "a\\"] {
+            assert!(check_value(text).is_err(), "{text:?}");
         }
-        ListenAddress::Unix(name) if name.path() == Some(Path::new("/")) => {
-            return Err("that is a directory".into());
-        }
-        ListenAddress::Vsock(address) => address.to_string(),
-        _ => text.into(),
-    };
-    Ok((address, written))
-}
-
-/// The same for scrapers, which speak no vsock.
-pub fn metrics(text: &str) -> Result<(ListenAddress, String), String> {
-    match listen(text)? {
-        (ListenAddress::Vsock(_), _) => Err("it has to be TCP or a Unix socket".into()),
-        address => Ok(address),
     }
-}
-
-pub fn service(text: &str) -> Result<String, String> {
-    const OTHERS: [&str; 10] = [
-        ".socket",
-        ".target",
-        ".timer",
-        ".path",
-        ".mount",
-        ".automount",
-        ".slice",
-        ".scope",
-        ".device",
-        ".swap",
-    ];
-    let stem = text.strip_suffix(".service").unwrap_or(text);
-    let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.:\\@".contains(c);
-    if stem.is_empty() || OTHERS.iter().any(|it| stem.ends_with(it)) {
-        return Err("it has to be the name of a .service unit".into());
-    }
-    if !stem.chars().all(is_name) {
-        return Err("no unit has such a name; see systemd-escape(1)".into());
-    }
-    if stem.starts_with('-') {
-        return Err("it begins with a dash, as an option of systemctl(1) does".into());
-    }
-    if stem.ends_with('@') {
-        return Err("a template has no process; name an instance of it".into());
-    }
-    Ok(format!("{stem}.service"))
-}
-
-pub fn idle(text: &str) -> Result<String, String> {
-    let Some(span) = TimeSpan::parse(text) else {
-        return Err("it has to be a time span (30s, 5min 20s, infinity)".into());
-    };
-    // Without what a unit could not say, and not without a unit.
-    let words: Vec<_> = text.split_whitespace().collect();
-    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
-    Ok(if is_number { span.to_string() } else { words.join(" ") })
-}
-
-pub fn account(text: &str) -> Result<String, String> {
-    let is_first = |c: char| c.is_ascii_alphabetic() || c == '_';
-    let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if text == "root" {
-        return Err("root's rights are what no unit here has; leave it out".into());
-    }
-    if !text.starts_with(is_first) || !text.chars().all(is_name) {
-        return Err("that is no name of an account".into());
-    }
-    Ok(text.into())
-}
-
-/// A Unix socket that COMMAND is to make: there is one directory where it can, beside its own /tmp.
-pub fn check_socket(target: &Target, name: &str) -> Result<(), String> {
-    let Target::Address(Address::Unix(Some(socket))) = target else { return Ok(()) };
-    let Some(path) = socket.path() else { return Ok(()) };
-    let own = unit_name(name);
-    let is_own = path.parent() == Some(&Path::new("/run").join(&own));
-    let is_taken = ["systemd", "user", "dbus", "lock", "log", "udev"].contains(&&*own);
-    // RuntimeDirectory= has a meaning for a colon, and another one for a backslash.
-    let is_plain = !own.contains([':', '\\']);
-    if is_own && !is_taken && is_plain
-        || TEMPORARY.iter().any(|directory| path.starts_with(directory))
-    {
-        return Ok(());
-    }
-    Err(format!(
-        "Invalid --target={target}: COMMAND can make no socket there; write /run/{own}/SOCKET, whose \
-         directory is made for it, and as NAME a plain word that is no directory of the system's."
-    ))
-}
-
-pub fn check_command(words: &[OsString]) -> Result<(), String> {
-    let Some(program) = words.first().filter(|program| !program.is_empty()) else {
-        return Err("There is no COMMAND after --.".into());
-    };
-    let path = Path::new(program);
-    let refused = |why: &str| Err(format!("Invalid COMMAND {program:?}: {why}."));
-    if program.as_bytes().contains(&b'/') && path.is_relative() {
-        return refused("a service starts in /, write its whole path");
-    }
-    if HOMES.iter().chain(&TEMPORARY).any(|directory| path.starts_with(directory)) {
-        return refused(
-            "the service sees no home, and a /tmp of its own; put it in /usr/local or /opt",
-        );
-    }
-    Ok(())
 }
