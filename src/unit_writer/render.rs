@@ -1,385 +1,303 @@
-//! The units themselves: each setting for a reason, and beside it what a user may have to change.
+//! The text of the units, as tables of settings. A comment says why a setting is there, or when an
+//! administrator has to change it.
 
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::slice;
 
 use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
-use crate::socket::address::{Address, UnixName};
+use crate::socket::address::Address;
 use crate::unit_writer::arguments::Arguments;
 use crate::unit_writer::escape::{exec_word, shell_word, value};
 use crate::unit_writer::plan::Plan;
 use crate::unit_writer::stamp::stamp;
-use crate::unit_writer::values::{HOMES, TEMPORARY};
+use crate::unit_writer::values::{HOMES, TEMPORARY, is_below, socket_path};
 
-/// How long clients are held: while a backend is restarted, and while a service starts.
-const BRIDGE_WAIT: &str = "30s";
-const SERVICE_WAIT: &str = "90s";
-
-/// What neither a proxy nor most applications need. (The measure is `systemd-analyze security`.)
-const HARDENING: &str = "\
-CapabilityBoundingSet=
-NoNewPrivileges=yes
-ProtectSystem=strict
-ProtectHome=yes
-ProtectProc=invisible
-PrivateDevices=yes
-PrivateTmp=yes
-PrivateMounts=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-LockPersonality=yes
-RemoveIPC=yes
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallErrorNumber=EPERM
-";
-
-/// What a proxy does not need beyond that.
-const PROXY_HARDENING: &str = "\
-UMask=0777
-ProcSubset=pid
-PrivateUsers=yes
-MemoryDenyWriteExecute=yes
-SystemCallFilter=~@privileged
-";
-
-/// Files of an application are its own.
-const COMMAND_DEFAULTS: &str = "UMask=0077\n";
-
-/// A file, below the directory of the units.
+/// A generated file; its path is relative to the directory of the units.
 #[derive(Debug, PartialEq, Eq)]
 pub struct UnitFile {
     pub path: PathBuf,
     pub text: String,
 }
 
-/// All files of a set, in the order in which they are read; `program` is the proxy's.
-pub fn files(units: &Plan, program: &Path) -> Vec<UnitFile> {
-    let title = &value(&units.name);
-    let Plan { unit, arguments: Arguments { listen, service: started, metrics, .. }, .. } = units;
-    let command_line = units.arguments.command_line();
-    let file = |name: String, text: String| UnitFile {
-        text: stamp(&shell_word(&name), &command_line, &text),
-        path: name.into(),
+/// Renders all files of a plan; `program` is the path of the proxy.
+pub fn files(plan: &Plan, program: &Path) -> Vec<UnitFile> {
+    let Arguments { listen, service: started, metrics, .. } = &plan.arguments;
+    let command_line = plan.arguments.command_line();
+    let file = |unit: &str, path: &str, text: String| UnitFile {
+        path: path.into(),
+        text: stamp(&shell_word(unit), &command_line, &text),
     };
-    let mut files = vec![file(units.socket(), socket(&units.socket(), listen, title, None))];
+    let service = plan.service();
+    let socket = plan.socket();
+    let mut files = vec![file(&socket, &socket, socket_unit(plan, &socket, listen, false))];
     if let Some(metrics) = metrics {
-        let name = units.metrics_socket();
-        let text = socket(&name, std::slice::from_ref(metrics), title, Some(unit));
-        files.push(file(name, text));
+        let socket = plan.metrics_socket();
+        let text = socket_unit(plan, &socket, slice::from_ref(metrics), true);
+        files.push(file(&socket, &socket, text));
     }
-    files.push(file(units.service(), service(units, title, program)));
-    if let Some(service) = started {
-        files.push(UnitFile {
-            path: format!("{service}.d/{unit}.conf").into(),
-            text: stamp(&shell_word(service), &command_line, &drop_in(service)),
-        });
+    files.push(file(&service, &service, service_unit(plan, program)));
+    if let Some(started) = started {
+        files.push(file(started, &format!("{started}.d/{}.conf", plan.unit), drop_in(started)));
     }
     files
 }
 
-/// A socket unit: for clients, or for the scrapers of a proxy.
-fn socket(name: &str, listen: &[ListenAddress], title: &str, scrapers_of: Option<&str>) -> String {
-    let is_file = listen.iter().any(|address| address.to_string().starts_with('/'));
-    let lines: String =
-        listen.iter().map(|it| format!("ListenStream={}\n", value(&it.to_string()))).collect();
-    let who = if is_file {
-        "# Every user may connect. SocketMode=0660 with SocketUser= or SocketGroup= restricts that.\n"
-    } else {
-        ""
+/// Renders the socket unit for clients, or the one for Prometheus: all sockets of a unit have the same
+/// `FileDescriptorName=`.
+fn socket_unit(plan: &Plan, name: &str, listen: &[ListenAddress], is_metrics: bool) -> String {
+    let (about, description) = match listen {
+        _ if is_metrics => ("The socket where Prometheus gets /metrics", "its metrics"),
+        [_] => ("The socket that clients connect to", "what clients connect to"),
+        _ => ("The sockets that clients connect to", "what clients connect to"),
     };
-    let plural = if listen.len() == 1 { "socket" } else { "sockets" };
-    let (about, what, more) = match scrapers_of {
-        None => (
-            format!("The {plural} that clients connect to"),
-            "what clients connect to",
-            String::new(),
-        ),
-        Some(proxy) => (
-            "The socket where Prometheus gets /metrics".into(),
-            "its metrics",
-            format!("FileDescriptorName=metrics\nService={proxy}.service\n"),
-        ),
-    };
-    format!(
-        "# {about}. To open at boot: systemctl enable --now {}\n\
-         [Unit]\n\
-         Description={title}, {what}\n\
-         Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n\
-         \n\
-         [Socket]\n\
-         {who}{lines}{more}\
-         \n\
-         [Install]\n\
-         WantedBy=sockets.target\n",
-        shell_word(name),
-    )
+    let listen = listen.iter().map(|address| {
+        let is_file = matches!(address, ListenAddress::Unix(name) if name.path().is_some());
+        row("ListenStream", value(&address.to_string()), hint(is_file, OPEN_TO_ALL))
+    });
+    let scrapes = [
+        optional("FileDescriptorName", is_metrics.then_some("metrics"), ""),
+        optional("Service", is_metrics.then(|| plan.service()), ""),
+    ];
+    let unit = vec![
+        row("Description", format!("{}, {description}", value(&plan.name)), ""),
+        row("Documentation", DOCUMENTATION, ""),
+    ];
+    let install = vec![row("WantedBy", "sockets.target", "")];
+    let about = format!("{about}. To open at boot: systemctl enable --now {}", shell_word(name));
+    let socket = listen.chain(scrapes).collect();
+    print(&about, &[("Unit", unit), ("Socket", socket), ("Install", install)])
 }
 
-fn service(units: &Plan, title: &str, program: &Path) -> String {
-    let Plan { unit, arguments: Arguments { user, group, metrics, .. }, .. } = units;
-    let (starts, idle) = (OnFirstClient::of(units), units.idle());
-    let stops = match idle {
-        None => "then runs until this service stops".to_string(),
+fn service_unit(plan: &Plan, program: &Path) -> String {
+    let Arguments { service, command, metrics, .. } = &plan.arguments;
+    let stops = match plan.idle() {
         Some(idle) => format!("stops after {idle} without a connection"),
+        None => "then runs until this service stops".into(),
     };
-    let mut text = match &starts {
-        OnFirstClient::Nothing => "# The first client starts this service.\n".to_string(),
-        OnFirstClient::Service(service) => format!(
-            "# The first client starts this service and {service}.\n\
-             # {service} {stops}.\n\
-             # Nothing else should start {service}: systemctl disable --now {}\n",
+    let about = match (service, command) {
+        (Some(service), _) => format!(
+            "The first client starts this service and {service}.\n\
+             {service} {stops}.\n\
+             Nothing else should start {service}: systemctl disable --now {}",
             shell_word(service)
         ),
-        OnFirstClient::Command => format!(
-            "# The first client starts this service and the program after --.\n\
-             # The program {stops}.\n\
-             # It must listen on the address before -- and stay in the foreground. If it sends READY=1, as\n\
-             # sd_notify(3) does, add --ready=notify before that address.\n"
+        (None, Some(_)) => format!(
+            "The first client starts this service and the program after --.\n\
+             The program {stops}.\n\
+             It must listen on the address before -- and stay in the foreground. If it sends READY=1, as\n\
+             sd_notify(3) does, add --ready=notify before that address."
         ),
+        (None, None) => "The first client starts this service.".into(),
     };
-    let metrics_socket = metrics.as_ref().map(|_| units.metrics_socket());
-    let sockets = match &metrics_socket {
-        Some(metrics) => format!("{unit}.socket {metrics}"),
-        None => format!("{unit}.socket"),
-    };
-    text += &format!(
-        "[Unit]\n\
-         Description=Proxy in front of {title}\n\
-         Documentation=man:socket-proxyd(8) man:socket-proxyd-units(8)\n"
-    );
-    if !matches!(starts, OnFirstClient::Command) && idle.is_some() {
-        text += "# Each idle exit leads to another start. With a start limit, a short idle time and a few clients\n\
-                 # would make systemd close the socket for good.\n\
-                 StartLimitIntervalSec=0\n";
-    }
-    text += &format!("Requires={unit}.socket\n");
-    if let Some(metrics) = &metrics_socket {
-        text += &format!(
-            "# Wanted, not required: without the metrics socket clients are still served.\n\
-             Wants={metrics}\n"
-        );
-    }
-    text += &match &starts {
-        OnFirstClient::Service(service) => format!(
-            "# Wanted, not required: Restart= starts a killed service again, and a service that cannot start\n\
-             # does not close the socket.\n\
-             Wants={service}\n\
-             After={sockets} {service}\n"
-        ),
-        _ => format!("After={sockets}\n"),
-    };
-    text += "\n[Service]\nType=notify\n";
-    if metrics.is_some() {
-        text += &format!("Sockets={sockets}\n");
-    }
-    text += "# Add other options of socket-proxyd(8) before the target.\n";
-    text += &exec_start(units, program);
-    if let OnFirstClient::Command = starts {
-        text += "# The proxy stops the program and the processes that it has started.\nKillMode=mixed\n";
-    }
-    text.push('\n');
-    text += &match user {
-        Some(user) => format!("User={user}\n"),
-        None => "# Run as a transient, unprivileged user.\nDynamicUser=yes\n".into(),
-    };
-    if let Some(group) = group {
-        text += &format!(
-            "# This group may connect to the target's socket.\nSupplementaryGroups={group}\n"
-        );
-    }
-    text += &match &starts {
-        OnFirstClient::Command => for_application(units),
-        _ => network(&units.targets, group.is_some()) + &for_proxy(&units.targets),
-    };
-    if user.is_some() {
-        // What else that user has in memory is not ours to remove.
-        text = text.replace("RemoveIPC=yes\n", "");
-    }
-    text
+    let exits_when_idle = plan.idle().is_some() && command.is_none();
+    let sockets = plan.sockets().join(" ");
+    let after = service.as_ref().map(|service| format!("{sockets} {service}"));
+    let unit = vec![
+        row("Description", format!("Proxy in front of {}", value(&plan.name)), ""),
+        row("Documentation", DOCUMENTATION, ""),
+        optional("StartLimitIntervalSec", exits_when_idle.then_some("0"), MANY_STARTS),
+        row("Requires", plan.socket(), ""),
+        optional("Wants", metrics.as_ref().map(|_| plan.metrics_socket()), WANTS_METRICS),
+        optional("Wants", service.as_ref(), WANTS_SERVICE),
+        row("After", after.as_ref().unwrap_or(&sockets), ""),
+    ];
+    let execution = vec![
+        row("Type", "notify", ""),
+        optional("Sockets", metrics.as_ref().map(|_| sockets), ""),
+        row("ExecStart", exec_start(plan, program), OPTIONS),
+        optional("KillMode", command.as_ref().map(|_| "mixed"), KILL_MODE),
+    ];
+    let mut sandbox = access(plan);
+    sandbox.extend(hardening(plan));
+    // A section without a name continues the one before.
+    print(&about, &[("Unit", unit), ("Service", execution), ("", sandbox)])
 }
 
-fn exec_start(units: &Plan, program: &Path) -> String {
-    let idle = |option: &str| units.idle().map(|idle| format!("{option}={idle}"));
-    let Arguments { targets, command, metrics, .. } = &units.arguments;
-    let (wait, idle) = match OnFirstClient::of(units) {
-        OnFirstClient::Nothing => (Some(BRIDGE_WAIT), idle("--exit-idle-time")),
-        OnFirstClient::Service(_) => (Some(SERVICE_WAIT), idle("--exit-idle-time")),
-        // It has a default of its own.
-        OnFirstClient::Command => (None, idle("--stop-idle-time")),
-    };
-    let metrics = metrics.as_ref().map(|_| "--metrics=fd:metrics".to_string());
-    let wait = wait.map(|wait| format!("--backend-wait={wait}"));
-    let options = wait.into_iter().chain(idle).chain(metrics);
-    let mut line = format!("ExecStart={}", exec_word(program));
-    for option in options {
-        line += &format!(" {}", exec_word(option));
+fn exec_start(plan: &Plan, program: &Path) -> String {
+    let Arguments { service, command, metrics, targets, .. } = &plan.arguments;
+    let wait = if service.is_some() { SERVICE_WAIT } else { BRIDGE_WAIT };
+    let idle_option = if command.is_some() { "--stop-idle-time" } else { "--exit-idle-time" };
+    let options = [
+        // The proxy's default is for a COMMAND.
+        command.is_none().then(|| format!("--backend-wait={wait}")),
+        plan.idle().map(|idle| format!("{idle_option}={idle}")),
+        metrics.as_ref().map(|_| "--metrics=fd:metrics".into()),
+    ];
+    let line_break = if targets.len() > 1 { "\\\n    " } else { "" };
+    let mut words = vec![exec_word(program)];
+    words.extend(options.iter().flatten().map(exec_word));
+    words.extend(targets.iter().map(|target| format!("{line_break}{}", exec_word(target))));
+    if let Some(command) = command {
+        words.push("-- \\\n   ".into());
+        words.extend(command.iter().map(exec_word));
     }
-    let several = targets.len() > 1;
-    for word in targets {
-        line += if several { " \\\n    " } else { " " };
-        line += &exec_word(word);
-    }
-    if let Some(words) = command {
-        line += " -- \\\n   ";
-        for word in words {
-            line += &format!(" {}", exec_word(word));
-        }
-    }
-    line + "\n"
+    words.join(" ")
 }
 
-/// What COMMAND, and the proxy with it, may use.
-fn for_application(units: &Plan) -> String {
-    let mut text = "# Most programs run under these restrictions. A program that keeps files needs StateDirectory=, a\n\
-                    # directory in /var/lib whose path is in $STATE_DIRECTORY.\n"
-        .to_string();
-    if let Some(directory) = units.runtime_directory()
-        && let Some(name) = directory.file_name()
-    {
-        text += &format!("RuntimeDirectory={}\n", name.to_string_lossy());
-    }
-    text += match &units.targets[..] {
-        [Target::Address(Address::Vsock { .. })] => "RestrictAddressFamilies=AF_UNIX AF_VSOCK\n",
-        _ => "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n",
-    };
-    text + HARDENING + COMMAND_DEFAULTS
+/// Returns the user of the service, and the directory and the networks that it may use: a proxy only the
+/// addresses of its targets, a COMMAND all.
+fn access(plan: &Plan) -> Vec<Row> {
+    let Plan { targets, arguments: Arguments { user, group, command, .. }, .. } = plan;
+    let any = |is: fn(&Target) -> bool| targets.iter().any(is);
+    let has_vsock = any(|it| matches!(it, Target::Address(Address::Vsock { .. })));
+    let has_inet = any(|it| matches!(it, Target::Name(_) | Target::Address(Address::Inet(_))));
+    let has_name = any(|it| matches!(it, Target::Name(name) if name.host != LOCALHOST));
+    let has_path = any(|it| socket_path(it).is_some());
+    let has_only_paths = !any(|it| socket_path(it).is_none());
+
+    let is_proxy = command.is_none();
+    let is_limited = is_proxy && !has_name;
+    let addresses: BTreeSet<_> = targets.iter().filter_map(ip_address).collect();
+    let addresses = Some(addresses).filter(|addresses| is_limited && !addresses.is_empty());
+    let inet = if is_proxy { has_inet } else { !has_vsock };
+    let inet = inet.then_some("AF_INET AF_INET6");
+    let families = [Some("AF_UNIX"), inet, has_vsock.then_some("AF_VSOCK")];
+    let families: Vec<_> = families.into_iter().flatten().collect();
+    let name = plan.runtime_directory().and_then(Path::file_name).map(OsStr::to_string_lossy);
+    let needs_group = is_proxy && has_path && group.is_none();
+    let deny_hint = hint(addresses.is_some(), ONLY_TARGETS);
+    let families_hint = if is_proxy { hint(has_name, ANY_ADDRESS) } else { COMMAND_NEEDS };
+    vec![
+        optional("User", user.as_ref(), ""),
+        optional("DynamicUser", user.is_none().then_some("yes"), DYNAMIC_USER),
+        optional("SupplementaryGroups", group.as_ref(), GROUP),
+        optional("#SupplementaryGroups", needs_group.then_some(""), NO_GROUP),
+        optional("RuntimeDirectory", name, ""),
+        optional("PrivateNetwork", (is_proxy && has_only_paths).then_some("yes"), NO_NETWORK),
+        optional("IPAddressDeny", is_limited.then_some("any"), deny_hint),
+        optional("IPAddressAllow", addresses.map(|all| Vec::from_iter(all).join(" ")), ""),
+        row("RestrictAddressFamilies", families.join(" "), families_hint),
+    ]
 }
 
-/// What a proxy needs of files: the sockets of its targets.
-fn for_proxy(targets: &[Target]) -> String {
-    let is_below = |directories: &[&str]| {
-        let mut paths = targets.iter().filter_map(path);
-        paths.any(|path| directories.iter().any(|directory| path.starts_with(directory)))
+/// Returns the address of a target for `IPAddressAllow=`.
+fn ip_address(target: &Target) -> Option<String> {
+    let ip = match target {
+        Target::Address(Address::Inet(address)) => address.ip().to_canonical(),
+        Target::Name(name) if name.host == LOCALHOST => return Some(LOCALHOST.into()),
+        _ => return None,
     };
-    let mut text = [HARDENING, PROXY_HARDENING].concat();
-    if is_below(&HOMES) {
-        let needed =
-            "# The target is in a home directory or below /run/user.\nProtectHome=read-only";
-        text = text.replace("ProtectHome=yes", needed);
-    }
-    if is_below(&TEMPORARY) {
-        text = text.replace(
-            "PrivateTmp=yes",
-            "# The target is in the /tmp or /var/tmp of the system.\nPrivateTmp=no",
-        );
-    }
-    text
+    let is_local = ip.is_loopback() || ip.is_unspecified();
+    Some(if is_local { LOCALHOST.into() } else { ip.to_string() })
 }
 
-/// The file of a target.
-fn path(target: &Target) -> Option<&Path> {
-    match target {
-        Target::Address(Address::Unix(Some(name))) => name.path(),
-        _ => None,
-    }
-}
-
-/// Which networks the way to the targets needs; the clients' sockets are not meant, they are systemd's.
-fn network(targets: &[Target], has_group: bool) -> String {
-    let (mut families, mut allowed) = (vec!["AF_UNIX"], Vec::<String>::new());
-    let mut add = |new: &[&'static str]| {
-        for family in new {
-            if !families.contains(family) {
-                families.push(family);
-            }
-        }
+/// Returns the restrictions that a proxy or most programs do not notice, by `systemd-analyze security`.
+fn hardening(plan: &Plan) -> Vec<Row> {
+    let is_proxy = plan.arguments.command.is_none();
+    let has_target_below = |directories: &[&str]| {
+        let mut paths = plan.targets.iter().filter_map(socket_path);
+        is_proxy && paths.any(|path| is_below(path, directories))
     };
-    let mut allow = |address: String| {
-        if !allowed.contains(&address) {
-            allowed.push(address);
-        }
-    };
-    let (mut anywhere, mut is_private) = (false, true);
-    let mut is_file = false;
-    for target in targets {
-        match target {
-            Target::Address(Address::Unix(Some(name))) => {
-                is_private &= name.path().is_some();
-                is_file |= matches!(**name, UnixName::Path(_));
-            }
-            Target::Address(Address::Unix(None)) => {}
-            Target::Address(Address::Vsock { .. }) => {
-                is_private = false;
-                add(&["AF_VSOCK"]);
-            }
-            Target::Address(Address::Inet(address)) => {
-                is_private = false;
-                add(&["AF_INET", "AF_INET6"]);
-                let ip = address.ip().to_canonical();
-                let is_here = ip.is_loopback() || ip.is_unspecified();
-                allow(if is_here { "localhost".into() } else { ip.to_string() });
-            }
-            Target::Name(name) => {
-                is_private = false;
-                if name.host == "localhost" {
-                    allow("localhost".into());
-                } else {
-                    anywhere = true;
-                }
-                add(&["AF_INET", "AF_INET6"]);
-            }
-        }
-    }
-    let mut text = String::new();
-    if is_file && !has_group {
-        text += "# If only a group may connect to the target's socket, name it here.\n#SupplementaryGroups=\n";
-    }
-    if is_private {
-        text += "# A Unix socket needs no network. For a target of another kind remove these three lines.\n\
-                 PrivateNetwork=yes\n";
-    }
-    if anywhere {
-        text += "# The target's name may resolve to any address. IPAddressDeny=any with IPAddressAllow= restricts that.\n";
-    } else {
-        if !allowed.is_empty() {
-            text += "# Only the target's address. Clients are not affected: their sockets belong to systemd.\n";
-        }
-        text += "IPAddressDeny=any\n";
-        if !allowed.is_empty() {
-            text += &format!("IPAddressAllow={}\n", allowed.join(" "));
-        }
-    }
-    text += &format!("RestrictAddressFamilies={}\n", families.join(" "));
-    text
+    let (in_home, in_tmp) = (has_target_below(&HOMES), has_target_below(&TEMPORARY));
+    vec![
+        row("CapabilityBoundingSet", "", ""),
+        row("NoNewPrivileges", "yes", ""),
+        row("ProtectSystem", "strict", ""),
+        row("ProtectHome", if in_home { "read-only" } else { "yes" }, hint(in_home, IN_HOME)),
+        row("ProtectProc", "invisible", ""),
+        row("PrivateDevices", "yes", ""),
+        row("PrivateTmp", if in_tmp { "no" } else { "yes" }, hint(in_tmp, IN_TMP)),
+        row("PrivateMounts", "yes", ""),
+        row("ProtectClock", "yes", ""),
+        row("ProtectControlGroups", "yes", ""),
+        row("ProtectHostname", "yes", ""),
+        row("ProtectKernelLogs", "yes", ""),
+        row("ProtectKernelModules", "yes", ""),
+        row("ProtectKernelTunables", "yes", ""),
+        row("LockPersonality", "yes", ""),
+        // Not for a user of the system, whose other processes may use IPC.
+        optional("RemoveIPC", plan.arguments.user.is_none().then_some("yes"), ""),
+        row("RestrictNamespaces", "yes", ""),
+        row("RestrictRealtime", "yes", ""),
+        row("RestrictSUIDSGID", "yes", ""),
+        row("SystemCallArchitectures", "native", ""),
+        row("SystemCallFilter", "@system-service", ""),
+        row("SystemCallErrorNumber", "EPERM", ""),
+        row("UMask", if is_proxy { "0777" } else { "0077" }, ""),
+        optional("ProcSubset", is_proxy.then_some("pid"), ""),
+        optional("PrivateUsers", is_proxy.then_some("yes"), ""),
+        optional("MemoryDenyWriteExecute", is_proxy.then_some("yes"), ""),
+        optional("SystemCallFilter", is_proxy.then_some("~@privileged"), ""),
+    ]
 }
 
 fn drop_in(service: &str) -> String {
-    format!(
-        "# {service} stops when its proxy, which wants it, has stopped.\n\
-         [Unit]\n\
-         StopWhenUnneeded=yes\n\
-         # Try once a second for as long as the proxy holds clients, and then fail. This overrides the\n\
-         # restart settings of the service itself.\n\
-         StartLimitIntervalSec=2min\n\
-         StartLimitBurst=90\n\
-         \n\
-         [Service]\n\
-         Restart=on-failure\n\
-         RestartSec=1s\n"
-    )
+    let about = format!("{service} stops when its proxy, which wants it, has stopped.");
+    let unit = vec![
+        row("StopWhenUnneeded", "yes", ""),
+        row("StartLimitIntervalSec", "2min", RESTARTS),
+        row("StartLimitBurst", "90", ""),
+    ];
+    let service = vec![row("Restart", "on-failure", ""), row("RestartSec", "1s", "")];
+    print(&about, &[("Unit", unit), ("Service", service)])
 }
 
-/// What the first client starts.
-enum OnFirstClient<'a> {
-    Nothing,
-    Service(&'a str),
-    Command,
+/// A setting, its value, and the comment above it. A setting without a value is left out.
+type Row = (&'static str, Option<String>, &'static str);
+
+fn row(setting: &'static str, value: impl Into<String>, comment: &'static str) -> Row {
+    optional(setting, Some(value), comment)
 }
 
-impl<'a> OnFirstClient<'a> {
-    fn of(plan: &'a Plan) -> Self {
-        match (&plan.arguments.service, &plan.arguments.command) {
-            (Some(service), _) => Self::Service(service),
-            (None, Some(_)) => Self::Command,
-            (None, None) => Self::Nothing,
-        }
-    }
+fn optional(setting: &'static str, value: Option<impl Into<String>>, comment: &'static str) -> Row {
+    (setting, value.map(Into::into), comment)
 }
+
+fn hint(applies: bool, comment: &'static str) -> &'static str {
+    if applies { comment } else { "" }
+}
+
+/// Prints a unit: a comment on the whole of it, and its sections.
+fn print(about: &str, sections: &[(&str, Vec<Row>)]) -> String {
+    let comment = |text: &str| text.lines().map(|line| format!("# {line}\n")).collect::<String>();
+    let print_row = |(setting, value, why): &Row| {
+        value.as_ref().map(|value| format!("{}{setting}={value}\n", comment(why)))
+    };
+    let sections = sections.iter().map(|(name, rows)| {
+        let heading = if name.is_empty() { String::new() } else { format!("[{name}]\n") };
+        heading + &rows.iter().filter_map(print_row).collect::<String>()
+    });
+    comment(about) + &sections.collect::<Vec<_>>().join("\n")
+}
+
+const DOCUMENTATION: &str = "man:socket-proxyd(8) man:socket-proxyd-units(8)";
+
+const LOCALHOST: &str = "localhost";
+
+/// How long clients are held: while a backend restarts, and while a service starts.
+const BRIDGE_WAIT: &str = "30s";
+const SERVICE_WAIT: &str = "90s";
+
+// Comments of the units.
+const OPEN_TO_ALL: &str =
+    "Every user may connect. SocketMode=0660 with SocketUser= or SocketGroup= restricts that.";
+const MANY_STARTS: &str = "\
+Each idle exit leads to another start. With a start limit, a short idle time and a few clients
+would make systemd close the socket for good.";
+const WANTS_METRICS: &str =
+    "Wanted, not required: without the metrics socket clients are still served.";
+const WANTS_SERVICE: &str = "\
+Wanted, not required: Restart= starts a killed service again, and a service that cannot start
+does not close the socket.";
+const OPTIONS: &str = "Add other options of socket-proxyd(8) before the target.";
+const KILL_MODE: &str = "The proxy stops the program and the processes that it has started.";
+const DYNAMIC_USER: &str = "Run as a transient, unprivileged user.";
+const GROUP: &str = "This group may connect to the target's socket.";
+const NO_GROUP: &str = "If only a group may connect to the target's socket, name it here.";
+const NO_NETWORK: &str =
+    "A Unix socket needs no network. For a target of another kind remove these three lines.";
+const ONLY_TARGETS: &str =
+    "Only the target's address. Clients are not affected: their sockets belong to systemd.";
+const ANY_ADDRESS: &str = "\
+The target's name may resolve to any address. IPAddressDeny=any with IPAddressAllow= restricts that.";
+const IN_HOME: &str = "The target is in a home directory or below /run/user.";
+const IN_TMP: &str = "The target is in the /tmp or /var/tmp of the system.";
+const COMMAND_NEEDS: &str = "\
+Most programs run under these restrictions. A program that keeps files needs StateDirectory=, a
+directory in /var/lib whose path is in $STATE_DIRECTORY.";
+const RESTARTS: &str = "\
+Try once a second for as long as the proxy holds clients, and then fail. This overrides the
+restart settings of the service itself.";
