@@ -152,6 +152,10 @@ mod tests {
         let plan = |line: &str| Plan::new(parse(line)?);
         let good = "--listen=8080 --target=127.0.0.1:3000 app";
         assert!(plan(good).is_ok());
+        let abstract_name =
+            |bytes: usize| format!("--listen=@{} --target=/a app", "x".repeat(bytes));
+        assert!(plan(&abstract_name(106)).is_ok());
+        assert!(plan(&abstract_name(107)).unwrap_err().ends_with("at most 106 bytes after the @"));
         for (line, error) in [
             (
                 "app",
@@ -196,6 +200,14 @@ mod tests {
             (
                 "--listen=1 --target=/a --service=-x app",
                 "invalid value '-x' for '--service <UNIT>': it begins with a dash, as an option of systemctl(1) does",
+            ),
+            (
+                "--listen=/run/../a --target=/a app",
+                "invalid value '/run/../a' for '--listen <ADDRESS>': systemd takes no .. in it",
+            ),
+            (
+                "--listen=1 --target=/a --service=@x app",
+                "invalid value '@x' for '--service <UNIT>': it begins with an @",
             ),
             (
                 "--listen=1 --target=/a --service=a@ app",

@@ -33,6 +33,14 @@ pub fn listen(text: &str) -> Result<ListenAddress, String> {
     refuse_if(&[
         (address(&listen).port() == Some(0), "clients could not know the port"),
         (Path::new(text) == Path::new("/"), "that is a directory"),
+        (
+            text.starts_with('/') && text.split('/').any(|part| part == ".."),
+            "systemd takes no .. in it",
+        ),
+        (
+            text.starts_with('@') && text.len() > ABSTRACT_MAX,
+            "systemd takes at most 106 bytes after the @",
+        ),
     ])?;
     check_value(text)?;
     Ok(listen)
@@ -61,6 +69,7 @@ pub fn service(text: &str) -> Result<String, String> {
         (stem.is_empty() || is_other_type, "it has to be the name of a .service unit"),
         (!stem.chars().all(is_allowed), "no unit has such a name; see systemd-escape(1)"),
         (stem.starts_with('-'), "it begins with a dash, as an option of systemctl(1) does"),
+        (stem.starts_with('@'), "it begins with an @"),
         (stem.ends_with('@'), "a template has no process; name an instance of it"),
     ])?;
     Ok(format!("{stem}.service"))
@@ -178,6 +187,9 @@ const OTHER_UNIT_TYPES: &str = "socket target timer path mount automount slice s
 
 /// The longest name of a unit, systemd.unit(5), without what is added to NAME.
 const NAME_MAX: usize = 255 - "-proxy.service.d".len();
+
+/// The longest abstract name that systemd listens on, with its @: a byte shorter than the kernel's limit.
+const ABSTRACT_MAX: usize = 107;
 
 #[cfg(test)]
 mod tests {

@@ -96,7 +96,7 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     let wrote =
         |what| format!("{what} {path}/app-proxy.socket\n{what} {path}/app-proxy.service\n{next}");
     assert_eq!(printed(&arguments), (Some(0), wrote("Wrote"), String::new()));
-    assert_eq!(printed(&arguments), (Some(0), wrote("Already there:"), String::new()));
+    assert_eq!(printed(&arguments), (Some(0), wrote("Unchanged"), String::new()));
     fs::write(directory.path().join("app-proxy.service"), "[Service]\n").unwrap();
     let theirs = format!(
         "Failed to replace {path}/app-proxy.service: this program did not write it; nothing was written. \
@@ -112,7 +112,7 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     let (_, stdout, _) = printed(&with_service);
     assert!(stdout.contains(" && systemctl disable --now app.service && "), "{stdout}");
     let (_, stdout, _) = printed(&arguments);
-    let left = format!("Removed {path}/app.service.d/app-proxy.conf, of before\n");
+    let left = format!("Removed {path}/app.service.d/app-proxy.conf\n");
     assert!(stdout.contains(&left), "{stdout}");
     let lost = "\napp.service has no proxy any more: clients do not start it, and it does not stop by itself. \
                 (systemctl stop app.service, or systemctl enable --now app.service)\nNext: ";
@@ -121,7 +121,7 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     let (_, stdout, _) = printed(&[&arguments[..], &["--service=app2"]].concat());
     assert!(stdout.contains(lost) && stdout.contains("disable --now app2.service"), "{stdout}");
     let (code, _, stderr) = printed(&[&arguments[..], &["--", "/nowhere/prog"]].concat());
-    assert_eq!(code, Some(1), "a socket that it can't make: {stderr}");
+    assert_eq!(code, Some(1), "COMMAND cannot create that socket: {stderr}");
     let with_command = ["--listen=1", "--target=127.0.0.1:2", "b", "--", "/nowhere/prog"];
     let (code, _, stderr) = printed(&with_command);
     let note = "Note: Failed to execute COMMAND \"/nowhere/prog\": No such file or directory.\n";
