@@ -12,6 +12,7 @@ use crate::forward::flow::Flow;
 use crate::forward::registry::Registration;
 use crate::forward::snapshot::{FlowState, SIDES, Side};
 use crate::forward::{CloseReason, Forwarder, Progress, Summary};
+use crate::runtime::backoff::Backoff;
 use crate::socket::{Family, Socket};
 
 impl Forwarder {
@@ -130,10 +131,9 @@ impl Forwarder {
 async fn wait_until_acked(socket: &Socket, linger: Duration) {
     let mut left = socket.unacked();
     let mut moved = Instant::now();
-    let mut pause = Duration::from_millis(1);
+    let mut backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(100));
     while left > 0 && !socket.has_failed() && moved.elapsed() < linger {
-        sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_millis(100));
+        sleep(backoff.next()).await;
         let now = socket.unacked();
         if now < left {
             left = now;

@@ -1,8 +1,11 @@
 //! The signals that were ignored or blocked when this process was started (signal(7)).
 //!
-//! COMMAND gets them as the proxy did, from systemd (`IgnoreSIGPIPE=` in systemd.exec(5)) or a shell
-//! (nohup(1)). Rust's runtime ignores SIGPIPE before main(), and std starts each child with SIGPIPE's
-//! default action and an empty mask. So they are read before the runtime, and set behind std.
+//! COMMAND starts with the dispositions that the proxy got from systemd (`IgnoreSIGPIPE=` in
+//! systemd.exec(5)) or from a shell (nohup(1)). Two things stand in the way:
+//!
+//! - Rust's runtime ignores SIGPIPE before main(). This module reads the dispositions before that.
+//! - std starts each child with SIGPIPE's default action and an empty mask. This module sets the
+//!   dispositions after that.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -11,26 +14,52 @@ use std::process::Command;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The last signal (`SIGRTMAX`).
-const LAST: i32 = 64;
+/// Whether `signal` was ignored when the process was started.
+pub fn was_ignored(signal: i32) -> bool {
+    IGNORED.load(Ordering::Relaxed) & bit(signal) != 0
+}
 
-/// A bit for each signal, the lowest for the first.
-static IGNORED: AtomicU64 = AtomicU64::new(0);
-static BLOCKED: AtomicU64 = AtomicU64::new(0);
+/// Unblocks all signals: a blocked signal would never reach the event loop.
+///
+/// The mask is per thread, so this must run before there is a second thread.
+pub fn unblock_signals() {
+    set_mask(0);
+}
 
-/// The C library calls this before main(), and so before Rust's runtime.
-#[used]
-#[unsafe(link_section = ".init_array")]
-static READ: extern "C" fn() = read;
+/// Makes a program start with the dispositions that this process was started with.
+pub fn restore_dispositions(command: &mut Command) {
+    let restore = || -> io::Result<()> {
+        for signal in signals(IGNORED.load(Ordering::Relaxed)) {
+            // SAFETY: signal(2) is async-signal-safe, and SIG_IGN runs no code of this process.
+            unsafe { libc::signal(signal, libc::SIG_IGN) };
+        }
+        set_mask(BLOCKED.load(Ordering::Relaxed));
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork(2) and execve(2). It makes async-signal-safe calls only.
+    unsafe { command.pre_exec(restore) };
+}
+
+fn set_mask(blocked: u64) {
+    // SAFETY: sigemptyset(3) initialises the mask. The other calls add to the mask and read it.
+    unsafe {
+        let mut mask = MaybeUninit::<libc::sigset_t>::zeroed();
+        libc::sigemptyset(mask.as_mut_ptr());
+        for signal in signals(blocked) {
+            libc::sigaddset(mask.as_mut_ptr(), signal);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, mask.as_ptr(), null_mut());
+    }
+}
 
 extern "C" fn read() {
     let (mut ignored, mut blocked) = (0, 0);
-    // SAFETY: all zero is a mask and an action. sigaction(2) and pthread_sigmask(3) write them whole, or
-    // fail, and change nothing without a new one.
+    // SAFETY: all-zero is a valid mask and a valid action. sigaction(2) and pthread_sigmask(3)
+    // write them whole or fail. Without a new action or mask they change nothing.
     unsafe {
         let mut mask = MaybeUninit::<libc::sigset_t>::zeroed();
         let has_mask = libc::pthread_sigmask(libc::SIG_BLOCK, null(), mask.as_mut_ptr()) == 0;
-        for signal in 1..=LAST {
+        for signal in signals(u64::MAX) {
             let mut action = MaybeUninit::<libc::sigaction>::zeroed();
             if libc::sigaction(signal, null(), action.as_mut_ptr()) == 0
                 && action.assume_init_ref().sa_sigaction == libc::SIG_IGN
@@ -46,44 +75,21 @@ extern "C" fn read() {
     BLOCKED.store(blocked, Ordering::Relaxed);
 }
 
+fn signals(set: u64) -> impl Iterator<Item = i32> {
+    (1..=SIGRTMAX).filter(move |signal| set & bit(*signal) != 0)
+}
+
 const fn bit(signal: i32) -> u64 {
     1 << (signal - 1)
 }
 
-/// Whether this signal was ignored when the process was started.
-pub fn was_ignored(signal: i32) -> bool {
-    IGNORED.load(Ordering::Relaxed) & bit(signal) != 0
-}
+const SIGRTMAX: i32 = 64;
 
-/// Blocks no signal in this process: those that it waits for have to arrive. To be called before there
-/// is a thread.
-pub fn unblock_signals() {
-    set_mask(0);
-}
+/// Sets of signals; the lowest bit is signal 1.
+static IGNORED: AtomicU64 = AtomicU64::new(0);
+static BLOCKED: AtomicU64 = AtomicU64::new(0);
 
-/// Has a program start with the signals ignored and blocked that were at the start of this process.
-pub fn hand_down(command: &mut Command) {
-    let set = || -> io::Result<()> {
-        let ignored = IGNORED.load(Ordering::Relaxed);
-        for signal in (1..=LAST).filter(|signal| ignored & bit(*signal) != 0) {
-            // SAFETY: signal(2) is async-signal-safe, and SIG_IGN is no code of ours.
-            unsafe { libc::signal(signal, libc::SIG_IGN) };
-        }
-        set_mask(BLOCKED.load(Ordering::Relaxed));
-        Ok(())
-    };
-    // SAFETY: between fork(2) and execve(2) it makes async-signal-safe calls only.
-    unsafe { command.pre_exec(set) };
-}
-
-fn set_mask(blocked: u64) {
-    // SAFETY: sigemptyset(3) makes a mask of what is there, and the others read it.
-    unsafe {
-        let mut mask = MaybeUninit::<libc::sigset_t>::zeroed();
-        libc::sigemptyset(mask.as_mut_ptr());
-        for signal in (1..=LAST).filter(|signal| blocked & bit(*signal) != 0) {
-            libc::sigaddset(mask.as_mut_ptr(), signal);
-        }
-        libc::pthread_sigmask(libc::SIG_SETMASK, mask.as_ptr(), null_mut());
-    }
-}
+/// The C library calls `read` before main(), and so before Rust's runtime.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static READ: extern "C" fn() = read;

@@ -1,5 +1,6 @@
-//! Event loops, threads with one, and panics as values.
+//! Event loops, threads that run one, pauses between attempts, and panics as values.
 
+pub mod backoff;
 #[expect(unsafe_code, reason = "sigaction(2) before main(), pre_exec(3)")]
 pub mod dispositions;
 
@@ -13,40 +14,41 @@ use std::thread::{self, JoinHandle};
 
 use tokio::runtime::{Builder, LocalRuntime};
 
-/// An event loop for the thread that asks for it.
+/// Creates an event loop for the calling thread.
 ///
 /// # Errors
-/// epoll_create1(2)'s, eventfd(2)'s and the like.
+/// Those of epoll_create1(2) and eventfd(2).
 pub fn event_loop() -> io::Result<LocalRuntime> {
     Builder::new_current_thread().enable_all().build_local(Default::default())
 }
 
-/// Starts a thread with an event loop for this life, and waits until it has it.
+/// Starts a thread that runs `life` on an event loop of its own.
+///
+/// Returns once the event loop exists.
 ///
 /// # Errors
-/// clone(2)'s, and those of [`event_loop`].
+/// Those of clone(2) and of [`event_loop`].
 pub fn start_thread(
     name: &str,
     life: impl AsyncFnOnce() + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
-    let (made, is_made) = sync_channel(1);
-    let live = move || {
-        let event_loop = match event_loop() {
-            Ok(event_loop) => event_loop,
-            Err(error) => return drop(made.send(Err(error))),
-        };
-        let _ = made.send(Ok(()));
-        event_loop.block_on(life());
+    let (sender, is_ready) = sync_channel(1);
+    let run = move || match event_loop() {
+        Ok(event_loop) => {
+            let _ = sender.send(Ok(()));
+            event_loop.block_on(life());
+        }
+        Err(error) => drop(sender.send(Err(error))),
     };
-    let handle = thread::Builder::new().name(name.into()).spawn(live)?;
-    is_made.recv().map_err(|_| io::Error::other("it has panicked"))??;
+    let handle = thread::Builder::new().name(name.into()).spawn(run)?;
+    is_ready.recv().map_err(|_| io::Error::other("the thread panicked"))??;
     Ok(handle)
 }
 
-/// Waits for a future, or for its panic, which is `None`; the panic hook has logged it.
+/// Waits for a future. Returns `None` if it panics; the panic hook has logged the panic by then.
 pub async fn catch_panic<T>(future: impl Future<Output = T>) -> Option<T> {
     let mut future = pin!(future);
-    // A future that has panicked is not polled again, so that what it left half done is only dropped.
+    // A future that has panicked is not polled again: its half-done state is only dropped.
     poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
         Ok(poll) => poll.map(Some),
         Err(_) => Poll::Ready(None),
@@ -61,7 +63,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_panic_is_none_and_what_comes_after_it_goes_on() {
+    async fn a_panic_becomes_none_and_later_calls_succeed() {
         let accept = async |round: u32| {
             yield_now().await;
             assert_ne!(round, 1, "a bug");

@@ -41,7 +41,7 @@ use crate::backend::command::process::{Event, GUARD, THIS_PROGRAM};
 use crate::backend::command::ready::remove_left_behind;
 use crate::config::command::CommandLine;
 use crate::logging::os_message;
-use crate::runtime::dispositions::hand_down;
+use crate::runtime::dispositions::restore_dispositions;
 
 /// The name under which this program is the moment before COMMAND.
 const LAUNCH: &str = "proxyd-launch";
@@ -153,7 +153,7 @@ impl Guard {
         let mut launch = Command::new(THIS_PROGRAM);
         launch.arg0(LAUNCH).arg(getpid().to_string()).args(&command.words);
         launch.stdin(Stdio::null()).process_group(0);
-        hand_down(&mut launch);
+        restore_dispositions(&mut launch);
         let child = launch.spawn()?;
         let (name, command) = (command.to_string(), Pid::from_child(&child));
         let this = Self { control, name, command, exited: false, group_gone: false };
@@ -280,6 +280,6 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
     }
     let mut command = Command::new(&program);
     command.args(args);
-    hand_down(&mut command);
+    restore_dispositions(&mut command);
     Err(failed(command.exec()))
 }

@@ -22,7 +22,7 @@ use tokio::time::sleep;
 
 use crate::backend::command::ready::ProcessTree;
 use crate::config::command::CommandLine;
-use crate::runtime::dispositions::hand_down;
+use crate::runtime::dispositions::restore_dispositions;
 
 /// This program, whatever has become of its file since it was started.
 pub const THIS_PROGRAM: &str = "/proc/self/exe";
@@ -107,7 +107,7 @@ impl CommandProcess {
         if let Some(path) = notify {
             command.env("NOTIFY_SOCKET", path);
         }
-        hand_down(&mut command);
+        restore_dispositions(&mut command);
         let guard = tokio::process::Command::from(command).spawn()?;
         Ok(Self { control: UnixStream::from_std(control)?, guard, launched: false, group: None })
     }
