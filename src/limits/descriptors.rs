@@ -1,224 +1,97 @@
-//! RLIMIT_NOFILE, divided among its uses, and the descriptors that connections may take.
+//! RLIMIT_NOFILE, divided among its uses, and the descriptors of connections.
 //!
-//! A client is accepted only once there is a descriptor for its backend as well. A client that waits in the
-//! kernel's backlog loses nothing; one that was accepted and dropped does. So the limit is divided once, at
-//! start, and what connections take is counted.
+//! The accept loop accepts a client only when a descriptor for the backend is free as well. A
+//! client in the kernel's backlog loses nothing by waiting; a client that is accepted and closed
+//! does. So the limit is divided once, at the start, and the descriptors of connections are
+//! counted.
 
-use std::io;
+use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// A client's and its backend's.
-const PER_CONNECTION: usize = 2;
-
-/// The same with a pipe of its own for each direction.
-const PER_CONNECTION_WITH_PIPES: usize = 6;
-
-/// For looking through the store.
-const FOR_STORE: usize = 200;
-
-/// What a lookup opens while it runs: sockets to two name servers, a file of the system's, and one
-/// more for the name service modules.
-const PER_LOOKUP: usize = 4;
-
-/// Lookups at a time when descriptors abound. Each is a thread, too.
-const LOOKUPS_MAX: usize = 256;
-
-/// Pipes when descriptors abound.
-const PIPES_MAX: usize = 512;
-
-/// For the notification socket, the journal's, and the moment in which a newcomer is refused.
-const RESERVE: usize = 6;
-
-/// For COMMAND: the sockets to its guard and from it, and what starting it opens for a moment.
-const FOR_COMMAND: usize = 12;
-
-/// For an event loop of another thread: epoll, its wake-up, its end of the signals.
-const PER_THREAD: usize = 4;
-
-/// Requests for metrics that are open at a time.
-pub const SCRAPERS_MAX: usize = 256;
-
-/// For these requests, for those that give way while others are accepted, and for their event loop.
-const FOR_METRICS: usize = SCRAPERS_MAX + 8 + PER_THREAD;
-
-/// What start-up opens at most, beside the listeners: counted only when descriptors are few.
-const OPEN_AT_START: usize = 64;
-
-/// The descriptors a process may have, divided among their uses.
+/// The descriptors that a process may have, divided among their uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FdPlan {
     /// Connections at a time.
     pub connections: usize,
-    /// Name lookups at a time; 0 when the target needs none.
+    /// Name lookups at a time; 0 when no target needs them.
     pub lookups: usize,
     /// Pipes at a time.
     pub pipes: usize,
-    /// The soft limit as it was found, for COMMAND: above 1024, select(2) breaks.
+    /// The soft limit at the start, for COMMAND: select(2) breaks above 1024.
     pub inherited: Option<u64>,
 }
 
 /// What a process needs descriptors for, beside its connections.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FdNeeds {
-    /// Looking names up.
+    /// Whether a target is a name.
     pub lookups: bool,
-    /// COMMAND.
+    /// Whether there is a COMMAND.
     pub command: bool,
     /// Event loops beside the main thread's.
     pub threads: usize,
-    /// Metrics.
     pub metrics: bool,
-    /// Connections that are stored at every moment.
+    /// Whether connections are stored from accept on (`--handover=crash`).
     pub is_journaled: bool,
-    /// Descriptors of connections that are there already, and are counted as such.
+    /// Open descriptors of restored connections, which count as connections.
     pub restored: usize,
 }
 
-impl FdNeeds {
-    /// Descriptors for a connection, and for the store.
-    fn is_journaled(self) -> (usize, usize) {
-        if self.is_journaled { (PER_CONNECTION_WITH_PIPES, FOR_STORE) } else { (PER_CONNECTION, 0) }
-    }
-}
-
 impl FdPlan {
-    /// Divides `limit` descriptors of which `open` are taken. Connections come first, up to
-    /// `connections_max` and the one that is accepted to be refused; pipes get what is left, and at
-    /// least a small part.
-    pub fn new(limit: usize, open: usize, connections_max: usize, uses: FdNeeds) -> Self {
-        let for_command = if uses.command { FOR_COMMAND } else { 0 };
-        let for_threads = uses.threads * PER_THREAD;
-        let (per_connection, for_store) = uses.is_journaled();
-        let for_metrics = if uses.metrics { FOR_METRICS } else { 0 };
-        let beside = RESERVE + for_command + for_threads + for_store + for_metrics;
-        let free = limit.saturating_sub(open + beside);
-        let lookups = if uses.lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
-        let free = free.saturating_sub(lookups * PER_LOOKUP);
-        let for_connections = connections_max.saturating_add(1).saturating_mul(per_connection);
-        let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
-        Self {
-            connections: free.saturating_sub(pipes * 2) / per_connection,
-            lookups,
-            pipes,
-            inherited: None,
-        }
-    }
-
-    /// Divides what this process has, after raising its soft limit to the hard one.
+    /// Divides the descriptors of this process, after raising its soft limit to the hard limit.
     ///
     /// # Errors
-    /// When there is not room for a single connection.
-    pub fn of_this_process(connections_max: u32, uses: FdNeeds) -> Result<Self, String> {
+    /// A line for the log when there is no room for a single connection.
+    pub fn of_this_process(connections_max: u32, needs: FdNeeds) -> Result<Self, String> {
         let inherited = getrlimit(Resource::Nofile).current;
         let limit = raise_limit();
-        let connections_max = connections_max as usize;
-        let (per_connection, for_store) = uses.is_journaled();
-        let beside = OPEN_AT_START
-            + for_store
-            + RESERVE
-            + FOR_COMMAND
-            + FOR_METRICS
-            + uses.threads * PER_THREAD
-            + LOOKUPS_MAX * PER_LOOKUP
-            + PIPES_MAX * 2;
-        let plenty = connections_max.saturating_mul(per_connection).saturating_add(beside);
-        let open =
-            if limit >= plenty { OPEN_AT_START } else { open_now().unwrap_or(OPEN_AT_START) };
-        let open = open.saturating_sub(uses.restored);
-        let division = Self { inherited, ..Self::new(limit, open, connections_max, uses) };
-        if division.connections == 0 {
+        let open = open_fds().saturating_sub(needs.restored);
+        let plan = Self { inherited, ..Self::new(limit, open, connections_max as usize, needs) };
+        if plan.connections == 0 {
             return Err(format!(
                 "RLIMIT_NOFILE={limit} leaves no room for a connection; raise LimitNOFILE= \
                  (ulimit -n)."
             ));
         }
-        Ok(division)
+        Ok(plan)
+    }
+
+    /// Divides `limit` descriptors, of which `open` are taken.
+    ///
+    /// Connections come first: `connections_max`, and one more that is accepted to be refused.
+    /// Pipes get the rest, but at least a small part.
+    fn new(limit: usize, open: usize, connections_max: usize, needs: FdNeeds) -> Self {
+        let (per_connection, for_store) = if needs.is_journaled {
+            (PER_STORED_CONNECTION, FOR_STORE)
+        } else {
+            (PER_CONNECTION, 0)
+        };
+        let for_command = if needs.command { FOR_COMMAND } else { 0 };
+        let for_metrics = if needs.metrics { FOR_METRICS } else { 0 };
+        let for_threads = needs.threads * PER_THREAD;
+        let reserved = RESERVE + for_command + for_threads + for_store + for_metrics;
+        let free = limit.saturating_sub(open + reserved);
+        let lookups = if needs.lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
+        let free = free.saturating_sub(lookups * PER_LOOKUP);
+        let for_connections = connections_max.saturating_add(1).saturating_mul(per_connection);
+        let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
+        let connections = free.saturating_sub(pipes * 2) / per_connection;
+        Self { connections, lookups, pipes, inherited: None }
     }
 }
 
-/// Returns how many descriptors this process may open beside those that it has, after raising its soft limit
-/// to the hard one. Enough is left for a connection and for what is opened for a moment.
+/// Returns how many more descriptors this process may open, after raising its soft limit.
+///
+/// The result leaves enough for one connection and for short-lived descriptors.
 pub fn spare_fds() -> usize {
-    let open = open_now().unwrap_or(OPEN_AT_START);
-    raise_limit().saturating_sub(open + RESERVE + PER_CONNECTION_WITH_PIPES)
+    raise_limit().saturating_sub(open_fds() + RESERVE + PER_STORED_CONNECTION)
 }
 
-/// The descriptors that connections may take, counted.
-#[derive(Debug)]
-pub struct FdBudget {
-    places: Arc<Places>,
-    /// There may be more of them: the cap on connections is what they stand for.
-    capped: bool,
-}
-
-#[derive(Debug)]
-struct Places {
-    free: Semaphore,
-    /// Taken although there were none: as many are not free again when they are given back.
-    overdrawn: AtomicUsize,
-}
-
-/// A connection's descriptors, given back when it is dropped.
-#[derive(Debug)]
-pub struct FdPermit(Arc<Places>);
-
-impl FdBudget {
-    /// Room for this many connections.
-    pub fn new(connections: usize) -> Self {
-        let free = Semaphore::new(connections.min(Semaphore::MAX_PERMITS));
-        Self { places: Arc::new(Places { free, overdrawn: AtomicUsize::default() }), capped: false }
-    }
-
-    /// The same, and for no more than `max`: who comes above that waits in the kernel.
-    pub fn capped(connections: usize, max: usize) -> Self {
-        Self { capped: max <= connections, ..Self::new(connections.min(max)) }
-    }
-
-    /// Whether it is the cap that is met when there are none left.
-    pub fn at_connection_limit(&self) -> bool {
-        self.capped
-    }
-
-    /// A connection's, if there are any left.
-    pub fn try_reserve(&self) -> Option<FdPermit> {
-        self.places.free.try_acquire().ok().map(|permit| self.reserved(permit))
-    }
-
-    /// Waits for them.
-    pub async fn reserve(&self) -> FdPermit {
-        let permit = self.places.free.acquire().await;
-        self.reserved(permit.expect("the semaphore is never closed"))
-    }
-
-    /// The same for somebody who has them already.
-    pub fn reserve_unchecked(&self) -> FdPermit {
-        self.try_reserve().unwrap_or_else(|| {
-            self.places.overdrawn.fetch_add(1, Ordering::AcqRel);
-            FdPermit(Arc::clone(&self.places))
-        })
-    }
-
-    fn reserved(&self, permit: SemaphorePermit<'_>) -> FdPermit {
-        permit.forget();
-        FdPermit(Arc::clone(&self.places))
-    }
-}
-
-impl Drop for FdPermit {
-    fn drop(&mut self) {
-        let Self(places) = self;
-        let pay = |overdrawn: usize| overdrawn.checked_sub(1);
-        if places.overdrawn.fetch_update(Ordering::AcqRel, Ordering::Acquire, pay).is_err() {
-            places.free.add_permits(1);
-        }
-    }
-}
-
-/// Raises the soft limit to the hard one and says what it is now.
+/// Raises the soft limit to the hard limit, and returns the soft limit.
 pub fn raise_limit() -> usize {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
@@ -232,73 +105,169 @@ pub fn raise_limit() -> usize {
     limit.map_or(usize::MAX, |limit| limit as usize)
 }
 
-fn open_now() -> io::Result<usize> {
-    Ok(std::fs::read_dir("/proc/self/fd")?.count())
+fn open_fds() -> usize {
+    fs::read_dir("/proc/self/fd").map_or(OPEN_WITHOUT_PROC, Iterator::count)
 }
+
+/// The descriptors for connections, counted in connections.
+#[derive(Debug)]
+pub struct FdBudget {
+    shared: Arc<Shared>,
+    is_connection_limit: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    free: Semaphore,
+    /// Permits issued beyond the limit. That many returns do not free a permit.
+    overdrawn: AtomicUsize,
+}
+
+impl FdBudget {
+    pub fn new(connections: usize) -> Self {
+        let free = Semaphore::new(connections.min(Semaphore::MAX_PERMITS));
+        let shared = Arc::new(Shared { free, overdrawn: AtomicUsize::default() });
+        Self { shared, is_connection_limit: false }
+    }
+
+    /// Limits the budget to `max` connections: further clients wait in the kernel's backlog.
+    pub fn with_connection_limit(connections: usize, max: usize) -> Self {
+        Self { is_connection_limit: max <= connections, ..Self::new(connections.min(max)) }
+    }
+
+    /// Returns whether an empty budget means the connection limit, not a lack of descriptors.
+    pub fn at_connection_limit(&self) -> bool {
+        self.is_connection_limit
+    }
+
+    pub fn try_reserve(&self) -> Option<FdPermit> {
+        self.shared.free.try_acquire().ok().map(|permit| self.own(permit))
+    }
+
+    /// Waits until descriptors for a connection are free, and reserves them.
+    pub async fn reserve(&self) -> FdPermit {
+        let permit = self.shared.free.acquire().await;
+        self.own(permit.expect("the semaphore is never closed"))
+    }
+
+    /// Counts a connection whose descriptors are open already.
+    pub fn reserve_unchecked(&self) -> FdPermit {
+        self.try_reserve().unwrap_or_else(|| {
+            self.shared.overdrawn.fetch_add(1, Ordering::AcqRel);
+            FdPermit(Arc::clone(&self.shared))
+        })
+    }
+
+    fn own(&self, permit: SemaphorePermit<'_>) -> FdPermit {
+        permit.forget();
+        FdPermit(Arc::clone(&self.shared))
+    }
+}
+
+/// The descriptors of one connection, returned to the budget on drop.
+#[derive(Debug)]
+pub struct FdPermit(Arc<Shared>);
+
+impl Drop for FdPermit {
+    fn drop(&mut self) {
+        let Self(shared) = self;
+        let repay = |overdrawn: usize| overdrawn.checked_sub(1);
+        if shared.overdrawn.fetch_update(Ordering::AcqRel, Ordering::Acquire, repay).is_err() {
+            shared.free.add_permits(1);
+        }
+    }
+}
+
+/// Requests for metrics that are open at a time.
+pub const SCRAPERS_MAX: usize = 256;
+
+/// The sockets of the client and of the backend.
+const PER_CONNECTION: usize = 2;
+
+/// Both sockets, and a pipe for each direction.
+const PER_STORED_CONNECTION: usize = 6;
+
+/// Descriptors that are open for a moment while the store is read.
+const FOR_STORE: usize = 200;
+
+/// Sockets to two name servers, a file such as /etc/hosts, and one for the name service modules.
+const PER_LOOKUP: usize = 4;
+
+/// Each lookup is a thread, too.
+const LOOKUPS_MAX: usize = 256;
+
+const PIPES_MAX: usize = 512;
+
+/// The notification socket, the journal's socket, and a connection that is accepted to be refused.
+const RESERVE: usize = 6;
+
+/// The sockets to COMMAND's guard and from it, and the descriptors that are open during its start.
+const FOR_COMMAND: usize = 12;
+
+/// epoll, its wake-up and its end of the signals.
+const PER_THREAD: usize = 4;
+
+/// For these requests, for those that give way while others are accepted, and for their event loop.
+const FOR_METRICS: usize = SCRAPERS_MAX + 8 + PER_THREAD;
+
+/// An estimate for a process without /proc.
+const OPEN_WITHOUT_PROC: usize = 64;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn connections_come_first_and_the_sum_fits() {
+    fn connections_come_first_and_the_sum_fits_the_limit() {
         for limit in [0, 20, 40, 64, 256, 1024, 20_000, 524_288] {
             for open in [8, 16, 64] {
                 for connections_max in [1, 256, 4096, u32::MAX as usize] {
                     for lookups in [false, true] {
-                        let uses = FdNeeds {
+                        let needs = FdNeeds {
                             lookups,
                             command: lookups,
                             threads: 3,
                             metrics: !lookups,
-                            is_journaled: false,
-                            restored: 0,
+                            ..FdNeeds::default()
                         };
-                        let it = FdPlan::new(limit, open, connections_max, uses);
+                        let plan = FdPlan::new(limit, open, connections_max, needs);
                         let beside =
-                            uses.threads * PER_THREAD + if lookups { FOR_COMMAND } else { 0 };
-                        let sum =
-                            it.connections * 2 + it.pipes * 2 + it.lookups * PER_LOOKUP + beside;
-                        if it.pipes > 1.max(limit / 16) {
-                            assert!(it.connections > connections_max, "nobody is refused");
+                            needs.threads * PER_THREAD + if lookups { FOR_COMMAND } else { 0 };
+                        let sum = plan.connections * 2
+                            + plan.pipes * 2
+                            + plan.lookups * PER_LOOKUP
+                            + beside;
+                        if plan.pipes > 1.max(limit / 16) {
+                            assert!(plan.connections > connections_max, "{plan:?}");
                         }
-                        if it.connections > 0 {
-                            assert!(sum + open + RESERVE <= limit, "{limit} {open} {it:?}");
+                        if plan.connections > 0 {
+                            assert!(sum + open + RESERVE <= limit, "{limit} {open} {plan:?}");
                         }
                     }
                 }
             }
         }
-        let uses = FdNeeds {
-            lookups: false,
-            command: false,
-            threads: 0,
-            metrics: false,
-            is_journaled: false,
-            restored: 0,
-        };
-        let small = FdPlan::new(40, 10, 256, uses);
+        let needs = FdNeeds::default();
+        let small = FdPlan::new(40, 10, 256, needs);
         assert_eq!((small.connections, small.pipes), (11, 1));
-        let roomy = FdPlan::new(20_000, 16, 4096, uses);
+        let roomy = FdPlan::new(20_000, 16, 4096, needs);
         assert!(roomy.connections >= 4096);
         assert_eq!(roomy.pipes, PIPES_MAX);
-        let is_journaled = FdPlan::new(20_000, 16, 3000, FdNeeds { is_journaled: true, ..uses });
-        assert!(
-            is_journaled.connections > 3000
-                && is_journaled.connections * 6 + is_journaled.pipes * 2 < 20_000
-        );
+        let journaled = FdPlan::new(20_000, 16, 3000, FdNeeds { is_journaled: true, ..needs });
+        assert!(journaled.connections > 3000);
+        assert!(journaled.connections * 6 + journaled.pipes * 2 < 20_000);
     }
 
     #[test]
-    fn who_is_there_already_goes_before_others_come() {
-        let descriptors = FdBudget::capped(100, 2);
-        let there = [(); 3].map(|()| descriptors.reserve_unchecked());
-        assert!(descriptors.try_reserve().is_none());
-        let [first, second, _third] = there;
+    fn unchecked_connections_end_before_new_ones_are_admitted() {
+        let budget = FdBudget::with_connection_limit(100, 2);
+        let restored = [(); 3].map(|()| budget.reserve_unchecked());
+        assert!(budget.try_reserve().is_none());
+        let [first, second, _third] = restored;
         drop(first);
-        assert!(descriptors.try_reserve().is_none());
+        assert!(budget.try_reserve().is_none());
         drop(second);
-        let _newcomer = descriptors.try_reserve().unwrap();
-        assert!(descriptors.try_reserve().is_none());
+        let _new = budget.try_reserve().unwrap();
+        assert!(budget.try_reserve().is_none());
     }
 }

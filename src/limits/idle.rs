@@ -1,12 +1,13 @@
-//! When an idle time is over.
+//! The end of an idle time.
 
 use tokio::time::sleep;
 
 use crate::config::timespan::TimeSpan;
 use crate::limits::ConnectionWatch;
 
-/// Waits until there has been no connection for `span`, counted from now or from the end of the
-/// last one.
+/// Waits until no connection has been open for `span`.
+///
+/// The time counts from the call or from the end of the last connection.
 pub async fn wait_idle(span: TimeSpan, watch: &mut ConnectionWatch) {
     let Some(span) = span.finite() else {
         return std::future::pending().await;
@@ -15,9 +16,9 @@ pub async fn wait_idle(span: TimeSpan, watch: &mut ConnectionWatch) {
         watch.wait_empty().await;
         tokio::select! {
             biased;
-            // First: who has just been admitted is not to be cut off by a timer that expired in
-            // the same moment.
-            () = watch.turn() => {}
+            // Polled first: a timer that expires in the same moment must not cut off a connection
+            // that was just admitted.
+            () = watch.changed() => {}
             () = sleep(span) => return,
         }
     }
@@ -42,7 +43,7 @@ mod tests {
         let start = Instant::now();
         let connections = async {
             advance(MINUTE / 2).await;
-            let permit = limit.admit();
+            let permit = limit.try_acquire();
             advance(MINUTE * 5).await;
             drop(permit);
         };
@@ -52,13 +53,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_admitted_as_the_time_runs_out_is_not_cut_off() {
+    async fn a_client_admitted_as_the_timer_expires_is_not_cut_off() {
         for _ in 0..100 {
             let limit = ConnectionLimit::new(NonZeroU32::MIN);
             let mut watch = limit.watch();
             let mut idle = std::pin::pin!(wait_idle(TimeSpan::new(MINUTE), &mut watch));
             assert!(tokio::time::timeout(MINUTE / 2, &mut idle).await.is_err());
-            let permit = limit.admit();
+            let permit = limit.try_acquire();
             advance(MINUTE).await;
             assert!(tokio::time::timeout(MINUTE, &mut idle).await.is_err());
             drop(permit);

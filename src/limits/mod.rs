@@ -1,8 +1,8 @@
-//! The connection limit, and the count that everything else watches.
+//! The connection limit, and the counts of connections.
 //!
-//! A [`Permit`] lives from accept to close, so connections whose backend is not connected yet count. Dropping it
-//! costs a few atomic operations. A [`ConnectionWatch`] is woken when the first connection comes and when
-//! the last one ends; the `STATUS=` line is woken at each change.
+//! A [`Permit`] lives from accept to close. So a connection counts while its backend is still being
+//! connected. Dropping a permit costs a few atomic operations. The first and the last connection
+//! wake each [`ConnectionWatch`]. Every change wakes the `STATUS=` line.
 
 pub mod slot;
 pub mod descriptors;
@@ -14,41 +14,35 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::{Notify, watch};
 
-/// Connections now and so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConnectionCounts {
-    /// Open or being dialled.
+    /// Connections that are open, or whose backend is being connected.
     pub open: u32,
-    /// Over.
+    /// Connections that have ended.
     pub served: u64,
-    /// Closed at the cap.
+    /// Connections closed at the connection limit.
     pub refused: u64,
 }
 
-/// The cap on connections.
+/// The limit on open connections (`--connections-max=`).
 #[derive(Clone, Debug)]
-pub struct ConnectionLimit(Arc<Counts>);
+pub struct ConnectionLimit(Arc<Shared>);
 
 #[derive(Debug)]
-struct Counts {
+struct Shared {
     max: NonZeroU32,
     open: AtomicU32,
     served: AtomicU64,
     refused: AtomicU64,
-    /// Marked after `open` has come from zero or gone to it.
+    /// Sent to when `open` leaves zero or returns to zero.
     crossed_zero: watch::Sender<()>,
-    /// After any change; for one to wait for.
+    /// Notified at each change, for a single waiter.
     changed: Notify,
 }
 
-/// One connection's place under the cap.
-#[derive(Debug)]
-pub struct Permit(Arc<Counts>);
-
 impl ConnectionLimit {
-    /// Admits at most `max` connections at a time.
     pub fn new(max: NonZeroU32) -> Self {
-        Self(Arc::new(Counts {
+        Self(Arc::new(Shared {
             max,
             open: AtomicU32::default(),
             served: AtomicU64::default(),
@@ -58,42 +52,31 @@ impl ConnectionLimit {
         }))
     }
 
-    /// A place for a newcomer, or `None` at the cap.
-    pub fn admit(&self) -> Option<Permit> {
-        let Self(counts) = self;
-        let room = |open: u32| (open < counts.max.get()).then_some(open + 1);
-        let admitted = counts.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, room);
-        match admitted {
-            Ok(before) => {
-                if before == 0 {
-                    counts.crossed_zero.send_replace(());
-                }
-            }
-            Err(_) => {
-                counts.refused.fetch_add(1, Ordering::Relaxed);
-            }
+    /// Admits a connection, or counts a refusal and returns `None` at the limit.
+    pub fn try_acquire(&self) -> Option<Permit> {
+        let Self(shared) = self;
+        let below_max = |open: u32| (open < shared.max.get()).then_some(open + 1);
+        let admitted = shared.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, below_max);
+        if admitted.is_err() {
+            shared.refused.fetch_add(1, Ordering::Relaxed);
         }
-        counts.changed.notify_one();
-        admitted.is_ok().then(|| Permit(Arc::clone(counts)))
+        shared.notify(admitted == Ok(0));
+        admitted.is_ok().then(|| Permit(Arc::clone(shared)))
     }
 
-    /// A place for somebody who had one in the process before this, whatever the cap is now.
+    /// Admits a connection of the previous process, whatever the limit is now.
     pub fn acquire_unchecked(&self) -> Permit {
-        let Self(counts) = self;
-        if counts.open.fetch_add(1, Ordering::AcqRel) == 0 {
-            counts.crossed_zero.send_replace(());
-        }
-        counts.changed.notify_one();
-        Permit(Arc::clone(counts))
+        let Self(shared) = self;
+        let before = shared.open.fetch_add(1, Ordering::AcqRel);
+        shared.notify(before == 0);
+        Permit(Arc::clone(shared))
     }
 
-    /// The cap.
     pub fn max(&self) -> NonZeroU32 {
         self.0.max
     }
 
-    /// The load at this moment.
-    pub fn load(&self) -> ConnectionCounts {
+    pub fn counts(&self) -> ConnectionCounts {
         ConnectionCounts {
             open: self.0.open.load(Ordering::Acquire),
             served: self.0.served.load(Ordering::Relaxed),
@@ -101,60 +84,69 @@ impl ConnectionLimit {
         }
     }
 
-    /// Waits for a change of the load since the last call; only one may wait.
+    /// Waits until the counts have changed since the last call. Supports one waiter.
     pub async fn changed(&self) {
         self.0.changed.notified().await;
     }
 
-    /// To wait for the first connection and the last.
     pub fn watch(&self) -> ConnectionWatch {
-        ConnectionWatch {
-            counts: Arc::clone(&self.0),
-            crossed_zero: self.0.crossed_zero.subscribe(),
-        }
+        let shared = Arc::clone(&self.0);
+        ConnectionWatch { crossed_zero: shared.crossed_zero.subscribe(), shared }
     }
 }
+
+impl Shared {
+    fn notify(&self, crossed_zero: bool) {
+        if crossed_zero {
+            self.crossed_zero.send_replace(());
+        }
+        self.changed.notify_one();
+    }
+}
+
+/// One connection, counted until this is dropped.
+#[derive(Debug)]
+pub struct Permit(Arc<Shared>);
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let Self(counts) = self;
-        counts.served.fetch_add(1, Ordering::Relaxed);
-        if counts.open.fetch_sub(1, Ordering::AcqRel) == 1 {
-            counts.crossed_zero.send_replace(());
-        }
-        counts.changed.notify_one();
+        let Self(shared) = self;
+        shared.served.fetch_add(1, Ordering::Relaxed);
+        let before = shared.open.fetch_sub(1, Ordering::AcqRel);
+        shared.notify(before == 1);
     }
 }
 
-/// Whether there are connections, for somebody who waits for that.
+/// Waits for the first connection and for the end of the last one.
 #[derive(Debug)]
 pub struct ConnectionWatch {
-    counts: Arc<Counts>,
+    shared: Arc<Shared>,
     crossed_zero: watch::Receiver<()>,
 }
 
 impl ConnectionWatch {
-    /// Whether there is no connection.
+    /// Returns whether no connection is open.
     pub fn is_empty(&self) -> bool {
-        self.counts.open.load(Ordering::Acquire) == 0
+        self.shared.open.load(Ordering::Acquire) == 0
     }
 
-    /// Waits until there is no connection.
+    /// Waits until no connection is open.
     pub async fn wait_empty(&mut self) {
         loop {
-            // Before the look, so that no turn after it goes unseen.
+            // Marked before `is_empty`: a change after the check then wakes this task.
             self.crossed_zero.mark_unchanged();
             if self.is_empty() {
                 return;
             }
-            self.turn().await;
+            self.changed().await;
         }
     }
 
-    /// Waits until the first connection has come or the last has gone, since this was last asked;
-    /// one that came and went in between counts.
-    pub async fn turn(&mut self) {
-        // The sender is there for as long as this is.
+    /// Waits until the first connection has come or the last one has ended since the last call.
+    ///
+    /// A connection that came and ended in between counts.
+    pub async fn changed(&mut self) {
+        // Never an error: `shared` keeps the sender alive.
         let _ = self.crossed_zero.changed().await;
     }
 }
@@ -168,29 +160,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cap_is_exact() {
+    fn the_limit_is_exact() {
         let limit = ConnectionLimit::new(NonZeroU32::new(2).unwrap());
-        let first = limit.admit().unwrap();
-        let _second = limit.admit().unwrap();
-        assert!(limit.admit().is_none());
+        let first = limit.try_acquire().unwrap();
+        let _second = limit.try_acquire().unwrap();
+        assert!(limit.try_acquire().is_none());
         drop(first);
-        let _third = limit.admit().unwrap();
-        assert!(limit.admit().is_none());
-        assert_eq!(limit.load(), ConnectionCounts { open: 2, served: 1, refused: 2 });
+        let _third = limit.try_acquire().unwrap();
+        assert!(limit.try_acquire().is_none());
+        assert_eq!(limit.counts(), ConnectionCounts { open: 2, served: 1, refused: 2 });
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_and_the_last_connection_are_told() {
+    async fn the_first_and_the_last_connection_wake_the_watch() {
         let limit = ConnectionLimit::new(NonZeroU32::new(2).unwrap());
         let mut watch = limit.watch();
-        let first = limit.admit();
-        watch.turn().await;
-        let second = limit.admit();
+        let first = limit.try_acquire();
+        watch.changed().await;
+        let second = limit.try_acquire();
         drop(first);
-        let told = timeout(Duration::from_secs(60), watch.turn()).await;
-        assert!(told.is_err(), "one of two has left");
+        let woken = timeout(Duration::from_secs(60), watch.changed()).await;
+        assert!(woken.is_err(), "one of two connections is still open");
         drop(second);
-        watch.turn().await;
+        watch.changed().await;
         watch.wait_empty().await;
     }
 }

@@ -1,28 +1,27 @@
-//! What one connection takes up, from accept to close.
+//! Everything that counts a connection, from accept to close.
 
 use crate::counters::GaugeGuard;
 use crate::limits::Permit;
 use crate::limits::descriptors::FdPermit;
 
-/// Everything a connection is counted by. Dropping it gives all of it back, in the order of the fields.
+/// The guards that count one connection. They are dropped in the order of the fields.
 #[derive(Debug)]
 pub struct Slot {
     _listener: GaugeGuard,
     event_loop: Option<GaugeGuard>,
-    // Dropped after the gauges: tasks that wait for the number of connections read them next.
+    // Dropped after the gauges: the tasks that it wakes read them next.
     permit: Option<Permit>,
-    // Dropped after `permit`: under `--overflow=wait` this wakes the accept loop, which must then find
-    // room below the connection limit.
+    // Dropped after `permit`: under `--overflow=wait` this wakes the accept loop. The accept loop
+    // must then find room below the connection limit.
     _descriptors: FdPermit,
 }
 
 impl Slot {
-    /// A slot for a connection that has just been accepted at a listener.
     pub fn new(listener: GaugeGuard, descriptors: FdPermit) -> Self {
         Self { _listener: listener, event_loop: None, permit: None, _descriptors: descriptors }
     }
 
-    /// Counts the connection towards `--connections-max=`.
+    /// Counts the connection towards the connection limit.
     pub fn admit(&mut self, permit: Permit) {
         self.permit = Some(permit);
     }

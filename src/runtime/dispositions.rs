@@ -36,7 +36,7 @@ pub fn restore_dispositions(command: &mut Command) {
         set_mask(BLOCKED.load(Ordering::Relaxed));
         Ok(())
     };
-    // SAFETY: the closure runs between fork(2) and execve(2). It makes async-signal-safe calls only.
+    // SAFETY: between fork(2) and execve(2) the closure makes async-signal-safe calls only.
     unsafe { command.pre_exec(restore) };
 }
 

@@ -22,7 +22,7 @@ pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier)
     if time.is_zero() || watch.is_empty() {
         return;
     }
-    let open = limit.load().open;
+    let open = limit.counts().open;
     let most = if time.finite().is_some() { format!(" up to {time}") } else { String::new() };
     tracing::info!(
         "Stopping, waiting{most} for open connections to end: {open}. (A second signal resets them.)"
@@ -30,7 +30,7 @@ pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier)
     let deadline = time.deadline();
     let tell = async {
         loop {
-            let open = limit.load().open;
+            let open = limit.counts().open;
             let left = time.finite().map(|_| deadline.saturating_duration_since(Instant::now()));
             let status = Status { open, left }.to_string();
             let extension = NotifyState::ExtendTimeoutUsec(EXTENSION.as_micros() as u32);

@@ -258,7 +258,7 @@ impl Server {
                 }
                 supervisor.allow_start();
             }
-            let _ = timeout(LATE_CLIENT_GRACE, watch.turn()).await;
+            let _ = timeout(LATE_CLIENT_GRACE, watch.changed()).await;
         }
     }
 }
@@ -271,7 +271,7 @@ pub async fn report_connections(
 ) -> Infallible {
     loop {
         report_signal.next().await;
-        tracing::info!("Open connections: {}.", limit.load().open);
+        tracing::info!("Open connections: {}.", limit.counts().open);
         event_loops.request_reports();
     }
 }
@@ -287,7 +287,7 @@ async fn accept_loop(
 ) -> String {
     let accept_one = async || {
         let mut accepted = listener.accept(&descriptors).await?;
-        match limit.admit() {
+        match limit.try_acquire() {
             Some(permit) => {
                 accepted.slot.admit(permit);
                 accepted.listener.counts().admitted.add_one();

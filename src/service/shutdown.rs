@@ -67,7 +67,7 @@ pub async fn stop(
         () = second_signal => {}
         never = report_connections(report_signal, &server.limit, &server.event_loops) => match never {},
     }
-    let open = server.limit.load().open;
+    let open = server.limit.counts().open;
     if open > 0 {
         tracing::info!("Stopping, resetting open connections: {open}.");
     }

@@ -125,7 +125,9 @@ pub fn build(
     let listener_entries = opened.filter_map(|(listener, _)| journal(listener)).collect();
     let descriptors = match config.overflow {
         Overflow::Refuse => FdBudget::new(fds.connections),
-        Overflow::Wait => FdBudget::capped(fds.connections, config.connections_max.get() as usize),
+        Overflow::Wait => {
+            FdBudget::with_connection_limit(fds.connections, config.connections_max.get() as usize)
+        }
     };
     Ok(Server {
         routes,

@@ -46,7 +46,7 @@ pub async fn publish_status(
     let mut next = Instant::now();
     let mut phase = application.map(Supervisor::watch);
     loop {
-        let open = limit.load().open;
+        let open = limit.counts().open;
         tokio::select! {
             () = limit.changed() => {}
             () = changed(&mut phase) => {}
@@ -57,7 +57,7 @@ pub async fn publish_status(
         let application = application.zip(phase.as_mut()).map(|(application, phase)| {
             (application.name().to_string(), *phase.borrow_and_update())
         });
-        let load = limit.load();
+        let load = limit.counts();
         let open = listener_infos
             .iter()
             .map(|listener_info| (listener_info.to_string(), listener_info.counts().open.taken()));
