@@ -80,7 +80,7 @@ impl SharedProbe {
     /// The connection that was offered, if the backend has not left it meanwhile.
     fn take_connection(&self) -> Option<Socket> {
         let (fd, family) = self.lock().connection.take()?;
-        Socket::register(fd, family).ok().filter(|socket| !socket.is_over())
+        Socket::register(fd, family).ok().filter(|socket| !socket.has_hung_up())
     }
 }
 

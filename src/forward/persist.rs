@@ -18,7 +18,7 @@ use crate::forward::snapshot::{
     EndpointSnapshot, FdRef, FlowState, SIDES, Side, Snapshot, SnapshotStore,
 };
 use crate::logging::RateLimit;
-use crate::socket::{Family, Socket, clear_linger, has_hung_up_reading};
+use crate::socket::{Family, Socket, has_hung_up_reading, set_reset_on_close};
 
 static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
@@ -45,7 +45,7 @@ impl Forwarder {
             if is_journaled {
                 socket.mark_shared();
             } else {
-                clear_linger(&socket);
+                set_reset_on_close(&socket, false);
             }
             let mut endpoint = Endpoint::new(socket);
             endpoint.reset = end.reset || was_reset;

@@ -16,7 +16,7 @@ use crate::listen::listener::{Accepted, Listener, ListenerInfo};
 use crate::notify::Notifier;
 use crate::service::server::Server;
 use crate::socket::address::{Address, SocketLabel};
-use crate::socket::{Family, abort, clear_linger};
+use crate::socket::{Family, abort, set_reset_on_close};
 
 /// Goes on with the connections of the previous process.
 pub fn take_over(server: &Server, restored: Leftovers) {
@@ -50,7 +50,7 @@ pub fn take_over(server: &Server, restored: Leftovers) {
         });
     }
     for RestoredRecord { body: fd, entry, .. } in restored.clients {
-        clear_linger(&fd);
+        set_reset_on_close(&fd, false);
         let entry = entry.map(JournalEntry::own);
         let Ok(Some(family)) = Family::of(&fd) else { continue };
         let client = SockRef::from(&fd);
