@@ -1,7 +1,7 @@
-//! Socket addresses of the three families a stream can have, and how they are written.
+//! Socket addresses of TCP, Unix and vsock streams, parsed and printed.
 //!
-//! The kernel's `sockaddr_storage` takes 128 bytes; a connection keeps its peer's address for its
-//! whole life, so [`Address`] is the small form of it.
+//! A connection keeps its peer's address for its whole life. The kernel's `sockaddr_storage` takes
+//! 128 bytes, so [`Address`] is smaller.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -13,31 +13,21 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use socket2::SockAddr;
 
-/// What is left of `sun_path` (108 bytes, unix(7)) beside the NUL that ends a path or begins an
-/// abstract name.
-const UNIX_NAME_MAX: usize = 107;
-
-/// `VMADDR_CID_ANY`, vsock(7): whatever this machine's is.
-const ANY_CID: u32 = u32::MAX;
-
 /// One end of a stream socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// IPv4 or IPv6.
     Inet(SocketAddr),
-    /// A Unix socket; `None` is a client that never bound a name.
+    /// The name of a Unix socket; `None` for a client that is not bound to a name.
     Unix(Option<Box<UnixName>>),
-    /// A virtual machine's socket, vsock(7).
+    /// A context identifier and a port (vsock(7)).
     Vsock {
-        /// Context identifier.
         cid: u32,
-        /// Port.
         port: u32,
     },
 }
 
 impl Address {
-    /// The kernel's form. Fails for an unnamed Unix socket, which cannot be bound or connected to.
+    /// Fails for an unnamed Unix socket, which bind(2) and connect(2) cannot take.
     pub fn to_sockaddr(&self) -> io::Result<SockAddr> {
         match self {
             Self::Inet(address) => Ok((*address).into()),
@@ -47,7 +37,7 @@ impl Address {
         }
     }
 
-    /// Reads the kernel's form. An address of another family is taken for an unnamed one.
+    /// Converts an address of another family to an unnamed Unix socket.
     pub fn from_sockaddr(address: &SockAddr) -> Self {
         if let Some(inet) = address.as_socket() {
             Self::Inet(inet)
@@ -62,30 +52,32 @@ impl Address {
         }
     }
 
-    /// Whether a listener with this address is who answers at `target`, in the same network: at the
-    /// address itself, or, on all addresses, at the loopback one.
+    /// Returns whether a listener with this address accepts connections to `target`.
+    ///
+    /// Both are in the same network namespace. An unspecified listener address counts only for the
+    /// loopback target: which other addresses this machine has is not known.
     pub fn accepts(&self, target: &Self) -> bool {
         match (self, target) {
-            (Self::Inet(ours), Self::Inet(theirs)) => {
-                // To connect(2) the unspecified address is the loopback one of its family.
-                let to = match theirs.ip().to_canonical() {
+            (Self::Inet(listener), Self::Inet(target)) => {
+                // connect(2) reads the unspecified address as the loopback address of its family.
+                let to = match target.ip().to_canonical() {
                     IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
                     IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
                     ip => ip,
                 };
-                let is_at = match ours.ip().to_canonical() {
+                let accepts = match listener.ip().to_canonical() {
                     IpAddr::V4(at) if at.is_unspecified() => to.is_ipv4() && to.is_loopback(),
                     IpAddr::V6(at) if at.is_unspecified() => to.is_loopback(),
                     at => at == to,
                 };
-                ours.port() == theirs.port() && is_at
+                accepts && listener.port() == target.port()
             }
             (Self::Unix(None), _) => false,
             _ => self == target,
         }
     }
 
-    /// For the message with `error`: what may be the matter with vsock.
+    /// Returns a likely cause of a vsock error, to be appended to the message.
     pub fn hint(&self, error: &io::Error) -> &'static str {
         match (self, Errno::from_io_error(error)) {
             (Self::Vsock { .. }, Some(Errno::AFNOSUPPORT)) => {
@@ -99,7 +91,7 @@ impl Address {
         }
     }
 
-    /// Whether it is every address that this machine has in its family.
+    /// Returns whether the address stands for all addresses of this machine in its family.
     pub fn is_unspecified(&self) -> bool {
         match self {
             Self::Inet(address) => address.ip().to_canonical().is_unspecified(),
@@ -108,7 +100,6 @@ impl Address {
         }
     }
 
-    /// The TCP port.
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Inet(address) => Some(address.port()),
@@ -116,20 +107,21 @@ impl Address {
         }
     }
 
-    /// Whether it is every address of a family, and `other` is one of them. An IPv4 client of a
-    /// dual-stack listener has an IPv6 address, `::ffff:a.b.c.d`.
-    pub fn covers(&self, other: &Self) -> bool {
-        self.is_unspecified()
-            && match (self, other) {
-                (Self::Inet(any), Self::Inet(other)) => {
-                    any.port() == other.port() && any.is_ipv4() == other.is_ipv4()
-                }
-                (Self::Vsock { port: any, .. }, Self::Vsock { port: other, .. }) => any == other,
-                _ => false,
+    /// Returns whether the address is unspecified and stands for `address` as well.
+    ///
+    /// An IPv4 client of a dual-stack listener has an IPv6 address, `::ffff:a.b.c.d`.
+    pub fn covers(&self, address: &Self) -> bool {
+        let is_same_port = match (self, address) {
+            (Self::Inet(any), Self::Inet(address)) => {
+                any.port() == address.port() && any.is_ipv4() == address.is_ipv4()
             }
+            (Self::Vsock { port: any, .. }, Self::Vsock { port, .. }) => any == port,
+            _ => false,
+        };
+        is_same_port && self.is_unspecified()
     }
 
-    /// An IPv4 address as a socket of the other family has it: `::ffff:a.b.c.d` or `a.b.c.d`.
+    /// Converts an IPv4 address between `a.b.c.d` and `::ffff:a.b.c.d`.
     pub fn in_other_family(&self) -> Option<Self> {
         let Self::Inet(address) = self else { return None };
         let ip = match address.ip() {
@@ -152,26 +144,24 @@ impl fmt::Display for Address {
     }
 }
 
-/// A dual-stack listener's IPv4 client, or IPv4 address, as everybody writes it: without the IPv6
-/// around it.
+/// Converts `::ffff:a.b.c.d`, an IPv4 client of a dual-stack listener, to `a.b.c.d`.
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
-        // As it is: it may have a scope.
+        // `address` may have a scope, which its IP does not have.
         IpAddr::V6(_) => address,
     }
 }
 
-/// A socket as selectors and messages know it.
+/// What selectors and messages call a socket.
 #[derive(Clone, Debug)]
 pub struct SocketLabel {
-    /// The name it was passed with; none if it was opened here.
+    /// The `FileDescriptorName=` of a passed socket.
     pub name: Option<String>,
-    /// Its own address.
     pub address: Address,
 }
 
-/// `name (address)` for a passed socket, the address for one opened here.
+/// `name (address)` for a passed socket, the address for a socket opened by `--listen=`.
 impl fmt::Display for SocketLabel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
@@ -181,17 +171,15 @@ impl fmt::Display for SocketLabel {
     }
 }
 
-/// Reads `vsock:CID:PORT`, as ListenStream= in systemd.socket(5) has it: without a CID it is any.
-/// `None` for anything else, and for `vsock:80`, which stays what it is upstream, a host of that name.
+/// Parses `vsock:CID:PORT` and `vsock::PORT`, as ListenStream= in systemd.socket(5) has them.
+///
+/// Returns `None` for anything else. `vsock:80` is a host and a port, as in systemd-socket-proxyd.
 ///
 /// # Errors
-/// What is not a number, in words.
+/// A message that names what is not a number.
 pub fn parse_vsock(text: &str) -> Option<Result<Address, String>> {
     let (cid, port) = text.strip_prefix("vsock:")?.split_once(':')?;
-    let number = |text: &str| {
-        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
-        is_number.then(|| text.parse().ok()).flatten()
-    };
+    let number = |text: &str| text.parse().ok().filter(|_| !text.starts_with('+'));
     let cid_number = if cid.is_empty() { Some(ANY_CID) } else { number(cid) };
     Some(match (cid_number, number(port)) {
         (Some(cid), Some(port)) => Ok(Address::Vsock { cid, port }),
@@ -200,22 +188,21 @@ pub fn parse_vsock(text: &str) -> Option<Result<Address, String>> {
     })
 }
 
-/// The name of a Unix socket: 1 to 107 bytes.
+/// The name of a Unix socket: 1 to [`UNIX_NAME_MAX`] bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UnixName {
-    /// In the file system.
     Path(PathBuf),
-    /// In the network namespace's abstract names; without the leading NUL, written as `@`.
+    /// An abstract name of the network namespace, without the leading NUL that is written as `@`.
     Abstract(Vec<u8>),
 }
 
 impl UnixName {
-    /// Reads `/path` or `@abstract`; `None` for anything that begins otherwise.
+    /// Parses `/path` or `@abstract`. Returns `None` for anything else.
     ///
     /// # Errors
-    /// What is wrong with the name, in words: too long for the kernel, empty, or with a NUL.
+    /// A message about a name that is empty, too long for the kernel, or has a NUL.
     pub fn parse(text: &OsStr) -> Option<Result<Self, String>> {
-        let (name, built) = match text.as_bytes() {
+        let (name, parsed) = match text.as_bytes() {
             path @ [b'/', ..] => (path, Self::Path(text.into())),
             [b'@', name @ ..] => (name, Self::Abstract(name.into())),
             _ => return None,
@@ -230,11 +217,10 @@ impl UnixName {
         } else if name.contains(&0) {
             Err("the name contains a NUL byte".into())
         } else {
-            Ok(built)
+            Ok(parsed)
         })
     }
 
-    /// The path of a socket in the file system.
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Path(path) => Some(path),
@@ -245,11 +231,7 @@ impl UnixName {
     fn to_sockaddr(&self) -> io::Result<SockAddr> {
         match self {
             Self::Path(path) => SockAddr::unix(path),
-            Self::Abstract(name) => {
-                let mut path = vec![0];
-                path.extend(name);
-                SockAddr::unix(OsStr::from_bytes(&path))
-            }
+            Self::Abstract(name) => SockAddr::unix(OsStr::from_bytes(&[b"\0", &**name].concat())),
         }
     }
 }
@@ -263,14 +245,20 @@ impl fmt::Display for UnixName {
     }
 }
 
+/// `sun_path` has 108 bytes (unix(7)). A NUL ends a path or begins an abstract name.
+const UNIX_NAME_MAX: usize = 107;
+
+/// `VMADDR_CID_ANY` in vsock(7): the context identifier of this machine, whatever it is.
+const ANY_CID: u32 = u32::MAX;
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_listener_answers_at_its_own_address() {
+    fn a_listener_accepts_connections_to_its_own_address() {
         let inet = |text: &str| Address::Inet(text.parse().unwrap());
-        for (listener, target, answers) in [
+        for (listener, target, accepts) in [
             ("127.0.0.1:80", "127.0.0.1:80", true),
             ("127.0.0.1:80", "127.0.0.1:81", false),
             ("[::]:80", "127.0.0.1:80", true),
@@ -282,14 +270,14 @@ mod tests {
             ("0.0.0.0:80", "192.0.2.1:80", false),
             ("127.0.0.1:80", "0.0.0.0:80", true),
         ] {
-            assert_eq!(inet(listener).accepts(&inet(target)), answers, "{listener} {target}");
+            assert_eq!(inet(listener).accepts(&inet(target)), accepts, "{listener} {target}");
         }
         let unnamed = Address::Unix(None);
         assert!(!unnamed.accepts(&unnamed));
     }
 
     #[test]
-    fn a_wildcard_is_any_of_its_own_family() {
+    fn an_unspecified_address_covers_its_own_family() {
         let inet = |text: &str| Address::Inet(text.parse().unwrap());
         for (any, other, covers) in [
             ("0.0.0.0:80", "127.0.0.1:80", true),
@@ -309,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn unix_names_are_held_to_the_kernels_limit() {
+    fn unix_names_longer_than_sun_path_are_refused() {
         let parse = |text: &str| UnixName::parse(OsStr::new(text));
         let longest = format!("/{}", "x".repeat(106));
         assert!(parse(&longest).unwrap().is_ok());
@@ -322,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_form_reads_back() {
+    fn addresses_survive_the_conversion_to_sockaddr() {
         for text in ["/run/a.sock", "@name"] {
             let name = UnixName::parse(OsStr::new(text)).unwrap().unwrap();
             let address = Address::Unix(Some(Box::new(name)));
@@ -339,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dual_stack_client_is_written_as_ipv4() {
+    fn an_ipv4_client_of_a_dual_stack_listener_prints_as_ipv4() {
         let address = Address::Inet("[::ffff:127.0.0.1]:80".parse().unwrap());
         assert_eq!(address.to_string(), "127.0.0.1:80");
         let link_local = Address::Inet("[fe80::1%2]:80".parse().unwrap());

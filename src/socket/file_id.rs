@@ -1,4 +1,4 @@
-//! What tells files and sockets apart.
+//! The identity of files and sockets.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::fs::{Stat, fstat, lstat};
 
-/// The device and inode of an open file, by which the kernel knows it wherever its descriptor is sent (stat(2)).
+/// The device and inode of a file (stat(2)). They stay the same wherever its descriptor is sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId {
     pub device: u64,
@@ -18,7 +18,7 @@ impl FileId {
         Ok(Self::from_stat(&fstat(fd)?))
     }
 
-    /// Returns the id of what is at `path`, without following a symbolic link.
+    /// Returns the identity of the file at `path`, without following a symbolic link.
     pub fn at(path: &Path) -> io::Result<Self> {
         Ok(Self::from_stat(&lstat(path)?))
     }

@@ -1,32 +1,29 @@
-//! `HOST:PORT` and `[V6]:PORT`, read and printed. Names are looked up by `resolve`.
+//! `HOST:PORT` and `[V6]:PORT`, parsed and printed. The module `resolve` looks names up.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv6Addr, SocketAddr};
 
-/// A host and a port, neither of them looked up.
+/// A host and a port as written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostPort {
-    /// A name or an address; not empty, no brackets.
+    /// A name or an address, without brackets; not empty.
     pub host: String,
-    /// A number or a service name.
     pub port: Port,
 }
 
-/// A TCP port as written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Port {
-    /// 0 to 65535.
     Number(u16),
     /// A name from services(5).
     Service(String),
 }
 
 impl HostPort {
-    /// Reads `HOST:PORT`, split at the last colon, or `[V6]:PORT`; with a default port also `HOST`
-    /// and `[V6]`.
+    /// Parses `HOST:PORT`, split at the last colon, or `[V6]:PORT`. With a default port, `HOST` and
+    /// `[V6]` are valid as well.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// A message that says what is wrong.
     pub fn parse(text: &str, default_port: Option<&str>) -> Result<Self, String> {
         let (host, port) = if let Some(rest) = text.strip_prefix('[') {
             let (host, rest) = rest.split_once(']').ok_or("there is no ] after the [")?;
@@ -62,26 +59,25 @@ impl HostPort {
             return Err("the host contains a NUL byte".into());
         }
         if host.contains('/') {
-            return Err("no host has a slash in its name, a path begins with one, and a COMMAND follows after --".into());
+            return Err("no host has a slash in its name, a path begins with one, and a COMMAND \
+                        follows after --"
+                .into());
         }
         if host.contains('=') {
             return Err("no host has a = in its name".into());
         }
         if host == "*" {
-            // getaddrinfo(3) takes it for the loopback address.
+            // getaddrinfo(3) reads * as the loopback address.
             return Err("* is no host; every address is --listen=PORT".into());
         }
         let port = port.or(default_port).ok_or("there is no port")?;
         Ok(Self { host: host.into(), port: Port::parse(port)? })
     }
 
-    /// The address, when the host is one and the port a number.
+    /// Returns the address, if the host is an address and the port a number.
     pub fn literal(&self) -> Option<SocketAddr> {
-        let Port::Number(port) = self.port else {
-            return None;
-        };
-        let host: IpAddr = self.host.parse().ok()?;
-        Some(SocketAddr::new(host, port))
+        let Port::Number(port) = self.port else { return None };
+        Some(SocketAddr::new(self.host.parse().ok()?, port))
     }
 }
 
@@ -107,10 +103,8 @@ impl Port {
             return Err("no port has a slash in its name, and a path begins with one".into());
         }
         if text.bytes().all(|byte| byte.is_ascii_digit()) {
-            return text
-                .parse()
-                .map(Self::Number)
-                .map_err(|_| format!("port {text} is above 65535"));
+            let number = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
+            return Ok(Self::Number(number));
         }
         Ok(Self::Service(text.into()))
     }
@@ -125,7 +119,9 @@ impl fmt::Display for Port {
     }
 }
 
-/// An IPv6 address, possibly with a scope (`fe80::1%eth0`), which only getaddrinfo can read.
+/// Returns whether `host` is an IPv6 address, perhaps with a scope (`fe80::1%eth0`).
+///
+/// Only getaddrinfo(3) can read the scope.
 fn is_ipv6(host: &str) -> bool {
     let address = host.split_once('%').map_or(host, |(address, _)| address);
     address.parse::<Ipv6Addr>().is_ok()

@@ -1,10 +1,12 @@
-//! Looks names up, by the system's resolver.
+//! Name lookups by the system's resolver.
 //!
-//! getaddrinfo(3) blocks for as long as the name servers take, so each lookup runs on a thread of its own and
-//! delays only its own connection. At the end of the process it is left behind.
+//! getaddrinfo(3) blocks for as long as the name servers take. So each lookup runs on its own
+//! thread and delays only its own connection. The process exits without waiting for these threads.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
+use std::thread;
 
 use dns_lookup::{AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
@@ -12,7 +14,29 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use crate::logging::os_message;
 use crate::socket::host_port::HostPort;
 
-/// Why there is no address.
+/// Returns every stream address of a name, at least one, in the resolver's order (gai.conf(5)).
+///
+/// The lookup holds `permit` until the resolver has answered, even when the caller stops waiting.
+pub async fn resolve(
+    name: &HostPort,
+    permit: Option<OwnedSemaphorePermit>,
+) -> Result<Vec<SocketAddr>, ResolveError> {
+    let failed = |(reason, temporary)| ResolveError { name: name.to_string(), reason, temporary };
+    let (host, port) = (name.host.clone(), name.port.to_string());
+    let (sender, answer) = oneshot::channel();
+    let lookup = move || {
+        let _permit = permit;
+        // An error says that the caller has stopped waiting.
+        let _ = sender.send(look_up(&host, &port));
+    };
+    thread::Builder::new()
+        .name("resolve".into())
+        .spawn(lookup)
+        .map_err(|error| failed((format!("no thread to ask: {}", os_message(&error)), true)))?;
+    let answer = answer.await.unwrap_or_else(|_| Err(("the lookup failed".into(), false)));
+    answer.map_err(failed)
+}
+
 #[derive(Debug)]
 pub struct ResolveError {
     name: String,
@@ -21,7 +45,7 @@ pub struct ResolveError {
 }
 
 impl ResolveError {
-    /// Whether the resolver itself expects another answer later (EAI_AGAIN).
+    /// Returns whether a later lookup may succeed (EAI_AGAIN).
     pub fn is_temporary(&self) -> bool {
         self.temporary
     }
@@ -33,59 +57,27 @@ impl fmt::Display for ResolveError {
     }
 }
 
-/// Every stream address of a name, in the resolver's order (gai.conf(5)), at least one.
-///
-/// `permit` is kept until the resolver has answered, also when nobody waits for it any more.
-pub async fn resolve(
-    name: &HostPort,
-    permit: Option<OwnedSemaphorePermit>,
-) -> Result<Vec<SocketAddr>, ResolveError> {
-    let failed = |(reason, temporary)| ResolveError { name: name.to_string(), reason, temporary };
-    let (host, port) = (name.host.clone(), name.port.to_string());
-    let (answer, answered) = oneshot::channel();
-    let lookup = move || {
-        let _permit = permit;
-        // Nobody may be waiting any more.
-        let _ = answer.send(look_up(&host, &port));
-    };
-    std::thread::Builder::new()
-        .name("resolve".into())
-        .spawn(lookup)
-        .map_err(|error| failed((format!("no thread to ask: {}", os_message(&error)), true)))?;
-    let addresses = answered
-        .await
-        .map_err(|_| failed(("the lookup was given up".into(), false)))?
-        .map_err(failed)?;
-    if addresses.is_empty() {
-        return Err(failed(("it has no address".into(), false)));
-    }
-    Ok(addresses)
-}
-
-/// The addresses, or why there are none and whether that is temporary.
+/// Returns the addresses, or the reason why there are none and whether it is temporary.
 fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, (String, bool)> {
     let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
     let found = getaddrinfo(Some(host), Some(port), Some(hints))
         .map_err(|error| (reason(&error), matches!(error.kind(), LookupErrorKind::Again)))?;
     let mut addresses = Vec::new();
-    // An address of a family we don't know is no reason to miss the others.
+    // `flatten` leaves out addresses of unknown families.
     for address in found.flatten().map(|found| found.sockaddr) {
         if !addresses.contains(&address) {
             addresses.push(address);
         }
     }
-    Ok(addresses)
+    if addresses.is_empty() { Err(("it has no address".into(), false)) } else { Ok(addresses) }
 }
 
-/// gai_strerror(3)'s words, but for the one that says nothing of its cause.
+/// Returns the message of gai_strerror(3), except for EAI_SERVICE, whose message hides the cause.
 fn reason(error: &LookupError) -> String {
     if matches!(error.kind(), LookupErrorKind::Service) {
         return "the port is not in services(5)".into();
     }
-    let error = std::io::Error::from(LookupError::new(error.error_num()));
-    let words = error.to_string();
-    match words.rsplit_once(": ") {
-        Some((_, words)) => words.into(),
-        None => words,
-    }
+    let message = io::Error::from(LookupError::new(error.error_num())).to_string();
+    // dns-lookup puts its own words in front.
+    message.rsplit_once(": ").map_or(message.as_str(), |(_, reason)| reason).to_string()
 }
