@@ -130,7 +130,7 @@ impl Handover {
 
     /// Stores a socket that the proxy opened from now on (crash mode).
     pub fn keep_listener(&self, listener: &Listener) -> Option<JournalEntry> {
-        self.keep(RecordBody::Listener(listener.as_fd(), listener.file()))
+        self.keep(RecordBody::Listener(listener.as_fd(), listener.file_id()))
     }
 
     fn keep<Fd: AsFd>(&self, body: RecordBody<Fd>) -> Option<JournalEntry> {
@@ -200,7 +200,7 @@ impl Handover {
 
     /// Stores a socket that the proxy opened. Returns whether there was room.
     pub fn store_listener(&self, listener: &Listener) -> bool {
-        let body = RecordBody::Listener(listener.as_fd(), listener.file());
+        let body = RecordBody::Listener(listener.as_fd(), listener.file_id());
         let is_stored = self.journal.append(vec![(monotonic_micros(), body)]).is_ok();
         self.stored_fds.fetch_add(usize::from(is_stored), Ordering::Relaxed);
         is_stored

@@ -1,6 +1,5 @@
-//! A connection that was accepted by somebody else: by systemd (`Accept=yes`), or by inetd.
+//! A connection that was accepted before the start: by systemd (`Accept=yes`) or by inetd.
 
-use std::io;
 use std::os::fd::OwnedFd;
 
 use rustix::net::{SocketType, sockopt};
@@ -9,30 +8,28 @@ use socket2::SockRef;
 use crate::limits::descriptors::FdPermit;
 use crate::limits::slot::Slot;
 use crate::listen::activation::{PassedFd, STDIN};
-use crate::listen::listener::{Accepted, ListenerInfo, prepare};
-use crate::logging::os_message;
+use crate::listen::listener::{Accepted, ListenerInfo, configure, passed_error};
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::{Family, Keepalive};
 
-/// What systemd calls it, sd_listen_fds_with_names(3).
-const CONNECTION: &str = "connection";
-
-/// A stream socket with a client at its other end.
+/// A stream socket that is connected to a client.
 #[derive(Debug)]
 pub struct AcceptedSocket {
     fd: OwnedFd,
     family: Family,
-    /// None if they have gone.
+    /// The client's address; `None` if the client has gone.
     peer: Option<Address>,
-    identity: SocketLabel,
+    label: SocketLabel,
 }
 
 impl AcceptedSocket {
-    /// Whether a passed socket is one, and not a listener. If its client has gone by now, it has no
-    /// peer any more, but an error, which this takes from it, or the name of a connection.
-    pub fn is_connected(inherited: &PassedFd) -> bool {
-        let PassedFd { fd, name } = inherited;
-        let is_stream = sockopt::socket_type(fd).is_ok_and(|it| it == SocketType::STREAM);
+    /// Returns whether a passed socket is a connection, and not a listener.
+    ///
+    /// A client that has gone leaves a socket without a peer. Such a socket has an error, which
+    /// this call takes, or it is bound and has the name of a connection.
+    pub fn is_connected(passed: &PassedFd) -> bool {
+        let PassedFd { fd, name } = passed;
+        let is_stream = sockopt::socket_type(fd).is_ok_and(|found| found == SocketType::STREAM);
         let listens = sockopt::socket_acceptconn(fd).unwrap_or(false);
         let socket = SockRef::from(fd);
         let is_bound = || {
@@ -46,40 +43,34 @@ impl AcceptedSocket {
         is_stream && !listens && (socket.peer_addr().is_ok() || had_peer())
     }
 
-    /// Takes it.
-    ///
     /// # Errors
-    /// One line on what is wrong with it.
-    pub fn adopt(inherited: PassedFd) -> Result<Self, String> {
-        let PassedFd { fd, name } = inherited;
-        let adopted = Self::from_fd(fd, name.clone());
-        adopted
-            .map_err(|error| format!("Failed to use passed socket {name}: {}.", os_message(&error)))
+    /// A line for the log on why the socket is not usable.
+    pub fn from_passed(passed: PassedFd) -> Result<Self, String> {
+        let PassedFd { fd, name } = passed;
+        let (family, address) = configure(&fd).map_err(|error| passed_error(&name, &error))?;
+        let peer = SockRef::from(&fd).peer_addr().ok();
+        let peer = peer.map(|address| Address::from_sockaddr(&address));
+        Ok(Self { fd, family, peer, label: SocketLabel { name: Some(name), address } })
     }
 
-    fn from_fd(fd: OwnedFd, name: String) -> io::Result<Self> {
-        let (family, address) = prepare(&fd)?;
-        let peer = SockRef::from(&fd).peer_addr().ok().map(|it| Address::from_sockaddr(&it));
-        Ok(Self { fd, family, peer, identity: SocketLabel { name: Some(name), address } })
+    pub fn label(&self) -> &SocketLabel {
+        &self.label
     }
 
-    /// Its name, and this side's address.
-    pub fn identity(&self) -> &SocketLabel {
-        &self.identity
-    }
-
-    /// Has a TCP client probed from now on.
-    pub fn keep_alive(&self, keepalive: Keepalive) {
+    pub fn set_keepalive(&self, keepalive: Keepalive) {
         if self.family == Family::Tcp {
             keepalive.set_or_warn(&self.fd);
         }
     }
 
-    /// As if they had just been accepted; `None` if they have gone.
+    /// Returns what a listener would have accepted, or `None` if the client has gone.
     pub fn into_accepted(self, descriptors: FdPermit) -> Option<Accepted> {
-        let listener = ListenerInfo::new(&self.identity);
-        let slot = Slot::new(listener.enter(), descriptors);
+        let listener = ListenerInfo::new(&self.label);
+        let slot = Slot::new(listener.track(), descriptors);
         let Self { fd, family, peer, .. } = self;
         Some(Accepted { socket: fd, family, client: peer?, listener, slot })
     }
 }
+
+/// systemd's name for a connection (sd_listen_fds_with_names(3)).
+const CONNECTION: &str = "connection";

@@ -1,5 +1,5 @@
-//! Where clients come from: listeners, passed by systemd or opened here, or the one connection that
-//! was passed instead of them.
+//! The sockets at which clients arrive: listeners, passed by systemd or opened here, or the one
+//! connection that was passed instead of listeners.
 
 pub mod accepted;
 pub mod bind;
@@ -14,35 +14,33 @@ use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
 use crate::listen::accepted::AcceptedSocket;
 use crate::listen::activation::PassedFd;
-use crate::listen::bind::open;
 use crate::listen::listener::Listener;
 use crate::listen::stored::StoredListener;
 use crate::socket::Keepalive;
 use crate::socket::address::SocketLabel;
 
-/// What was passed or opened.
 #[derive(Debug)]
 pub enum Sources {
-    /// At least one.
+    /// At least one listener.
     Listeners(Vec<Rc<Listener>>),
-    /// Somebody who has come in already.
+    /// One connection that was accepted before the start.
     Connection(AcceptedSocket),
-    /// None, and none is needed: what there is to serve was stored.
+    /// No socket: the process serves only the stored connections.
     Stored,
 }
 
 impl Sources {
-    /// Takes what was passed, or opens what is asked for, unless the process before this one had.
+    /// Takes the passed sockets, or opens `addresses`, reusing listeners of the previous process.
     ///
     /// # Errors
-    /// One line on what is missing, or can't be used.
-    pub async fn gather(
+    /// A line for the log on a socket that is missing or not usable.
+    pub async fn open(
         addresses: &[ListenAddress],
-        inherited: Vec<PassedFd>,
+        passed: Vec<PassedFd>,
         stored: &mut Vec<StoredListener>,
         has_connections: bool,
     ) -> Result<Self, String> {
-        match (addresses.is_empty(), inherited.is_empty()) {
+        match (addresses.is_empty(), passed.is_empty()) {
             (true, true) if has_connections => Ok(Self::Stored),
             (true, true) => {
                 Err("Didn't get any sockets passed in. (Start it from a .socket unit, \
@@ -52,68 +50,68 @@ impl Sources {
             (false, false) => {
                 Err("Got sockets passed in and --listen= as well; one of them has to go.".into())
             }
-            (true, false) => Self::adopt(inherited),
+            (true, false) => Self::from_passed(passed),
             (false, true) => {
                 let mut listeners = Vec::new();
                 for address in addresses {
-                    for listener in open(address, stored).await? {
+                    for listener in bind::open(address, stored).await? {
                         tracing::info!("Listening on {listener}.");
                         listeners.push(Rc::new(listener));
                     }
                 }
-                // What is not asked for any more.
+                // These addresses are no longer configured.
                 stored.drain(..).for_each(StoredListener::close);
                 Ok(Self::Listeners(listeners))
             }
         }
     }
 
-    fn adopt(mut inherited: Vec<PassedFd>) -> Result<Self, String> {
-        match inherited.iter().position(AcceptedSocket::is_connected) {
+    fn from_passed(mut passed: Vec<PassedFd>) -> Result<Self, String> {
+        match passed.iter().position(AcceptedSocket::is_connected) {
             None => {
-                let listeners = inherited.into_iter().map(|it| Listener::adopt(it).map(Rc::new));
-                listeners.collect::<Result<_, _>>().map(Self::Listeners)
+                let listeners = passed.into_iter().map(Listener::from_passed);
+                listeners.map(|it| it.map(Rc::new)).collect::<Result<_, _>>().map(Self::Listeners)
             }
-            Some(index) if inherited.len() == 1 => {
-                AcceptedSocket::adopt(inherited.remove(index)).map(Self::Connection)
+            Some(index) if passed.len() == 1 => {
+                AcceptedSocket::from_passed(passed.remove(index)).map(Self::Connection)
             }
             Some(index) => Err(format!(
                 "Passed in socket {} is connected, and has to be the only one. (It serves one \
                  connection with Accept=yes, and all with Accept=no.)",
-                inherited[index].name
+                passed[index].name
             )),
         }
     }
 
-    /// Each as selectors know it.
-    pub fn identities(&self) -> Vec<&SocketLabel> {
+    /// Returns the labels by which selectors find the sockets.
+    pub fn labels(&self) -> Vec<&SocketLabel> {
         match self {
-            Self::Listeners(listeners) => listeners.iter().map(|it| it.identity()).collect(),
-            Self::Connection(connection) => vec![connection.identity()],
+            Self::Listeners(listeners) => listeners.iter().map(|it| it.label()).collect(),
+            Self::Connection(connection) => vec![connection.label()],
             Self::Stored => Vec::new(),
         }
     }
 
-    /// Has TCP clients probed.
-    pub fn keep_alive(&self, keepalive: Keepalive) {
+    /// Sends keepalive probes to TCP clients.
+    pub fn set_keepalive(&self, keepalive: Keepalive) {
         match self {
             Self::Listeners(listeners) => {
-                listeners.iter().for_each(|listener| listener.keep_alive(keepalive));
+                listeners.iter().for_each(|listener| listener.set_keepalive(keepalive));
             }
-            Self::Connection(connection) => connection.keep_alive(keepalive),
+            Self::Connection(connection) => connection.set_keepalive(keepalive),
             Self::Stored => {}
         }
     }
 }
 
-/// COMMAND can't serve an address that we have taken. (A passed socket may be of another network
-/// namespace, and then it can.)
+/// Refuses a TARGET of COMMAND whose address a listener of this process has taken.
+///
+/// The check is for opened listeners: a passed socket may belong to another network namespace.
 pub fn check_command_target(
     target: &Target,
     listeners: &[(Rc<Listener>, usize)],
 ) -> Result<(), String> {
-    let Target::Address(address) = target else { return Ok(()) };
-    match listeners.iter().find(|(listener, _)| listener.identity().address.accepts(address)) {
+    match listeners.iter().find(|(listener, _)| accepts(listener, target)) {
         Some((listener, _)) => Err(format!(
             "--listen={listener} takes the address of TARGET {target}; let COMMAND listen on \
              another."
@@ -122,13 +120,17 @@ pub fn check_command_target(
     }
 }
 
-/// Nobody is carried back to where they came in.
+/// Refuses a backend that is the listener itself.
 pub fn check_no_loop(listener: &Listener, target: &Target) -> Result<(), String> {
-    match target {
-        Target::Address(address) if listener.identity().address.accepts(address) => Err(format!(
-            "--listen={listener} leads to itself, TARGET {target}; let the backend listen on another \
-             address."
-        )),
-        _ => Ok(()),
+    if !accepts(listener, target) {
+        return Ok(());
     }
+    Err(format!(
+        "--listen={listener} leads to itself, TARGET {target}; let the backend listen on another \
+         address."
+    ))
+}
+
+fn accepts(listener: &Listener, target: &Target) -> bool {
+    matches!(target, Target::Address(address) if listener.label().address.accepts(address))
 }

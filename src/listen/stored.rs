@@ -16,76 +16,70 @@ use crate::socket::file_id::FileId;
 #[derive(Debug)]
 pub struct StoredListener {
     pub fd: OwnedFd,
-    /// Its socket file.
+    /// The socket file.
     pub file: Option<FileId>,
 }
 
 impl StoredListener {
-    /// Returns the address that it listens on.
     pub fn address(&self) -> Option<Address> {
         let address = SockRef::from(&self.fd).local_addr();
         address.ok().map(|address| Address::from_sockaddr(&address))
     }
 
-    /// Whether clients can reach it: its socket file, if it has one, is still in its place.
+    /// Returns whether clients can connect: the socket file, if any, is still at its path.
     pub fn is_reachable(&self) -> bool {
-        self.file.is_none() || self.socket_file(true).is_some()
+        self.file.is_none() || self.socket_file().is_some()
     }
 
-    /// Returns the socket and its file. The file stays in its place until the listener owns it: a start
-    /// that fails leaves it.
+    /// Returns the socket and its file. A start that fails leaves the file at its path.
     pub fn into_parts(self) -> (OwnedFd, Option<SocketFile>) {
-        let file = self.socket_file(true);
+        let file = self.socket_file();
         (self.fd, file)
     }
 
-    /// Ends the listener wherever its descriptor is kept, and removes its file.
+    /// Ends the listener, although the descriptor store may keep it open, and removes its file.
     pub fn close(self) {
-        drop(self.socket_file(false));
+        if let Some(file) = self.socket_file() {
+            file.unlink_on_drop(true);
+        }
         let _ = SockRef::from(&self.fd).shutdown(Shutdown::Both);
     }
 
-    /// Returns its file, if that is still in its place.
-    fn socket_file(&self, stays: bool) -> Option<SocketFile> {
-        let (Some(Address::Unix(Some(name))), Some(file)) = (self.address(), self.file) else {
-            return None;
-        };
-        let found = SocketFile::at(name.path()?, stays).ok()?;
-        if found.id == file {
-            return Some(found);
-        }
-        found.set_stays(true);
-        None
+    /// Returns the socket file, if it is still at its path.
+    fn socket_file(&self) -> Option<SocketFile> {
+        let Address::Unix(Some(name)) = self.address()? else { return None };
+        SocketFile::at(name.path()?).ok().filter(|found| Some(found.id) == self.file)
     }
 }
 
-/// A socket file that the proxy made. Dropping this removes the file, unless another has taken its place.
+/// A socket file of this program.
+///
+/// [`SocketFile::unlink_on_drop`] decides whether dropping this removes the file. A file that has
+/// taken its place stays.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
     id: FileId,
-    stays: Cell<bool>,
+    unlinks: Cell<bool>,
 }
 
 impl SocketFile {
-    /// Notes which file is at `path`.
-    pub fn at(path: &Path, stays: bool) -> io::Result<Self> {
-        Ok(Self { id: FileId::at(path)?, path: path.into(), stays: Cell::new(stays) })
+    pub fn at(path: &Path) -> io::Result<Self> {
+        Ok(Self { id: FileId::at(path)?, path: path.into(), unlinks: Cell::new(false) })
     }
 
     pub fn id(&self) -> FileId {
         self.id
     }
 
-    /// Decides whether the file stays when this is dropped.
-    pub fn set_stays(&self, stays: bool) {
-        self.stays.set(stays);
+    pub fn unlink_on_drop(&self, unlinks: bool) {
+        self.unlinks.set(unlinks);
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if !self.stays.get() && FileId::at(&self.path).is_ok_and(|id| id == self.id) {
+        if self.unlinks.get() && FileId::at(&self.path).is_ok_and(|id| id == self.id) {
             let _ = fs::remove_file(&self.path);
         }
     }

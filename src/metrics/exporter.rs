@@ -60,7 +60,7 @@ impl Exporter {
             MetricsAddress::Open(address) => bind::open(address, &mut Vec::new()).await?,
             MetricsAddress::Passed(name) => {
                 let sockets = take_matching(passed, |fd| fd.name == *name).into_iter();
-                sockets.map(Listener::adopt).collect::<Result<_, _>>()?
+                sockets.map(Listener::from_passed).collect::<Result<_, _>>()?
             }
         };
         if listeners.is_empty() {
@@ -72,7 +72,7 @@ impl Exporter {
         }
         let mut exporter = Self::default();
         for listener in listeners {
-            if let Address::Vsock { .. } = listener.identity().address {
+            if let Address::Vsock { .. } = listener.label().address {
                 return Err(format!("{listener} has to be TCP or a Unix socket."));
             }
             tracing::info!("Metrics on {listener}.");

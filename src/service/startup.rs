@@ -73,7 +73,7 @@ pub async fn open(
         Handover::open(config.handover, opens, &mut passed, notifier).await?;
     let has_connections = leftovers.has_connections();
     let stored = &mut leftovers.listeners;
-    let sources = Sources::gather(&config.listen, passed, stored, has_connections).await?;
+    let sources = Sources::open(&config.listen, passed, stored, has_connections).await?;
     Ok(Opened { exporter, handover, leftovers, sources })
 }
 
@@ -162,7 +162,7 @@ fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), Str
 
 /// Finds the backend of each socket.
 fn route(config: &Config, sources: Sources) -> Result<Routes, String> {
-    let labels = sources.identities();
+    let labels = sources.labels();
     let backends = match sources {
         // There is no socket to accept on.
         Sources::Stored => Vec::new(),
@@ -175,7 +175,7 @@ fn route(config: &Config, sources: Sources) -> Result<Routes, String> {
         );
     }
     if let Some(keepalive) = config.keepalive {
-        sources.keep_alive(keepalive);
+        sources.set_keepalive(keepalive);
     }
     Ok(Routes::new(sources, backends))
 }

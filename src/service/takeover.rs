@@ -30,7 +30,7 @@ pub fn take_over(server: &Server, restored: Leftovers) {
             restored.refused
         );
     }
-    server.routes.listeners().iter().for_each(|(listener, _)| listener.own_file());
+    server.routes.listeners().iter().for_each(|(listener, _)| listener.unlink_on_drop(true));
     // Those of them that are still used are stored anew.
     restored.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
     for RestoredRecord { body, start, entry } in restored.forwarders {
@@ -77,7 +77,7 @@ pub fn take_over(server: &Server, restored: Leftovers) {
 
 /// Returns a slot for a connection of the previous process, whatever the limits are now.
 fn slot(server: &Server, listener: &ListenerInfo) -> Slot {
-    let mut slot = Slot::new(listener.enter(), server.descriptors.reserve_unchecked());
+    let mut slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
     slot.admit(server.limit.acquire_unchecked());
     slot
 }
@@ -89,7 +89,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
     let listeners = server.routes.listeners();
     let find =
         |is_it: &dyn Fn(&Listener) -> bool| listeners.iter().find(|(listener, _)| is_it(listener));
-    let address = |listener: &Listener| listener.identity().address.clone();
+    let address = |listener: &Listener| listener.label().address.clone();
     // The same listener is of the same family; one that has taken its place may be of another, if
     // it has the same clients.
     let found = find(&|it| address(it) == at)
@@ -115,9 +115,9 @@ pub async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifie
     let mut listening = server.listener_entries.len();
     for (listener, _) in listeners {
         if handover.is_crash_mode() {
-            listener.leave_file();
+            listener.unlink_on_drop(false);
         } else if handover.store_listener(listener) {
-            listener.leave_file();
+            listener.unlink_on_drop(false);
             listening += 1;
         }
     }
