@@ -157,19 +157,15 @@ impl Listener {
 
     /// Logs why clients wait in the kernel's backlog.
     fn warn_of_shortage(&self, descriptors: &FdBudget) {
-        if descriptors.at_connection_limit() {
-            if let Some(suppressed) = AT_LIMIT.pass() {
-                tracing::warn!(
-                    listener = %self,
-                    "Hit connection limit, newcomers wait in the kernel until a connection \
-                     ends.{suppressed}"
-                );
-            }
-        } else if let Some(suppressed) = OUT_OF_DESCRIPTORS.pass() {
+        let (limit, cause, remedy) = if descriptors.at_connection_limit() {
+            (&AT_LIMIT, "Hit connection limit", "")
+        } else {
+            (&OUT_OF_DESCRIPTORS, "Out of file descriptors", "; raise LimitNOFILE=")
+        };
+        if let Some(suppressed) = limit.pass() {
             tracing::warn!(
                 listener = %self,
-                "Out of file descriptors, newcomers wait in the kernel until a connection ends; \
-                 raise LimitNOFILE=.{suppressed}"
+                "{cause}, newcomers wait in the kernel until a connection ends{remedy}.{suppressed}"
             );
         }
     }

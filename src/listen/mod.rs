@@ -48,7 +48,7 @@ impl Sources {
                     .into())
             }
             (false, false) => {
-                Err("Got sockets passed in and --listen= as well; one of them has to go.".into())
+                Err("Got sockets passed in and --listen= as well; use only one of the two.".into())
             }
             (true, false) => Self::from_passed(passed),
             (false, true) => {

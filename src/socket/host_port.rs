@@ -55,20 +55,18 @@ impl HostPort {
                 _ => "the host is empty".into(),
             });
         }
-        if host.contains('\0') {
-            return Err("the host contains a NUL byte".into());
-        }
-        if host.contains('/') {
-            return Err("no host has a slash in its name, a path begins with one, and a COMMAND \
-                        follows after --"
-                .into());
-        }
-        if host.contains('=') {
-            return Err("no host has a = in its name".into());
+        for (byte, message) in [
+            ('\0', "the host contains a NUL byte"),
+            ('/', "a host has no slash; a path begins with one, and a COMMAND follows after --"),
+            ('=', "a host has no ="),
+        ] {
+            if host.contains(byte) {
+                return Err(message.into());
+            }
         }
         if host == "*" {
             // getaddrinfo(3) reads * as the loopback address.
-            return Err("* is no host; every address is --listen=PORT".into());
+            return Err("* is not a host; for every address use --listen=PORT".into());
         }
         let port = port.or(default_port).ok_or("there is no port")?;
         Ok(Self { host: host.into(), port: Port::parse(port)? })
@@ -100,7 +98,7 @@ impl Port {
             return Err("the port contains a NUL byte".into());
         }
         if text.contains('/') {
-            return Err("no port has a slash in its name, and a path begins with one".into());
+            return Err("a port has no slash; a path begins with one".into());
         }
         if text.bytes().all(|byte| byte.is_ascii_digit()) {
             let number = text.parse().map_err(|_| format!("port {text} is above 65535"))?;

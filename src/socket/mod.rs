@@ -89,22 +89,15 @@ impl Socket {
         if !guard.ready().is_write_closed() && !guard.ready().is_error() {
             return Ok(());
         }
-        match SockRef::from(&self.io).take_error()? {
-            // A reset that answers the SYN is ECONNREFUSED. After these two errors the connection
-            // was made, and the backend may have sent an answer before the reset.
-            Some(error)
-                if self.family == Family::Tcp
-                    && matches!(
-                        Errno::from_io_error(&error),
-                        Some(Errno::CONNRESET | Errno::PIPE)
-                    ) =>
-            {
-                self.was_reset.set(true);
-                Ok(())
-            }
-            Some(error) => Err(error),
-            None => Ok(()),
+        let Some(error) = SockRef::from(&self.io).take_error()? else { return Ok(()) };
+        // A reset that answers the SYN is ECONNREFUSED. Before ECONNRESET and EPIPE the connection
+        // was made, and the backend may have sent an answer before the reset.
+        let was_made = matches!(Errno::from_io_error(&error), Some(Errno::CONNRESET | Errno::PIPE));
+        if self.family != Family::Tcp || !was_made {
+            return Err(error);
         }
+        self.was_reset.set(true);
+        Ok(())
     }
 
     /// Returns whether [`Socket::connected`] took the peer's reset from the socket.
