@@ -1,8 +1,8 @@
-//! The proxy: all of it is in the library.
+//! The proxy. Everything it does is in the library.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // SAFETY: this is the first thing main() does.
+    // SAFETY: this is the first call in main().
     unsafe { socket_proxyd::run() }
 }

@@ -1,11 +1,14 @@
-//! What systemd is told: READY, STATUS, STOPPING, WATCHDOG (sd_notify(3)).
+//! Messages to the service manager (sd_notify(3)): `READY=1`, `STATUS=`, `STOPPING=1`, `WATCHDOG=1`, and
+//! those about the descriptor store.
 //!
-//! Nothing here blocks the event loop: the socket is non-blocking. While the queue of systemd's socket is
-//! full (a daemon-reload, the boot), what systemd acts on is tried again until it is sent: `READY=1`,
-//! `WATCHDOG=1`, and what the store is told. A status, and `STOPPING=1`, are left out.
+//! No message blocks the event loop: the socket is non-blocking. systemd's queue can be full, during a
+//! daemon-reload or at boot. [`Notifier::send`] then tries again until the message is sent.
+//! [`Notifier::send_once`] drops the message.
 
 use std::convert::Infallible;
 use std::env;
+use std::ffi::OsStr;
+use std::future::pending;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
@@ -21,49 +24,58 @@ use tokio::time::{Instant, sleep};
 
 use crate::logging::{RateLimit, os_message};
 
-/// Between two attempts while systemd does not take a message, and how long before that is logged.
-const RETRY_AFTER: Duration = Duration::from_millis(20);
-const WARN_AFTER: Duration = Duration::from_secs(5);
-
-static UNSENT: RateLimit = RateLimit::new(3, Duration::from_secs(60));
-static BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
-
-/// The service manager, or nobody.
+/// The way to the service manager, if there is one.
 #[derive(Debug)]
 pub struct Notifier(Option<(UnixDatagram, SocketAddrUnix)>);
 
 impl Notifier {
-    /// Connects to `$NOTIFY_SOCKET`, a path or an abstract name.
+    /// Opens a socket to `$NOTIFY_SOCKET`, a path or an abstract name. A value that cannot be used is
+    /// logged and ignored.
     pub fn from_environment() -> Self {
-        let Some(name) = env::var_os("NOTIFY_SOCKET") else {
-            return Self(None);
-        };
-        let open = || -> io::Result<_> {
-            let address = match name.as_bytes() {
-                [b'@', name @ ..] => SocketAddrUnix::new_abstract_name(name)?,
-                _ => SocketAddrUnix::new(name.as_os_str())?,
-            };
-            let socket = UnixDatagram::unbound()?;
-            socket.set_nonblocking(true)?;
-            Ok((socket, address))
-        };
-        Self(
-            open()
-                .inspect_err(|error| {
-                    tracing::warn!("Failed to use NOTIFY_SOCKET={name:?}, ignoring: {error}");
-                })
-                .ok(),
-        )
+        Self(env::var_os("NOTIFY_SOCKET").and_then(|name| {
+            let opened = open(&name).inspect_err(|error| {
+                tracing::warn!("Failed to use NOTIFY_SOCKET={name:?}, ignoring: {error}");
+            });
+            opened.ok()
+        }))
     }
 
-    /// Whether there is one that can be told.
     pub fn has_manager(&self) -> bool {
         self.0.is_some()
     }
 
-    /// Sends a message that may be left out: if systemd does not take it at once, it is.
+    /// Sends a message, or fails with EAGAIN if systemd's queue is full.
     pub fn send_once(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
         self.try_send(states, &[])
+    }
+
+    /// Sends a message, and waits for room in systemd's queue.
+    pub async fn send(&self, states: &[NotifyState<'_>]) {
+        self.send_with(states, &[]).await;
+    }
+
+    /// Sends a message with at most one descriptor, and waits for room in systemd's queue. Returns
+    /// whether the message was sent.
+    pub async fn send_with(&self, states: &[NotifyState<'_>], fds: &[BorrowedFd<'_>]) -> bool {
+        let start = Instant::now();
+        loop {
+            match self.try_send(states, fds) {
+                Ok(()) => return true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if start.elapsed() > WARN_AFTER {
+                        warn_busy(states);
+                    }
+                    sleep(RETRY_AFTER).await;
+                }
+                Err(error) => {
+                    if let Some(suppressed) = UNSENT.pass() {
+                        let error = os_message(&error);
+                        tracing::warn!("Failed to notify systemd, ignoring: {error}{suppressed}");
+                    }
+                    return false;
+                }
+            }
+        }
     }
 
     fn try_send(&self, states: &[NotifyState<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -81,45 +93,27 @@ impl Notifier {
         Ok(())
     }
 
-    /// Sends, however long systemd takes for it.
-    pub async fn send(&self, states: &[NotifyState<'_>]) {
-        self.send_with(states, &[]).await;
-    }
-
-    /// Sends with at most one descriptor for systemd to have; whether it has got it.
-    pub async fn send_with(&self, states: &[NotifyState<'_>], fds: &[BorrowedFd<'_>]) -> bool {
-        let start = Instant::now();
-        loop {
-            match self.try_send(states, fds) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if start.elapsed() > WARN_AFTER {
-                        warn_busy(states);
-                    }
-                    sleep(RETRY_AFTER).await;
-                }
-                Err(error) => {
-                    if let Some(suppressed) = UNSENT.pass() {
-                        let error = os_message(&error);
-                        tracing::warn!("Failed to notify systemd, ignoring: {error}{suppressed}");
-                    }
-                    return false;
-                }
-                Ok(()) => return true,
-            }
-        }
-    }
-
-    /// Answers the watchdog at twice the rate it asks for, for ever. (It asks for nothing any more after
-    /// STOPPING=1.)
+    /// Sends `WATCHDOG=1` at twice the rate that `WatchdogSec=` requires. systemd stops its watchdog at
+    /// `STOPPING=1`.
     pub async fn feed_watchdog(&self) -> Infallible {
         let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
-            return std::future::pending().await;
+            return pending().await;
         };
         loop {
             self.send(&[NotifyState::Watchdog]).await;
             sleep(limit / 2).await;
         }
     }
+}
+
+fn open(name: &OsStr) -> io::Result<(UnixDatagram, SocketAddrUnix)> {
+    let address = match name.as_bytes() {
+        [b'@', name @ ..] => SocketAddrUnix::new_abstract_name(name)?,
+        _ => SocketAddrUnix::new(name)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    Ok((socket, address))
 }
 
 fn warn_busy(states: &[NotifyState<'_>]) {
@@ -130,3 +124,12 @@ fn warn_busy(states: &[NotifyState<'_>]) {
         );
     }
 }
+
+/// The pause between two attempts while systemd's queue is full.
+const RETRY_AFTER: Duration = Duration::from_millis(20);
+
+/// How long systemd's queue may be full before that is logged.
+const WARN_AFTER: Duration = Duration::from_secs(5);
+
+static UNSENT: RateLimit = RateLimit::new(3, Duration::from_secs(60));
+static BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
