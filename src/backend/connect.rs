@@ -1,16 +1,15 @@
-//! A target to a connected socket: every address in turn, each with its own time limit.
+//! From a target to a connected socket: each address in turn, each with its own time limit.
 
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
 use socket2::{Domain, Type};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::Semaphore;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -23,175 +22,33 @@ use crate::socket::host_port::HostPort;
 use crate::socket::resolve::{ResolveError, resolve};
 use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
 
-/// Between two attempts while descriptors or memory are short, at first and at most.
-const RETRY_FIRST: Duration = Duration::from_millis(5);
-const RETRY_MAX: Duration = Duration::from_millis(100);
-
-/// Clients that try a backend at a time whose backlog is full. The others wait in the order in which they
-/// came.
-const ATTEMPTS_MAX: usize = 4;
-
-/// Attempts without a pause, for a backend that takes its clients faster than a timer ticks; then the
-/// pause between two attempts, at first and at most.
-const BACKLOG_TRIES: usize = 16;
-const BACKLOG_RETRY_FIRST: Duration = Duration::from_millis(1);
-const BACKLOG_RETRY_MAX: Duration = Duration::from_millis(20);
-
-static LOOKUPS_BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
-static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));
-
-/// Connects to one target, again and again. A clone shares the limit on lookups.
+/// Connects to one target. Clones share the limit on lookups and the queue for a full backlog.
 #[derive(Clone, Debug)]
 pub struct Connector {
     target: Target,
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
-    on_full_backlog: Arc<BacklogQueue>,
+    /// Turns to try a backend whose backlog is full. The other clients, of all event loops, wait in the
+    /// order in which they came.
+    backlog_turns: Arc<Semaphore>,
     counters: Arc<ConnectCounters>,
 }
 
-/// What to do about a Unix backend's full backlog.
+/// What to do while the backlog of a Unix backend is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum OnFullBacklog {
-    /// Wait for the connect timeout.
-    Wait,
-    /// Wait for as long as the caller does.
-    WaitOn,
+pub enum OnFullBacklog {
+    /// Fails at once. The caller tries again.
     Fail,
-}
-
-/// The clients that wait for room in the backlog of a backend, on all event loops.
-#[derive(Debug)]
-struct BacklogQueue {
-    attempts: Semaphore,
-    waiting: AtomicUsize,
-}
-
-impl BacklogQueue {
-    fn new() -> Self {
-        Self { attempts: Semaphore::new(ATTEMPTS_MAX), waiting: AtomicUsize::default() }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) == 0
-    }
-
-    /// Waits until it is the caller's turn to try, which lasts until the value is dropped.
-    async fn turn(&self) -> BacklogTurn<'_> {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let mut turn = BacklogTurn { queue: self, _attempt: None };
-        turn._attempt = self.attempts.acquire().await.ok();
-        turn
-    }
-}
-
-/// A place in the queue.
-struct BacklogTurn<'a> {
-    queue: &'a BacklogQueue,
-    _attempt: Option<SemaphorePermit<'a>>,
-}
-
-impl Drop for BacklogTurn<'_> {
-    fn drop(&mut self) {
-        self.queue.waiting.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Why there is no connection.
-#[derive(Debug)]
-pub enum ConnectError {
-    /// The name has no address.
-    Resolve(ResolveError),
-    /// None of the addresses answered: the last one that may yet, or else the last, and its error.
-    Connect(Address, io::Error),
-}
-
-impl fmt::Display for ConnectError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Resolve(error) => error.fmt(f),
-            Self::Connect(address, error) => {
-                write!(f, "Failed to connect to remote host: {address}: {}", os_message(error))?;
-                f.write_str(address.hint(error))?;
-                if self.is_full_backlog() {
-                    f.write_str(" (its backlog is full)")?;
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
-impl ConnectError {
-    /// What the system says, without where.
-    pub fn reason(&self) -> String {
-        match self {
-            Self::Resolve(error) => error.to_string(),
-            Self::Connect(_, error) => os_message(error),
-        }
-    }
-
-    /// Whether a Unix backend listens, and has no room for another client (EAGAIN).
-    pub fn is_full_backlog(&self) -> bool {
-        matches!(self, Self::Connect(_, error) if is_full_backlog(error))
-    }
-
-    /// What it is counted as.
-    pub fn kind(&self) -> ConnectErrorKind {
-        let Self::Connect(_, error) = self else { return ConnectErrorKind::Resolve };
-        match Errno::from_io_error(error) {
-            Some(Errno::CONNREFUSED) => ConnectErrorKind::Refused,
-            Some(Errno::TIMEDOUT) => ConnectErrorKind::Timeout,
-            Some(
-                Errno::NETUNREACH
-                | Errno::HOSTUNREACH
-                | Errno::NETDOWN
-                | Errno::HOSTDOWN
-                | Errno::ADDRNOTAVAIL
-                | Errno::NODEV,
-            ) => ConnectErrorKind::Unreachable,
-            Some(Errno::NOENT) => ConnectErrorKind::NotFound,
-            Some(Errno::AGAIN) => ConnectErrorKind::Backlog,
-            // The last is what RestrictAddressFamilies= says.
-            Some(Errno::ACCESS | Errno::PERM | Errno::AFNOSUPPORT) => ConnectErrorKind::Denied,
-            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                ConnectErrorKind::Resources
-            }
-            _ => ConnectErrorKind::Other,
-        }
-    }
-
-    /// Whether the backend may just not be up yet; a name that does not exist, or a sandbox's
-    /// prohibition (EPERM), is not mended by time.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::Resolve(error) => error.is_temporary(),
-            Self::Connect(_, error) => matches!(
-                Errno::from_io_error(error),
-                Some(
-                    Errno::CONNREFUSED
-                        | Errno::NOENT
-                        | Errno::AGAIN
-                        | Errno::ACCESS
-                        | Errno::NETUNREACH
-                        | Errno::HOSTUNREACH
-                        | Errno::ADDRNOTAVAIL
-                        | Errno::TIMEDOUT
-                        // The backend came up and went down in the middle of it; over vsock, nobody
-                        // listens.
-                        | Errno::CONNRESET
-                        // Over vsock: that virtual machine does not run, as far as one can tell.
-                        | Errno::NODEV
-                )
-            ),
-        }
-    }
+    /// Waits for the connect timeout.
+    Wait,
+    /// Waits until the caller gives up.
+    WaitForever,
 }
 
 impl Connector {
-    /// `connect_timeout` is for each address; `keepalive` for TCP backends; as many lookups run at a
-    /// time as there are places in `lookups`; all attempts are counted in `counters`.
+    /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` limits the lookups
+    /// that run at a time. `counters` count every attempt.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
@@ -199,50 +56,30 @@ impl Connector {
         lookups: Arc<Semaphore>,
         counters: Arc<ConnectCounters>,
     ) -> Self {
-        let on_full_backlog = Arc::new(BacklogQueue::new());
-        Self { target, connect_timeout, keepalive, lookups, on_full_backlog, counters }
+        let backlog_turns = Arc::new(Semaphore::new(BACKLOG_TURNS));
+        Self { target, connect_timeout, keepalive, lookups, backlog_turns, counters }
     }
 
-    /// What has become of all attempts.
     pub fn counters(&self) -> &Arc<ConnectCounters> {
         &self.counters
     }
 
-    /// The target, for messages.
     pub fn target(&self) -> &Target {
         &self.target
     }
 
-    /// Looks the target up, and tries each of its addresses until one answers; a full backlog is
-    /// waited for until the connect timeout is over.
-    pub async fn dial(&self) -> Result<Socket, ConnectError> {
-        self.connect_counted(OnFullBacklog::Wait).await
-    }
-
-    /// Dials for a caller that tries again by itself: a full backlog fails at once.
-    pub async fn try_connect(&self) -> Result<Socket, ConnectError> {
-        self.connect_counted(OnFullBacklog::Fail).await
-    }
-
-    /// Dials, and waits for room in the backlog for as long as the caller does.
-    pub async fn connect_in_turn(&self) -> Result<Socket, ConnectError> {
-        self.connect_counted(OnFullBacklog::WaitOn).await
-    }
-
     /// Whether clients wait for room in the backlog.
     pub fn has_queue(&self) -> bool {
-        !self.on_full_backlog.is_empty()
+        self.backlog_turns.available_permits() < BACKLOG_TURNS
     }
 
-    async fn connect_counted(
-        &self,
-        on_full_backlog: OnFullBacklog,
-    ) -> Result<Socket, ConnectError> {
+    /// Looks the target up, and tries each of its addresses until one accepts.
+    pub async fn connect(&self, on_full_backlog: OnFullBacklog) -> Result<Socket, ConnectError> {
         let start = Instant::now();
         let connected = match &self.target {
             Target::Address(address) => self.try_address(address, on_full_backlog).await,
-            // Boxed, here and below, for the sake of thousands that dial at a time.
-            Target::Name(name) => Box::pin(self.connect_name(name, on_full_backlog)).await,
+            // Boxed, here and below: thousands of clients may connect at a time.
+            Target::Name(name) => Box::pin(self.try_name(name, on_full_backlog)).await,
         };
         match &connected {
             Ok(_) => self.counters.durations.record(start.elapsed()),
@@ -251,7 +88,7 @@ impl Connector {
         connected
     }
 
-    async fn connect_name(
+    async fn try_name(
         &self,
         name: &HostPort,
         on_full_backlog: OnFullBacklog,
@@ -269,7 +106,8 @@ impl Connector {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
                     tracing::debug!("{error}, trying the next address");
-                    // An address of a family that is not to be had says nothing of the others.
+                    // A permanent error, as of a family that this host lacks, must not hide a transient
+                    // error of another address.
                     if error.is_transient()
                         || !failed.as_ref().is_some_and(ConnectError::is_transient)
                     {
@@ -286,16 +124,15 @@ impl Connector {
         address: &Address,
         on_full_backlog: OnFullBacklog,
     ) -> Result<Socket, ConnectError> {
-        // What kept us waiting says more than that time is up.
+        // The error behind the wait says more than ETIMEDOUT.
         let last_error = RefCell::new(None);
-        let attempt = self.connect(address, on_full_backlog, &last_error);
-        // A Unix socket connects at once or not at all.
-        let waits_on =
-            on_full_backlog == OnFullBacklog::WaitOn && matches!(address, Address::Unix(_));
-        let connected = match self.connect_timeout.finite().filter(|_| !waits_on) {
+        let attempt = self.connect_when_possible(address, on_full_backlog, &last_error);
+        // connect(2) on a Unix socket does not wait, so only the backlog can take longer.
+        let has_no_timeout =
+            on_full_backlog == OnFullBacklog::WaitForever && matches!(address, Address::Unix(_));
+        let connected = match self.connect_timeout.finite().filter(|_| !has_no_timeout) {
             Some(limit) => timeout(limit, attempt).await.unwrap_or_else(|_| {
-                let timed_out = || io::Error::from(Errno::TIMEDOUT);
-                Err(last_error.take().unwrap_or_else(timed_out))
+                Err(last_error.take().unwrap_or_else(|| Errno::TIMEDOUT.into()))
             }),
             None => attempt.await,
         };
@@ -306,33 +143,28 @@ impl Connector {
         Ok(socket)
     }
 
-    /// Connects to one address; waits for a Unix backend's backlog, and for descriptors and memory, and
-    /// leaves a note of what it waits for.
-    async fn connect(
+    /// Connects to one address, and waits for a full backlog and for descriptors and memory. `last_error`
+    /// receives the error behind the wait.
+    async fn connect_when_possible(
         &self,
         address: &Address,
         on_full_backlog: OnFullBacklog,
         last_error: &RefCell<Option<io::Error>>,
     ) -> io::Result<Socket> {
         let waits = on_full_backlog != OnFullBacklog::Fail;
-        if !(waits && self.has_queue()) {
-            match connect_or_retry(address, last_error).await {
-                Err(error) if waits && is_full_backlog(&error) => {
-                    last_error.replace(Some(error));
-                }
-                connected => return connected,
-            }
-        }
-        let _turn = Box::pin(self.on_full_backlog.turn()).await;
+        let wait_for_turn = async || Box::pin(self.backlog_turns.acquire()).await.ok();
+        let mut turn = if waits && self.has_queue() { wait_for_turn().await } else { None };
         let (mut tries, mut pause) = (0, BACKLOG_RETRY_FIRST);
         loop {
-            match connect_or_retry(address, last_error).await {
-                Err(error) if is_full_backlog(&error) => {
+            match connect_with_resources(address, last_error).await {
+                Err(error) if waits && errno_kind(&error) == ConnectErrorKind::Backlog => {
                     last_error.replace(Some(error));
                 }
                 connected => return connected,
             }
-            if tries < BACKLOG_TRIES {
+            if turn.is_none() {
+                turn = wait_for_turn().await;
+            } else if tries < BACKLOG_TRIES {
                 tries += 1;
                 yield_now().await;
             } else {
@@ -343,35 +175,118 @@ impl Connector {
     }
 }
 
-fn is_full_backlog(error: &io::Error) -> bool {
-    Errno::from_io_error(error) == Some(Errno::AGAIN)
+/// Why there is no connection.
+#[derive(Debug)]
+pub enum ConnectError {
+    /// The name has no address.
+    Resolve(ResolveError),
+    /// No address accepted. The last address with a transient error counts, or else the last one.
+    Connect(Address, io::Error),
+}
+
+impl ConnectError {
+    /// Returns the system's message, without the address.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Resolve(error) => error.to_string(),
+            Self::Connect(_, error) => os_message(error),
+        }
+    }
+
+    pub fn kind(&self) -> ConnectErrorKind {
+        match self {
+            Self::Resolve(_) => ConnectErrorKind::Resolve,
+            Self::Connect(_, error) => errno_kind(error),
+        }
+    }
+
+    /// Whether a Unix backend listens but has no room for another client (EAGAIN).
+    pub fn is_full_backlog(&self) -> bool {
+        self.kind() == ConnectErrorKind::Backlog
+    }
+
+    /// Whether the backend may just not be up yet. A name that does not exist and what a sandbox forbids
+    /// (EPERM) are permanent.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Resolve(error) => error.is_temporary(),
+            Self::Connect(_, error) => matches!(
+                Errno::from_io_error(error),
+                Some(
+                    Errno::CONNREFUSED
+                        | Errno::NOENT
+                        | Errno::AGAIN
+                        | Errno::ACCESS
+                        | Errno::NETUNREACH
+                        | Errno::HOSTUNREACH
+                        | Errno::ADDRNOTAVAIL
+                        | Errno::TIMEDOUT
+                        // The backend came up and went down during the handshake. Over vsock: no process
+                        // listens.
+                        | Errno::CONNRESET
+                        // Over vsock: the virtual machine does not seem to run.
+                        | Errno::NODEV
+                )
+            ),
+        }
+    }
+}
+
+impl fmt::Display for ConnectError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Resolve(error) => error.fmt(f),
+            Self::Connect(address, error) => {
+                let (reason, hint) = (os_message(error), address.hint(error));
+                let backlog = if self.is_full_backlog() { " (its backlog is full)" } else { "" };
+                write!(f, "Failed to connect to remote host: {address}: {reason}{hint}{backlog}")
+            }
+        }
+    }
+}
+
+fn errno_kind(error: &io::Error) -> ConnectErrorKind {
+    match Errno::from_io_error(error) {
+        Some(Errno::CONNREFUSED) => ConnectErrorKind::Refused,
+        Some(Errno::TIMEDOUT) => ConnectErrorKind::Timeout,
+        Some(
+            Errno::NETUNREACH
+            | Errno::HOSTUNREACH
+            | Errno::NETDOWN
+            | Errno::HOSTDOWN
+            | Errno::ADDRNOTAVAIL
+            | Errno::NODEV,
+        ) => ConnectErrorKind::Unreachable,
+        Some(Errno::NOENT) => ConnectErrorKind::NotFound,
+        Some(Errno::AGAIN) => ConnectErrorKind::Backlog,
+        // EAFNOSUPPORT: RestrictAddressFamilies= forbids the family.
+        Some(Errno::ACCESS | Errno::PERM | Errno::AFNOSUPPORT) => ConnectErrorKind::Denied,
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+            ConnectErrorKind::Resources
+        }
+        _ => ConnectErrorKind::Other,
+    }
 }
 
 /// Connects to one address, and tries again while descriptors or memory are short.
-async fn connect_or_retry(
+async fn connect_with_resources(
     address: &Address,
     last_error: &RefCell<Option<io::Error>>,
 ) -> io::Result<Socket> {
     let mut pause = RETRY_FIRST;
     loop {
-        let error = match try_connect(address).await {
-            Ok(socket) => return Ok(socket),
-            Err(error) => error,
-        };
-        let is_short = matches!(
-            Errno::from_io_error(&error),
-            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
-        );
-        if !is_short {
-            return Err(error);
+        match try_connect(address).await {
+            Err(error) if errno_kind(&error) == ConnectErrorKind::Resources => {
+                if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
+                    tracing::error!(
+                        "Failed to open a socket to the backend, trying again: {}{suppressed}",
+                        os_message(&error)
+                    );
+                }
+                last_error.replace(Some(error));
+            }
+            connected => return connected,
         }
-        if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
-            tracing::error!(
-                "Failed to open a socket to the backend, trying again: {}{suppressed}",
-                os_message(&error)
-            );
-        }
-        last_error.replace(Some(error));
         Box::pin(sleep(pause)).await;
         pause = (pause * 2).min(RETRY_MAX);
     }
@@ -383,15 +298,15 @@ async fn try_connect(address: &Address) -> io::Result<Socket> {
         socket.connected().await?;
     }
     if let Address::Inet(target) = address {
-        if matches!(socket.local_address()?, Address::Inet(local) if is_itself(*target, local)) {
-            // Dropping it resets it, so that no TIME_WAIT keeps the backend from its port.
+        if matches!(socket.local_address()?, Address::Inet(local) if is_self(*target, local)) {
+            // Dropping the socket resets it, so that no TIME_WAIT blocks the backend's port.
             return Err(Errno::CONNREFUSED.into());
         }
     }
     Ok(socket)
 }
 
-/// Starts to connect; whether the outcome is to be waited for.
+/// Starts to connect. Returns the socket, and whether connect(2) is still in progress.
 fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
     let family = match address {
         Address::Inet(_) => Family::Tcp,
@@ -413,10 +328,28 @@ fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
     Ok((Socket::register(socket.into(), family)?, in_progress))
 }
 
-/// When nobody listens on a port of the ephemeral range, connecting to it again and again ends in
-/// getting that very port as the local one, and TCP connects it to itself. The unspecified address
-/// is the loopback one to connect(2).
-fn is_itself(target: SocketAddr, local: SocketAddr) -> bool {
+/// Whether TCP connected a socket to itself.
+///
+/// Repeated attempts to reach a port of the ephemeral range where no process listens end so: the kernel
+/// picks that port as the local one. To connect(2) the unspecified address is the loopback address.
+fn is_self(target: SocketAddr, local: SocketAddr) -> bool {
     let (to, from) = (target.ip().to_canonical(), local.ip().to_canonical());
     target.port() == local.port() && (to == from || to.is_unspecified())
 }
+
+/// The pause between two attempts while descriptors or memory are short, at first and at most.
+const RETRY_FIRST: Duration = Duration::from_millis(5);
+const RETRY_MAX: Duration = Duration::from_millis(100);
+
+/// Clients that try a backend with a full backlog at a time.
+const BACKLOG_TURNS: usize = 4;
+
+/// Attempts without a pause, for a backend that accepts faster than a timer ticks.
+const BACKLOG_TRIES: usize = 16;
+
+/// The pause between two attempts after those, at first and at most.
+const BACKLOG_RETRY_FIRST: Duration = Duration::from_millis(1);
+const BACKLOG_RETRY_MAX: Duration = Duration::from_millis(20);
+
+static LOOKUPS_BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));

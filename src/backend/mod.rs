@@ -1,4 +1,4 @@
-//! The way to the backend: at once, or held until it is up, or until COMMAND has started it.
+//! How a backend is reached: at once, within `--backend-wait=`, or as soon as COMMAND is ready.
 
 pub mod command;
 pub mod wait;
@@ -11,14 +11,14 @@ use tokio::time::timeout_at;
 
 use crate::backend::command::Supervisor;
 use crate::backend::command::state::CommandState;
-use crate::backend::connect::Connector;
+use crate::backend::connect::OnFullBacklog;
 use crate::backend::wait::BackendWait;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::counters::Gauge;
 use crate::socket::Socket;
 
-/// What all clients are connected to.
+/// The backend of one target, for the clients of one event loop.
 #[derive(Debug)]
 pub struct Backend {
     backend_wait: Rc<BackendWait>,
@@ -27,7 +27,7 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// `wait` is how long a client is held; with zero it is not, and there is no supervisor.
+    /// `wait` is how long a client waits for its backend. With zero there is no wait, and no supervisor.
     pub fn new(
         backend_wait: Rc<BackendWait>,
         wait: TimeSpan,
@@ -36,57 +36,47 @@ impl Backend {
         Self { backend_wait, wait, supervisor }
     }
 
-    /// Where it is, for messages.
     pub fn target(&self) -> &Target {
-        self.connector().target()
+        self.backend_wait.connector.target()
     }
 
-    /// Where its clients are held.
     pub fn backend_wait(&self) -> &Rc<BackendWait> {
         &self.backend_wait
     }
 
-    fn connector(&self) -> &Connector {
-        &self.backend_wait.connector
-    }
-
-    /// Whether clients are held at all.
-    fn waits(&self) -> bool {
-        !self.wait.is_zero()
-    }
-
-    /// Connects, now or as soon as the backend is up; who has to wait for that is counted as `waiting`.
+    /// Connects, now or as soon as the backend can be reached. `waiting` counts the clients that wait.
     ///
     /// # Errors
-    /// In words, what stood in the way: something that time can't mend, or the last obstacle when
-    /// the time is over.
+    /// A message on a permanent error, or on the last error before the wait timed out.
     pub async fn connect(&self, waiting: &Gauge) -> Result<Socket, String> {
-        if !self.waits() {
-            return self.connector().dial().await.map_err(|error| error.to_string());
+        if self.wait.is_zero() {
+            let connected = self.backend_wait.connector.connect(OnFullBacklog::Wait).await;
+            return connected.map_err(|error| error.to_string());
         }
         let _waiting = waiting.take();
-        timeout_at(self.wait.deadline(), Box::pin(self.waiting())).await.unwrap_or_else(|_| {
-            let supervisor = self.supervisor.as_ref();
-            let last_error = supervisor.and_then(|supervisor| supervisor.last_error());
-            let last_error = last_error.unwrap_or_else(|| self.backend_wait.timeout_error());
-            Err(format!("{last_error}, for {}", self.wait))
-        })
+        timeout_at(self.wait.deadline(), Box::pin(self.wait_and_connect())).await.unwrap_or_else(
+            |_| {
+                let error = self.supervisor.as_ref().and_then(|supervisor| supervisor.last_error());
+                let error = error.unwrap_or_else(|| self.backend_wait.timeout_error());
+                Err(format!("{error}, for {}", self.wait))
+            },
+        )
     }
 
-    async fn waiting(&self) -> Result<Socket, String> {
+    async fn wait_and_connect(&self) -> Result<Socket, String> {
         let connect = async || self.backend_wait.connect().await.map_err(|error| error.to_string());
         let Some(supervisor) = &self.supervisor else {
             return connect().await;
         };
         loop {
-            let is_held = *supervisor.watch().borrow() != CommandState::Ready;
+            let was_ready = *supervisor.watch().borrow() == CommandState::Ready;
             let mut run = supervisor.ready().await?;
-            if is_held {
+            if !was_ready {
                 self.backend_wait.take_turn().await;
             }
             tokio::select! {
                 biased;
-                // First: nobody is handed to one that is being stopped.
+                // Polled first: a client must not connect to a COMMAND that is being stopped.
                 () = run.ended() => {}
                 connected = connect() => return connected,
             }

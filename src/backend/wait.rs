@@ -1,10 +1,12 @@
-//! `--backend-wait=`: holds clients until the backend can be reached.
+//! `--backend-wait=`: clients wait until their backend can be reached.
 //!
-//! While the backend cannot be reached *yet*, one prober for each target tries again and again, however many
-//! clients wait: 200 of them cost one connect(2) every 100 ms. When it succeeds, all clients go on, and one
-//! of them gets the prober's connection, so that a backend that serves only once is not spent on a probe. The
-//! prober ends when no client waits. With several event loops there is still one prober: it runs on the
-//! loop that started it, and all loops wait for it ([`SharedProbe`]).
+//! While a backend cannot be reached *yet*, a single prober tries again and again, however many clients
+//! wait: 200 clients cost one connect(2) every 100 ms. When a probe succeeds, all clients go on. One of them
+//! gets the prober's connection, so that a backend that serves only one connection does not spend it on
+//! a probe. The prober ends when no client waits.
+//!
+//! With several event loops there is still one prober for each target. It runs on the loop that started it,
+//! and the clients of all loops wait for it ([`SharedProbe`]).
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -15,130 +17,61 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
-use crate::backend::connect::{ConnectError, Connector};
+use crate::backend::connect::{ConnectError, Connector, OnFullBacklog};
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;
 use crate::socket::{Family, Socket};
 
-/// Between two probes, at first and at most: how late a backend may be noticed whose refusal is
-/// immediate.
-const PROBE_FIRST: Duration = Duration::from_millis(5);
-const PROBE_MAX: Duration = Duration::from_millis(100);
-
-/// How long somebody has to take the prober's connection.
-const OFFER: Duration = Duration::from_millis(100);
-
-/// Held clients that go on before the event loop looks at its other connections.
-const RELEASES_PER_TURN: usize = 8;
-
-/// Waits that begin one after the other need not each be said.
-static WAITING: RateLimit = RateLimit::new(3, Duration::from_secs(10));
-
-/// The pauses between probes, the first of them none.
-#[derive(Debug, Default)]
-pub struct Backoff(Duration);
-
-impl Backoff {
-    /// Waits for the moment of the next probe.
-    pub async fn next(&mut self) {
-        sleep(self.0).await;
-        self.0 = (self.0 * 2).clamp(PROBE_FIRST, PROBE_MAX);
-    }
-}
-
-/// What all event loops know of the prober.
-#[derive(Clone, Debug, Default)]
-pub struct SharedProbe(Arc<Mutex<ProbeState>>);
-
-#[derive(Debug, Default)]
-struct ProbeState {
-    /// Closes with the prober; nothing is ever sent, so that a failed probe wakes nobody.
-    ended: Option<watch::Receiver<()>>,
-    /// What stands between the clients and the backend, as far as it is known.
-    last_error: Option<String>,
-    /// A connection that a probe has made, for the first to take it.
-    connection: Option<(OwnedFd, Family)>,
-    /// Which of all these it is.
-    generation: u64,
-}
-
-impl SharedProbe {
-    fn lock(&self) -> MutexGuard<'_, ProbeState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The running prober; none that has ended, however it did.
-    fn current(&self) -> Option<watch::Receiver<()>> {
-        self.lock().current()
-    }
-
-    fn set_last_error(&self, last_error: Option<String>) {
-        self.lock().last_error = last_error;
-    }
-
-    /// The connection that was offered, if the backend has not left it meanwhile.
-    fn take_connection(&self) -> Option<Socket> {
-        let (fd, family) = self.lock().connection.take()?;
-        Socket::register(fd, family).ok().filter(|socket| !socket.has_hung_up())
-    }
-}
-
-impl ProbeState {
-    fn current(&self) -> Option<watch::Receiver<()>> {
-        self.ended.clone().filter(|ended| ended.has_changed().is_ok())
-    }
-}
-
-/// Where the clients of one event loop are held.
+/// The wait for one backend, for the clients of one event loop.
 #[derive(Debug)]
 pub struct BackendWait {
-    /// The way to a backend that is up.
     pub connector: Connector,
     wait: TimeSpan,
     probe: SharedProbe,
+    /// Turns of the clients that go on after the wait.
     turns: Semaphore,
 }
 
 impl BackendWait {
-    /// `wait` is how long clients are held, for messages.
+    /// `wait` is how long clients wait, for messages.
     pub fn new(connector: Connector, wait: TimeSpan, probe: SharedProbe) -> Self {
         Self { connector, wait, probe, turns: Semaphore::new(RELEASES_PER_TURN) }
     }
 
-    /// Connects, now or as soon as the backend is up, however long that takes.
+    /// Connects, now or as soon as the backend can be reached, however long that takes.
     ///
     /// # Errors
-    /// What time can't mend.
+    /// Permanent errors.
     pub async fn connect(self: &Rc<Self>) -> Result<Socket, ConnectError> {
         loop {
             if let Some(socket) = self.probe.take_connection() {
                 return Ok(socket);
             }
-            let mut probe = match self.probe.current() {
-                Some(probe) => probe,
+            let running = self.probe.lock().running();
+            let mut prober = match running {
+                Some(prober) => prober,
                 None => match self.connect_in_turn().await {
-                    Err(error) if error.is_transient() => self.start_probing(error.to_string()),
+                    Err(error) if error.is_transient() => self.start_prober(error.to_string()),
                     connected => return connected,
                 },
             };
-            let _ = probe.changed().await;
+            let _ = prober.changed().await;
             self.take_turn().await;
         }
     }
 
-    /// Lets the clients that were held go on in small numbers, so that open connections have their turn
-    /// between.
+    /// Lets clients go on after a wait in small numbers, so that open connections have their turn between.
     pub async fn take_turn(&self) {
         let _turn = self.turns.acquire().await;
         yield_now().await;
     }
 
-    /// Dials once, or, where the backend's backlog is full, when there is room. (A probe that succeeds would
-    /// let all clients go at once, for one place.)
+    /// Connects, or waits for room in a full backlog. (A probe that succeeds would let all clients go on, for
+    /// room for one.)
     async fn connect_in_turn(&self) -> Result<Socket, ConnectError> {
         if !self.connector.has_queue() {
-            match self.connector.try_connect().await {
+            match self.connector.connect(OnFullBacklog::Fail).await {
                 Err(error) if error.is_full_backlog() => {
                     self.log_waiting(&error.to_string());
                     self.probe.set_last_error(Some(error.to_string()));
@@ -146,11 +79,11 @@ impl BackendWait {
                 connected => return connected,
             }
         }
-        self.connector.connect_in_turn().await
+        self.connector.connect(OnFullBacklog::WaitForever).await
     }
 
-    /// What stands between a client and the backend when its time is over: if that is not known, its own
-    /// attempt, which ends with that.
+    /// Returns why the backend could not be reached in time: the prober's last error, or else a timeout of
+    /// the client's own attempt, which is counted.
     pub fn timeout_error(&self) -> String {
         let last_error = self.probe.lock().last_error.clone();
         last_error.unwrap_or_else(|| {
@@ -160,35 +93,35 @@ impl BackendWait {
         })
     }
 
-    /// Gives a fresh connection to whoever calls [`BackendWait::connect`] first, on any event loop; after a
-    /// moment, to nobody.
+    /// Offers a fresh connection to the first caller of [`BackendWait::connect`], on any event loop. After
+    /// [`OFFER`] the connection is closed.
     pub fn offer(&self, socket: Socket) {
         let family = socket.family();
         let connection = socket.release().ok().map(|fd| (fd, family));
-        let mut probe = self.probe.lock();
-        probe.last_error = None;
-        probe.connection = connection;
-        probe.generation += 1;
-        let (offer, probe) = (probe.generation, self.probe.clone());
+        let mut state = self.probe.lock();
+        state.last_error = None;
+        state.connection = connection;
+        state.generation += 1;
+        let (generation, probe) = (state.generation, self.probe.clone());
         tokio::task::spawn_local(async move {
             sleep(OFFER).await;
-            if probe.lock().generation == offer {
+            if probe.lock().generation == generation {
                 drop(probe.take_connection());
             }
         });
     }
 
-    /// Starts the prober, or joins one that somebody else has started meanwhile.
-    fn start_probing(self: &Rc<Self>, last_error: String) -> watch::Receiver<()> {
-        let mut probe = self.probe.lock();
-        if let Some(ended) = probe.current() {
-            return ended;
+    /// Starts the prober, unless another client has started it meanwhile.
+    fn start_prober(self: &Rc<Self>, last_error: String) -> watch::Receiver<()> {
+        let mut state = self.probe.lock();
+        if let Some(running) = state.running() {
+            return running;
         }
         self.log_waiting(&last_error);
-        let (sender, receiver) = watch::channel(());
-        probe.ended = Some(receiver.clone());
-        probe.last_error = Some(last_error);
-        tokio::task::spawn_local(Rc::clone(self).probe(sender));
+        let (running, receiver) = watch::channel(());
+        state.prober = Some(receiver.clone());
+        state.last_error = Some(last_error);
+        tokio::task::spawn_local(Rc::clone(self).probe(running));
         receiver
     }
 
@@ -199,27 +132,89 @@ impl BackendWait {
         }
     }
 
-    async fn probe(self: Rc<Self>, probe: watch::Sender<()>) {
-        let mut pauses = Backoff::default();
+    /// Dropping `running` wakes all clients.
+    async fn probe(self: Rc<Self>, running: watch::Sender<()>) {
+        let mut backoff = Backoff::default();
         loop {
-            pauses.next().await;
-            // One receiver is the one that is kept for those who come.
-            if probe.receiver_count() <= 1 {
+            backoff.next().await;
+            // One receiver is the one in the shared state.
+            if running.receiver_count() <= 1 {
                 break;
             }
-            match self.connector.try_connect().await {
+            match self.connector.connect(OnFullBacklog::Fail).await {
+                Ok(socket) => return self.offer(socket),
                 Err(error) if error.is_transient() => {
                     self.probe.set_last_error(Some(error.to_string()));
                 }
-                // Whoever waits will meet any other error, too.
+                // Each waiting client meets a permanent error itself.
                 Err(_) => break,
-                Ok(socket) => {
-                    self.offer(socket);
-                    // Lets all go.
-                    return drop(probe);
-                }
             }
         }
         self.probe.set_last_error(None);
     }
 }
+
+/// The prober's state, common to all event loops.
+#[derive(Clone, Debug, Default)]
+pub struct SharedProbe(Arc<Mutex<ProbeState>>);
+
+#[derive(Debug, Default)]
+struct ProbeState {
+    /// Closed when the prober ends. The prober never sends, so a failed probe wakes no client.
+    prober: Option<watch::Receiver<()>>,
+    /// Why the backend cannot be reached, as far as that is known.
+    last_error: Option<String>,
+    /// A connection that a probe made, for the first client that takes it.
+    connection: Option<(OwnedFd, Family)>,
+    /// The number of connections offered so far.
+    generation: u64,
+}
+
+impl SharedProbe {
+    fn lock(&self) -> MutexGuard<'_, ProbeState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_last_error(&self, last_error: Option<String>) {
+        self.lock().last_error = last_error;
+    }
+
+    /// Takes the connection on offer, unless the backend has closed it meanwhile.
+    fn take_connection(&self) -> Option<Socket> {
+        let (fd, family) = self.lock().connection.take()?;
+        Socket::register(fd, family).ok().filter(|socket| !socket.has_hung_up())
+    }
+}
+
+impl ProbeState {
+    /// Returns the prober, unless it has ended, in whatever way.
+    fn running(&self) -> Option<watch::Receiver<()>> {
+        self.prober.clone().filter(|prober| prober.has_changed().is_ok())
+    }
+}
+
+/// The pauses between probes. The first pause is zero.
+#[derive(Debug, Default)]
+pub struct Backoff(Duration);
+
+impl Backoff {
+    /// Waits until the next probe is due.
+    pub async fn next(&mut self) {
+        sleep(self.0).await;
+        self.0 = (self.0 * 2).clamp(PROBE_FIRST, PROBE_MAX);
+    }
+}
+
+/// The pause between two probes, at first and at most. It delays the discovery of a backend that refuses
+/// at once while it is down.
+const PROBE_FIRST: Duration = Duration::from_millis(5);
+const PROBE_MAX: Duration = Duration::from_millis(100);
+
+/// Clients that go on after a wait before the event loop looks at its other connections.
+const RELEASES_PER_TURN: usize = 8;
+
+/// How long the prober's connection is on offer.
+const OFFER: Duration = Duration::from_millis(100);
+
+/// Waits often begin in quick succession.
+static WAITING: RateLimit = RateLimit::new(3, Duration::from_secs(10));

@@ -7,13 +7,12 @@ use rustix::thread::set_no_new_privs;
 use tokio::sync::Semaphore;
 
 use crate::backend::command::Supervisor;
-use crate::backend::command::ready::NotifyPlace;
 use crate::backend::connect::Connector;
 use crate::backend::wait::SharedProbe;
+use crate::config::Config;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
-use crate::config::values::{Overflow, ReadyMode};
-use crate::config::{CommandConfig, Config};
+use crate::config::values::Overflow;
 use crate::connection::event_loop::EventLoops;
 use crate::connection::{BackendSetup, Settings};
 use crate::counters::{ConnectCounters, Loops};
@@ -29,7 +28,7 @@ use crate::metrics::exporter::Exporter;
 use crate::notify::Notifier;
 use crate::service::server::{Routes, Server};
 
-/// Everything that is opened or taken over at the start.
+/// What is opened or taken over at the start.
 pub struct Opened {
     pub exporter: Option<Exporter>,
     pub handover: Option<Arc<Handover>>,
@@ -37,7 +36,8 @@ pub struct Opened {
     pub sources: Sources,
 }
 
-/// Sets `PR_SET_NO_NEW_PRIVS`, which threads and children inherit. COMMAND may need set-user-ID programs.
+/// Sets `PR_SET_NO_NEW_PRIVS`, unless there is a COMMAND: it would inherit the flag, and may need
+/// set-user-ID programs.
 pub fn forbid_new_privileges(config: &Config) {
     if config.command.is_some() {
         return;
@@ -47,20 +47,20 @@ pub fn forbid_new_privileges(config: &Config) {
     }
 }
 
-/// Takes what was passed and stored, and opens the rest.
+/// Takes the sockets that were passed and stored, and opens the others.
 ///
 /// # Errors
-/// One line on what is missing, in use, or damaged.
+/// One line on a socket that is missing, in use, or damaged.
 pub async fn open(
     config: &Config,
     mut passed: Vec<PassedFd>,
     notifier: &Notifier,
 ) -> Result<Opened, String> {
     if config.handover.is_some() {
-        // First: the stored connections need descriptors, however many there are.
+        // First, because the stored connections may need many descriptors.
         raise_limit();
     }
-    // Before the listeners: --metrics=fd:NAME takes its socket out of those that were passed.
+    // Before the listeners, because --metrics=fd:NAME takes its socket out of those that were passed.
     let exporter = match &config.metrics {
         Some(address) => {
             let opened = Exporter::open(address, &mut passed).await;
@@ -96,17 +96,16 @@ pub fn build(
             command: config.command.is_some(),
             threads: config.threads.get() - 1,
             metrics: config.metrics.is_some(),
-            is_journaled: handover.as_ref().is_some_and(|it| it.is_crash_mode()),
+            is_journaled: handover.as_ref().is_some_and(|handover| handover.is_crash_mode()),
             restored: leftovers.descriptors(),
         },
     )?;
     let backends = backend_setups(&config, fds.lookups);
     let supervisor = supervisor(&config, &routes, fds.inherited)?;
     let has_opened = !config.listen.is_empty();
-    if has_opened {
-        routes.listeners().iter().try_for_each(|(listener, backend)| {
-            check_no_loop(listener, backends[*backend].connector.target())
-        })?;
+    let opened = if has_opened { routes.listeners() } else { &[] };
+    for (listener, backend) in opened {
+        check_no_loop(listener, backends[*backend].connector.target())?;
     }
     let threads = config.threads.get();
     let settings = Settings {
@@ -120,9 +119,8 @@ pub fn build(
         loops: Arc::new(Loops::default()),
     };
     log_routes(&config, &routes, &settings);
-    let journal = |listener: &Rc<Listener>| handover.as_ref()?.keep_listener(listener);
-    let opened = routes.listeners().iter().filter(|_| has_opened);
-    let listener_entries = opened.filter_map(|(listener, _)| journal(listener)).collect();
+    let keep = |(listener, _): &(Rc<Listener>, _)| handover.as_ref()?.keep_listener(listener);
+    let listener_entries = opened.iter().filter_map(keep).collect();
     let descriptors = match config.overflow {
         Overflow::Refuse => FdBudget::new(fds.connections),
         Overflow::Wait => {
@@ -144,7 +142,7 @@ pub fn build(
     })
 }
 
-/// With Accept=yes each connection has a process of its own.
+/// Refuses options that do not fit Accept=yes, where each connection has a process of its own.
 fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), String> {
     if !matches!(sources, Sources::Connection(_)) {
         return Ok(());
@@ -160,11 +158,11 @@ fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), Str
     ))
 }
 
-/// Finds the backend of each socket.
+/// Finds the backend of each source.
 fn route(config: &Config, sources: Sources) -> Result<Routes, String> {
     let labels = sources.labels();
     let backends = match sources {
-        // There is no socket to accept on.
+        // No socket accepts.
         Sources::Stored => Vec::new(),
         _ => config.targets.assign(&labels)?,
     };
@@ -180,7 +178,7 @@ fn route(config: &Config, sources: Sources) -> Result<Routes, String> {
     Ok(Routes::new(sources, backends))
 }
 
-/// The way to each target. The limit on lookups is common to all.
+/// Returns the setup of each target. All share one limit on lookups.
 fn backend_setups(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
     let lookups = Arc::new(Semaphore::new(lookups_max));
     let setup = |target: &Target| BackendSetup {
@@ -196,7 +194,7 @@ fn backend_setups(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
     config.targets.iter().map(setup).collect()
 }
 
-/// COMMAND's supervisor, before anything needs COMMAND. `fd_limit` is the soft limit that COMMAND gets.
+/// Returns COMMAND's supervisor, if there is a COMMAND. `fd_limit` is COMMAND's soft limit on descriptors.
 fn supervisor(
     config: &Config,
     routes: &Routes,
@@ -209,12 +207,7 @@ fn supervisor(
         check_command_target(target, routes.listeners())?;
     }
     set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
-    let CommandConfig { line, ready, stop_idle_time } = command.clone();
-    let notify = match ready {
-        ReadyMode::Connect => None,
-        ReadyMode::Notify => Some(NotifyPlace::find()?),
-    };
-    let supervisor = Supervisor::new(line, target.clone(), notify, stop_idle_time, fd_limit);
+    let supervisor = Supervisor::new(command.clone(), target.clone(), fd_limit)?;
     Ok(Some(Arc::new(supervisor)))
 }
 
@@ -222,7 +215,7 @@ fn log_routes(config: &Config, routes: &Routes, settings: &Settings) {
     for (listener, backend) in routes.listeners() {
         match &config.targets {
             Targets::One(_) => tracing::debug!("Serving {listener}."),
-            // A wrong selector shows here.
+            // At info, because a wrong selector shows here.
             Targets::Selected(_) => {
                 let target = settings.backends[*backend].connector.target();
                 tracing::info!("Serving {listener}, connections go to {target}.");

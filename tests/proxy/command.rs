@@ -662,7 +662,8 @@ fn refuses_a_target_that_is_served_already() {
         let mut client = front.connect();
         client.write_all(b"who are you?").unwrap();
         assert_eq!(read_all(&mut client).0, b"", "not served by the other backend");
-        let words = format!("Failed to start touch: somebody else serves {} already", other.target);
+        let words =
+            format!("Failed to start touch: another process serves {} already", other.target);
         proxy.lines.wait_for(&words);
         assert!(!log.exists(), "it was not started");
     }

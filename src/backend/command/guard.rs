@@ -1,18 +1,18 @@
-//! The process between the proxy and COMMAND: nothing that COMMAND starts outlives the proxy.
+//! The process between the proxy and COMMAND. It ensures that nothing COMMAND starts outlives the proxy.
 //!
-//! A parent-death signal reaches COMMAND itself and none of its children, so a killed proxy would
-//! leave those behind. The guard is this program again, under another name and without anything of
-//! the proxy's but one socket. It is the subreaper of all that COMMAND starts: orphans become its
-//! children (`PR_SET_CHILD_SUBREAPER`), so it knows who is left, and ends them all.
+//! A parent-death signal reaches COMMAND itself but not its children, so a killed proxy would leave those
+//! behind. The guard is this program again, under another name, with one socket to the proxy. It is
+//! the subreaper of all processes that COMMAND starts (`PR_SET_CHILD_SUBREAPER`): orphans become its
+//! children. So it knows which processes are left, and ends them all.
 //!
 //! ```text
 //! proxy --socket--> guard --fork--> launch --exec--> COMMAND
 //! ```
 //!
-//! `launch` is the moment between fork and exec, in a program of its own: what is to be done there
-//! needs no unsafe code then. It asks to be killed when the guard is, which lasts beyond the exec.
+//! `launch` is this program again, for the moment between fork(2) and execve(2): what happens there needs
+//! no unsafe code then. It asks to be killed when the guard dies, which lasts beyond execve(2).
 //!
-//! The proxy's side of the socket, and what goes over it, is in [`run`](crate::backend::command::process).
+//! [`process`](crate::backend::command::process) has the proxy's side of the socket, and the protocol.
 
 use std::convert::Infallible;
 use std::env;
@@ -42,25 +42,9 @@ use crate::backend::command::ready::remove_left_behind;
 use crate::config::command::CommandLine;
 use crate::logging::os_message;
 use crate::runtime::dispositions::restore_dispositions;
+use crate::runtime::event_loop;
 
-/// The name under which this program is the moment before COMMAND.
-const LAUNCH: &str = "proxyd-launch";
-
-/// From SIGTERM to SIGKILL, when it is the proxy that stops COMMAND.
-const GRACE: Duration = Duration::from_secs(10);
-
-/// The same when the proxy is gone, whose next instance may be waiting for the place, and for what
-/// has outlived its group.
-const SHORT_GRACE: Duration = Duration::from_secs(3);
-
-/// Between two looks at who is left, where the kernel says nothing.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
-
-/// Attempts to kill what does not end, before it is given up: a process that waits for a broken
-/// disk, or that has become another user's.
-const KILLS_MAX: u32 = 100;
-
-/// What this program is beside the proxy.
+/// The helper processes that this program can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Helper {
     /// Started by the proxy.
@@ -70,46 +54,43 @@ pub enum Helper {
 }
 
 impl Helper {
-    /// By the name under which it was started; `None` is the proxy.
+    /// Tells the helper from `argv[0]`. `None` is the proxy.
     pub fn of_this_process() -> Option<Self> {
         let name = env::args_os().next()?;
         [(GUARD, Self::Guard), (LAUNCH, Self::Launch)]
             .into_iter()
-            .find_map(|(known, role)| (name == known).then_some(role))
+            .find_map(|(known, helper)| (name == known).then_some(helper))
     }
 
-    /// Does its work, to the end.
+    /// Runs the helper until it ends, or becomes COMMAND.
     ///
     /// # Errors
-    /// One line on what kept it from that.
+    /// One line on the failure.
     pub fn run(self) -> Result<(), String> {
         match self {
             Self::Guard => guard().map_err(|error| {
                 let error = os_message(&error);
                 format!("Failed to guard COMMAND: {error}.")
             }),
-            Self::Launch => match launch(env::args_os().skip(1)) {
-                Err(error) => Err(error),
-            },
+            Self::Launch => launch(env::args_os().skip(1)).map(|never| match never {}),
         }
     }
 }
 
 fn guard() -> io::Result<()> {
     let _ = rustix::thread::set_name(c"proxyd-guard");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        // A service manager may send these to all processes of a unit. It is the proxy that decides
-        // when COMMAND ends. (Caught and not ignored: that would be inherited.)
+    event_loop()?.block_on(async {
+        // A service manager may send these to all processes of a unit, but the proxy decides when COMMAND
+        // stops, and SIGUSR1 asks the proxy alone for a report. (They are caught and not ignored, because
+        // COMMAND would inherit that.)
         let _terminate = signal(SignalKind::terminate())?;
         let _interrupt = signal(SignalKind::interrupt())?;
         let _hangup = signal(SignalKind::hangup())?;
-        // Of the proxy it asks something.
-        let _question = signal(SignalKind::user_defined1())?;
+        let _report = signal(SignalKind::user_defined1())?;
         let child_ended = signal(SignalKind::child())?;
         let proxy_is_gone = match Guard::start().await {
             Ok(guard) => guard.watch(child_ended).await,
-            // The proxy has changed its mind, or is gone.
+            // The proxy dropped the run before it sent COMMAND, or is gone.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => true,
             Err(error) => return Err(error),
         };
@@ -120,17 +101,17 @@ fn guard() -> io::Result<()> {
     })
 }
 
-/// The guard, once COMMAND runs.
+/// The guard while COMMAND runs.
 struct Guard {
     control: UnixStream,
-    /// What COMMAND is called.
+    /// COMMAND's name, for messages.
     name: String,
     /// COMMAND's process, which leads the group.
     command: Pid,
-    /// COMMAND itself has ended.
-    exited: bool,
-    /// Nothing is left of its group: the number may be another's by now.
-    group_gone: bool,
+    /// Whether COMMAND itself has exited.
+    has_exited: bool,
+    /// Whether no process of the group is left. Another group may have its number then.
+    is_group_gone: bool,
 }
 
 impl Guard {
@@ -154,28 +135,27 @@ impl Guard {
         launch.arg0(LAUNCH).arg(getpid().to_string()).args(&command.words);
         launch.stdin(Stdio::null()).process_group(0);
         restore_dispositions(&mut launch);
-        let child = launch.spawn()?;
-        let (name, command) = (command.to_string(), Pid::from_child(&child));
-        let this = Self { control, name, command, exited: false, group_gone: false };
-        this.tell(Event::Started(command.as_raw_nonzero().get()));
-        Ok(this)
+        let (name, command) = (command.to_string(), Pid::from_child(&launch.spawn()?));
+        let guard = Self { control, name, command, has_exited: false, is_group_gone: false };
+        guard.send(Event::Started(command.as_raw_nonzero().get()));
+        Ok(guard)
     }
 
-    /// Waits until nothing is left of what COMMAND has started; whether the proxy is gone, too.
+    /// Waits until no process of COMMAND is left. Returns whether the proxy is gone, too.
     async fn watch(mut self, mut child_ended: unix::Signal) -> bool {
         let mut proxy_is_gone = false;
         // When SIGKILL is due, once SIGTERM was sent.
         let mut deadline: Option<Instant> = None;
         let mut kills = 0;
         loop {
-            let group_was_gone = self.group_gone;
+            let was_group_gone = self.is_group_gone;
             if !self.reap() {
                 break;
             }
-            if self.group_gone && !group_was_gone {
-                // Of those who are left nobody has been asked.
+            if self.is_group_gone && !was_group_gone {
+                // The processes that are left were not in the group, and got no SIGTERM.
                 deadline = Some(self.terminate(SHORT_GRACE));
-            } else if self.exited && deadline.is_none() {
+            } else if self.has_exited && deadline.is_none() {
                 deadline = Some(self.terminate(GRACE));
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -199,53 +179,53 @@ impl Guard {
                         None => self.terminate(grace),
                     });
                 }
-                // A process whose parent is not the guard says nothing to it when it ends.
-                () = sleep(LOOK_AGAIN), if deadline.is_some() => {}
+                // The kernel sends no SIGCHLD for a process whose parent is not the guard.
+                () = sleep(POLL_INTERVAL), if deadline.is_some() => {}
             }
         }
-        self.tell(Event::Gone);
+        self.send(Event::Gone);
         proxy_is_gone
     }
 
-    /// Takes note of who has ended; whether anybody is left.
+    /// Reaps the children that have ended. Returns whether any child is left.
     fn reap(&mut self) -> bool {
-        let left = loop {
+        let has_children = loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) if pid == self.command => {
-                    self.exited = true;
-                    self.tell(Event::Exited(status.as_raw()));
+                    self.has_exited = true;
+                    self.send(Event::Exited(status.as_raw()));
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => break true,
                 Err(_) => break false,
             }
         };
-        self.group_gone |= self.exited && test_kill_process_group(self.command) == Err(Errno::SRCH);
-        left
+        self.is_group_gone |=
+            self.has_exited && test_kill_process_group(self.command) == Err(Errno::SRCH);
+        has_children
     }
 
-    /// Asks them to end, also those that are stopped; when patience is over.
+    /// Asks COMMAND's processes to end, stopped ones included (SIGCONT). Returns when SIGKILL is due.
     fn terminate(&self, grace: Duration) -> Instant {
         self.signal(Signal::TERM);
         self.signal(Signal::CONT);
         Instant::now() + grace
     }
 
-    /// Signals the group, or, when it is gone, those who have left it in time: orphans that are our
-    /// children by now.
+    /// Signals the group or, when it is gone, the orphans that had left it: they are the guard's children.
     fn signal(&self, signal: Signal) {
-        if !self.group_gone {
+        if !self.is_group_gone {
             let _ = kill_process_group(self.command, signal);
             return;
         }
-        for stray in children() {
-            let _ = kill_process(stray, signal);
+        for orphan in children() {
+            let _ = kill_process(orphan, signal);
         }
     }
 
-    /// The socket's buffer has room for all there is to tell; if nobody listens, that is seen when
-    /// it is read.
-    fn tell(&self, event: Event) {
+    /// Sends an event. The socket's buffer has room for all of them. EPIPE: the proxy is gone, which the
+    /// next read shows as well.
+    fn send(&self, event: Event) {
         let _ = self.control.try_write(&event.to_bytes());
     }
 }
@@ -253,15 +233,12 @@ impl Guard {
 fn children() -> Vec<Pid> {
     let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
     let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    lists
-        .flat_map(|list| {
-            let pids = list.split_whitespace().filter_map(|pid| pid.parse().ok());
-            pids.filter_map(Pid::from_raw).collect::<Vec<_>>()
-        })
-        .collect()
+    // Each number has a space behind it (proc_tid_children(5)).
+    let pids: String = lists.collect();
+    pids.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()
 }
 
-/// Becomes COMMAND: the guard's pid, then COMMAND's words.
+/// Becomes COMMAND. The arguments are the guard's process and COMMAND's words.
 fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String> {
     let guard = args.next().and_then(|pid| pid.into_string().ok()?.parse().ok());
     let program = args.next().unwrap_or_default();
@@ -274,7 +251,7 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
         format!("Failed to execute COMMAND {program:?}{interpreter}: {error}.")
     };
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|errno| failed(errno.into()))?;
-    // The guard may have died before it could be asked for.
+    // The guard may have died before the signal was set.
     if getppid() != guard.and_then(Pid::from_raw) {
         return Err(failed(Errno::SRCH.into()));
     }
@@ -283,3 +260,20 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
     restore_dispositions(&mut command);
     Err(failed(command.exec()))
 }
+
+/// The name (`argv[0]`) that makes this program the moment before COMMAND.
+const LAUNCH: &str = "proxyd-launch";
+
+/// From SIGTERM to SIGKILL when the proxy stops COMMAND.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// From SIGTERM to SIGKILL when the proxy is gone, whose next instance may wait for the address, and for
+/// processes that have left the group.
+const SHORT_GRACE: Duration = Duration::from_secs(3);
+
+/// How often the guard checks which processes are left.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Attempts to kill processes that do not end: one waits for a broken disk, or runs as another user by
+/// now.
+const KILLS_MAX: u32 = 100;

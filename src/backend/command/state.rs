@@ -1,29 +1,26 @@
-//! Where COMMAND is in its life: what connections wait for, and what `STATUS=` says.
+//! COMMAND's state, which connections wait for and `STATUS=` shows.
 
 use std::fmt;
 
-/// Where COMMAND is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CommandState {
-    /// Nothing runs.
     #[default]
     Stopped,
-    /// It was started and is not ready yet.
+    /// Started, or about to be, and not ready yet.
     Starting,
-    /// It serves.
     Ready,
-    /// It was asked to end, or has ended, and something of it is left.
+    /// COMMAND was asked to stop or has exited, and some of its processes are left.
     Stopping,
-    /// It has ended before it was ready, or at once after, this many times in a row.
+    /// COMMAND exited before it was ready or right after, this many times in a row.
     Failed(u32),
-    /// Somebody else serves its target.
+    /// Another process serves the target.
     AddressInUse,
-    /// Time won't mend what keeps us from the target.
+    /// The target cannot be reached because of a permanent error.
     Unreachable,
 }
 
 impl CommandState {
-    /// Whether nothing of it is left.
+    /// Whether no process of COMMAND is left.
     pub fn is_inactive(self) -> bool {
         matches!(self, Self::Stopped | Self::Failed(_) | Self::AddressInUse | Self::Unreachable)
     }
@@ -38,8 +35,8 @@ impl fmt::Display for CommandState {
             Self::Stopping => f.write_str("stopping"),
             Self::Failed(1) => f.write_str("failed"),
             Self::Failed(times) => write!(f, "failed {times} times in a row"),
-            Self::AddressInUse => f.write_str("its target is served by somebody else"),
-            Self::Unreachable => f.write_str("its target can't be reached"),
+            Self::AddressInUse => f.write_str("its target is served by another process"),
+            Self::Unreachable => f.write_str("its target cannot be reached"),
         }
     }
 }
