@@ -1,4 +1,4 @@
-//! The last connections: nobody is let in any more, and those that are open get `--drain-time=`.
+//! `--drain-time=`: open connections may end before the process does. New ones are not accepted any more.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,13 +10,7 @@ use crate::config::timespan::TimeSpan;
 use crate::limits::ConnectionLimit;
 use crate::notify::Notifier;
 
-/// Between two messages to systemd.
-const INTERVAL: Duration = Duration::from_secs(1);
-
-/// What systemd is asked for in each of them: it waits for the next one, or for the end of COMMAND.
-const EXTENSION: Duration = Duration::from_secs(30);
-
-/// Waits until the last connection has ended, or `time` is over, and has systemd wait meanwhile.
+/// Waits until the last connection has ended, or `time` has passed. Meanwhile systemd is asked to wait.
 pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier) {
     let mut watch = limit.watch();
     if time.is_zero() || watch.is_empty() {
@@ -28,7 +22,7 @@ pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier)
         "Stopping, waiting{most} for open connections to end: {open}. (A second signal resets them.)"
     );
     let deadline = time.deadline();
-    let tell = async {
+    let extend = async {
         loop {
             let open = limit.counts().open;
             let left = time.finite().map(|_| deadline.saturating_duration_since(Instant::now()));
@@ -42,7 +36,7 @@ pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier)
         biased;
         () = watch.wait_empty() => tracing::info!("All connections have ended."),
         () = sleep_until(deadline) => {}
-        () = tell => {}
+        () = extend => {}
     }
 }
 
@@ -54,19 +48,20 @@ struct Status {
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let open = self.open;
-        let (plural, are) = if open == 1 { ("", "is") } else { ("s", "are") };
-        write!(f, "Draining, {open} connection{plural} {are} left")?;
-        match self.left {
-            // Rounded up, so that it begins with what was asked for and does not end with nothing.
-            Some(left) => {
-                let seconds = left.as_millis().div_ceil(1000) as u64;
-                write!(f, ", for up to {}", TimeSpan::new(Duration::from_secs(seconds)))
-            }
-            None => Ok(()),
-        }
+        let (plural, are) = if self.open == 1 { ("", "is") } else { ("s", "are") };
+        write!(f, "Draining, {} connection{plural} {are} left", self.open)?;
+        let Some(left) = self.left else { return Ok(()) };
+        // Rounded up: the first status shows all of --drain-time=, and none shows zero.
+        let seconds = left.as_millis().div_ceil(1000) as u64;
+        write!(f, ", for up to {}", TimeSpan::new(Duration::from_secs(seconds)))
     }
 }
+
+/// The pause between two messages to systemd.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long systemd waits for the next message, or for COMMAND to stop.
+const EXTENSION: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
 mod tests {

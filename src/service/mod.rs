@@ -9,39 +9,42 @@ mod drain;
 mod status;
 mod signals;
 
+use tokio::signal::unix::SignalKind;
+
 use crate::config::Config;
 use crate::listen::activation::PassedFd;
 use crate::logging::os_message;
 use crate::notify::Notifier;
 use crate::runtime::event_loop;
-use crate::service::signals::{ReportSignal, Signals};
+use crate::service::signals::Signals;
 use crate::service::startup::Opened;
 
-/// Serves until a signal or the idle time ends it.
+/// Serves until a signal or the idle exit.
 ///
 /// # Errors
-/// One line on what kept it from starting, or on what broke.
+/// One line on why the server did not start, or what broke.
 pub fn run(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
     startup::forbid_new_privileges(&config);
     let runtime = event_loop()
         .map_err(|error| format!("Failed to start the event loop: {}.", os_message(&error)))?;
-    let result = runtime.block_on(live(config, passed));
+    let result = runtime.block_on(start_and_serve(config, passed));
     // Dropping the remaining connections resets them. Lookups that still run are left behind.
     runtime.shutdown_background();
     result
 }
 
-async fn live(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
-    let (mut signals, mut report_signal) = (Signals::catch()?, ReportSignal::catch()?);
+async fn start_and_serve(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
+    let mut signals = Signals::catch()?;
+    let mut report_signal = signals::catch(SignalKind::user_defined1())?;
     let notifier = Notifier::from_environment();
     let drain_time = config.drain_time;
 
-    // systemd, or a lookup for --listen=, may take its time; a signal must not.
+    // systemd and the lookups of --listen= may be slow. A signal ends the wait for them.
     let opened = tokio::select! {
         opened = startup::open(&config, passed, &notifier) => opened?,
         () = signals.stop() => return Ok(()),
     };
-    // The exporter's socket files go when it is dropped, at the end of the process.
+    // The exporter removes its socket files when it is dropped, at the end of the process.
     let Opened { mut exporter, handover, leftovers, sources } = opened;
     let mut server = startup::build(config, sources, handover, &leftovers)?;
     if let Some(exporter) = &mut exporter {
@@ -49,7 +52,7 @@ async fn live(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
             format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
         })?;
     }
-    // Last, since it empties the store: a start that fails leaves the connections stored.
+    // Last, because this empties the store: a start that fails leaves the connections stored.
     takeover::take_over(&server, leftovers);
     if !drain_time.is_zero() && !notifier.has_manager() {
         tracing::warn!(
@@ -57,7 +60,7 @@ async fn live(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
              (Type=notify), and TimeoutStopSec= may cut it short."
         );
     }
-    let _abort = server.handover.as_ref().and_then(|it| it.abort_on_panic());
+    let _abort = server.handover.as_ref().and_then(|handover| handover.abort_on_panic());
 
     let mut tasks = server.start();
     let ended = server.serve(&mut tasks, &mut signals, &mut report_signal, &notifier).await;

@@ -14,12 +14,11 @@ use crate::service;
 /// Runs the program, or the helper process that this process was started as.
 ///
 /// # Safety
-/// To be called first in `main`: there must be no other thread, and nothing may own the descriptors from
-/// 3 on.
+/// The caller calls this first in `main`: no other thread runs, and nothing owns the descriptors from 3 on.
 #[expect(unsafe_code, reason = "the caller's promise is passed on")]
 pub unsafe fn run() -> ExitCode {
     // SAFETY: the caller's promise.
-    let inherited = unsafe { take_passed_fds() };
+    let passed = unsafe { take_passed_fds() };
     dispositions::unblock_signals();
     if let Some(helper) = Helper::of_this_process() {
         let _logging = Logging::start(LogLevel::from_environment());
@@ -30,23 +29,22 @@ pub unsafe fn run() -> ExitCode {
         Ok(Request::Serve(config)) => config.log_level,
         _ => LogLevel::from_environment(),
     };
-    // Before anything is said, which would go to a client; what was asked for is no message.
-    let nothing_passed = inherited.as_ref().map_or(true, Vec::is_empty);
+    // Precedes any output: standard error may be the client's socket. --help and --version still print.
+    let may_take_stdin = passed.as_ref().map_or(true, Vec::is_empty);
     let stdin = match request {
         Ok(Request::Print(_)) => None,
-        _ if nothing_passed => take_stdin(),
-        _ => None,
+        _ => may_take_stdin.then(take_stdin).flatten(),
     };
     let _logging = match &stdin {
         Some(Stdin { was_stderr: true, .. }) => Logging::without_stderr(level),
         _ => Logging::start(level),
     };
-    let inherited = inherited.map(|mut inherited| {
-        inherited.extend(stdin.map(|stdin| stdin.socket));
-        inherited
-    });
     exit_code(request.and_then(|request| match request {
-        Request::Serve(config) => service::run(*config, inherited?),
+        Request::Serve(config) => {
+            let mut passed = passed?;
+            passed.extend(stdin.map(|stdin| stdin.socket));
+            service::run(*config, passed)
+        }
         Request::Print(text) => {
             let written = io::stdout().write_all(text.as_bytes());
             written.map_err(|error| format!("Failed to write: {error}."))

@@ -1,6 +1,5 @@
 //! The server: accepts until a signal, the idle exit, or a failure of its own.
 
-use std::cell::Cell;
 use std::convert::Infallible;
 use std::io;
 use std::pin::pin;
@@ -10,7 +9,8 @@ use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use sd_notify::NotifyState;
-use tokio::sync::Notify;
+use tokio::signal::unix::Signal;
+use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 
@@ -31,15 +31,8 @@ use crate::logging::{RateLimit, os_message};
 use crate::metrics::{self, MetricsSources};
 use crate::notify::Notifier;
 use crate::runtime::catch_panic;
-use crate::service::signals::{ReportSignal, Signals};
+use crate::service::signals::Signals;
 use crate::service::status::publish_status;
-
-/// Why the server stops without a failure.
-#[derive(Debug, PartialEq, Eq)]
-pub enum StopReason {
-    Signal,
-    Idle,
-}
 
 /// Everything that lives as long as the process.
 pub struct Server {
@@ -52,49 +45,12 @@ pub struct Server {
     pub handover: Option<Arc<Handover>>,
     /// Connections restored from the previous process.
     pub restored: usize,
-    /// Whether the proxy opened the listeners itself. They end with the process then.
+    /// Whether the proxy opened the listeners itself. They close with the process then.
     pub has_opened: bool,
     /// Journal entries that keep such listeners open after the exit (crash mode only).
     pub listener_entries: Vec<JournalEntry>,
     /// Counters of restored connections whose listener no longer exists.
     pub elsewhere: Arc<ListenerCounters>,
-}
-
-/// Where connections come from, each with the index of the backend that it leads to.
-pub enum Routes {
-    Listeners(Vec<(Rc<Listener>, usize)>),
-    /// One connection that was accepted before the start, until it is served.
-    Connection(Option<(AcceptedSocket, usize)>),
-}
-
-impl Routes {
-    /// Pairs each source with its backend.
-    pub fn new(sources: Sources, backends: Vec<usize>) -> Self {
-        match sources {
-            Sources::Listeners(listeners) => {
-                Self::Listeners(listeners.into_iter().zip(backends).collect())
-            }
-            Sources::Connection(connection) => {
-                Self::Connection(Some(connection).zip(backends.first().copied()))
-            }
-            Sources::Stored => Self::Connection(None),
-        }
-    }
-
-    pub fn listeners(&self) -> &[(Rc<Listener>, usize)] {
-        match self {
-            Self::Listeners(listeners) => listeners,
-            Self::Connection(_) => &[],
-        }
-    }
-}
-
-/// What runs beside the connections.
-pub struct Tasks {
-    /// The accept loops. Each ends only when its socket breaks.
-    pub accepting: JoinSet<String>,
-    /// COMMAND's supervisor, which never ends.
-    pub supervising: JoinSet<Infallible>,
 }
 
 impl Server {
@@ -114,21 +70,8 @@ impl Server {
             backends: settings.backends.iter().map(backend).collect(),
             loops: Arc::clone(&settings.loops),
             restored: self.restored,
-            starts: self.supervisor.as_ref().map(|it| Arc::clone(it.starts())),
+            starts: self.supervisor.as_ref().map(|supervisor| Arc::clone(supervisor.starts())),
         })
-    }
-
-    fn serve_passed(&self, connection: AcceptedSocket, backend: usize) {
-        // Its descriptors are open already, so neither limit can refuse it.
-        match connection.into_accepted(self.descriptors.reserve_unchecked()) {
-            Some(mut accepted) => {
-                accepted.slot.admit(self.limit.acquire_unchecked());
-                let handover = self.handover.as_ref();
-                let journal = handover.and_then(|it| it.keep_client(&accepted.socket));
-                self.event_loops.serve(accepted, backend, journal);
-            }
-            None => tracing::debug!("Connection closed, the client has left"),
-        }
     }
 
     /// Starts to accept, and serves a connection that was accepted before the start.
@@ -157,6 +100,19 @@ impl Server {
         Tasks { accepting, supervising }
     }
 
+    fn serve_passed(&self, connection: AcceptedSocket, backend: usize) {
+        // The connection exists already, so neither limit can refuse it.
+        match connection.into_accepted(self.descriptors.reserve_unchecked()) {
+            Some(mut accepted) => {
+                accepted.slot.admit(self.limit.acquire_unchecked());
+                let handover = self.handover.as_ref();
+                let journal = handover.and_then(|handover| handover.keep_client(&accepted.socket));
+                self.event_loops.serve(accepted, backend, journal);
+            }
+            None => tracing::debug!("Connection closed, the client has left"),
+        }
+    }
+
     /// Serves until a signal or the idle exit.
     ///
     /// # Errors
@@ -165,60 +121,40 @@ impl Server {
         &self,
         tasks: &mut Tasks,
         signals: &mut Signals,
-        report_signal: &mut ReportSignal,
+        report_signal: &mut Signal,
         notifier: &Notifier,
     ) -> Result<StopReason, String> {
-        let (is_ready, ready_sent) = (Cell::new(false), Notify::new());
+        let ready = watch::Sender::new(false);
         let mut maintain = pin!(async {
-            // Queued clients come first: in the first turn the accept loops find them, in the second
-            // their connections are started. systemd may take its time.
+            // Clients that are queued already come first. In the first turn the accept loops find them,
+            // in the second their connections start.
             yield_now().await;
             yield_now().await;
-            let ready = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
-            notifier.send(&ready).await;
-            is_ready.set(true);
-            ready_sent.notify_one();
+            let states = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
+            notifier.send(&states).await;
+            ready.send_replace(true);
             tokio::join!(self.publish_status(notifier), notifier.feed_watchdog(), self.compact()).1
         });
-        loop {
-            let mut reason = tokio::select! {
-                never = report_connections(report_signal, &self.limit, &self.event_loops) => match never {},
-                () = signals.stop() => StopReason::Signal,
-                () = self.wait_idle() => StopReason::Idle,
-                Some(ended) = tasks.accepting.join_next() => {
-                    return Err(ended.unwrap_or_else(internal));
-                }
-                Some(Err(panic)) = tasks.supervising.join_next() => return Err(internal(panic)),
+        let reason = tokio::select! {
+            never = report_connections(report_signal, &self.limit, &self.event_loops) => match never {},
+            () = signals.stop() => StopReason::Signal,
+            () = self.wait_idle(&ready) => StopReason::Idle,
+            Some(ended) = tasks.accepting.join_next() => {
+                return Err(ended.unwrap_or_else(internal));
+            }
+            Some(Err(panic)) = tasks.supervising.join_next() => return Err(internal(panic)),
+            never = &mut maintain => match never {},
+        };
+        if !*ready.borrow() {
+            // From now on new clients wait in the kernel.
+            tasks.accepting.shutdown().await;
+            tokio::select! {
+                () = wait_until_sent(&ready) => {}
+                () = signals.second() => {}
                 never = &mut maintain => match never {},
-            };
-            if is_ready.get() {
-                return Ok(reason);
-            }
-            // systemd calls a unit failed whose process ends before READY=1.
-            if reason == StopReason::Idle {
-                tokio::select! {
-                    () = ready_sent.notified() => {}
-                    () = signals.stop() => reason = StopReason::Signal,
-                    never = &mut maintain => match never {},
-                }
-            }
-            if reason == StopReason::Signal && !is_ready.get() {
-                // Meanwhile new clients wait in the kernel.
-                tasks.accepting.shutdown().await;
-                tokio::select! {
-                    () = ready_sent.notified() => {}
-                    () = signals.again() => return Ok(reason),
-                    never = &mut maintain => match never {},
-                }
-            }
-            if reason == StopReason::Signal || self.is_unused(&self.limit.watch()) {
-                return Ok(reason);
-            }
-            // Clients came while systemd took its time.
-            if let Some(supervisor) = &self.supervisor {
-                supervisor.allow_start();
             }
         }
+        Ok(reason)
     }
 
     async fn publish_status(&self, notifier: &Notifier) {
@@ -241,42 +177,91 @@ impl Server {
         watch.is_empty() && !listeners.any(|(listener, _)| listener.has_queued())
     }
 
-    /// Waits until there was no connection for `--exit-idle-time=`, none is queued, and COMMAND has stopped.
-    /// A client that comes while COMMAND is being stopped cancels the exit.
-    async fn wait_idle(&self) {
+    /// Waits until there was no connection for `--exit-idle-time=`, none is queued, COMMAND has stopped,
+    /// and `READY=1` was sent. A client that arrives meanwhile cancels the exit.
+    async fn wait_idle(&self, ready: &watch::Sender<bool>) {
         let mut watch = self.limit.watch();
         if let Routes::Connection(_) = self.routes {
-            return watch.wait_empty().await;
+            watch.wait_empty().await;
+            return wait_until_sent(ready).await;
         }
         loop {
             wait_idle(self.exit_idle_time, &mut watch).await;
             if self.is_unused(&watch) {
-                let Some(supervisor) = &self.supervisor else { return };
-                supervisor.stop().await;
+                if let Some(supervisor) = &self.supervisor {
+                    supervisor.stop().await;
+                }
+                wait_until_sent(ready).await;
                 if self.is_unused(&watch) {
                     return;
                 }
-                supervisor.allow_start();
+                if let Some(supervisor) = &self.supervisor {
+                    supervisor.allow_start();
+                }
             }
             let _ = timeout(LATE_CLIENT_GRACE, watch.changed()).await;
         }
     }
 }
 
-/// Logs a line for each open connection at each SIGUSR1, for ever.
+/// The tasks beside the connections.
+pub struct Tasks {
+    /// The accept loops. Each ends only when its socket breaks.
+    pub accepting: JoinSet<String>,
+    /// COMMAND's supervisor, which never ends.
+    pub supervising: JoinSet<Infallible>,
+}
+
+/// Why the server stops without a failure.
+#[derive(Debug, PartialEq, Eq)]
+pub enum StopReason {
+    Signal,
+    Idle,
+}
+
+/// Where connections come from, each with the index of its backend.
+pub enum Routes {
+    Listeners(Vec<(Rc<Listener>, usize)>),
+    /// A connection that was accepted before the start, until it is served.
+    Connection(Option<(AcceptedSocket, usize)>),
+}
+
+impl Routes {
+    /// Pairs each source with its backend.
+    pub fn new(sources: Sources, backends: Vec<usize>) -> Self {
+        match sources {
+            Sources::Listeners(listeners) => {
+                Self::Listeners(listeners.into_iter().zip(backends).collect())
+            }
+            Sources::Connection(connection) => {
+                Self::Connection(Some(connection).zip(backends.first().copied()))
+            }
+            Sources::Stored => Self::Connection(None),
+        }
+    }
+
+    pub fn listeners(&self) -> &[(Rc<Listener>, usize)] {
+        match self {
+            Self::Listeners(listeners) => listeners,
+            Self::Connection(_) => &[],
+        }
+    }
+}
+
+/// Logs a line for each open connection at each SIGUSR1, forever.
 pub async fn report_connections(
-    report_signal: &mut ReportSignal,
+    report_signal: &mut Signal,
     limit: &ConnectionLimit,
     event_loops: &EventLoops,
 ) -> Infallible {
     loop {
-        report_signal.next().await;
+        report_signal.recv().await;
         tracing::info!("Open connections: {}.", limit.counts().open);
         event_loops.request_reports();
     }
 }
 
-/// Accepts at one listener until its socket breaks. A panic costs the client that met it.
+/// Accepts at one listener until its socket breaks. A panic closes only the connection that caused it.
 async fn accept_loop(
     listener: Rc<Listener>,
     backend: usize,
@@ -285,13 +270,14 @@ async fn accept_loop(
     event_loops: Rc<EventLoops>,
     handover: Option<Arc<Handover>>,
 ) -> String {
-    let accept_one = async || {
+    let accept_next = async || {
         let mut accepted = listener.accept(&descriptors).await?;
         match limit.try_acquire() {
             Some(permit) => {
                 accepted.slot.admit(permit);
                 accepted.listener.counts().admitted.add_one();
-                let journal = handover.as_ref().and_then(|it| it.keep_client(&accepted.socket));
+                let journal =
+                    handover.as_ref().and_then(|handover| handover.keep_client(&accepted.socket));
                 event_loops.serve(accepted, backend, journal);
             }
             None => {
@@ -308,7 +294,7 @@ async fn accept_loop(
         io::Result::Ok(())
     };
     loop {
-        match catch_panic(accept_one()).await {
+        match catch_panic(accept_next()).await {
             Some(Ok(())) => {}
             Some(Err(error)) => {
                 return format!("Failed to accept on {listener}: {}.", os_message(&error));
@@ -318,11 +304,16 @@ async fn accept_loop(
     }
 }
 
+/// Waits until `READY=1` was sent: a unit whose process ends before that has failed to systemd.
+async fn wait_until_sent(ready: &watch::Sender<bool>) {
+    let _ = ready.subscribe().wait_for(|ready| *ready).await;
+}
+
 fn internal(error: JoinError) -> String {
     format!("Internal error: {error}.")
 }
 
-/// How long a client that is queued at the moment of the idle exit has to be accepted.
+/// How long the accept loops have for a client that is queued when the idle time ends.
 const LATE_CLIENT_GRACE: Duration = Duration::from_secs(1);
 
 static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));

@@ -1,34 +1,33 @@
-//! The end of the process: connections are handed over, drained, or reset, and COMMAND is stopped.
+//! The end of the process: connections are handed over, drained, or reset, and COMMAND stops.
 
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use tokio::signal::unix::Signal;
 
 use crate::config::timespan::TimeSpan;
 use crate::handover::journal::JournalEntry;
 use crate::notify::Notifier;
 use crate::service::drain::drain;
 use crate::service::server::{Server, StopReason, Tasks, report_connections};
-use crate::service::signals::{ReportSignal, Signals};
+use crate::service::signals::Signals;
 use crate::service::takeover;
 
-/// Stops the server, which has served until `ended`. What is open at the end is reset.
+/// Stops a server that has served until `ended`. Connections that are open at the end are reset.
 pub async fn stop(
     server: Server,
     mut tasks: Tasks,
     ended: &Result<StopReason, String>,
     drain_time: TimeSpan,
     signals: &mut Signals,
-    report_signal: &mut ReportSignal,
+    report_signal: &mut Signal,
     notifier: &Notifier,
 ) {
-    // New clients wait in the kernel for the next process. Where nothing else keeps the socket open, the
-    // kernel refuses them.
+    // From now on new clients wait in the kernel for the next process. If no other process holds the
+    // socket, the kernel refuses them.
     tasks.accepting.shutdown().await;
-    // After a failure there are connections to hand over, too.
-    if let Some(handover) = &server.handover
-        && *ended != Ok(StopReason::Idle)
-    {
+    // After the idle exit there is no connection to hand over, but after a failure there may be.
+    if let Some(handover) = server.handover.as_ref().filter(|_| *ended != Ok(StopReason::Idle)) {
         takeover::detach_all(&server, handover, notifier).await;
         return server.listener_entries.into_iter().for_each(JournalEntry::detach);
     }
@@ -36,18 +35,15 @@ pub async fn stop(
     let _ = notifier.send_once(&[NotifyState::Stopping]);
     let is_signal = *ended == Ok(StopReason::Signal);
     let drain_time = if is_signal { drain_time } else { TimeSpan::new(Duration::ZERO) };
-    let end = async {
+    let supervisor = server.supervisor.as_ref();
+    let drain_and_stop = async {
         // The idle exit may have stopped COMMAND, and a connection that is drained may need it.
-        if let Some(supervisor) = &server.supervisor
-            && !drain_time.is_zero()
-        {
+        if let Some(supervisor) = supervisor.filter(|_| !drain_time.is_zero()) {
             supervisor.allow_start();
         }
         drain(drain_time, &server.limit, notifier).await;
         let _ = notifier.send_once(&[NotifyState::Status("Shutting down...")]);
-        if let Some(supervisor) = &server.supervisor
-            && !tasks.supervising.is_empty()
-        {
+        if let Some(supervisor) = supervisor.filter(|_| !tasks.supervising.is_empty()) {
             // COMMAND may end its connections in its own way.
             tokio::select! {
                 () = supervisor.stop() => {}
@@ -59,11 +55,11 @@ pub async fn stop(
         if !is_signal {
             signals.stop().await;
         }
-        signals.again().await;
+        signals.second().await;
     };
-    // A second signal leaves COMMAND to its guard.
+    // A second signal ends the process, and the guard stops COMMAND.
     tokio::select! {
-        () = end => {}
+        () = drain_and_stop => {}
         () = second_signal => {}
         never = report_connections(report_signal, &server.limit, &server.event_loops) => match never {},
     }

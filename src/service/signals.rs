@@ -1,12 +1,16 @@
-//! The signals that end the process, and the one that asks.
+//! The signals that stop the process.
+
+use std::future::pending;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::logging::os_message;
 use crate::runtime::dispositions::was_ignored;
 
-/// SIGTERM, SIGINT and SIGHUP. The last two stay ignored if they were at the start: nohup(1) ignores
-/// SIGHUP, and a shell's script SIGINT in what it starts with `&`.
+/// SIGTERM, SIGINT and SIGHUP.
+///
+/// The last two stay ignored if they were ignored at the start: nohup(1) ignores SIGHUP, and a shell
+/// ignores SIGINT for what a script starts with `&`.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
@@ -14,26 +18,43 @@ pub struct Signals {
     hangup: Option<Signal>,
 }
 
-/// SIGUSR1.
-#[derive(Debug)]
-pub struct ReportSignal(Signal);
-
-impl ReportSignal {
-    /// From now on it does not end the process.
+impl Signals {
+    /// Catches the signals: from now on they do not kill the process.
     ///
     /// # Errors
-    /// One line on sigaction(2)'s.
+    /// One line on the failure of sigaction(2).
     pub fn catch() -> Result<Self, String> {
-        catch(SignalKind::user_defined1()).map(Self)
+        Ok(Self {
+            terminate: catch(SignalKind::terminate())?,
+            interrupt: catch_unless_ignored(SignalKind::interrupt())?,
+            hangup: catch_unless_ignored(SignalKind::hangup())?,
+        })
     }
 
-    /// Waits for the next.
-    pub async fn next(&mut self) {
-        let _ = self.0.recv().await;
+    /// Waits for the first signal.
+    pub async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            () = next(&mut self.interrupt) => {}
+            () = next(&mut self.hangup) => {}
+        }
+    }
+
+    /// Waits for a second signal. SIGHUP is not one: systemd may send it right behind the first
+    /// (`SendSIGHUP=`, systemd.kill(5)).
+    pub async fn second(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            () = next(&mut self.interrupt) => {}
+        }
     }
 }
 
-fn catch(kind: SignalKind) -> Result<Signal, String> {
+/// Catches a signal: from now on it does not kill the process.
+///
+/// # Errors
+/// One line on the failure of sigaction(2).
+pub fn catch(kind: SignalKind) -> Result<Signal, String> {
     signal(kind).map_err(|error| format!("Failed to wait for signals: {}.", os_message(&error)))
 }
 
@@ -46,38 +67,6 @@ async fn next(signal: &mut Option<Signal>) {
         Some(signal) => {
             signal.recv().await;
         }
-        None => std::future::pending().await,
-    }
-}
-
-impl Signals {
-    /// From now on they don't end it by themselves.
-    ///
-    /// # Errors
-    /// One line on sigaction(2)'s.
-    pub fn catch() -> Result<Self, String> {
-        Ok(Self {
-            terminate: catch(SignalKind::terminate())?,
-            interrupt: catch_unless_ignored(SignalKind::interrupt())?,
-            hangup: catch_unless_ignored(SignalKind::hangup())?,
-        })
-    }
-
-    /// Waits for the first of them.
-    pub async fn stop(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            () = next(&mut self.interrupt) => {}
-            () = next(&mut self.hangup) => {}
-        }
-    }
-
-    /// Waits for another; but SIGHUP may follow the first one by itself
-    /// (`SendSIGHUP=`, systemd.kill(5)).
-    pub async fn again(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            () = next(&mut self.interrupt) => {}
-        }
+        None => pending().await,
     }
 }

@@ -1,13 +1,15 @@
-//! Between two processes: connections of the previous one are taken over, and open ones are detached for
-//! the next one.
+//! Handover between two processes: the connections of the previous process are restored, and open ones are
+//! detached for the next process.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use sd_notify::NotifyState;
 use socket2::{SockAddr, SockRef};
 
 use crate::connection::Restored;
+use crate::forward::snapshot::Snapshot;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::handover::replay::{Leftovers, RestoredRecord};
@@ -18,112 +20,112 @@ use crate::service::server::Server;
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::{Family, abort, set_reset_on_close};
 
-/// Goes on with the connections of the previous process.
-pub fn take_over(server: &Server, restored: Leftovers) {
+/// Restores the connections of the previous process.
+pub fn take_over(server: &Server, leftovers: Leftovers) {
     let Some(handover) = &server.handover else { return };
-    // From here on it is this process's, and before any of it is moved.
+    // First: from here on this process has the connections, and none of them has moved a byte yet.
     handover.discard_replayed();
-    if restored.refused > 0 {
+    if leftovers.refused > 0 {
         tracing::warn!(
             "Stored connections can't be taken back, closing them: {}. (They are damaged, or of another \
              version.)",
-            restored.refused
+            leftovers.refused
         );
     }
     server.routes.listeners().iter().for_each(|(listener, _)| listener.unlink_on_drop(true));
-    // Those of them that are still used are stored anew.
-    restored.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
-    for RestoredRecord { body, start, entry } in restored.forwarders {
-        let [client, backend] = body.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
-        let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
-        let (listener_info, known_backend) = find_listener(server, &client);
-        let slot = slot(server, &listener_info);
-        server.event_loops.resume(Restored {
-            snapshot: body,
-            client: address,
-            listener: listener_info,
-            backend,
-            known_backend,
-            start,
-            slot,
-            journal: entry,
-        });
-    }
-    for RestoredRecord { body: fd, entry, .. } in restored.clients {
-        set_reset_on_close(&fd, false);
-        let entry = entry.map(JournalEntry::own);
-        let Ok(Some(family)) = Family::of(&fd) else { continue };
-        let client = SockRef::from(&fd);
-        let address = or_unnamed(client.peer_addr());
-        let (listener_info, backend) = find_listener(server, &client);
-        let Some(backend) = backend else {
-            tracing::warn!(
-                client = %address,
-                listener = %listener_info,
-                "A stored client came in at a socket that is not passed any more, closing it."
-            );
-            abort(&fd);
-            continue;
-        };
-        let slot = slot(server, &listener_info);
-        let accepted =
-            Accepted { socket: fd, family, client: address, listener: listener_info, slot };
-        server.event_loops.serve(accepted, backend, entry);
-    }
+    // The listeners that are still used have new entries.
+    leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
+    leftovers.forwarders.into_iter().for_each(|record| restore_connection(server, record));
+    leftovers.clients.into_iter().for_each(|record| restore_client(server, record));
     if server.restored > 0 {
         tracing::info!("Recovered connections: {}.", server.restored);
     }
 }
 
+fn restore_connection(server: &Server, record: RestoredRecord<Box<Snapshot<OwnedFd>>>) {
+    let RestoredRecord { body: snapshot, start, entry: journal } = record;
+    let [client, backend] = snapshot.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
+    let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
+    let (listener, known_backend) = find_listener(server, &client);
+    let slot = restored_slot(server, &listener);
+    server.event_loops.resume(Restored {
+        snapshot,
+        client: address,
+        listener,
+        backend,
+        known_backend,
+        start,
+        slot,
+        journal,
+    });
+}
+
+/// Serves a client that waited for its backend when the previous process ended.
+fn restore_client(server: &Server, record: RestoredRecord<OwnedFd>) {
+    let socket = record.body;
+    set_reset_on_close(&socket, false);
+    let entry = record.entry.map(JournalEntry::own);
+    let Ok(Some(family)) = Family::of(&socket) else { return };
+    let client = or_unnamed(SockRef::from(&socket).peer_addr());
+    let (listener, backend) = find_listener(server, &SockRef::from(&socket));
+    let Some(backend) = backend else {
+        tracing::warn!(
+            %client,
+            %listener,
+            "A stored client came in at a socket that is not passed any more, closing it."
+        );
+        return abort(&socket);
+    };
+    let slot = restored_slot(server, &listener);
+    server.event_loops.serve(Accepted { socket, family, client, listener, slot }, backend, entry);
+}
+
 /// Returns a slot for a connection of the previous process, whatever the limits are now.
-fn slot(server: &Server, listener: &ListenerInfo) -> Slot {
+fn restored_slot(server: &Server, listener: &ListenerInfo) -> Slot {
     let mut slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
     slot.admit(server.limit.acquire_unchecked());
     slot
 }
 
-/// The listener at which an accepted socket came in, as far as its own address tells, and the
-/// backend that it leads to.
+/// Finds the listener that accepted a socket, by the socket's own address, and its backend.
 fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo>, Option<usize>) {
-    let at = or_unnamed(client.local_addr());
-    let listeners = server.routes.listeners();
-    let find =
-        |is_it: &dyn Fn(&Listener) -> bool| listeners.iter().find(|(listener, _)| is_it(listener));
-    let address = |listener: &Listener| listener.label().address.clone();
-    // The same listener is of the same family; one that has taken its place may be of another, if
-    // it has the same clients.
-    let found = find(&|it| address(it) == at)
-        .or_else(|| find(&|it| address(it).covers(&at)))
+    let local = or_unnamed(client.local_addr());
+    let find = |matches: &dyn Fn(&Listener, &Address) -> bool| {
+        let mut listeners = server.routes.listeners().iter();
+        listeners.find(|(listener, _)| matches(listener, &listener.label().address))
+    };
+    // The listener itself has the socket's family. A listener that has replaced it may be of the other
+    // family, if it accepts the same clients.
+    let found = find(&|_, address| *address == local)
+        .or_else(|| find(&|_, address| address.covers(&local)))
         .or_else(|| {
-            let at = at.in_other_family()?;
-            find(&|it| !it.is_ipv6_only() && address(it).covers(&at))
+            let local = local.in_other_family()?;
+            find(&|listener, address| !listener.is_ipv6_only() && address.covers(&local))
         });
-    match found {
-        Some((listener, backend)) => (Arc::clone(listener.info()), Some(*backend)),
-        // With one backend there is no question which.
-        None => {
-            let backend = (server.event_loops.settings().backends.len() == 1).then_some(0);
-            let identity = SocketLabel { name: None, address: at };
-            (ListenerInfo::with_counters(&identity, Arc::clone(&server.elsewhere)), backend)
-        }
+    if let Some((listener, backend)) = found {
+        return (Arc::clone(listener.info()), Some(*backend));
     }
+    // A single backend is the backend of all listeners.
+    let backend = (server.event_loops.settings().backends.len() == 1).then_some(0);
+    let label = SocketLabel { name: None, address: local };
+    (ListenerInfo::with_counters(&label, Arc::clone(&server.elsewhere)), backend)
 }
 
 /// Stores all open connections for the next process.
 pub async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
-    let listeners = server.routes.listeners().iter().filter(|_| server.has_opened);
-    let mut listening = server.listener_entries.len();
-    for (listener, _) in listeners {
+    // In crash mode the journal has the listeners already.
+    let mut stored_listeners = server.listener_entries.len();
+    for (listener, _) in server.routes.listeners().iter().filter(|_| server.has_opened) {
         if handover.is_crash_mode() {
             listener.unlink_on_drop(false);
         } else if handover.store_listener(listener) {
             listener.unlink_on_drop(false);
-            listening += 1;
+            stored_listeners += 1;
         }
     }
     server.event_loops.detach_all(handover).await;
     let [stored, lost] = handover.stored_and_lost();
-    let stored = stored.saturating_sub(listening);
+    let stored = stored.saturating_sub(stored_listeners);
     let status = format!("Left open connections with systemd: {stored}.");
     let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);
     if stored > 0 {
