@@ -14,7 +14,6 @@ use crate::backend::command::state::CommandState;
 use crate::backend::connect::OnFullBacklog;
 use crate::backend::wait::BackendWait;
 use crate::config::target::Target;
-use crate::config::timespan::TimeSpan;
 use crate::counters::Gauge;
 use crate::socket::Socket;
 
@@ -22,18 +21,12 @@ use crate::socket::Socket;
 #[derive(Debug)]
 pub struct Backend {
     backend_wait: Rc<BackendWait>,
-    wait: TimeSpan,
     supervisor: Option<Arc<Supervisor>>,
 }
 
 impl Backend {
-    /// `wait` is how long a client waits for its backend. With zero there is no wait, and no supervisor.
-    pub fn new(
-        backend_wait: Rc<BackendWait>,
-        wait: TimeSpan,
-        supervisor: Option<Arc<Supervisor>>,
-    ) -> Self {
-        Self { backend_wait, wait, supervisor }
+    pub fn new(backend_wait: Rc<BackendWait>, supervisor: Option<Arc<Supervisor>>) -> Self {
+        Self { backend_wait, supervisor }
     }
 
     pub fn target(&self) -> &Target {
@@ -49,18 +42,17 @@ impl Backend {
     /// # Errors
     /// A message on a permanent error, or on the last error before the wait timed out.
     pub async fn connect(&self, waiting: &Gauge) -> Result<Socket, String> {
-        if self.wait.is_zero() {
+        let wait = self.backend_wait.wait;
+        if wait.is_zero() {
             let connected = self.backend_wait.connector.connect(OnFullBacklog::Wait).await;
             return connected.map_err(|error| error.to_string());
         }
         let _waiting = waiting.take();
-        timeout_at(self.wait.deadline(), Box::pin(self.wait_and_connect())).await.unwrap_or_else(
-            |_| {
-                let error = self.supervisor.as_ref().and_then(|supervisor| supervisor.last_error());
-                let error = error.unwrap_or_else(|| self.backend_wait.timeout_error());
-                Err(format!("{error}, for {}", self.wait))
-            },
-        )
+        timeout_at(wait.deadline(), Box::pin(self.wait_and_connect())).await.unwrap_or_else(|_| {
+            let error = self.supervisor.as_ref().and_then(|supervisor| supervisor.last_error());
+            let error = error.unwrap_or_else(|| self.backend_wait.timeout_error());
+            Err(format!("{error}, for {wait}"))
+        })
     }
 
     async fn wait_and_connect(&self) -> Result<Socket, String> {

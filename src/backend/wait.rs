@@ -27,14 +27,14 @@ use crate::socket::{Family, Socket};
 #[derive(Debug)]
 pub struct BackendWait {
     pub connector: Connector,
-    wait: TimeSpan,
+    /// `--backend-wait=`. With zero clients do not wait, and there is no COMMAND.
+    pub wait: TimeSpan,
     probe: SharedProbe,
     /// Turns of the clients that go on after the wait.
     turns: Semaphore,
 }
 
 impl BackendWait {
-    /// `wait` is how long clients wait, for messages.
     pub fn new(connector: Connector, wait: TimeSpan, probe: SharedProbe) -> Self {
         Self { connector, wait, probe, turns: Semaphore::new(RELEASES_PER_TURN) }
     }
