@@ -19,7 +19,7 @@ impl Forwarder {
     /// Whether the only thing that can happen is that a receiver accepts what is buffered for it.
     pub(super) fn is_stalled(&self) -> bool {
         let waits = self.flows.iter().any(Flow::waits_for_sink);
-        waits && self.flows.iter().any(|flow| flow.state != FlowState::Open)
+        waits && !self.flows.iter().all(Flow::is_open)
     }
 
     /// Waits until a turn can do something. Once the sender is gone, a receiver that accepts nothing for

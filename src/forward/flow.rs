@@ -106,8 +106,28 @@ impl Flow {
         Self { buffered, ..Self::default() }
     }
 
+    /// Steps until `size` bytes are used up, then returns [`Step::Moved`], or until anything else happens.
+    pub fn drive(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        size: &mut usize,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
+        while *size > 0 {
+            let before = self.delivered;
+            // What is left of a turn may be too little to be worth two system calls.
+            let step = self.step(source, sink, (*size).max(STEP), shared);
+            *size = size.saturating_sub(((self.delivered - before) as usize).max(STEP));
+            if !matches!(step, Ok(Step::Moved)) {
+                return step;
+            }
+        }
+        Ok(Step::Moved)
+    }
+
     /// Sends what is buffered, or else moves one bufferful or pipeful of at most `size` bytes.
-    pub fn step(
+    fn step(
         &mut self,
         source: &mut Endpoint,
         sink: &mut Endpoint,
@@ -292,11 +312,15 @@ impl Flow {
 
     /// Returns a pipe of the pool, and frees the copied bytes, once the sink has accepted everything.
     fn release_pipe(&mut self, shared: &LoopBuffers) {
-        if matches!(self.buffered, Buffered::Stored(_)) || !self.buffered.is_empty() {
-            return;
-        }
-        if let Buffered::Piped(pipe) = mem::take(&mut self.buffered) {
-            shared.pipes.release(pipe);
+        let is_done = match &self.buffered {
+            Buffered::Copied { bytes, sent } => *sent == bytes.len(),
+            Buffered::Piped(pipe) => pipe.filled() == 0,
+            Buffered::Nothing | Buffered::Stored(_) => false,
+        };
+        if is_done {
+            if let Buffered::Piped(pipe) = mem::take(&mut self.buffered) {
+                shared.pipes.release(pipe);
+            }
         }
     }
 
@@ -379,6 +403,11 @@ impl Flow {
         Ok(flow)
     }
 
+    /// Whether bytes may come.
+    pub fn is_open(&self) -> bool {
+        matches!(self.state, FlowState::Open)
+    }
+
     /// Whether the flow has moved more at a time than a message.
     pub fn is_bulky(&self) -> bool {
         match &self.buffered {
@@ -389,7 +418,7 @@ impl Flow {
 
     /// Whether no byte of the flow is in the memory of the process, now or later.
     pub fn is_storable(&self) -> bool {
-        self.state != FlowState::Open || matches!(self.buffered, Buffered::Stored(_))
+        !self.is_open() || matches!(self.buffered, Buffered::Stored(_))
     }
 
     /// Whether nothing can happen before the sink accepts bytes.
@@ -400,7 +429,7 @@ impl Flow {
     /// Ends an open flow because its sink accepts no more bytes. What is buffered is discarded, which
     /// counts as `lost` too.
     pub fn close_sink(&mut self, lost: bool) {
-        if self.state == FlowState::Open {
+        if self.is_open() {
             let lost = lost || !self.buffered.is_empty();
             self.state = FlowState::SinkClosed { lost };
             self.buffered = Buffered::Nothing;
@@ -413,9 +442,9 @@ impl Buffered {
     fn is_empty(&self) -> bool {
         match self {
             Self::Nothing => true,
-            Self::Copied { bytes, sent } => *sent == bytes.len(),
-            Self::Piped(pipe) => pipe.filled() == 0,
             Self::Stored(pipe) => pipe.filled() == 0,
+            // Between two steps these hold a byte at least.
+            Self::Copied { .. } | Self::Piped(_) => false,
         }
     }
 }
@@ -449,3 +478,7 @@ const MANY_STALLED: usize = 64;
 /// source's receive buffer by what one system call takes in a round trip. Where memory for TCP is short,
 /// it drops what comes for a socket that holds more than the average one's share.
 const CAREFUL: usize = 24 * 1024;
+
+/// The least that a step counts for, in bytes: a turn is bounded in system calls too, whatever a peer
+/// sends. Less than the copy buffer, so that bulk is bounded by its bytes alone.
+const STEP: usize = 16 * 1024;

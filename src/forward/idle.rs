@@ -38,9 +38,10 @@ impl Activity {
 
     /// Takes the bytes that each side's socket has accepted and its peer has not, if the sweep asks for them.
     pub fn report_unacked(&self, unacked_bytes: impl FnOnce() -> [usize; 2]) {
-        if !self.asked.replace(false) {
+        if !self.asked.get() {
             return;
         }
+        self.asked.set(false);
         let now = unacked_bytes().map(|bytes| u32::try_from(bytes).unwrap_or(u32::MAX));
         if let Some(before) = self.unacked.replace(Some(now)) {
             if now.iter().zip(before).any(|(now, before)| *now < before) {
