@@ -87,7 +87,7 @@ impl ByteCounters {
 #[derive(Clone, Debug)]
 pub struct LoopCounters {
     /// One for each backend, and a last one for backends that are no longer configured.
-    pub carried: Vec<Arc<ByteCounters>>,
+    pub bytes: Vec<Arc<ByteCounters>>,
     /// Open pipes.
     pub pipes: Gauge,
 }
@@ -99,19 +99,19 @@ pub struct Loops(Mutex<Vec<LoopCounters>>);
 impl Loops {
     /// Returns counters for a new event loop.
     pub fn add(&self, backends: usize) -> LoopCounters {
-        let carried = (0..=backends).map(|_| Arc::default()).collect();
-        let counters = LoopCounters { carried, pipes: Gauge::default() };
+        let bytes = (0..=backends).map(|_| Arc::default()).collect();
+        let counters = LoopCounters { bytes, pipes: Gauge::default() };
         self.lock().push(counters.clone());
         counters
     }
 
-    /// Returns the bytes delivered, in the order of [`LoopCounters::carried`].
-    pub fn carried(&self) -> Vec<[u64; 2]> {
+    /// Returns the bytes delivered, in the order of [`LoopCounters::bytes`].
+    pub fn delivered(&self) -> Vec<[u64; 2]> {
         let mut sums = Vec::new();
         for counters in &*self.lock() {
-            sums.resize(counters.carried.len(), [0, 0]);
-            for (sum, carried) in sums.iter_mut().zip(&counters.carried) {
-                let bytes = carried.get();
+            sums.resize(counters.bytes.len(), [0, 0]);
+            for (sum, bytes) in sums.iter_mut().zip(&counters.bytes) {
+                let bytes = bytes.get();
                 *sum = [sum[0] + bytes[0], sum[1] + bytes[1]];
             }
         }
@@ -233,23 +233,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn seats_are_given_back() {
-        let seats = Gauge::default();
-        let (first, second) = (seats.take(), seats.take());
-        assert_eq!(seats.taken(), 2);
+    fn a_guard_counts_until_it_is_dropped() {
+        let gauge = Gauge::default();
+        let (first, second) = (gauge.take(), gauge.take());
+        assert_eq!(gauge.taken(), 2);
         drop((first, second));
-        assert_eq!(seats.taken(), 0);
+        assert_eq!(gauge.taken(), 0);
     }
 
     #[test]
     fn loops_are_added_up() {
         let loops = Loops::default();
         let (first, second) = (loops.add(1), loops.add(1));
-        first.carried[0].add(0, 5);
-        second.carried[0].add(0, 7);
-        second.carried[1].add(1, 1);
+        first.bytes[0].add(0, 5);
+        second.bytes[0].add(0, 7);
+        second.bytes[1].add(1, 1);
         let _pipes = (first.pipes.take(), second.pipes.take());
-        assert_eq!(loops.carried(), [[12, 0], [0, 1]]);
+        assert_eq!(loops.delivered(), [[12, 0], [0, 1]]);
         assert_eq!(loops.pipes(), 2);
     }
 

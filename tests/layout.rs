@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const SRC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
 
@@ -13,20 +13,23 @@ fn modules() -> Vec<String> {
     names.map(String::from).collect()
 }
 
-/// Each file's module path, `handover::journal`, with the module paths that the file names.
-fn imports() -> Vec<(String, BTreeSet<String>)> {
+/// All files below a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
-    let mut folders = vec![Path::new(SRC).to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                files.push(path);
-            }
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(self::files(&path));
+        } else {
+            files.push(path);
         }
     }
+    files
+}
+
+/// Each file's module path, `handover::journal`, with the module paths that the file names.
+fn imports() -> Vec<(String, BTreeSet<String>)> {
+    let files = files(Path::new(SRC));
     let module = |path: &Path| {
         let path = path.strip_prefix(SRC).unwrap().with_extension("");
         let names: Vec<_> = path.iter().map(|name| name.to_str().unwrap()).collect();
@@ -94,4 +97,70 @@ fn files_of_a_folder_import_without_a_circle() {
         }
     }
     assert!(graph.is_empty(), "{graph:#?}");
+}
+
+/// Words for which the man pages and the RFCs have a better one, and types by private metaphors.
+#[test]
+fn source_tests_and_help_use_the_words_of_the_field() {
+    const WORDS: [&str; 33] = [
+        "who",
+        "whoever",
+        "somebody",
+        "nobody",
+        "newcomer",
+        "newcomers",
+        "anew",
+        "in vain",
+        "can't be had",
+        "is said",
+        "has to go",
+        "dial",
+        "dials",
+        "dialled",
+        "dialling",
+        "dialer",
+        "quiet",
+        "the cap",
+        "told to leave",
+        "parcel",
+        "ledger",
+        "book",
+        "roster",
+        "presence",
+        "entrance",
+        "arriving",
+        "returning",
+        "remains",
+        "outcome_of",
+        "keeper",
+        "seats",
+        "survival",
+        "admission",
+    ];
+    let mut found = Vec::new();
+    for folder in ["src", "tests", "benches", "completions"] {
+        for path in files(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)) {
+            if path.ends_with("tests/layout.rs") {
+                continue;
+            }
+            for (number, line) in fs::read_to_string(&path).unwrap_or_default().lines().enumerate()
+            {
+                let line = line.to_lowercase();
+                let is_apart = |at: usize, word: &str| {
+                    let is_letter = |c: char| c.is_alphanumeric() || c == '_';
+                    !line[..at].ends_with(is_letter)
+                        && !line[at + word.len()..].starts_with(is_letter)
+                };
+                // --kill-who= and --quiet are options of others, and nobody is an account.
+                let line = line.replace("--kill-who", "").replace("--quiet", "");
+                let is_account = |word: &str| word == "nobody" && folder != "src";
+                for word in WORDS.iter().filter(|word| !is_account(word)) {
+                    if line.match_indices(word).any(|(at, _)| is_apart(at, word)) {
+                        found.push(format!("{}:{}: {word}", path.display(), number + 1));
+                    }
+                }
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
 }

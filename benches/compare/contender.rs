@@ -193,7 +193,7 @@ pub(crate) fn written(address: &SockAddr) -> String {
     }
 }
 
-/// Who a contender runs as.
+/// The user a contender runs as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum User {
     #[default]

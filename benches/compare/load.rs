@@ -44,7 +44,7 @@ pub(crate) enum Role {
     AskForBulk,
     /// A client that sends a message when it has the answer to the last.
     Ping,
-    /// A client that sends one message and then is quiet.
+    /// A client that sends one message and then is idle.
     Once,
     /// A client that connects, sends a message, and closes when it has the answer; then the next.
     Short,
@@ -181,7 +181,7 @@ impl Load {
         }
     }
 
-    /// Quiet clients that are connected.
+    /// Idle clients that are connected.
     pub(crate) fn clients(&self) -> usize {
         let roles = self.connections.iter().flatten().map(|connection| connection.role);
         roles.filter(|role| *role == Role::Once).count()

@@ -105,7 +105,7 @@ fn main() -> ExitCode {
                 progress(&format!("[{done}/{all}] {row_name} {pair_name} {}", contender.name));
                 comparison.add(*row, *pair, contender, row.sample(contender, *pair, effort));
             }
-            // Nobody is always first, when the machine has just done something else.
+            // No contender is always first, when the machine has just done something else.
             contenders.rotate_left(1);
         }
     }
@@ -123,7 +123,7 @@ fn main() -> ExitCode {
             }
         }
     }
-    // Short samples of a busy machine may be poor, but ours fails nobody.
+    // Short samples of a busy machine may be poor, but ours fails no client.
     if comparison.our_failures() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 

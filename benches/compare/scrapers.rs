@@ -1,5 +1,5 @@
 //! Scrapers of metrics as they should not be: one that says a byte and no more, and 200 that ask and
-//! never read, anew every second; and an honest one, who has to be answered all the same.
+//! never read, again every second; and an honest one, which has to be answered.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -73,7 +73,7 @@ fn ask(address: SocketAddr, request: &[u8], buffer: usize) -> Option<TcpStream> 
     socket.set_recv_buffer_size(buffer).ok()?;
     socket.connect_timeout(&address.into(), PATIENCE).ok()?;
     let mut stream = TcpStream::from(socket);
-    // Whoever had to give way is reset.
+    // A scraper that had to give way is reset.
     let _ = stream.write_all(request);
     Some(stream)
 }

@@ -28,7 +28,7 @@ pub(crate) enum Work {
     BesideStalled(usize),
     /// Connect, 64 bytes there and back, close.
     Short,
-    /// So many connections that are quiet after one message.
+    /// So many connections that are idle after one message.
     Idle(usize),
     /// From exec(2) to the answer of a client that was queued.
     Activation,

@@ -62,7 +62,7 @@ pub struct LoopContext {
 
 impl LoopContext {
     pub fn new(settings: &Settings) -> Self {
-        let LoopCounters { carried, pipes } = settings.loops.add(settings.backends.len());
+        let LoopCounters { bytes, pipes } = settings.loops.add(settings.backends.len());
         let wait = settings.backend_wait;
         let backend = |BackendSetup { connector, probe }: &BackendSetup| {
             let backend_wait = Rc::new(BackendWait::new(connector.clone(), wait, probe.clone()));
@@ -74,7 +74,7 @@ impl LoopContext {
             shared: Rc::new(LoopBuffers::new(settings.pipes, pipes)),
             registry: Rc::new(Registry::new(settings.connection_idle_time.finite())),
             detached: RefCell::default(),
-            counters: carried,
+            counters: bytes,
         }
     }
 

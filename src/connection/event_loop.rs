@@ -64,8 +64,8 @@ impl EventLoops {
     }
 
     /// Returns the bytes delivered on all event loops.
-    pub fn carried(&self) -> u64 {
-        self.settings.loops.carried().into_iter().flatten().sum()
+    pub fn delivered(&self) -> u64 {
+        self.settings.loops.delivered().into_iter().flatten().sum()
     }
 
     /// Dispatches a connection that leads to `backend` of the settings.

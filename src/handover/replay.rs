@@ -243,8 +243,8 @@ mod tests {
     }
 
     /// All that a record says, descriptors as the kernel knows them.
-    fn told(record: &Record<OwnedFd>) -> String {
-        let told = match &record.body {
+    fn describe(record: &Record<OwnedFd>) -> String {
+        let described = match &record.body {
             RecordBody::Forwarder(pair) => {
                 let flow = |it: &FlowSnapshot<OwnedFd>| (it.state, it.delivered);
                 let end = |it: &EndpointSnapshot<OwnedFd>| (it.reset, it.gone);
@@ -256,7 +256,7 @@ mod tests {
             }
             _ => "client".into(),
         };
-        format!("{} {told} {:?}", record.start, record.file_ids())
+        format!("{} {described} {:?}", record.start, record.file_ids())
     }
 
     fn messages(encoded: &[EncodedRecord<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
@@ -313,8 +313,8 @@ mod tests {
             let encoded: Vec<_> = records.iter().map(Record::encode).collect();
             let out = sorted(messages(&encoded, &mut dice));
             assert_eq!(out.refused, 0);
-            let back: Vec<_> = out.records.iter().map(told).collect();
-            assert_eq!(back, records.iter().map(told).collect::<Vec<_>>());
+            let back: Vec<_> = out.records.iter().map(describe).collect();
+            assert_eq!(back, records.iter().map(describe).collect::<Vec<_>>());
         }
     }
 
@@ -328,7 +328,7 @@ mod tests {
         let encoded = [first.encode(), gone.encode(), last.encode(), forgotten.encode()];
         let out = sorted(messages(&encoded, &mut dice));
         assert_eq!((out.refused, out.records.len()), (0, 1));
-        assert_eq!(told(&out.records[0]), told(&last));
+        assert_eq!(describe(&out.records[0]), describe(&last));
     }
 
     #[test]
@@ -339,7 +339,7 @@ mod tests {
             let mut records: Vec<_> = (0..12).map(|id| record(id, &mut dice)).collect();
             // Some were stored twice, as they were before and as they are.
             records.extend((0..4).map(|id| record(id, &mut dice)));
-            let were: BTreeMap<_, _> = records.iter().map(|it| (told(it), it.id)).collect();
+            let were: BTreeMap<_, _> = records.iter().map(|it| (describe(it), it.id)).collect();
             let encoded: Vec<_> = records.iter().map(Record::encode).collect();
             let mut messages = messages(&encoded, &mut dice);
             for _ in 0..dice.below(6) {
@@ -348,7 +348,7 @@ mod tests {
             let out = sorted(messages);
             let mut seen = HashSet::new();
             for record in &out.records {
-                assert_eq!(were.get(&told(record)), Some(&record.id), "it is another");
+                assert_eq!(were.get(&describe(record)), Some(&record.id), "it is another");
                 assert!(record.file_ids().into_iter().all(|it| seen.insert(it)), "it is two");
             }
         }

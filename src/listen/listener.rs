@@ -165,7 +165,7 @@ impl Listener {
         if let Some(suppressed) = limit.pass() {
             tracing::warn!(
                 listener = %self,
-                "{cause}, newcomers wait in the kernel until a connection ends{remedy}.{suppressed}"
+                "{cause}, new clients wait in the kernel until a connection ends{remedy}.{suppressed}"
             );
         }
     }

@@ -80,7 +80,7 @@ type Groups<const LABELS: usize, T> = BTreeMap<[String; LABELS], Vec<T>>;
 
 #[derive(Debug)]
 struct Backend {
-    /// The index in [`Loops::carried`].
+    /// The index in [`Loops::delivered`].
     index: usize,
     connects: Arc<ConnectCounters>,
 }
@@ -170,9 +170,9 @@ impl Collector for Metrics {
         encode(encoder, Counter, "connections_failed", help, failed)?;
 
         let help = "Bytes delivered, --proxy-protocol= headers included.";
-        let carried = self.loops.carried();
+        let bytes = self.loops.delivered();
         let bytes = self.by_backend("direction", |backend| {
-            let [client, backend] = carried.get(backend.index).copied().unwrap_or_default();
+            let [client, backend] = bytes.get(backend.index).copied().unwrap_or_default();
             vec![("from_client", client), ("from_backend", backend)]
         });
         encode(encoder, Counter, "bytes", help, bytes)?;
@@ -272,7 +272,7 @@ mod tests {
             counters.fail(ConnectErrorKind::Refused);
         }
         let loops = Arc::new(Loops::default());
-        loops.add(listeners.len()).carried.iter().for_each(|carried| carried.add(0, 1));
+        loops.add(listeners.len()).bytes.iter().for_each(|bytes| bytes.add(0, 1));
         registry(MetricsSources {
             connections_max: NonZeroU32::MIN,
             listeners,

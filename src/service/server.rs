@@ -160,7 +160,7 @@ impl Server {
     async fn publish_status(&self, notifier: &Notifier) {
         let listeners = self.routes.listeners().iter();
         let listeners: Vec<_> = listeners.map(|(listener, _)| &**listener.info()).collect();
-        let bytes = || self.event_loops.carried();
+        let bytes = || self.event_loops.delivered();
         let supervisor = self.supervisor.as_deref();
         publish_status(notifier, &self.limit, self.restored, &listeners, bytes, supervisor).await;
     }

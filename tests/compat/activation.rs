@@ -27,7 +27,7 @@ pub(crate) fn register(cases: &mut Cases) {
 fn other_pid(program: &Path) {
     let front = Endpoint::new(Family::Tcp);
     let launch = Launch::new(program).arg("x").listener(&front).other_pid();
-    let mut proxy = launch.env("LISTEN_FDNAMES", "somebody-elses").start();
+    let mut proxy = launch.env("LISTEN_FDNAMES", "of-another").start();
     assert_eq!(proxy.wait().code(), Some(1));
     let stderr = proxy.lines.all();
     assert!(stderr.contains("Didn't get any sockets passed in."), "{stderr}");

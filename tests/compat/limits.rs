@@ -96,7 +96,7 @@ fn overflow_waits(program: &Path) {
             client.write_all(b"here!").unwrap();
             client.set_nonblocking(true).unwrap();
         }
-        proxy.lines.wait_for("Hit connection limit, newcomers wait in the kernel");
+        proxy.lines.wait_for("Hit connection limit, new clients wait in the kernel");
         let before = proxy.cpu();
         pause(Duration::from_millis(500));
         assert!(proxy.cpu() - before < Duration::from_millis(50), "it waits, too");
@@ -121,7 +121,7 @@ fn overflow_waits(program: &Path) {
             waiting[place] = front.connect();
             waiting[place].set_nonblocking(true).unwrap();
         }
-        assert_eq!(proxy.lines.count("newcomers wait in the kernel"), 1);
+        assert_eq!(proxy.lines.count("new clients wait in the kernel"), 1);
     }
 }
 

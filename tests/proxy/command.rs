@@ -660,7 +660,7 @@ fn refuses_a_target_that_is_served_already() {
             .start();
         serve(&other, echo);
         let mut client = front.connect();
-        client.write_all(b"who are you?").unwrap();
+        client.write_all(b"hello there.").unwrap();
         assert_eq!(read_all(&mut client).0, b"", "not served by the other backend");
         let words =
             format!("Failed to start touch: another process serves {} already", other.target);

@@ -139,7 +139,7 @@ fn own_listeners_are_closed_during_the_drain() {
                 Socket::new(Domain::from(i32::from(address.family())), Type::STREAM, None);
             new_client.unwrap().connect(&address).is_err().then_some(())
         };
-        poll_until(Instant::now() + TIMEOUT, refused).expect("newcomers are refused");
+        poll_until(Instant::now() + TIMEOUT, refused).expect("new clients are refused");
         assert_echoes(&mut client);
         drop(client);
         assert_eq!(proxy.wait().code(), Some(0));

@@ -112,10 +112,10 @@ fn counts_connections_and_bytes_by_listener_and_backend() {
         assert_eq!(value(&api_series("socket_proxyd_connections_refused_total")), 0.0);
         assert_eq!(value("socket_proxyd_connections_max"), 2.0);
         let of = |backend: &str, more: &str| format!("{{backend=\"{backend}\"{more}}}");
-        let dials = "socket_proxyd_connect_duration_seconds";
-        assert_eq!(value(&format!("{dials}_count{}", of(&echo.target, ""))), 2.0);
-        assert_eq!(value(&format!("{dials}_bucket{}", of(&echo.target, ",le=\"+Inf\""))), 2.0);
-        assert!(value(&format!("{dials}_sum{}", of(&echo.target, ""))) > 0.0);
+        let connects = "socket_proxyd_connect_duration_seconds";
+        assert_eq!(value(&format!("{connects}_count{}", of(&echo.target, ""))), 2.0);
+        assert_eq!(value(&format!("{connects}_bucket{}", of(&echo.target, ",le=\"+Inf\""))), 2.0);
+        assert!(value(&format!("{connects}_sum{}", of(&echo.target, ""))) > 0.0);
         let errors = |kind| {
             format!("socket_proxyd_connect_errors_total{}", of(&gone, &format!(",kind=\"{kind}\"")))
         };

@@ -87,8 +87,9 @@ fn queued_client_comes_before_notifications() {
         };
         let log = poll_until(Instant::now() + TIMEOUT, traced).expect("the trace is written");
         let at = |text: &str| log.find(text).unwrap_or_else(|| panic!("{text}: {log}"));
-        let dialled = log[at(" accept4(")..].find(" connect(").expect("it dials") + at(" accept4(");
-        assert!(dialled < at("READY=1") && at("READY=1") < at("WATCHDOG=1"), "{log}");
+        let connected =
+            log[at(" accept4(")..].find(" connect(").expect("it connects") + at(" accept4(");
+        assert!(connected < at("READY=1") && at("READY=1") < at("WATCHDOG=1"), "{log}");
     }
 }
 
