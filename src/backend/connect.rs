@@ -17,6 +17,7 @@ use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::counters::{ConnectCounters, ConnectErrorKind};
 use crate::logging::{RateLimit, os_message};
+use crate::runtime::backoff::Backoff;
 use crate::socket::address::Address;
 use crate::socket::host_port::HostPort;
 use crate::socket::resolve::{ResolveError, resolve};
@@ -154,7 +155,7 @@ impl Connector {
         let waits = on_full_backlog != OnFullBacklog::Fail;
         let wait_for_turn = async || Box::pin(self.backlog_turns.acquire()).await.ok();
         let mut turn = if waits && self.has_queue() { wait_for_turn().await } else { None };
-        let (mut tries, mut pause) = (0, BACKLOG_RETRY_FIRST);
+        let (mut tries, mut backoff) = (0, BACKLOG_PAUSES);
         loop {
             match connect_with_resources(address, last_error).await {
                 Err(error) if waits && errno_kind(&error) == ConnectErrorKind::Backlog => {
@@ -168,8 +169,7 @@ impl Connector {
                 tries += 1;
                 yield_now().await;
             } else {
-                Box::pin(sleep(pause)).await;
-                pause = (pause * 2).min(BACKLOG_RETRY_MAX);
+                Box::pin(sleep(backoff.next())).await;
             }
         }
     }
@@ -273,7 +273,7 @@ async fn connect_with_resources(
     address: &Address,
     last_error: &RefCell<Option<io::Error>>,
 ) -> io::Result<Socket> {
-    let mut pause = RETRY_FIRST;
+    let mut backoff = RESOURCE_PAUSES;
     loop {
         match try_connect(address).await {
             Err(error) if errno_kind(&error) == ConnectErrorKind::Resources => {
@@ -287,8 +287,7 @@ async fn connect_with_resources(
             }
             connected => return connected,
         }
-        Box::pin(sleep(pause)).await;
-        pause = (pause * 2).min(RETRY_MAX);
+        Box::pin(sleep(backoff.next())).await;
     }
 }
 
@@ -337,9 +336,8 @@ fn is_self(target: SocketAddr, local: SocketAddr) -> bool {
     target.port() == local.port() && (to == from || to.is_unspecified())
 }
 
-/// The pause between two attempts while descriptors or memory are short, at first and at most.
-const RETRY_FIRST: Duration = Duration::from_millis(5);
-const RETRY_MAX: Duration = Duration::from_millis(100);
+/// The pauses between attempts while descriptors or memory are short.
+const RESOURCE_PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
 
 /// Clients that try a backend with a full backlog at a time.
 const BACKLOG_TURNS: usize = 4;
@@ -347,9 +345,8 @@ const BACKLOG_TURNS: usize = 4;
 /// Attempts without a pause, for a backend that accepts faster than a timer ticks.
 const BACKLOG_TRIES: usize = 16;
 
-/// The pause between two attempts after those, at first and at most.
-const BACKLOG_RETRY_FIRST: Duration = Duration::from_millis(1);
-const BACKLOG_RETRY_MAX: Duration = Duration::from_millis(20);
+/// The pauses between attempts after those.
+const BACKLOG_PAUSES: Backoff = Backoff::new(Duration::from_millis(1), Duration::from_millis(20));
 
 static LOOKUPS_BUSY: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static OUT_OF_RESOURCES: RateLimit = RateLimit::new(1, Duration::from_secs(60));

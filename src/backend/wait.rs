@@ -21,6 +21,7 @@ use crate::backend::connect::{ConnectError, Connector, OnFullBacklog};
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;
+use crate::runtime::backoff::Backoff;
 use crate::socket::{Family, Socket};
 
 /// The wait for one backend, for the clients of one event loop.
@@ -134,9 +135,8 @@ impl BackendWait {
 
     /// Dropping `running` wakes all clients.
     async fn probe(self: Rc<Self>, running: watch::Sender<()>) {
-        let mut backoff = Backoff::default();
+        let mut backoff = PROBE_PAUSES;
         loop {
-            backoff.next().await;
             // One receiver is the one in the shared state.
             if running.receiver_count() <= 1 {
                 break;
@@ -149,6 +149,7 @@ impl BackendWait {
                 // Each waiting client meets a permanent error itself.
                 Err(_) => break,
             }
+            sleep(backoff.next()).await;
         }
         self.probe.set_last_error(None);
     }
@@ -193,22 +194,9 @@ impl ProbeState {
     }
 }
 
-/// The pauses between probes. The first pause is zero.
-#[derive(Debug, Default)]
-pub struct Backoff(Duration);
-
-impl Backoff {
-    /// Waits until the next probe is due.
-    pub async fn next(&mut self) {
-        sleep(self.0).await;
-        self.0 = (self.0 * 2).clamp(PROBE_FIRST, PROBE_MAX);
-    }
-}
-
-/// The pause between two probes, at first and at most. It delays the discovery of a backend that refuses
-/// at once while it is down.
-const PROBE_FIRST: Duration = Duration::from_millis(5);
-const PROBE_MAX: Duration = Duration::from_millis(100);
+/// The pauses between probes. They delay the discovery of a backend that refuses at once while it is down.
+pub const PROBE_PAUSES: Backoff =
+    Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
 
 /// Clients that go on after a wait before the event loop looks at its other connections.
 const RELEASES_PER_TURN: usize = 8;

@@ -148,6 +148,7 @@ mod tests {
     use crate::unit_writer::arguments::tests::parse;
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "a table of command lines")]
     fn rejects_what_cannot_work() {
         let plan = |line: &str| Plan::new(parse(line)?);
         let good = "--listen=8080 --target=127.0.0.1:3000 app";

@@ -159,6 +159,7 @@ struct Peers {
     served: Socket,
 }
 
+#[expect(clippy::too_many_lines, reason = "one transfer from its start to its end")]
 fn survive(container: &Container, case: &Case, handover: &str) {
     let Case { unit, front, back, bytes, idle, header, .. } = *case;
     let name = &format!("{unit}-{handover}");

@@ -226,6 +226,7 @@ fn answers(container: &Container, example: &str, listen: &str) {
     assert!(["200", "301", "404"].contains(&&*code), "{listen}: {code}");
 }
 
+#[expect(clippy::too_many_lines, reason = "the examples of the manuals, one after the other")]
 fn examples(container: &Container) {
     container.run(&["useradd", "--system", "aptly"]);
     container.run(&["useradd", "--system", "app"]);

@@ -29,7 +29,7 @@ use crate::backend::command::ready::{NotifyPlace, NotifySocket};
 use crate::backend::command::run_result::{RunResult, describe_status};
 use crate::backend::command::state::CommandState;
 use crate::backend::connect::OnFullBacklog;
-use crate::backend::wait::{BackendWait, Backoff};
+use crate::backend::wait::{BackendWait, PROBE_PAUSES};
 use crate::config::CommandConfig;
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
@@ -280,16 +280,16 @@ impl Supervisor {
             notify.ready(tree).await;
             return Ok(None);
         }
-        let mut backoff = Backoff::default();
+        let mut backoff = PROBE_PAUSES;
         let mut waiting = self.waiting.subscribe();
         loop {
-            backoff.next().await;
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
             match wait.connector.connect(OnFullBacklog::Fail).await {
                 Ok(socket) => return Ok(Some(socket)),
                 Err(error) if !error.is_transient() => return Err(RunResult::Unreachable(error)),
                 Err(error) => self.set_last_error(format!("{error} ({name} runs)")),
             }
+            sleep(backoff.next()).await;
         }
     }
 
