@@ -5,29 +5,31 @@
 //! A connection passes from one folder to the next by ownership. No stage calls back into an earlier one.
 //!
 //! ```text
-//! listen/           limits/    connection/   backend/     proxy_protocol   forward/      handover/
-//! PassedFd          Permit                   Socket       header bytes     Forwarder     Detached
-//!    |                |                        |             |               |  |           |
-//! Listener -> Accepted + Slot -> EventLoop -> + backend -> + header --------'  '- closed   record in
-//!                                                                                  or -> the journal
+//! listen          a Listener accepts a client                      -> Accepted
+//! limits          the client gets a Slot, which counts it
+//! connection      an event loop serves it: connect, header, forward, log
+//! backend         a Connector reaches TARGET, or a client waits    -> Socket
+//! proxy_protocol  the PROXY header                                 -> bytes
+//! forward         a Forwarder moves bytes until both sides end     -> closed, or Detached
+//! handover        a Detached connection becomes a record in the journal
 //! ```
 //!
 //! With `--handover=` the next process replays the journal, and each record becomes a forwarder again.
 //!
 //! The modules below stand in this order: a module imports only modules that stand below it.
 //!
-//! - Two functions know the order of things: the life of the process ([`service`]) and the life of a
+//! - Two modules define the order of things: the life of the process ([`service`]) and the life of a
 //!   connection ([`connection`]).
 //! - COMMAND has a life of its own ([`backend::command`]); a connection only waits for its states.
 //! - Parsing ends in [`config`]: once a [`config::Config`] exists, no string is interpreted again.
-//! - Counting is dropping: a [`limits::slot::Slot`] lives from accept to close, and everything that waits
+//! - Dropping a [`limits::slot::Slot`] decrements every count of a connection. It lives from accept to close, and everything that waits
 //!   for connections to end watches the count.
-//! - The main thread accepts and serves. With `--threads=` other threads serve as well. Nothing of a
-//!   connection leaves its event loop.
+//! - The main thread accepts and serves. With `--threads=` other threads serve as well. Once its task is
+//!   spawned, a connection stays on its event loop.
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a signal
 //!   or a panic must not look complete to its peers.
-//! - Unsafe code stands in [`socket::sys`], [`listen::activation`] and [`runtime::dispositions`], and in
-//!   one call in `main`.
+//! - Unsafe code is confined to [`socket::sys`], [`listen::activation`] and [`runtime::dispositions`], and to
+//!   one call in `main`, which [`service::program`] passes on.
 
 #![deny(unsafe_code)]
 
@@ -47,7 +49,7 @@ mod listen;
 mod forward;
 mod limits;
 
-// What the others lean on. They know nothing of each other's subjects.
+// Shared foundations.
 mod notify;
 mod config;
 mod proxy_protocol;

@@ -1,7 +1,7 @@
 //! From a target to a connected socket: each address in turn, each with its own time limit.
 
 use std::cell::RefCell;
-use std::fmt;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::backend::connect_error::{ConnectError, errno_kind};
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::counters::{ConnectCounters, ConnectErrorKind};
@@ -20,7 +21,7 @@ use crate::logging::{RateLimit, os_message};
 use crate::runtime::backoff::Backoff;
 use crate::socket::address::Address;
 use crate::socket::host_port::HostPort;
-use crate::socket::resolve::{ResolveError, resolve};
+use crate::socket::resolve::resolve;
 use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
 
 /// Connects to one target. Clones share the limit on lookups and the queue for a full backlog.
@@ -41,7 +42,7 @@ pub struct Connector {
 pub enum OnFullBacklog {
     /// Fails at once. The caller tries again.
     Fail,
-    /// Waits for the connect timeout.
+    /// Waits for room, up to the connect timeout.
     Wait,
     /// Waits until the caller gives up.
     WaitForever,
@@ -125,10 +126,11 @@ impl Connector {
         address: &Address,
         on_full_backlog: OnFullBacklog,
     ) -> Result<Socket, ConnectError> {
-        // The error behind the wait says more than ETIMEDOUT.
+        // The last error that caused a retry says more than ETIMEDOUT.
         let last_error = RefCell::new(None);
         let attempt = self.connect_when_possible(address, on_full_backlog, &last_error);
-        // connect(2) on a Unix socket does not wait, so only the backlog can take longer.
+        // connect(2) on a Unix socket does not wait. Only a full backlog takes longer, or a want of descriptors
+        // or memory.
         let has_no_timeout =
             on_full_backlog == OnFullBacklog::WaitForever && matches!(address, Address::Unix(_));
         let connected = match self.connect_timeout.finite().filter(|_| !has_no_timeout) {
@@ -144,8 +146,8 @@ impl Connector {
         Ok(socket)
     }
 
-    /// Connects to one address, and waits for a full backlog and for descriptors and memory. `last_error`
-    /// receives the error behind the wait.
+    /// Connects to one address. Retries while the backlog is full, except with `Fail`, and while descriptors or
+    /// memory are short. `last_error` receives the error that caused the retry.
     async fn connect_when_possible(
         &self,
         address: &Address,
@@ -172,99 +174,6 @@ impl Connector {
                 Box::pin(sleep(backoff.next())).await;
             }
         }
-    }
-}
-
-/// Why there is no connection.
-#[derive(Debug)]
-pub enum ConnectError {
-    /// The name has no address.
-    Resolve(ResolveError),
-    /// No address accepted. The last address with a transient error counts, or else the last one.
-    Connect(Address, io::Error),
-}
-
-impl ConnectError {
-    /// Returns the system's message, without the address.
-    pub fn reason(&self) -> String {
-        match self {
-            Self::Resolve(error) => error.to_string(),
-            Self::Connect(_, error) => os_message(error),
-        }
-    }
-
-    pub fn kind(&self) -> ConnectErrorKind {
-        match self {
-            Self::Resolve(_) => ConnectErrorKind::Resolve,
-            Self::Connect(_, error) => errno_kind(error),
-        }
-    }
-
-    /// Whether a Unix backend listens but has no room for another client (EAGAIN).
-    pub fn is_full_backlog(&self) -> bool {
-        self.kind() == ConnectErrorKind::Backlog
-    }
-
-    /// Whether the backend may just not be up yet. A name that does not exist and what a sandbox forbids
-    /// (EPERM) are permanent.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::Resolve(error) => error.is_temporary(),
-            Self::Connect(_, error) => matches!(
-                Errno::from_io_error(error),
-                Some(
-                    Errno::CONNREFUSED
-                        | Errno::NOENT
-                        | Errno::AGAIN
-                        | Errno::ACCESS
-                        | Errno::NETUNREACH
-                        | Errno::HOSTUNREACH
-                        | Errno::ADDRNOTAVAIL
-                        | Errno::TIMEDOUT
-                        // The backend came up and went down during the handshake. Over vsock: no process
-                        // listens.
-                        | Errno::CONNRESET
-                        // Over vsock: the virtual machine does not seem to run.
-                        | Errno::NODEV
-                )
-            ),
-        }
-    }
-}
-
-impl fmt::Display for ConnectError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Resolve(error) => error.fmt(f),
-            Self::Connect(address, error) => {
-                let (reason, hint) = (os_message(error), address.hint(error));
-                let backlog = if self.is_full_backlog() { " (its backlog is full)" } else { "" };
-                write!(f, "Failed to connect to remote host: {address}: {reason}{hint}{backlog}")
-            }
-        }
-    }
-}
-
-fn errno_kind(error: &io::Error) -> ConnectErrorKind {
-    match Errno::from_io_error(error) {
-        Some(Errno::CONNREFUSED) => ConnectErrorKind::Refused,
-        Some(Errno::TIMEDOUT) => ConnectErrorKind::Timeout,
-        Some(
-            Errno::NETUNREACH
-            | Errno::HOSTUNREACH
-            | Errno::NETDOWN
-            | Errno::HOSTDOWN
-            | Errno::ADDRNOTAVAIL
-            | Errno::NODEV,
-        ) => ConnectErrorKind::Unreachable,
-        Some(Errno::NOENT) => ConnectErrorKind::NotFound,
-        Some(Errno::AGAIN) => ConnectErrorKind::Backlog,
-        // EAFNOSUPPORT: RestrictAddressFamilies= forbids the family.
-        Some(Errno::ACCESS | Errno::PERM | Errno::AFNOSUPPORT) => ConnectErrorKind::Denied,
-        Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-            ConnectErrorKind::Resources
-        }
-        _ => ConnectErrorKind::Other,
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod command;
 pub mod wait;
 pub mod connect;
+mod connect_error;
 
 use std::rc::Rc;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! `--backend-wait=`: clients wait until their backend can be reached.
 //!
-//! While a backend cannot be reached *yet*, a single prober tries again and again, however many clients
+//! While a backend cannot be reached *yet* (`ConnectError::is_transient`), a single prober tries again and again, however many clients
 //! wait: 200 clients cost one connect(2) every 100 ms. When a probe succeeds, all clients go on. One of them
 //! gets the prober's connection, so that a backend that serves only one connection does not spend it on
 //! a probe. The prober ends when no client waits.
@@ -17,7 +17,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
-use crate::backend::connect::{ConnectError, Connector, OnFullBacklog};
+use crate::backend::connect::{Connector, OnFullBacklog};
+use crate::backend::connect_error::ConnectError;
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;

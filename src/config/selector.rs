@@ -298,7 +298,7 @@ mod tests {
             ("web=", "Invalid target in \"web=\": the host is empty."),
             (
                 "web=:80",
-                "Invalid target in \"web=:80\": the host is empty; of this machine it is \
+                "Invalid target in \"web=:80\": the host is empty; for a port of this machine write \
                  127.0.0.1:80.",
             ),
         ] {

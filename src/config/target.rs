@@ -41,7 +41,9 @@ impl Target {
         let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
         if is_number && text.parse::<u16>().is_ok_and(|port| port != 0) {
             // As a host it would be an address in 0.0.0.0/8, which no machine has.
-            return Err(format!("that is a port; of this machine it is 127.0.0.1:{text}"));
+            return Err(format!(
+                "that is a port; for a port of this machine write 127.0.0.1:{text}"
+            ));
         }
         let host_port = HostPort::parse(text, Some(DEFAULT_PORT))?;
         if host_port.port == Port::Number(0) {

@@ -32,11 +32,11 @@ pub use context::{BackendSetup, LoopContext, Settings};
 pub struct Restored {
     pub snapshot: Box<Snapshot<OwnedFd>>,
     pub client: Address,
-    /// The listener, as far as it still exists.
+    /// The listener, or a placeholder if it no longer exists.
     pub listener: Arc<ListenerInfo>,
-    /// The backend's address, whatever the targets are by now.
+    /// The backend's address as it was stored, even if TARGET has changed.
     pub backend: Address,
-    /// The index of the backend that its listener leads to by now, if there is one.
+    /// The index of the backend that its listener leads to, if there is one.
     pub known_backend: Option<usize>,
     /// When the connection was accepted.
     pub start: Instant,
@@ -45,7 +45,7 @@ pub struct Restored {
     pub journal: Option<JournalEntry>,
 }
 
-/// Serves a client until the connection is over, and logs how it was.
+/// Serves a client until the connection is over, and logs the outcome.
 ///
 /// Dropped before that, the future resets both sides.
 pub fn serve(
@@ -66,7 +66,7 @@ pub fn serve(
         let setup = &context.backends[backend];
         let counters = context.byte_counters(Some(backend));
         let log = LogContext { start, client, listener };
-        // Boxed: the memory that connecting needs is freed before a connection of days begins.
+        // Boxed: the memory that connecting needs is freed before the connection, which may last for days.
         let backend = match Box::pin(connect(&socket, setup, &registration, &log)).await {
             ConnectOutcome::Connected(backend) => backend,
             ConnectOutcome::Failed(error) => {
@@ -135,7 +135,7 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
     }
 }
 
-/// Logs how a connection was, or keeps it until it is stored.
+/// Logs the outcome of a connection, or keeps it until it is stored.
 fn finish(
     outcome: io::Result<Outcome>,
     log: &LogContext,
@@ -159,7 +159,7 @@ fn finish(
     }
 }
 
-/// What came of connecting to the backend.
+/// The result of connecting to the backend.
 enum ConnectOutcome {
     Connected(Socket),
     Failed(String),

@@ -16,7 +16,7 @@ use crate::runtime::backoff::Backoff;
 use crate::socket::{Family, Socket};
 
 impl Forwarder {
-    /// Whether the only thing that can happen is that a receiver accepts what is buffered for it.
+    /// Whether nothing can happen before a receiver accepts bytes.
     pub(super) fn is_stalled(&self) -> bool {
         let waits = self.flows.iter().any(Flow::waits_for_sink);
         waits && !self.flows.iter().all(Flow::is_open)
@@ -79,7 +79,7 @@ impl Forwarder {
         let (from, to) = (&self.flows[side as usize], &self.flows[side.other() as usize]);
         let peer_has_ended =
             from.state == FlowState::Ended && matches!(to.state, FlowState::SinkClosed { .. });
-        // Where the other side is not waited for either, both are closed at once.
+        // If no bytes are on their way to the other side, close() ends both together.
         if !peer_has_ended && self.is_delivering(side.other()) {
             if self.is_to_be_reset(side) { socket.abort() } else { socket.shutdown_both() }
         }
@@ -142,5 +142,6 @@ async fn wait_until_acked(socket: &Socket, linger: Duration) {
     }
 }
 
-/// How long a receiver may make no progress after the other side was reset.
+/// How long a receiver may make no progress once its sender is gone. Also the interval at which a stalled
+/// connection is checked.
 const LINGER: Duration = Duration::from_secs(60);

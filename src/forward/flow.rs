@@ -73,13 +73,17 @@ enum Buffered {
 enum Mode {
     #[default]
     Copy,
-    /// `bytes` came since the source was last empty; `was_little` came before that.
-    Splice { bytes: usize, was_little: bool },
+    Splice {
+        /// Bytes received since the source was last empty.
+        bytes: usize,
+        /// The burst before that was below [`BULK_MIN`].
+        was_little: bool,
+    },
     /// The source cannot be spliced from, or sends urgent data, or is a Unix socket that sends bulk.
     CopyOnly,
 }
 
-/// What came of a step.
+/// The result of a step.
 pub enum Step {
     Moved,
     /// Nothing moves before the next edge.
@@ -97,11 +101,11 @@ pub enum Fault {
 }
 
 impl Flow {
-    /// Creates a flow that sends `preface` ahead of the source's bytes.
-    pub fn with_preface(preface: Vec<u8>) -> Self {
-        let buffered = match preface.is_empty() {
+    /// Creates a flow that sends `header` ahead of the source's bytes.
+    pub fn with_header(header: Vec<u8>) -> Self {
+        let buffered = match header.is_empty() {
             true => Buffered::Nothing,
-            false => Buffered::Copied { bytes: preface, sent: 0 },
+            false => Buffered::Copied { bytes: header, sent: 0 },
         };
         Self { buffered, ..Self::default() }
     }
@@ -160,14 +164,15 @@ impl Flow {
                 self.lacks_space = Some(shared.stalled.take());
                 return Ok(Step::Blocked);
             }
-            // A writable sink accepts more than its buffer has room for, above all while the kernel is
-            // short of memory for TCP and has cut that buffer to a page (tcp_mem in tcp(7)). What it does
-            // not accept is less than a buffer, and no pipe is held for it.
+            // With little room, copy: at most one copy buffer is left over, and no pipe is held for it.
+            // The room may be understated, above all while the kernel is short of memory for TCP and has
+            // cut the send buffer to a page (tcp_mem in tcp(7)).
             Some(..COPY_SIZE) => {}
             Some(most) => {
                 let are_tcp = [&source, &sink].map(|end| end.socket.family()) == [Family::Tcp; 2];
                 let many_stalled = is_careful && shared.stalled.taken() >= MANY_STALLED;
-                let most = if many_stalled && are_tcp { most.min(CAREFUL) } else { most };
+                let most =
+                    if many_stalled && are_tcp { most.min(STEP_BESIDE_STALLED) } else { most };
                 if let Some(pipe) = shared.pipes.acquire() {
                     self.buffered = Buffered::Piped(pipe);
                     return self.splice(source, sink, most.min(size), shared);
@@ -245,7 +250,7 @@ impl Flow {
             }
             return self.send_buffered(sink, shared);
         }
-        self.release_pipe(shared);
+        self.release_if_sent(shared);
         match filled {
             _ if is_at_urgent_data(filled, &source.socket) => {
                 self.mode = Mode::CopyOnly;
@@ -285,7 +290,7 @@ impl Flow {
             Buffered::Stored(pipe) => pipe.drain(&sink.socket),
         };
         self.account(result, sink)?;
-        self.release_pipe(shared);
+        self.release_if_sent(shared);
         Ok(Step::Moved)
     }
 
@@ -310,8 +315,8 @@ impl Flow {
         }
     }
 
-    /// Returns a pipe of the pool, and frees the copied bytes, once the sink has accepted everything.
-    fn release_pipe(&mut self, shared: &LoopBuffers) {
+    /// Gives a pipe back to the pool, or frees the copied bytes, once the sink has accepted everything.
+    fn release_if_sent(&mut self, shared: &LoopBuffers) {
         let is_done = match &self.buffered {
             Buffered::Copied { bytes, sent } => *sent == bytes.len(),
             Buffered::Piped(pipe) => pipe.filled() == 0,
@@ -449,8 +454,9 @@ impl Buffered {
     }
 }
 
-/// Whether a splice(2) moved nothing because urgent data is next, which only receiving gets past. After
-/// `EAGAIN` an event that was not fetched yet comes as an edge; after 0 none would, so the kernel is asked.
+/// Whether a splice(2) moved nothing because urgent data is next: splice(2) stops at the urgent mark, and only
+/// recv(2) passes it. After `EAGAIN` epoll still has an edge pending. After 0 it has none, so the kernel is
+/// asked.
 fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
     match filled {
         Ok(0) => !source.has_ended(),
@@ -459,25 +465,25 @@ fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
     }
 }
 
-/// Bytes between two moments at which the source is empty below which a flow that splices may go back to
-/// copying. It does when that happens twice in a row: a message of 33 to 64 KiB may come in two parts.
+/// A splicing flow that moves fewer bytes than this between two empty reads, twice in a row, goes back to
+/// copying. (A message of 33 to 64 KiB may come in two parts.)
 const BULK_MIN: usize = 32 * 1024;
 
-/// Bytes from a Unix socket, with none the other way, above which they are bulk and copied. Its many small
-/// buffers cost more to splice than to copy, but for messages that fit into the socket.
+/// A Unix source that sends more bytes than this without an answer is treated as bulk and copied. Its many
+/// small buffers cost more to splice than to copy, except for messages that fit into the socket.
 const UNIX_BULK: usize = 128 * 1024;
 
 /// The size of a stored pipe that has grown, which it does only for bulk.
 const BULK_PIPE: usize = 128 * 1024;
 
-/// Flows of one event loop that wait for room in their sinks before [`CAREFUL`] applies: so many may hold the
+/// From this many stalled flows of one event loop on, [`STEP_BESIDE_STALLED`] applies. Fewer cannot use up the
 /// kernel's memory for TCP.
 const MANY_STALLED: usize = 64;
 
 /// Bytes that a flow from TCP to TCP takes at a time while many flows are stalled. The kernel sizes the
 /// source's receive buffer by what one system call takes in a round trip. Where memory for TCP is short,
 /// it drops what comes for a socket that holds more than the average one's share.
-const CAREFUL: usize = 24 * 1024;
+const STEP_BESIDE_STALLED: usize = 24 * 1024;
 
 /// The least that a step counts for, in bytes: a turn is bounded in system calls too, whatever a peer
 /// sends. Less than the copy buffer, so that bulk is bounded by its bytes alone.

@@ -9,16 +9,17 @@
 //! - **drive**: each flow moves what it can move without waiting, buffered bytes first. It tries a system
 //!   call at once and waits only after `EAGAIN`. [`Turns`](turns::Turns) limits the bytes and the system calls
 //!   of a turn. Then other connections have theirs.
-//! - **wait**: for an edge on each socket that a flow is blocked on, or that nothing else would look at.
+//! - **wait**: for an edge on each socket that a flow is blocked on, and for the death of a peer that no flow
+//!   reads from.
 //!
 //! ## How bytes move
 //!
 //! - A flow starts by *copying* through the event loop's buffer: `recv` and `send`. A receive that comes short
-//!   leaves the socket empty, so no third call follows. A request and its answer take two receives and two
-//!   sends.
+//!   leaves the socket empty, so no second receive follows. A request and its answer take two receives and
+//!   two sends.
 //! - A flow *splices* once it has filled the whole buffer: socket to pipe, pipe to socket, at half the CPU of
-//!   copying. Its pipe comes from the event loop's pool and returns when it is empty. A flow that only
-//!   carries small messages again goes back to copying. So does a flow that finds no pipe.
+//!   copying. Its pipe comes from the event loop's pool and returns when it is empty. Once it
+//!   carries only small messages, it goes back to copying. So does a flow that finds no pipe.
 //! - Bulk from a Unix socket is copied: its many small buffers cost more to splice, except for messages that
 //!   fit into the socket.
 //! - With `--handover=crash` each flow has a *stored* pipe, which systemd keeps as well. All of its bytes are
@@ -29,8 +30,8 @@
 //! each flow is bounded, and the kernel's flow control reaches the sender. An idle connection holds only its
 //! two descriptors.
 //!
-//! A flow fills a pipe beyond what the sink accepts as long as few pipes are held for slow sinks: fewer and
-//! larger steps. When many are held, a flow takes only what its sink has room for, and copies where that
+//! A flow fills a pipe beyond what the sink accepts as long as few pipes are held for slow sinks, which means
+//! fewer and larger system calls. When many are held, a flow takes only what its sink has room for, and copies where that
 //! is little. So hundreds of stalled flows do not use up the user's quota of pipe memory. Nor do
 //! they use up the kernel's memory for TCP: a flow that has delivered 128 KiB limits what its TCP sink
 //! holds unsent (`TCP_NOTSENT_LOWAT`).
@@ -107,8 +108,8 @@ pub struct Forwarder {
     shared: Rc<LoopBuffers>,
     counters: Arc<ByteCounters>,
     registration: Option<Registration>,
-    /// Bytes sent to the backend ahead of the client's.
-    preface: u64,
+    /// Bytes of the PROXY header.
+    header_len: u64,
     /// The first error of a socket.
     fault: Option<(Side, Errno)>,
     /// The number of its last turn of bulk, among those of its event loop.
@@ -128,7 +129,7 @@ pub enum Outcome {
 /// A connection that is over.
 #[derive(Debug)]
 pub struct Summary {
-    /// Bytes of the client's that were delivered to the backend, the preface excluded.
+    /// Bytes of the client's that were delivered to the backend, the PROXY header excluded.
     pub from_client: u64,
     /// Bytes delivered to the client.
     pub from_backend: u64,
@@ -149,7 +150,7 @@ pub enum CloseReason {
 /// What a connection has done so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
-    /// Bytes of the client's that were delivered to the backend, the preface excluded.
+    /// Bytes of the client's that were delivered to the backend, the PROXY header excluded.
     pub from_client: u64,
     /// Bytes delivered to the client.
     pub from_backend: u64,
@@ -158,11 +159,11 @@ pub struct Progress {
 }
 
 impl Forwarder {
-    /// Joins two sockets. `preface` goes to the backend ahead of the client's bytes, in one write.
+    /// Joins two sockets. `header` goes to the backend ahead of the client's bytes, in one write.
     pub fn new(
         client: Socket,
         backend: Socket,
-        preface: Vec<u8>,
+        header: Vec<u8>,
         shared: Rc<LoopBuffers>,
         counters: Arc<ByteCounters>,
         registration: Option<Registration>,
@@ -170,8 +171,8 @@ impl Forwarder {
         Self {
             fault: backend.was_reset().then_some((Side::Backend, Errno::CONNRESET)),
             endpoints: [Endpoint::new(client), Endpoint::new(backend)],
-            preface: preface.len() as u64,
-            flows: [Flow::with_preface(preface), Flow::default()],
+            header_len: header.len() as u64,
+            flows: [Flow::with_header(header), Flow::default()],
             shared,
             counters,
             registration,
@@ -194,7 +195,7 @@ impl Forwarder {
                 client.readable = client.socket.poll_readable(cx).is_ready();
                 if let Some(registration) = &self.registration {
                     registration.set_waker(cx.waker());
-                    // To wait for the backend was not to be idle.
+                    // Time spent waiting for the backend does not count as idle.
                     registration.activity().touch();
                 }
                 Poll::Ready(())
@@ -240,8 +241,8 @@ impl Forwarder {
         }
     }
 
-    /// The event loop stores what is detached after the last connection is deregistered, and runs one
-    /// task at a time: what this returns is there before the event loop looks.
+    /// Deregisters the connection. `Registry::detach_all` wakes only after the task has returned, so it finds
+    /// the connection among the detached ones.
     fn detached(mut self) -> Outcome {
         self.registration = None;
         Outcome::Detached(Box::new(self))
@@ -272,7 +273,7 @@ impl Forwarder {
 
     fn delivered(&self) -> Progress {
         let [from_client, from_backend] = self.flows.each_ref().map(|flow| flow.delivered);
-        let from_client = from_client.saturating_sub(self.preface);
+        let from_client = from_client.saturating_sub(self.header_len);
         Progress { from_client, from_backend, idle: None }
     }
 
@@ -353,8 +354,8 @@ impl Forwarder {
 
     /// Ends the flow from `side`, whose sink failed.
     ///
-    /// EPIPE: a FIN was sent, or a Unix peer only stopped reading. The sink's own bytes end as they end. Any
-    /// other error was taken from the socket here, and its flow would take the missing rest for a FIN.
+    /// EPIPE: a FIN was sent to the peer, or a Unix peer shut down reading. The sink's own bytes can still be
+    /// read. Any other error is consumed by this call, and a later recv(2) would look like a FIN.
     fn fail_sink(&mut self, side: Side, errno: Errno) {
         self.fault.get_or_insert_with(|| (side.other(), errno));
         let sink = &mut self.endpoints[side.other() as usize];
@@ -364,8 +365,8 @@ impl Forwarder {
         self.update_journal();
     }
 
-    /// Waits until a turn can do something, or the connection is asked to detach or to report. Returns
-    /// whether it was an edge.
+    /// Waits for an edge, for the idle time, or for a request to detach or to report. Returns `false` for a
+    /// request.
     async fn wait(&mut self) -> io::Result<bool> {
         poll_fn(|cx| match &self.registration {
             Some(registration) if registration.is_called() => Poll::Ready(Ok(false)),
@@ -391,8 +392,7 @@ impl Forwarder {
     }
 }
 
-/// Polls a socket for what the flow `from` it and the flow `to` it need, of which `waits` says whether
-/// they wait for their sinks. Returns whether there was an edge.
+/// Polls a socket for what the flow `from` it and the flow `to` it need. Returns whether there was an edge.
 ///
 /// Inlined: this runs four times for each message.
 #[inline(always)]
@@ -430,7 +430,7 @@ fn poll_edge(
     Ok(edge)
 }
 
-/// What came of a turn.
+/// The result of a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
     /// Nothing can be done before the next edge.

@@ -35,7 +35,7 @@ impl Forwarder {
         journal: Option<Box<dyn SnapshotStore>>,
     ) -> io::Result<Self> {
         let was_reset = SIDES.map(|side| was_reset(&snapshot, side));
-        let Snapshot { endpoints: [client, backend], flows: [there, back], preface, fault } =
+        let Snapshot { endpoints: [client, backend], flows: [there, back], header_len, fault } =
             snapshot;
         let is_journaled = journal.is_some();
         let endpoint = |end: EndpointSnapshot<OwnedFd>, was_reset: bool| -> io::Result<Endpoint> {
@@ -59,14 +59,14 @@ impl Forwarder {
             Flow::restore(there, is_journaled, &shared)?,
             Flow::restore(back, is_journaled, &shared)?,
         ];
-        let preface = preface.into();
+        let header_len = header_len.into();
         let mut forwarder = Self {
             endpoints,
             flows,
             shared,
             counters,
             registration,
-            preface,
+            header_len,
             fault,
             last_turn: 0,
             journal: None,
@@ -95,7 +95,7 @@ impl Forwarder {
         Ok(Snapshot {
             endpoints: SIDES.map(endpoint),
             flows: [there.snapshot()?, back.snapshot()?],
-            preface: self.preface as u16,
+            header_len: self.header_len as u16,
             fault: self.fault,
         })
     }

@@ -58,7 +58,7 @@ pub struct Snapshot<Fd> {
     /// The flows that start there.
     pub flows: [FlowSnapshot<Fd>; 2],
     /// Length of the PROXY header in bytes, which counts as the client's.
-    pub preface: u16,
+    pub header_len: u16,
     /// The first error of a socket.
     pub fault: Option<(Side, Errno)>,
 }

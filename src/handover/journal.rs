@@ -1,4 +1,5 @@
-//! The journal of `--handover=crash`: the records of all live connections, and where each stands in the queue.
+//! The journal: the records in the queue, and which of them are live. With `--handover=restart` it is written
+//! when the process stops. With `--handover=crash` it is current at every moment.
 //!
 //! The queue is an append-only log: each change appends a new record, and the last record of an id wins.
 //! Superseded records at the head are dropped. When more than half of the records are superseded, or the
@@ -39,7 +40,7 @@ pub struct Journal {
     outdated: Notify,
 }
 
-/// A record that stays in the queue for as long as this lives.
+/// A record in the queue. An owned entry drops its record when it is dropped.
 #[derive(Debug)]
 pub struct JournalEntry {
     journal: Arc<Journal>,
@@ -99,20 +100,20 @@ impl Journal {
     ) -> Option<JournalEntry> {
         let entry = self.entry(self.next_id.fetch_add(1, Ordering::Relaxed), start);
         let is_listener = matches!(body, RecordBody::Listener(..));
-        let full = if is_listener { REFUSE_UPDATES_AT } else { REFUSE_NEW_AT };
-        if entry.write(body, full) {
+        let limit_percent = if is_listener { REFUSE_UPDATES_AT } else { REFUSE_NEW_AT };
+        if entry.write(body, limit_percent) {
             return Some(entry.own());
         }
         if let Some(suppressed) = IS_FULL.pass() {
             tracing::warn!(
                 "The store is full, new connections are served and end with the proxy; raise \
-                 LimitNOFILE=, or net.core.wmem_max, which counts after a stop.{suppressed}"
+                 LimitNOFILE=, or net.core.wmem_max (it takes effect after a stop).{suppressed}"
             );
         }
         None
     }
 
-    /// Returns the entry of a record in the queue, which stays there until the entry is owned.
+    /// Returns the entry of a stored record. Dropping it leaves the record, unless it was owned.
     pub fn entry(self: &Arc<Self>, id: u64, start: u64) -> JournalEntry {
         JournalEntry { journal: Arc::clone(self), id, start, stays: true }
     }
@@ -130,8 +131,8 @@ impl Journal {
         self.lock().append(&self.queue, &encoded)
     }
 
-    /// Drops superseded records before long, for ever: a second reference to a socket keeps the kernel from
-    /// closing it.
+    /// Drops each superseded record within a few seconds, forever: a second reference to a socket keeps the
+    /// kernel from closing it.
     pub async fn clean(&self) -> Infallible {
         loop {
             self.outdated.notified().await;
@@ -188,8 +189,8 @@ impl JournalEntry {
         self.stays = true;
     }
 
-    /// Appends the record, unless the queue is `full` percent full even after compaction.
-    fn write<Fd: AsFd>(&self, body: RecordBody<Fd>, full: usize) -> bool {
+    /// Appends the record, unless the queue is `limit_percent` full even after compaction.
+    fn write<Fd: AsFd>(&self, body: RecordBody<Fd>, limit_percent: usize) -> bool {
         let record = Record { id: self.id, start: self.start, body };
         let encoded = [record.encode()];
         let queue = &self.journal.queue;
@@ -202,7 +203,8 @@ impl JournalEntry {
                 break;
             }
         }
-        let is_written = index.fullness(queue) < full && index.append(queue, &encoded).is_ok();
+        let is_written =
+            index.fullness(queue) < limit_percent && index.append(queue, &encoded).is_ok();
         self.journal.maintain(&mut index);
         is_written
     }
@@ -317,8 +319,8 @@ impl Index {
             if record_ids(&message.bytes).unwrap_or_default() != info.record_ids {
                 if let Some(suppressed) = DIFFERS.pass() {
                     tracing::error!(
-                        "The store is not as this process left it, and is cleaned no more; restart to \
-                         have it read again.{suppressed}"
+                        "The store was changed by another process, and is not compacted any more; restart \
+                         to read it again.{suppressed}"
                     );
                 }
                 return false;
@@ -352,17 +354,19 @@ pub fn monotonic_micros() -> u64 {
 /// Superseded records below which compaction is not worth it.
 const SLACK: usize = 32;
 
-/// Percent of the queue's bytes, or of the descriptors that may be in flight: from here on each append
-/// compacts, no new connection is stored, and only what makes room is appended.
+/// From this fullness on, in percent, each append compacts first.
 const COMPACT_AT: usize = 50;
+
+/// From this fullness on no new connection is stored.
 const REFUSE_NEW_AT: usize = 75;
+
+/// From this fullness on only records without content are appended, which make room.
 const REFUSE_UPDATES_AT: usize = 90;
 
-/// Compactions before an append. Each drops at least one message more than it appends where that is possible,
-/// so that all messages were compacted before the queue is full.
+/// Compactions before an append: enough to compact the whole queue before it fills.
 const COMPACT_STEPS: usize = 4;
 
-/// How long a superseded record stays in the queue at most, and the time it takes to drop it.
+/// The delay before superseded records are dropped.
 const CLEANED_AFTER: Duration = Duration::from_secs(5);
 
 static DIFFERS: RateLimit = RateLimit::new(1, Duration::from_secs(600));

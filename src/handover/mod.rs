@@ -3,7 +3,8 @@
 //! With `restart` each connection is detached when the process is stopped: its sockets and its buffered
 //! bytes go into the [`Queue`] that systemd keeps, and the next process takes them from there before it accepts
 //! clients. With `crash` a connection is in the queue from accept on, and none of its bytes is ever in the
-//! memory of the process. A [`Journal`] keeps the queue current.
+//! memory of the process, unless the queue is full or a socket cannot be spliced. A [`Journal`] keeps the
+//! queue current.
 
 pub mod replay;
 mod detached;
@@ -76,7 +77,7 @@ impl Handover {
             Ok(queue) => queue,
             Err(error) => {
                 tracing::warn!(
-                    "--handover= without a store, connections end with the process: {error}."
+                    "--handover= has no effect, connections end with the process: {error}."
                 );
                 return Ok((None, Leftovers::default()));
             }
@@ -123,12 +124,12 @@ impl Handover {
         pending().await
     }
 
-    /// Stores a client from now on (crash mode).
+    /// Keeps a client in the store from now on (crash mode).
     pub fn keep_client(&self, client: impl AsFd) -> Option<JournalEntry> {
         self.keep(RecordBody::Client(client))
     }
 
-    /// Stores a socket that the proxy opened from now on (crash mode).
+    /// Keeps a listener that the proxy opened in the store from now on (crash mode).
     pub fn keep_listener(&self, listener: &Listener) -> Option<JournalEntry> {
         self.keep(RecordBody::Listener(listener.as_fd(), listener.file_id()))
     }
@@ -143,7 +144,7 @@ impl Handover {
         self.is_crash_mode().then_some(AbortOnPanic)
     }
 
-    /// Has each other thread store its connections when it ends.
+    /// Asks the other threads to store their connections when they end.
     pub fn request_detach(&self) {
         self.detach_is_requested.store(true, Ordering::Release);
     }
@@ -154,8 +155,8 @@ impl Handover {
 
     /// Stores detached connections. Those that cannot be stored are reset.
     ///
-    /// Buffered bytes need descriptors of their own, so there may be more of them than this process could
-    /// have open. What the next process could not open is not stored.
+    /// Buffered bytes need descriptors of their own. So the connections may have more descriptors than the next
+    /// process can open. Those that it could not open are not stored.
     pub fn store(&self, mut detached: Vec<Detached>) {
         while !detached.is_empty() {
             let (mut bodies, mut fds) = (Vec::new(), 0);
@@ -163,7 +164,7 @@ impl Handover {
                 match connection.body() {
                     Ok(body) if self.has_room(fds + body.fds()) => {
                         fds += body.fds();
-                        bodies.push((started(connection.start().elapsed()), body));
+                        bodies.push((start_micros(connection.start().elapsed()), body));
                     }
                     Ok(_) => break,
                     // Out of descriptors: storing the others first frees theirs.
@@ -192,7 +193,7 @@ impl Handover {
         }
     }
 
-    /// Whether the next process can open so many descriptors more, and those of the largest message at once.
+    /// Whether the next process can open `fds` more descriptors, and those of the largest message at once.
     fn has_room(&self, fds: usize) -> bool {
         let largest = self.largest_message.load(Ordering::Relaxed).max(fds);
         self.stored_fds.load(Ordering::Relaxed) + fds + largest <= self.fds_max
@@ -274,7 +275,7 @@ async fn close_unknown_fds(passed: &mut Vec<PassedFd>, opens: bool, notifier: &N
     }
     let names: Vec<_> = unknown.iter().map(|it| &*it.name).collect();
     tracing::warn!(
-        "Got passed in or stored what is not a listening socket, closing it: {}.",
+        "Closing passed or stored descriptors that are not listening sockets: {}.",
         names.join(", ")
     );
     for unknown_fd in &unknown {
@@ -282,6 +283,6 @@ async fn close_unknown_fds(passed: &mut Vec<PassedFd>, opens: bool, notifier: &N
     }
 }
 
-fn started(age: Duration) -> u64 {
+fn start_micros(age: Duration) -> u64 {
     monotonic_micros().saturating_sub(age.as_micros() as u64)
 }

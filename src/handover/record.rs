@@ -1,4 +1,5 @@
-//! The stored form of a connection: the bytes of a message in the store, beside its descriptors.
+//! What is stored of a connection, as bytes: a message in the store, besides its descriptors. The fields are those
+//! of [`Snapshot`].
 //!
 //! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not written down. A
 //! message is a header of [`HEADER_LEN`] bytes, with a version and a count, and a [`Form`] for each record.
@@ -98,7 +99,7 @@ struct Form {
     /// Bytes delivered from the client and from the backend; of a listener, its file's device and inode.
     delivered: [u64; 2],
     /// Length of the PROXY header in bytes.
-    preface: u16,
+    header_len: u16,
     /// The first fault, or 0.
     errno: u16,
     kind: u8,
@@ -159,7 +160,7 @@ impl<Fd: AsFd> Snapshot<Fd> {
     fn encode<'a>(&'a self, fds: &mut Vec<BorrowedFd<'a>>) -> Form {
         let delivered = self.flows.each_ref().map(|flow| flow.delivered);
         let mut form =
-            Form { kind: FORWARDER, delivered, preface: self.preface, ..Form::default() };
+            Form { kind: FORWARDER, delivered, header_len: self.header_len, ..Form::default() };
         for (index, end) in self.endpoints.iter().enumerate() {
             fds.push(end.socket.as_fd());
             form.ends |= (u8::from(end.reset) | u8::from(end.gone) << 1) << (2 * index);
@@ -322,7 +323,7 @@ impl Form {
             Ok(FlowSnapshot { state, delivered: self.delivered[index], buffered })
         };
         let flows = [flow(0)?, flow(1)?];
-        Ok(Snapshot { endpoints, flows, preface: self.preface, fault })
+        Ok(Snapshot { endpoints, flows, header_len: self.header_len, fault })
     }
 }
 

@@ -239,7 +239,7 @@ mod tests {
         let endpoints = [end(), end()];
         let side = if dice.says() { Side::Client } else { Side::Backend };
         let fault = dice.says().then_some((side, Errno::CONNRESET));
-        Snapshot { endpoints, flows, preface: dice.below(300) as u16, fault }
+        Snapshot { endpoints, flows, header_len: dice.below(300) as u16, fault }
     }
 
     /// All that a record says, descriptors as the kernel knows them.
@@ -251,7 +251,7 @@ mod tests {
                 let flows = pair.flows.each_ref().map(flow);
                 format!(
                     "{:?}",
-                    (flows, pair.endpoints.each_ref().map(end), pair.preface, pair.fault)
+                    (flows, pair.endpoints.each_ref().map(end), pair.header_len, pair.fault)
                 )
             }
             _ => "client".into(),

@@ -6,7 +6,7 @@
 
 pub mod slot;
 pub mod descriptors;
-pub mod idle;
+pub mod exit_idle;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;

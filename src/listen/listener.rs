@@ -40,8 +40,8 @@ pub struct Listener {
     /// before the options were set do not have them.
     options_inherited: Cell<bool>,
     keepalive: Cell<Option<Keepalive>>,
-    /// Clients accepted in this turn of the event loop.
-    accepted: Cell<u32>,
+    /// Clients accepted since the accept loop last let other tasks run.
+    accepted_since_yield: Cell<u32>,
     /// The socket file that this program created.
     file: Option<SocketFile>,
 }
@@ -75,7 +75,7 @@ impl Listener {
             label,
             options_inherited: Cell::new(false),
             keepalive: Cell::new(None),
-            accepted: Cell::new(0),
+            accepted_since_yield: Cell::new(0),
             file,
         })
     }
@@ -94,9 +94,9 @@ impl Listener {
     /// The listener itself is broken. Transient errors are retried and logged once a minute.
     pub async fn accept(&self, descriptors: &FdBudget) -> io::Result<Accepted> {
         loop {
-            // Accepting never waits while clients are queued: open connections have their turn between.
-            if self.accepted.get() >= ACCEPTS_PER_TURN {
-                self.accepted.set(0);
+            // While clients are queued, accept(2) never returns EAGAIN, so this yields explicitly.
+            if self.accepted_since_yield.get() >= ACCEPTS_PER_TURN {
+                self.accepted_since_yield.set(0);
                 yield_now().await;
             }
             let mut ready = self.io.readable().await?;
@@ -117,7 +117,7 @@ impl Listener {
             };
             match Errno::from_io_error(&error) {
                 Some(Errno::AGAIN) => {
-                    self.accepted.set(0);
+                    self.accepted_since_yield.set(0);
                     self.options_inherited.set(true);
                     ready.clear_ready();
                 }
@@ -142,7 +142,7 @@ impl Listener {
     }
 
     fn accepted(&self, socket: OwnedFd, address: &SockAddr, permit: FdPermit) -> Accepted {
-        self.accepted.set(self.accepted.get() + 1);
+        self.accepted_since_yield.set(self.accepted_since_yield.get() + 1);
         if !self.options_inherited.get() || self.family == Family::Unix {
             set_options(&socket, self.family);
             if let Some(keepalive) = self.keepalive.get() {
@@ -200,7 +200,7 @@ impl Listener {
         }
     }
 
-    /// Returns the socket, for another event loop, and its file, which is removed when that is dropped.
+    /// Returns the socket, for another event loop, and its socket file. Dropping that removes the file.
     pub fn into_parts(self) -> (OwnedFd, Option<SocketFile>) {
         (self.io.into_inner(), self.file)
     }
@@ -295,7 +295,7 @@ pub fn configure(fd: &OwnedFd) -> io::Result<(Family, Address)> {
     Ok((family, Address::from_sockaddr(&SockRef::from(fd).local_addr()?)))
 }
 
-/// Sets the options of every client's socket.
+/// Sets the options of a listener or of an accepted socket.
 fn set_options(fd: &OwnedFd, family: Family) {
     if family == Family::Tcp {
         set_nodelay_or_warn(fd);

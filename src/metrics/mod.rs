@@ -185,7 +185,7 @@ impl Collector for Metrics {
             let labels = [("backend", backend.as_str())];
             let all = [(labels, starts.all.get())];
             encode(encoder, Counter, "backend_starts", "Starts of COMMAND.", all)?;
-            let help = "Starts of COMMAND after which it exited before or as soon as it was ready.";
+            let help = "Starts of COMMAND that failed, or after which it exited before it was ready or within 1s.";
             let failed = [(labels, starts.failed.get())];
             encode(encoder, Counter, "backend_start_failures", help, failed)?;
         }

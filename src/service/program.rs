@@ -4,7 +4,7 @@ use std::env;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use crate::backend::command::guard::Helper;
+use crate::backend::command::guard_process::Helper;
 use crate::config::{Config, Request};
 use crate::listen::activation::{Stdin, take_passed_fds, take_stdin};
 use crate::logging::{LogLevel, Logging};

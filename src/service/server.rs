@@ -22,7 +22,7 @@ use crate::counters::ListenerCounters;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::limits::descriptors::FdBudget;
-use crate::limits::idle::wait_idle;
+use crate::limits::exit_idle::wait_idle;
 use crate::limits::{ConnectionLimit, ConnectionWatch};
 use crate::listen::Sources;
 use crate::listen::accepted::AcceptedSocket;
@@ -45,7 +45,7 @@ pub struct Server {
     pub handover: Option<Arc<Handover>>,
     /// Connections restored from the previous process.
     pub restored: usize,
-    /// Whether the proxy opened the listeners itself. They close with the process then.
+    /// Whether the proxy opened the listeners itself. Without `--handover=` they close with the process.
     pub has_opened: bool,
     /// Journal entries that keep such listeners open after the exit (crash mode only).
     pub listener_entries: Vec<JournalEntry>,
@@ -74,7 +74,8 @@ impl Server {
         })
     }
 
-    /// Starts to accept, and serves a connection that was accepted before the start.
+    /// Spawns the accept loops and COMMAND's supervisor, and serves a connection that was accepted before
+    /// the start.
     pub fn start(&mut self) -> Tasks {
         if let Routes::Connection(connection) = &mut self.routes {
             if let Some((connection, backend)) = connection.take() {
@@ -149,7 +150,7 @@ impl Server {
             // From now on new clients wait in the kernel.
             tasks.accepting.shutdown().await;
             tokio::select! {
-                () = wait_until_sent(&ready) => {}
+                () = wait_until_ready_sent(&ready) => {}
                 () = signals.second() => {}
                 never = &mut maintain => match never {},
             }
@@ -183,7 +184,7 @@ impl Server {
         let mut watch = self.limit.watch();
         if let Routes::Connection(_) = self.routes {
             watch.wait_empty().await;
-            return wait_until_sent(ready).await;
+            return wait_until_ready_sent(ready).await;
         }
         loop {
             wait_idle(self.exit_idle_time, &mut watch).await;
@@ -191,7 +192,7 @@ impl Server {
                 if let Some(supervisor) = &self.supervisor {
                     supervisor.stop().await;
                 }
-                wait_until_sent(ready).await;
+                wait_until_ready_sent(ready).await;
                 if self.is_unused(&watch) {
                     return;
                 }
@@ -304,8 +305,8 @@ async fn accept_loop(
     }
 }
 
-/// Waits until `READY=1` was sent: a unit whose process ends before that has failed to systemd.
-async fn wait_until_sent(ready: &watch::Sender<bool>) {
+/// Waits until `READY=1` was sent. For systemd a Type=notify unit that ends before has failed.
+async fn wait_until_ready_sent(ready: &watch::Sender<bool>) {
     let _ = ready.subscribe().wait_for(|ready| *ready).await;
 }
 

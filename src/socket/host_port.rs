@@ -50,7 +50,7 @@ impl HostPort {
         if host.is_empty() {
             return Err(match port {
                 Some(port) if !port.is_empty() => {
-                    format!("the host is empty; of this machine it is 127.0.0.1:{port}")
+                    format!("the host is empty; for a port of this machine write 127.0.0.1:{port}")
                 }
                 _ => "the host is empty".into(),
             });

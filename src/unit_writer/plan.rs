@@ -1,4 +1,4 @@
-//! The arguments checked together: everything that can be wrong with the units is found here.
+//! The arguments checked together. What is wrong with a single value is found by its parser in `values.rs`.
 
 use std::ffi::OsString;
 use std::iter;
@@ -48,7 +48,7 @@ impl Plan {
             (
                 arguments.metrics.is_some() && arguments.idle.is_some() && is_bridge,
                 "--metrics= cannot be combined with the --idle= of a bridge: each scrape would start the \
-                 proxy again, and its counters with it.",
+                 proxy again, with its counters at zero.",
             ),
         ])?;
         let words: Vec<_> = arguments.targets.iter().map(OsString::from).collect();
@@ -133,7 +133,7 @@ fn check_addresses(arguments: &Arguments, targets: &Targets, unit: &str) -> Resu
     if let Some(metrics) = &arguments.metrics {
         let (at, mut listeners) = (address(metrics), labels.iter().map(|label| &label.address));
         if listeners.any(|listener| listener.accepts(&at) || at.accepts(listener)) {
-            return Err(format!("--metrics={metrics} is an address of --listen=."));
+            return Err(format!("--metrics={metrics} overlaps with a --listen= address."));
         }
     }
     Ok(())
@@ -180,7 +180,7 @@ mod tests {
             ),
             (
                 "--listen=8080 --target=80 app",
-                "Invalid target \"80\": that is a port; of this machine it is 127.0.0.1:80.",
+                "Invalid target \"80\": that is a port; for a port of this machine write 127.0.0.1:80.",
             ),
             (
                 "--listen=8080 --target=/a app.service",
@@ -290,7 +290,7 @@ mod tests {
             ),
             (
                 "--listen=1 --target=/a --metrics=127.0.0.1:1 app",
-                "--metrics=127.0.0.1:1 is an address of --listen=.",
+                "--metrics=127.0.0.1:1 overlaps with a --listen= address.",
             ),
             (
                 "--listen=1 --target=/a --metrics=vsock::1 app",
@@ -298,7 +298,7 @@ mod tests {
             ),
             (
                 "--listen=1 --target=/a --metrics=2 --idle=1min app",
-                "--metrics= cannot be combined with the --idle= of a bridge: each scrape would start the proxy again, and its counters with it.",
+                "--metrics= cannot be combined with the --idle= of a bridge: each scrape would start the proxy again, with its counters at zero.",
             ),
             (
                 "--listen=1 --target=/a --write=a --write=b app",

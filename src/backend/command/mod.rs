@@ -4,7 +4,7 @@
 //! [`CommandState`]. A client that needs COMMAND counts as waiting until COMMAND is ready. That count alone
 //! starts COMMAND.
 
-pub mod guard;
+pub mod guard_process;
 pub mod process;
 pub mod process_tree;
 pub mod ready;
@@ -37,7 +37,7 @@ use crate::config::timespan::TimeSpan;
 use crate::config::values::ReadyMode;
 use crate::counters::CommandCounters;
 use crate::limits::ConnectionWatch;
-use crate::limits::idle::wait_idle;
+use crate::limits::exit_idle::wait_idle;
 use crate::logging::{RateLimit, os_message};
 use crate::socket::Socket;
 
@@ -111,10 +111,10 @@ impl Supervisor {
     ///
     /// # Errors
     /// The message of a permanent error.
-    pub async fn ready(&self) -> Result<ReadyGuard, String> {
+    pub async fn ready(&self) -> Result<ReadyRun, String> {
         let mut state = self.watch();
         if *state.borrow_and_update() == CommandState::Ready {
-            return Ok(ReadyGuard(state));
+            return Ok(ReadyRun(state));
         }
         let _waiting = Waiting::new(self);
         // The present state may be the Unreachable of an earlier run, so only changes count.
@@ -122,7 +122,7 @@ impl Supervisor {
             state.changed().await.expect("the supervisor has the sender");
             let now = *state.borrow_and_update();
             match now {
-                CommandState::Ready => return Ok(ReadyGuard(state)),
+                CommandState::Ready => return Ok(ReadyRun(state)),
                 CommandState::Unreachable => return Err(self.current_error()),
                 _ => {}
             }
@@ -185,7 +185,7 @@ impl Supervisor {
             match result {
                 RunResult::StopRequested => tracing::info!("Stopping {name}."),
                 RunResult::Idle => {
-                    if let Some(suppressed) = LIFE.pass() {
+                    if let Some(suppressed) = LIFECYCLE.pass() {
                         tracing::info!("Stopping {name}, no connection for {time}.{suppressed}");
                     }
                 }
@@ -208,15 +208,15 @@ impl Supervisor {
     ) -> Result<Option<ExitStatus>, RunResult> {
         let (name, target) = (&self.command, &self.target);
         let reason = self.check_target_free(wait).await?;
-        if let Some(suppressed) = LIFE.pass() {
+        if let Some(suppressed) = LIFECYCLE.pass() {
             tracing::info!("Starting {name}, {target} does not answer yet ({reason}).{suppressed}");
         }
+        self.starts.all.add_one();
         // Opened when the guard is about to start: it removes the file if the proxy is killed.
         if let Some(place) = &self.notify {
             *notify = Some(place.open().map_err(RunResult::Failed)?);
         }
         let notify = notify.as_ref();
-        self.starts.all.add_one();
         let start = Instant::now();
         let failed = |error: io::Error| {
             RunResult::Failed(format!("Failed to start {name}: {}", os_message(&error)))
@@ -232,7 +232,7 @@ impl Supervisor {
             connected = self.wait_until_ready(notify, wait, tree) => connected?,
             never = self.warn_if_slow() => match never {},
         };
-        if let Some(suppressed) = LIFE.pass() {
+        if let Some(suppressed) = LIFECYCLE.pass() {
             let took = Duration::from_millis(start.elapsed().as_millis() as u64);
             tracing::info!("{name} is ready after {}.{suppressed}", TimeSpan::new(took));
         }
@@ -296,7 +296,7 @@ impl Supervisor {
     /// Logs once, after a while, why COMMAND is not ready.
     async fn warn_if_slow(&self) -> Infallible {
         sleep(SLOW).await;
-        if let Some(suppressed) = LIFE.pass() {
+        if let Some(suppressed) = LIFECYCLE.pass() {
             let (name, time, error) = (&self.command, TimeSpan::new(SLOW), self.current_error());
             tracing::warn!("{name} is not ready after {time}: {error}.{suppressed}");
         }
@@ -313,7 +313,7 @@ impl Supervisor {
                 if let Some(suppressed) = FAILURES.pass() {
                     let status = describe_status(status);
                     tracing::warn!(
-                        "{name} has ended ({status}), the next client starts it again.{suppressed}"
+                        "{name} has ended ({status}); the next client starts it again.{suppressed}"
                     );
                 }
                 (CommandState::Stopped, Duration::ZERO)
@@ -365,9 +365,9 @@ impl Supervisor {
 
 /// A run of COMMAND that was ready.
 #[derive(Debug)]
-pub struct ReadyGuard(watch::Receiver<CommandState>);
+pub struct ReadyRun(watch::Receiver<CommandState>);
 
-impl ReadyGuard {
+impl ReadyRun {
     /// Waits until COMMAND is not ready any more: it has exited, or is about to be stopped.
     pub async fn ended(&mut self) {
         let _ = self.0.changed().await;
@@ -390,9 +390,13 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// The pause between two starts that fail: at first, and after so many doublings at most.
+/// The pause after the first failed start. It doubles with each further one.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
+
+/// The longest pause after a failed start.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// After so many doublings the pause is above its maximum. Further ones would overflow.
 const DOUBLINGS_MAX: u32 = 7;
 
 /// A run that was ready for this long is not a failed start, however it ends.
@@ -408,6 +412,6 @@ const CHECK_AGAIN: Duration = Duration::from_millis(100);
 /// How long COMMAND may run without being ready before that is logged.
 const SLOW: Duration = Duration::from_secs(10);
 
-static LIFE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
+static LIFECYCLE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
 static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 static OBSTACLES: RateLimit = RateLimit::new(1, Duration::from_secs(10));

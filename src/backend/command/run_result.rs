@@ -2,7 +2,7 @@
 
 use std::process::ExitStatus;
 
-use crate::backend::connect::ConnectError;
+use crate::backend::connect_error::ConnectError;
 use crate::config::command::CommandLine;
 
 pub enum RunResult {
