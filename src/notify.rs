@@ -70,7 +70,7 @@ impl Notifier {
                 Err(error) => {
                     if let Some(suppressed) = UNSENT.pass() {
                         let error = os_message(&error);
-                        tracing::warn!("Failed to notify systemd, ignoring: {error}{suppressed}");
+                        tracing::warn!("Failed to notify systemd, ignoring: {error}.{suppressed}");
                     }
                     return false;
                 }

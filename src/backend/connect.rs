@@ -188,7 +188,7 @@ async fn connect_with_resources(
             Err(error) if errno_kind(&error) == ConnectErrorKind::Resources => {
                 if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
                     tracing::error!(
-                        "Failed to open a socket to the backend, trying again: {}{suppressed}",
+                        "Failed to open a socket to the backend, trying again: {}.{suppressed}",
                         os_message(&error)
                     );
                 }

@@ -140,7 +140,7 @@ impl EventLoops {
                 self.retry_at.set(Some(Instant::now() + RETRY_AFTER));
                 if let Some(suppressed) = NO_THREAD.pass() {
                     tracing::error!(
-                        "Failed to start a thread, serving with {}: {}{suppressed}",
+                        "Failed to start a thread, serving with {}: {}.{suppressed}",
                         1 + running,
                         os_message(&error)
                     );

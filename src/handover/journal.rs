@@ -378,7 +378,6 @@ mod tests {
     use std::os::fd::BorrowedFd;
 
     use super::*;
-    use crate::handover::queue::Queue;
     use crate::handover::replay::replay;
 
     fn listener() -> OwnedFd {

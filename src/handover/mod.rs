@@ -170,7 +170,7 @@ impl Handover {
                     // Out of descriptors: storing the others first frees theirs.
                     Err(_) if !bodies.is_empty() => break,
                     Err(error) => {
-                        tracing::error!("Failed to store a connection: {}", os_message(&error));
+                        tracing::error!("Failed to store a connection: {}.", os_message(&error));
                         break;
                     }
                 }

@@ -131,7 +131,7 @@ impl Listener {
                         let error = os_message(&error);
                         tracing::warn!(
                             listener = %self,
-                            "Failed to accept, trying again: {error}{suppressed}"
+                            "Failed to accept, trying again: {error}.{suppressed}"
                         );
                     }
                     drop(permit);
@@ -278,7 +278,7 @@ impl Accepted {
                     tracing::error!(
                         %client,
                         %listener,
-                        "Failed to watch a connection, closing it: {error}{suppressed}"
+                        "Failed to watch a connection, closing it: {error}.{suppressed}"
                     );
                 }
                 None

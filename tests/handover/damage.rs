@@ -40,7 +40,7 @@ const DAMAGED: [Damaged; 5] = [
     ("a file as the queue", file_as_the_queue, "damaged"),
     ("one end of the queue", one_end_of_the_queue, "damaged"),
     ("sockets of another type", stream_sockets_as_the_queue, "damaged"),
-    ("unknown descriptors", unknown_descriptors, "closing it: config, peer."),
+    ("unknown descriptors", unknown_descriptors, "are not listening sockets: config, peer."),
     ("messages that are not records", foreign_messages, "can't be taken back, closing them: 3."),
 ];
 

@@ -1,6 +1,6 @@
 //! Listeners between two processes: passed by systemd, or opened by `--listen=` and stored.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 
 use rustix::process::Signal;
@@ -37,20 +37,23 @@ pub(crate) fn register(trials: &mut Trials) {
 }
 
 fn waiting_client_stays_with_its_listener(Mode { handover, end }: Mode) {
-    let wildcard = |address: &str, domain| {
+    let wildcard = |address: &str, domain| -> io::Result<Socket> {
         let address: SocketAddr = address.parse().unwrap();
-        let socket = Socket::new(domain, Type::STREAM, None).unwrap();
+        let socket = Socket::new(domain, Type::STREAM, None)?;
         if address.is_ipv6() {
-            socket.set_only_v6(true).unwrap();
+            socket.set_only_v6(true)?;
         }
-        socket.bind(&address.into()).unwrap();
-        socket.listen(16).unwrap();
-        socket
+        socket.bind(&address.into())?;
+        socket.listen(16)?;
+        Ok(socket)
     };
-
-    let six = wildcard("[::]:0", Domain::IPV6);
-    let port = six.local_addr().unwrap().as_socket().unwrap().port();
-    let four = wildcard(&format!("0.0.0.0:{port}"), Domain::IPV4);
+    // A connection of another test may have the port on an IPv4 address: then the next is tried.
+    let pair = || {
+        let six = wildcard("[::]:0", Domain::IPV6).unwrap();
+        let port = six.local_addr().unwrap().as_socket().unwrap().port();
+        Some((six, wildcard(&format!("0.0.0.0:{port}"), Domain::IPV4).ok()?, port))
+    };
+    let (six, four, port) = (0..100).find_map(|_| pair()).expect("a port is free in both families");
     let backends = [free_port(), free_port()];
     let systemd = FakeSystemd::with_fd_store(8);
     let launch = || {
@@ -221,7 +224,7 @@ fn unknown_descriptor_is_not_a_listener() {
         &backend.target,
     ]);
     let proxy = launch.stored_by(&systemd).start();
-    proxy.lines.wait_for("closing it: config.");
+    proxy.lines.wait_for("not listening sockets: config.");
     systemd.wait_for("READY=1");
     assert_echoes(&mut connect(&listen.parse::<SocketAddr>().unwrap().into()));
 }

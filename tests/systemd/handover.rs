@@ -416,7 +416,8 @@ fn garbage(container: &Container) {
     let mut client = container.inside(|| connect(&address(front)));
     assert_echoes(&mut client);
     let journal = container.run(&["journalctl", "-u", "garbage.service", "-o", "cat"]);
-    let strangers = ["closing it: config, peer.", "closing it: peer, config."];
+    let strangers =
+        ["not listening sockets: config, peer.", "not listening sockets: peer, config."];
     assert!(strangers.iter().any(|line| journal.contains(line)), "{journal}");
     assert!(journal.contains("The store is damaged, closing it"), "{journal}");
     assert_eq!(container.show("garbage.service")["NFileDescriptorStore"], "2");
