@@ -5,7 +5,7 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::socket::address::{Address, UnixName, parse_vsock};
-use crate::socket::host_port::HostPort;
+use crate::socket::host_port::{HostPort, Port};
 
 /// The value of `--listen=`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +44,17 @@ impl ListenAddress {
             return Ok(Self::Any(port));
         }
         HostPort::parse(text, None).map(Self::Host)
+    }
+}
+
+impl ListenAddress {
+    /// Whether the kernel picks the port.
+    pub fn has_any_port(&self) -> bool {
+        match self {
+            Self::Any(port) => *port == 0,
+            Self::Host(host_port) => host_port.port == Port::Number(0),
+            Self::Unix(_) | Self::Vsock(_) => false,
+        }
     }
 }
 

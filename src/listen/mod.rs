@@ -30,7 +30,8 @@ pub enum Sources {
 }
 
 impl Sources {
-    /// Takes the passed sockets, or opens `addresses`, reusing listeners of the previous process.
+    /// Takes the passed sockets, or opens `addresses`, reusing listeners of the previous process. Those that are
+    /// left in `stored` are no longer configured.
     ///
     /// # Errors
     /// A line for the log on a socket that is missing or not usable.
@@ -52,16 +53,18 @@ impl Sources {
             }
             (true, false) => Self::from_passed(passed),
             (false, true) => {
-                let mut listeners = Vec::new();
-                for address in addresses {
+                // Port 0 takes any stored listener, so the addresses that name one come first.
+                let mut in_turn: Vec<_> = addresses.iter().enumerate().collect();
+                in_turn.sort_by_key(|(_, address)| address.has_any_port());
+                let mut opened = Vec::new();
+                for (index, address) in in_turn {
                     for listener in bind::open(address, stored).await? {
                         tracing::info!("Listening on {listener}.");
-                        listeners.push(Rc::new(listener));
+                        opened.push((index, Rc::new(listener)));
                     }
                 }
-                // These addresses are no longer configured.
-                stored.drain(..).for_each(StoredListener::close);
-                Ok(Self::Listeners(listeners))
+                opened.sort_by_key(|(index, _)| *index);
+                Ok(Self::Listeners(opened.into_iter().map(|(_, listener)| listener).collect()))
             }
         }
     }

@@ -15,6 +15,7 @@ use crate::handover::journal::JournalEntry;
 use crate::handover::replay::{Leftovers, RestoredRecord};
 use crate::limits::slot::Slot;
 use crate::listen::listener::{Accepted, Listener, ListenerInfo};
+use crate::listen::stored::StoredListener;
 use crate::notify::Notifier;
 use crate::service::server::Server;
 use crate::socket::address::{Address, SocketLabel};
@@ -33,6 +34,8 @@ pub fn take_over(server: &Server, leftovers: Leftovers) {
         );
     }
     server.routes.listeners().iter().for_each(|(listener, _)| listener.unlink_on_drop(true));
+    // The others are no longer configured. Before this point a start that fails leaves them as they are.
+    leftovers.listeners.into_iter().for_each(StoredListener::close);
     // The listeners that are still used have new entries.
     leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
     leftovers.forwarders.into_iter().for_each(|record| restore_connection(server, record));
@@ -90,8 +93,15 @@ fn restored_slot(server: &Server, listener: &ListenerInfo) -> Slot {
 /// Finds the listener that accepted a socket, by the socket's own address, and its backend.
 fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo>, Option<usize>) {
     let local = or_unnamed(client.local_addr());
+    // An accepted socket inherits BindToDevice=. A listener without it accepts from all devices.
+    let device = client.device().ok().flatten();
+    let device_of = |listener: &Listener| SockRef::from(listener).device().ok().flatten();
+    let listeners = server.routes.listeners().iter().map(|it| (device_of(&it.0), it));
+    let mut listeners: Vec<_> =
+        listeners.filter(|(bound, _)| bound.is_none() || *bound == device).collect();
+    listeners.sort_by_key(|(bound, _)| bound.is_none());
     let find = |matches: &dyn Fn(&Listener, &Address) -> bool| {
-        let mut listeners = server.routes.listeners().iter();
+        let mut listeners = listeners.iter().map(|(_, it)| *it);
         listeners.find(|(listener, _)| matches(listener, &listener.label().address))
     };
     // The listener itself has the socket's family. A listener that has replaced it may be of the other

@@ -30,6 +30,16 @@ pub(crate) fn register(trials: &mut Trials) {
             move || address_is_spelled_differently(mode),
         );
     }
+    for mode in MODES {
+        trials.add(
+            format!("a start that fails leaves the stored listeners and their clients, {mode}"),
+            move || failed_start_leaves_listeners(mode),
+        );
+        trials.add(
+            format!("port 0 does not take the stored listener of another --listen=, {mode}"),
+            move || port_0_comes_last(mode),
+        );
+    }
     trials.add(
         "an unknown stored descriptor is not taken for a listener",
         unknown_descriptor_is_not_a_listener,
@@ -227,4 +237,36 @@ fn unknown_descriptor_is_not_a_listener() {
     proxy.lines.wait_for("not listening sockets: config.");
     systemd.wait_for("READY=1");
     assert_echoes(&mut connect(&listen.parse::<SocketAddr>().unwrap().into()));
+}
+
+fn failed_start_leaves_listeners(Mode { handover, end }: Mode) {
+    let (systemd, backend) = (FakeSystemd::with_fd_store(8), Endpoint::new(Family::Unix));
+    let port = free_port();
+    let target = format!(":{port}={}", backend.target);
+    let launch = |listen: String| {
+        let launch = Launch::new(OURS).args([&format!("--handover={handover}"), &listen, &target]);
+        launch.stored_by(&systemd).start()
+    };
+    let mut proxy = launch(format!("--listen=127.0.0.1:{port}"));
+    systemd.wait_for("READY=1");
+    stop(&mut proxy, end);
+    let mut client = connect(&SocketAddr::from(([127, 0, 0, 1], port)).into());
+    // The selector names a port that is not listened on any more.
+    assert!(!launch(format!("--listen=127.0.0.1:{}", free_port())).wait().success());
+    let _proxy = launch(format!("--listen=127.0.0.1:{port}"));
+    assert_forwards(&mut client, &mut backend.accept());
+}
+
+fn port_0_comes_last(Mode { handover, end }: Mode) {
+    let (systemd, backend) = (FakeSystemd::with_fd_store(8), Endpoint::new(Family::Unix));
+    let fixed = format!("--listen=127.0.0.1:{}", free_port());
+    let launch = |listen: &[&str]| {
+        let launch = Launch::new(OURS).arg(format!("--handover={handover}")).args(listen);
+        let running = launch.arg(&backend.target).stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
+        running
+    };
+    let mut proxy = launch(&[&fixed]);
+    stop(&mut proxy, end);
+    let _proxy = launch(&["--listen=127.0.0.1:0", &fixed]);
 }
