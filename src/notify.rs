@@ -32,7 +32,8 @@ impl Notifier {
     /// Opens a socket to `$NOTIFY_SOCKET`, a path or an abstract name. A value that cannot be used is
     /// logged and ignored.
     pub fn from_environment() -> Self {
-        Self(env::var_os("NOTIFY_SOCKET").and_then(|name| {
+        let name = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
+        Self(name.and_then(|name| {
             let opened = open(&name).inspect_err(|error| {
                 tracing::warn!("Failed to use NOTIFY_SOCKET={name:?}, ignoring: {error}");
             });

@@ -284,9 +284,9 @@ impl Load {
         if is_tcp {
             let _ = socket.set_tcp_nodelay(true);
         }
-        if let Err(error) = socket.connect(&to)
-            && Errno::from_io_error(&error) != Some(Errno::INPROGRESS)
-        {
+        let in_progress =
+            |error: &std::io::Error| Errno::from_io_error(error) == Some(Errno::INPROGRESS);
+        if socket.connect(&to).is_err_and(|error| !in_progress(&error)) {
             self.stats.failures += 1;
             return;
         }

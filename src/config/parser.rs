@@ -77,11 +77,8 @@ pub fn expand(args: &mut [OsString], first: &[&str], all: impl Fn(&str) -> bool)
         };
         let mut meant = first.iter().filter(|it| it.starts_with(name));
         // `all` comes last: it may cost something, and few words are abbreviations.
-        if let (Some(meant), None) = (meant.next(), meant.next())
-            && !name.is_empty()
-            && *meant != name
-            && !all(name)
-        {
+        let (Some(meant), None) = (meant.next(), meant.next()) else { continue };
+        if !name.is_empty() && *meant != name && !all(name) {
             let value = value.map(|value| format!("={value}")).unwrap_or_default();
             *arg = format!("--{meant}{value}").into();
         }
