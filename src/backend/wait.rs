@@ -1,9 +1,9 @@
 //! `--backend-wait=`: clients wait until their backend can be reached.
 //!
-//! While a backend cannot be reached *yet* (`ConnectError::is_transient`), a single prober tries again and again, however many clients
-//! wait: 200 clients cost one connect(2) every 100 ms. When a probe succeeds, all clients go on. One of them
-//! gets the prober's connection, so that a backend that serves only one connection does not spend it on
-//! a probe. The prober ends when no client waits.
+//! While a backend cannot be reached *yet* (`ConnectError::is_transient`), a single prober tries again and
+//! again, however many clients wait: 200 clients cost one connect(2) every 100 ms. When a probe succeeds, all
+//! clients go on. One of them gets the prober's connection, so that a backend that serves only one
+//! connection does not spend it on a probe. The prober ends when no client waits.
 //!
 //! With several event loops there is still one prober for each target. It runs on the loop that started it,
 //! and the clients of all loops wait for it ([`SharedProbe`]).

@@ -38,7 +38,7 @@ impl Forwarder {
                 if is_edge || self.is_detach_requested() {
                     return Ok(true);
                 }
-                // A report is no progress: the deadline stays.
+                // A report does not count as progress: the deadline stays.
                 self.report_if_requested(report);
                 continue;
             }

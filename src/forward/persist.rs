@@ -106,18 +106,18 @@ impl Forwarder {
         self.journal = Some(journal);
         // Even without a journal: the stored references keep the sockets open.
         self.endpoints.iter().for_each(|end| end.socket.mark_shared());
-        let has_vsock = self.endpoints.iter().any(|end| end.socket.family() == Family::Vsock);
+        // A vsock connection is not stored: see --handover= in socket-proxyd(8).
+        if self.endpoints.iter().any(|end| end.socket.family() == Family::Vsock) {
+            return self.drop_journal(None);
+        }
         let mut flows = self.flows.iter_mut();
-        let has_pipes =
-            flows.all(|flow| flow.is_storable() || flow.attach_stored_pipe(&self.shared).is_ok());
-        if has_vsock {
-            self.drop_journal(None);
-        } else if !has_pipes {
+        if flows.all(|flow| flow.is_storable() || flow.attach_stored_pipe(&self.shared).is_ok()) {
+            self.update_journal();
+        } else {
             self.drop_journal(Some(
                 "there is no pipe for it; see pipe-user-pages-soft in pipe(7), and LimitNOFILE=",
             ));
         }
-        self.update_journal();
     }
 
     /// Stores the snapshot as it is now.

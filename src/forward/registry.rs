@@ -87,7 +87,7 @@ impl Registry {
         self.wake_all();
     }
 
-    /// Visits the connections for as long as the event loop lives, and closes those that are idle.
+    /// Visits the connections for as long as the event loop lives. Those that are idle are woken, and close.
     pub async fn sweep(self: Rc<Self>) {
         let Some(idle_time) = self.idle_time else { return };
         loop {

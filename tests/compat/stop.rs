@@ -34,7 +34,7 @@ fn idle_exit(program: &Path) {
     let mut client = front.connect();
     assert_echoes(&mut client);
     pause(Duration::from_millis(500));
-    assert!(proxy.is_running(), "a connection is no idleness");
+    assert!(proxy.is_running(), "an open connection is not idle");
     assert_echoes(&mut client);
     drop(client);
     assert_eq!(proxy.wait().code(), Some(0));

@@ -53,11 +53,7 @@ impl Suite {
         name: impl Into<String>,
         test: impl FnOnce(&Container) + Send + 'static,
     ) {
-        let this = Arc::clone(self);
-        trials.add(name, move || {
-            let _slot = Slots::take(1);
-            test(&this.container());
-        });
+        self.add(1, trials, name, test);
     }
 
     /// Adds tests that use the same names: one of them runs at a time.
@@ -79,9 +75,19 @@ impl Suite {
         name: impl Into<String>,
         test: impl FnOnce(&Container) + Send + 'static,
     ) {
+        self.add(SLOTS, trials, name, test);
+    }
+
+    fn add(
+        self: &Arc<Self>,
+        slots: usize,
+        trials: &mut Trials,
+        name: impl Into<String>,
+        test: impl FnOnce(&Container) + Send + 'static,
+    ) {
         let this = Arc::clone(self);
         trials.add(name, move || {
-            let _slots = Slots::take(SLOTS);
+            let _slots = Slots::take(slots);
             test(&this.container());
         });
     }

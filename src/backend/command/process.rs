@@ -1,7 +1,7 @@
 //! One run of COMMAND, as the proxy sees it, through the guard's socket.
 //!
-//! The proxy sends COMMAND's words to the [guard process](crate::backend::command::guard_process), and later [`STOP`].
-//! The guard sends [`Event`]s. When the proxy is gone, the guard reads the end of the stream.
+//! The proxy sends COMMAND's words to the [guard process](crate::backend::command::guard_process), and later
+//! [`STOP`]. The guard sends [`Event`]s. When the proxy is gone, the guard reads the end of the stream.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
