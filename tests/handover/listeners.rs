@@ -1,8 +1,9 @@
 //! Listeners between two processes: passed by systemd, or opened by `--listen=` and stored.
 
-use std::io::{self, Read, Write};
-use std::net::SocketAddr;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, SocketAddrV6, TcpStream};
 
+use rustix::net::netdevice::name_to_index;
 use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -31,6 +32,14 @@ pub(crate) fn register(trials: &mut Trials) {
         );
     }
     for mode in MODES {
+        trials.add(
+            format!("a link-local listener is not reused for another interface, {mode}"),
+            move || link_local_listener_keeps_its_interface(mode),
+        );
+        trials.add(
+            format!("a waiting client stays with the listener of its interface, {mode}"),
+            move || waiting_client_stays_with_its_interface(mode),
+        );
         trials.add(
             format!("a start that fails leaves the stored listeners and their clients, {mode}"),
             move || failed_start_leaves_listeners(mode),
@@ -269,4 +278,87 @@ fn port_0_comes_last(Mode { handover, end }: Mode) {
     let mut proxy = launch(&[&fixed]);
     stop(&mut proxy, end);
     let _proxy = launch(&["--listen=127.0.0.1:0", &fixed]);
+}
+
+fn link_local_listener_keeps_its_interface(Mode { handover, end }: Mode) {
+    if !is_root_for("link-local listeners") {
+        return;
+    }
+    let home = NetworkNamespace::new();
+    for name in ["east", "west"] {
+        home.run(&format!("ip link add {name} type veth peer name {name}-peer"));
+        home.run(&format!("ip link set {name}-peer up"));
+        home.run(&format!("ip link set {name} up"));
+        home.run(&format!("ip address add fe80::1/64 dev {name} nodad"));
+    }
+    home.run("ip link set lo up");
+    home.inside(|| {
+        let (systemd, backend) = (FakeSystemd::with_fd_store(8), Endpoint::new(Family::Unix));
+        let launch = |listen: &[&str]| {
+            let launch = Launch::new(OURS).arg(format!("--handover={handover}")).args(listen);
+            let running = launch.arg(&backend.target).stored_by(&systemd).start();
+            systemd.wait_for("READY=1");
+            running
+        };
+        let mut proxy = launch(&["--listen=[fe80::1%east]:4000", "--listen=[fe80::1%west]:4000"]);
+        stop(&mut proxy, end);
+        let _proxy = launch(&["--listen=[fe80::1%west]:4000"]);
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        let index = |name: &str| name_to_index(&socket, name).unwrap();
+        let address = |name| SocketAddrV6::new("fe80::1".parse().unwrap(), 4000, 0, index(name));
+        assert_forwards(
+            &mut connect(&SocketAddr::V6(address("west")).into()),
+            &mut backend.accept(),
+        );
+        let refused = TcpStream::connect(address("east")).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    });
+}
+
+fn waiting_client_stays_with_its_interface(Mode { handover, end }: Mode) {
+    if !is_root_for("listeners of an interface") {
+        return;
+    }
+    let (home, outside) = (NetworkNamespace::new(), NetworkNamespace::new());
+    home.run(&format!("ip link add here type veth peer name there netns {}", outside.pid()));
+    home.run("ip address add 192.0.2.1/24 dev here");
+    home.run("ip link set here up");
+    home.run("ip link set lo up");
+    outside.run("ip address add 192.0.2.2/24 dev there");
+    outside.run("ip link set there up");
+    let listeners = home.inside(|| {
+        [("lo", "lo"), ("here", "outside")].map(|(interface, name)| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind_device(Some(interface.as_bytes())).unwrap();
+            socket.bind(&SocketAddr::from(([0, 0, 0, 0], 4000)).into()).unwrap();
+            socket.listen(16).unwrap();
+            (name, socket)
+        })
+    });
+    let systemd = FakeSystemd::with_fd_store(8);
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let launch = || {
+        let launch = listeners.iter().fold(Launch::new(OURS), |launch, (name, socket)| {
+            launch.named_socket(name, socket).arg(format!("{name}={}", path(name).display()))
+        });
+        let launch = launch.arg(format!("--handover={handover}")).arg("--backend-wait=1min");
+        let running = launch.stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
+        running
+    };
+    let mut proxy = launch();
+    let address = SocketAddr::from(([192, 0, 2, 1], 4000)).into();
+    let mut client = outside.inside(|| connect(&address));
+    client.write_all(b"hello").unwrap();
+    proxy.lines.wait_for("Failed to connect to remote host");
+    stop(&mut proxy, end);
+    let proxy = launch();
+    proxy.lines.wait_for("Recovered connections: 1.");
+    let backends = ["lo", "outside"].map(|name| Endpoint::unix(&path(name), 16));
+    let mut served = backends[1].accept();
+    let mut read = [0; 5];
+    served.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"hello");
 }

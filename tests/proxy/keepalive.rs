@@ -1,14 +1,10 @@
 //! `--keepalive=`: the timer on both sides, and a peer that vanishes.
 
-use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::fd::AsFd;
-use std::process::{Child, Command, Stdio};
-use std::thread;
+use std::process::Command;
 use std::time::Duration;
 
 use crate::support::*;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::time::Instant;
 
 /// What ss(8) says of the connections with one of these ports on a side.
@@ -37,46 +33,6 @@ fn sets_the_timer_on_both_sides() {
     }
 }
 
-/// A process in a network namespace of its own; ended when this is dropped.
-struct Apart(Child);
-
-impl Apart {
-    /// Starts a command there, and waits until it is there.
-    fn start(words: &[&str]) -> Self {
-        let mut command = Command::new("unshare");
-        command.arg("--net").args(words).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let this = Self(command.spawn().unwrap());
-        let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
-        let is_apart = || {
-            let its = network(&this.0.id().to_string());
-            (its.is_some() && its != network("self")).then_some(())
-        };
-        poll_until(Instant::now() + TIMEOUT, is_apart).expect("it has its network");
-        this
-    }
-
-    /// Runs a command in its network.
-    fn run(&self, words: &str) {
-        let mut command = Command::new("nsenter");
-        command.args(["--net", "--target", &self.0.id().to_string()]).args(words.split(' '));
-        assert!(command.status().unwrap().success(), "{words}");
-    }
-
-    /// Moves this thread, and what it starts from now on, into its network.
-    fn enter(&self) {
-        let namespace = fs::File::open(format!("/proc/{}/ns/net", self.0.id())).unwrap();
-        let network = Some(LinkNameSpaceType::Network);
-        move_into_link_name_space(namespace.as_fd(), network).unwrap();
-    }
-}
-
-impl Drop for Apart {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn notices_a_peer_that_vanishes() {
     let _turn = measuring();
@@ -86,26 +42,22 @@ fn notices_a_peer_that_vanishes() {
     let connect = "use Socket; socket(S, PF_INET, SOCK_STREAM, 0) or die; <STDIN>; $| = 1; \
                    connect(S, pack_sockaddr_in(4000, inet_aton('192.0.2.1'))) or die $!; \
                    print \"connected\\n\"; sleep";
-    let (home, mut peer) = (Apart::start(&["cat"]), Apart::start(&["perl", "-e", connect]));
-    home.run(&format!("ip link add here type veth peer name there netns {}", peer.0.id()));
+    let (home, mut peer) =
+        (NetworkNamespace::new(), NetworkNamespace::start(&["perl", "-e", connect]));
+    home.run(&format!("ip link add here type veth peer name there netns {}", peer.pid()));
     home.run("ip address add 192.0.2.1/24 dev here");
     home.run("ip link set here up");
     peer.run("ip address add 192.0.2.2/24 dev there");
     peer.run("ip link set there up");
-    // A thread of its own, since it does not come back.
     let backend = Endpoint::new(Family::Unix);
-    let proxy = thread::scope(|scope| {
-        let start = || {
-            home.enter();
-            let options = ["--listen=192.0.2.1:4000", "--keepalive=1s", &backend.target];
-            Launch::new(OURS).args(options).start()
-        };
-        scope.spawn(start).join().unwrap()
+    let proxy = home.inside(|| {
+        let options = ["--listen=192.0.2.1:4000", "--keepalive=1s", &backend.target];
+        Launch::new(OURS).args(options).start()
     });
     proxy.lines.wait_for("Listening on");
-    drop(peer.0.stdin.take());
+    drop(peer.process.stdin.take());
     let mut line = String::new();
-    BufReader::new(peer.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    BufReader::new(peer.process.stdout.take().unwrap()).read_line(&mut line).unwrap();
     assert_eq!(line, "connected\n");
     let mut connection = backend.accept();
     peer.run("ip link set there down");

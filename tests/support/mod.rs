@@ -3,6 +3,7 @@
 
 mod fake_systemd;
 pub mod floods;
+mod network;
 mod process;
 mod sockets;
 mod trials;
@@ -10,6 +11,7 @@ pub mod urgent;
 mod wait;
 
 pub use fake_systemd::FakeSystemd;
+pub use network::{NetworkNamespace, inside};
 pub use process::{Launch, Lines, Running, raise_descriptor_limit, run};
 pub use sockets::*;
 pub use trials::{Trials, is_root_for, skip};

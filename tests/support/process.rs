@@ -18,7 +18,8 @@ use super::{Endpoint, FakeSystemd, TIMEOUT, poll_until};
 pub struct Launch {
     program: PathBuf,
     args: Vec<String>,
-    sockets: Vec<OwnedFd>,
+    /// Names and sockets to pass.
+    sockets: Vec<(String, OwnedFd)>,
     env: Vec<(&'static str, String)>,
     before_exec: String,
     hosts: Option<PathBuf>,
@@ -58,8 +59,13 @@ impl Launch {
     }
 
     /// Passes a socket.
-    pub fn socket(mut self, socket: &impl AsFd) -> Self {
-        self.sockets.push(socket.as_fd().try_clone_to_owned().unwrap());
+    pub fn socket(self, socket: &impl AsFd) -> Self {
+        self.named_socket("front", socket)
+    }
+
+    /// Passes a socket whose name matters. Only [`Launch::stored_by`] passes names.
+    pub fn named_socket(mut self, name: &str, socket: &impl AsFd) -> Self {
+        self.sockets.push((name.into(), socket.as_fd().try_clone_to_owned().unwrap()));
         self
     }
 
@@ -75,11 +81,12 @@ impl Launch {
     /// Notifies a fake systemd and passes what its store holds, behind the listeners so far.
     pub fn stored_by(self, systemd: &FakeSystemd) -> Self {
         let stored = systemd.fd_store.stored();
-        let names =
-            self.sockets.iter().map(|_| "front").chain(stored.iter().map(|(name, _)| &**name));
-        let names = names.collect::<Vec<_>>().join(":");
-        let launch = self.notify(systemd).env("LISTEN_FDNAMES", names);
-        stored.iter().fold(launch, |launch, (_, fd)| launch.socket(fd))
+        let launch = stored
+            .iter()
+            .fold(self.notify(systemd), |launch, (name, fd)| launch.named_socket(name, fd));
+        let names: Vec<_> = launch.sockets.iter().map(|(name, _)| &**name).collect();
+        let names = names.join(":");
+        launch.env("LISTEN_FDNAMES", names)
     }
 
     /// Sets both limits on descriptors.
@@ -160,7 +167,7 @@ impl Launch {
         }
         command.envs(self.env);
         let mappings = self.sockets.into_iter().zip(3..);
-        let mappings = mappings.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
+        let mappings = mappings.map(|((_, parent_fd), child_fd)| FdMapping { parent_fd, child_fd });
         command.fd_mappings(mappings.collect()).unwrap();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();

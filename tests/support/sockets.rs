@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -54,17 +55,8 @@ impl Endpoint {
             Family::Tcp => Self::tcp("127.0.0.1:0", backlog),
             Family::Unix => {
                 let directory = TempDir::new().unwrap();
-                let path = directory.path().join("socket");
-                let address = SockAddr::unix(&path).unwrap();
-                let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
-                socket.bind(&address).unwrap();
-                socket.listen(backlog).unwrap();
-                Self {
-                    socket,
-                    target: path.to_str().unwrap().into(),
-                    address,
-                    _directory: Some(directory),
-                }
+                let endpoint = Self::unix(&directory.path().join("socket"), backlog);
+                Self { _directory: Some(directory), ..endpoint }
             }
         }
     }
@@ -79,6 +71,14 @@ impl Endpoint {
         socket.listen(backlog).unwrap();
         let address = socket.local_addr().unwrap();
         Self { socket, target: address.as_socket().unwrap().to_string(), address, _directory: None }
+    }
+
+    pub fn unix(path: &Path, backlog: i32) -> Self {
+        let address = SockAddr::unix(path).unwrap();
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        socket.bind(&address).unwrap();
+        socket.listen(backlog).unwrap();
+        Self { socket, target: path.to_str().unwrap().into(), address, _directory: None }
     }
 
     pub fn port(&self) -> u16 {
