@@ -67,7 +67,7 @@ pub mod testing {
     pub use crate::config::timespan::TimeSpan;
     pub use crate::counters::{ByteCounters, Gauge};
     pub use crate::forward::flow::LoopBuffers;
-    pub use crate::forward::pipe::Limits;
+    pub use crate::forward::pipe::PipeLimits;
     pub use crate::forward::{CloseReason, Forwarder, Outcome, Summary};
     pub use crate::handover::queue::Queue;
     pub use crate::handover::record::{Record, RecordBody, encode_message, record_ids};

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use socket_proxyd::testing::{
-    self as proxy, CloseReason, Forwarder, Gauge, Limits, LoopBuffers, Summary,
+    self as proxy, CloseReason, Forwarder, Gauge, LoopBuffers, PipeLimits, Summary,
 };
 use socket2::Socket;
 use support::*;
@@ -122,11 +122,15 @@ impl Forwarding {
         pipes_max: usize,
         preface: Vec<u8>,
     ) -> Self {
-        let limits = Limits { max: pipes_max, held: 16 };
+        let limits = PipeLimits { max: pipes_max, held: 16 };
         Self::join_within(families, pairs, swapped, limits, preface)
     }
 
-    fn limited(families: (Family, Family), pairs: [(Socket, Socket); 2], limits: Limits) -> Self {
+    fn limited(
+        families: (Family, Family),
+        pairs: [(Socket, Socket); 2],
+        limits: PipeLimits,
+    ) -> Self {
         Self::join_within(families, pairs, false, limits, Vec::new())
     }
 
@@ -134,7 +138,7 @@ impl Forwarding {
         (near, far): (Family, Family),
         pairs: [(Socket, Socket); 2],
         swapped: bool,
-        limits: Limits,
+        limits: PipeLimits,
         preface: Vec<u8>,
     ) -> Self {
         let [(near_outer, near_inner), (far_outer, far_inner)] = pairs;
@@ -301,7 +305,7 @@ fn copies_without_pipes(near: Family, far: Family) {
 fn small_sink(far: Family) {
     let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
     pairs[1].1.set_send_buffer_size(4608).unwrap();
-    let pair = Forwarding::limited((Family::Tcp, far), pairs, Limits { max: 8, held: 0 });
+    let pair = Forwarding::limited((Family::Tcp, far), pairs, PipeLimits { max: 8, held: 0 });
     assert_eq!(pair.carry_one_way().pipes, 0, "a pipe was made for {far:?}");
 }
 

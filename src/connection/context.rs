@@ -11,7 +11,7 @@ use crate::backend::wait::{BackendWait, SharedProbe};
 use crate::config::timespan::TimeSpan;
 use crate::counters::{ByteCounters, LoopCounters, Loops};
 use crate::forward::flow::LoopBuffers;
-use crate::forward::pipe::Limits;
+use crate::forward::pipe::PipeLimits;
 use crate::forward::registry::Registry;
 use crate::handover::{Detached, Handover};
 use crate::proxy_protocol::ProxyProtocol;
@@ -29,7 +29,7 @@ pub struct Settings {
     /// `--connection-idle-time=`.
     pub connection_idle_time: TimeSpan,
     /// Pipes for each event loop.
-    pub pipes: Limits,
+    pub pipes: PipeLimits,
     /// Where connections are stored, with `--handover=`.
     pub handover: Option<Arc<Handover>>,
     /// Counters of all event loops.

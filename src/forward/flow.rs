@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use crate::counters::{Gauge, GaugeGuard};
 use crate::forward::endpoint::Endpoint;
-use crate::forward::pipe::{Limits, Pipe, PipePool};
+use crate::forward::pipe::{Pipe, PipeLimits, PipePool};
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef, FlowSnapshot, FlowState};
 use crate::forward::turns::Turns;
 use crate::socket::{Family, Socket};
@@ -30,7 +30,7 @@ pub struct LoopBuffers {
 
 impl LoopBuffers {
     /// `limits` bounds the pipes, which are counted in `pipes`.
-    pub fn new(limits: Limits, pipes: Gauge) -> Self {
+    pub fn new(limits: PipeLimits, pipes: Gauge) -> Self {
         Self {
             buffer: RefCell::new(vec![0; COPY_SIZE].into()),
             pipes: PipePool::new(limits, pipes),
@@ -66,7 +66,7 @@ enum Buffered {
     /// In a pipe of the pool, which returns there when it is empty.
     Piped(Pipe),
     /// In the flow's own pipe, which is stored with systemd and may be empty (crash mode).
-    Stored(Box<Pipe>),
+    OwnPipe(Box<Pipe>),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -76,7 +76,7 @@ enum Mode {
     Splice {
         /// Bytes received since the source was last empty.
         bytes: usize,
-        /// The burst before that was below [`BULK_MIN`].
+        /// Whether the previous burst was smaller than [`BULK_MIN`].
         was_little: bool,
     },
     /// The source cannot be spliced from, or sends urgent data, or is a Unix socket that sends bulk.
@@ -88,7 +88,7 @@ pub enum Step {
     Moved,
     /// Nothing moves before the next edge.
     Blocked,
-    /// The source cannot be spliced from. Steps copy from now on, which a flow with a stored pipe must not.
+    /// The source cannot be spliced from, and later steps copy. The caller must drop the journal first.
     CantSplice,
     /// The source's bytes are at their end, and the sink has accepted all of them.
     End,
@@ -148,7 +148,7 @@ impl Flow {
             return Ok(Step::Blocked);
         }
         match self.buffered {
-            Buffered::Stored(_) => return self.splice(source, sink, size, shared),
+            Buffered::OwnPipe(_) => return self.splice(source, sink, size, shared),
             _ if !matches!(self.mode, Mode::Splice { .. }) => {
                 return self.copy(source, sink, shared);
             }
@@ -233,7 +233,7 @@ impl Flow {
     ) -> Result<Step, Fault> {
         let filled = match &mut self.buffered {
             Buffered::Piped(pipe) => pipe.fill(&source.socket, size),
-            Buffered::Stored(pipe) => pipe.fill(&source.socket, size).inspect(|bytes| {
+            Buffered::OwnPipe(pipe) => pipe.fill(&source.socket, size).inspect(|bytes| {
                 if *bytes == pipe.size() {
                     pipe.grow();
                 }
@@ -287,7 +287,7 @@ impl Flow {
                 sink.socket.send(&bytes[*sent..]).inspect(|now| *sent += now)
             }
             Buffered::Piped(pipe) => pipe.drain(&sink.socket),
-            Buffered::Stored(pipe) => pipe.drain(&sink.socket),
+            Buffered::OwnPipe(pipe) => pipe.drain(&sink.socket),
         };
         self.account(result, sink)?;
         self.release_if_sent(shared);
@@ -317,23 +317,20 @@ impl Flow {
 
     /// Gives a pipe back to the pool, or frees the copied bytes, once the sink has accepted everything.
     fn release_if_sent(&mut self, shared: &LoopBuffers) {
-        let is_done = match &self.buffered {
-            Buffered::Copied { bytes, sent } => *sent == bytes.len(),
-            Buffered::Piped(pipe) => pipe.filled() == 0,
-            Buffered::Nothing | Buffered::Stored(_) => false,
-        };
-        if is_done {
-            if let Buffered::Piped(pipe) = mem::take(&mut self.buffered) {
-                shared.pipes.release(pipe);
+        self.buffered = match mem::take(&mut self.buffered) {
+            Buffered::Copied { bytes, sent } if sent == bytes.len() => Buffered::Nothing,
+            Buffered::Piped(pipe) => {
+                shared.pipes.release_if_empty(pipe).map_or(Buffered::Nothing, Buffered::Piped)
             }
-        }
+            buffered => buffered,
+        };
     }
 
     /// Takes a pipe of its own, with the buffered bytes in it.
     ///
     /// # Errors
     /// When there is no pipe, or none with enough room. Then nothing has changed.
-    pub fn attach_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
+    pub fn attach_own_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
         let pipe = match mem::take(&mut self.buffered) {
             Buffered::Piped(pipe) => pipe,
             buffered => {
@@ -346,15 +343,15 @@ impl Flow {
                 pipe.inspect_err(|_| self.buffered = buffered)?
             }
         };
-        self.buffered = Buffered::Stored(Box::new(pipe));
+        self.buffered = Buffered::OwnPipe(Box::new(pipe));
         Ok(())
     }
 
-    /// Moves bytes as other flows do from now on, those in its own pipe first.
-    pub fn detach_stored_pipe(&mut self) {
+    /// Gives up the pipe of its own: sends what is in it, then works like any other flow.
+    pub fn detach_own_pipe(&mut self) {
         self.buffered = match mem::take(&mut self.buffered) {
-            Buffered::Stored(pipe) if pipe.filled() > 0 => Buffered::Piped(*pipe),
-            Buffered::Stored(_) => Buffered::Nothing,
+            Buffered::OwnPipe(pipe) if pipe.filled() > 0 => Buffered::Piped(*pipe),
+            Buffered::OwnPipe(_) => Buffered::Nothing,
             buffered => buffered,
         };
     }
@@ -372,7 +369,7 @@ impl Flow {
                 BufferedSnapshot::Copied(FdRef::Owned(file))
             }
             Buffered::Piped(pipe) => pipe.snapshot(),
-            Buffered::Stored(pipe) => pipe.snapshot(),
+            Buffered::OwnPipe(pipe) => pipe.snapshot(),
         };
         Ok(FlowSnapshot { state: self.state, delivered: self.delivered, buffered })
     }
@@ -398,12 +395,12 @@ impl Flow {
                 Buffered::Copied { bytes, sent: 0 }
             }
             BufferedSnapshot::Piped { read, write } => {
-                Buffered::Stored(Box::new(shared.pipes.adopt(read, write)?))
+                Buffered::OwnPipe(Box::new(shared.pipes.adopt(read, write)?))
             }
         };
         let mut flow = Self { state, delivered, buffered, ..Self::default() };
         if !is_journaled {
-            flow.detach_stored_pipe();
+            flow.detach_own_pipe();
         }
         Ok(flow)
     }
@@ -416,14 +413,14 @@ impl Flow {
     /// Whether the flow has moved more at a time than a message.
     pub fn is_bulky(&self) -> bool {
         match &self.buffered {
-            Buffered::Stored(pipe) => pipe.size() >= BULK_PIPE,
+            Buffered::OwnPipe(pipe) => pipe.size() >= BULK_PIPE,
             _ => !matches!(self.mode, Mode::Copy),
         }
     }
 
     /// Whether no byte of the flow is in the memory of the process, now or later.
     pub fn is_storable(&self) -> bool {
-        !self.is_open() || matches!(self.buffered, Buffered::Stored(_))
+        !self.is_open() || matches!(self.buffered, Buffered::OwnPipe(_))
     }
 
     /// Whether nothing can happen before the sink accepts bytes.
@@ -447,7 +444,7 @@ impl Buffered {
     fn is_empty(&self) -> bool {
         match self {
             Self::Nothing => true,
-            Self::Stored(pipe) => pipe.filled() == 0,
+            Self::OwnPipe(pipe) => pipe.filled() == 0,
             // Between two steps these hold a byte at least.
             Self::Copied { .. } | Self::Piped(_) => false,
         }

@@ -1,8 +1,8 @@
-//! `--connection-idle-time=`: closes idle connections.
+//! `--connection-idle-time=`: which connections are idle and are reset.
 //!
 //! A connection that delivers bytes stores that in a cell of its own. On each event loop one timer visits all
-//! connections, four times in the idle time, and counts the visits since bytes were delivered. A busy connection
-//! costs nothing per message.
+//! connections, four times in the idle time, and counts the visits since bytes were delivered. A message costs
+//! a busy connection one store.
 //!
 //! Bytes count as delivered once the socket accepts them, but a slow peer may still be draining the send
 //! buffer. Before a connection is declared idle, its task is woken to report the unacknowledged bytes. If
@@ -20,8 +20,8 @@ pub struct Activity {
     visits: Cell<u8>,
     /// The connection was woken to report its unacknowledged bytes.
     asked: Cell<bool>,
-    /// The unacknowledged bytes of each side at the last report. Once there are none, none come without a
-    /// delivery. (They fit: no socket buffer is larger.)
+    /// The unacknowledged bytes of each side at the last report. 0 stays 0 until the next delivery. `u32` is
+    /// enough: no socket buffer is larger.
     unacked: Cell<Option<[u32; 2]>>,
 }
 
@@ -31,7 +31,7 @@ impl Activity {
         self.visits.set(0);
     }
 
-    /// Whether the connection delivered nothing for the idle time.
+    /// Whether the connection is idle. The top of this file says after what time.
     pub fn is_idle(&self) -> bool {
         self.visits.get() >= FIRST_REPORT + VISITS && !self.asked.get()
     }
@@ -75,8 +75,8 @@ impl Activity {
 /// Visits in an idle time.
 const VISITS: u8 = 4;
 
-/// The visit that asks for the first report. Before the one ahead of it, bytes may have been delivered a
-/// moment ago.
+/// The visit that asks for the first report. The first visit may follow a delivery at once, so the second one
+/// asks.
 const FIRST_REPORT: u8 = 2;
 
 #[cfg(test)]

@@ -377,10 +377,11 @@ impl Forwarder {
 
     fn poll_edges(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let [client, backend] = &mut self.endpoints;
-        let [there, back] = &mut self.flows;
-        let waits = [there.waits_for_sink(), back.waits_for_sink()];
-        let client_edge = poll_edge(client, there, back, waits, cx)?;
-        let backend_edge = poll_edge(backend, back, there, [waits[1], waits[0]], cx)?;
+        let [from_client, from_backend] = &mut self.flows;
+        let waits = [from_client.waits_for_sink(), from_backend.waits_for_sink()];
+        let client_edge = poll_edge(client, from_client, from_backend, waits, cx)?;
+        let waits = [waits[1], waits[0]];
+        let backend_edge = poll_edge(backend, from_backend, from_client, waits, cx)?;
         if let Some(registration) = &self.registration {
             let activity = registration.activity();
             activity.report_unacked(|| self.unacked_bytes());

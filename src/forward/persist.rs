@@ -35,8 +35,12 @@ impl Forwarder {
         journal: Option<Box<dyn SnapshotStore>>,
     ) -> io::Result<Self> {
         let was_reset = SIDES.map(|side| was_reset(&snapshot, side));
-        let Snapshot { endpoints: [client, backend], flows: [there, back], header_len, fault } =
-            snapshot;
+        let Snapshot {
+            endpoints: [client, backend],
+            flows: [from_client, from_backend],
+            header_len,
+            fault,
+        } = snapshot;
         let is_journaled = journal.is_some();
         let endpoint = |end: EndpointSnapshot<OwnedFd>, was_reset: bool| -> io::Result<Endpoint> {
             let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
@@ -56,8 +60,8 @@ impl Forwarder {
         let (client, backend) = (endpoint(client, was_reset[0]), endpoint(backend, was_reset[1]));
         let endpoints = [client?, backend?];
         let flows = [
-            Flow::restore(there, is_journaled, &shared)?,
-            Flow::restore(back, is_journaled, &shared)?,
+            Flow::restore(from_client, is_journaled, &shared)?,
+            Flow::restore(from_backend, is_journaled, &shared)?,
         ];
         let header_len = header_len.into();
         let mut forwarder = Self {
@@ -91,10 +95,10 @@ impl Forwarder {
             let Endpoint { socket, reset, gone, .. } = &self.endpoints[side as usize];
             EndpointSnapshot { socket: FdRef::Borrowed(socket.as_fd()), reset: *reset, gone: *gone }
         };
-        let [there, back] = &self.flows;
+        let [from_client, from_backend] = &self.flows;
         Ok(Snapshot {
             endpoints: SIDES.map(endpoint),
-            flows: [there.snapshot()?, back.snapshot()?],
+            flows: [from_client.snapshot()?, from_backend.snapshot()?],
             header_len: self.header_len as u16,
             fault: self.fault,
         })
@@ -104,14 +108,14 @@ impl Forwarder {
     /// that is impossible, the connection goes on without a journal.
     pub fn set_journal(&mut self, journal: Box<dyn SnapshotStore>) {
         self.journal = Some(journal);
-        // Even without a journal: the stored references keep the sockets open.
+        // Also if the journal is dropped below: the copies that systemd has keep the sockets open.
         self.endpoints.iter().for_each(|end| end.socket.mark_shared());
         // A vsock connection is not stored: see --handover= in socket-proxyd(8).
         if self.endpoints.iter().any(|end| end.socket.family() == Family::Vsock) {
             return self.drop_journal(None);
         }
         let mut flows = self.flows.iter_mut();
-        if flows.all(|flow| flow.is_storable() || flow.attach_stored_pipe(&self.shared).is_ok()) {
+        if flows.all(|flow| flow.is_storable() || flow.attach_own_pipe(&self.shared).is_ok()) {
             self.update_journal();
         } else {
             self.drop_journal(Some(
@@ -136,7 +140,7 @@ impl Forwarder {
                 "A connection is not stored, and would end with the proxy: {why}.{suppressed}"
             );
         }
-        self.flows.iter_mut().for_each(Flow::detach_stored_pipe);
+        self.flows.iter_mut().for_each(Flow::detach_own_pipe);
         if !journal.forget() {
             // The next process would restore the stale snapshot and send its bytes a second time.
             self.flows.iter_mut().for_each(|flow| flow.close_sink(true));

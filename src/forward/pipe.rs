@@ -83,7 +83,7 @@ impl Pipe {
 
 /// How many pipes an event loop may have, two descriptors each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct PipeLimits {
     /// Pipes in all.
     pub max: usize,
     /// Pipes held for slow sinks before flows take only what their sinks have room for.
@@ -95,14 +95,14 @@ pub struct Limits {
 pub struct PipePool {
     idle: RefCell<Vec<Pipe>>,
     counted: Gauge,
-    limits: Limits,
+    limits: PipeLimits,
     /// When to ask the kernel again, after it refused a pipe.
     retry_at: Cell<Option<Instant>>,
 }
 
 impl PipePool {
     /// Creates a pool that creates pipes when they are needed, within `limits`.
-    pub fn new(limits: Limits, counted: Gauge) -> Self {
+    pub fn new(limits: PipeLimits, counted: Gauge) -> Self {
         Self { idle: RefCell::default(), counted, limits, retry_at: Cell::new(None) }
     }
 
@@ -113,7 +113,7 @@ impl PipePool {
             return Some(pipe);
         }
         let is_refused = |until| Instant::now() < until;
-        if self.in_use() >= self.limits.max || self.retry_at.get().is_some_and(is_refused) {
+        if self.open() >= self.limits.max || self.retry_at.get().is_some_and(is_refused) {
             return None;
         }
         let pipe = self.create();
@@ -123,15 +123,20 @@ impl PipePool {
 
     /// Whether one more pipe may be filled beyond what its sink accepts now.
     pub fn below_hold_limit(&self) -> bool {
-        self.in_use() - self.idle.borrow().len() < self.limits.held
+        self.open() - self.idle.borrow().len() < self.limits.held
     }
 
-    /// Takes a pipe back. A pipe with bytes in it is closed instead.
-    pub fn release(&self, pipe: Pipe) {
+    /// Takes a pipe back as soon as it is empty, and closes it if there are enough. Returns a pipe that still
+    /// has bytes in it.
+    pub fn release_if_empty(&self, pipe: Pipe) -> Option<Pipe> {
+        if pipe.filled > 0 {
+            return Some(pipe);
+        }
         let mut idle = self.idle.borrow_mut();
-        if pipe.filled == 0 && pipe.size >= SMALLEST_USEFUL && idle.len() <= self.limits.held {
+        if pipe.size >= SMALLEST_USEFUL && idle.len() <= self.limits.held {
             idle.push(pipe);
         }
+        None
     }
 
     /// Creates a pipe for a caller that keeps it: the pool counts it, but does not bound it.
@@ -157,14 +162,14 @@ impl PipePool {
         (pipe.size >= SMALLEST_USEFUL).then_some(pipe)
     }
 
-    /// Pipes in existence, idle ones included.
-    fn in_use(&self) -> usize {
+    /// Open pipes, idle ones included.
+    fn open(&self) -> usize {
         self.counted.taken()
     }
 }
 
-/// Pipes of a process that may be held for slow sinks, but at least one an event loop: a quarter of the
-/// 64 MiB that a user has by default.
+/// Pipes that a process may hold for slow sinks: 16 of 1 MiB, a quarter of the 64 MiB that a user has by
+/// default. Each event loop may hold at least one.
 pub const HELD_MAX: usize = 16;
 
 /// The sizes in bytes to ask for, in this order: the largest that a user may have by default
@@ -172,8 +177,8 @@ pub const HELD_MAX: usize = 16;
 /// of a socket, so a larger pipe means fewer and larger steps: a quarter less CPU than with 256 KiB.
 const PIPE_SIZES: [usize; 2] = [1024 * 1024, 256 * 1024];
 
-/// A new pipe's size as long as the user's quota lasts (pipe(7)). Smaller pipes, 4 or 8 KiB, are
-/// what `pipe-user-pages-soft` leaves, and cost more than copying.
+/// A smaller pipe costs more than copying. Once the user's quota is used up, the kernel makes pipes of 4 or
+/// 8 KiB (`pipe-user-pages-soft` in pipe(7)).
 const SMALLEST_USEFUL: usize = 64 * 1024;
 
 /// How long flows copy before the kernel is asked again, after it refused a pipe.
@@ -189,22 +194,24 @@ mod tests {
 
     #[test]
     fn the_pool_is_bounded() {
-        let pool = PipePool::new(Limits { max: 2, held: 1 }, Gauge::default());
+        let pool = PipePool::new(PipeLimits { max: 2, held: 1 }, Gauge::default());
         let pipes = (pool.acquire().unwrap(), pool.acquire().unwrap());
         assert!(pool.acquire().is_none());
-        pool.release(pipes.0);
-        assert_eq!(pool.in_use(), 2);
+        assert!(pool.release_if_empty(pipes.0).is_none());
+        assert_eq!(pool.open(), 2);
         assert!(pool.acquire().is_some());
     }
 
     #[test]
-    fn a_pipe_with_bytes_in_it_never_returns() {
-        let pool = PipePool::new(Limits { max: 1, held: 1 }, Gauge::default());
+    fn a_pipe_returns_only_when_it_is_empty() {
+        let pool = PipePool::new(PipeLimits { max: 1, held: 1 }, Gauge::default());
         let mut pipe = pool.acquire().unwrap();
         pipe.filled = rustix::io::write(&pipe.write, b"left over").unwrap();
-        pool.release(pipe);
-        assert_eq!(pool.in_use(), 0);
-        let fresh = pool.acquire().unwrap();
-        assert_eq!(rustix::io::read(&fresh.read, &mut [0; 9]), Err(Errno::AGAIN));
+        let mut pipe = pool.release_if_empty(pipe).expect("it has bytes in it");
+        assert!(pool.acquire().is_none());
+        assert_eq!(rustix::io::read(&pipe.read, &mut [0; 99]), Ok(9));
+        pipe.filled = 0;
+        assert!(pool.release_if_empty(pipe).is_none());
+        assert!(pool.acquire().is_some());
     }
 }

@@ -1,5 +1,5 @@
-//! What a connection consists of, as plain data: what a detached connection is stored as, and what a
-//! forwarder is restored from.
+//! What is stored of a connection, as plain data. `persist` makes a snapshot and restores a forwarder from it;
+//! `handover::record` has its bytes.
 //!
 //! The forwarder knows neither systemd nor the form in which a snapshot is stored. In crash mode it keeps
 //! its snapshot current in a [`SnapshotStore`], which the handover implements.
@@ -13,7 +13,7 @@ use rustix::io::Errno;
 /// message is a short receive.
 pub const COPY_SIZE: usize = 32 * 1024;
 
-/// One of the two sides of a connection; also the flow that starts there.
+/// A side of a connection. As the index of a flow: the side at which the flow starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// The peer that connected to a listener.

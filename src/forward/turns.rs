@@ -34,7 +34,7 @@ impl Turns {
     pub fn begin_bulk(&self, last: &mut u64) -> usize {
         let in_a_row = self.in_a_row.get().saturating_add(1);
         self.in_a_row.set(in_a_row);
-        // As many connections, this one included, have had a turn since its last one.
+        // The turns since the last one of this connection, the new one included.
         let connections = (self.taken.get() - *last + 1) as usize;
         let is_first = *last == 0;
         self.taken.set(self.taken.get() + 1);

@@ -16,7 +16,7 @@ use crate::config::values::Overflow;
 use crate::connection::event_loop::EventLoops;
 use crate::connection::{BackendSetup, Settings};
 use crate::counters::{ConnectCounters, Loops};
-use crate::forward::pipe::{self, Limits};
+use crate::forward::pipe::{self, PipeLimits};
 use crate::handover::Handover;
 use crate::handover::replay::Leftovers;
 use crate::limits::ConnectionLimit;
@@ -114,7 +114,7 @@ pub fn build(
         supervisor: supervisor.clone(),
         proxy_protocol: config.proxy_protocol,
         connection_idle_time: config.connection_idle_time,
-        pipes: Limits { max: fds.pipes / threads, held: (pipe::HELD_MAX / threads).max(1) },
+        pipes: PipeLimits { max: fds.pipes / threads, held: (pipe::HELD_MAX / threads).max(1) },
         handover: handover.clone(),
         loops: Arc::new(Loops::default()),
     };
