@@ -25,49 +25,17 @@ const MONTH: u64 = YEAR / 12;
 /// The deadline of an infinite span is so far away.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
-const PRINTED_UNITS: [(&str, u64); 9] = [
-    ("y", YEAR),
-    ("month", MONTH),
-    ("w", 7 * DAY),
-    ("d", DAY),
-    ("h", HOUR),
-    ("min", MINUTE),
-    ("s", SECOND),
-    ("ms", 1000),
-    ("us", 1),
-];
-
-/// The first that matches counts, so a name stands before its prefixes.
-const UNITS: [(&str, u64); 29] = [
-    ("seconds", SECOND),
-    ("second", SECOND),
-    ("sec", SECOND),
-    ("s", SECOND),
-    ("minutes", MINUTE),
-    ("minute", MINUTE),
-    ("min", MINUTE),
-    ("months", MONTH),
-    ("month", MONTH),
-    ("M", MONTH),
-    ("msec", 1000),
-    ("ms", 1000),
-    ("m", MINUTE),
-    ("hours", HOUR),
-    ("hour", HOUR),
-    ("hr", HOUR),
-    ("h", HOUR),
-    ("days", DAY),
-    ("day", DAY),
-    ("d", DAY),
-    ("weeks", 7 * DAY),
-    ("week", 7 * DAY),
-    ("w", 7 * DAY),
-    ("years", YEAR),
-    ("year", YEAR),
-    ("y", YEAR),
-    ("usec", 1),
-    ("us", 1),
-    ("µs", 1),
+/// The names of each unit, the printed name first. When parsed, the longest name that matches counts.
+const UNITS: [(&[&str], u64); 9] = [
+    (&["y", "year", "years"], YEAR),
+    (&["month", "months", "M"], MONTH),
+    (&["w", "week", "weeks"], 7 * DAY),
+    (&["d", "day", "days"], DAY),
+    (&["h", "hr", "hour", "hours"], HOUR),
+    (&["min", "minute", "minutes", "m"], MINUTE),
+    (&["s", "sec", "second", "seconds"], SECOND),
+    (&["ms", "msec"], 1000),
+    (&["us", "usec", "µs"], 1),
 ];
 
 impl TimeSpan {
@@ -134,7 +102,8 @@ impl fmt::Display for TimeSpan {
             return f.write_str("0");
         }
         let mut separator = "";
-        for (name, unit) in PRINTED_UNITS {
+        for (names, unit) in UNITS {
+            let name = names[0];
             let (count, remainder) = (rest / unit, rest % unit);
             match count {
                 0 => continue,
@@ -169,9 +138,10 @@ fn parse_part(text: &str) -> Option<(u64, &str)> {
         return None;
     }
     let behind = rest.trim_start_matches(WHITE_SPACE);
-    let (unit, behind) = UNITS
-        .iter()
-        .find_map(|(name, unit)| Some((*unit, behind.strip_prefix(name)?)))
+    let names = UNITS.iter().flat_map(|(names, unit)| names.iter().map(|name| (name, *unit)));
+    let (unit, behind) = names
+        .filter_map(|(name, unit)| Some((unit, behind.strip_prefix(name)?)))
+        .min_by_key(|(_, behind)| behind.len())
         .unwrap_or((SECOND, behind));
     // A unit or white space must separate two numbers: `12.34.56` is not a time span.
     if behind.len() == rest.len() && !rest.is_empty() {
