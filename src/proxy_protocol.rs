@@ -2,7 +2,7 @@
 //!
 //! The format is that of HAProxy's proxy-protocol.txt. The header is sent as systemd-socket-proxyd sends it.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 
 use clap::ValueEnum;
@@ -26,30 +26,19 @@ impl ProxyProtocol {
     /// also knows Unix sockets with a name. For other clients the header says that the address is unknown.
     pub fn header(self, client: &Address, listener: &Address) -> Vec<u8> {
         match self {
-            Self::V1 => v1_addresses(client, listener).to_string().into_bytes(),
+            Self::V1 => {
+                let addresses = inet(client, listener).map(v1::Addresses::from);
+                addresses.unwrap_or_default().to_string().into_bytes()
+            }
             Self::V2 => v2_header(client, listener),
         }
     }
 }
 
 /// Returns the TCP addresses of both sides. An IPv4 client of a dual-stack listener is an IPv4 client.
-fn inet(client: &Address, listener: &Address) -> Option<[SocketAddr; 2]> {
+fn inet(client: &Address, listener: &Address) -> Option<(SocketAddr, SocketAddr)> {
     let (Address::Inet(client), Address::Inet(listener)) = (client, listener) else { return None };
-    let both = [canonical(*client), canonical(*listener)];
-    (both[0].is_ipv4() == both[1].is_ipv4()).then_some(both)
-}
-
-fn v1_addresses(client: &Address, listener: &Address) -> v1::Addresses {
-    let Some([client, listener]) = inet(client, listener) else { return v1::Addresses::Unknown };
-    match (client.ip(), listener.ip()) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            v1::Addresses::new_tcp4(source, destination, client.port(), listener.port())
-        }
-        (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            v1::Addresses::new_tcp6(source, destination, client.port(), listener.port())
-        }
-        _ => v1::Addresses::Unknown,
-    }
+    Some((canonical(*client), canonical(*listener)))
 }
 
 fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
@@ -58,9 +47,7 @@ fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
         (Address::Unix(Some(client)), Address::Unix(listener)) => {
             Addresses::Unix(Unix::new(sun_path(Some(client)), sun_path(listener.as_deref())))
         }
-        _ => inet(client, listener).map_or(Addresses::Unspecified, |[client, listener]| {
-            Addresses::from((client, listener))
-        }),
+        _ => inet(client, listener).map_or(Addresses::Unspecified, Addresses::from),
     };
     // LOCAL: the receiver takes the connection's own addresses.
     let (command, protocol) = match addresses {
