@@ -3,10 +3,9 @@
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::fs::{Access, AtFlags, CWD, FileType, accessat, stat};
 use rustix::io::Errno;
 
 use crate::logging::os_message;
@@ -76,10 +75,7 @@ fn search(program: &OsStr) -> Result<(), Errno> {
 }
 
 fn check(path: &Path) -> Result<(), Errno> {
-    let metadata = std::fs::metadata(path);
-    let metadata = metadata
-        .map_err(|error: io::Error| Errno::from_io_error(&error).unwrap_or(Errno::NOENT))?;
-    if metadata.is_dir() {
+    if FileType::from_raw_mode(stat(path)?.st_mode).is_dir() {
         return Err(Errno::ISDIR);
     }
     // execve(2) checks the effective ids.
