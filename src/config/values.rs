@@ -75,17 +75,12 @@ fn parse_unsigned(text: &str) -> Option<u32> {
         Some(rest) => (true, rest),
         None => (false, text.strip_prefix('+').unwrap_or(text)),
     };
-    let base = |prefix: [&str; 2]| prefix.iter().find_map(|prefix| text.strip_prefix(prefix));
-    let (digits, radix) = if let Some(digits) = base(["0x", "0X"]) {
-        (digits, 16)
-    } else if let Some(digits) = base(["0o", "0O"]) {
-        (digits, 8)
-    } else if let Some(digits) = base(["0b", "0B"]) {
-        (digits, 2)
-    } else if text.len() > 1 && text.starts_with('0') {
-        (&text[1..], 8)
-    } else {
-        (text, 10)
+    let (digits, radix) = match text.as_bytes() {
+        [b'0', b'x' | b'X', ..] => (&text[2..], 16),
+        [b'0', b'o' | b'O', ..] => (&text[2..], 8),
+        [b'0', b'b' | b'B', ..] => (&text[2..], 2),
+        [b'0', _, ..] => (&text[1..], 8),
+        _ => (text, 10),
     };
     // from_str_radix() would accept another sign here.
     if !digits.chars().all(|digit| digit.is_digit(radix)) {
