@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use clap::ValueEnum;
 use ppp::{v1, v2};
 
-use crate::socket::address::{Address, UnixName, canonical};
+use crate::socket::address::{Address, canonical};
 
 /// A version of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -44,8 +44,8 @@ fn inet(client: &Address, listener: &Address) -> Option<(SocketAddr, SocketAddr)
 fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
     use v2::{Addresses, Command, Protocol, Unix, Version};
     let addresses = match (client, listener) {
-        (Address::Unix(Some(client)), Address::Unix(listener)) => {
-            Addresses::Unix(Unix::new(sun_path(Some(client)), sun_path(listener.as_deref())))
+        (Address::Path(_) | Address::Abstract(_), _) => {
+            Addresses::Unix(Unix::new(sun_path(client), sun_path(listener)))
         }
         _ => inet(client, listener).map_or(Addresses::Unspecified, Addresses::from),
     };
@@ -59,12 +59,12 @@ fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
 }
 
 /// Returns `sun_path` as the kernel has it, all zero for an unnamed socket.
-fn sun_path(name: Option<&UnixName>) -> [u8; 108] {
+fn sun_path(address: &Address) -> [u8; 108] {
     let mut path = [0; 108];
-    let (start, name) = match name {
-        Some(UnixName::Path(name)) => (0, name.as_os_str().as_bytes()),
-        Some(UnixName::Abstract(name)) => (1, &name[..]),
-        None => return path,
+    let (start, name) = match address {
+        Address::Path(name) => (0, name.as_os_str().as_bytes()),
+        Address::Abstract(name) => (1, &name[..]),
+        _ => return path,
     };
     let room = &mut path[start..];
     let length = name.len().min(room.len());
@@ -95,7 +95,7 @@ mod tests {
             v1("[::ffff:192.0.2.1]:4000", "[::ffff:192.0.2.2]:80"),
             "PROXY TCP4 192.0.2.1 192.0.2.2 4000 80\r\n"
         );
-        let unix = Address::Unix(None);
+        let unix = Address::Unnamed;
         assert_eq!(ProxyProtocol::V1.header(&unix, &unix), b"PROXY UNKNOWN\r\n");
     }
 
@@ -116,16 +116,15 @@ mod tests {
         assert_eq!(ipv6[..4], [0x21, 0x21, 0, 36]);
         assert_eq!(ipv6.len(), 4 + 36);
         // Unix streams: two paths of 108 bytes.
-        let name = |name| Address::Unix(Some(Box::new(name)));
-        let path = name(UnixName::Path("/run/a".into()));
-        let unix = header(&name(UnixName::Abstract("client".into())), &path);
+        let path = Address::Path("/run/a".into());
+        let unix = header(&Address::Abstract(b"client".into()), &path);
         assert_eq!(unix[..4], [0x21, 0x31, 0, 216]);
         assert_eq!(unix[4..12], *b"\0client\0");
         assert_eq!(unix[112..119], *b"/run/a\0");
-        let unnamed = header(&name(UnixName::Path("/run/b".into())), &Address::Unix(None));
+        let unnamed = header(&Address::Path("/run/b".into()), &Address::Unnamed);
         assert_eq!(unnamed[112..], [0; 108]);
         // LOCAL, without addresses.
-        assert_eq!(header(&Address::Unix(None), &path), [0x20, 0, 0, 0]);
+        assert_eq!(header(&Address::Unnamed, &path), [0x20, 0, 0, 0]);
         let vsock = Address::Vsock { cid: 3, port: 4 };
         assert_eq!(header(&vsock, &vsock), [0x20, 0, 0, 0]);
     }

@@ -131,8 +131,8 @@ impl Connector {
         let attempt = self.connect_when_possible(address, on_full_backlog, &last_error);
         // connect(2) on a Unix socket does not wait. Only a full backlog takes longer, or a want of descriptors
         // or memory.
-        let has_no_timeout =
-            on_full_backlog == OnFullBacklog::WaitForever && matches!(address, Address::Unix(_));
+        let is_unix = matches!(address, Address::Path(_) | Address::Abstract(_));
+        let has_no_timeout = is_unix && on_full_backlog == OnFullBacklog::WaitForever;
         let connected = match self.connect_timeout.finite().filter(|_| !has_no_timeout) {
             Some(limit) => timeout(limit, attempt).await.unwrap_or_else(|_| {
                 Err(last_error.take().unwrap_or_else(|| Errno::TIMEDOUT.into()))
@@ -218,7 +218,7 @@ async fn try_connect(address: &Address) -> io::Result<Socket> {
 fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
     let family = match address {
         Address::Inet(_) => Family::Tcp,
-        Address::Unix(_) => Family::Unix,
+        Address::Path(_) | Address::Abstract(_) | Address::Unnamed => Family::Unix,
         Address::Vsock { .. } => Family::Vsock,
     };
     let sockaddr = address.to_sockaddr()?;

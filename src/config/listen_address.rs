@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 
-use crate::socket::address::{Address, UnixName, parse_vsock};
+use crate::socket::address::Address;
 use crate::socket::host_port::{HostPort, Port};
 
 /// The value of `--listen=`.
@@ -14,10 +14,8 @@ pub enum ListenAddress {
     Any(u16),
     /// A port on each address of a host.
     Host(HostPort),
-    /// A Unix socket.
-    Unix(UnixName),
-    /// A virtual machine's socket, vsock(7).
-    Vsock(Address),
+    /// A Unix or vsock address.
+    Address(Address),
 }
 
 impl ListenAddress {
@@ -27,13 +25,10 @@ impl ListenAddress {
     /// # Errors
     /// The reason.
     pub fn parse(text: &OsStr) -> Result<Self, String> {
-        if let Some(name) = UnixName::parse(text) {
-            return Ok(Self::Unix(name?));
+        if let Some(address) = Address::parse(text)? {
+            return Ok(Self::Address(address));
         }
         let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
-        if let Some(vsock) = parse_vsock(text) {
-            return vsock.map(Self::Vsock);
-        }
         let is_number =
             |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         if let Some(port) = text.strip_prefix(':').filter(|port| is_number(port)) {
@@ -53,7 +48,7 @@ impl ListenAddress {
         match self {
             Self::Any(port) => *port == 0,
             Self::Host(host_port) => host_port.port == Port::Number(0),
-            Self::Unix(_) | Self::Vsock(_) => false,
+            Self::Address(_) => false,
         }
     }
 }
@@ -63,8 +58,7 @@ impl fmt::Display for ListenAddress {
         match self {
             Self::Any(port) => port.fmt(f),
             Self::Host(host_port) => host_port.fmt(f),
-            Self::Unix(name) => name.fmt(f),
-            Self::Vsock(address) => address.fmt(f),
+            Self::Address(address) => address.fmt(f),
         }
     }
 }
@@ -88,7 +82,9 @@ impl MetricsAddress {
             Some(b"") => Err("fd: stands before the FileDescriptorName= of a passed socket".into()),
             Some(name) => Ok(Self::Passed(String::from_utf8_lossy(name).into())),
             None => match ListenAddress::parse(text)? {
-                ListenAddress::Vsock(_) => Err("it has to be TCP or a Unix socket".into()),
+                ListenAddress::Address(Address::Vsock { .. }) => {
+                    Err("it has to be TCP or a Unix socket".into())
+                }
                 address => Ok(Self::Open(address)),
             },
         }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::config::target::Target;
-use crate::socket::address::{Address, SocketLabel, UnixName, canonical, parse_vsock};
+use crate::socket::address::{Address, SocketLabel, canonical};
 
 /// The longest `FileDescriptorName=`, systemd.socket(5).
 const NAME_MAX: usize = 255;
@@ -161,13 +161,10 @@ impl Selection {
 
 impl Selector {
     fn parse(text: &OsStr) -> Result<Self, String> {
-        if let Some(name) = UnixName::parse(text) {
-            return Ok(Self::Address(Address::Unix(Some(Box::new(name?)))));
+        if let Some(address) = Address::parse(text)? {
+            return Ok(Self::Address(address));
         }
         let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
-        if let Some(vsock) = parse_vsock(text) {
-            return Ok(Self::Address(vsock?));
-        }
         if let Some(port) = text.strip_prefix(':') {
             let number = Some(port).filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()));
             let number = number.and_then(|port| port.parse().ok());
@@ -310,7 +307,7 @@ mod tests {
 
     fn sockets() -> Vec<SocketLabel> {
         let inet = |text: &str| Address::Inet(text.parse().unwrap());
-        let path = Address::Unix(Some(Box::new(UnixName::Path("/run/a.sock".into()))));
+        let path = Address::Path("/run/a.sock".into());
         [
             (Some("web"), inet("[::]:443")),
             (Some("web"), inet("127.0.0.1:80")),

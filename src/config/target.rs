@@ -6,7 +6,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 
-use crate::socket::address::{Address, UnixName, parse_vsock};
+use crate::socket::address::Address;
 use crate::socket::host_port::{HostPort, Port};
 
 /// The port of a `HOST` without one, as in systemd-socket-proxyd(8).
@@ -27,17 +27,13 @@ impl Target {
     /// # Errors
     /// The reason, which follows "Invalid target ...:".
     pub fn parse(text: &OsStr) -> Result<Self, String> {
-        if let Some(name) = UnixName::parse(text) {
-            return Ok(Self::Address(Address::Unix(Some(Box::new(name?)))));
-        }
-        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
-        if let Some(vsock) = parse_vsock(text) {
-            let vsock = vsock?;
-            if vsock.is_unspecified() {
+        if let Some(address) = Address::parse(text)? {
+            if address.is_unspecified() {
                 return Err("a backend has a CID, vsock:CID:PORT".into());
             }
-            return Ok(Self::Address(vsock));
+            return Ok(Self::Address(address));
         }
+        let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
         let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
         if is_number && text.parse::<u16>().is_ok_and(|port| port != 0) {
             // As a host it would be an address in 0.0.0.0/8, which no machine has.

@@ -95,7 +95,7 @@ pub fn serve(
         };
         log.established();
         let header = context.proxy_protocol.map_or_else(Vec::new, |version| {
-            let local = socket.local_address().unwrap_or(Address::Unix(None));
+            let local = socket.local_address().unwrap_or(Address::Unnamed);
             version.header(&log.client, &local)
         });
         let shared = Rc::clone(&context.shared);

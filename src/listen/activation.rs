@@ -74,7 +74,7 @@ pub unsafe fn take_passed_fds() -> Result<Vec<PassedFd>, String> {
 pub fn take_stdin() -> Option<Stdin> {
     let is_stream = sockopt::socket_type(stdin()).is_ok_and(|found| found == SocketType::STREAM);
     let address = SockRef::from(&stdin()).local_addr().ok()?;
-    if !is_stream || Address::from_sockaddr(&address) == Address::Unix(None) {
+    if !is_stream || Address::from_sockaddr(&address) == Address::Unnamed {
         return None;
     }
     let stdin_id = FileId::of(stdin()).ok();

@@ -31,11 +31,7 @@ pub async fn open(
     stored: &mut Vec<StoredListener>,
 ) -> Result<Vec<Listener>, String> {
     let opened = match address {
-        ListenAddress::Unix(name) => {
-            let address = Address::Unix(Some(Box::new(name.clone())));
-            open_named(&address, stored).await.map(|listener| vec![listener])
-        }
-        ListenAddress::Vsock(address) => {
+        ListenAddress::Address(address) => {
             open_named(address, stored).await.map(|listener| vec![listener])
         }
         ListenAddress::Any(port) => {
@@ -57,7 +53,7 @@ pub async fn open(
     };
     opened.map_err(|error| {
         let hint = match address {
-            ListenAddress::Vsock(address) => address.hint(&error),
+            ListenAddress::Address(address) => address.hint(&error),
             _ => "",
         };
         format!("Failed to listen on {address}: {}{hint}.", os_message(&error))
@@ -133,11 +129,7 @@ async fn open_named(address: &Address, stored: &mut Vec<StoredListener>) -> io::
     }
     let sockaddr = address.to_sockaddr()?;
     let socket = Socket::new(sockaddr.domain(), Type::STREAM, None)?;
-    let path = match address {
-        Address::Unix(Some(name)) => name.path(),
-        _ => None,
-    };
-    let Some(path) = path else {
+    let Some(path) = address.path() else {
         socket.bind(&sockaddr)?;
         return listen(socket, None);
     };

@@ -47,8 +47,7 @@ impl StoredListener {
 
     /// Returns the socket file, if it is still at its path.
     fn socket_file(&self) -> Option<SocketFile> {
-        let Address::Unix(Some(name)) = self.address()? else { return None };
-        SocketFile::at(name.path()?).ok().filter(|found| Some(found.id) == self.file)
+        SocketFile::at(self.address()?.path()?).ok().filter(|found| Some(found.id) == self.file)
     }
 }
 

@@ -153,5 +153,5 @@ pub async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifie
 }
 
 fn or_unnamed(address: io::Result<SockAddr>) -> Address {
-    address.map_or(Address::Unix(None), |address| Address::from_sockaddr(&address))
+    address.map_or(Address::Unnamed, |address| Address::from_sockaddr(&address))
 }

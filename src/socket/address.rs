@@ -17,8 +17,12 @@ use socket2::SockAddr;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
     Inet(SocketAddr),
-    /// The name of a Unix socket; `None` for a client that is not bound to a name.
-    Unix(Option<Box<UnixName>>),
+    /// A Unix socket in the file system.
+    Path(PathBuf),
+    /// A Unix socket's abstract name, without the leading NUL that is written as `@`.
+    Abstract(Vec<u8>),
+    /// A Unix socket without a name, as most clients have.
+    Unnamed,
     /// A context identifier and a port (vsock(7)).
     Vsock {
         cid: u32,
@@ -27,12 +31,41 @@ pub enum Address {
 }
 
 impl Address {
+    /// Parses `/path`, `@abstract`, and `vsock:CID:PORT` or `vsock::PORT` as ListenStream= in
+    /// systemd.socket(5) has them.
+    ///
+    /// Returns `None` for anything else. `vsock:80` is a host and a port, as in
+    /// systemd-socket-proxyd.
+    ///
+    /// # Errors
+    /// A message about what is not a number, or a name that is empty, too long or has a NUL.
+    pub fn parse(text: &OsStr) -> Result<Option<Self>, String> {
+        let (name, address) = match text.as_bytes() {
+            path @ [b'/', ..] => (path, Self::Path(text.into())),
+            [b'@', name @ ..] => (name, Self::Abstract(name.into())),
+            _ => return text.to_str().map_or(Ok(None), parse_vsock),
+        };
+        if name.is_empty() {
+            Err("the abstract name is empty".into())
+        } else if name.len() > UNIX_NAME_MAX {
+            Err(format!(
+                "the name has {} bytes, a Unix socket's can have {UNIX_NAME_MAX}",
+                name.len()
+            ))
+        } else if name.contains(&0) {
+            Err("the name contains a NUL byte".into())
+        } else {
+            Ok(Some(address))
+        }
+    }
+
     /// Fails for an unnamed Unix socket, which bind(2) and connect(2) cannot take.
     pub fn to_sockaddr(&self) -> io::Result<SockAddr> {
         match self {
             Self::Inet(address) => Ok((*address).into()),
-            Self::Unix(Some(name)) => name.to_sockaddr(),
-            Self::Unix(None) => Err(io::ErrorKind::AddrNotAvailable.into()),
+            Self::Path(path) => SockAddr::unix(path),
+            Self::Abstract(name) => SockAddr::unix(OsStr::from_bytes(&[b"\0", &**name].concat())),
+            Self::Unnamed => Err(io::ErrorKind::AddrNotAvailable.into()),
             Self::Vsock { cid, port } => Ok(SockAddr::vsock(*cid, *port)),
         }
     }
@@ -44,11 +77,11 @@ impl Address {
         } else if let Some((cid, port)) = address.as_vsock_address() {
             Self::Vsock { cid, port }
         } else if let Some(path) = address.as_pathname() {
-            Self::Unix(Some(Box::new(UnixName::Path(path.into()))))
+            Self::Path(path.into())
         } else if let Some(name) = address.as_abstract_namespace() {
-            Self::Unix(Some(Box::new(UnixName::Abstract(name.into()))))
+            Self::Abstract(name.into())
         } else {
-            Self::Unix(None)
+            Self::Unnamed
         }
     }
 
@@ -72,7 +105,7 @@ impl Address {
                 };
                 accepts && listener.port() == target.port()
             }
-            (Self::Unix(None), _) => false,
+            (Self::Unnamed, _) => false,
             _ => self == target,
         }
     }
@@ -95,15 +128,23 @@ impl Address {
     pub fn is_unspecified(&self) -> bool {
         match self {
             Self::Inet(address) => address.ip().to_canonical().is_unspecified(),
-            Self::Unix(_) => false,
             Self::Vsock { cid, .. } => *cid == ANY_CID,
+            _ => false,
         }
     }
 
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Inet(address) => Some(address.port()),
-            Self::Unix(_) | Self::Vsock { .. } => None,
+            _ => None,
+        }
+    }
+
+    /// Returns the path of a Unix socket in the file system.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Path(path) => Some(path),
+            _ => None,
         }
     }
 
@@ -136,8 +177,9 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Inet(address) => canonical(*address).fmt(f),
-            Self::Unix(Some(name)) => name.fmt(f),
-            Self::Unix(None) => f.write_str("unix"),
+            Self::Path(path) => path.display().fmt(f),
+            Self::Abstract(name) => write!(f, "@{}", String::from_utf8_lossy(name)),
+            Self::Unnamed => f.write_str("unix"),
             Self::Vsock { cid: ANY_CID, port } => write!(f, "vsock::{port}"),
             Self::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
         }
@@ -171,77 +213,17 @@ impl fmt::Display for SocketLabel {
     }
 }
 
-/// Parses `vsock:CID:PORT` and `vsock::PORT`, as ListenStream= in systemd.socket(5) has them.
-///
-/// Returns `None` for anything else. `vsock:80` is a host and a port, as in systemd-socket-proxyd.
-///
-/// # Errors
-/// A message that names what is not a number.
-pub fn parse_vsock(text: &str) -> Option<Result<Address, String>> {
-    let (cid, port) = text.strip_prefix("vsock:")?.split_once(':')?;
+fn parse_vsock(text: &str) -> Result<Option<Address>, String> {
+    let Some((cid, port)) = text.strip_prefix("vsock:").and_then(|rest| rest.split_once(':'))
+    else {
+        return Ok(None);
+    };
     let number = |text: &str| text.parse().ok().filter(|_| !text.starts_with('+'));
     let cid_number = if cid.is_empty() { Some(ANY_CID) } else { number(cid) };
-    Some(match (cid_number, number(port)) {
-        (Some(cid), Some(port)) => Ok(Address::Vsock { cid, port }),
+    match (cid_number, number(port)) {
+        (Some(cid), Some(port)) => Ok(Some(Address::Vsock { cid, port })),
         (None, _) => Err(format!("\"{cid}\" is not a vsock CID (0 to 4294967295)")),
         (_, None) => Err(format!("\"{port}\" is not a vsock port (0 to 4294967295)")),
-    })
-}
-
-/// The name of a Unix socket: 1 to [`UNIX_NAME_MAX`] bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum UnixName {
-    Path(PathBuf),
-    /// An abstract name of the network namespace, without the leading NUL that is written as `@`.
-    Abstract(Vec<u8>),
-}
-
-impl UnixName {
-    /// Parses `/path` or `@abstract`. Returns `None` for anything else.
-    ///
-    /// # Errors
-    /// A message about a name that is empty, too long for the kernel, or has a NUL.
-    pub fn parse(text: &OsStr) -> Option<Result<Self, String>> {
-        let (name, parsed) = match text.as_bytes() {
-            path @ [b'/', ..] => (path, Self::Path(text.into())),
-            [b'@', name @ ..] => (name, Self::Abstract(name.into())),
-            _ => return None,
-        };
-        Some(if name.is_empty() {
-            Err("the abstract name is empty".into())
-        } else if name.len() > UNIX_NAME_MAX {
-            Err(format!(
-                "the name has {} bytes, a Unix socket's can have {UNIX_NAME_MAX}",
-                name.len()
-            ))
-        } else if name.contains(&0) {
-            Err("the name contains a NUL byte".into())
-        } else {
-            Ok(parsed)
-        })
-    }
-
-    pub fn path(&self) -> Option<&Path> {
-        match self {
-            Self::Path(path) => Some(path),
-            Self::Abstract(_) => None,
-        }
-    }
-
-    fn to_sockaddr(&self) -> io::Result<SockAddr> {
-        match self {
-            Self::Path(path) => SockAddr::unix(path),
-            Self::Abstract(name) => SockAddr::unix(OsStr::from_bytes(&[b"\0", &**name].concat())),
-        }
-    }
-}
-
-impl fmt::Display for UnixName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Path(path) => path.display().fmt(f),
-            Self::Abstract(name) => write!(f, "@{}", String::from_utf8_lossy(name)),
-        }
     }
 }
 
@@ -272,7 +254,7 @@ mod tests {
         ] {
             assert_eq!(inet(listener).accepts(&inet(target)), accepts, "{listener} {target}");
         }
-        let unnamed = Address::Unix(None);
+        let unnamed = Address::Unnamed;
         assert!(!unnamed.accepts(&unnamed));
     }
 
@@ -298,22 +280,22 @@ mod tests {
 
     #[test]
     fn unix_names_longer_than_sun_path_are_refused() {
-        let parse = |text: &str| UnixName::parse(OsStr::new(text));
+        let parse = |text: &str| Address::parse(OsStr::new(text));
         let longest = format!("/{}", "x".repeat(106));
-        assert!(parse(&longest).unwrap().is_ok());
-        assert!(parse(&format!("{longest}x")).unwrap().is_err());
-        assert!(parse(&format!("@{}", "x".repeat(107))).unwrap().is_ok());
-        assert!(parse(&format!("@{}", "x".repeat(108))).unwrap().is_err());
-        assert!(parse("@").unwrap().is_err());
-        assert!(parse("localhost:80").is_none());
-        assert!(UnixName::parse(OsStr::from_bytes(b"/not/\xff/utf-8")).unwrap().is_ok());
+        assert!(parse(&longest).is_ok_and(|it| it.is_some()));
+        assert!(parse(&format!("{longest}x")).is_err());
+        assert!(parse(&format!("@{}", "x".repeat(107))).is_ok_and(|it| it.is_some()));
+        assert!(parse(&format!("@{}", "x".repeat(108))).is_err());
+        assert!(parse("@").is_err());
+        assert_eq!(parse("localhost:80"), Ok(None));
+        assert!(Address::parse(OsStr::from_bytes(b"/not/\xff/utf-8")).is_ok_and(|it| it.is_some()));
+        assert_eq!(Address::parse(OsStr::from_bytes(b"\xff")), Ok(None));
     }
 
     #[test]
     fn addresses_survive_the_conversion_to_sockaddr() {
         for text in ["/run/a.sock", "@name"] {
-            let name = UnixName::parse(OsStr::new(text)).unwrap().unwrap();
-            let address = Address::Unix(Some(Box::new(name)));
+            let address = Address::parse(OsStr::new(text)).unwrap().unwrap();
             let again = Address::from_sockaddr(&address.to_sockaddr().unwrap());
             assert_eq!(again, address);
             assert_eq!(again.to_string(), text);
@@ -321,9 +303,10 @@ mod tests {
         let vsock = Address::Vsock { cid: 3, port: 80 };
         assert_eq!(Address::from_sockaddr(&vsock.to_sockaddr().unwrap()), vsock);
         assert_eq!(vsock.to_string(), "vsock:3:80");
+        assert_eq!(size_of::<Address>(), size_of::<SocketAddr>());
         assert_eq!(parse_vsock("vsock:3:80").unwrap().unwrap(), vsock);
         assert_eq!(parse_vsock("vsock::80").unwrap().unwrap().to_string(), "vsock::80");
-        assert!(parse_vsock("vsock:+3:80").unwrap().is_err());
+        assert!(parse_vsock("vsock:+3:80").is_err());
     }
 
     #[test]

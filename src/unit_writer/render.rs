@@ -54,7 +54,7 @@ fn socket_unit(plan: &Plan, name: &str, listen: &[ListenAddress], is_metrics: bo
         _ => ("The sockets that clients connect to", "what clients connect to"),
     };
     let listen = listen.iter().map(|address| {
-        let is_file = matches!(address, ListenAddress::Unix(name) if name.path().is_some());
+        let is_file = matches!(address, ListenAddress::Address(Address::Path(_)));
         row("ListenStream", value(&address.to_string()), hint(is_file, OPEN_TO_ALL))
     });
     let scrapes = [

@@ -49,7 +49,7 @@ pub fn listen(text: &str) -> Result<ListenAddress, String> {
 /// Parses a [`listen`] address at which Prometheus can connect.
 pub fn metrics(text: &str) -> Result<ListenAddress, String> {
     let listen = listen(text)?;
-    let is_vsock = matches!(listen, ListenAddress::Vsock(_));
+    let is_vsock = matches!(listen, ListenAddress::Address(Address::Vsock { .. }));
     refuse_if(&[(is_vsock, "it has to be TCP or a Unix socket")])?;
     Ok(listen)
 }
@@ -148,17 +148,16 @@ pub fn refuse_if(reasons: &[(bool, &str)]) -> Result<(), String> {
 pub fn address(listen: &ListenAddress) -> Address {
     match listen {
         ListenAddress::Any(port) => Address::Inet((Ipv6Addr::UNSPECIFIED, *port).into()),
-        ListenAddress::Host(host) => host.literal().map_or(Address::Unix(None), Address::Inet),
-        ListenAddress::Unix(name) => Address::Unix(Some(Box::new(name.clone()))),
-        ListenAddress::Vsock(address) => address.clone(),
+        ListenAddress::Host(host) => host.literal().map_or(Address::Unnamed, Address::Inet),
+        ListenAddress::Address(address) => address.clone(),
     }
 }
 
 /// Returns the path of a target that is a Unix socket in the file system.
 pub fn socket_path(target: &Target) -> Option<&Path> {
     match target {
-        Target::Address(Address::Unix(Some(name))) => name.path(),
-        _ => None,
+        Target::Address(address) => address.path(),
+        Target::Name(_) => None,
     }
 }
 
