@@ -91,8 +91,11 @@ fn open_each(
 fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
     let has_port = |found: &Address| found.port() == Some(address.port());
     let is_same = |found: &Address| {
-        matches!(found, Address::Inet(found) if is_same_host(found, &address))
-            && (has_port(found) || address.port() == 0)
+        let Address::Inet(mut found) = *found else { return false };
+        if address.port() == 0 {
+            found.set_port(0);
+        }
+        found == address
     };
     if let Some(stored) = take_stored(stored, is_same) {
         return reuse(stored);
@@ -111,15 +114,6 @@ fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Resul
         Ok(())
     })?;
     listen(socket, None)
-}
-
-/// Whether two addresses are the same but for the port. A link-local address needs the same interface.
-fn is_same_host(one: &SocketAddr, other: &SocketAddr) -> bool {
-    let scope = |address: &SocketAddr| match address {
-        SocketAddr::V4(_) => 0,
-        SocketAddr::V6(address) => address.scope_id(),
-    };
-    one.ip() == other.ip() && scope(one) == scope(other)
 }
 
 /// Opens a Unix or vsock address.
