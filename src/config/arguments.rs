@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};
 
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
-use clap::{CommandFactory, Parser, ValueHint};
+use clap::{Arg, CommandFactory, Parser, ValueHint};
 
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
-use crate::config::parser::{InfoOptions, Parsed, expand, parse, split_command};
+use crate::config::parser::{InfoOptions, Parsed, expand, parse};
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{self, HandoverMode, Overflow, ReadyMode};
 use crate::logging::LogLevel;
@@ -31,7 +31,8 @@ const UPSTREAM: [&str; 5] =
     infer_long_args = true,
     args_override_self = true,
     disable_help_flag = true,
-    disable_version_flag = true
+    disable_version_flag = true,
+    mut_args = option
 )]
 pub struct Arguments {
     #[arg(help = "HOST[:PORT], /path, @abstract, vsock:CID:PORT; SELECTOR: a socket's name or address",
@@ -39,106 +40,72 @@ pub struct Arguments {
     pub targets: Vec<OsString>,
     /// Started for the first connection
     #[arg(last = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
-    command_words: Vec<OsString>,
+    pub command: Option<Vec<OsString>>,
 
     /// Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT
     #[arg(long, value_name = "ADDRESS", value_parser = listen_address(), help_heading = "Sockets",
-        value_hint = ValueHint::FilePath, allow_hyphen_values = true)]
+        value_hint = ValueHint::FilePath)]
     pub listen: Vec<ListenAddress>,
     /// Serve up to N connections at a time
     #[arg(long, short, value_name = "N", value_parser = values::connections_max,
-        default_value = "256", help_heading = "Sockets", allow_hyphen_values = true)]
+        default_value = "256", help_heading = "Sockets")]
     pub connections_max: NonZeroU32,
     /// Refuse others, or let them wait
-    #[arg(
-        long,
-        value_name = "refuse|wait",
-        hide_possible_values = true,
-        value_enum,
-        default_value = "refuse",
-        help_heading = "Sockets",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "refuse|wait", default_value = "refuse", help_heading = "Sockets")]
     pub overflow: Overflow,
     /// Exit after TIME without a connection
-    #[arg(long, value_name = "TIME", value_parser = values::span, default_value = "infinity",
-        help_heading = "Sockets", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TIME", default_value = "infinity", help_heading = "Sockets")]
     pub exit_idle_time: TimeSpan,
     /// When stopped, give open connections TIME to end
-    #[arg(long, value_name = "TIME", value_parser = values::span, default_value = "0",
-        help_heading = "Sockets", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TIME", default_value = "0", help_heading = "Sockets")]
     pub drain_time: TimeSpan,
     /// Keep connections over a restart or a crash
     #[arg(
         long,
         value_name = "never|restart|crash",
-        hide_possible_values = true,
-        value_enum,
         default_value = "never",
-        help_heading = "Sockets",
-        allow_hyphen_values = true
+        help_heading = "Sockets"
     )]
     pub handover: HandoverMode,
 
     /// Hold clients until TARGET is up [default: 0; COMMAND: 90s]
-    #[arg(long, value_name = "TIME", value_parser = values::span, help_heading = "Backend",
-        allow_hyphen_values = true)]
+    #[arg(long, value_name = "TIME", help_heading = "Backend")]
     pub backend_wait: Option<TimeSpan>,
     /// Give up on one address of TARGET after TIME
     #[arg(long, value_name = "TIME", value_parser = values::positive, default_value = "10s",
-        help_heading = "Backend", allow_hyphen_values = true)]
+        help_heading = "Backend")]
     pub connect_timeout: TimeSpan,
     /// Close connections idle for TIME
     #[arg(long, value_name = "TIME", value_parser = values::positive, default_value = "infinity",
-        help_heading = "Backend", allow_hyphen_values = true)]
+        help_heading = "Backend")]
     pub connection_idle_time: TimeSpan,
     /// Probe TCP peers silent for TIME
     #[arg(long, value_name = "TIME", value_parser = values::keepalive, default_value = "infinity",
-        help_heading = "Backend", allow_hyphen_values = true)]
+        help_heading = "Backend")]
     pub keepalive: TimeSpan,
     /// Tell TARGET the client's address
-    #[arg(
-        long,
-        value_name = "v1|v2",
-        hide_possible_values = true,
-        value_enum,
-        help_heading = "Backend",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "v1|v2", help_heading = "Backend")]
     pub proxy_protocol: Option<ProxyProtocol>,
     /// COMMAND is ready when TARGET accepts, or on READY=1
-    #[arg(
-        long,
-        value_name = "connect|notify",
-        hide_possible_values = true,
-        value_enum,
-        help_heading = "Backend",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "connect|notify", help_heading = "Backend")]
     pub ready: Option<ReadyMode>,
     /// Stop COMMAND when idle for TIME [default: infinity]
-    #[arg(long, value_name = "TIME", value_parser = values::span, help_heading = "Backend",
-        allow_hyphen_values = true)]
+    #[arg(long, value_name = "TIME", help_heading = "Backend")]
     pub stop_idle_time: Option<TimeSpan>,
 
     /// Serve with up to N threads, 1 to 256
     #[arg(long, value_name = "N", value_parser = values::threads, default_value = "1",
-        help_heading = "Other", allow_hyphen_values = true)]
+        help_heading = "Other")]
     pub threads: NonZeroUsize,
     /// Answer Prometheus there, or at the passed socket fd:NAME
     #[arg(long, value_name = "ADDRESS", value_parser = metrics_address(), help_heading = "Other",
-        value_hint = ValueHint::FilePath, allow_hyphen_values = true)]
+        value_hint = ValueHint::FilePath)]
     pub metrics: Option<MetricsAddress>,
     /// Log err, warning, notice, info or debug [default: info]
-    #[arg(long, value_name = "LEVEL", hide_possible_values = true, value_parser = values::LogLevelParser, help_heading = "Other",
-        allow_hyphen_values = true)]
+    #[arg(long, value_name = "LEVEL", value_parser = values::LogLevelParser, help_heading = "Other")]
     pub log_level: Option<LogLevel>,
     #[command(flatten, next_help_heading = "Other")]
     info: InfoOptions,
-
-    /// COMMAND and its arguments, if there is a `--` for them.
-    #[arg(skip)]
-    pub command: Option<Vec<OsString>>,
 }
 
 impl Arguments {
@@ -156,12 +123,26 @@ impl Arguments {
             Parsed::Arguments(arguments) => arguments,
             Parsed::Print(text) => return Ok(Parsed::Print(text)),
         };
-        let (targets, command) =
-            split_command(arguments.targets, arguments.command_words, has_dashes);
-        (arguments.targets, arguments.command, arguments.command_words) =
-            (targets, command, Vec::new());
+        let Self { targets, command, .. } = &mut arguments;
+        if targets.is_empty() {
+            // As in `-- TARGET -- COMMAND`: for clap, all words behind the first `--` are COMMAND.
+            *targets = command.take().unwrap_or_default();
+            if let Some(at) = targets.iter().position(|word| word == "--") {
+                *command = Some(targets.split_off(at + 1));
+                targets.pop();
+            }
+        } else if has_dashes {
+            command.get_or_insert_default();
+        }
         Ok(Parsed::Arguments(arguments))
     }
+}
+
+/// Lets the value of an option begin with a dash. `--help` lists no possible values: the value's
+/// name does.
+fn option(arg: Arg) -> Arg {
+    let has_value = !arg.is_positional() && arg.get_action().takes_values();
+    arg.allow_hyphen_values(has_value).hide_possible_values(has_value)
 }
 
 fn listen_address() -> ValueParser {

@@ -49,23 +49,6 @@ fn one_line(text: &str) -> String {
     lines.collect::<Vec<_>>().join(" ")
 }
 
-/// Splits the words at the first `--` behind a word that is none: what precedes it are the other
-/// positional arguments, what follows is COMMAND. `rest` is what clap finds behind the first `--`.
-pub fn split_command(
-    mut arguments: Vec<OsString>,
-    rest: Vec<OsString>,
-    has_dashes: bool,
-) -> (Vec<OsString>, Option<Vec<OsString>>) {
-    if !arguments.is_empty() {
-        return (arguments, has_dashes.then_some(rest));
-    }
-    // As in `-- TARGET -- COMMAND`.
-    let Some(at) = rest.iter().position(|word| word == "--") else { return (rest, None) };
-    let mut words = rest.into_iter();
-    arguments.extend(words.by_ref().take(at));
-    (arguments, Some(words.skip(1).collect()))
-}
-
 /// Writes abbreviations out: of a name that is not in `all` and begins exactly one name of `first`, that
 /// one is meant, whatever other names it begins.
 pub fn expand(args: &mut [OsString], first: &[&str], all: impl Fn(&str) -> bool) {

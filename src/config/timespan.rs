@@ -4,6 +4,7 @@
 //! refuses `3.s` and `+.5`. A unit must mean the same to the microsecond.
 
 use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -41,26 +42,6 @@ const UNITS: [(&[&str], u64); 9] = [
 impl TimeSpan {
     pub const INFINITY: Self = Self(None);
 
-    /// Parses a time span. A number without a unit is in seconds. Returns `None` where systemd refuses it.
-    pub fn parse(text: &str) -> Option<Self> {
-        // U+03BC, the Greek letter, stands for U+00B5, the sign, as people type either.
-        let text = text.replace('\u{3bc}', "\u{b5}");
-        let mut rest = text.trim_matches(WHITE_SPACE);
-        if rest == "infinity" {
-            return Some(Self::INFINITY);
-        }
-        let mut micros = 0;
-        let mut something = false;
-        while !rest.is_empty() {
-            let (part, behind) = parse_part(rest)?;
-            // add() refuses the largest value, which stands for infinity.
-            micros = add(micros, part)?;
-            something = true;
-            rest = behind.trim_start_matches(WHITE_SPACE);
-        }
-        something.then(|| Self::new(Duration::from_micros(micros)))
-    }
-
     /// Creates a finite span.
     pub const fn new(span: Duration) -> Self {
         Self(Some(span))
@@ -93,6 +74,22 @@ impl TimeSpan {
     }
 }
 
+/// Parses a time span. A number without a unit is in seconds. Fails where systemd refuses it.
+impl FromStr for TimeSpan {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // U+03BC, the Greek letter, stands for U+00B5, the sign, as people type either.
+        let text = text.replace('\u{3bc}', "\u{b5}");
+        let text = text.trim_matches(WHITE_SPACE);
+        if text == "infinity" {
+            return Ok(Self::INFINITY);
+        }
+        let micros = parse_micros(text).ok_or("it is not a time span (30s, 5min 20s, infinity)")?;
+        Ok(Self::new(Duration::from_micros(micros)))
+    }
+}
+
 /// As systemd prints it: `1min 30s`, `1.5s`, `100ms`.
 impl fmt::Display for TimeSpan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -120,6 +117,16 @@ impl fmt::Display for TimeSpan {
         }
         Ok(())
     }
+}
+
+fn parse_micros(text: &str) -> Option<u64> {
+    let (mut micros, mut rest) = parse_part(text)?;
+    while !rest.is_empty() {
+        let (part, behind) = parse_part(rest)?;
+        micros = add(micros, part)?;
+        rest = behind;
+    }
+    Some(micros)
 }
 
 /// Parses one number with its fraction and unit. Returns the microseconds and the rest of the text.
@@ -161,13 +168,14 @@ fn parse_part(text: &str) -> Option<(u64, &str)> {
         micros = add(micros, u64::from(digit - b'0') * decimal)?;
         decimal /= 10;
     }
-    Some((micros, behind))
+    Some((micros, behind.trim_start_matches(WHITE_SPACE)))
 }
 
 fn digits(text: &str) -> (&str, &str) {
     text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
 }
 
+/// Refuses the largest sum, which stands for infinity in systemd.
 fn add(a: u64, b: u64) -> Option<u64> {
     a.checked_add(b).filter(|&sum| sum < u64::MAX)
 }
@@ -177,7 +185,8 @@ mod tests {
     use super::*;
 
     fn micros(text: &str) -> Option<u128> {
-        TimeSpan::parse(text).map(|span| span.finite().map_or(u128::MAX, |span| span.as_micros()))
+        let span = text.parse::<TimeSpan>().ok();
+        span.map(|span| span.finite().map_or(u128::MAX, |span| span.as_micros()))
     }
 
     #[test]
@@ -185,9 +194,9 @@ mod tests {
         for text in
             ["0", "10min", "1min 30s", "1.5s", "100ms", "2h 3min 4.05s", "1w 3d", "5us", "infinity"]
         {
-            assert_eq!(TimeSpan::parse(text).unwrap().to_string(), text);
+            assert_eq!(text.parse::<TimeSpan>().unwrap().to_string(), text);
         }
-        assert_eq!(TimeSpan::parse("600").unwrap().to_string(), "10min");
+        assert_eq!("600".parse::<TimeSpan>().unwrap().to_string(), "10min");
         let rounded = |seconds| TimeSpan::rounded(Duration::from_secs_f64(seconds)).to_string();
         assert_eq!(rounded(184.5), "3min 4s");
         assert_eq!(rounded(7300.0), "2h 1min");

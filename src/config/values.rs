@@ -18,13 +18,9 @@ pub fn connections_max(text: &str) -> Result<NonZeroU32, String> {
     NonZeroU32::new(count).ok_or_else(|| "Connection limit is too low.".into())
 }
 
-pub fn span(text: &str) -> Result<TimeSpan, String> {
-    TimeSpan::parse(text).ok_or_else(|| "it is not a time span (30s, 5min 20s, infinity)".into())
-}
-
 /// Parses a time span above zero.
 pub fn positive(text: &str) -> Result<TimeSpan, String> {
-    let span = span(text)?;
+    let span: TimeSpan = text.parse()?;
     if span.is_zero() { Err("it has to be more than 0, or infinity".into()) } else { Ok(span) }
 }
 

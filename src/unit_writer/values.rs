@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
-use crate::config::values::span;
+use crate::config::timespan::TimeSpan;
 use crate::socket::address::Address;
 use crate::unit_writer::escape::unit_name;
 
@@ -77,7 +77,7 @@ pub fn service(text: &str) -> Result<String, String> {
 
 /// Parses a time span, which is kept as written but for white space and a missing unit.
 pub fn idle(text: &str) -> Result<String, String> {
-    let span = span(text)?;
+    let span: TimeSpan = text.parse()?;
     let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
     let words: Vec<_> = text.split_whitespace().collect();
     Ok(if is_number { span.to_string() } else { words.join(" ") })
