@@ -7,7 +7,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
 use clap::{Arg, CommandFactory, Parser, ValueHint};
 
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
-use crate::config::parser::{InfoOptions, Parsed, expand, parse};
+use crate::config::parser::{InfoOptions, Request, expand, parse};
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{self, HandoverMode, Overflow, ReadyMode};
 use crate::logging::LogLevel;
@@ -113,15 +113,15 @@ impl Arguments {
     ///
     /// # Errors
     /// One line that names the option and the value.
-    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Parsed<Self>, String> {
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Request<Self>, String> {
         let mut args: Vec<_> = args.into_iter().collect();
         let is_known =
             |name: &str| Self::command().get_arguments().any(|it| it.get_long() == Some(name));
         expand(&mut args, &UPSTREAM, is_known);
         let has_dashes = args.iter().any(|arg| arg == "--");
         let mut arguments = match parse::<Self>(args)? {
-            Parsed::Arguments(arguments) => arguments,
-            Parsed::Print(text) => return Ok(Parsed::Print(text)),
+            Request::Run(arguments) => arguments,
+            Request::Print(text) => return Ok(Request::Print(text)),
         };
         let Self { targets, command, .. } = &mut arguments;
         if targets.is_empty() {
@@ -134,7 +134,7 @@ impl Arguments {
         } else if has_dashes {
             command.get_or_insert_default();
         }
-        Ok(Parsed::Arguments(arguments))
+        Ok(Request::Run(arguments))
     }
 }
 

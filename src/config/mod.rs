@@ -18,7 +18,7 @@ use std::time::Duration;
 use crate::config::arguments::Arguments;
 use crate::config::command::CommandLine;
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
-use crate::config::parser::Parsed;
+use crate::config::parser::Request;
 use crate::config::selector::Targets;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{HandoverMode, Overflow, ReadyMode};
@@ -61,23 +61,15 @@ pub struct CommandConfig {
     pub stop_idle_time: TimeSpan,
 }
 
-/// What the command line asks for.
-#[derive(Debug)]
-pub enum Request {
-    Serve(Box<Config>),
-    /// Print this text on standard output and exit with 0.
-    Print(String),
-}
-
 impl Config {
     /// Parses the arguments, the program's name first.
     ///
     /// # Errors
     /// One line for standard error that names the option and the value.
-    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request<Self>, String> {
         let arguments = match Arguments::read(args)? {
-            Parsed::Arguments(arguments) => arguments,
-            Parsed::Print(text) => return Ok(Request::Print(text)),
+            Request::Run(arguments) => arguments,
+            Request::Print(text) => return Ok(Request::Print(text)),
         };
         if let Some((_, why)) = CONFLICTS.iter().find(|(is_so, _)| is_so(&arguments)) {
             return Err((*why).into());
@@ -100,7 +92,7 @@ impl Config {
         };
         let default_wait = if command.is_some() { COMMAND_WAIT } else { Duration::ZERO };
         let handover = arguments.handover;
-        Ok(Request::Serve(Box::new(Self {
+        Ok(Request::Run(Self {
             targets,
             listen: arguments.listen,
             connections_max: arguments.connections_max,
@@ -117,7 +109,7 @@ impl Config {
             threads: arguments.threads,
             metrics: arguments.metrics,
             log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
-        })))
+        }))
     }
 }
 
@@ -165,7 +157,7 @@ mod tests {
     fn parse(args: &[&str]) -> Result<Config, String> {
         let args = std::iter::once("socket-proxyd").chain(args.iter().copied());
         match Config::parse(args.map(OsString::from))? {
-            Request::Serve(config) => Ok(*config),
+            Request::Run(config) => Ok(config),
             Request::Print(text) => Err(text),
         }
     }

@@ -8,10 +8,9 @@ use clap::{ArgAction, Args, Parser};
 
 /// What a command line asks for.
 #[derive(Debug)]
-pub enum Parsed<T> {
-    /// To do something.
-    Arguments(T),
-    /// To print this text: help or the version.
+pub enum Request<T> {
+    Run(T),
+    /// Print this text, help or the version, on standard output and exit with 0.
     Print(String),
 }
 
@@ -30,12 +29,12 @@ pub struct InfoOptions {
 ///
 /// # Errors
 /// One line that names the option and the value.
-pub fn parse<T: Parser>(args: Vec<OsString>) -> Result<Parsed<T>, String> {
+pub fn parse<T: Parser>(args: Vec<OsString>) -> Result<Request<T>, String> {
     match T::try_parse_from(args) {
-        Ok(arguments) => Ok(Parsed::Arguments(arguments)),
+        Ok(arguments) => Ok(Request::Run(arguments)),
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-                Ok(Parsed::Print(format!("{}\n", error.to_string().trim_end())))
+                Ok(Request::Print(format!("{}\n", error.to_string().trim_end())))
             }
             _ => Err(one_line(&error.to_string())),
         },

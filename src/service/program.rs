@@ -5,7 +5,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use crate::backend::command::guard_process::Helper;
-use crate::config::{Config, Request};
+use crate::config::Config;
+use crate::config::parser::Request;
 use crate::listen::activation::{Stdin, take_passed_fds, take_stdin};
 use crate::logging::{LogLevel, Logging};
 use crate::runtime::dispositions;
@@ -26,7 +27,7 @@ pub unsafe fn run() -> ExitCode {
     }
     let request = Config::parse(env::args_os());
     let level = match &request {
-        Ok(Request::Serve(config)) => config.log_level,
+        Ok(Request::Run(config)) => config.log_level,
         _ => LogLevel::from_environment(),
     };
     // Precedes any output: standard error may be the client's socket. --help and --version still print.
@@ -40,10 +41,10 @@ pub unsafe fn run() -> ExitCode {
         _ => Logging::start(level),
     };
     exit_code(request.and_then(|request| match request {
-        Request::Serve(config) => {
+        Request::Run(config) => {
             let mut passed = passed?;
             passed.extend(stdin.map(|stdin| stdin.socket));
-            service::run(*config, passed)
+            service::run(config, passed)
         }
         Request::Print(text) => {
             let written = io::stdout().write_all(text.as_bytes());

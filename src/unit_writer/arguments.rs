@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueHint};
 
 use crate::config::listen_address::ListenAddress;
-use crate::config::parser::{InfoOptions, Parsed, join_path, parse};
+use crate::config::parser::{InfoOptions, Request, join_path, parse};
 use crate::unit_writer::escape::shell_word;
 use crate::unit_writer::values::{
     UNIT_DIRECTORIES, account, idle, listen, metrics, name, service, target,
@@ -77,12 +77,12 @@ impl Arguments {
     ///
     /// # Errors
     /// One line that names the option and the value.
-    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Parsed<Self>, String> {
+    pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Request<Self>, String> {
         let mut args: Vec<_> = args.into_iter().collect();
         join_path(&mut args, "--write");
         let has_dashes = args.iter().any(|arg| arg == "--");
         match parse(args)? {
-            Parsed::Arguments(Self { command: None, .. }) if has_dashes => {
+            Request::Run(Self { command: None, .. }) if has_dashes => {
                 Err("There is no COMMAND after --.".into())
             }
             parsed => Ok(parsed),
@@ -120,8 +120,8 @@ pub mod tests {
     pub fn parse(line: &str) -> Result<Arguments, String> {
         let args = std::iter::once(PROGRAM).chain(line.split(' '));
         match Arguments::read(args.map(OsString::from))? {
-            Parsed::Arguments(arguments) => Ok(arguments),
-            Parsed::Print(text) => Err(text),
+            Request::Run(arguments) => Ok(arguments),
+            Request::Print(text) => Err(text),
         }
     }
 

@@ -30,7 +30,7 @@ use render::UnitFile;
 use values::{UNIT_DIRECTORIES, is_hidden};
 
 use crate::config::command::CommandLine;
-use crate::config::parser::Parsed;
+use crate::config::parser::Request;
 use crate::logging::os_message;
 
 /// Does what the arguments ask for, the program's name first.
@@ -39,8 +39,8 @@ use crate::logging::os_message;
 /// One line on what is wrong with the arguments or the files.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
     let arguments = match Arguments::read(args)? {
-        Parsed::Arguments(arguments) => arguments,
-        Parsed::Print(text) => return print(&mut io::stdout(), &text),
+        Request::Run(arguments) => arguments,
+        Request::Print(text) => return print(&mut io::stdout(), &text),
     };
     let plan = Plan::new(arguments)?;
     let files = render::files(&plan, &program());
