@@ -5,7 +5,7 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::socket::address::Address;
-use crate::socket::host_port::{HostPort, Port};
+use crate::socket::host_port::HostPort;
 
 /// The value of `--listen=`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ impl ListenAddress {
     pub fn has_any_port(&self) -> bool {
         match self {
             Self::Any(port) => *port == 0,
-            Self::Host(host_port) => host_port.port == Port::Number(0),
+            Self::Host(host_port) => host_port.port == "0",
             Self::Address(_) => false,
         }
     }

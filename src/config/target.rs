@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::fmt;
 
 use crate::socket::address::Address;
-use crate::socket::host_port::{HostPort, Port};
+use crate::socket::host_port::HostPort;
 
 /// The port of a `HOST` without one, as in systemd-socket-proxyd(8).
 const DEFAULT_PORT: &str = "80";
@@ -42,7 +42,7 @@ impl Target {
             ));
         }
         let host_port = HostPort::parse(text, Some(DEFAULT_PORT))?;
-        if host_port.port == Port::Number(0) {
+        if host_port.port == "0" {
             return Err("no backend can be reached at port 0".into());
         }
         Ok(match host_port.literal() {

@@ -17,7 +17,6 @@ use crate::listen::listener::Listener;
 use crate::listen::stored::{SocketFile, StoredListener};
 use crate::logging::os_message;
 use crate::socket::address::Address;
-use crate::socket::host_port::Port;
 use crate::socket::resolve::resolve;
 
 /// Opens one listener, or one for each address of a host.
@@ -48,7 +47,7 @@ pub async fn open(
                     .map_err(|error| format!("Failed to listen on {address}: {error}."))?,
             };
             // Each address would get another port of the kernel's choice.
-            open_each(&addresses, host.port == Port::Number(0), stored)
+            open_each(&addresses, host.port == "0", stored)
         }
     };
     opened.map_err(|error| {

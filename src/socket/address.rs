@@ -38,7 +38,7 @@ impl Address {
     /// systemd-socket-proxyd.
     ///
     /// # Errors
-    /// A message about what is not a number, or a name that is empty, too long or has a NUL.
+    /// A message about what is not a number, or a name that is empty or too long.
     pub fn parse(text: &OsStr) -> Result<Option<Self>, String> {
         let (name, address) = match text.as_bytes() {
             path @ [b'/', ..] => (path, Self::Path(text.into())),
@@ -52,8 +52,6 @@ impl Address {
                 "the name has {} bytes, a Unix socket's can have {UNIX_NAME_MAX}",
                 name.len()
             ))
-        } else if name.contains(&0) {
-            Err("the name contains a NUL byte".into())
         } else {
             Ok(Some(address))
         }

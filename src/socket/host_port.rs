@@ -8,14 +8,8 @@ use std::net::{Ipv6Addr, SocketAddr};
 pub struct HostPort {
     /// A name or an address, without brackets; not empty.
     pub host: String,
-    pub port: Port,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Port {
-    Number(u16),
-    /// A name from services(5).
-    Service(String),
+    /// A number without leading zeros, or a name from services(5).
+    pub port: String,
 }
 
 impl HostPort {
@@ -56,7 +50,6 @@ impl HostPort {
             });
         }
         for (byte, message) in [
-            ('\0', "the host contains a NUL byte"),
             ('/', "a host has no slash; a path begins with one, and a COMMAND follows after --"),
             ('=', "a host has no ="),
         ] {
@@ -69,13 +62,12 @@ impl HostPort {
             return Err("* is not a host; for every address use --listen=PORT".into());
         }
         let port = port.or(default_port).ok_or("there is no port")?;
-        Ok(Self { host: host.into(), port: Port::parse(port)? })
+        Ok(Self { host: host.into(), port: parse_port(port)? })
     }
 
     /// Returns the address, if the host is an address and the port a number.
     pub fn literal(&self) -> Option<SocketAddr> {
-        let Port::Number(port) = self.port else { return None };
-        Some(SocketAddr::new(self.host.parse().ok()?, port))
+        Some(SocketAddr::new(self.host.parse().ok()?, self.port.parse().ok()?))
     }
 }
 
@@ -89,31 +81,14 @@ impl fmt::Display for HostPort {
     }
 }
 
-impl Port {
-    fn parse(text: &str) -> Result<Self, String> {
-        if text.is_empty() {
-            return Err("the port is empty".into());
-        }
-        if text.contains('\0') {
-            return Err("the port contains a NUL byte".into());
-        }
-        if text.contains('/') {
-            return Err("a port has no slash; a path begins with one".into());
-        }
-        if text.bytes().all(|byte| byte.is_ascii_digit()) {
-            let number = text.parse().map_err(|_| format!("port {text} is above 65535"))?;
-            return Ok(Self::Number(number));
-        }
-        Ok(Self::Service(text.into()))
-    }
-}
-
-impl fmt::Display for Port {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Number(number) => number.fmt(f),
-            Self::Service(name) => name.fmt(f),
-        }
+fn parse_port(text: &str) -> Result<String, String> {
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    match text.parse::<u16>() {
+        Ok(number) => Ok(number.to_string()),
+        Err(_) if text.is_empty() => Err("the port is empty".into()),
+        Err(_) if text.contains('/') => Err("a port has no slash; a path begins with one".into()),
+        Err(_) if is_number => Err(format!("port {text} is above 65535")),
+        Err(_) => Ok(text.into()),
     }
 }
 

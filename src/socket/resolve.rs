@@ -22,7 +22,7 @@ pub async fn resolve(
     permit: Option<OwnedSemaphorePermit>,
 ) -> Result<Vec<SocketAddr>, ResolveError> {
     let failed = |(reason, temporary)| ResolveError { name: name.to_string(), reason, temporary };
-    let (host, port) = (name.host.clone(), name.port.to_string());
+    let HostPort { host, port } = name.clone();
     let (sender, answer) = oneshot::channel();
     let lookup = move || {
         let _permit = permit;
