@@ -1,6 +1,5 @@
 //! Messages that may repeat without end are let through a few times.
 
-use std::fmt;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -21,8 +20,8 @@ impl RateLimit {
         Self { burst, interval, state: Mutex::new(None) }
     }
 
-    /// Returns the number of messages suppressed since the last one, if a message may pass now.
-    pub fn pass(&self) -> Option<Suppressed> {
+    /// Returns the tail of the message, if it may pass now: how many were suppressed since the last one.
+    pub fn pass(&self) -> Option<String> {
         let mut state = self.state.lock().ok()?;
         let now = Instant::now();
         let (start, count, suppressed) = match *state {
@@ -31,20 +30,10 @@ impl RateLimit {
             None => (now, 0, 0),
         };
         *state = Some((start, count.saturating_add(1)));
-        (count < self.burst).then_some(Suppressed(suppressed))
-    }
-}
-
-/// The number of messages that a [`RateLimit`] suppressed. Prints as nothing, or as the tail of a message.
-#[derive(Clone, Copy, Debug)]
-pub struct Suppressed(u32);
-
-impl fmt::Display for Suppressed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            0 => Ok(()),
-            count => write!(f, " ({count} more since the last such message)"),
-        }
+        (count < self.burst).then(|| match suppressed {
+            0 => String::new(),
+            count => format!(" ({count} more since the last such message)"),
+        })
     }
 }
 
@@ -58,9 +47,9 @@ mod tests {
         let passed = (0..100).filter(|_| limit.pass().is_some()).count();
         assert_eq!(passed, 2);
         tokio::time::advance(Duration::from_secs(11)).await;
-        let suppressed = limit.pass().unwrap().to_string();
+        let suppressed = limit.pass().unwrap();
         assert_eq!(suppressed, " (98 more since the last such message)");
         tokio::time::advance(Duration::from_secs(11)).await;
-        assert_eq!(limit.pass().unwrap().to_string(), "");
+        assert_eq!(limit.pass().unwrap(), "");
     }
 }
