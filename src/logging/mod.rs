@@ -72,7 +72,7 @@ impl LogLevel {
 
 /// The destination of all events and panics. Dropping this flushes the last lines.
 #[derive(Debug)]
-pub struct Logging(Arc<Queue>);
+pub struct Logging(Arc<Logger>);
 
 impl Logging {
     pub fn start(level: LogLevel) -> Self {
@@ -89,16 +89,16 @@ impl Logging {
 
     fn start_with(level: LogLevel, output: Output) -> Self {
         let (output, dropped) = (Arc::new(output), Arc::default());
-        let queue = Arc::new(Queue { output, sender: OnceLock::new(), dropped });
-        let logger = Logger { level: level.0, queue: Arc::clone(&queue) };
+        let logger = Logger { level: level.0, output, sender: OnceLock::new(), dropped };
+        let logger = Arc::new(logger);
         // Fails only when a test has set another, which then stays.
-        let _ = tracing::subscriber::set_global_default(logger);
+        let _ = tracing::subscriber::set_global_default(Arc::clone(&logger));
         std::panic::set_hook(Box::new(|panic| {
             if let Some(suppressed) = PANICS.pass() {
                 tracing::error!("Internal error, please report: {panic}{suppressed}");
             }
         }));
-        Self(queue)
+        Self(logger)
     }
 }
 
@@ -113,9 +113,10 @@ impl Drop for Logging {
     }
 }
 
-/// The queue to the writing thread.
+/// tracing's subscriber, which queues lines for the writing thread.
 #[derive(Debug)]
-struct Queue {
+struct Logger {
+    level: LevelFilter,
     output: Arc<Output>,
     /// Set once the thread is started.
     sender: OnceLock<SyncSender<Item>>,
@@ -128,7 +129,7 @@ enum Item {
     Flush(SyncSender<()>),
 }
 
-impl Queue {
+impl Logger {
     fn push(&self, line: Vec<u8>) {
         let is_accepted = match self.sender() {
             Some(sender) => sender.try_send(Item::Line(line)).is_ok(),
@@ -192,12 +193,6 @@ fn dropped_message(count: u64, format: Format) -> Vec<u8> {
     Line { text, fields: Vec::new() }.render(format, Level::WARN)
 }
 
-/// tracing's subscriber.
-struct Logger {
-    level: LevelFilter,
-    queue: Arc<Queue>,
-}
-
 impl Subscriber for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.is_event() && *metadata.level() <= self.level
@@ -210,7 +205,7 @@ impl Subscriber for Logger {
     fn event(&self, event: &Event<'_>) {
         let mut line = Line::default();
         event.record(&mut line);
-        self.queue.push(line.render(self.queue.output.format(), *event.metadata().level()));
+        self.push(line.render(self.output.format(), *event.metadata().level()));
     }
 
     // No span is ever enabled.
