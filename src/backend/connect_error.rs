@@ -44,7 +44,7 @@ impl ConnectError {
     /// (EPERM) are permanent.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Resolve(error) => error.is_temporary(),
+            Self::Resolve(error) => error.is_temporary,
             Self::Connect(_, error) => matches!(
                 Errno::from_io_error(error),
                 Some(

@@ -21,7 +21,6 @@ pub async fn resolve(
     name: &HostPort,
     permit: Option<OwnedSemaphorePermit>,
 ) -> Result<Vec<SocketAddr>, ResolveError> {
-    let failed = |(reason, temporary)| ResolveError { name: name.to_string(), reason, temporary };
     let HostPort { host, port } = name.clone();
     let (sender, answer) = oneshot::channel();
     let lookup = move || {
@@ -29,26 +28,23 @@ pub async fn resolve(
         // An error says that the caller has stopped waiting.
         let _ = sender.send(look_up(&host, &port));
     };
-    thread::Builder::new()
-        .name("resolve".into())
-        .spawn(lookup)
-        .map_err(|error| failed((format!("no thread to ask: {}", os_message(&error)), true)))?;
-    let answer = answer.await.unwrap_or_else(|_| Err(("the lookup failed".into(), false)));
-    answer.map_err(failed)
+    let answer = match thread::Builder::new().name("resolve".into()).spawn(lookup) {
+        Ok(_) => answer.await.unwrap_or_else(|_| Err(("the lookup failed".into(), false))),
+        Err(error) => Err((format!("no thread to ask: {}", os_message(&error)), true)),
+    };
+    answer.map_err(|(reason, is_temporary)| ResolveError {
+        name: name.to_string(),
+        reason,
+        is_temporary,
+    })
 }
 
 #[derive(Debug)]
 pub struct ResolveError {
     name: String,
     reason: String,
-    temporary: bool,
-}
-
-impl ResolveError {
-    /// Returns whether a later lookup may succeed (EAI_AGAIN).
-    pub fn is_temporary(&self) -> bool {
-        self.temporary
-    }
+    /// Whether a later lookup may succeed (EAI_AGAIN).
+    pub is_temporary: bool,
 }
 
 impl fmt::Display for ResolveError {
