@@ -82,14 +82,12 @@ impl Config {
                     .into(),
             );
         }
-        let command = match arguments.command {
-            Some(words) => Some(CommandConfig {
-                line: CommandLine::find(words)?,
-                ready: arguments.ready.unwrap_or(ReadyMode::Connect),
-                stop_idle_time: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
-            }),
-            None => None,
-        };
+        let line = arguments.command.map(CommandLine::find).transpose()?;
+        let command = line.map(|line| CommandConfig {
+            line,
+            ready: arguments.ready.unwrap_or(ReadyMode::Connect),
+            stop_idle_time: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
+        });
         let default_wait = if command.is_some() { COMMAND_WAIT } else { Duration::ZERO };
         let handover = arguments.handover;
         Ok(Request::Run(Self {

@@ -53,15 +53,11 @@ fn one_line(text: &str) -> String {
 pub fn expand(args: &mut [OsString], first: &[&str], all: impl Fn(&str) -> bool) {
     for arg in args.iter_mut().skip(1).take_while(|arg| *arg != "--") {
         let Some(word) = arg.to_str().and_then(|arg| arg.strip_prefix("--")) else { continue };
-        let (name, value) = match word.split_once('=') {
-            Some((name, value)) => (name, Some(value)),
-            None => (word, None),
-        };
+        let (name, value) = word.split_at(word.find('=').unwrap_or(word.len()));
         let mut meant = first.iter().filter(|it| it.starts_with(name));
         // `all` comes last: it may cost something, and few words are abbreviations.
         let (Some(meant), None) = (meant.next(), meant.next()) else { continue };
         if !name.is_empty() && *meant != name && !all(name) {
-            let value = value.map(|value| format!("={value}")).unwrap_or_default();
             *arg = format!("--{meant}{value}").into();
         }
     }

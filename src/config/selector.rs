@@ -166,8 +166,7 @@ impl Selector {
         }
         let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
         if let Some(port) = text.strip_prefix(':') {
-            let number = Some(port).filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()));
-            let number = number.and_then(|port| port.parse().ok());
+            let number = port.parse().ok().filter(|_| !port.starts_with('+'));
             return number.map(Self::Port).ok_or_else(|| format!("\"{port}\" is not a port"));
         }
         if text.contains(':') {
