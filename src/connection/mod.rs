@@ -22,8 +22,8 @@ use crate::handover::journal::JournalEntry;
 use crate::limits::slot::Slot;
 use crate::listen::listener::{Accepted, ListenerInfo};
 use crate::logging::os_message;
-use crate::socket::Socket;
 use crate::socket::address::Address;
+use crate::socket::{Socket, has_unread};
 
 pub use context::{BackendSetup, LoopContext, Settings};
 
@@ -70,7 +70,7 @@ pub fn serve(
         let backend = match Box::pin(connect(&socket, setup, &registration, &log)).await {
             ConnectOutcome::Connected(backend) => backend,
             ConnectOutcome::Failed(error) => {
-                log.listener.counts().failed.add_one();
+                log.listener.counts.failed.add_one();
                 log.unreachable(setup.target(), &error);
                 socket.close();
                 return log.ended("Connection closed, there is no backend", setup.target(), [0, 0]);
@@ -178,7 +178,7 @@ async fn connect(
     tokio::select! {
         biased;
         () = registration.detach_requested(report) => ConnectOutcome::Detach,
-        connected = backend.connect(&log.listener.counts().waiting) => {
+        connected = backend.connect(&log.listener.counts.waiting) => {
             connected.map_or_else(ConnectOutcome::Failed, ConnectOutcome::Connected)
         }
         () = wait_until_gone(client) => ConnectOutcome::ClientGone,
@@ -192,7 +192,7 @@ async fn connect(
 /// is not gone: the backend gets them.
 async fn wait_until_gone(client: &Socket) {
     let is_gone = poll_fn(|cx| client.poll_hung_up(cx)).await.is_ok();
-    if !is_gone || client.has_unread() {
+    if !is_gone || has_unread(client) {
         pending().await
     }
 }

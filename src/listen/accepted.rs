@@ -19,7 +19,7 @@ pub struct AcceptedSocket {
     family: Family,
     /// The client's address; `None` if the client has gone.
     peer: Option<Address>,
-    label: SocketLabel,
+    pub label: SocketLabel,
 }
 
 impl AcceptedSocket {
@@ -51,10 +51,6 @@ impl AcceptedSocket {
         let peer = SockRef::from(&fd).peer_addr().ok();
         let peer = peer.map(|address| Address::from_sockaddr(&address));
         Ok(Self { fd, family, peer, label: SocketLabel { name: Some(name), address } })
-    }
-
-    pub fn label(&self) -> &SocketLabel {
-        &self.label
     }
 
     pub fn set_keepalive(&self, keepalive: Keepalive) {

@@ -32,8 +32,8 @@ use crate::socket::{Family, Keepalive, Socket, polls, set_nodelay_or_warn, set_o
 pub struct Listener {
     io: AsyncFd<OwnedFd>,
     family: Family,
-    label: SocketLabel,
-    info: Arc<ListenerInfo>,
+    pub label: SocketLabel,
+    pub info: Arc<ListenerInfo>,
     /// Whether accepted TCP sockets have the options of the listener.
     ///
     /// A TCP connection inherits them when its handshake completes. Connections that were queued
@@ -175,14 +175,6 @@ impl Listener {
         polls(&self.io, PollFlags::IN | PollFlags::ERR | PollFlags::HUP)
     }
 
-    pub fn label(&self) -> &SocketLabel {
-        &self.label
-    }
-
-    pub fn info(&self) -> &Arc<ListenerInfo> {
-        &self.info
-    }
-
     /// Returns whether an IPv6 listener refuses IPv4 clients (`IPV6_V6ONLY` in ipv6(7)).
     pub fn is_ipv6_only(&self) -> bool {
         sockopt::ipv6_v6only(&self.io).unwrap_or(false)
@@ -190,7 +182,7 @@ impl Listener {
 
     /// Returns the identity of the socket file.
     pub fn file_id(&self) -> Option<FileId> {
-        self.file.as_ref().map(SocketFile::id)
+        self.file.as_ref().map(|file| file.id)
     }
 
     /// Decides whether the socket file is removed with the listener, or left to the next process.
@@ -222,7 +214,7 @@ impl fmt::Display for Listener {
 #[derive(Debug)]
 pub struct ListenerInfo {
     label: String,
-    counts: Arc<ListenerCounters>,
+    pub counts: Arc<ListenerCounters>,
 }
 
 impl ListenerInfo {
@@ -233,10 +225,6 @@ impl ListenerInfo {
     /// Counts the connections together with those of other listeners.
     pub fn with_counters(label: &SocketLabel, counts: Arc<ListenerCounters>) -> Arc<Self> {
         Arc::new(Self { label: label.to_string(), counts })
-    }
-
-    pub fn counts(&self) -> &Arc<ListenerCounters> {
-        &self.counts
     }
 
     /// Counts a connection as open until the guard is dropped.

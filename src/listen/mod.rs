@@ -89,8 +89,8 @@ impl Sources {
     /// Returns the labels by which selectors find the sockets.
     pub fn labels(&self) -> Vec<&SocketLabel> {
         match self {
-            Self::Listeners(listeners) => listeners.iter().map(|it| it.label()).collect(),
-            Self::Connection(connection) => vec![connection.label()],
+            Self::Listeners(listeners) => listeners.iter().map(|it| &it.label).collect(),
+            Self::Connection(connection) => vec![&connection.label],
             Self::Stored => Vec::new(),
         }
     }
@@ -135,5 +135,5 @@ pub fn check_no_loop(listener: &Listener, target: &Target) -> Result<(), String>
 }
 
 fn accepts(listener: &Listener, target: &Target) -> bool {
-    matches!(target, Target::Address(address) if listener.label().address.accepts(address))
+    matches!(target, Target::Address(address) if listener.label.address.accepts(address))
 }

@@ -58,17 +58,13 @@ impl StoredListener {
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    id: FileId,
+    pub id: FileId,
     unlinks: Cell<bool>,
 }
 
 impl SocketFile {
     pub fn at(path: &Path) -> io::Result<Self> {
         Ok(Self { id: FileId::at(path)?, path: path.into(), unlinks: Cell::new(false) })
-    }
-
-    pub fn id(&self) -> FileId {
-        self.id
     }
 
     pub fn unlink_on_drop(&self, unlinks: bool) {

@@ -72,7 +72,7 @@ impl Exporter {
         }
         let mut exporter = Self::default();
         for listener in listeners {
-            if let Address::Vsock { .. } = listener.label().address {
+            if let Address::Vsock { .. } = listener.label.address {
                 return Err(format!("{listener} has to be TCP or a Unix socket."));
             }
             tracing::info!("Metrics on {listener}.");

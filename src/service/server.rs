@@ -58,7 +58,7 @@ impl Server {
     pub fn metrics(&self) -> Registry {
         let settings = self.event_loops.settings();
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
-            (listener.to_string(), *backend, Arc::clone(listener.info().counts()))
+            (listener.to_string(), *backend, Arc::clone(&listener.info.counts))
         };
         let backend = |setup: &BackendSetup| {
             (setup.connector.target().to_string(), Arc::clone(setup.connector.counters()))
@@ -160,7 +160,7 @@ impl Server {
 
     async fn publish_status(&self, notifier: &Notifier) {
         let listeners = self.routes.listeners().iter();
-        let listeners: Vec<_> = listeners.map(|(listener, _)| &**listener.info()).collect();
+        let listeners: Vec<_> = listeners.map(|(listener, _)| &*listener.info).collect();
         let bytes = || self.event_loops.delivered();
         let supervisor = self.supervisor.as_deref();
         publish_status(notifier, &self.limit, self.restored, &listeners, bytes, supervisor).await;
@@ -276,13 +276,13 @@ async fn accept_loop(
         match limit.try_acquire() {
             Some(permit) => {
                 accepted.slot.admit(permit);
-                accepted.listener.counts().admitted.add_one();
+                accepted.listener.counts.admitted.add_one();
                 let journal =
                     handover.as_ref().and_then(|handover| handover.keep_client(&accepted.socket));
                 event_loops.serve(accepted, backend, journal);
             }
             None => {
-                accepted.listener.counts().refused.add_one();
+                accepted.listener.counts.refused.add_one();
                 if let Some(suppressed) = REFUSED.pass() {
                     tracing::warn!(
                         client = %accepted.client,

@@ -49,7 +49,7 @@ pub async fn publish_status(
             .zip(state.as_mut())
             .map(|(supervisor, state)| (supervisor.name().to_string(), *state.borrow_and_update()));
         let counts = limit.counts();
-        let open = listeners.iter().map(|info| (info.to_string(), info.counts().open.taken()));
+        let open = listeners.iter().map(|info| (info.to_string(), info.counts.open.taken()));
         let open = open.filter(|(_, open)| *open > 0 && listeners.len() > 1).collect();
         let status = Status { counts, max, bytes: bytes(), restored, open, command }.to_string();
         // The name of a socket may have any length and any characters.

@@ -102,7 +102,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
     listeners.sort_by_key(|(bound, _)| bound.is_none());
     let find = |matches: &dyn Fn(&Listener, &Address) -> bool| {
         let mut listeners = listeners.iter().map(|(_, it)| *it);
-        listeners.find(|(listener, _)| matches(listener, &listener.label().address))
+        listeners.find(|(listener, _)| matches(listener, &listener.label.address))
     };
     // The listener itself has the socket's family. A listener that has replaced it may be of the other
     // family, if it accepts the same clients.
@@ -113,7 +113,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
             find(&|listener, address| !listener.is_ipv6_only() && address.covers(&local))
         });
     if let Some((listener, backend)) = found {
-        return (Arc::clone(listener.info()), Some(*backend));
+        return (Arc::clone(&listener.info), Some(*backend));
     }
     // A single backend is the backend of all listeners.
     let backend = (server.event_loops.settings().backends.len() == 1).then_some(0);
