@@ -23,7 +23,7 @@ use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;
 use crate::runtime::backoff::Backoff;
-use crate::socket::{Family, Socket};
+use crate::socket::{Family, Socket, has_hung_up};
 
 /// The wait for one backend, for the clients of one event loop.
 #[derive(Debug)]
@@ -184,7 +184,7 @@ impl SharedProbe {
     /// Takes the connection on offer, unless the backend has closed it meanwhile.
     fn take_connection(&self) -> Option<Socket> {
         let (fd, family) = self.lock().connection.take()?;
-        Socket::register(fd, family).ok().filter(|socket| !socket.has_hung_up())
+        Socket::register(fd, family).ok().filter(|socket| !has_hung_up(socket))
     }
 }
 

@@ -46,7 +46,9 @@ pub fn has_hung_up_reading(fd: impl AsFd) -> bool {
     polls(fd, PollFlags::RDHUP | PollFlags::HUP)
 }
 
-/// Returns whether a Unix socket has bytes to receive.
+/// Returns whether a Unix socket has bytes to receive, perhaps the last of a peer that is gone.
+///
+/// Always false on TCP: what a TCP peer sent before its reset is not waited for.
 pub fn has_unread(fd: impl AsFd) -> bool {
     Family::of(&fd).is_ok_and(|family| family == Some(Family::Unix))
         && rustix::io::ioctl_fionread(&fd).is_ok_and(|bytes| bytes > 0)

@@ -247,21 +247,9 @@ impl Socket {
         (self.family == Family::Tcp).then(|| sys::tcp_idle(&self.io).ok())?
     }
 
-    /// Returns whether a Unix socket has bytes to receive, perhaps the last of a peer that is gone.
-    ///
-    /// Always false on TCP: what a TCP peer sent before its reset is not waited for.
-    pub fn has_unread(&self) -> bool {
-        has_unread(&self.io)
-    }
-
     /// Returns whether the peer has reset the connection or cannot be reached any more.
     pub fn has_failed(&self) -> bool {
         polls(&self.io, PollFlags::ERR)
-    }
-
-    /// Returns whether nothing can be sent any more.
-    pub fn has_hung_up(&self) -> bool {
-        has_hung_up(&self.io)
     }
 
     /// Ends this side's bytes.
