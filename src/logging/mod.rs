@@ -33,11 +33,9 @@ pub use rate_limit::RateLimit;
 
 /// Returns an error's message without Rust's "(os error N)".
 pub fn os_message(error: &io::Error) -> String {
-    let message = error.to_string();
-    match message.split_once(" (os error") {
-        Some((message, _)) => message.into(),
-        None => message,
-    }
+    let mut message = error.to_string();
+    message.truncate(message.find(" (os error").unwrap_or(message.len()));
+    message
 }
 
 /// The least severe level that is logged.
@@ -60,13 +58,9 @@ impl LogLevel {
     /// Returns `$SYSTEMD_LOG_LEVEL`, or info. Like systemd, ignores what it can't read. Of a list, the word
     /// counts that is not for one destination only.
     pub fn from_environment() -> Self {
-        env::var("SYSTEMD_LOG_LEVEL")
-            .ok()
-            .and_then(|levels| {
-                let mut levels = levels.split(',').filter(|level| !level.contains(':'));
-                levels.find_map(Self::parse)
-            })
-            .unwrap_or(Self(LevelFilter::INFO))
+        let levels = env::var("SYSTEMD_LOG_LEVEL").unwrap_or_default();
+        let mut levels = levels.split(',').filter(|level| !level.contains(':'));
+        levels.find_map(Self::parse).unwrap_or(Self(LevelFilter::INFO))
     }
 }
 
@@ -125,7 +119,7 @@ struct Logger {
 
 enum Item {
     Line(Vec<u8>),
-    /// The thread drops the sender when all lines before this are written.
+    /// The thread sends when all lines before this are written.
     Flush(SyncSender<()>),
 }
 
@@ -172,19 +166,17 @@ fn write_items(output: &Output, items: &Receiver<Item>, dropped: &AtomicU64) {
         }
     };
     for item in items {
-        let flushed = match item {
-            Item::Line(line) => {
-                write(&line);
-                None
-            }
-            Item::Flush(done) => Some(done),
-        };
+        if let Item::Line(line) = &item {
+            write(line);
+        }
         // Lines are dropped only while this thread waits for the reader.
         let count = dropped.swap(0, Ordering::Relaxed);
         if count > 0 {
             write(&dropped_message(count, output.format()));
         }
-        drop(flushed);
+        if let Item::Flush(written) = item {
+            let _ = written.send(());
+        }
     }
 }
 
