@@ -19,14 +19,12 @@ use crate::listen::stored::StoredListener;
 use crate::socket::Keepalive;
 use crate::socket::address::SocketLabel;
 
-#[derive(Debug)]
-pub enum Sources {
-    /// At least one listener.
-    Listeners(Vec<Rc<Listener>>),
-    /// One connection that was accepted before the start.
-    Connection(AcceptedSocket),
-    /// No socket: the process serves only the stored connections.
-    Stored,
+/// The sources of connections. Without any, the process serves only the stored connections.
+#[derive(Debug, Default)]
+pub struct Sources {
+    pub listeners: Vec<Rc<Listener>>,
+    /// The one connection that was accepted before the start, instead of listeners.
+    pub connection: Option<AcceptedSocket>,
 }
 
 impl Sources {
@@ -42,7 +40,7 @@ impl Sources {
         has_connections: bool,
     ) -> Result<Self, String> {
         match (addresses.is_empty(), passed.is_empty()) {
-            (true, true) if has_connections => Ok(Self::Stored),
+            (true, true) if has_connections => Ok(Self::default()),
             (true, true) => {
                 Err("Didn't get any sockets passed in. (Start it from a .socket unit, \
                                  or open one with --listen=ADDRESS.)"
@@ -64,7 +62,8 @@ impl Sources {
                     }
                 }
                 opened.sort_by_key(|(index, _)| *index);
-                Ok(Self::Listeners(opened.into_iter().map(|(_, listener)| listener).collect()))
+                let listeners = opened.into_iter().map(|(_, listener)| listener).collect();
+                Ok(Self { listeners, connection: None })
             }
         }
     }
@@ -73,10 +72,12 @@ impl Sources {
         match passed.iter().position(AcceptedSocket::is_connected) {
             None => {
                 let listeners = passed.into_iter().map(Listener::from_passed);
-                listeners.map(|it| it.map(Rc::new)).collect::<Result<_, _>>().map(Self::Listeners)
+                let listeners = listeners.map(|it| it.map(Rc::new)).collect::<Result<_, _>>()?;
+                Ok(Self { listeners, connection: None })
             }
             Some(index) if passed.len() == 1 => {
-                AcceptedSocket::from_passed(passed.remove(index)).map(Self::Connection)
+                let connection = AcceptedSocket::from_passed(passed.remove(index))?;
+                Ok(Self { listeners: Vec::new(), connection: Some(connection) })
             }
             Some(index) => Err(format!(
                 "Passed in socket {} is connected, and has to be the only one. (It serves one \
@@ -88,22 +89,14 @@ impl Sources {
 
     /// Returns the labels by which selectors find the sockets.
     pub fn labels(&self) -> Vec<&SocketLabel> {
-        match self {
-            Self::Listeners(listeners) => listeners.iter().map(|it| &it.label).collect(),
-            Self::Connection(connection) => vec![&connection.label],
-            Self::Stored => Vec::new(),
-        }
+        let listeners = self.listeners.iter().map(|listener| &listener.label);
+        listeners.chain(self.connection.iter().map(|connection| &connection.label)).collect()
     }
 
     /// Sends keepalive probes to TCP clients.
     pub fn set_keepalive(&self, keepalive: Keepalive) {
-        match self {
-            Self::Listeners(listeners) => {
-                listeners.iter().for_each(|listener| listener.set_keepalive(keepalive));
-            }
-            Self::Connection(connection) => connection.set_keepalive(keepalive),
-            Self::Stored => {}
-        }
+        self.listeners.iter().for_each(|listener| listener.set_keepalive(keepalive));
+        self.connection.iter().for_each(|connection| connection.set_keepalive(keepalive));
     }
 }
 

@@ -230,14 +230,11 @@ pub enum Routes {
 impl Routes {
     /// Pairs each source with its backend.
     pub fn new(sources: Sources, backends: Vec<usize>) -> Self {
-        match sources {
-            Sources::Listeners(listeners) => {
-                Self::Listeners(listeners.into_iter().zip(backends).collect())
-            }
-            Sources::Connection(connection) => {
-                Self::Connection(Some(connection).zip(backends.first().copied()))
-            }
-            Sources::Stored => Self::Connection(None),
+        let Sources { listeners, connection } = sources;
+        if listeners.is_empty() {
+            Self::Connection(connection.zip(backends.first().copied()))
+        } else {
+            Self::Listeners(listeners.into_iter().zip(backends).collect())
         }
     }
 

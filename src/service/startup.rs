@@ -144,7 +144,7 @@ pub fn build(
 
 /// Refuses options that do not fit Accept=yes, where each connection has a process of its own.
 fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), String> {
-    if !matches!(sources, Sources::Connection(_)) {
+    if sources.connection.is_none() {
         return Ok(());
     }
     let option = match (&config.command, &config.metrics) {
@@ -161,10 +161,10 @@ fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), Str
 /// Finds the backend of each source.
 fn route(config: &Config, sources: Sources) -> Result<Routes, String> {
     let labels = sources.labels();
-    let backends = match sources {
+    let backends = match &labels[..] {
         // No socket accepts.
-        Sources::Stored => Vec::new(),
-        _ => config.targets.assign(&labels)?,
+        [] => Vec::new(),
+        labels => config.targets.assign(labels)?,
     };
     if let Some(target) = config.targets.resembles_selector(&labels) {
         tracing::warn!(
