@@ -203,21 +203,11 @@ impl Selector {
             (Self::Port(_), _) => false,
             (Self::Address(Address::Inet(wanted)), Address::Inet(address)) => {
                 let address = canonical(*address);
-                (wanted.ip(), wanted.port()) == (address.ip(), address.port())
-                    && is_in_scope(wanted, &address)
+                // Without an interface, a selector selects a link-local address on each.
+                *wanted == address || *wanted == SocketAddr::new(address.ip(), address.port())
             }
             (Self::Address(wanted), address) => wanted == address,
         }
-    }
-}
-
-/// Whether a link-local address is that of the interface that is asked for, if one is.
-fn is_in_scope(wanted: &SocketAddr, address: &SocketAddr) -> bool {
-    match (wanted, address) {
-        (SocketAddr::V6(wanted), SocketAddr::V6(address)) => {
-            wanted.scope_id() == 0 || wanted.scope_id() == address.scope_id()
-        }
-        _ => true,
     }
 }
 
