@@ -137,7 +137,7 @@ async fn open_named(address: &Address, stored: &mut Vec<StoredListener>) -> io::
         false => Ok(()),
     })?;
     let file = SocketFile::at(path)?;
-    file.unlink_on_drop(true);
+    file.unlinks_on_drop.set(true);
     listen(socket, Some(file))
 }
 
@@ -173,9 +173,10 @@ fn take_stored(
     Some(stored.swap_remove(index))
 }
 
+/// A start that fails leaves the socket file at its path.
 fn reuse(stored: StoredListener) -> io::Result<Listener> {
-    let (fd, file) = stored.into_parts();
-    Listener::from_fd(fd, None, file)
+    let file = stored.socket_file();
+    Listener::from_fd(stored.fd, None, file)
 }
 
 /// Locks a directory, but gives up after a second: any process that can read it can hold the lock.

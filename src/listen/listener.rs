@@ -188,7 +188,7 @@ impl Listener {
     /// Decides whether the socket file is removed with the listener, or left to the next process.
     pub fn unlink_on_drop(&self, unlinks: bool) {
         if let Some(file) = &self.file {
-            file.unlink_on_drop(unlinks);
+            file.unlinks_on_drop.set(unlinks);
         }
     }
 

@@ -31,50 +31,38 @@ impl StoredListener {
         self.file.is_none() || self.socket_file().is_some()
     }
 
-    /// Returns the socket and its file. A start that fails leaves the file at its path.
-    pub fn into_parts(self) -> (OwnedFd, Option<SocketFile>) {
-        let file = self.socket_file();
-        (self.fd, file)
-    }
-
     /// Ends the listener, although the descriptor store may keep it open, and removes its file.
     pub fn close(self) {
         if let Some(file) = self.socket_file() {
-            file.unlink_on_drop(true);
+            file.unlinks_on_drop.set(true);
         }
         let _ = SockRef::from(&self.fd).shutdown(Shutdown::Both);
     }
 
     /// Returns the socket file, if it is still at its path.
-    fn socket_file(&self) -> Option<SocketFile> {
+    pub fn socket_file(&self) -> Option<SocketFile> {
         SocketFile::at(self.address()?.path()?).ok().filter(|found| Some(found.id) == self.file)
     }
 }
 
 /// A socket file of this program.
-///
-/// [`SocketFile::unlink_on_drop`] decides whether dropping this removes the file. A file that has
-/// taken its place stays.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
     pub id: FileId,
-    unlinks: Cell<bool>,
+    /// Whether dropping this removes the file, unless another file has taken its place.
+    pub unlinks_on_drop: Cell<bool>,
 }
 
 impl SocketFile {
     pub fn at(path: &Path) -> io::Result<Self> {
-        Ok(Self { id: FileId::at(path)?, path: path.into(), unlinks: Cell::new(false) })
-    }
-
-    pub fn unlink_on_drop(&self, unlinks: bool) {
-        self.unlinks.set(unlinks);
+        Ok(Self { id: FileId::at(path)?, path: path.into(), unlinks_on_drop: Cell::new(false) })
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if self.unlinks.get() && FileId::at(&self.path).is_ok_and(|id| id == self.id) {
+        if self.unlinks_on_drop.get() && FileId::at(&self.path).is_ok_and(|id| id == self.id) {
             let _ = fs::remove_file(&self.path);
         }
     }
