@@ -29,21 +29,19 @@ impl CommandLine {
         let Some(program) = words.first().filter(|program| !program.is_empty()) else {
             return Err("There is no COMMAND after --; write TARGET -- COMMAND [ARG...].".into());
         };
-        match search(program) {
-            Ok(()) => Ok(Self { words }),
-            Err(errno) => {
-                let why = match errno {
-                    Errno::NOENT if program.as_encoded_bytes().contains(&b' ') => {
-                        "there is no such file; write each argument as a separate word".into()
-                    }
-                    Errno::NOENT if !has_slash(program) => "it is not in $PATH".into(),
-                    Errno::ISDIR => "it is a directory".into(),
-                    Errno::ACCESS => "it is not executable, or not for this user".into(),
-                    errno => os_message(&errno.into()),
-                };
-                Err(format!("Failed to execute COMMAND {program:?}: {why}."))
-            }
-        }
+        search(program).map_err(|errno| {
+            let why = match errno {
+                Errno::NOENT if program.as_encoded_bytes().contains(&b' ') => {
+                    "there is no such file; write each argument as a separate word".into()
+                }
+                Errno::NOENT if !has_slash(program) => "it is not in $PATH".into(),
+                Errno::ISDIR => "it is a directory".into(),
+                Errno::ACCESS => "it is not executable, or not for this user".into(),
+                errno => os_message(&errno.into()),
+            };
+            format!("Failed to execute COMMAND {program:?}: {why}.")
+        })?;
+        Ok(Self { words })
     }
 }
 

@@ -44,7 +44,7 @@ impl Line {
         for (name, value) in &self.fields {
             let _ = write!(text, " {name}={}", quoted(value));
         }
-        let text = one_line(&text);
+        let text = bounded_line(&text, LINE_MAX);
         let priority = match level {
             Level::ERROR => 3,
             Level::WARN => 4,
@@ -57,7 +57,8 @@ impl Line {
             Format::Prefixed => writeln!(line, "<{priority}>{text}"),
             Format::Journal => {
                 for (name, value) in &self.fields {
-                    let _ = writeln!(line, "{}={}", name.to_uppercase(), one_line(value));
+                    let _ =
+                        writeln!(line, "{}={}", name.to_uppercase(), bounded_line(value, LINE_MAX));
                 }
                 writeln!(
                     line,
@@ -77,10 +78,6 @@ fn quoted(value: &str) -> Cow<'_, str> {
         _ if value.bytes().all(is_plain) => value.into(),
         _ => format!("{value:?}").into(),
     }
-}
-
-fn one_line(text: &str) -> String {
-    bounded_line(text, LINE_MAX)
 }
 
 /// Returns `text` without control characters and in at most `max` bytes. It ends with dots where it was cut.
