@@ -131,17 +131,10 @@ fn parse_micros(text: &str) -> Option<u64> {
 
 /// Parses one number with its fraction and unit. Returns the microseconds and the rest of the text.
 fn parse_part(text: &str) -> Option<(u64, &str)> {
-    let (whole, rest) = match text.strip_prefix('+') {
-        Some(signed) if !signed.starts_with(|c: char| c.is_ascii_digit()) => return None,
-        Some(signed) => digits(signed),
-        None => digits(text),
-    };
-    let (fraction, rest) = match rest.strip_prefix('.') {
-        Some(rest) => digits(rest),
-        None if whole.is_empty() => return None,
-        None => ("0", rest),
-    };
-    if fraction.is_empty() {
+    let (whole, rest) = digits(text.strip_prefix('+').unwrap_or(text));
+    let (fraction, rest) = rest.strip_prefix('.').map_or(("0", rest), digits);
+    // systemd reads `.5`, but neither `+.5` nor `3.`.
+    if fraction.is_empty() || (whole.is_empty() && !text.starts_with('.')) {
         return None;
     }
     let behind = rest.trim_start_matches(WHITE_SPACE);
@@ -154,11 +147,8 @@ fn parse_part(text: &str) -> Option<(u64, &str)> {
     if behind.len() == rest.len() && !rest.is_empty() {
         return None;
     }
-    let whole = match whole {
-        "" => 0,
-        // systemd parses a signed number.
-        whole => u64::try_from(whole.parse::<i64>().ok()?).ok()?,
-    };
+    // systemd parses a signed number.
+    let whole = if whole.is_empty() { 0 } else { whole.parse::<i64>().ok()?.unsigned_abs() };
     if whole >= u64::MAX / unit {
         return None;
     }
