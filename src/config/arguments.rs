@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};
 
-use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Arg, CommandFactory, Parser, ValueHint};
 
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
@@ -43,8 +43,8 @@ pub struct Arguments {
     pub command: Option<Vec<OsString>>,
 
     /// Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT
-    #[arg(long, value_name = "ADDRESS", value_parser = listen_address(), help_heading = "Sockets",
-        value_hint = ValueHint::FilePath)]
+    #[arg(long, value_parser = OsStringValueParser::new().try_map(ListenAddress::parse),
+        value_name = "ADDRESS", help_heading = "Sockets", value_hint = ValueHint::FilePath)]
     pub listen: Vec<ListenAddress>,
     /// Serve up to N connections at a time
     #[arg(long, short, value_name = "N", value_parser = values::connections_max,
@@ -98,8 +98,8 @@ pub struct Arguments {
         help_heading = "Other")]
     pub threads: NonZeroUsize,
     /// Answer Prometheus there, or at the passed socket fd:NAME
-    #[arg(long, value_name = "ADDRESS", value_parser = metrics_address(), help_heading = "Other",
-        value_hint = ValueHint::FilePath)]
+    #[arg(long, value_parser = OsStringValueParser::new().try_map(MetricsAddress::parse),
+        value_name = "ADDRESS", help_heading = "Other", value_hint = ValueHint::FilePath)]
     pub metrics: Option<MetricsAddress>,
     /// Log err, warning, notice, info or debug [default: info]
     #[arg(long, value_name = "LEVEL", value_parser = values::LogLevelParser, help_heading = "Other")]
@@ -143,14 +143,6 @@ impl Arguments {
 fn option(arg: Arg) -> Arg {
     let has_value = !arg.is_positional() && arg.get_action().takes_values();
     arg.allow_hyphen_values(has_value).hide_possible_values(has_value)
-}
-
-fn listen_address() -> ValueParser {
-    OsStringValueParser::new().try_map(|text| ListenAddress::parse(&text)).into()
-}
-
-fn metrics_address() -> ValueParser {
-    OsStringValueParser::new().try_map(|text| MetricsAddress::parse(&text)).into()
 }
 
 #[cfg(test)]

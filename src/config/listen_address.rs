@@ -24,7 +24,8 @@ impl ListenAddress {
     ///
     /// # Errors
     /// The reason.
-    pub fn parse(text: &OsStr) -> Result<Self, String> {
+    pub fn parse(text: impl AsRef<OsStr>) -> Result<Self, String> {
+        let text = text.as_ref();
         if let Some(address) = Address::parse(text)? {
             return Ok(Self::Address(address));
         }
@@ -77,7 +78,8 @@ impl MetricsAddress {
     ///
     /// # Errors
     /// The reason.
-    pub fn parse(text: &OsStr) -> Result<Self, String> {
+    pub fn parse(text: impl AsRef<OsStr>) -> Result<Self, String> {
+        let text = text.as_ref();
         match text.as_bytes().strip_prefix(b"fd:") {
             Some(b"") => Err("fd: stands before the FileDescriptorName= of a passed socket".into()),
             Some(name) => Ok(Self::Passed(String::from_utf8_lossy(name).into())),
@@ -109,10 +111,10 @@ mod tests {
         for text in
             ["8080", "localhost:8080", "[::1]:8080", "/run/a.sock", "@a", "vsock:3:7", "vsock::7"]
         {
-            assert_eq!(ListenAddress::parse(OsStr::new(text)).unwrap().to_string(), text);
+            assert_eq!(ListenAddress::parse(text).unwrap().to_string(), text);
         }
         for text in ["", "99999", "localhost", "[::1]", ":80", "@"] {
-            assert!(ListenAddress::parse(OsStr::new(text)).is_err(), "{text}");
+            assert!(ListenAddress::parse(text).is_err(), "{text}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Parsers for option values, and checks of what systemd and the hardened units allow.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::net::Ipv6Addr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -25,7 +25,7 @@ pub fn name(text: &str) -> Result<String, String> {
 
 /// Parses an address for `ListenStream=`, in the forms that mean the same to systemd.
 pub fn listen(text: &str) -> Result<ListenAddress, String> {
-    let mut listen = ListenAddress::parse(OsStr::new(text))?;
+    let mut listen = ListenAddress::parse(text)?;
     if let ListenAddress::Host(host) = &mut listen {
         let literal = host.literal().ok_or("ListenStream= takes no names, write IP:PORT")?;
         host.host = literal.ip().to_string();
