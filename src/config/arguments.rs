@@ -102,7 +102,7 @@ pub struct Arguments {
         value_name = "ADDRESS", help_heading = "Other", value_hint = ValueHint::FilePath)]
     pub metrics: Option<MetricsAddress>,
     /// Log err, warning, notice, info or debug [default: info]
-    #[arg(long, value_name = "LEVEL", value_parser = values::LogLevelParser, help_heading = "Other")]
+    #[arg(long, value_name = "LEVEL", help_heading = "Other")]
     pub log_level: Option<LogLevel>,
     #[command(flatten, next_help_heading = "Other")]
     info: InfoOptions,

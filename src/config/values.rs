@@ -1,13 +1,10 @@
 //! The values of options: enums, and parsers for values that have no type of their own.
 
-use std::ffi::OsStr;
 use std::num::{NonZeroU32, NonZeroUsize};
 
 use clap::ValueEnum;
-use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 
 use crate::config::timespan::TimeSpan;
-use crate::logging::LogLevel;
 use crate::socket::Keepalive;
 
 /// More than most machines have processors. Each thread costs four descriptors and a stack.
@@ -38,30 +35,6 @@ pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
     let count = count.and_then(|count| NonZeroUsize::new(count as usize));
     count.ok_or_else(|| format!("it is not a number from 1 to {THREADS_MAX}"))
 }
-
-/// Parses a level by name or number. Help and completions list only the names.
-#[derive(Clone, Debug)]
-pub struct LogLevelParser;
-
-impl TypedValueParser for LogLevelParser {
-    type Value = LogLevel;
-
-    fn parse_ref(
-        &self,
-        command: &clap::Command,
-        arg: Option<&clap::Arg>,
-        value: &OsStr,
-    ) -> Result<LogLevel, clap::Error> {
-        let parse = |text: String| LogLevel::parse(&text).ok_or("it is not a level of syslog(3)");
-        StringValueParser::new().try_map(parse).parse_ref(command, arg, value)
-    }
-
-    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
-        Some(Box::new(LEVELS.iter().map(PossibleValue::new)))
-    }
-}
-
-const LEVELS: [&str; 5] = ["err", "warning", "notice", "info", "debug"];
 
 /// Parses a number as systemd's `safe_atou` does: with leading white space, a plus sign, and the base
 /// that `0x`, `0o`, `0b` or a leading zero names.

@@ -21,6 +21,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -38,29 +39,41 @@ pub fn os_message(error: &io::Error) -> String {
     message
 }
 
-/// The least severe level that is logged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LogLevel(LevelFilter);
+/// The least severe level that is logged, by its name or number in syslog(3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogLevel {
+    /// Nothing is logged: no event is more severe than `err`.
+    #[value(hide = true, aliases = ["alert", "emerg", "0", "1", "2"])]
+    Crit,
+    #[value(aliases = ["error", "3"])]
+    Err,
+    #[value(aliases = ["warn", "4"])]
+    Warning,
+    #[value(alias = "5")]
+    Notice,
+    #[value(alias = "6")]
+    Info,
+    #[value(alias = "7")]
+    Debug,
+}
 
 impl LogLevel {
-    /// Parses a name or number of syslog(3).
-    pub fn parse(text: &str) -> Option<Self> {
-        Some(Self(match text {
-            "emerg" | "alert" | "crit" | "0" | "1" | "2" => LevelFilter::OFF,
-            "err" | "error" | "3" => LevelFilter::ERROR,
-            "warning" | "warn" | "4" => LevelFilter::WARN,
-            "notice" | "info" | "5" | "6" => LevelFilter::INFO,
-            "debug" | "7" => LevelFilter::DEBUG,
-            _ => return None,
-        }))
-    }
-
     /// Returns `$SYSTEMD_LOG_LEVEL`, or info. Like systemd, ignores what it can't read. Of a list, the word
     /// counts that is not for one destination only.
     pub fn from_environment() -> Self {
         let levels = env::var("SYSTEMD_LOG_LEVEL").unwrap_or_default();
         let mut levels = levels.split(',').filter(|level| !level.contains(':'));
-        levels.find_map(Self::parse).unwrap_or(Self(LevelFilter::INFO))
+        levels.find_map(|level| Self::from_str(level, false).ok()).unwrap_or(Self::Info)
+    }
+
+    fn filter(self) -> LevelFilter {
+        match self {
+            Self::Crit => LevelFilter::OFF,
+            Self::Err => LevelFilter::ERROR,
+            Self::Warning => LevelFilter::WARN,
+            Self::Notice | Self::Info => LevelFilter::INFO,
+            Self::Debug => LevelFilter::DEBUG,
+        }
     }
 }
 
@@ -77,13 +90,13 @@ impl Logging {
     pub fn without_stderr(level: LogLevel) -> Self {
         match Output::journal() {
             Some(journal) => Self::start_with(level, journal),
-            None => Self::start_with(LogLevel(LevelFilter::OFF), Output::Stderr(Format::Plain)),
+            None => Self::start_with(LogLevel::Crit, Output::Stderr(Format::Plain)),
         }
     }
 
     fn start_with(level: LogLevel, output: Output) -> Self {
         let (output, dropped) = (Arc::new(output), Arc::default());
-        let logger = Logger { level: level.0, output, sender: OnceLock::new(), dropped };
+        let logger = Logger { level: level.filter(), output, sender: OnceLock::new(), dropped };
         let logger = Arc::new(logger);
         // Fails only when a test has set another, which then stays.
         let _ = tracing::subscriber::set_global_default(Arc::clone(&logger));
@@ -224,8 +237,11 @@ mod tests {
 
     #[test]
     fn levels_are_those_of_syslog() {
-        assert_eq!(LogLevel::parse("err"), LogLevel::parse("3"));
-        assert_eq!(LogLevel::parse("debug"), LogLevel::parse("7"));
-        assert_eq!(LogLevel::parse("loud"), None);
+        let parse = |text| LogLevel::from_str(text, false).map(LogLevel::filter);
+        assert_eq!(parse("emerg"), Ok(LevelFilter::OFF));
+        assert_eq!(parse("3"), Ok(LevelFilter::ERROR));
+        assert_eq!(parse("notice"), parse("6"));
+        assert_eq!(parse("7"), Ok(LevelFilter::DEBUG));
+        assert!(parse("loud").is_err());
     }
 }
