@@ -4,19 +4,14 @@ use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Arg, CommandFactory, Parser, ValueHint};
+use clap::{Arg, Parser, ValueHint};
 
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
-use crate::config::parser::{InfoOptions, Request, expand, parse};
+use crate::config::parser::{InfoOptions, Request, parse};
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{self, HandoverMode, Overflow, ReadyMode};
 use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
-
-/// The options of systemd-socket-proxyd. An abbreviation that is unambiguous among these means the same
-/// here, whatever options stand beside them.
-const UPSTREAM: [&str; 5] =
-    ["connections-max", "exit-idle-time", "help", "proxy-protocol", "version"];
 
 /// The command line, option by option, in the order of `--help`.
 #[derive(Debug, Parser)]
@@ -48,7 +43,7 @@ pub struct Arguments {
     pub listen: Vec<ListenAddress>,
     /// Serve up to N connections at a time
     #[arg(long, short, value_name = "N", value_parser = values::connections_max,
-        default_value = "256", help_heading = "Sockets")]
+        default_value = "256", help_heading = "Sockets", aliases = abbreviations())]
     pub connections_max: NonZeroU32,
     /// Refuse others, or let them wait
     #[arg(long, value_name = "refuse|wait", default_value = "refuse", help_heading = "Sockets")]
@@ -114,10 +109,7 @@ impl Arguments {
     /// # Errors
     /// One line that names the option and the value.
     pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Request<Self>, String> {
-        let mut args: Vec<_> = args.into_iter().collect();
-        let is_known =
-            |name: &str| Self::command().get_arguments().any(|it| it.get_long() == Some(name));
-        expand(&mut args, &UPSTREAM, is_known);
+        let args: Vec<_> = args.into_iter().collect();
         let has_dashes = args.iter().any(|arg| arg == "--");
         let mut arguments = match parse::<Self>(args)? {
             Request::Run(arguments) => arguments,
@@ -138,6 +130,13 @@ impl Arguments {
     }
 }
 
+/// Returns the abbreviations of `--connections-max` that are unambiguous in systemd-socket-proxyd,
+/// whatever options stand beside it here. Those of its other options are unambiguous here, too.
+fn abbreviations() -> impl Iterator<Item = &'static str> {
+    const LONGEST: &str = "connection";
+    (1..=LONGEST.len()).map(|end| &LONGEST[..end])
+}
+
 /// Lets the value of an option begin with a dash. `--help` lists no possible values: the value's
 /// name does.
 fn option(arg: Arg) -> Arg {
@@ -149,6 +148,7 @@ fn option(arg: Arg) -> Arg {
 pub mod tests {
     use std::collections::BTreeSet;
 
+    use clap::CommandFactory;
     use clap_complete::{Shell, generate};
 
     use super::*;

@@ -214,6 +214,12 @@ mod tests {
             assert_eq!(connections_max(&[conn, "x"]), Ok(5), "{conn}");
         }
         assert_eq!(connections_max(&["--conn", "5", "x"]), Ok(5));
+        for name in ["connections-max", "exit-idle-time", "proxy-protocol", "help", "version"] {
+            for end in 1..=name.len() {
+                let error = parse(&[&format!("--{}=?", &name[..end]), "x"]).unwrap_err();
+                assert!(error.contains(&format!(" '?' for '--{name}")), "{error}");
+            }
+        }
         let config = parse(&["--connect-t=3", "x"]).unwrap();
         assert_eq!(config.connect_timeout.to_string(), "3s");
         assert!(parse(&["--", "--conn"]).is_ok(), "a target after --");

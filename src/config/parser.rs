@@ -17,8 +17,9 @@ pub enum Request<T> {
 /// The options that print something instead of running the program.
 #[derive(Debug, Args)]
 pub struct InfoOptions {
+    // In systemd-socket-proxyd `--h` is unambiguous.
     /// Show this help
-    #[arg(long, short, action = ArgAction::HelpShort)]
+    #[arg(long, short, alias = "h", action = ArgAction::HelpShort)]
     help: Option<bool>,
     /// Show the version
     #[arg(long, action = ArgAction::Version)]
@@ -46,21 +47,6 @@ fn one_line(text: &str) -> String {
     let text = text.strip_prefix("error: ").unwrap_or(text);
     let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
     lines.collect::<Vec<_>>().join(" ")
-}
-
-/// Writes abbreviations out: of a name that is not in `all` and begins exactly one name of `first`, that
-/// one is meant, whatever other names it begins.
-pub fn expand(args: &mut [OsString], first: &[&str], all: impl Fn(&str) -> bool) {
-    for arg in args.iter_mut().skip(1).take_while(|arg| *arg != "--") {
-        let Some(word) = arg.to_str().and_then(|arg| arg.strip_prefix("--")) else { continue };
-        let (name, value) = word.split_at(word.find('=').unwrap_or(word.len()));
-        let mut meant = first.iter().filter(|it| it.starts_with(name));
-        // `all` comes last: it may cost something, and few words are abbreviations.
-        let (Some(meant), None) = (meant.next(), meant.next()) else { continue };
-        if !name.is_empty() && *meant != name && !all(name) {
-            *arg = format!("--{meant}{value}").into();
-        }
-    }
 }
 
 /// Joins an option whose value is optional with the next word, if that is a path by its first letter.
