@@ -359,15 +359,11 @@ impl Flow {
     /// Returns the flow as it is to be stored.
     ///
     /// # Errors
-    /// When copied bytes cannot be written to a file: memfd_create(2)'s and write(2)'s.
-    pub fn snapshot(&self) -> io::Result<FlowSnapshot<FdRef<'_>>> {
+    /// When copied bytes fit neither into a pipe nor into a file: memfd_create(2)'s and write(2)'s.
+    pub fn snapshot(&self, shared: &LoopBuffers) -> io::Result<FlowSnapshot<FdRef<'_>>> {
         let buffered = match &self.buffered {
             Buffered::Nothing => BufferedSnapshot::Nothing,
-            Buffered::Copied { bytes, sent } => {
-                let file = memfd_create(c"socket-proxyd", MemfdFlags::CLOEXEC)?;
-                File::from(file.try_clone()?).write_all(&bytes[*sent..])?;
-                BufferedSnapshot::Copied(FdRef::Owned(file))
-            }
+            Buffered::Copied { bytes, sent } => copied_snapshot(&bytes[*sent..], shared)?,
             Buffered::Piped(pipe) => pipe.snapshot(),
             Buffered::OwnPipe(pipe) => pipe.snapshot(),
         };
@@ -449,6 +445,21 @@ impl Buffered {
             Self::Copied { .. } | Self::Piped(_) => false,
         }
     }
+}
+
+/// Writes copied bytes to a pipe or, once the user's quota leaves pipes too small for them, to a file without
+/// a name. (`LimitFSIZE=` applies to such a file.)
+fn copied_snapshot(
+    bytes: &[u8],
+    shared: &LoopBuffers,
+) -> io::Result<BufferedSnapshot<FdRef<'static>>> {
+    let pipe = shared.pipes.create_unpooled();
+    if let Ok(pipe) = pipe.and_then(|mut pipe| pipe.put(bytes).map(|()| pipe)) {
+        return Ok(pipe.into_snapshot());
+    }
+    let file = memfd_create(c"socket-proxyd", MemfdFlags::CLOEXEC)?;
+    File::from(file.try_clone()?).write_all(bytes)?;
+    Ok(BufferedSnapshot::Copied(FdRef::Owned(file)))
 }
 
 /// Whether a splice(2) moved nothing because urgent data is next: splice(2) stops at the urgent mark, and only

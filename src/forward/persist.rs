@@ -89,7 +89,7 @@ impl Forwarder {
     /// Returns what the connection consists of at this moment.
     ///
     /// # Errors
-    /// When copied bytes cannot be written to a file.
+    /// When copied bytes fit neither into a pipe nor into a file.
     pub fn snapshot(&self) -> io::Result<Snapshot<FdRef<'_>>> {
         let endpoint = |side: Side| {
             let Endpoint { socket, reset, gone, .. } = &self.endpoints[side as usize];
@@ -98,7 +98,7 @@ impl Forwarder {
         let [from_client, from_backend] = &self.flows;
         Ok(Snapshot {
             endpoints: SIDES.map(endpoint),
-            flows: [from_client.snapshot()?, from_backend.snapshot()?],
+            flows: [from_client.snapshot(&self.shared)?, from_backend.snapshot(&self.shared)?],
             header_len: self.header_len as u16,
             fault: self.fault,
         })

@@ -79,6 +79,12 @@ impl Pipe {
         let [read, write] = [&self.read, &self.write].map(|end| FdRef::Borrowed(end.as_fd()));
         BufferedSnapshot::Piped { read, write }
     }
+
+    /// Turns the pipe into what is to be stored of it.
+    pub fn into_snapshot(self) -> BufferedSnapshot<FdRef<'static>> {
+        let [read, write] = [self.read, self.write].map(FdRef::Owned);
+        BufferedSnapshot::Piped { read, write }
+    }
 }
 
 /// How many pipes an event loop may have, two descriptors each.

@@ -24,6 +24,8 @@ impl Signals {
     /// # Errors
     /// One line on the failure of sigaction(2).
     pub fn catch() -> Result<Self, String> {
+        // With `LimitFSIZE=` a write that is too large then fails with EFBIG, and ends one connection at most.
+        let _ = catch(SignalKind::from_raw(libc::SIGXFSZ))?;
         Ok(Self {
             terminate: catch(SignalKind::terminate())?,
             interrupt: catch_unless_ignored(SignalKind::interrupt())?,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::time::Instant;
 
 use crate::support::*;
 use crate::{End, MODES, Mode, Proxy, established, launch};
@@ -63,6 +64,12 @@ pub(crate) fn register(trials: &mut Trials) {
         });
     }
     trials.add("--handover= can change between restarts", mode_can_change);
+    for mode in MODES {
+        trials
+            .add(format!("buffered bytes are stored where no file may grow, {mode}"), move || {
+                buffered_bytes_need_no_file(mode)
+            });
+    }
     for handover in ["restart", "crash"] {
         trials.add(
             format!("the answer to a half-closed MPTCP client arrives whole, {handover}"),
@@ -432,4 +439,40 @@ fn no_connection_is_lost_on_the_way(Mode { handover, end }: Mode, threads: usize
     // A kill may come between accept(2) and the store.
     let most = if end == End::Killed { 10 } else { 0 };
     assert!(lost <= most, "{lost} of {} are lost", all.len());
+}
+
+fn buffered_bytes_need_no_file(Mode { handover, end }: Mode) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    let systemd = FakeSystemd::with_fd_store(8);
+    let start = || {
+        let launch = Launch::new(OURS).arg(format!("--handover={handover}")).arg(&backend.target);
+        let running = launch.without_files().listener(&front).stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
+        running
+    };
+    let mut proxy = start();
+    let (mut idle, mut stalled) = (established(&front, &backend), established(&front, &backend));
+    // Messages below the copy buffer's size are copied, so the last is buffered in memory.
+    stalled.0.set_nonblocking(true).unwrap();
+    let mut sent = Vec::new();
+    let message = random_bytes(7, 20_000);
+    let all_is_full = || {
+        let written = stalled.0.write(&message).unwrap_or(0);
+        sent.extend_from_slice(&message[..written]);
+        (written == 0 && proxy.is_asleep()).then_some(())
+    };
+    poll_until(Instant::now() + TIMEOUT, all_is_full).expect("the buffers fill up");
+    match end {
+        End::Stopped => proxy.signal(Signal::TERM),
+        End::Killed => proxy.signal(Signal::KILL),
+    }
+    let status = proxy.wait();
+    assert_eq!(status.code().is_some(), end == End::Stopped, "{status}: {}", proxy.lines.all());
+    let _proxy = start();
+    assert_forwards(&mut idle.0, &mut idle.1);
+    stalled.0.set_nonblocking(false).unwrap();
+    stalled.0.shutdown(Shutdown::Write).unwrap();
+    let (received, result) = read_all(&mut stalled.1);
+    result.unwrap();
+    assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
 }

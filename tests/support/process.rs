@@ -101,6 +101,12 @@ impl Launch {
         self
     }
 
+    /// Lets the program write no file (RLIMIT_FSIZE).
+    pub fn without_files(mut self) -> Self {
+        self.before_exec = format!("ulimit -f 0 && {}", self.before_exec);
+        self
+    }
+
     /// Runs the program as nobody; needs root.
     pub fn unprivileged(mut self) -> Self {
         self.exec = "exec setpriv --reuid 65534 --regid 65534 --clear-groups";
