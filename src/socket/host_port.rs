@@ -49,6 +49,9 @@ impl HostPort {
                 _ => "the host is empty".into(),
             });
         }
+        if text.contains(char::is_whitespace) {
+            return Err("there is white space in it".into());
+        }
         for (byte, message) in [
             ('/', "a host has no slash; a path begins with one, and a COMMAND follows after --"),
             ('=', "a host has no ="),
@@ -84,7 +87,8 @@ impl fmt::Display for HostPort {
 fn parse_port(text: &str) -> Result<String, String> {
     let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
     match text.parse::<u16>() {
-        Ok(number) => Ok(number.to_string()),
+        Ok(number) if is_number => Ok(number.to_string()),
+        Ok(_) => Err(format!("port {text} is neither a number nor a name")),
         Err(_) if text.is_empty() => Err("the port is empty".into()),
         Err(_) if text.contains('/') => Err("a port has no slash; a path begins with one".into()),
         Err(_) if is_number => Err(format!("port {text} is above 65535")),
