@@ -326,7 +326,7 @@ impl Index {
                 return false;
             }
             match decode(&message.bytes, message.fds) {
-                Ok(records) if message.is_whole => {
+                Some(records) if message.is_whole => {
                     let is_live =
                         |it: &EncodedRecord<_>| self.current.get(&it.id()) == Some(&number);
                     live.extend(records.into_iter().filter(is_live));

@@ -6,7 +6,7 @@
 //! Its descriptors follow in the order of the forms. A record is whole in one message, so records never share
 //! or exchange descriptors.
 //!
-//! Records are read as hostile input: what is not exactly as this program writes it is an [`InvalidRecord`]. The
+//! Records are read as hostile input: what is not exactly as this program writes it is refused. The
 //! checksum covers each descriptor's inode, which a socket or a pipe keeps wherever it is sent. So a
 //! record with the descriptors of another does not open.
 
@@ -78,10 +78,6 @@ impl<Fd> RecordBody<Fd> {
         }
     }
 }
-
-/// The record was not written by this program, or is damaged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InvalidRecord;
 
 /// A record as it stands in a message.
 #[derive(Debug)]
@@ -232,25 +228,20 @@ pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
     (last.values().sum(), most)
 }
 
-/// Returns the records of a message, not opened yet.
-///
-/// # Errors
-/// When the message is of another version, or does not have exactly the descriptors of its forms.
-pub fn decode(
-    bytes: &[u8],
-    fds: Vec<OwnedFd>,
-) -> Result<Vec<EncodedRecord<OwnedFd>>, InvalidRecord> {
+/// Returns the records of a message, not opened yet, or `None` if the message is of another version, or does not
+/// have exactly the descriptors of its forms.
+pub fn decode(bytes: &[u8], fds: Vec<OwnedFd>) -> Option<Vec<EncodedRecord<OwnedFd>>> {
     let mut fds = fds.into_iter();
     let mut records = Vec::new();
-    for form in forms(bytes).ok_or(InvalidRecord)? {
-        let count = form.descriptors().ok_or(InvalidRecord)?;
+    for form in forms(bytes)? {
+        let count = form.descriptors()?;
         let fds: Vec<_> = fds.by_ref().take(count).collect();
         if fds.len() < count {
-            return Err(InvalidRecord);
+            return None;
         }
         records.push(EncodedRecord { form, fds });
     }
-    if fds.next().is_none() { Ok(records) } else { Err(InvalidRecord) }
+    fds.next().is_none().then_some(records)
 }
 
 /// Returns the forms of a message of this version.
@@ -292,53 +283,46 @@ impl Form {
     }
 
     /// Opens the form of a connection.
-    fn snapshot(
-        &self,
-        next_fd: &mut impl FnMut() -> Result<OwnedFd, InvalidRecord>,
-    ) -> Result<Snapshot<OwnedFd>, InvalidRecord> {
+    fn snapshot(&self, mut fds: impl Iterator<Item = OwnedFd>) -> Option<Snapshot<OwnedFd>> {
         let fault = match (self.errno, self.ends >> 4) {
             (0, 0) => None,
             (1..=4095, side @ (0 | 1)) => {
                 let errno = Errno::from_raw_os_error(i32::from(self.errno));
                 Some((SIDES[usize::from(side)], errno))
             }
-            _ => return Err(InvalidRecord),
+            _ => return None,
         };
-        let mut endpoint = |bits: u8| -> Result<_, InvalidRecord> {
-            let socket = checked_socket(next_fd()?, false)?;
-            Ok(EndpointSnapshot { socket, reset: bits & 1 != 0, gone: bits & 2 != 0 })
+        let mut endpoint = |bits: u8| {
+            let socket = checked_socket(fds.next()?, false)?;
+            Some(EndpointSnapshot { socket, reset: bits & 1 != 0, gone: bits & 2 != 0 })
         };
         let endpoints = [endpoint(self.ends)?, endpoint(self.ends >> 2)?];
-        let mut flow = |index: usize| -> Result<_, InvalidRecord> {
-            let state = usize::from(nibbles(self.states)[index]);
-            let state = *STATES.get(state).ok_or(InvalidRecord)?;
+        let mut flow = |index: usize| {
+            let state = *STATES.get(usize::from(nibbles(self.states)[index]))?;
             let buffered = match nibbles(self.buffered)[index] {
                 0 => BufferedSnapshot::Nothing,
                 1 if state == FlowState::Open => {
-                    BufferedSnapshot::Copied(checked_file(next_fd()?)?)
+                    BufferedSnapshot::Copied(checked_file(fds.next()?)?)
                 }
-                2 => checked_pipe(next_fd()?, next_fd()?)?,
-                _ => return Err(InvalidRecord),
+                2 => checked_pipe(fds.next()?, fds.next()?)?,
+                _ => return None,
             };
-            Ok(FlowSnapshot { state, delivered: self.delivered[index], buffered })
+            Some(FlowSnapshot { state, delivered: self.delivered[index], buffered })
         };
         let flows = [flow(0)?, flow(1)?];
-        Ok(Snapshot { endpoints, flows, header_len: self.header_len, fault })
+        Some(Snapshot { endpoints, flows, header_len: self.header_len, fault })
     }
 }
 
 impl EncodedRecord<OwnedFd> {
-    /// Verifies the record and each of its descriptors.
-    ///
-    /// # Errors
-    /// When anything is not as this program writes it. Its descriptors are closed then.
-    pub fn open(self) -> Result<Record<OwnedFd>, InvalidRecord> {
+    /// Verifies the record and each of its descriptors. Returns `None` if anything is not as this program writes
+    /// it. Its descriptors are closed then.
+    pub fn open(self) -> Option<Record<OwnedFd>> {
         let Self { form, fds } = self;
         if form.checksum != form.checksum_with(&fds) {
-            return Err(InvalidRecord);
+            return None;
         }
         let mut fds = fds.into_iter();
-        let mut next_fd = || fds.next().ok_or(InvalidRecord);
         let Form { id, start, delivered, kind, checksum, .. } = form;
         let blank = Form { id, start, kind, checksum, ..Form::default() };
         let body = match kind {
@@ -346,16 +330,16 @@ impl EncodedRecord<OwnedFd> {
             LISTENER if form == (Form { delivered, ..blank }) => {
                 let [device, inode] = delivered;
                 let file = Some(FileId { device, inode }).filter(|it| *it != FileId::default());
-                RecordBody::Listener(checked_socket(next_fd()?, true)?, file)
+                RecordBody::Listener(checked_socket(fds.next()?, true)?, file)
             }
-            CLIENT if form == blank => RecordBody::Client(checked_socket(next_fd()?, false)?),
-            FORWARDER => RecordBody::Forwarder(Box::new(form.snapshot(&mut next_fd)?)),
-            _ => return Err(InvalidRecord),
+            CLIENT if form == blank => RecordBody::Client(checked_socket(fds.next()?, false)?),
+            FORWARDER => RecordBody::Forwarder(Box::new(form.snapshot(fds)?)),
+            _ => return None,
         };
         let record = Record { id, start, body };
         let mut ids = record.file_ids();
         ids.sort_unstable();
-        if ids.is_sorted_by(|one, other| one < other) { Ok(record) } else { Err(InvalidRecord) }
+        ids.is_sorted_by(|one, other| one < other).then_some(record)
     }
 }
 
@@ -388,26 +372,23 @@ fn nibbles(byte: u8) -> [u8; 2] {
 ///
 /// systemd makes a connection that it has accepted blocking again before it passes it to the next process. A
 /// blocking socket would hold up all connections of an event loop.
-fn checked_socket(fd: OwnedFd, listens: bool) -> Result<OwnedFd, InvalidRecord> {
-    let is_valid = || -> Option<bool> {
-        ioctl_fionbio(&fd, true).ok()?;
-        let is_stream = sockopt::socket_type(&fd).ok()? == SocketType::STREAM;
-        let is_known = Family::of(&fd).ok()?.is_some();
-        Some(is_stream && is_known && sockopt::socket_acceptconn(&fd).ok()? == listens)
-    };
-    if is_valid() == Some(true) { Ok(fd) } else { Err(InvalidRecord) }
+fn checked_socket(fd: OwnedFd, listens: bool) -> Option<OwnedFd> {
+    ioctl_fionbio(&fd, true).ok()?;
+    let is_stream = sockopt::socket_type(&fd).ok()? == SocketType::STREAM;
+    let is_known = Family::of(&fd).ok()?.is_some();
+    (is_stream && is_known && sockopt::socket_acceptconn(&fd).ok()? == listens).then_some(fd)
 }
 
 /// Returns a file that has at most as many bytes as a flow copies at a time.
-fn checked_file(fd: OwnedFd) -> Result<OwnedFd, InvalidRecord> {
-    let stat = fstat(&fd).map_err(|_| InvalidRecord)?;
+fn checked_file(fd: OwnedFd) -> Option<OwnedFd> {
+    let stat = fstat(&fd).ok()?;
     let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
     let has_bytes = (1..=COPY_SIZE as i64).contains(&stat.st_size);
-    if is_file && has_bytes { Ok(fd) } else { Err(InvalidRecord) }
+    (is_file && has_bytes).then_some(fd)
 }
 
 /// Returns the two ends of one pipe.
-fn checked_pipe(read: OwnedFd, write: OwnedFd) -> Result<BufferedSnapshot<OwnedFd>, InvalidRecord> {
+fn checked_pipe(read: OwnedFd, write: OwnedFd) -> Option<BufferedSnapshot<OwnedFd>> {
     let end = |fd: &OwnedFd, mode: OFlags| -> Option<FileId> {
         ioctl_fionbio(fd, true).ok()?;
         let stat = fstat(fd).ok()?;
@@ -415,8 +396,6 @@ fn checked_pipe(read: OwnedFd, write: OwnedFd) -> Result<BufferedSnapshot<OwnedF
         let has_mode = fcntl_getfl(fd).ok()? & OFlags::RWMODE == mode;
         (is_pipe && has_mode).then(|| FileId::from_stat(&stat))
     };
-    match (end(&read, OFlags::RDONLY), end(&write, OFlags::WRONLY)) {
-        (Some(one), Some(other)) if one == other => Ok(BufferedSnapshot::Piped { read, write }),
-        _ => Err(InvalidRecord),
-    }
+    let is_pair = end(&read, OFlags::RDONLY)? == end(&write, OFlags::WRONLY)?;
+    is_pair.then_some(BufferedSnapshot::Piped { read, write })
 }

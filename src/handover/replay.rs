@@ -121,17 +121,15 @@ pub fn replay(
     for (number, message) in messages.take(payloads.len()).enumerate() {
         let message = message?;
         let is_last = |id: &u64| last.get(id) == Some(&number);
-        let records = match decode(&message.bytes, message.fds) {
-            Ok(records) if message.is_whole => records,
-            _ => {
-                out.refused += out.messages[number].iter().filter(|id| is_last(id)).count();
-                continue;
-            }
+        let records = decode(&message.bytes, message.fds).filter(|_| message.is_whole);
+        let Some(records) = records else {
+            out.refused += out.messages[number].iter().filter(|id| is_last(id)).count();
+            continue;
         };
         for record in records.into_iter().filter(|record| is_last(&record.id())) {
             match record.open() {
-                Ok(record) if is_over(&record.body) => {}
-                Ok(record) if record.file_ids().iter().all(|it| !seen.contains(it)) => {
+                Some(record) if is_over(&record.body) => {}
+                Some(record) if record.file_ids().iter().all(|it| !seen.contains(it)) => {
                     seen.extend(record.file_ids());
                     out.records.push(record);
                 }
