@@ -4,7 +4,7 @@ use std::env;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use crate::backend::command::guard_process::Helper;
+use crate::backend::command::guard_process::helper;
 use crate::config::Config;
 use crate::config::parser::Request;
 use crate::listen::activation::{Stdin, take_passed_fds, take_stdin};
@@ -21,9 +21,9 @@ pub unsafe fn run() -> ExitCode {
     // SAFETY: the caller's promise.
     let passed = unsafe { take_passed_fds() };
     dispositions::unblock_signals();
-    if let Some(helper) = Helper::of_this_process() {
+    if let Some(run_helper) = helper() {
         let _logging = Logging::start(LogLevel::from_environment());
-        return exit_code(helper.run());
+        return exit_code(run_helper());
     }
     let request = Config::parse(env::args_os());
     let level = match &request {

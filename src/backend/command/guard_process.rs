@@ -44,36 +44,15 @@ use crate::logging::os_message;
 use crate::runtime::dispositions::restore_dispositions;
 use crate::runtime::event_loop;
 
-/// The helper processes that this program can be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Helper {
-    /// Started by the proxy.
-    Guard,
-    /// Started by the guard, to become COMMAND.
-    Launch,
-}
-
-impl Helper {
-    /// Tells the helper from `argv[0]`. `None` is the proxy.
-    pub fn of_this_process() -> Option<Self> {
-        let name = env::args_os().next()?;
-        [(GUARD, Self::Guard), (LAUNCH, Self::Launch)]
-            .into_iter()
-            .find_map(|(known, helper)| (name == known).then_some(helper))
-    }
-
-    /// Runs the helper until it ends, or becomes COMMAND.
-    ///
-    /// # Errors
-    /// One line on the failure.
-    pub fn run(self) -> Result<(), String> {
-        match self {
-            Self::Guard => guard().map_err(|error| {
-                let error = os_message(&error);
-                format!("Failed to guard COMMAND: {error}.")
-            }),
-            Self::Launch => launch(env::args_os().skip(1)).map(|never| match never {}),
-        }
+/// Returns what this process is to run instead of the proxy, told from `argv[0]`: the guard, or the moment before
+/// COMMAND. Both return one line on a failure.
+pub fn helper() -> Option<fn() -> Result<(), String>> {
+    match env::args_os().next()?.to_str()? {
+        GUARD => Some(|| {
+            guard().map_err(|error| format!("Failed to guard COMMAND: {}.", os_message(&error)))
+        }),
+        LAUNCH => Some(|| launch(env::args_os().skip(1)).map(|never| match never {})),
+        _ => None,
     }
 }
 
