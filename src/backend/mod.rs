@@ -63,14 +63,14 @@ impl Backend {
         };
         loop {
             let was_ready = *supervisor.watch().borrow() == CommandState::Ready;
-            let mut run = supervisor.ready().await?;
+            let mut state = supervisor.ready().await?;
             if !was_ready {
                 self.backend_wait.take_turn().await;
             }
             tokio::select! {
                 biased;
                 // Polled first: a client must not connect to a COMMAND that is being stopped.
-                () = run.ended() => {}
+                _ = state.changed() => {}
                 connected = connect() => return connected,
             }
         }

@@ -17,7 +17,7 @@ use std::io;
 use std::mem;
 use std::process::ExitStatus;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -53,7 +53,7 @@ pub struct Supervisor {
     fd_limit: Option<u64>,
     state: watch::Sender<CommandState>,
     /// Why clients wait, while COMMAND is not ready.
-    last_error: Mutex<String>,
+    last_error: watch::Sender<String>,
     /// The number of clients that wait for COMMAND.
     waiting: watch::Sender<usize>,
     /// Whether COMMAND is to stop and must not be started.
@@ -81,7 +81,7 @@ impl Supervisor {
             stop_idle_time: config.stop_idle_time,
             fd_limit,
             state: watch::Sender::default(),
-            last_error: Mutex::default(),
+            last_error: watch::Sender::default(),
             waiting: watch::Sender::default(),
             stop_requested: watch::Sender::default(),
             starts: Arc::default(),
@@ -107,14 +107,15 @@ impl Supervisor {
         (*self.state.borrow() != CommandState::Ready).then(|| self.current_error())
     }
 
-    /// Waits until COMMAND is ready. Waiting starts COMMAND.
+    /// Waits until COMMAND is ready. Waiting starts COMMAND. The state that is returned changes when COMMAND is
+    /// not ready any more: it has exited, or is about to be stopped.
     ///
     /// # Errors
     /// The message of a permanent error.
-    pub async fn ready(&self) -> Result<ReadyRun, String> {
+    pub async fn ready(&self) -> Result<watch::Receiver<CommandState>, String> {
         let mut state = self.watch();
         if *state.borrow_and_update() == CommandState::Ready {
-            return Ok(ReadyRun(state));
+            return Ok(state);
         }
         let _waiting = Waiting::new(self);
         // The present state may be the Unreachable of an earlier run, so only changes count.
@@ -122,7 +123,7 @@ impl Supervisor {
             state.changed().await.expect("the supervisor has the sender");
             let now = *state.borrow_and_update();
             match now {
-                CommandState::Ready => return Ok(ReadyRun(state)),
+                CommandState::Ready => return Ok(state),
                 CommandState::Unreachable => return Err(self.current_error()),
                 _ => {}
             }
@@ -191,7 +192,7 @@ impl Supervisor {
                 }
                 _ => {}
             }
-            self.set_last_error(format!("{name} is still stopping"));
+            self.last_error.send_replace(format!("{name} is still stopping"));
             self.state.send_replace(CommandState::Stopping);
             process.stop().await;
         }
@@ -221,7 +222,8 @@ impl Supervisor {
         let failed = |error: io::Error| {
             RunResult::Failed(format!("Failed to start {name}: {}", os_message(&error)))
         };
-        let started = CommandProcess::start(notify.map(NotifySocket::path)).map_err(failed)?;
+        let started =
+            CommandProcess::start(notify.map(NotifySocket::path)).map_err(failed)?;
         let process = process.insert(started);
         let tree = process.launch(name, self.fd_limit).await.map_err(failed)?;
         let connection = tokio::select! {
@@ -252,7 +254,8 @@ impl Supervisor {
     /// Checks that no other process serves the target. Returns why the target does not answer.
     async fn check_target_free(&self, wait: &BackendWait) -> Result<String, RunResult> {
         let target = &self.target;
-        self.set_last_error(format!("Failed to connect to remote host: {target}: no answer"));
+        self.last_error
+            .send_replace(format!("Failed to connect to remote host: {target}: no answer"));
         let connecting = wait.connector.connect(OnFullBacklog::Fail);
         match timeout(CHECK_TIMEOUT, connecting).await {
             Ok(Ok(socket)) => {
@@ -276,7 +279,7 @@ impl Supervisor {
     ) -> Result<Option<Socket>, RunResult> {
         let name = &self.command;
         if let Some(notify) = notify {
-            self.set_last_error(format!("{name} runs, but has not sent READY=1"));
+            self.last_error.send_replace(format!("{name} runs, but has not sent READY=1"));
             notify.ready(tree).await;
             return Ok(None);
         }
@@ -287,7 +290,7 @@ impl Supervisor {
             match wait.connector.connect(OnFullBacklog::Fail).await {
                 Ok(socket) => return Ok(Some(socket)),
                 Err(error) if !error.is_transient() => return Err(RunResult::Unreachable(error)),
-                Err(error) => self.set_last_error(format!("{error} ({name} runs)")),
+                Err(error) => drop(self.last_error.send_replace(format!("{error} ({name} runs)"))),
             }
             sleep(backoff.next()).await;
         }
@@ -329,7 +332,7 @@ impl Supervisor {
                         "{error}; failure {failures} in a row, next attempt in {next}.{suppressed}"
                     );
                 }
-                self.set_last_error(error);
+                self.last_error.send_replace(error);
                 (CommandState::Failed(*failures), pause)
             }
             RunResult::AddressInUse => {
@@ -351,26 +354,11 @@ impl Supervisor {
         if let Some(suppressed) = OBSTACLES.pass() {
             tracing::error!("{error}.{suppressed}");
         }
-        self.set_last_error(error);
+        self.last_error.send_replace(error);
     }
 
     fn current_error(&self) -> String {
-        self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn set_last_error(&self, last_error: String) {
-        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = last_error;
-    }
-}
-
-/// A run of COMMAND that was ready.
-#[derive(Debug)]
-pub struct ReadyRun(watch::Receiver<CommandState>);
-
-impl ReadyRun {
-    /// Waits until COMMAND is not ready any more: it has exited, or is about to be stopped.
-    pub async fn ended(&mut self) {
-        let _ = self.0.changed().await;
+        self.last_error.borrow().clone()
     }
 }
 
