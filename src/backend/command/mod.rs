@@ -217,13 +217,12 @@ impl Supervisor {
         if let Some(place) = &self.notify {
             *notify = Some(place.open().map_err(RunResult::Failed)?);
         }
-        let notify = notify.as_ref();
         let start = Instant::now();
         let failed = |error: io::Error| {
             RunResult::Failed(format!("Failed to start {name}: {}", os_message(&error)))
         };
         let started =
-            CommandProcess::start(notify.map(NotifySocket::path)).map_err(failed)?;
+            CommandProcess::start(notify.as_ref().map(NotifySocket::path)).map_err(failed)?;
         let process = process.insert(started);
         let tree = process.launch(name, self.fd_limit).await.map_err(failed)?;
         let connection = tokio::select! {
@@ -231,7 +230,7 @@ impl Supervisor {
             // Polled first: if COMMAND exits because its address is in use, a connect would reach the
             // other process.
             status = process.exited() => return Err(RunResult::early_exit(name, "before", status)),
-            connected = self.wait_until_ready(notify, wait, tree) => connected?,
+            connected = self.wait_until_ready(notify.as_mut(), wait, tree) => connected?,
             never = self.warn_if_slow() => match never {},
         };
         if let Some(suppressed) = LIFECYCLE.pass() {
@@ -273,7 +272,7 @@ impl Supervisor {
     /// The target is tried only while a client waits.
     async fn wait_until_ready(
         &self,
-        notify: Option<&NotifySocket>,
+        notify: Option<&mut NotifySocket>,
         wait: &BackendWait,
         tree: ProcessTree,
     ) -> Result<Option<Socket>, RunResult> {

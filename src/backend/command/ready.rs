@@ -9,13 +9,13 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::env;
 use std::fs::{self, Permissions};
-use std::future::pending;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -84,15 +84,15 @@ pub fn remove_left_behind() {
 
 /// The socket that one run of COMMAND notifies. Dropping it removes the file.
 ///
-/// A task reads the socket for as long as it exists, before and after `READY=1`: sd_notify(3) blocks when
-/// ten messages are queued, and systemd-notify(1) until the descriptor of its last message is closed.
+/// From [`NotifySocket::ready`] on a task reads the socket for as long as it exists, before and after `READY=1`:
+/// sd_notify(3) blocks when ten messages are queued, and systemd-notify(1) until the descriptor of its last
+/// message is closed.
 #[derive(Debug)]
 pub struct NotifySocket {
-    tree: watch::Sender<Option<ProcessTree>>,
-    ready: watch::Receiver<bool>,
+    io: Rc<AsyncFd<OwnedFd>>,
     path: PathBuf,
     _directory: TempDir,
-    _receiver: JoinSet<Infallible>,
+    receiver: JoinSet<Infallible>,
 }
 
 impl NotifySocket {
@@ -105,12 +105,8 @@ impl NotifySocket {
         fs::set_permissions(directory.path(), Permissions::from_mode(0o711))?;
         sockopt::set_socket_passcred(&socket, true)?;
         socket.set_nonblocking(true)?;
-        let io = register(socket.into(), Interest::READABLE)?;
-        let (tree, tree_receiver) = watch::channel(None);
-        let (ready_sender, ready) = watch::channel(false);
-        let mut receiver = JoinSet::new();
-        receiver.spawn_local(Receiver { io, tree: tree_receiver, ready: ready_sender }.run());
-        Ok(Self { tree, ready, path, _directory: directory, _receiver: receiver })
+        let io = Rc::new(register(socket.into(), Interest::READABLE)?);
+        Ok(Self { io, path, _directory: directory, receiver: JoinSet::new() })
     }
 
     /// Returns the value for `$NOTIFY_SOCKET`.
@@ -118,24 +114,25 @@ impl NotifySocket {
         &self.path
     }
 
-    /// Waits for `READY=1` from a process of `tree`.
-    pub async fn ready(&self, tree: ProcessTree) {
-        self.tree.send_replace(Some(tree));
-        let _ = self.ready.clone().wait_for(|ready| *ready).await;
+    /// Waits for `READY=1` from a process of `tree`. Messages stay queued until then: COMMAND may send `READY=1`
+    /// before the guard's report of its start arrives.
+    pub async fn ready(&mut self, tree: ProcessTree) {
+        let (sender, mut ready) = watch::channel(false);
+        self.receiver.spawn_local(Receiver { io: Rc::clone(&self.io), tree, ready: sender }.run());
+        let _ = ready.wait_for(|ready| *ready).await;
     }
 }
 
 /// The task that reads a [`NotifySocket`].
 struct Receiver {
-    io: AsyncFd<OwnedFd>,
-    /// The processes whose messages count. Messages stay queued until these are known: COMMAND may send
-    /// `READY=1` before the guard's report of its start arrives.
-    tree: watch::Receiver<Option<ProcessTree>>,
+    io: Rc<AsyncFd<OwnedFd>>,
+    /// The processes whose messages count.
+    tree: ProcessTree,
     ready: watch::Sender<bool>,
 }
 
 impl Receiver {
-    async fn run(mut self) -> Infallible {
+    async fn run(self) -> Infallible {
         let (mut lookups, mut in_burst) = (Lookups::default(), 0);
         loop {
             in_burst = (in_burst + 1) % BURST;
@@ -143,9 +140,6 @@ impl Receiver {
                 sleep(BURST_PAUSE).await;
             }
             let mut readable = self.io.readable().await.expect("the event loop runs");
-            if self.tree.wait_for(Option::is_some).await.is_err() {
-                return pending().await;
-            }
             match self.receive(&mut lookups) {
                 Ok(true) => drop(self.ready.send_replace(true)),
                 Ok(false) => {}
@@ -165,7 +159,7 @@ impl Receiver {
             [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(4))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut text)];
-        let received = recvmsg(&self.io, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        let received = recvmsg(&*self.io, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
         let (mut sender, mut descriptors) = (None, Vec::new());
         for message in ancillary.drain() {
             match message {
@@ -176,10 +170,8 @@ impl Receiver {
         }
         let mut lines = text[..received.bytes].split(|&byte| byte == b'\n');
         let is_news = lines.any(|line| line == b"READY=1") && !*self.ready.borrow();
-        Ok(match self.tree.borrow().zip(sender) {
-            Some((tree, sender)) if is_news => lookups.look_up(sender.pid, sender.uid, tree),
-            _ => false,
-        })
+        let sender = sender.filter(|_| is_news);
+        Ok(sender.is_some_and(|sender| lookups.look_up(sender.pid, sender.uid, self.tree)))
     }
 }
 
