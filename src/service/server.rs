@@ -24,7 +24,6 @@ use crate::handover::journal::JournalEntry;
 use crate::limits::descriptors::FdBudget;
 use crate::limits::exit_idle::wait_idle;
 use crate::limits::{ConnectionLimit, ConnectionWatch};
-use crate::listen::Sources;
 use crate::listen::accepted::AcceptedSocket;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
 use crate::logging::{RateLimit, os_message};
@@ -36,7 +35,10 @@ use crate::service::status::publish_status;
 
 /// Everything that lives as long as the process.
 pub struct Server {
-    pub routes: Routes,
+    /// The listeners, each with the index of its backend.
+    pub listeners: Vec<(Rc<Listener>, usize)>,
+    /// A connection that was accepted before the start, with the index of its backend, until it is served.
+    pub connection: Option<(AcceptedSocket, usize)>,
     pub descriptors: Rc<FdBudget>,
     pub limit: ConnectionLimit,
     pub event_loops: Rc<EventLoops>,
@@ -65,7 +67,7 @@ impl Server {
         };
         metrics::registry(MetricsSources {
             connections_max: self.limit.max(),
-            listeners: self.routes.listeners().iter().map(listener).collect(),
+            listeners: self.listeners.iter().map(listener).collect(),
             elsewhere: Arc::clone(&self.elsewhere),
             backends: settings.backends.iter().map(backend).collect(),
             loops: Arc::clone(&settings.loops),
@@ -77,13 +79,11 @@ impl Server {
     /// Spawns the accept loops and COMMAND's supervisor, and serves a connection that was accepted before
     /// the start.
     pub fn start(&mut self) -> Tasks {
-        if let Routes::Connection(connection) = &mut self.routes {
-            if let Some((connection, backend)) = connection.take() {
-                self.serve_passed(connection, backend);
-            }
+        if let Some((connection, backend)) = self.connection.take() {
+            self.serve_passed(connection, backend);
         }
         let mut accepting = JoinSet::new();
-        for (listener, backend) in self.routes.listeners() {
+        for (listener, backend) in &self.listeners {
             accepting.spawn_local(accept_loop(
                 Rc::clone(listener),
                 *backend,
@@ -159,8 +159,8 @@ impl Server {
     }
 
     async fn publish_status(&self, notifier: &Notifier) {
-        let listeners = self.routes.listeners().iter();
-        let listeners: Vec<_> = listeners.map(|(listener, _)| &*listener.info).collect();
+        let listeners: Vec<_> =
+            self.listeners.iter().map(|(listener, _)| &*listener.info).collect();
         let bytes = || self.event_loops.delivered();
         let supervisor = self.supervisor.as_deref();
         publish_status(notifier, &self.limit, self.restored, &listeners, bytes, supervisor).await;
@@ -174,15 +174,14 @@ impl Server {
 
     /// Whether no connection is open or queued.
     fn is_unused(&self, watch: &ConnectionWatch) -> bool {
-        let mut listeners = self.routes.listeners().iter();
-        watch.is_empty() && !listeners.any(|(listener, _)| listener.has_queued())
+        watch.is_empty() && !self.listeners.iter().any(|(listener, _)| listener.has_queued())
     }
 
     /// Waits until there was no connection for `--exit-idle-time=`, none is queued, COMMAND has stopped,
     /// and `READY=1` was sent. A client that arrives meanwhile cancels the exit.
     async fn wait_idle(&self, ready: &watch::Sender<bool>) {
         let mut watch = self.limit.watch();
-        if let Routes::Connection(_) = self.routes {
+        if self.listeners.is_empty() {
             watch.wait_empty().await;
             return wait_until_ready_sent(ready).await;
         }
@@ -218,32 +217,6 @@ pub struct Tasks {
 pub enum StopReason {
     Signal,
     Idle,
-}
-
-/// Where connections come from, each with the index of its backend.
-pub enum Routes {
-    Listeners(Vec<(Rc<Listener>, usize)>),
-    /// A connection that was accepted before the start, until it is served.
-    Connection(Option<(AcceptedSocket, usize)>),
-}
-
-impl Routes {
-    /// Pairs each source with its backend.
-    pub fn new(sources: Sources, backends: Vec<usize>) -> Self {
-        let Sources { listeners, connection } = sources;
-        if listeners.is_empty() {
-            Self::Connection(connection.zip(backends.first().copied()))
-        } else {
-            Self::Listeners(listeners.into_iter().zip(backends).collect())
-        }
-    }
-
-    pub fn listeners(&self) -> &[(Rc<Listener>, usize)] {
-        match self {
-            Self::Listeners(listeners) => listeners,
-            Self::Connection(_) => &[],
-        }
-    }
 }
 
 /// Logs a line for each open connection at each SIGUSR1, forever.

@@ -31,7 +31,7 @@ pub async fn stop(
         takeover::detach_all(&server, handover, notifier).await;
         return server.listener_entries.into_iter().for_each(JournalEntry::detach);
     }
-    drop(server.routes);
+    drop(server.listeners);
     let _ = notifier.send_once(&[NotifyState::Stopping]);
     let is_signal = *ended == Ok(StopReason::Signal);
     let drain_time = if is_signal { drain_time } else { TimeSpan::new(Duration::ZERO) };

@@ -26,7 +26,7 @@ use crate::listen::listener::Listener;
 use crate::listen::{Sources, check_command_target, check_no_loop};
 use crate::metrics::exporter::Exporter;
 use crate::notify::Notifier;
-use crate::service::server::{Routes, Server};
+use crate::service::server::Server;
 
 /// What is opened or taken over at the start.
 pub struct Opened {
@@ -88,7 +88,9 @@ pub fn build(
     leftovers: &Leftovers,
 ) -> Result<Server, String> {
     check_single_connection(&config, &sources)?;
-    let routes = route(&config, sources)?;
+    let backends = backends_of(&config, &sources)?;
+    let connection = sources.connection.zip(backends.first().copied());
+    let listeners: Vec<_> = sources.listeners.into_iter().zip(backends).collect();
     let fds = FdPlan::of_this_process(
         config.connections_max.get(),
         FdNeeds {
@@ -101,9 +103,9 @@ pub fn build(
         },
     )?;
     let backends = backend_setups(&config, fds.lookups);
-    let supervisor = supervisor(&config, &routes, fds.inherited)?;
+    let supervisor = supervisor(&config, &listeners, fds.inherited)?;
     let has_opened = !config.listen.is_empty();
-    let opened = if has_opened { routes.listeners() } else { &[] };
+    let opened = if has_opened { &*listeners } else { &[] };
     for (listener, backend) in opened {
         check_no_loop(listener, backends[*backend].connector.target())?;
     }
@@ -118,7 +120,7 @@ pub fn build(
         handover: handover.clone(),
         loops: Arc::new(Loops::default()),
     };
-    log_routes(&config, &routes, &settings);
+    log_routes(&config, &listeners, &settings);
     let keep = |(listener, _): &(Rc<Listener>, _)| handover.as_ref()?.keep_listener(listener);
     let listener_entries = opened.iter().filter_map(keep).collect();
     let descriptors = match config.overflow {
@@ -128,7 +130,8 @@ pub fn build(
         }
     };
     Ok(Server {
-        routes,
+        listeners,
+        connection,
         descriptors: Rc::new(descriptors),
         limit: ConnectionLimit::new(config.connections_max),
         event_loops: Rc::new(EventLoops::new(settings, config.threads)),
@@ -159,7 +162,7 @@ fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), Str
 }
 
 /// Finds the backend of each source.
-fn route(config: &Config, sources: Sources) -> Result<Routes, String> {
+fn backends_of(config: &Config, sources: &Sources) -> Result<Vec<usize>, String> {
     let labels = sources.labels();
     let backends = match &labels[..] {
         // No socket accepts.
@@ -175,7 +178,7 @@ fn route(config: &Config, sources: Sources) -> Result<Routes, String> {
     if let Some(keepalive) = config.keepalive {
         sources.set_keepalive(keepalive);
     }
-    Ok(Routes::new(sources, backends))
+    Ok(backends)
 }
 
 /// Returns the setup of each target. All share one limit on lookups.
@@ -197,22 +200,22 @@ fn backend_setups(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
 /// Returns COMMAND's supervisor, if there is a COMMAND. `fd_limit` is COMMAND's soft limit on descriptors.
 fn supervisor(
     config: &Config,
-    routes: &Routes,
+    listeners: &[(Rc<Listener>, usize)],
     fd_limit: Option<u64>,
 ) -> Result<Option<Arc<Supervisor>>, String> {
     let (Some(command), Some(target)) = (&config.command, config.targets.iter().next()) else {
         return Ok(None);
     };
     if !config.listen.is_empty() {
-        check_command_target(target, routes.listeners())?;
+        check_command_target(target, listeners)?;
     }
     set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
     let supervisor = Supervisor::new(command.clone(), target.clone(), fd_limit)?;
     Ok(Some(Arc::new(supervisor)))
 }
 
-fn log_routes(config: &Config, routes: &Routes, settings: &Settings) {
-    for (listener, backend) in routes.listeners() {
+fn log_routes(config: &Config, listeners: &[(Rc<Listener>, usize)], settings: &Settings) {
+    for (listener, backend) in listeners {
         match &config.targets {
             Targets::One(_) => tracing::debug!("Serving {listener}."),
             // At info, because a wrong selector shows here.

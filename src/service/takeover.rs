@@ -33,7 +33,7 @@ pub fn take_over(server: &Server, leftovers: Leftovers) {
             leftovers.refused
         );
     }
-    server.routes.listeners().iter().for_each(|(listener, _)| listener.unlink_on_drop(true));
+    server.listeners.iter().for_each(|(listener, _)| listener.unlink_on_drop(true));
     // The others are no longer configured. Before this point a start that fails leaves them as they are.
     leftovers.listeners.into_iter().for_each(StoredListener::close);
     // The listeners that are still used have new entries.
@@ -96,7 +96,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
     // An accepted socket inherits BindToDevice=. A listener without it accepts from all devices.
     let device = client.device().ok().flatten();
     let device_of = |listener: &Listener| SockRef::from(listener).device().ok().flatten();
-    let listeners = server.routes.listeners().iter().map(|it| (device_of(&it.0), it));
+    let listeners = server.listeners.iter().map(|it| (device_of(&it.0), it));
     let mut listeners: Vec<_> =
         listeners.filter(|(bound, _)| bound.is_none() || *bound == device).collect();
     listeners.sort_by_key(|(bound, _)| bound.is_none());
@@ -125,7 +125,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
 pub async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
     // In crash mode the journal has the listeners already.
     let mut stored_listeners = server.listener_entries.len();
-    for (listener, _) in server.routes.listeners().iter().filter(|_| server.has_opened) {
+    for (listener, _) in server.listeners.iter().filter(|_| server.has_opened) {
         if handover.is_crash_mode() {
             listener.unlink_on_drop(false);
         } else if handover.store_listener(listener) {
