@@ -12,6 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::config::Config;
+use crate::config::target::Target;
+
 /// The descriptors that a process may have, divided among their uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FdPlan {
@@ -25,32 +28,22 @@ pub struct FdPlan {
     pub inherited: Option<u64>,
 }
 
-/// What a process needs descriptors for, beside its connections.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FdNeeds {
-    /// Whether a target is a name.
-    pub lookups: bool,
-    /// Whether there is a COMMAND.
-    pub command: bool,
-    /// Event loops beside the main thread's.
-    pub threads: usize,
-    pub metrics: bool,
-    /// Whether connections are stored from accept on (`--handover=crash`).
-    pub is_journaled: bool,
-    /// Open descriptors of restored connections, which count as connections.
-    pub restored: usize,
-}
-
 impl FdPlan {
-    /// Divides the descriptors of this process, after raising its soft limit to the hard limit.
+    /// Divides the descriptors of this process, after raising its soft limit to the hard limit. `is_journaled`
+    /// tells whether connections are stored from accept on. The `restored` descriptors are open already, and
+    /// count as those of connections.
     ///
     /// # Errors
     /// A line for the log when there is no room for a single connection.
-    pub fn of_this_process(connections_max: u32, needs: FdNeeds) -> Result<Self, String> {
+    pub fn of_this_process(
+        config: &Config,
+        is_journaled: bool,
+        restored: usize,
+    ) -> Result<Self, String> {
         let inherited = getrlimit(Resource::Nofile).current;
         let limit = raise_limit();
-        let open = open_fds().saturating_sub(needs.restored);
-        let plan = Self { inherited, ..Self::new(limit, open, connections_max as usize, needs) };
+        let open = open_fds().saturating_sub(restored);
+        let plan = Self { inherited, ..Self::new(limit, open, config, is_journaled) };
         if plan.connections == 0 {
             return Err(format!(
                 "RLIMIT_NOFILE={limit} leaves no room for a connection; raise LimitNOFILE= \
@@ -62,20 +55,19 @@ impl FdPlan {
 
     /// Divides `limit` descriptors, of which `open` are taken.
     ///
-    /// Connections come first: `connections_max`, and one more that is accepted to be refused.
+    /// Connections come first: `--connections-max=`, and one more that is accepted to be refused.
     /// Pipes get the rest, but at least a small part.
-    fn new(limit: usize, open: usize, connections_max: usize, needs: FdNeeds) -> Self {
-        let (per_connection, for_store) = if needs.is_journaled {
-            (PER_STORED_CONNECTION, FOR_STORE)
-        } else {
-            (PER_CONNECTION, 0)
-        };
-        let for_command = if needs.command { FOR_COMMAND } else { 0 };
-        let for_metrics = if needs.metrics { FOR_METRICS } else { 0 };
-        let for_threads = needs.threads * PER_THREAD;
+    fn new(limit: usize, open: usize, config: &Config, is_journaled: bool) -> Self {
+        let (per_connection, for_store) =
+            if is_journaled { (PER_STORED_CONNECTION, FOR_STORE) } else { (PER_CONNECTION, 0) };
+        let for_command = if config.command.is_some() { FOR_COMMAND } else { 0 };
+        let for_metrics = if config.metrics.is_some() { FOR_METRICS } else { 0 };
+        let for_threads = (config.threads.get() - 1) * PER_THREAD;
+        let needs_lookups = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
+        let connections_max = config.connections_max.get() as usize;
         let reserved = RESERVE + for_command + for_threads + for_store + for_metrics;
         let free = limit.saturating_sub(open + reserved);
-        let lookups = if needs.lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
+        let lookups = if needs_lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
         let for_connections = connections_max.saturating_add(1).saturating_mul(per_connection);
         let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
@@ -216,23 +208,29 @@ const OPEN_WITHOUT_PROC: usize = 64;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::parser::Request;
+
+    fn config(args: &[&str]) -> Config {
+        let args = ["socket-proxyd"].iter().chain(args).map(Into::into);
+        match Config::parse(args) {
+            Ok(Request::Run(config)) => config,
+            Ok(Request::Print(text)) | Err(text) => panic!("{text}"),
+        }
+    }
 
     #[test]
     fn connections_come_first_and_the_sum_fits_the_limit() {
         for limit in [0, 20, 40, 64, 256, 1024, 20_000, 524_288] {
             for open in [8, 16, 64] {
                 for connections_max in [1, 256, 4096, u32::MAX as usize] {
-                    for lookups in [false, true] {
-                        let needs = FdNeeds {
-                            lookups,
-                            command: lookups,
-                            threads: 3,
-                            metrics: !lookups,
-                            ..FdNeeds::default()
-                        };
-                        let plan = FdPlan::new(limit, open, connections_max, needs);
-                        let beside =
-                            needs.threads * PER_THREAD + if lookups { FOR_COMMAND } else { 0 };
+                    for (args, for_command) in [
+                        (&["--metrics=127.0.0.1:1", "127.0.0.1:2"][..], 0),
+                        (&["name:2", "--", "/bin/sh"], FOR_COMMAND),
+                    ] {
+                        let connections = format!("--connections-max={connections_max}");
+                        let config = config(&[&["--threads=4", &*connections], args].concat());
+                        let plan = FdPlan::new(limit, open, &config, false);
+                        let beside = 3 * PER_THREAD + for_command;
                         let sum = plan.connections * 2
                             + plan.pipes * 2
                             + plan.lookups * PER_LOOKUP
@@ -247,13 +245,15 @@ mod tests {
                 }
             }
         }
-        let needs = FdNeeds::default();
-        let small = FdPlan::new(40, 10, 256, needs);
+        let plan = |limit, open, connections_max: &str, is_journaled| {
+            FdPlan::new(limit, open, &config(&[connections_max, "127.0.0.1:2"]), is_journaled)
+        };
+        let small = plan(40, 10, "--connections-max=256", false);
         assert_eq!((small.connections, small.pipes), (11, 1));
-        let roomy = FdPlan::new(20_000, 16, 4096, needs);
+        let roomy = plan(20_000, 16, "--connections-max=4096", false);
         assert!(roomy.connections >= 4096);
         assert_eq!(roomy.pipes, PIPES_MAX);
-        let journaled = FdPlan::new(20_000, 16, 3000, FdNeeds { is_journaled: true, ..needs });
+        let journaled = plan(20_000, 16, "--connections-max=3000", true);
         assert!(journaled.connections > 3000);
         assert!(journaled.connections * 6 + journaled.pipes * 2 < 20_000);
     }

@@ -20,7 +20,7 @@ use crate::forward::pipe::{self, PipeLimits};
 use crate::handover::Handover;
 use crate::handover::replay::Leftovers;
 use crate::limits::ConnectionLimit;
-use crate::limits::descriptors::{FdBudget, FdNeeds, FdPlan, raise_limit};
+use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
 use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::listener::Listener;
 use crate::listen::{Sources, check_command_target, check_no_loop};
@@ -91,17 +91,8 @@ pub fn build(
     let backends = backends_of(&config, &sources)?;
     let connection = sources.connection.zip(backends.first().copied());
     let listeners: Vec<_> = sources.listeners.into_iter().zip(backends).collect();
-    let fds = FdPlan::of_this_process(
-        config.connections_max.get(),
-        FdNeeds {
-            lookups: config.targets.iter().any(|target| matches!(target, Target::Name(_))),
-            command: config.command.is_some(),
-            threads: config.threads.get() - 1,
-            metrics: config.metrics.is_some(),
-            is_journaled: handover.as_ref().is_some_and(|handover| handover.is_crash_mode()),
-            restored: leftovers.descriptors(),
-        },
-    )?;
+    let is_journaled = handover.as_ref().is_some_and(|handover| handover.is_crash_mode());
+    let fds = FdPlan::of_this_process(&config, is_journaled, leftovers.descriptors())?;
     let backends = backend_setups(&config, fds.lookups);
     let supervisor = supervisor(&config, &listeners, fds.inherited)?;
     let has_opened = !config.listen.is_empty();
