@@ -17,7 +17,6 @@ use crate::logging::os_message;
 use crate::notify::Notifier;
 use crate::runtime::event_loop;
 use crate::service::signals::Signals;
-use crate::service::startup::Opened;
 
 /// Serves until a signal or the idle exit.
 ///
@@ -40,18 +39,11 @@ async fn start_and_serve(config: Config, passed: Vec<PassedFd>) -> Result<(), St
     let drain_time = config.drain_time;
 
     // systemd and the lookups of --listen= may be slow. A signal ends the wait for them.
-    let opened = tokio::select! {
-        opened = startup::open(&config, passed, &notifier) => opened?,
+    // The exporter removes its socket files when it is dropped, at the end of the process.
+    let (mut server, leftovers, _exporter) = tokio::select! {
+        started = startup::start(config, passed, &notifier) => started?,
         () = signals.stop() => return Ok(()),
     };
-    // The exporter removes its socket files when it is dropped, at the end of the process.
-    let Opened { mut exporter, handover, leftovers, sources } = opened;
-    let mut server = startup::build(config, sources, handover, &leftovers)?;
-    if let Some(exporter) = &mut exporter {
-        exporter.serve(server.metrics()).map_err(|error| {
-            format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
-        })?;
-    }
     // Last, because this empties the store: a start that fails leaves the connections stored.
     takeover::take_over(&server, leftovers);
     if !drain_time.is_zero() && !notifier.has_manager() {

@@ -24,17 +24,10 @@ use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
 use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::listener::Listener;
 use crate::listen::{Sources, check_command_target, check_no_loop};
+use crate::logging::os_message;
 use crate::metrics::exporter::Exporter;
 use crate::notify::Notifier;
 use crate::service::server::Server;
-
-/// What is opened or taken over at the start.
-pub struct Opened {
-    pub exporter: Option<Exporter>,
-    pub handover: Option<Arc<Handover>>,
-    pub leftovers: Leftovers,
-    pub sources: Sources,
-}
 
 /// Sets `PR_SET_NO_NEW_PRIVS`, unless there is a COMMAND: it would inherit the flag, and may need
 /// set-user-ID programs.
@@ -47,21 +40,23 @@ pub fn forbid_new_privileges(config: &Config) {
     }
 }
 
-/// Takes the sockets that were passed and stored, and opens the others.
+/// Takes the sockets that were passed and stored, opens the others, builds the server, and serves its metrics.
+/// No client is accepted yet, and the connections of the previous process are not restored yet.
 ///
 /// # Errors
-/// One line on a socket that is missing, in use, or damaged.
-pub async fn open(
-    config: &Config,
+/// One line on a socket that is missing, in use, or damaged, on options that do not fit the sockets, or on limits
+/// that are too low.
+pub async fn start(
+    config: Config,
     mut passed: Vec<PassedFd>,
     notifier: &Notifier,
-) -> Result<Opened, String> {
+) -> Result<(Server, Leftovers, Option<Exporter>), String> {
     if config.handover.is_some() {
         // First, because the stored connections may need many descriptors.
         raise_limit();
     }
     // Before the listeners, because --metrics=fd:NAME takes its socket out of those that were passed.
-    let exporter = match &config.metrics {
+    let mut exporter = match &config.metrics {
         Some(address) => {
             let opened = Exporter::open(address, &mut passed).await;
             Some(opened.map_err(|error| format!("--metrics={address}: {error}"))?)
@@ -74,14 +69,16 @@ pub async fn open(
     let has_connections = leftovers.has_connections();
     let stored = &mut leftovers.listeners;
     let sources = Sources::open(&config.listen, passed, stored, has_connections).await?;
-    Ok(Opened { exporter, handover, leftovers, sources })
+    let server = build(config, sources, handover, &leftovers)?;
+    if let Some(exporter) = &mut exporter {
+        exporter.serve(server.metrics()).map_err(|error| {
+            format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
+        })?;
+    }
+    Ok((server, leftovers, exporter))
 }
 
-/// Builds the server. Nothing is accepted yet.
-///
-/// # Errors
-/// One line on options that do not fit the sockets, or on limits that are too low.
-pub fn build(
+fn build(
     config: Config,
     sources: Sources,
     handover: Option<Arc<Handover>>,
