@@ -1,6 +1,5 @@
 //! `--drain-time=`: open connections may end before the process does. New ones are not accepted any more.
 
-use std::fmt;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -26,7 +25,7 @@ pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier)
         loop {
             let open = limit.counts().open;
             let left = time.finite().map(|_| deadline.saturating_duration_since(Instant::now()));
-            let status = Status { open, left }.to_string();
+            let status = status(open, left);
             let extension = NotifyState::ExtendTimeoutUsec(EXTENSION.as_micros() as u32);
             notifier.send(&[extension, NotifyState::Status(&status)]).await;
             sleep(INTERVAL).await;
@@ -40,21 +39,14 @@ pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier)
     }
 }
 
-/// `Draining, 3 connections are left, for up to 27s`.
-struct Status {
-    open: u32,
-    left: Option<Duration>,
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (plural, are) = if self.open == 1 { ("", "is") } else { ("s", "are") };
-        write!(f, "Draining, {} connection{plural} {are} left", self.open)?;
-        let Some(left) = self.left else { return Ok(()) };
-        // Rounded up: the first status shows all of --drain-time=, and none shows zero.
-        let seconds = left.as_millis().div_ceil(1000) as u64;
-        write!(f, ", for up to {}", TimeSpan::new(Duration::from_secs(seconds)))
-    }
+/// Returns `Draining, 3 connections are left, for up to 27s`.
+fn status(open: u32, left: Option<Duration>) -> String {
+    let (plural, are) = if open == 1 { ("", "is") } else { ("s", "are") };
+    let status = format!("Draining, {open} connection{plural} {are} left");
+    let Some(left) = left else { return status };
+    // Rounded up: the first status shows all of --drain-time=, and none shows zero.
+    let seconds = left.as_millis().div_ceil(1000) as u64;
+    format!("{status}, for up to {}", TimeSpan::new(Duration::from_secs(seconds)))
 }
 
 /// The pause between two messages to systemd.
@@ -69,9 +61,7 @@ mod tests {
 
     #[test]
     fn status_counts_down() {
-        let status = |open, millis: Option<u64>| {
-            Status { open, left: millis.map(Duration::from_millis) }.to_string()
-        };
+        let status = |open, millis: Option<u64>| status(open, millis.map(Duration::from_millis));
         assert_eq!(status(3, Some(27_000)), "Draining, 3 connections are left, for up to 27s");
         assert_eq!(status(1, Some(26_001)), "Draining, 1 connection is left, for up to 27s");
         assert_eq!(status(1, None), "Draining, 1 connection is left");

@@ -1,7 +1,5 @@
 //! The signals that stop the process.
 
-use std::future::pending;
-
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::logging::os_message;
@@ -37,8 +35,8 @@ impl Signals {
     pub async fn stop(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
-            () = next(&mut self.interrupt) => {}
-            () = next(&mut self.hangup) => {}
+            Some(()) = next(&mut self.interrupt) => {}
+            Some(()) = next(&mut self.hangup) => {}
         }
     }
 
@@ -47,7 +45,7 @@ impl Signals {
     pub async fn second(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
-            () = next(&mut self.interrupt) => {}
+            Some(()) = next(&mut self.interrupt) => {}
         }
     }
 }
@@ -64,11 +62,7 @@ fn catch_unless_ignored(kind: SignalKind) -> Result<Option<Signal>, String> {
     (!was_ignored(kind.as_raw_value())).then(|| catch(kind)).transpose()
 }
 
-async fn next(signal: &mut Option<Signal>) {
-    match signal {
-        Some(signal) => {
-            signal.recv().await;
-        }
-        None => pending().await,
-    }
+/// Waits for the signal. Returns `None` at once if it stays ignored, which disables the branch of a `select!`.
+async fn next(signal: &mut Option<Signal>) -> Option<()> {
+    signal.as_mut()?.recv().await
 }
