@@ -10,7 +10,7 @@ use rustix::io::ioctl_fionread;
 use socket2::SockRef;
 use tokio::time::Instant;
 
-use crate::forward::snapshot::{BufferedSnapshot, Snapshot};
+use crate::forward::snapshot::BufferedSnapshot;
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Message;
 use crate::handover::record::{Record, RecordBody, decode, record_ids};
@@ -25,10 +25,8 @@ pub struct Leftovers {
     pub listeners: Vec<StoredListener>,
     /// Their records. Those of listeners that this process uses are stored again.
     pub listener_entries: Vec<JournalEntry>,
-    /// Clients without a backend.
-    pub clients: Vec<RestoredRecord<OwnedFd>>,
-    /// Connections.
-    pub forwarders: Vec<RestoredRecord<Box<Snapshot<OwnedFd>>>>,
+    /// Connections, those without a backend included.
+    pub connections: Vec<RestoredRecord>,
     /// The number of records that cannot be restored.
     pub refused: usize,
 }
@@ -44,42 +42,29 @@ impl Leftovers {
         let mut all = Self { refused, ..Self::default() };
         for Record { id, start, body } in records {
             let entry = journal.map(|journal| journal.entry(id, start));
+            if let RecordBody::Listener(fd, file) = body {
+                all.listeners.push(StoredListener { fd, file });
+                all.listener_entries.extend(entry);
+                continue;
+            }
             let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
             let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
-            match body {
-                RecordBody::Nothing => {}
-                RecordBody::Listener(fd, file) => {
-                    all.listeners.push(StoredListener { fd, file });
-                    all.listener_entries.extend(entry);
-                }
-                RecordBody::Client(body) => all.clients.push(RestoredRecord { body, start, entry }),
-                RecordBody::Forwarder(body) => {
-                    all.forwarders.push(RestoredRecord { body, start, entry });
-                }
-            }
+            all.connections.push(RestoredRecord { body, start, entry });
         }
         all
     }
 
-    pub fn has_connections(&self) -> bool {
-        self.connections() > 0
-    }
-
-    /// Returns the number of connections, those without a backend included.
-    pub fn connections(&self) -> usize {
-        self.clients.len() + self.forwarders.len()
-    }
-
-    /// Returns the number of their descriptors.
+    /// Returns the number of the connections' descriptors.
     pub fn descriptors(&self) -> usize {
-        self.clients.len() + self.forwarders.iter().map(|it| it.body.fds()).sum::<usize>()
+        self.connections.iter().map(|connection| connection.body.fds()).sum()
     }
 }
 
 /// A connection that was stored.
 #[derive(Debug)]
-pub struct RestoredRecord<T> {
-    pub body: T,
+pub struct RestoredRecord {
+    /// A client or a forwarder.
+    pub body: RecordBody<OwnedFd>,
     /// When the connection was accepted.
     pub start: Instant,
     /// Its record, which stays in the journal (crash mode).
@@ -179,7 +164,7 @@ mod tests {
     use rustix::pipe::{PipeFlags, pipe_with};
 
     use super::*;
-    use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side};
+    use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side, Snapshot};
     use crate::handover::record::{EncodedRecord, RECORDS_MAX, encode_message};
 
     /// The same for the same seed; and the peers of the sockets, which say nothing.

@@ -66,7 +66,7 @@ pub async fn start(
     let opens = !config.listen.is_empty();
     let (handover, mut leftovers) =
         Handover::open(config.handover, opens, &mut passed, notifier).await?;
-    let has_connections = leftovers.has_connections();
+    let has_connections = !leftovers.connections.is_empty();
     let stored = &mut leftovers.listeners;
     let sources = Sources::open(&config.listen, passed, stored, has_connections).await?;
     let server = build(config, sources, handover, &leftovers)?;
@@ -126,7 +126,7 @@ fn build(
         supervisor,
         exit_idle_time: config.exit_idle_time,
         handover,
-        restored: leftovers.connections(),
+        restored: leftovers.connections.len(),
         has_opened,
         listener_entries,
         elsewhere: Arc::default(),

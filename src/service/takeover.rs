@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use sd_notify::NotifyState;
 use socket2::{SockAddr, SockRef};
+use tokio::time::Instant;
 
 use crate::connection::Restored;
 use crate::forward::snapshot::Snapshot;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
+use crate::handover::record::RecordBody;
 use crate::handover::replay::{Leftovers, RestoredRecord};
 use crate::limits::slot::Slot;
 use crate::listen::listener::{Accepted, Listener, ListenerInfo};
@@ -38,36 +40,37 @@ pub fn take_over(server: &Server, leftovers: Leftovers) {
     leftovers.listeners.into_iter().for_each(StoredListener::close);
     // The listeners that are still used have new entries.
     leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
-    leftovers.forwarders.into_iter().for_each(|record| restore_connection(server, record));
-    leftovers.clients.into_iter().for_each(|record| restore_client(server, record));
+    for RestoredRecord { body, start, entry } in leftovers.connections {
+        match body {
+            RecordBody::Forwarder(snapshot) => restore_connection(server, snapshot, start, entry),
+            RecordBody::Client(socket) => restore_client(server, socket, entry),
+            RecordBody::Nothing | RecordBody::Listener(..) => {}
+        }
+    }
     if server.restored > 0 {
         tracing::info!("Recovered connections: {}.", server.restored);
     }
 }
 
-fn restore_connection(server: &Server, record: RestoredRecord<Box<Snapshot<OwnedFd>>>) {
-    let RestoredRecord { body: snapshot, start, entry: journal } = record;
-    let [client, backend] = snapshot.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
-    let [address, backend] = [client.peer_addr(), backend.peer_addr()].map(or_unnamed);
-    let (listener, known_backend) = find_listener(server, &client);
+fn restore_connection(
+    server: &Server,
+    snapshot: Box<Snapshot<OwnedFd>>,
+    start: Instant,
+    journal: Option<JournalEntry>,
+) {
+    let sockets = snapshot.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
+    let (listener, known_backend) = find_listener(server, &sockets[0]);
+    let [client, backend] = sockets.map(|socket| or_unnamed(socket.peer_addr()));
     let slot = restored_slot(server, &listener);
-    server.event_loops.resume(Restored {
-        snapshot,
-        client: address,
-        listener,
-        backend,
-        known_backend,
-        start,
-        slot,
-        journal,
-    });
+    let restored =
+        Restored { snapshot, client, listener, backend, known_backend, start, slot, journal };
+    server.event_loops.resume(restored);
 }
 
 /// Serves a client that waited for its backend when the previous process ended.
-fn restore_client(server: &Server, record: RestoredRecord<OwnedFd>) {
-    let socket = record.body;
+fn restore_client(server: &Server, socket: OwnedFd, entry: Option<JournalEntry>) {
     set_reset_on_close(&socket, false);
-    let entry = record.entry.map(JournalEntry::own);
+    let entry = entry.map(JournalEntry::own);
     let Ok(Some(family)) = Family::of(&socket) else { return };
     let client = or_unnamed(SockRef::from(&socket).peer_addr());
     let (listener, backend) = find_listener(server, &SockRef::from(&socket));
