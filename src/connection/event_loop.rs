@@ -108,7 +108,6 @@ impl EventLoops {
 
     /// Detaches all connections, and stores them.
     pub async fn detach_all(&self, handover: &Handover) {
-        handover.request_detach();
         self.threads.take().into_iter().for_each(Thread::end);
         self.main_loop.detach_all(handover).await;
     }
@@ -236,7 +235,7 @@ struct Thread {
 }
 
 impl Thread {
-    /// Ends the thread. Connections on it that were not detached are reset.
+    /// Ends the thread. Without `--handover=` its connections are reset.
     fn end(self) {
         drop(self.assignments);
         // A panic was logged.
@@ -259,9 +258,8 @@ async fn run(settings: &Settings, mut assignments: UnboundedReceiver<Assignment>
     while let Some(assignment) = assignments.recv().await {
         event_loop.serve(assignment);
     }
-    if let Some(handover) =
-        settings.handover.as_ref().filter(|handover| handover.is_detach_requested())
-    {
+    // After the idle exit, which hands nothing over, no connection is left.
+    if let Some(handover) = &settings.handover {
         event_loop.detach_all(handover).await;
     }
 }

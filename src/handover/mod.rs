@@ -17,7 +17,7 @@ use std::collections::HashSet;
 use std::future::pending;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::net::{SocketType, sockopt};
@@ -48,7 +48,6 @@ pub struct Handover {
     /// one after the other.
     stored_fds: AtomicUsize,
     largest_message: AtomicUsize,
-    detach_is_requested: AtomicBool,
     lost: AtomicUsize,
 }
 
@@ -97,7 +96,6 @@ impl Handover {
             fds_max,
             stored_fds: AtomicUsize::default(),
             largest_message: AtomicUsize::default(),
-            detach_is_requested: AtomicBool::default(),
             lost: AtomicUsize::default(),
         };
         Ok((Some(Arc::new(handover)), leftovers))
@@ -142,15 +140,6 @@ impl Handover {
     /// unwinding would end all connections of the thread, and the next process restores them.
     pub fn abort_on_panic(&self) -> Option<AbortOnPanic> {
         self.is_crash_mode().then_some(AbortOnPanic)
-    }
-
-    /// Asks the other threads to store their connections when they end.
-    pub fn request_detach(&self) {
-        self.detach_is_requested.store(true, Ordering::Release);
-    }
-
-    pub fn is_detach_requested(&self) -> bool {
-        self.detach_is_requested.load(Ordering::Acquire)
     }
 
     /// Stores detached connections. Those that cannot be stored are reset.
