@@ -27,14 +27,15 @@ use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinlin
 /// Connects to one target. Clones share the limit on lookups and the queue for a full backlog.
 #[derive(Clone, Debug)]
 pub struct Connector {
-    target: Target,
+    pub target: Target,
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
     /// Turns to try a backend whose backlog is full. The other clients, of all event loops, wait in the
     /// order in which they came.
     backlog_turns: Arc<Semaphore>,
-    counters: Arc<ConnectCounters>,
+    /// Counts every attempt.
+    pub counters: Arc<ConnectCounters>,
 }
 
 /// What to do while the backlog of a Unix backend is full.
@@ -50,24 +51,16 @@ pub enum OnFullBacklog {
 
 impl Connector {
     /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` limits the lookups
-    /// that run at a time. `counters` count every attempt.
+    /// that run at a time.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
         lookups: Arc<Semaphore>,
-        counters: Arc<ConnectCounters>,
     ) -> Self {
         let backlog_turns = Arc::new(Semaphore::new(BACKLOG_TURNS));
+        let counters = Arc::default();
         Self { target, connect_timeout, keepalive, lookups, backlog_turns, counters }
-    }
-
-    pub fn counters(&self) -> &Arc<ConnectCounters> {
-        &self.counters
-    }
-
-    pub fn target(&self) -> &Target {
-        &self.target
     }
 
     /// Whether clients wait for room in the backlog.

@@ -21,21 +21,13 @@ use crate::socket::Socket;
 /// The backend of one target, for the clients of one event loop.
 #[derive(Debug)]
 pub struct Backend {
-    backend_wait: Rc<BackendWait>,
-    supervisor: Option<Arc<Supervisor>>,
+    pub backend_wait: Rc<BackendWait>,
+    pub supervisor: Option<Arc<Supervisor>>,
 }
 
 impl Backend {
-    pub fn new(backend_wait: Rc<BackendWait>, supervisor: Option<Arc<Supervisor>>) -> Self {
-        Self { backend_wait, supervisor }
-    }
-
     pub fn target(&self) -> &Target {
-        self.backend_wait.connector.target()
-    }
-
-    pub fn backend_wait(&self) -> &Rc<BackendWait> {
-        &self.backend_wait
+        &self.backend_wait.connector.target
     }
 
     /// Connects, now or as soon as the backend can be reached. `waiting` counts the clients that wait.

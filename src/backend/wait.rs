@@ -89,8 +89,8 @@ impl BackendWait {
     pub fn timeout_error(&self) -> String {
         let last_error = self.probe.lock().last_error.clone();
         last_error.unwrap_or_else(|| {
-            self.connector.counters().fail(ConnectErrorKind::Timeout);
-            let target = self.connector.target();
+            self.connector.counters.fail(ConnectErrorKind::Timeout);
+            let target = &self.connector.target;
             format!("Failed to connect to remote host: {target}: Connection timed out")
         })
     }

@@ -66,7 +66,7 @@ impl LoopContext {
         let wait = settings.backend_wait;
         let backend = |BackendSetup { connector, probe }: &BackendSetup| {
             let backend_wait = Rc::new(BackendWait::new(connector.clone(), wait, probe.clone()));
-            Backend::new(backend_wait, settings.supervisor.clone())
+            Backend { backend_wait, supervisor: settings.supervisor.clone() }
         };
         Self {
             backends: settings.backends.iter().map(backend).collect(),

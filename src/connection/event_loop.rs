@@ -30,7 +30,7 @@ use crate::runtime::start_thread;
 /// All event loops.
 #[derive(Debug)]
 pub struct EventLoops {
-    settings: Settings,
+    pub settings: Settings,
     /// The main thread's event loop.
     main_loop: EventLoop,
     /// Connections on the main thread's event loop.
@@ -56,11 +56,7 @@ impl EventLoops {
 
     /// Returns where clients of the main thread's loop wait for the only backend of a COMMAND.
     pub fn backend_wait(&self) -> &Rc<BackendWait> {
-        self.main_loop.context.backends[0].backend_wait()
-    }
-
-    pub fn settings(&self) -> &Settings {
-        &self.settings
+        &self.main_loop.context.backends[0].backend_wait
     }
 
     /// Returns the bytes delivered on all event loops.

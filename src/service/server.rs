@@ -58,12 +58,12 @@ pub struct Server {
 impl Server {
     /// Returns the metrics of `--metrics=`.
     pub fn metrics(&self) -> Registry {
-        let settings = self.event_loops.settings();
+        let settings = &self.event_loops.settings;
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
             (listener.to_string(), *backend, Arc::clone(&listener.info.counts))
         };
         let backend = |setup: &BackendSetup| {
-            (setup.connector.target().to_string(), Arc::clone(setup.connector.counters()))
+            (setup.connector.target.to_string(), Arc::clone(&setup.connector.counters))
         };
         metrics::registry(MetricsSources {
             connections_max: self.limit.max(),
@@ -72,7 +72,7 @@ impl Server {
             backends: settings.backends.iter().map(backend).collect(),
             loops: Arc::clone(&settings.loops),
             restored: self.restored,
-            starts: self.supervisor.as_ref().map(|supervisor| Arc::clone(supervisor.starts())),
+            starts: self.supervisor.as_ref().map(|supervisor| Arc::clone(&supervisor.starts)),
         })
     }
 

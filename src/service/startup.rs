@@ -15,7 +15,7 @@ use crate::config::target::Target;
 use crate::config::values::Overflow;
 use crate::connection::event_loop::EventLoops;
 use crate::connection::{BackendSetup, Settings};
-use crate::counters::{ConnectCounters, Loops};
+use crate::counters::Loops;
 use crate::forward::pipe::{self, PipeLimits};
 use crate::handover::Handover;
 use crate::handover::replay::Leftovers;
@@ -95,7 +95,7 @@ fn build(
     let has_opened = !config.listen.is_empty();
     let opened = if has_opened { &*listeners } else { &[] };
     for (listener, backend) in opened {
-        check_no_loop(listener, backends[*backend].connector.target())?;
+        check_no_loop(listener, &backends[*backend].connector.target)?;
     }
     let threads = config.threads.get();
     let settings = Settings {
@@ -178,7 +178,6 @@ fn backend_setups(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
             config.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),
-            Arc::new(ConnectCounters::default()),
         ),
         probe: SharedProbe::default(),
     };
@@ -208,7 +207,7 @@ fn log_routes(config: &Config, listeners: &[(Rc<Listener>, usize)], settings: &S
             Targets::One(_) => tracing::debug!("Serving {listener}."),
             // At info, because a wrong selector shows here.
             Targets::Selected(_) => {
-                let target = settings.backends[*backend].connector.target();
+                let target = &settings.backends[*backend].connector.target;
                 tracing::info!("Serving {listener}, connections go to {target}.");
             }
         }

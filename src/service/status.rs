@@ -45,9 +45,9 @@ pub async fn publish_status(
         }
         sleep_until(next).await;
         next = Instant::now() + INTERVAL;
-        let command = supervisor
-            .zip(state.as_mut())
-            .map(|(supervisor, state)| (supervisor.name().to_string(), *state.borrow_and_update()));
+        let command = supervisor.zip(state.as_mut()).map(|(supervisor, state)| {
+            (supervisor.command.to_string(), *state.borrow_and_update())
+        });
         let counts = limit.counts();
         let open = listeners.iter().map(|info| (info.to_string(), info.counts.open.taken()));
         let open = open.filter(|(_, open)| *open > 0 && listeners.len() > 1).collect();

@@ -119,7 +119,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
         return (Arc::clone(&listener.info), Some(*backend));
     }
     // A single backend is the backend of all listeners.
-    let backend = (server.event_loops.settings().backends.len() == 1).then_some(0);
+    let backend = (server.event_loops.settings.backends.len() == 1).then_some(0);
     let label = SocketLabel { name: None, address: local };
     (ListenerInfo::with_counters(&label, Arc::clone(&server.elsewhere)), backend)
 }

@@ -44,7 +44,7 @@ use crate::socket::Socket;
 /// Starts and stops COMMAND.
 #[derive(Debug)]
 pub struct Supervisor {
-    command: CommandLine,
+    pub command: CommandLine,
     /// The target that COMMAND serves.
     target: Target,
     /// Where COMMAND sends `READY=1`. Without it COMMAND is ready when the target accepts a connection.
@@ -58,7 +58,7 @@ pub struct Supervisor {
     waiting: watch::Sender<usize>,
     /// Whether COMMAND is to stop and must not be started.
     stop_requested: watch::Sender<bool>,
-    starts: Arc<CommandCounters>,
+    pub starts: Arc<CommandCounters>,
 }
 
 impl Supervisor {
@@ -88,18 +88,9 @@ impl Supervisor {
         })
     }
 
-    pub fn name(&self) -> &CommandLine {
-        &self.command
-    }
-
     /// Returns a receiver of COMMAND's state.
     pub fn watch(&self) -> watch::Receiver<CommandState> {
         self.state.subscribe()
-    }
-
-    /// Returns the counters of COMMAND's starts.
-    pub fn starts(&self) -> &Arc<CommandCounters> {
-        &self.starts
     }
 
     /// Returns why clients wait, or `None` if COMMAND is ready.
