@@ -6,13 +6,16 @@
 
 pub mod slot;
 pub mod descriptors;
-pub mod exit_idle;
 
+use std::future::pending;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::{Notify, watch};
+use tokio::time::sleep;
+
+use crate::config::timespan::TimeSpan;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConnectionCounts {
@@ -149,15 +152,34 @@ impl ConnectionWatch {
         // Never an error: `shared` keeps the sender alive.
         let _ = self.crossed_zero.changed().await;
     }
+
+    /// Waits until no connection has been open for `span`.
+    ///
+    /// The time counts from the call or from the end of the last connection.
+    pub async fn wait_idle(&mut self, span: TimeSpan) {
+        let Some(span) = span.finite() else { return pending().await };
+        loop {
+            self.wait_empty().await;
+            tokio::select! {
+                biased;
+                // Polled first: a timer that expires in the same moment must not cut off a connection
+                // that was just admitted.
+                () = self.changed() => {}
+                () = sleep(span) => return,
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use tokio::time::timeout;
+    use tokio::time::{Instant, advance, timeout};
 
     use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
 
     #[test]
     fn the_limit_is_exact() {
@@ -184,5 +206,43 @@ mod tests {
         drop(second);
         watch.changed().await;
         watch.wait_empty().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_time_counts_from_the_end_of_the_last_connection() {
+        let limit = ConnectionLimit::new(NonZeroU32::MIN);
+        let mut watch = limit.watch();
+        let start = Instant::now();
+        let connections = async {
+            advance(MINUTE / 2).await;
+            let permit = limit.try_acquire();
+            advance(MINUTE * 5).await;
+            drop(permit);
+        };
+        let ((), ()) = tokio::join!(watch.wait_idle(TimeSpan::new(MINUTE)), connections);
+        let idle = start.elapsed();
+        assert!(idle >= MINUTE * 13 / 2 && idle < MINUTE * 7, "{idle:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_admitted_as_the_timer_expires_is_not_cut_off() {
+        for _ in 0..100 {
+            let limit = ConnectionLimit::new(NonZeroU32::MIN);
+            let mut watch = limit.watch();
+            let mut idle = std::pin::pin!(watch.wait_idle(TimeSpan::new(MINUTE)));
+            assert!(timeout(MINUTE / 2, &mut idle).await.is_err());
+            let permit = limit.try_acquire();
+            advance(MINUTE).await;
+            assert!(timeout(MINUTE, &mut idle).await.is_err());
+            drop(permit);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_time_counts_from_the_start() {
+        let limit = ConnectionLimit::new(NonZeroU32::MIN);
+        let start = Instant::now();
+        limit.watch().wait_idle(TimeSpan::new(MINUTE)).await;
+        assert!(start.elapsed() >= MINUTE);
     }
 }

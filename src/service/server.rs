@@ -22,7 +22,6 @@ use crate::counters::ListenerCounters;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::limits::descriptors::FdBudget;
-use crate::limits::exit_idle::wait_idle;
 use crate::limits::{ConnectionLimit, ConnectionWatch};
 use crate::listen::accepted::AcceptedSocket;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
@@ -186,7 +185,7 @@ impl Server {
             return wait_until_ready_sent(ready).await;
         }
         loop {
-            wait_idle(self.exit_idle_time, &mut watch).await;
+            watch.wait_idle(self.exit_idle_time).await;
             if self.is_unused(&watch) {
                 if let Some(supervisor) = &self.supervisor {
                     supervisor.stop().await;

@@ -37,7 +37,6 @@ use crate::config::timespan::TimeSpan;
 use crate::config::values::ReadyMode;
 use crate::counters::CommandCounters;
 use crate::limits::ConnectionWatch;
-use crate::limits::exit_idle::wait_idle;
 use crate::logging::{RateLimit, os_message};
 use crate::socket::Socket;
 
@@ -167,7 +166,7 @@ impl Supervisor {
         let result = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => RunResult::StopRequested,
-            () = wait_idle(self.stop_idle_time, connections) => RunResult::Idle,
+            () = connections.wait_idle(self.stop_idle_time) => RunResult::Idle,
             result = self.serve(wait, &mut notify, &mut process) => {
                 result.map_or_else(|result| result, RunResult::Exited)
             }
