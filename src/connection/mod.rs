@@ -17,8 +17,8 @@ use crate::connection::log::LogContext;
 use crate::forward::registry::Registration;
 use crate::forward::snapshot::{Snapshot, SnapshotStore};
 use crate::forward::{Forwarder, Outcome};
-use crate::handover::Detached;
 use crate::handover::journal::JournalEntry;
+use crate::handover::{Detached, DetachedState};
 use crate::limits::slot::Slot;
 use crate::listen::listener::{Accepted, ListenerInfo};
 use crate::logging::os_message;
@@ -86,7 +86,8 @@ pub fn serve(
                         socket.detach();
                     }
                     None => {
-                        let detached = Detached::client(start, socket, slot);
+                        let state = DetachedState::Client(socket);
+                        let detached = Detached { start, state, _slot: slot };
                         context.detached.borrow_mut().push(detached);
                     }
                 }
@@ -150,7 +151,8 @@ fn finish(
         }
         Ok(Outcome::Detached(forwarder)) => {
             if let Err(forwarder) = forwarder.detach_stored() {
-                let detached = Detached::forwarder(log.start, forwarder, slot);
+                let state = DetachedState::Forwarder(forwarder);
+                let detached = Detached { start: log.start, state, _slot: slot };
                 context.detached.borrow_mut().push(detached);
             }
         }

@@ -14,34 +14,21 @@ use crate::socket::Socket;
 /// A connection that is to be stored. Dropping this resets both sides.
 #[derive(Debug)]
 pub struct Detached {
-    start: Instant,
-    state: DetachedState,
-    _slot: Slot,
+    /// When the connection was accepted.
+    pub start: Instant,
+    pub state: DetachedState,
+    pub _slot: Slot,
 }
 
 #[derive(Debug)]
-enum DetachedState {
+pub enum DetachedState {
     /// A client that still waits for its backend.
     Client(Socket),
+    /// A connection with its buffered bytes.
     Forwarder(Box<Forwarder>),
 }
 
 impl Detached {
-    /// A client without a backend, accepted at `start`.
-    pub fn client(start: Instant, socket: Socket, slot: Slot) -> Self {
-        Self { start, state: DetachedState::Client(socket), _slot: slot }
-    }
-
-    /// A connection with its buffered bytes, accepted at `start`.
-    pub fn forwarder(start: Instant, forwarder: Box<Forwarder>, slot: Slot) -> Self {
-        Self { start, state: DetachedState::Forwarder(forwarder), _slot: slot }
-    }
-
-    /// Returns when the connection was accepted.
-    pub fn start(&self) -> Instant {
-        self.start
-    }
-
     /// Returns what is to be stored of the connection.
     pub fn body(&self) -> io::Result<RecordBody<FdRef<'_>>> {
         Ok(match &self.state {

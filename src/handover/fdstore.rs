@@ -4,7 +4,7 @@
 //! systemd compares each new descriptor with every stored one, so the proxy stores only two: the ends of one
 //! [`Queue`], under names of their own.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -27,57 +27,44 @@ const PROBE: &str = "handover-of-socket-proxyd.probe";
 /// How long systemd may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The descriptors that systemd passed from the store.
-#[derive(Debug, Default)]
-pub struct StoredFds {
-    stored: Vec<PassedFd>,
+/// Takes the descriptors of the store out of all that systemd passed, by their names.
+pub fn take_stored(passed: &mut Vec<PassedFd>) -> Vec<PassedFd> {
+    take_matching(passed, |it| [QUEUE, SENDER, PROBE].contains(&&*it.name))
 }
 
-impl StoredFds {
-    /// Takes them out of all that were passed, by their names.
-    pub fn take(passed: &mut Vec<PassedFd>) -> Self {
-        let is_ours = |it: &PassedFd| [QUEUE, SENDER, PROBE].contains(&&*it.name);
-        Self { stored: take_matching(passed, is_ours) }
+/// Returns the stored queue. What is not part of one is closed, and systemd closes it too.
+pub async fn stored_queue(mut stored: Vec<PassedFd>, notifier: &Notifier) -> Option<Queue> {
+    // A process that was killed while keep() ran left the probe.
+    if !take_matching(&mut stored, |it| it.name == PROBE).is_empty() {
+        remove(PROBE, notifier).await;
     }
-
-    pub fn is_empty(&self) -> bool {
-        self.stored.is_empty()
+    let mut take = |name| {
+        let index = stored.iter().position(|it| it.name == name)?;
+        Some(stored.remove(index).fd)
+    };
+    let ends = take(QUEUE).zip(take(SENDER));
+    let queue = ends.and_then(|(reader, writer)| Queue::from_pair(reader, writer));
+    if queue.is_some() && stored.is_empty() {
+        return queue;
     }
+    tracing::warn!("The store is damaged, closing it, and the connections in it.");
+    discard(stored, notifier).await;
+    // discard() removed the queue too: it has the same names.
+    let queue = queue?;
+    keep(&queue, notifier).await.is_ok().then_some(queue)
+}
 
-    /// Returns the stored queue. What is not part of one is closed, and systemd closes it too.
-    pub async fn into_queue(mut self, notifier: &Notifier) -> Option<Queue> {
-        // A process that was killed while keep() ran left the probe.
-        if !take_matching(&mut self.stored, |it| it.name == PROBE).is_empty() {
-            remove(PROBE, notifier).await;
-        }
-        let mut take = |name| {
-            let index = self.stored.iter().position(|it| it.name == name)?;
-            Some(self.stored.remove(index).fd)
-        };
-        let ends = take(QUEUE).zip(take(SENDER));
-        let queue = ends.and_then(|(reader, writer)| Queue::from_pair(reader, writer));
-        if queue.is_some() && self.stored.is_empty() {
-            return queue;
-        }
-        tracing::warn!("The store is damaged, closing it, and the connections in it.");
-        self.discard(notifier).await;
-        // discard() removed the queue too: it has the same names.
-        let queue = queue?;
-        keep(&queue, notifier).await.is_ok().then_some(queue)
+/// Closes the descriptors of the store, here and in the store.
+pub async fn discard(stored: Vec<PassedFd>, notifier: &Notifier) {
+    // The contents are closed now, and not when systemd gets to it: stored listeners would still hold
+    // their addresses.
+    for queue in stored.iter().filter(|it| it.name == QUEUE) {
+        while rustix::net::recv(&queue.fd, &mut [0; 1], RecvFlags::DONTWAIT)
+            .is_ok_and(|it| it.1 > 0)
+        {}
     }
-
-    /// Closes the descriptors, here and in the store.
-    pub async fn discard(self, notifier: &Notifier) {
-        // The contents are closed now, and not when systemd gets to it: stored listeners would still hold
-        // their addresses.
-        for queue in self.stored.iter().filter(|it| it.name == QUEUE) {
-            while rustix::net::recv(&queue.fd, &mut [0; 1], RecvFlags::DONTWAIT)
-                .is_ok_and(|it| it.1 > 0)
-            {}
-        }
-        for name in [QUEUE, SENDER, PROBE] {
-            remove(name, notifier).await;
-        }
+    for name in [QUEUE, SENDER, PROBE] {
+        remove(name, notifier).await;
     }
 }
 
@@ -104,7 +91,9 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     let (probe, entry) = pipe_with(flags).map_err(failed)?;
     let [reader, writer] = queue.ends();
     for (name, fd) in [(QUEUE, reader), (SENDER, writer), (PROBE, entry.as_fd())] {
-        put(name, fd, notifier).await;
+        let name = format!("FDNAME={name}");
+        let states = ["FDSTORE=1", "FDPOLL=0", &name].map(NotifyState::Custom);
+        notifier.send_with(&states, &[fd]).await;
     }
     drop(entry);
     let (answer, asked) = pipe_with(flags).map_err(failed)?;
@@ -127,10 +116,4 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     } else {
         "systemd has not answered within 5 seconds; see NotifyAccess= and restart to try again"
     })
-}
-
-async fn put(name: &str, fd: BorrowedFd<'_>, notifier: &Notifier) {
-    let name = format!("FDNAME={name}");
-    let states = ["FDSTORE=1", "FDPOLL=0", &name].map(NotifyState::Custom);
-    notifier.send_with(&states, &[fd]).await;
 }

@@ -23,7 +23,6 @@ use std::time::Duration;
 use rustix::net::{SocketType, sockopt};
 
 use crate::config::values::HandoverMode;
-use crate::handover::fdstore::StoredFds;
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
 use crate::handover::record::{RECORDS_MAX, Record, RecordBody, descriptors_of};
@@ -35,7 +34,7 @@ use crate::logging::os_message;
 use crate::notify::Notifier;
 use crate::socket::file_id::FileId;
 
-pub use detached::Detached;
+pub use detached::{Detached, DetachedState};
 
 /// The store, as the connections of this process use it.
 #[derive(Debug)]
@@ -63,11 +62,11 @@ impl Handover {
         passed: &mut Vec<PassedFd>,
         notifier: &Notifier,
     ) -> Result<(Option<Arc<Self>>, Leftovers), String> {
-        let stored = StoredFds::take(passed);
+        let stored = fdstore::take_stored(passed);
         let Some(mode) = mode else {
             if !stored.is_empty() {
                 tracing::info!("Closing what was stored, since --handover=never.");
-                stored.discard(notifier).await;
+                fdstore::discard(stored, notifier).await;
             }
             return Ok((None, Leftovers::default()));
         };
@@ -153,7 +152,7 @@ impl Handover {
                 match connection.body() {
                     Ok(body) if self.has_room(fds + body.fds()) => {
                         fds += body.fds();
-                        bodies.push((start_micros(connection.start().elapsed()), body));
+                        bodies.push((start_micros(connection.start.elapsed()), body));
                     }
                     Ok(_) => break,
                     // Out of descriptors: storing the others first frees theirs.
@@ -215,9 +214,9 @@ impl Drop for AbortOnPanic {
 }
 
 /// Returns the stored queue, or stores a new one.
-async fn open_queue(stored: StoredFds, notifier: &Notifier) -> Result<Queue, String> {
+async fn open_queue(stored: Vec<PassedFd>, notifier: &Notifier) -> Result<Queue, String> {
     if !stored.is_empty() {
-        if let Some(queue) = stored.into_queue(notifier).await {
+        if let Some(queue) = fdstore::stored_queue(stored, notifier).await {
             return Ok(queue);
         }
     }
