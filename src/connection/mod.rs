@@ -65,19 +65,18 @@ pub fn serve(
     async move {
         let setup = &context.backends[backend];
         let counters = context.byte_counters(Some(backend));
-        let log = LogContext { start, client, listener };
+        let log = LogContext { start, client, listener, backend: setup.target() };
         // Boxed: the memory that connecting needs is freed before the connection, which may last for days.
         let backend = match Box::pin(connect(&socket, setup, &registration, &log)).await {
             ConnectOutcome::Connected(backend) => backend,
             ConnectOutcome::Failed(error) => {
                 log.listener.counts.failed.add_one();
-                log.unreachable(setup.target(), &error);
+                log.unreachable(&error);
                 socket.close();
-                return log.ended("Connection closed, there is no backend", setup.target(), [0, 0]);
+                return log.ended("Connection closed, there is no backend", [0, 0]);
             }
             ConnectOutcome::ClientGone => {
-                let outcome = "Connection closed, the client has left";
-                return log.ended(outcome, setup.target(), [0, 0]);
+                return log.ended("Connection closed, the client has left", [0, 0]);
             }
             ConnectOutcome::Detach => {
                 match entry {
@@ -105,8 +104,8 @@ pub fn serve(
         if let Some(entry) = entry {
             forwarder.set_journal(Box::new(entry));
         }
-        let outcome = forwarder.run(|progress| log.report(progress, setup.target())).await;
-        finish(outcome, &log, setup.target(), slot, &context);
+        let outcome = forwarder.run(|progress| log.report(progress)).await;
+        finish(outcome, &log, slot, &context);
     }
 }
 
@@ -116,7 +115,7 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
         restored;
     let registration = context.registry.register();
     async move {
-        let log = LogContext { start, client, listener };
+        let log = LogContext { start, client, listener, backend: &backend };
         let journal = journal.map(|entry| Box::new(entry.own()) as Box<dyn SnapshotStore>);
         let (shared, counters) = (Rc::clone(&context.shared), context.byte_counters(known_backend));
         let restored = Forwarder::restore(*snapshot, shared, counters, Some(registration), journal);
@@ -131,23 +130,17 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
                 );
             }
         };
-        let outcome = forwarder.run(|progress| log.report(progress, &backend)).await;
-        finish(outcome, &log, &backend, slot, &context);
+        let outcome = forwarder.run(|progress| log.report(progress)).await;
+        finish(outcome, &log, slot, &context);
     }
 }
 
 /// Logs the outcome of a connection, or keeps it until it is stored.
-fn finish(
-    outcome: io::Result<Outcome>,
-    log: &LogContext,
-    backend: &dyn std::fmt::Display,
-    slot: Slot,
-    context: &LoopContext,
-) {
+fn finish(outcome: io::Result<Outcome>, log: &LogContext<'_>, slot: Slot, context: &LoopContext) {
     match outcome {
         Ok(Outcome::Closed(summary)) => {
             drop(slot);
-            log.closed(&summary, backend, context.registry.idle_time());
+            log.closed(&summary, context.registry.idle_time());
         }
         Ok(Outcome::Detached(forwarder)) => {
             if let Err(forwarder) = forwarder.detach_stored() {
@@ -174,9 +167,9 @@ async fn connect(
     client: &Socket,
     backend: &Backend,
     registration: &Registration,
-    log: &LogContext,
+    log: &LogContext<'_>,
 ) -> ConnectOutcome {
-    let report = || log.report_state("There is no backend yet", backend.target());
+    let report = || log.report_state("There is no backend yet");
     tokio::select! {
         biased;
         () = registration.detach_requested(report) => ConnectOutcome::Detach,
