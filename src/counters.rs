@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use prometheus_client::metrics::counter::Counter;
+
 /// The number of objects that exist, shared by its clones.
 #[derive(Clone, Debug, Default)]
 pub struct Gauge(Arc<AtomicUsize>);
@@ -30,20 +32,6 @@ impl Gauge {
 impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// A number of events, counted by any thread.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    pub fn add_one(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -147,7 +135,7 @@ pub struct ConnectCounters {
 impl ConnectCounters {
     /// Counts a failed attempt.
     pub fn fail(&self, kind: ConnectErrorKind) {
-        self.errors[kind as usize].add_one();
+        self.errors[kind as usize].inc();
     }
 
     /// Returns the number of failed attempts for the name of each kind.
@@ -212,7 +200,7 @@ impl Histogram {
     pub fn record(&self, time: Duration) {
         let within = |bound: &u64| time <= Duration::from_micros(*bound);
         let index = Self::BOUNDS.iter().position(within).unwrap_or(Self::BOUNDS.len());
-        self.counts[index].add_one();
+        self.counts[index].inc();
         self.sum.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
     }
 

@@ -70,7 +70,7 @@ pub fn serve(
         let backend = match Box::pin(connect(&socket, setup, &registration, &log)).await {
             ConnectOutcome::Connected(backend) => backend,
             ConnectOutcome::Failed(error) => {
-                log.listener.counts.failed.add_one();
+                log.listener.counts.failed.inc();
                 log.unreachable(&error);
                 socket.close();
                 return log.ended("Connection closed, there is no backend", [0, 0]);

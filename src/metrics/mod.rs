@@ -262,7 +262,7 @@ mod tests {
             .map(|index| (name(index), index, Arc::<ListenerCounters>::default()))
             .collect();
         for (_, _, counts) in &listeners {
-            counts.admitted.add_one();
+            counts.admitted.inc();
         }
         let backends: Vec<_> = listeners
             .iter()

@@ -245,13 +245,13 @@ async fn accept_loop(
         match limit.try_acquire() {
             Some(permit) => {
                 accepted.slot.admit(permit);
-                accepted.listener.counts.admitted.add_one();
+                accepted.listener.counts.admitted.inc();
                 let journal =
                     handover.as_ref().and_then(|handover| handover.keep_client(&accepted.socket));
                 event_loops.serve(accepted, backend, journal);
             }
             None => {
-                accepted.listener.counts.refused.add_one();
+                accepted.listener.counts.refused.inc();
                 if let Some(suppressed) = REFUSED.pass() {
                     tracing::warn!(
                         client = %accepted.client,

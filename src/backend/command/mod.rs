@@ -202,7 +202,7 @@ impl Supervisor {
         if let Some(suppressed) = LIFECYCLE.pass() {
             tracing::info!("Starting {name}, {target} does not answer yet ({reason}).{suppressed}");
         }
-        self.starts.all.add_one();
+        self.starts.all.inc();
         // Opened when the guard is about to start: it removes the file if the proxy is killed.
         if let Some(place) = &self.notify {
             *notify = Some(place.open().map_err(RunResult::Failed)?);
@@ -311,7 +311,7 @@ impl Supervisor {
                 (CommandState::Stopped, Duration::ZERO)
             }
             RunResult::Failed(error) => {
-                self.starts.failed.add_one();
+                self.starts.failed.inc();
                 *failures = before.saturating_add(1);
                 let pause = PAUSE_FIRST * 2_u32.pow(before.min(DOUBLINGS_MAX));
                 let pause = pause.min(PAUSE_MAX);
