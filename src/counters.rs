@@ -4,10 +4,12 @@
 //! and a reader adds the loops up. No counter is ever reset.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
+
+use crate::runtime::lock;
 
 /// The number of objects that exist, shared by its clones.
 #[derive(Clone, Debug, Default)]
@@ -89,14 +91,14 @@ impl Loops {
     pub fn add(&self, backends: usize) -> LoopCounters {
         let bytes = (0..=backends).map(|_| Arc::default()).collect();
         let counters = LoopCounters { bytes, pipes: Gauge::default() };
-        self.lock().push(counters.clone());
+        lock(&self.0).push(counters.clone());
         counters
     }
 
     /// Returns the bytes delivered, in the order of [`LoopCounters::bytes`].
     pub fn delivered(&self) -> Vec<[u64; 2]> {
         let mut sums = Vec::new();
-        for counters in &*self.lock() {
+        for counters in &*lock(&self.0) {
             sums.resize(counters.bytes.len(), [0, 0]);
             for (sum, bytes) in sums.iter_mut().zip(&counters.bytes) {
                 let bytes = bytes.get();
@@ -108,11 +110,7 @@ impl Loops {
 
     /// Returns the number of open pipes.
     pub fn pipes(&self) -> usize {
-        self.lock().iter().map(|counters| counters.pipes.taken()).sum()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<LoopCounters>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0).iter().map(|counters| counters.pipes.taken()).sum()
     }
 }
 

@@ -10,7 +10,7 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
@@ -23,6 +23,7 @@ use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;
 use crate::runtime::backoff::Backoff;
+use crate::runtime::lock;
 use crate::socket::{Family, Socket, has_hung_up};
 
 /// The wait for one backend, for the clients of one event loop.
@@ -47,10 +48,10 @@ impl BackendWait {
     /// Permanent errors.
     pub async fn connect(self: &Rc<Self>) -> Result<Socket, ConnectError> {
         loop {
-            if let Some(socket) = self.probe.take_connection() {
+            if let Some(socket) = take_connection(&self.probe) {
                 return Ok(socket);
             }
-            let running = self.probe.lock().running();
+            let running = lock(&self.probe).running();
             let mut prober = match running {
                 Some(prober) => prober,
                 None => match self.connect_in_turn().await {
@@ -76,7 +77,7 @@ impl BackendWait {
             match self.connector.connect(OnFullBacklog::Fail).await {
                 Err(error) if error.is_full_backlog() => {
                     self.log_waiting(&error.to_string());
-                    self.probe.set_last_error(Some(error.to_string()));
+                    lock(&self.probe).last_error = Some(error.to_string());
                 }
                 connected => return connected,
             }
@@ -87,7 +88,7 @@ impl BackendWait {
     /// Returns why the backend could not be reached in time: the prober's last error, or else a timeout of
     /// the client's own attempt, which is counted.
     pub fn timeout_error(&self) -> String {
-        let last_error = self.probe.lock().last_error.clone();
+        let last_error = lock(&self.probe).last_error.clone();
         last_error.unwrap_or_else(|| {
             self.connector.counters.fail(ConnectErrorKind::Timeout);
             let target = &self.connector.target;
@@ -100,22 +101,22 @@ impl BackendWait {
     pub fn offer(&self, socket: Socket) {
         let family = socket.family();
         let connection = socket.release().ok().map(|fd| (fd, family));
-        let mut state = self.probe.lock();
+        let mut state = lock(&self.probe);
         state.last_error = None;
         state.connection = connection;
         state.generation += 1;
         let (generation, probe) = (state.generation, self.probe.clone());
         tokio::task::spawn_local(async move {
             sleep(OFFER).await;
-            if probe.lock().generation == generation {
-                drop(probe.take_connection());
+            if lock(&probe).generation == generation {
+                drop(take_connection(&probe));
             }
         });
     }
 
     /// Starts the prober, unless another client has started it meanwhile.
     fn start_prober(self: &Rc<Self>, last_error: String) -> watch::Receiver<()> {
-        let mut state = self.probe.lock();
+        let mut state = lock(&self.probe);
         if let Some(running) = state.running() {
             return running;
         }
@@ -145,23 +146,22 @@ impl BackendWait {
             match self.connector.connect(OnFullBacklog::Fail).await {
                 Ok(socket) => return self.offer(socket),
                 Err(error) if error.is_transient() => {
-                    self.probe.set_last_error(Some(error.to_string()));
+                    lock(&self.probe).last_error = Some(error.to_string());
                 }
                 // Each waiting client meets a permanent error itself.
                 Err(_) => break,
             }
             sleep(backoff.next()).await;
         }
-        self.probe.set_last_error(None);
+        lock(&self.probe).last_error = None;
     }
 }
 
 /// The prober's state, common to all event loops.
-#[derive(Clone, Debug, Default)]
-pub struct SharedProbe(Arc<Mutex<ProbeState>>);
+pub type SharedProbe = Arc<Mutex<ProbeState>>;
 
 #[derive(Debug, Default)]
-struct ProbeState {
+pub struct ProbeState {
     /// Closed when the prober ends. The prober never sends, so a failed probe wakes no client.
     prober: Option<watch::Receiver<()>>,
     /// Why the backend cannot be reached, as far as that is known.
@@ -172,20 +172,10 @@ struct ProbeState {
     generation: u64,
 }
 
-impl SharedProbe {
-    fn lock(&self) -> MutexGuard<'_, ProbeState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set_last_error(&self, last_error: Option<String>) {
-        self.lock().last_error = last_error;
-    }
-
-    /// Takes the connection on offer, unless the backend has closed it meanwhile.
-    fn take_connection(&self) -> Option<Socket> {
-        let (fd, family) = self.lock().connection.take()?;
-        Socket::register(fd, family).ok().filter(|socket| !has_hung_up(socket))
-    }
+/// Takes the connection on offer, unless the backend has closed it meanwhile.
+fn take_connection(probe: &SharedProbe) -> Option<Socket> {
+    let (fd, family) = lock(probe).connection.take()?;
+    Socket::register(fd, family).ok().filter(|socket| !has_hung_up(socket))
 }
 
 impl ProbeState {

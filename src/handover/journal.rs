@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -29,6 +29,7 @@ use crate::handover::record::{
     record_ids,
 };
 use crate::logging::RateLimit;
+use crate::runtime::lock;
 
 /// The queue, and the index of what is in it.
 #[derive(Debug)]
@@ -128,7 +129,7 @@ impl Journal {
         let record = |(start, body)| Record { id: id(), start, body };
         let records: Vec<_> = contents.into_iter().map(record).collect();
         let encoded: Vec<_> = records.iter().map(Record::encode).collect();
-        self.lock().append(&self.queue, &encoded)
+        lock(&self.index).append(&self.queue, &encoded)
     }
 
     /// Drops each superseded record within a few seconds, forever: a second reference to a socket keeps the
@@ -138,31 +139,31 @@ impl Journal {
             self.outdated.notified().await;
             sleep(CLEANED_AFTER).await;
             // One round over the messages of this moment. The lock is released after each step.
-            let end = self.lock().next_number();
+            let end = lock(&self.index).next_number();
             while self.clean_step(end) {
                 yield_now().await;
             }
-            if self.lock().is_outdated() {
+            if lock(&self.index).is_outdated() {
                 self.outdated.notify_one();
             }
         }
     }
 
     fn clean_step(&self, end: u64) -> bool {
-        let mut index = self.lock();
+        let mut index = lock(&self.index);
         index.is_outdated() && index.dropped < end && index.compact(&self.queue)
     }
 
     /// Drops everything.
     pub fn clear(&self) {
-        let mut index = self.lock();
+        let mut index = lock(&self.index);
         while self.queue.pop() {}
         *index = Index { descriptors_max: index.descriptors_max, ..Index::default() };
     }
 
     /// Returns the number of live records.
     pub fn live(&self) -> usize {
-        self.lock().current.len()
+        lock(&self.index).current.len()
     }
 
     fn maintain(&self, index: &mut Index) {
@@ -170,10 +171,6 @@ impl Journal {
         if index.is_outdated() {
             self.outdated.notify_one();
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Index> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -194,7 +191,7 @@ impl JournalEntry {
         let record = Record { id: self.id, start: self.start, body };
         let encoded = [record.encode()];
         let queue = &self.journal.queue;
-        let mut index = self.journal.lock();
+        let mut index = lock(&self.journal.index);
         for _ in 0..COMPACT_STEPS {
             if index.fullness(queue) < COMPACT_AT || !index.is_worth_compacting() {
                 break;
@@ -228,7 +225,7 @@ impl SnapshotStore for JournalEntry {
 impl Drop for JournalEntry {
     fn drop(&mut self) {
         if !self.stays {
-            let mut index = self.journal.lock();
+            let mut index = lock(&self.journal.index);
             index.current.remove(&self.id);
             self.journal.maintain(&mut index);
         }
@@ -433,11 +430,11 @@ mod tests {
                 (_, Some(one)) => drop(live.remove(&one)),
                 (_, None) => {}
             }
-            let records = journal.lock().written;
+            let records = lock(&journal.index).written;
             assert!(records <= 2 * live.len() + SLACK + 1, "{records} for {}", live.len());
             if round % 20 == 0 {
                 let messages = queue.payloads().unwrap();
-                assert_eq!(messages.len(), journal.lock().messages.len());
+                assert_eq!(messages.len(), lock(&journal.index).messages.len());
                 let there = read(&queue);
                 assert!(live.keys().all(|id| there.contains_key(id)), "{round}");
             }
@@ -450,7 +447,7 @@ mod tests {
         let entry: Vec<_> = current.iter().map(|id| next.entry(*id, 0).own()).collect();
         while next.clean_step(u64::MAX) {}
         assert_eq!(read(&queue).into_keys().collect::<Vec<_>>(), current);
-        assert_eq!(next.lock().written, current.len());
+        assert_eq!(lock(&next.index).written, current.len());
         drop(entry);
         assert!(queue.payloads().unwrap().is_empty());
         assert_eq!(next.live(), 0);

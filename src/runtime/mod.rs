@@ -9,6 +9,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::mpsc::sync_channel;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::thread::{self, JoinHandle};
 
@@ -43,6 +44,11 @@ pub fn start_thread(
     let handle = thread::Builder::new().name(name.into()).spawn(run)?;
     is_ready.recv().map_err(|_| io::Error::other("the thread panicked"))??;
     Ok(handle)
+}
+
+/// Locks a mutex, even if a thread has panicked with the lock.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits for a future. Returns `None` if it panics; the panic hook has logged the panic by then.
