@@ -169,7 +169,7 @@ impl Assignment {
             Self::Restored(restored) => &mut restored.slot,
             Self::Report => return,
         };
-        slot.assign(event_loop.take());
+        slot.event_loop = Some(event_loop.take());
     }
 }
 

@@ -104,7 +104,7 @@ impl Server {
         // The connection exists already, so neither limit can refuse it.
         match connection.into_accepted(self.descriptors.reserve_unchecked()) {
             Some(mut accepted) => {
-                accepted.slot.admit(self.limit.acquire_unchecked());
+                accepted.slot.permit = Some(self.limit.acquire_unchecked());
                 let handover = self.handover.as_ref();
                 let journal = handover.and_then(|handover| handover.keep_client(&accepted.socket));
                 self.event_loops.serve(accepted, backend, journal);
@@ -244,7 +244,7 @@ async fn accept_loop(
         let mut accepted = listener.accept(&descriptors).await?;
         match limit.try_acquire() {
             Some(permit) => {
-                accepted.slot.admit(permit);
+                accepted.slot.permit = Some(permit);
                 accepted.listener.counts.admitted.inc();
                 let journal =
                     handover.as_ref().and_then(|handover| handover.keep_client(&accepted.socket));

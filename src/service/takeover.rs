@@ -89,7 +89,7 @@ fn restore_client(server: &Server, socket: OwnedFd, entry: Option<JournalEntry>)
 /// Returns a slot for a connection of the previous process, whatever the limits are now.
 fn restored_slot(server: &Server, listener: &ListenerInfo) -> Slot {
     let mut slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
-    slot.admit(server.limit.acquire_unchecked());
+    slot.permit = Some(server.limit.acquire_unchecked());
     slot
 }
 

@@ -29,27 +29,20 @@ impl ProcessTree {
 
     /// Whether the process is in the group or descends from the guard.
     pub fn has(self, process: Pid) -> bool {
-        let group = Some(self.group);
-        proc_stat(process).is_some_and(|stat| stat.group == group)
-            || iter::successors(Some(process), |process| proc_stat(*process)?.parent)
+        proc_stat(process).is_some_and(|[_, group]| group == Some(self.group))
+            || iter::successors(Some(process), |process| proc_stat(*process)?[0])
                 .take(ANCESTORS_MAX)
                 .any(|ancestor| ancestor == self.guard)
     }
 }
 
-/// Parent and group of a process. `None` is a process outside of this PID namespace.
-struct ProcStat {
-    parent: Option<Pid>,
-    group: Option<Pid>,
-}
-
-/// Reads the fourth and the fifth field of proc_pid_stat(5). The second is a name in parentheses, of any
-/// characters.
-fn proc_stat(process: Pid) -> Option<ProcStat> {
+/// Returns parent and group of a process: the fourth and the fifth field of proc_pid_stat(5). The second is a
+/// name in parentheses, of any characters. `None` in the array is a process outside of this PID namespace.
+fn proc_stat(process: Pid) -> Option<[Option<Pid>; 2]> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero())).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;
     let mut pids = fields.split_whitespace().skip(1).map(|pid| Pid::from_raw(pid.parse().ok()?));
-    Some(ProcStat { parent: pids.next()?, group: pids.next()? })
+    Some([pids.next()?, pids.next()?])
 }
 
 /// The ancestors of a process that are looked up. Real chains are shorter.
