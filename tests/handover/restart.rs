@@ -63,6 +63,7 @@ pub(crate) fn register(trials: &mut Trials) {
             urgent_data_is_forwarded(mode)
         });
     }
+    trials.add("a kill ends connections with --handover=restart", kill_ends);
     trials.add("--handover= can change between restarts", mode_can_change);
     for mode in MODES {
         trials
@@ -240,6 +241,17 @@ fn a_stop_for_good_resets(Mode { handover, end }: Mode) {
     let (mut client, mut served) = second;
     assert!(is_reset(&read_all(&mut client).1));
     assert!(is_reset(&read_all(&mut served).1));
+}
+
+fn kill_ends() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
+    let mut proxy = Proxy::start(&front, &["--handover=restart", &backend.target]);
+    let (mut client, mut served) = established(&front, &backend);
+    proxy.replace(End::Killed);
+    // The kernel closes them. It does not know that they are incomplete.
+    assert_eq!(read_all(&mut client).0, b"");
+    assert_eq!(read_all(&mut served).0, b"");
+    assert_eq!(proxy.running.lines.count("Recovered"), 0);
 }
 
 fn header_is_sent_once(
