@@ -101,7 +101,7 @@ fn files_of_a_folder_import_without_a_circle() {
 
 /// Words for which the man pages and the RFCs have a better one, and types by private metaphors.
 #[test]
-fn source_tests_and_help_use_the_words_of_the_field() {
+fn source_tests_and_manuals_use_the_words_of_the_field() {
     const WORDS: [&str; 33] = [
         "who",
         "whoever",
@@ -138,7 +138,7 @@ fn source_tests_and_help_use_the_words_of_the_field() {
         "admission",
     ];
     let mut found = Vec::new();
-    for folder in ["src", "tests", "benches", "completions"] {
+    for folder in ["src", "tests", "benches", "completions", "man"] {
         for path in files(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)) {
             if path.ends_with("tests/layout.rs") {
                 continue;
