@@ -103,3 +103,32 @@ pub fn errno_kind(error: &io::Error) -> ConnectErrorKind {
         _ => ConnectErrorKind::Other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `--backend-wait=` in socket-proxyd(8) has the same list.
+    #[test]
+    fn backends_that_are_not_up_yet_are_waited_for() {
+        let is_transient = |errno: Errno| {
+            let address = Address::Vsock { cid: 3, port: 80 };
+            ConnectError::Connect(address, io::Error::from(errno)).is_transient()
+        };
+        let transient = [
+            Errno::CONNREFUSED,
+            Errno::CONNRESET,
+            Errno::TIMEDOUT,
+            Errno::NETUNREACH,
+            Errno::HOSTUNREACH,
+            Errno::ADDRNOTAVAIL,
+            Errno::NOENT,
+            Errno::ACCESS,
+            Errno::AGAIN,
+            Errno::NODEV,
+        ];
+        assert!(transient.into_iter().all(is_transient));
+        let permanent = [Errno::PERM, Errno::AFNOSUPPORT, Errno::PROTOTYPE, Errno::INVAL];
+        assert!(!permanent.into_iter().any(is_transient));
+    }
+}

@@ -232,6 +232,26 @@ mod tests {
     }
 
     #[test]
+    fn defaults_are_those_of_the_manual() {
+        let config = parse(&["/a"]).unwrap();
+        assert_eq!((config.connections_max.get(), config.overflow), (256, Overflow::Refuse));
+        assert_eq!(config.exit_idle_time, TimeSpan::INFINITY);
+        assert!(config.drain_time.is_zero() && config.backend_wait.is_zero());
+        assert_eq!(config.handover, None);
+        assert_eq!(config.connect_timeout, TimeSpan::new(Duration::from_secs(10)));
+        assert_eq!(config.connection_idle_time, TimeSpan::INFINITY);
+        assert_eq!((config.keepalive, config.proxy_protocol), (None, None));
+        assert_eq!((config.threads.get(), config.metrics), (1, None));
+        let config = parse(&["/a", "--", "ls"]).unwrap();
+        assert_eq!(config.backend_wait, TimeSpan::new(Duration::from_secs(90)));
+        let command = config.command.unwrap();
+        assert_eq!(
+            (command.ready, command.stop_idle_time),
+            (ReadyMode::Connect, TimeSpan::INFINITY)
+        );
+    }
+
+    #[test]
     fn dashes_stand_before_a_command_or_a_target() {
         let words = |args: &[&str]| {
             let config = parse(args).unwrap();

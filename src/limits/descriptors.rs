@@ -253,6 +253,8 @@ mod tests {
         let roomy = plan(20_000, 16, "--connections-max=4096", false);
         assert!(roomy.connections >= 4096);
         assert_eq!(roomy.pipes, PIPES_MAX);
+        let lookups = |limit| FdPlan::new(limit, 16, &config(&["name:2"]), false).lookups;
+        assert_eq!([40, 1024, 20_000, 524_288].map(lookups), [1, 31, LOOKUPS_MAX, LOOKUPS_MAX]);
         let journaled = plan(20_000, 16, "--connections-max=3000", true);
         assert!(journaled.connections > 3000);
         assert!(journaled.connections * 6 + journaled.pipes * 2 < 20_000);

@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, SocketAddrV6, TcpStream};
+use std::path::Path;
 
 use rustix::net::netdevice::name_to_index;
 use rustix::process::Signal;
@@ -146,6 +147,13 @@ fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Fami
     assert_eq!(systemd.fd_store.names().len(), 2, "nothing but the queue");
     proxy.signal(Signal::TERM);
     proxy.wait();
+    // The service is stopped, and started again later: until then the socket file stays.
+    systemd.fd_store.clear();
+    assert!(address.as_pathname().is_none_or(Path::exists));
+    let _proxy = launch();
+    systemd.wait_for("READY=1");
+    let (mut client, mut served) = (connect(&address), backend.accept());
+    assert_forwards(&mut client, &mut served);
 }
 
 fn failed_start_leaves_the_store(Mode { handover, end }: Mode, family: Family) {

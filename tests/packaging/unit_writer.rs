@@ -134,3 +134,34 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     let (_, stdout, _) = printed(&["--version"]);
     assert!(stdout.starts_with("socket-proxyd-units "), "{stdout}");
 }
+
+#[test]
+fn exec_start_is_the_program_beside_this_one_if_a_service_can_see_it() {
+    let directory = TempDir::new_in("/tmp").unwrap();
+    let hidden = directory.path().join("socket-proxyd-units");
+    fs::copy(UNIT_WRITER, &hidden).unwrap();
+    fs::copy(OURS, directory.path().join("socket-proxyd")).unwrap();
+    let output = Command::new(hidden).args(["--listen=1", "--target=/a", "app"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("\nExecStart=/usr/bin/socket-proxyd "), "{text}");
+}
+
+/// The section REMOVING THE UNITS is about a NAME and a service `app`.
+#[test]
+fn manual_says_how_to_remove_each_file() {
+    let manual = fs::read_to_string(Path::new(ROOT).join("man/socket-proxyd-units.8")).unwrap();
+    let (_, section) = manual.split_once("\n.SH \"REMOVING THE UNITS\"\n").unwrap();
+    let section = section.split("\n.SH ").next().unwrap().replace("\\-", "-");
+    for option in ["--metrics=9464", "--service=app"] {
+        let directory = TempDir::new().unwrap();
+        let write_to = format!("--write={}", directory.path().display());
+        assert!(write(&["--listen=1", "--target=/a", option, &write_to, "app"]).status.success());
+        let written = files(directory.path());
+        assert_eq!(written.len(), 3);
+        for file in written.keys().map(|file| file.to_str().unwrap()) {
+            let is_named = file.starts_with("app-proxy.") || section.contains(file);
+            assert!(is_named, "{file} is not in {section}");
+        }
+    }
+    assert!(section.contains("/etc/systemd/system/app-proxy.*"), "{section}");
+}

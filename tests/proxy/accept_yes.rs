@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -24,7 +24,9 @@ fn serves_one_connection_and_exits() {
         let (mut client, passed) = accepted(front);
         let backend = echo_backend(back);
         let systemd = FakeSystemd::new();
-        let launch = Launch::new(OURS).args(["--threads=2", &backend.target]).socket(&passed);
+        // Options about many connections have no effect.
+        let options = ["--threads=2", "-c1", "--overflow=wait", "--exit-idle-time=1ms"];
+        let launch = Launch::new(OURS).args(options).arg(&backend.target).socket(&passed);
         let launch = launch.notify(&systemd);
         let mut proxy = launch.env("LISTEN_FDNAMES", "connection").start();
         drop(passed);
@@ -153,6 +155,10 @@ fn rejects_invalid_combinations() {
             "Got sockets passed in and --listen= as well",
         ),
         (
+            Launch::new(OURS).args(["--metrics=127.0.0.1:0", "/a"]).socket(&passed),
+            "--metrics= needs one process that serves all connections, and only one connection was passed in.",
+        ),
+        (
             Launch::new(OURS).arg("web=/a").socket(&passed),
             "Selector web= selects no socket of that name. The sockets are: ",
         ),
@@ -161,6 +167,8 @@ fn rejects_invalid_combinations() {
         assert_eq!(proxy.wait().code(), Some(1), "{message}");
         let stderr = proxy.lines.all();
         let stderr = stderr.replace("socket x is", "socket connection is");
+        let lines = stderr.lines().filter(|line| !line.starts_with("Metrics on "));
+        let stderr = lines.collect::<Vec<_>>().join("\n");
         assert!(stderr.starts_with(message) && stderr.lines().count() == 1, "{stderr}");
     }
 }
@@ -263,4 +271,19 @@ fn refuses_a_socket_without_a_client_on_descriptor_0() {
     // No client either: it never was connected.
     let unconnected = Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     refuses(unconnected, "Passed in socket is not a stream socket.");
+}
+
+#[test]
+fn ignores_descriptor_0_beside_passed_sockets() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let (_client, connection) = accepted(Family::Tcp);
+    // The shell moves the second socket to descriptor 0.
+    let script = "exec \"$0\" \"$@\" <&4 4<&-";
+    let launch = Launch::new("/bin/sh").args(["-c", script, OURS, &backend.target]);
+    let launch = launch.listener(&front).socket(&connection).env("LISTEN_FDS", 1);
+    let proxy = launch.start();
+    assert_echoes(&mut front.connect());
+    let file = |path: String| std::fs::read_link(path).unwrap();
+    let ours = file(format!("/proc/self/fd/{}", connection.as_raw_fd()));
+    assert_eq!(file(format!("/proc/{}/fd/0", proxy.pid())), ours, "not replaced by /dev/null");
 }

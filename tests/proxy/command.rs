@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -199,7 +199,10 @@ fn command_ends_when_the_guard_is_killed() {
     let service = Service::start(Family::Tcp, &[], &["fork=1"]);
     let mut client = service.connect();
     let child = pid(&mut client);
-    kill_process(service.guards()[0], Signal::KILL).unwrap();
+    let guard = service.guards()[0];
+    let name = fs::read_to_string(format!("/proc/{guard}/comm")).unwrap();
+    assert_eq!(name, "proxyd-guard\n");
+    kill_process(guard, Signal::KILL).unwrap();
     wait_for_end(child);
     wait_for_end(service.logged_pids("parent")[0]);
     assert_ne!(service.pid(), child, "the next client starts it again");
@@ -253,6 +256,18 @@ fn stop_waits_for_command() {
         assert_eq!(service.logged_pids("started"), [app]);
         assert_eq!(service.logged_pids("asked")[0], app);
     }
+}
+
+#[test]
+fn connections_last_until_command_has_stopped() {
+    let mut service = Service::start(Family::Tcp, &[], &["down=2"]);
+    let mut client = service.connect();
+    let app = pid(&mut client);
+    service.proxy.signal(Signal::TERM);
+    assert_eq!(service.wait_for_pid("asked"), app);
+    assert_eq!(pid(&mut client), app, "it can finish its work");
+    assert_eq!(read_all(&mut client).0, b"");
+    assert_eq!(service.proxy.wait().code(), Some(0));
 }
 
 #[test]
@@ -350,6 +365,13 @@ fn command_inherits_nothing_of_the_proxy() {
     assert!(!files.contains("/etc/hostname"), "not what the proxy was given by mistake: {files}");
     assert_eq!(sockets, 2, "{files}");
     assert!(!files.contains("anon_inode"), "{files}");
+    let app = pid(&mut client);
+    let [ours, theirs] = [service.proxy.pid().to_string(), app.to_string()].map(|process| {
+        let directory = PathBuf::from("/proc").join(process);
+        let user = fs::metadata(&directory).unwrap().uid();
+        (fs::read_link(directory.join("cwd")).unwrap(), user)
+    });
+    assert_eq!(ours, theirs, "working directory and user");
     let link = |fd| fs::read_link(format!("/proc/{}/fd/{fd}", service.proxy.pid())).unwrap();
     for fd in [1, 2] {
         let theirs = link(fd).to_str().unwrap().to_string();
@@ -596,6 +618,10 @@ fn logs_what_clients_wait_for() {
     let silent = Service::start(Family::Tcp, &["--ready=notify", "--backend-wait=1s"], &[]);
     assert_eq!(read_all(&mut silent.connect()).0, b"");
     silent.proxy.lines.wait_for("perl runs, but has not sent READY=1, for 1s");
+    assert!(
+        is_running(silent.logged_pids("started")[0]),
+        "one that is never ready is left running"
+    );
 
     let options = ["--stop-idle-time=100ms", "--backend-wait=1s"];
     let slow = Service::start(Family::Tcp, &options, &["down=4"]);
@@ -774,17 +800,19 @@ fn processes_outside_the_group_get_sigterm() {
 
 #[test]
 fn fails_without_a_directory_for_the_notify_socket() {
-    let front = Endpoint::new(Family::Tcp);
-    let mut proxy = Launch::new(OURS)
-        .listener(&front)
-        .args(["--ready=notify", "127.0.0.1:1", "--", "sh"])
-        .env("RUNTIME_DIRECTORY", "/no/such/place")
-        .start();
-    assert_eq!(proxy.wait().code(), Some(1));
-    let stderr = proxy.lines.all();
-    assert!(
-        stderr.contains("Failed to open a socket for --ready=notify in /no/such/place: No such")
-    );
+    // The first of these that is set counts.
+    let names = ["RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR", "TMPDIR"];
+    for (index, name) in names.into_iter().enumerate() {
+        let front = Endpoint::new(Family::Tcp);
+        let launch = Launch::new(OURS).listener(&front);
+        let launch = launch.args(["--ready=notify", "127.0.0.1:1", "--", "sh"]);
+        let launch = names[..index].iter().fold(launch, |launch, name| launch.env(name, ""));
+        let mut proxy = launch.env(name, "/no/such/place").start();
+        assert_eq!(proxy.wait().code(), Some(1), "{name}");
+        let stderr = proxy.lines.all();
+        let line = "Failed to open a socket for --ready=notify in /no/such/place: No such";
+        assert!(stderr.contains(line), "{name}: {stderr}");
+    }
 }
 
 #[test]

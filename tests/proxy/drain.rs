@@ -89,6 +89,23 @@ fn resets_what_is_left_after_the_drain_time() {
 }
 
 #[test]
+fn held_clients_count_as_open() {
+    let (front, systemd) = (Endpoint::new(Family::Tcp), FakeSystemd::new());
+    let target = format!("127.0.0.1:{}", free_port());
+    let options = ["--drain-time=60s", "--backend-wait=60s", &target];
+    let mut proxy = Launch::new(OURS).args(options).listener(&front).notify(&systemd).start();
+    let mut client = front.connect();
+    proxy.lines.wait_for("holding clients");
+    proxy.signal(Signal::TERM);
+    systemd.wait_for("STATUS=Draining, 1 connection is left");
+    let backend = Endpoint::tcp(&target, 16);
+    let mut served = backend.accept();
+    assert_forwards(&mut client, &mut served);
+    drop((client, served));
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+#[test]
 fn second_signal_ends_the_drain() {
     for (second, ends) in [(Signal::TERM, true), (Signal::INT, true), (Signal::HUP, false)] {
         let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));

@@ -69,6 +69,21 @@ fn stuck_standard_error_delays_no_client_without_a_thread() {
 }
 
 #[test]
+fn log_level_defaults_to_the_environment() {
+    for (option, shown) in [(None, true), (Some("--log-level=info"), false)] {
+        let (front, systemd) = (Endpoint::new(Family::Tcp), FakeSystemd::new());
+        let launch = Launch::new(OURS).args(option).arg("/nowhere").listener(&front);
+        let launch = launch.env("SYSTEMD_LOG_LEVEL", "debug").notify(&systemd);
+        let mut proxy = launch.start();
+        systemd.wait_for("READY=1");
+        proxy.signal(Signal::TERM);
+        assert!(proxy.wait().success());
+        let log = proxy.lines.all();
+        assert_eq!(log.contains("Serving "), shown, "{option:?}: {log}");
+    }
+}
+
+#[test]
 fn client_name_adds_no_field() {
     let (front, backend) = (Endpoint::new(Family::Unix), echo_backend(Family::Unix));
     let launch = Launch::new(OURS).args(["--log-level=debug", &backend.target]).listener(&front);

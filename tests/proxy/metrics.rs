@@ -163,8 +163,11 @@ fn counts_starts_of_command() {
     // The options come in front of the target, so the address of the metrics does, too.
     let launch = launch.args(["--metrics=127.0.0.1:0", "--", "/bin/false"]);
     let scraped = Scraped::of(launch.start());
-    let _client = listener.connect();
     let series = |name| format!("socket_proxyd_backend_{name}_total{{backend=\"{target}\"}}");
+    for _ in 0..3 {
+        assert_eq!(scraped.value(&series("starts")), 0.0, "a scrape starts nothing");
+    }
+    let _client = listener.connect();
     let failed = poll_until(Instant::now() + TIMEOUT, || {
         let text = scraped.text();
         let [all, failed] = ["starts", "start_failures"].map(|name| value(&text, &series(name)));
@@ -208,6 +211,20 @@ fn answers_only_metrics_and_in_the_requested_format() {
     let open = scraped.ask(&format!("GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}\r\n\r\n"));
     let kind = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8";
     assert!(open.contains(kind) && open.ends_with("# EOF\n"), "{open}");
+}
+
+#[test]
+fn scrapers_do_not_delay_the_idle_exit() {
+    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let launch = Launch::new(OURS).listener(&listener).args(["--exit-idle-time=500ms"]);
+    let mut scraped = Scraped::start(launch.arg(&backend.target));
+    // Never half a second without a scraper.
+    let mut scrapers = Vec::new();
+    let exited = poll_until(Instant::now() + TIMEOUT, || {
+        scrapers.extend(TcpStream::connect(scraped.metrics));
+        scraped.proxy.child.try_wait().unwrap()
+    });
+    assert_eq!(exited.expect("it exits").code(), Some(0));
 }
 
 /// As nc -N does; it reads slowly.

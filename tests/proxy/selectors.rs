@@ -95,6 +95,20 @@ fn backend_that_is_down_delays_no_other() {
 }
 
 #[test]
+fn limits_are_common_to_all_backends() {
+    let fronts = [(); 2].map(|()| Endpoint::new(Family::Tcp));
+    let (one, two) = (named(Family::Tcp, "one"), named(Family::Unix, "two"));
+    let launch = Launch::new(OURS).arg("--connections-max=1");
+    let launch = launch.arg(format!("a={}", one.target)).arg(format!("b={}", two.target));
+    let launch = fronts.iter().fold(launch, |launch, front| launch.listener(front));
+    let _proxy = launch.env("LISTEN_FDNAMES", "a:b").start();
+    let mut first = fronts[0].connect();
+    assert_eq!(greeting(&mut first), "one");
+    assert_eq!(read_all(&mut fronts[1].connect()).0, b"", "served above the limit");
+    assert_echoes(&mut first);
+}
+
+#[test]
 fn logs_and_status_name_the_listener() {
     let fronts = [(); 2].map(|()| Endpoint::new(Family::Tcp));
     let one = named(Family::Tcp, "one");

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 
 use crate::support::*;
 use rustix::process::Signal;
@@ -138,8 +139,9 @@ fn serves_without_a_refused_thread() {
     let program = directory.path().join("program");
     fs::copy(OURS, &program).unwrap();
     // The main thread, one that logs, and one more. Root would not be refused.
-    let user = ["--reuid=54321", "--regid=54321", "--clear-groups", "prlimit", "--nproc=3", "--"];
-    let launch = Launch::new("/usr/bin/setpriv").args(user).arg(program.display());
+    let user = ["--reuid=54321", "--regid=54321", "--clear-groups", "prlimit"];
+    let launch = Launch::new("/usr/bin/setpriv").args(user).args(["--nproc=3:100", "--"]);
+    let launch = launch.arg(program.display());
     let args = ["--threads=8", "--log-level=debug", &backend.target];
     let proxy = launch.args(args).listener(&front).start();
     proxy.lines.wait_for("Serving");
@@ -151,7 +153,20 @@ fn serves_without_a_refused_thread() {
     for (before, after) in before.iter().zip(watched(&proxy)) {
         assert!(after >= before + 2 * 6, "{before} and then {after}");
     }
-    drop((clients, more));
+    // Once threads are allowed, one is started after 10 seconds.
+    let pid = proxy.pid().to_string();
+    let mut prlimit = Command::new("/usr/bin/setpriv");
+    prlimit.args(user).args(["--nproc=100", "--pid", &pid]);
+    assert!(prlimit.status().unwrap().success());
+    let start = Instant::now();
+    let mut late = Vec::new();
+    let started = poll_until(start + TIMEOUT, || {
+        late.push(client(&front));
+        late.truncate(100);
+        (proxy.workers() > 1).then_some(())
+    });
+    started.expect("a thread is started");
+    drop((clients, more, late));
 }
 
 #[test]

@@ -313,8 +313,7 @@ impl Supervisor {
             RunResult::Failed(error) => {
                 self.starts.failed.inc();
                 *failures = before.saturating_add(1);
-                let pause = PAUSE_FIRST * 2_u32.pow(before.min(DOUBLINGS_MAX));
-                let pause = pause.min(PAUSE_MAX);
+                let pause = pause_after(before);
                 if let Some(suppressed) = FAILURES.pass() {
                     let next = TimeSpan::new(pause);
                     tracing::error!(
@@ -367,6 +366,11 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// Returns the pause after a failed start, which `before` others have preceded.
+fn pause_after(before: u32) -> Duration {
+    (PAUSE_FIRST * 2_u32.pow(before.min(DOUBLINGS_MAX))).min(PAUSE_MAX)
+}
+
 /// The pause after the first failed start. It doubles with each further one.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 
@@ -392,3 +396,14 @@ const SLOW: Duration = Duration::from_secs(10);
 static LIFECYCLE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
 static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 static OBSTACLES: RateLimit = RateLimit::new(1, Duration::from_secs(10));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_from_100_ms_to_10_s() {
+        let millis = [0, 1, 2, 6, 7, 8, u32::MAX].map(|before| pause_after(before).as_millis());
+        assert_eq!(millis, [100, 200, 400, 6400, 10_000, 10_000, 10_000]);
+    }
+}
