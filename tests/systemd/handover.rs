@@ -19,17 +19,17 @@ pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
     for (handover, ends) in [("restart", "restarts"), ("crash", "kills")] {
         suite.beside(
             trials,
-            format!("large transfers survive three {ends}, TCP to Unix"),
+            format!("large transfers survive, three {ends}, TCP to Unix"),
             move |container| survive(container, &LARGE, handover),
         );
         for case in &SMALL {
             let name = case.name;
-            let name = format!("transfers and a PROXY header survive three {ends}, {name}");
+            let name = format!("transfers and a PROXY header survive, three {ends}, {name}");
             suite.beside(trials, name, move |container| survive(container, case, handover));
         }
-        let name = format!("a waiting client survives three {ends}");
+        let name = format!("a waiting client survives, three {ends}");
         suite.beside(trials, name, move |container| waiting(container, handover));
-        let name = format!("a thousand connections survive twenty {ends}");
+        let name = format!("a thousand connections survive, twenty {ends}");
         suite.alone(trials, name, move |container| thousand(container, handover));
     }
     let tests: [Test; 6] = [
