@@ -63,6 +63,11 @@ impl Connector {
         Self { target, connect_timeout, keepalive, lookups, backlog_turns, counters }
     }
 
+    /// Whether connect(2) does not wait for the backend: TARGET is a Unix socket.
+    pub fn is_instant(&self) -> bool {
+        matches!(&self.target, Target::Address(Address::Path(_) | Address::Abstract(_)))
+    }
+
     /// Whether clients wait for room in the backlog.
     pub fn has_queue(&self) -> bool {
         self.backlog_turns.available_permits() < BACKLOG_TURNS

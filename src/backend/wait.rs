@@ -5,17 +5,22 @@
 //! clients go on. One of them gets the prober's connection, so that a backend that serves only one
 //! connection does not spend it on a probe. The prober ends when no client waits.
 //!
+//! An attempt may take as long as the resolver and `--connect-timeout=` let it, for one dead address of a name,
+//! while another address is up again. So the next attempt starts beside an attempt that takes longer than
+//! [`ATTEMPT_INTERVAL`], and the first one that succeeds counts.
+//!
 //! With several event loops there is still one prober for each target. It runs on the loop that started it,
 //! and the clients of all loops wait for it ([`SharedProbe`]).
 
+use std::future::pending;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::yield_now;
-use tokio::time::sleep;
+use tokio::task::{JoinSet, yield_now};
+use tokio::time::{sleep, timeout};
 
 use crate::backend::connect::{Connector, OnFullBacklog};
 use crate::backend::connect_error::ConnectError;
@@ -52,16 +57,31 @@ impl BackendWait {
                 return Ok(socket);
             }
             let running = lock(&self.probe).running();
-            let mut prober = match running {
-                Some(prober) => prober,
-                None => match self.connect_in_turn().await {
-                    Err(error) if error.is_transient() => self.start_prober(error.to_string()),
-                    connected => return connected,
-                },
-            };
-            let _ = prober.changed().await;
+            if let Some(mut prober) = running {
+                let _ = prober.changed().await;
+            } else {
+                tokio::select! {
+                    biased;
+                    connected = self.connect_in_turn() => match connected {
+                        Err(error) if error.is_transient() => {
+                            let _ = self.start_prober(Some(error.to_string())).changed().await;
+                        }
+                        connected => return connected,
+                    },
+                    () = self.probe_beside() => {}
+                }
+            }
             self.take_turn().await;
         }
+    }
+
+    /// Starts the prober beside a client's own attempt that takes long, and waits until it ends.
+    async fn probe_beside(self: &Rc<Self>) {
+        if self.connector.is_instant() {
+            return pending().await;
+        }
+        sleep(ATTEMPT_INTERVAL).await;
+        let _ = self.start_prober(None).changed().await;
     }
 
     /// Lets clients go on after a wait in small numbers, so that open connections have their turn between.
@@ -114,16 +134,20 @@ impl BackendWait {
         });
     }
 
-    /// Starts the prober, unless another client has started it meanwhile.
-    fn start_prober(self: &Rc<Self>, last_error: String) -> watch::Receiver<()> {
+    /// Starts the prober, unless another client has started it meanwhile. Without a `last_error` an attempt is
+    /// in progress.
+    fn start_prober(self: &Rc<Self>, last_error: Option<String>) -> watch::Receiver<()> {
         let mut state = lock(&self.probe);
         if let Some(running) = state.running() {
             return running;
         }
-        self.log_waiting(&last_error);
+        self.log_waiting(&match &last_error {
+            Some(error) => error.clone(),
+            None => format!("Connecting to {} takes long", self.connector.target),
+        });
         let (running, receiver) = watch::channel(());
         state.prober = Some(receiver.clone());
-        state.last_error = Some(last_error);
+        state.last_error = last_error;
         tokio::task::spawn_local(Rc::clone(self).probe(running));
         receiver
     }
@@ -137,21 +161,23 @@ impl BackendWait {
 
     /// Dropping `running` wakes all clients.
     async fn probe(self: Rc<Self>, running: watch::Sender<()>) {
-        let mut backoff = PROBE_PAUSES;
-        loop {
-            // One receiver is the one in the shared state.
-            if running.receiver_count() <= 1 {
-                break;
+        let (mut backoff, mut attempts) = (PROBE_PAUSES, JoinSet::new());
+        // One receiver is the one in the shared state.
+        while running.receiver_count() > 1 {
+            if attempts.len() < ATTEMPTS_MAX {
+                let connector = self.connector.clone();
+                attempts.spawn_local(async move { connector.connect(OnFullBacklog::Fail).await });
             }
-            match self.connector.connect(OnFullBacklog::Fail).await {
-                Ok(socket) => return self.offer(socket),
-                Err(error) if error.is_transient() => {
+            match timeout(ATTEMPT_INTERVAL, attempts.join_next()).await {
+                Ok(Some(Ok(Ok(socket)))) => return self.offer(socket),
+                Ok(Some(Ok(Err(error)))) if error.is_transient() => {
                     lock(&self.probe).last_error = Some(error.to_string());
+                    sleep(backoff.next()).await;
                 }
+                Err(_) => {}
                 // Each waiting client meets a permanent error itself.
-                Err(_) => break,
+                Ok(_) => break,
             }
-            sleep(backoff.next()).await;
         }
         lock(&self.probe).last_error = None;
     }
@@ -188,6 +214,11 @@ impl ProbeState {
 /// The pauses between probes. They delay the discovery of a backend that refuses at once while it is down.
 pub const PROBE_PAUSES: Backoff =
     Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
+
+/// How long an attempt may take before the next one starts beside it, and how many there may be: they cover
+/// 12 s, more than the default of `--connect-timeout=`.
+const ATTEMPT_INTERVAL: Duration = Duration::from_millis(500);
+const ATTEMPTS_MAX: usize = 24;
 
 /// Clients that go on after a wait before the event loop looks at its other connections.
 const RELEASES_PER_TURN: usize = 8;

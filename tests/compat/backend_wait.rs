@@ -26,6 +26,7 @@ pub(crate) fn register(cases: &mut Cases) {
             move |program| waits_until_up(program, family),
         );
     }
+    cases.add_as_root("an address that does not answer delays no client", unknown, silent_address);
     cases.add("closes clients when the backend never comes up", unknown, never_up);
     cases.add("probes once for 200 waiting clients", unknown, one_prober);
     cases.add(
@@ -136,6 +137,36 @@ fn waits_until_permitted(program: &Path) {
     echoes_after(&mut client, b"patience");
     let noticed = permitted.elapsed();
     assert!(noticed < Duration::from_millis(600), "noticed after {noticed:?}");
+}
+
+fn silent_address(program: &Path) {
+    let port = free_port();
+    let address = |host| SockAddr::from(std::net::SocketAddr::from(([127, 0, 0, host], port)));
+    // Where the backlog is full the kernel drops a SYN.
+    let silent = Socket::new(address(2).domain(), Type::STREAM, None).unwrap();
+    silent.bind(&address(2)).unwrap();
+    silent.listen(0).unwrap();
+    let fillers = [(); 4].map(|()| Socket::new(address(2).domain(), Type::STREAM, None).unwrap());
+    for filler in &fillers {
+        filler.set_nonblocking(true).unwrap();
+        let _ = filler.connect(&address(2));
+    }
+    let directory = TempDir::new().unwrap();
+    let hosts = directory.path().join("hosts");
+    fs::write(&hosts, "127.0.0.1 late.test\n127.0.0.2 late.test\n").unwrap();
+    let front = Endpoint::new(Family::Tcp);
+    let args = ["--backend-wait=30s", "--connect-timeout=30s", &format!("late.test:{port}")];
+    let proxy = started(Launch::new(program).args(args).hosts(hosts).listener(&front));
+    let mut client = front.connect();
+    client.write_all(b"patience").unwrap();
+    let printed = proxy.lines.wait_for("holding clients for up to 30s");
+    assert!(printed.contains(&format!("Connecting to late.test:{port} takes long")), "{printed}");
+    serve_on(bind_backend(&address(1)), echo);
+    let up = Instant::now();
+    echoes_after(&mut client, b"patience");
+    assert_echoes(&mut front.connect());
+    let noticed = up.elapsed();
+    assert!(noticed < Duration::from_millis(1500), "noticed after {noticed:?}");
 }
 
 fn never_up(program: &Path) {
