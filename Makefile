@@ -36,7 +36,7 @@ check: fmt clippy doc man deny bench
 
 # Once and short, so that it can't rot; in full: cargo bench.
 bench:
-	$(CARGO) bench --locked -- --quick
+	$(CARGO) bench --locked -- --quick --markdown=target/bench/tables.md
 
 fmt:
 	$(CARGO) fmt --check

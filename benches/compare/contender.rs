@@ -65,54 +65,68 @@ const METRICS: &str = "--metrics=";
 /// Where a connection's end is a large part of it.
 const ENDING: &[&str] = &["short"];
 
-/// Those that are installed here, ours first.
+/// Returns the programs that are installed, ours first.
 pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
     let new = |name: &str, kind| Contender { name: name.into(), kind, rows: &[] };
     let ours = env!("CARGO_BIN_EXE_socket-proxyd");
-    let threads = Kind::Activated(vec![ours.into(), "--threads=2".into()]);
-    let watched = Kind::Activated(vec![ours.into(), "--connection-idle-time=1s".into()]);
-    let stored = |way: &str| Contender {
-        rows: STORED,
+    let with = |words: &str, option: &str, rows| Contender {
+        rows,
         ..new(
-            &format!("socket-proxyd ({way})"),
-            Kind::Activated(vec![ours.into(), format!("--handover={way}")]),
+            &format!("socket-proxyd ({words})"),
+            Kind::Activated(vec![ours.into(), option.into()]),
         )
     };
-    let scraped = Kind::Activated(vec![ours.into(), METRICS.into()]);
     let mut all = vec![
         new("socket-proxyd", Kind::Activated(vec![ours.into()])),
-        Contender { rows: THREADED, ..new("socket-proxyd (2 threads)", threads) },
-        Contender { rows: WATCHED, ..new("socket-proxyd (idle time)", watched) },
-        stored("restart"),
-        stored("crash"),
-        Contender { rows: SCRAPED, ..new("socket-proxyd (scraped)", scraped) },
+        with("2 threads", "--threads=2", THREADED),
+        with("idle time", "--connection-idle-time=1s", WATCHED),
+        with("restart", "--handover=restart", STORED),
+        with("crash", "--handover=crash", STORED),
+        with("scraped", METRICS, SCRAPED),
         new("direct", Kind::Direct),
     ];
     let old = "/lib/systemd/systemd-socket-proxyd";
-    if Path::new(old).exists() {
-        all.push(new("systemd", Kind::Activated(vec![old.into()])));
-    }
-    if let Some(words) = newest() {
-        all.push(new("systemd (newest)", Kind::Activated(words)));
+    let old = Path::new(old).exists().then(|| vec![old.into()]);
+    for words in newest().into_iter().chain(old) {
+        all.push(new(&with_version("systemd", &words, "--version"), Kind::Activated(words)));
     }
     let is_installed = |path: &str| Path::new(path).exists();
-    if is_installed("/usr/sbin/haproxy") {
-        all.push(new("HAProxy", Kind::Haproxy));
+    let versioned = |name, path: &str, flag| with_version(name, &[path.into()], flag);
+    if is_installed(HAPROXY) {
+        all.push(new(&versioned("HAProxy", HAPROXY, "-v"), Kind::Haproxy));
     }
-    if is_installed("/usr/sbin/nginx")
-        && is_installed("/usr/lib/nginx/modules/ngx_stream_module.so")
-    {
-        all.push(new("nginx", Kind::Nginx { half_close: false }));
+    if is_installed(NGINX) && is_installed("/usr/lib/nginx/modules/ngx_stream_module.so") {
+        let name = versioned("nginx", NGINX, "-v");
+        all.push(new(&name, Kind::Nginx { half_close: false }));
         let faithful = Kind::Nginx { half_close: true };
-        all.push(Contender { rows: ENDING, ..new("nginx (half-close)", faithful) });
+        all.push(Contender { rows: ENDING, ..new(&format!("{name} (half-close)"), faithful) });
     }
-    if is_installed("/usr/bin/socat") {
-        all.push(new("socat", Kind::Socat));
+    if is_installed(SOCAT) {
+        all.push(new(&versioned("socat", SOCAT, "-V"), Kind::Socat));
     }
     for (name, words) in peers {
         all.push(new(name, Kind::Activated(words.clone())));
     }
     all
+}
+
+const HAPROXY: &str = "/usr/sbin/haproxy";
+const NGINX: &str = "/usr/sbin/nginx";
+const SOCAT: &str = "/usr/bin/socat";
+
+/// Appends the version that a program prints, of two parts at most.
+fn with_version(name: &str, words: &[String], flag: &str) -> String {
+    let output = Command::new(&words[0]).args(&words[1..]).arg(flag).output();
+    let printed = output.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
+    let printed = String::from_utf8_lossy(&printed);
+    let mut parts = printed.split(|c: char| c.is_whitespace() || c == '/');
+    match parts.find(|part| part.starts_with(|c: char| c.is_ascii_digit())) {
+        Some(version) => {
+            let parts: Vec<_> = version.split('.').take(2).collect();
+            format!("{name} {}", parts.join("."))
+        }
+        None => name.into(),
+    }
 }
 
 /// The newest systemd-socket-proxyd, where `make test` has put it: what its wrapper runs, so that no
@@ -355,7 +369,7 @@ fn haproxy(front: Family, target: &SockAddr, directory: &Path) -> Words {
         }
     );
     let file = configuration(directory, "haproxy.cfg", &text);
-    (["/usr/sbin/haproxy", "-db", "-f", &file].map(String::from).to_vec(), front_address)
+    ([HAPROXY, "-db", "-f", &file].map(String::from).to_vec(), front_address)
 }
 
 fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -> Words {
@@ -379,7 +393,7 @@ fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -
         directory = directory.display(),
     );
     let file = configuration(directory, "nginx.conf", &text);
-    let words = ["/usr/sbin/nginx", "-c", &file, "-e", "/dev/null"].map(String::from);
+    let words = [NGINX, "-c", &file, "-e", "/dev/null"].map(String::from);
     (words.to_vec(), front_address)
 }
 
@@ -395,7 +409,7 @@ fn socat(front: Family, target: &SockAddr, directory: &Path) -> Words {
         Some(address) => format!("TCP4:{address},nodelay"),
         None => format!("UNIX-CONNECT:{}", written(target)),
     };
-    (["/usr/bin/socat", &listen, &connect].map(String::from).to_vec(), front_address)
+    ([SOCAT, &listen, &connect].map(String::from).to_vec(), front_address)
 }
 
 fn configuration(directory: &Path, name: &str, text: &str) -> String {

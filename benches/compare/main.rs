@@ -1,30 +1,36 @@
-//! What a proxy costs: ours beside the others, each kind of work on each pair of families, in
-//! interleaved rounds of one run; medians with minimum and maximum.
+//! Compares what proxies cost: each kind of work on each pair of families, in interleaved rounds.
 //!
-//! `cargo bench` (see BENCHMARKS.md); `cargo bench -- --quick` is there so that CI runs all of it
-//! once. The load, clients and backends, is one thread of this process; the contender is a process
-//! of its own, whose CPU time is taken from /proc.
+//! `cargo bench` runs all of it (see BENCHMARKS.md); `cargo bench -- --quick` runs it once and short,
+//! for CI. The load, clients and backends, is one thread of this process. The contender is a process
+//! of its own, whose CPU time comes from /proc.
 
 #![forbid(unsafe_code)]
 
 mod clock;
+mod comparison;
 mod contender;
 #[path = "../../tests/support/fake_systemd.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the tests use the rest")]
 mod fake_systemd;
 mod load;
+mod machine;
+mod plot;
 mod process;
 mod report;
 mod scrapers;
+mod summary;
+mod table;
 mod work;
 
+use std::error::Error;
+use std::fs;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use comparison::Comparison;
 use contender::{Contender, Family};
-use report::Comparison;
 use work::{Effort, ROWS};
 
 const PAIRS: [(Family, Family); 3] =
@@ -32,28 +38,37 @@ const PAIRS: [(Family, Family); 3] =
 
 /// The command line of the benchmark.
 #[derive(Debug, Parser)]
-#[command(name = "cargo bench --", about = "Compares proxies, in one interleaved run.")]
+#[command(name = "cargo bench --", about = "Compare proxies, in one interleaved run.")]
 struct Arguments {
-    /// Only rows, pairs or contenders with one of these words in "ROW PAIR CONTENDER".
+    /// Run only what has one of these texts in "ROW PAIR CONTENDER".
     filters: Vec<String>,
-    /// Rounds.
+    /// Run this many rounds.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Seconds of work in each sample.
+    /// Work this many seconds in each sample.
     #[arg(long, default_value_t = 0.5)]
     seconds: f64,
-    /// Everything once and short.
+    /// Run everything once and short.
     #[arg(long)]
     quick: bool,
-    /// One more that takes activation sockets; the target is put behind COMMAND.
+    /// Add a program that takes activation sockets; the target is appended to COMMAND.
     #[arg(long, value_name = "NAME=COMMAND", value_parser = read_peer)]
     peer: Vec<(String, Vec<String>)>,
-    /// Where the figures go.
-    #[arg(long, default_value = "target/bench/comparison.json")]
+    /// Show the figures of an earlier run, and run nothing.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["filters", "quick", "peer", "json"])]
+    from: Option<PathBuf>,
+    /// Write all samples to FILE.
+    #[arg(long, value_name = "FILE", default_value = "target/bench/comparison.json")]
     json: PathBuf,
-    /// Where the page with the plots goes.
-    #[arg(long, default_value = "target/bench/comparison.html")]
+    /// Write a page with plots to FILE.
+    #[arg(long, value_name = "FILE", default_value = "target/bench/comparison.html")]
     html: PathBuf,
+    /// Write the plot of the README to FILE.
+    #[arg(long, value_name = "FILE", default_value = "target/bench/cost.svg")]
+    svg: PathBuf,
+    /// Write the tables of BENCHMARKS.md to FILE, in place of those that FILE has.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// What cargo adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -71,6 +86,52 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let arguments = Arguments::parse();
+    match compare(&arguments) {
+        // Short samples of a busy machine may be poor, but socket-proxyd fails no client.
+        Ok(comparison) if comparison.our_failures() > 0 => ExitCode::FAILURE,
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare(arguments: &Arguments) -> Result<Comparison, Box<dyn Error>> {
+    let comparison = match &arguments.from {
+        Some(path) => serde_json::from_str(&read(path)?)
+            .map_err(|error| format!("{}: {error}", path.display()))?,
+        None => {
+            let comparison = run(arguments);
+            write(&arguments.json, &serde_json::to_string_pretty(&comparison)?)?;
+            comparison
+        }
+    };
+    print!("{}", report::terminal(&comparison));
+    write(&arguments.html, &report::html(&comparison)?)?;
+    if let Some(svg) = plot::cost(&comparison)? {
+        write(&arguments.svg, &svg)?;
+    }
+    if let Some(path) = &arguments.markdown {
+        let page = if path.exists() { read(path)? } else { String::new() };
+        write(path, &table::refill(&page, &summary::tables(&comparison)))?;
+    }
+    Ok(comparison)
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    let written = path.parent().map_or(Ok(()), fs::create_dir_all);
+    let written = written.and_then(|()| fs::write(path, text));
+    written.map_err(|error| format!("{}: {error}", path.display()))?;
+    println!("{}", path.display());
+    Ok(())
+}
+
+fn run(arguments: &Arguments) -> Comparison {
     raise_descriptor_limit();
     let (rounds, effort) = if arguments.quick {
         (1, Effort { seconds: 0.02, starts: 1, divisor: 20 })
@@ -83,7 +144,7 @@ fn main() -> ExitCode {
     for row in ROWS.into_iter().filter(|row| is_root || row.user == contender::User::Ourselves) {
         for pair in PAIRS {
             let is_wanted = |contender: &Contender| {
-                let name = format!("{} {} {}", row.name, report::pair(pair), contender.name);
+                let name = format!("{} {} {}", row.name, comparison::pair(pair), contender.name);
                 let filters = &arguments.filters;
                 filters.is_empty() || filters.iter().any(|filter| name.contains(&**filter))
             };
@@ -94,37 +155,23 @@ fn main() -> ExitCode {
             }
         }
     }
-    let mut comparison = Comparison::default();
+    let mut comparison = Comparison::new(rounds);
     let all = plan.iter().map(|(_, _, contenders)| contenders.len()).sum::<usize>() * rounds;
     let mut done = 0;
     for _ in 0..rounds {
         for (row, pair, contenders) in &mut plan {
             for contender in contenders.iter() {
                 done += 1;
-                let (row_name, pair_name) = (row.name, report::pair(*pair));
+                let (row_name, pair_name) = (row.name, comparison::pair(*pair));
                 progress(&format!("[{done}/{all}] {row_name} {pair_name} {}", contender.name));
                 comparison.add(*row, *pair, contender, row.sample(contender, *pair, effort));
             }
-            // No contender is always first, when the machine has just done something else.
+            // Each contender is the first in its turn: the machine has just done something else.
             contenders.rotate_left(1);
         }
     }
     progress("");
-    print!("{}", comparison.table());
-    for (path, text) in
-        [(&arguments.json, comparison.json(rounds)), (&arguments.html, comparison.html(rounds))]
-    {
-        let written = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-        match written.and_then(|()| std::fs::write(path, text)) {
-            Ok(()) => println!("{}", path.display()),
-            Err(error) => {
-                eprintln!("{}: {error}", path.display());
-                return ExitCode::FAILURE;
-            }
-        }
-    }
-    // Short samples of a busy machine may be poor, but ours fails no client.
-    if comparison.our_failures() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    comparison
 }
 
 fn progress(text: &str) {
@@ -134,7 +181,7 @@ fn progress(text: &str) {
     }
 }
 
-/// Thousands of clients and their backends are this process's descriptors, too.
+/// Allows for thousands of clients and backends, which are descriptors of this process.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);

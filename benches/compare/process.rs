@@ -3,6 +3,8 @@
 use std::fs;
 use std::os::fd::AsFd;
 
+use serde::{Deserialize, Serialize};
+
 /// The process and all that descend from it.
 pub(crate) fn tree(pid: u32) -> Vec<u32> {
     let mut pids = vec![pid];
@@ -42,7 +44,7 @@ fn ended(pid: u32) -> f64 {
 }
 
 /// What it holds: descriptors, resident memory in bytes, and the memory its pipes may take.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Holdings {
     pub(crate) descriptors: usize,
     pub(crate) resident: usize,

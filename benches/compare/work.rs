@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use serde::{Deserialize, Serialize};
 use socket2::SockAddr;
 use tempfile::TempDir;
 
@@ -41,82 +42,95 @@ pub(crate) struct Row {
     pub(crate) about: &'static str,
     pub(crate) work: Work,
     pub(crate) user: User,
-    /// What one unit of work is called, and how many seconds its CPU is shown in.
-    pub(crate) unit: &'static str,
-    pub(crate) scale: f64,
 }
 
-const MICRO: f64 = 1e-6;
+/// A unit of work.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub(crate) enum Unit {
+    RoundTrip,
+    Connection,
+    Gigabyte,
+    Start,
+}
+
+impl Unit {
+    /// Names the cost of a unit.
+    pub(crate) fn words(self) -> &'static str {
+        match self {
+            Self::RoundTrip => "CPU µs per round trip",
+            Self::Connection => "CPU µs per connection",
+            Self::Gigabyte => "CPU s per GB",
+            Self::Start => "ms from exec to answer",
+        }
+    }
+
+    pub(crate) fn symbol(self) -> &'static str {
+        match self {
+            Self::RoundTrip | Self::Connection => "µs",
+            Self::Gigabyte => "s/GB",
+            Self::Start => "ms",
+        }
+    }
+
+    /// Writes a cost in seconds as a number of what the symbol says.
+    pub(crate) fn number(self, seconds: f64) -> String {
+        match self {
+            Self::RoundTrip | Self::Connection => format!("{:.1}", seconds * 1e6),
+            Self::Gigabyte => format!("{seconds:.2}"),
+            Self::Start => format!("{:.2}", seconds * 1e3),
+        }
+    }
+}
 
 /// All rows.
 pub(crate) const ROWS: [Row; 25] = {
     use Work::*;
-    const fn row(
-        name: &'static str,
-        about: &'static str,
-        work: Work,
-        unit: &'static str,
-        scale: f64,
-    ) -> Row {
-        Row { name, about, work, user: User::Ourselves, unit, scale }
+    const fn row(name: &'static str, about: &'static str, work: Work) -> Row {
+        Row { name, about, work, user: User::Ourselves }
     }
     [
-        row("bulk-up", "4 connections, client to backend", BulkUp(4), "s/GB", 1.0),
-        row("bulk-down", "4 connections, backend to client", BulkDown(4), "s/GB", 1.0),
-        row("64B-1", "64 B round trips, 1 connection", RoundTrips(64, 1), "us", MICRO),
-        row("64B-100", "64 B round trips, 100 connections", RoundTrips(64, 100), "us", MICRO),
-        row("64B-1000", "64 B round trips, 1,000 connections", RoundTrips(64, 1000), "us", MICRO),
-        row("64B-4000", "64 B round trips, 4,000 connections", RoundTrips(64, 4000), "us", MICRO),
-        row("16K-1", "16 KiB round trips, 1 connection", RoundTrips(16_384, 1), "us", MICRO),
-        row("16K-100", "16 KiB round trips, 100 connections", RoundTrips(16_384, 100), "us", MICRO),
-        row(
-            "16K-1000",
-            "16 KiB round trips, 1,000 connections",
-            RoundTrips(16_384, 1000),
-            "us",
-            MICRO,
-        ),
-        row("1K-50", "1 KiB round trips, 50 connections", RoundTrips(1024, 50), "us", MICRO),
-        row("4K-50", "4 KiB round trips, 50 connections", RoundTrips(4096, 50), "us", MICRO),
-        row("32K-50", "32 KiB round trips, 50 connections", RoundTrips(32_768, 50), "us", MICRO),
-        row("48K-50", "48 KiB round trips, 50 connections", RoundTrips(49_152, 50), "us", MICRO),
-        row("64K-50", "64 KiB round trips, 50 connections", RoundTrips(65_536, 50), "us", MICRO),
-        row("256K-50", "256 KiB round trips, 50 connections", RoundTrips(262_144, 50), "us", MICRO),
+        row("bulk-up", "4 connections, client to backend", BulkUp(4)),
+        row("bulk-down", "4 connections, backend to client", BulkDown(4)),
+        row("64B-1", "64 B round trips, 1 connection", RoundTrips(64, 1)),
+        row("64B-100", "64 B round trips, 100 connections", RoundTrips(64, 100)),
+        row("64B-1000", "64 B round trips, 1,000 connections", RoundTrips(64, 1000)),
+        row("64B-4000", "64 B round trips, 4,000 connections", RoundTrips(64, 4000)),
+        row("16K-1", "16 KiB round trips, 1 connection", RoundTrips(16_384, 1)),
+        row("16K-100", "16 KiB round trips, 100 connections", RoundTrips(16_384, 100)),
+        row("16K-1000", "16 KiB round trips, 1,000 connections", RoundTrips(16_384, 1000)),
+        row("1K-50", "1 KiB round trips, 50 connections", RoundTrips(1024, 50)),
+        row("4K-50", "4 KiB round trips, 50 connections", RoundTrips(4096, 50)),
+        row("32K-50", "32 KiB round trips, 50 connections", RoundTrips(32_768, 50)),
+        row("48K-50", "48 KiB round trips, 50 connections", RoundTrips(49_152, 50)),
+        row("64K-50", "64 KiB round trips, 50 connections", RoundTrips(65_536, 50)),
+        row("256K-50", "256 KiB round trips, 50 connections", RoundTrips(262_144, 50)),
         row(
             "beside-1",
             "1 bulk connection from the backend, and 64 B round trips beside it",
             Beside(1),
-            "s/GB",
-            1.0,
         ),
         row(
             "beside-8",
             "8 bulk connections from the backend, and 64 B round trips beside them",
             Beside(8),
-            "s/GB",
-            1.0,
         ),
         row(
             "beside-stalled",
             "1 bulk connection beside 500 whose receivers have stopped reading",
             BesideStalled(500),
-            "s/GB",
-            1.0,
         ),
-        row("short", "connect, 64 B there and back, close", Short, "us", MICRO),
-        row("idle-100", "100 idle connections", Idle(100), "us", MICRO),
-        row("idle-4000", "4,000 idle connections", Idle(4000), "us", MICRO),
-        row("idle-8000", "8,000 idle connections", Idle(8000), "us", MICRO),
-        row("bulk-600", "600 bulk connections", BulkUp(600), "s/GB", 1.0),
+        row("short", "connect, 64 B there and back, close", Short),
+        row("idle-100", "100 idle connections", Idle(100)),
+        row("idle-4000", "4,000 idle connections", Idle(4000)),
+        row("idle-8000", "8,000 idle connections", Idle(8000)),
+        row("bulk-600", "600 bulk connections", BulkUp(600)),
         Row {
-            name: "bulk-600-nobody",
+            name: "bulk-600-unprivileged",
             about: "600 bulk connections, the proxy as an unprivileged user",
             work: BulkUp(600),
             user: User::Nobody,
-            unit: "s/GB",
-            scale: 1.0,
         },
-        row("activation", "exec to the answer of a queued client", Activation, "us", MICRO),
+        row("activation", "exec to the answer of a queued client", Activation),
     ]
 };
 
@@ -124,7 +138,7 @@ pub(crate) const ROWS: [Row; 25] = {
 const MESSAGES_BESIDE: usize = 4;
 
 /// What one round of a contender came to.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Sample {
     /// Units of work a second.
     pub(crate) rate: f64,
@@ -149,6 +163,17 @@ pub(crate) struct Effort {
 }
 
 impl Row {
+    pub(crate) fn unit(&self) -> Unit {
+        match self.work {
+            Work::RoundTrips(..) => Unit::RoundTrip,
+            Work::Short | Work::Idle(_) => Unit::Connection,
+            Work::Activation => Unit::Start,
+            Work::BulkUp(_) | Work::BulkDown(_) | Work::Beside(_) | Work::BesideStalled(_) => {
+                Unit::Gigabyte
+            }
+        }
+    }
+
     /// Whether a contender takes part.
     pub(crate) fn is_for(&self, contender: &Contender) -> bool {
         if !contender.rows.is_empty() && !contender.rows.contains(&self.name) {
@@ -418,13 +443,13 @@ fn measure(
     let start = clock::now();
     load.run(clock::after(seconds), |_| false);
     let took = (clock::now() - start) as f64 / 1e9;
-    let after = running.pid().map(cpu);
+    let used = before.zip(running.pid().map(cpu)).map(|(before, after)| after - before);
     let amount = amount(&load.stats);
     let latency = &load.stats.latency;
     let at = |quantile| latency.value_at_quantile(quantile) as f64 / 1e9;
     Sample {
         rate: amount / took,
-        cost: before.zip(after).map(|(before, after)| (after - before) / amount),
+        cost: used.filter(|_| amount > 0.0).map(|used| used / amount),
         latency: (!latency.is_empty()).then(|| [at(0.5), at(0.99), at(0.999)]),
         failures: load.stats.failures + early + missing + running.failures(),
         held: None,
