@@ -30,7 +30,7 @@ use crate::metrics::{self, MetricsSources};
 use crate::notify::Notifier;
 use crate::runtime::catch_panic;
 use crate::service::signals::Signals;
-use crate::service::status::publish_status;
+use crate::service::status::{PROCESSING, publish_status};
 
 /// Everything that lives as long as the process.
 pub struct Server {
@@ -130,7 +130,7 @@ impl Server {
             // in the second their connections start.
             yield_now().await;
             yield_now().await;
-            let states = [NotifyState::Ready, NotifyState::Status("Processing requests...")];
+            let states = [NotifyState::Ready, NotifyState::Status(PROCESSING)];
             notifier.send(&states).await;
             ready.send_replace(true);
             tokio::join!(self.publish_status(notifier), notifier.feed_watchdog(), self.compact()).1

@@ -11,6 +11,7 @@ use crate::notify::Notifier;
 use crate::service::drain::drain;
 use crate::service::server::{Server, StopReason, Tasks, report_connections};
 use crate::service::signals::Signals;
+use crate::service::status::SHUTTING_DOWN;
 use crate::service::takeover;
 
 /// Stops a server that has served until `ended`. Connections that are open at the end are reset.
@@ -42,7 +43,7 @@ pub async fn stop(
             supervisor.allow_start();
         }
         drain(drain_time, &server.limit, notifier).await;
-        let _ = notifier.send_once(&[NotifyState::Status("Shutting down...")]);
+        let _ = notifier.send_once(&[NotifyState::Status(SHUTTING_DOWN)]);
         if let Some(supervisor) = supervisor.filter(|_| !tasks.supervising.is_empty()) {
             // COMMAND may end its connections in its own way.
             tokio::select! {

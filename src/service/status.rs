@@ -1,4 +1,4 @@
-//! The `STATUS=` line, at most once a second.
+//! The texts of `STATUS=` (sd_notify(3)), and the one that changes while the proxy serves.
 
 use std::fmt;
 use std::future::pending;
@@ -9,14 +9,36 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::backend::command::Supervisor;
 use crate::backend::command::state::CommandState;
+use crate::config::timespan::TimeSpan;
 use crate::limits::{ConnectionCounts, ConnectionLimit};
 use crate::listen::listener::ListenerInfo;
 use crate::logging::bounded_line;
 use crate::logging::bytes::Bytes;
 use crate::notify::Notifier;
 
+/// Once the proxy serves, and until the first change; systemd-socket-proxyd's words, as is the next.
+pub const PROCESSING: &str = "Processing requests...";
+
+/// While COMMAND stops and open connections are reset.
+pub const SHUTTING_DOWN: &str = "Shutting down...";
+
+/// While connections are drained: `Draining, 3 connections are left, for up to 27s`.
+pub fn draining(open: u32, left: Option<Duration>) -> String {
+    let (plural, are) = if open == 1 { ("", "is") } else { ("s", "are") };
+    let status = format!("Draining, {open} connection{plural} {are} left");
+    let Some(left) = left else { return status };
+    // Rounded up: the first status shows all of --drain-time=, and none shows zero.
+    let seconds = left.as_millis().div_ceil(1000) as u64;
+    format!("{status}, for up to {}", TimeSpan::new(Duration::from_secs(seconds)))
+}
+
+/// After connections were stored for the next process.
+pub fn handed_over(stored: usize) -> String {
+    format!("Left open connections with systemd: {stored}.")
+}
+
 /// Sends `STATUS=` whenever it changes, forever and at most once a second: after a change of the counts or
-/// of COMMAND's state, and every few seconds while connections are open.
+/// of COMMAND's state, every few seconds while connections are open, and as COMMAND's age grows.
 ///
 /// `bytes` returns the bytes transferred. With several listeners the status names those that have
 /// connections. `restored` is the number of connections restored from the previous process.
@@ -35,22 +57,31 @@ pub async fn publish_status(
     let mut sent = String::new();
     let mut next = Instant::now();
     let mut state = supervisor.map(Supervisor::watch);
+    let mut command: Option<(String, CommandState, Instant)> = None;
     loop {
         let open = limit.counts().open;
+        let running = command.as_ref().filter(|(_, state, _)| *state == CommandState::Ready);
+        let next_age = running.map(|(_, _, since)| Age::new(since.elapsed()).next);
         tokio::select! {
             () = limit.changed() => {}
             // Disabled if there is no COMMAND.
             Some(_) = async { Some(state.as_mut()?.changed().await) } => {}
             () = sleep(BYTES_INTERVAL), if open > 0 => {}
+            () = sleep(next_age.unwrap_or_default()), if next_age.is_some() => {}
         }
         sleep_until(next).await;
         next = Instant::now() + INTERVAL;
-        let command = supervisor.zip(state.as_mut()).map(|(supervisor, state)| {
-            (supervisor.command.to_string(), *state.borrow_and_update())
-        });
+        if let (Some(supervisor), Some(state)) = (supervisor, &mut state) {
+            let state = *state.borrow_and_update();
+            let since =
+                command.filter(|(_, before, _)| *before == state).map(|(_, _, since)| since);
+            let since = since.unwrap_or_else(Instant::now);
+            command = Some((supervisor.command.to_string(), state, since));
+        }
         let counts = limit.counts();
         let open = listeners.iter().map(|info| (info.to_string(), info.counts.open.taken()));
         let open = open.filter(|(_, open)| *open > 0 && listeners.len() > 1).collect();
+        let command = command.as_ref().map(|(name, state, since)| (name, *state, since.elapsed()));
         let status = Status { counts, max, bytes: bytes(), restored, open, command }.to_string();
         // The name of a socket may have any length and any characters.
         let status = bounded_line(&status, STATUS_MAX);
@@ -60,23 +91,23 @@ pub async fn publish_status(
     }
 }
 
-/// `2 connections of 256, 120 served, 1.2 GiB; web (127.0.0.1:80): 2; webhook: running`.
+/// `2 of 256 connections, 120 served, 1.2 GiB; web (127.0.0.1:80): 2; webhook running for 3min`.
 #[derive(Default)]
-struct Status {
+struct Status<'a> {
     counts: ConnectionCounts,
     max: u32,
     bytes: u64,
     restored: usize,
     /// Open connections of each listener that has any, if there are several listeners.
     open: Vec<(String, usize)>,
-    command: Option<(String, CommandState)>,
+    /// COMMAND's name, its state, and for how long.
+    command: Option<(&'a String, CommandState, Duration)>,
 }
 
-impl fmt::Display for Status {
+impl fmt::Display for Status<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ConnectionCounts { open, served, refused } = self.counts;
-        let plural = if open == 1 { "" } else { "s" };
-        write!(f, "{open} connection{plural} of {}, {served} served, ", self.max)?;
+        write!(f, "{open} of {} connections, {served} served, ", self.max)?;
         if refused > 0 {
             write!(f, "{refused} refused, ")?;
         }
@@ -90,10 +121,33 @@ impl fmt::Display for Status {
         if self.open.len() > LISTENERS_MAX {
             write!(f, "; {} more listeners", self.open.len() - LISTENERS_MAX)?;
         }
-        match &self.command {
-            Some((name, state)) => write!(f, "; {name}: {state}"),
-            None => Ok(()),
+        let Some((name, state, time)) = &self.command else { return Ok(()) };
+        write!(f, "; {name} {state}")?;
+        match Age::new(*time).shown {
+            age if *state == CommandState::Ready && !age.is_zero() => write!(f, " for {age}"),
+            _ => Ok(()),
         }
+    }
+}
+
+/// For how long COMMAND has been running, in one unit from a minute on: it changes rarely, and a `STATUS=`
+/// that was sent stays true until the next.
+struct Age {
+    shown: TimeSpan,
+    /// The time until another age is shown.
+    next: Duration,
+}
+
+impl Age {
+    fn new(time: Duration) -> Self {
+        let seconds = time.as_secs();
+        let unit = match seconds {
+            0..3600 => 60,
+            3600..86_400 => 3600,
+            _ => 86_400,
+        };
+        let shown = Duration::from_secs(seconds / unit * unit);
+        Self { shown: TimeSpan::new(shown), next: shown + Duration::from_secs(unit) - time }
     }
 }
 
@@ -119,19 +173,46 @@ mod tests {
             let counts = ConnectionCounts { open, served, refused };
             Status { counts, max: 256, bytes, ..Status::default() }.to_string()
         };
-        assert_eq!(status(2, 120, 0, 1_288_490_189), "2 connections of 256, 120 served, 1.2 GiB");
-        assert_eq!(status(1, 0, 3, 64), "1 connection of 256, 0 served, 3 refused, 64 bytes");
-        assert_eq!(status(0, 1, 0, 1536), "0 connections of 256, 1 served, 1.5 KiB");
-        let command = Some(("webhook".to_string(), CommandState::Failed(3)));
+        assert_eq!(status(2, 120, 0, 1_288_490_189), "2 of 256 connections, 120 served, 1.2 GiB");
+        assert_eq!(status(1, 0, 3, 64), "1 of 256 connections, 0 served, 3 refused, 64 bytes");
+        assert_eq!(status(0, 1, 0, 1536), "0 of 256 connections, 1 served, 1.5 KiB");
+        let name = "webhook".to_string();
+        let command = Some((&name, CommandState::Failed(3), Duration::from_secs(60)));
         let open = vec![("web (127.0.0.1:80)".to_string(), 2), ("api (/run/a)".to_string(), 1)];
         let status = Status { max: 1, open, command, ..Status::default() };
         assert_eq!(
             status.to_string(),
-            "0 connections of 1, 0 served, 0 bytes; web (127.0.0.1:80): 2; api (/run/a): 1; \
-             webhook: failed 3 times in a row"
+            "0 of 1 connections, 0 served, 0 bytes; web (127.0.0.1:80): 2; api (/run/a): 1; \
+             webhook failed 3 times in a row"
         );
         let open = (0..10).map(|port| (format!(":{port}"), 1)).collect();
         let status = Status { max: 1, open, ..Status::default() };
         assert!(status.to_string().ends_with("; :7: 1; 2 more listeners"), "{status}");
+    }
+
+    #[test]
+    fn status_shows_for_how_long_command_runs() {
+        for (seconds, shown, next) in [
+            (0, "running", 60),
+            (59, "running", 1),
+            (200, "running for 3min", 40),
+            (3700, "running for 1h", 3500),
+            (90_000, "running for 1d", 82_800),
+        ] {
+            let time = Duration::from_secs(seconds);
+            let name = "python3".to_string();
+            let command = Some((&name, CommandState::Ready, time));
+            let status = Status { command, ..Status::default() }.to_string();
+            assert!(status.ends_with(&format!("; python3 {shown}")), "{status}");
+            assert_eq!(Age::new(time).next, Duration::from_secs(next));
+        }
+    }
+
+    #[test]
+    fn draining_counts_down() {
+        let status = |open, millis: Option<u64>| draining(open, millis.map(Duration::from_millis));
+        assert_eq!(status(3, Some(27_000)), "Draining, 3 connections are left, for up to 27s");
+        assert_eq!(status(1, Some(26_001)), "Draining, 1 connection is left, for up to 27s");
+        assert_eq!(status(1, None), "Draining, 1 connection is left");
     }
 }

@@ -20,6 +20,7 @@ use crate::listen::listener::{Accepted, Listener, ListenerInfo};
 use crate::listen::stored::StoredListener;
 use crate::notify::Notifier;
 use crate::service::server::Server;
+use crate::service::status::handed_over;
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::{Family, abort, set_reset_on_close};
 
@@ -139,7 +140,7 @@ pub async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifie
     server.event_loops.detach_all(handover).await;
     let [stored, lost] = handover.stored_and_lost();
     let stored = stored.saturating_sub(stored_listeners);
-    let status = format!("Left open connections with systemd: {stored}.");
+    let status = handed_over(stored);
     let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);
     if stored > 0 {
         tracing::info!(

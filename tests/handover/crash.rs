@@ -88,7 +88,7 @@ fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
     }
     proxy.running = launch(&front, &proxy.arguments, &proxy.systemd);
     proxy.running.lines.wait_for("Recovered connections: 300.");
-    proxy.systemd.wait_for("STATUS=300 connections of 2000, 0 served, 0 bytes; 300 recovered");
+    proxy.systemd.wait_for("STATUS=300 of 2000 connections, 0 served, 0 bytes; 300 recovered");
     for (client, served) in &mut all {
         assert_forwards(client, served);
         assert_forwards(served, client);

@@ -29,7 +29,7 @@ fn sends_ready_late_and_serves_clients_meanwhile() {
     assert_echoes(&mut client);
     proxy.lines.wait_for("Failed to send READY=1 to systemd, trying again");
     systemd.wait_for("READY=1");
-    systemd.wait_for("STATUS=1 connection");
+    systemd.wait_for("STATUS=1 of 256 connections");
     assert_echoes(&mut client);
 }
 

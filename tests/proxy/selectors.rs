@@ -126,7 +126,7 @@ fn logs_and_status_name_the_listener() {
     let mut clients = [fronts[0].connect(), fronts[0].connect()];
     assert_eq!(clients.each_mut().map(greeting), ["one", "one"]);
     loop {
-        let status = systemd.wait_for("STATUS=2 connections of 256, ");
+        let status = systemd.wait_for("STATUS=2 of 256 connections, ");
         if status.ends_with(&format!("; web ({web}): 2")) {
             break;
         }

@@ -260,7 +260,7 @@ fn held_clients_are_released_in_small_turns() {
         let systemd = FakeSystemd::new();
         let proxy = launch.env("NOTIFY_SOCKET", systemd.path.display()).start();
         let _held: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
-        systemd.wait_for(&format!("STATUS={CLIENTS} connections of 256"));
+        systemd.wait_for(&format!("STATUS={CLIENTS} of 256 connections"));
         let names = traced(proxy.pid(), || {
             let backend = UnixListener::bind(&path).unwrap();
             (0..CLIENTS).for_each(|_| drop(backend.accept().unwrap()));

@@ -97,7 +97,7 @@ fn drop_in(container: &Container) {
     let process = service["MainPID"].clone();
     let user: u32 = service["UID"].parse().unwrap();
     assert!((61_184..=65_519).contains(&user), "DynamicUser= gives one of those, not {user}");
-    container.wait_for("drop-in.service", "StatusText", "1 connection of 1, 0 served, 128.0 KiB");
+    container.wait_for("drop-in.service", "StatusText", "1 of 1 connections, 0 served, 128.0 KiB");
 
     let mut second = connect();
     let refused = exchange(&mut second, b"me too?").expect_err("served above the limit of 1");

@@ -240,7 +240,7 @@ fn survive(container: &Container, case: &Case, handover: &str) {
         assert!(read_all(&mut served).1.is_ok());
     }
     drop(idle);
-    container.wait_for_status(&service, "0 connections of 100");
+    container.wait_for_status(&service, "0 of 100 connections");
     replace(container, &service, handover);
     let journal = container.run(&["journalctl", "-u", &service, "-o", "cat"]);
     assert_eq!(journal.matches("Recovered connections: ").count(), 3, "{journal}");
@@ -278,7 +278,7 @@ fn waiting(container: &Container, handover: &str) {
     start_proxy(container, &name, &front, &arguments);
     let mut client = container.inside(|| connect(&address(&front)));
     client.write_all(b"+").unwrap();
-    container.wait_for_status(&service, "1 connection of 256");
+    container.wait_for_status(&service, "1 of 256 connections");
     for _ in 0..3 {
         replace(container, &service, handover);
     }

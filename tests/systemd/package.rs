@@ -116,7 +116,7 @@ fn four_commands(container: &Container) {
             .success(),
         "no other unit is installed"
     );
-    container.wait_for_status("docs-proxy.service", "0 connections of 256, 1 served");
+    container.wait_for_status("docs-proxy.service", "0 of 256 connections, 1 served");
     for unit in ["docs-proxy.socket", "docs-proxy.service"] {
         let output = container.output(&["systemd-analyze", "verify", unit]);
         let words = String::from_utf8_lossy(&output.stderr).into_owned();

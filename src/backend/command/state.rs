@@ -35,8 +35,8 @@ impl fmt::Display for CommandState {
             Self::Stopping => f.write_str("stopping"),
             Self::Failed(1) => f.write_str("failed"),
             Self::Failed(times) => write!(f, "failed {times} times in a row"),
-            Self::AddressInUse => f.write_str("its target is served by another process"),
-            Self::Unreachable => f.write_str("its target cannot be reached"),
+            Self::AddressInUse => f.write_str("not started, another process serves its target"),
+            Self::Unreachable => f.write_str("not started, its target cannot be reached"),
         }
     }
 }
