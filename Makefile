@@ -65,6 +65,11 @@ deny:
 docs/%.svg: docs/%.dot
 	dot -Tsvg $< -o $@
 
+# The README's picture for a dark page: other colours of the same shapes.
+docs/on-demand-dark.svg: docs/on-demand.svg
+	sed -e '/<!--/d' -e 's/#eef2f7/#212830/; s/#fdf3e1/#3a2e14/; s/#e6f4ea/#12351f/; s/#5b6b7f/#8b98a9/g' \
+	    -e 's/#24292f/#e6edf3/; s/#57606a/#9da7b3/' $< >$@
+
 # After `make`, which needs no root.
 install:
 	@test -x $(TARGET)/release/socket-proxyd || { echo "Run make first." >&2; exit 1; }
