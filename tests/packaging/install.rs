@@ -155,3 +155,18 @@ fn zsh_loads_the_completions() {
     let printed = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && printed.is_empty(), "{printed}");
 }
+
+/// `make demo`, with the tested program instead of a release build.
+#[test]
+fn demo_answers_a_request() {
+    let built = TempDir::new().unwrap();
+    fs::create_dir(built.path().join("release")).unwrap();
+    std::os::unix::fs::symlink(OURS, built.path().join("release/socket-proxyd")).unwrap();
+    let target = format!("TARGET={}", built.path().display());
+    let words = ["-s", "-C", ROOT, "demo", "CARGO=true", &target];
+    let output = Command::new("make").args(words).output().unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(printed.contains("Hello over a Unix socket.\n"), "{printed}");
+    assert!(printed.contains("1000 requests, each a connection of its own: "), "{printed}");
+}

@@ -1,5 +1,5 @@
 //! A real systemd in a container: units written for systemd-socket-proxyd, `--handover=`, the shipped
-//! units, the manuals' examples and the packages.
+//! units, the manuals' examples, the README and the packages.
 //!
 //! Needs root, systemd-nspawn and the packages that `make test` installs. What is missing is named, and in
 //! CI it is a failure.
@@ -8,7 +8,9 @@ mod container;
 mod drop_in;
 mod handover;
 mod manuals;
+mod markdown;
 mod package;
+mod readme;
 #[path = "../support/mod.rs"]
 mod support;
 mod units;
@@ -27,14 +29,17 @@ fn main() -> ExitCode {
         Suite::new(boot),
         // Writes units of the shipped units' names.
         Suite::new(manuals::boot),
+        // Units of the same names.
+        Suite::new(readme::boot),
         // Another root, a small Debian.
         Suite::new(package::boot),
     ];
-    let [shared, manuals, package] = &suites;
+    let [shared, manuals, documents, package] = &suites;
     drop_in::register(shared, &mut trials);
     handover::register(shared, &mut trials);
     units::register(shared, &mut trials);
     manuals::register(manuals, &mut trials);
+    readme::register(documents, &mut trials);
     package::register(package, &mut trials);
     let status = container::run(trials);
     suites.iter().for_each(|suite| suite.end());

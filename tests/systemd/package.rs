@@ -2,12 +2,12 @@
 //! of the README as they are printed there.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use crate::container::{Container, Suite};
+use crate::markdown::Section;
 use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -89,19 +89,10 @@ fn contents(_: &Container) {
     }
 }
 
-/// The block of the README that begins with this, without its indentation.
-fn block(start: &str) -> String {
-    let readme = fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
-    let (_, block) = readme.split_once(&format!("\n    {start}")).expect("the README shows it");
-    let lines = block.lines().skip(1).take_while(|line| line.starts_with("    "));
-    let first = format!("{start}{}", block.lines().next().unwrap());
-    let rest = lines.map(|line| line.trim_start_matches("    ").to_string());
-    [first].into_iter().chain(rest).collect::<Vec<_>>().join("\n")
-}
-
 fn four_commands(container: &Container) {
     assert!(!container.output(&["sh", "-c", "command -v cargo gcc"]).status.success());
-    let commands = block("apt install ./socket-proxyd_");
+    let install = Section::document("README.md").below("## Install");
+    let commands = install.blocks("sh").remove(0);
     // A continued line is part of the command before it.
     let count = commands.lines().count() - commands.matches("\\\n").count();
     assert_eq!(count, 4, "{commands}");
