@@ -83,7 +83,8 @@ install:
 	        $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/$$program.fish || exit 1; \
 	done
 	$(INSTALL) -D -m 644 -t $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd \
-	    README.md CHANGELOG.md BENCHMARKS.md LICENSE-MIT LICENSE-APACHE docs/grafana.json
+	    README.md CHANGELOG.md BENCHMARKS.md LICENSE-MIT LICENSE-APACHE docs/grafana.json \
+	    docs/recipes.md docs/nixos.nix
 	for set in units/*; do \
 	    $(INSTALL) -d $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} && \
 	    cp -r $$set/. $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples/$${set#units/} || exit 1; \

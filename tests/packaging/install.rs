@@ -69,7 +69,8 @@ fn installs_programs_manuals_completions_and_examples() {
     let doc = "usr/share/doc/socket-proxyd";
     let texts = ["README.md", "CHANGELOG.md", "BENCHMARKS.md", "LICENSE-MIT", "LICENSE-APACHE"];
     expected.extend(texts.map(|text| format!("{doc}/{text}")));
-    expected.insert(format!("{doc}/grafana.json"));
+    expected
+        .extend(["grafana.json", "recipes.md", "nixos.nix"].map(|text| format!("{doc}/{text}")));
     let units = files(&Path::new(ROOT).join("units"));
     expected.extend(units.iter().map(|unit| format!("{doc}/examples/{unit}")));
     assert_eq!(there, expected);

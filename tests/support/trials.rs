@@ -32,6 +32,10 @@ impl Trials {
         self.0.push(trial.with_ignored_flag(env::var_os("CI").is_none()));
     }
 
+    pub fn names(&self) -> Vec<String> {
+        self.0.iter().map(|trial| trial.name().into()).collect()
+    }
+
     pub fn len(&self) -> usize {
         self.0.len()
     }

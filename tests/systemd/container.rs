@@ -362,6 +362,23 @@ impl Container {
         Process { descriptors, resident }
     }
 
+    /// Connects two containers by a network of their own. It ends with either of them.
+    pub(crate) fn link(&self, address: &str, other: &Self, other_address: &str) {
+        let peer = other.leader.to_string();
+        let add = ["link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", &peer];
+        for (container, words) in [
+            (self, &add[..]),
+            (self, &["addr", "add", address, "dev", "link0"]),
+            (self, &["link", "set", "link0", "up"]),
+            (other, &["addr", "add", other_address, "dev", "link0"]),
+            (other, &["link", "set", "link0", "up"]),
+        ] {
+            let run = || Command::new("ip").args(words).output().unwrap();
+            let output = container.inside(run);
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+
     /// Runs `work` on a thread whose sockets are the container's.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         inside(self.leader, work)

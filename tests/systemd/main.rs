@@ -1,5 +1,5 @@
 //! A real systemd in a container: units written for systemd-socket-proxyd, `--handover=`, the shipped
-//! units, the manuals' examples, the README and the packages.
+//! units, the manuals' examples, the README, the recipes and the packages.
 //!
 //! Needs root, systemd-nspawn and the packages that `make test` installs. What is missing is named, and in
 //! CI it is a failure.
@@ -11,6 +11,7 @@ mod manuals;
 mod markdown;
 mod package;
 mod readme;
+mod recipes;
 #[path = "../support/mod.rs"]
 mod support;
 mod units;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     units::register(shared, &mut trials);
     manuals::register(manuals, &mut trials);
     readme::register(documents, &mut trials);
+    recipes::register(documents, &mut trials);
     package::register(package, &mut trials);
     let status = container::run(trials);
     suites.iter().for_each(|suite| suite.end());

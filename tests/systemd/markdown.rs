@@ -1,4 +1,4 @@
-//! The blocks of README.md, as they are printed.
+//! The blocks of README.md and docs/recipes.md, as they are printed.
 
 use std::fs;
 use std::path::Path;
@@ -23,6 +23,23 @@ impl Section {
         let (_, text) = self.text.split_once(&start).unwrap_or_else(|| panic!("no {heading}"));
         let text = text.split("\n## ").next().unwrap();
         Self { text: text.split("\n### ").next().unwrap().into() }
+    }
+
+    /// Returns the headings below the title.
+    pub(crate) fn headings(&self) -> Vec<String> {
+        let lines = self.text.lines();
+        lines
+            .filter(|line| line.starts_with("## ") || line.starts_with("### "))
+            .map(String::from)
+            .collect()
+    }
+
+    /// Returns the lines that say how a recipe is tested.
+    pub(crate) fn marks(&self) -> Vec<String> {
+        let is_mark = |line: &&str| {
+            ["Run by the tests: ", "Not run here: "].iter().any(|it| line.starts_with(it))
+        };
+        self.text.lines().filter(is_mark).map(String::from).collect()
     }
 
     /// Returns the fenced blocks in this language.
@@ -56,6 +73,12 @@ impl Section {
             }
         }
         files
+    }
+
+    /// Returns the files of the blocks that have this suffix.
+    pub(crate) fn names(&self, suffix: &str) -> Vec<String> {
+        let files = self.files().into_iter().filter(|(path, _)| path.ends_with(suffix));
+        files.map(|(path, _)| path.rsplit_once('/').unwrap().1.into()).collect()
     }
 
     /// Writes the files and reloads systemd. Only idle times differ from what is printed: all are 2 seconds.
