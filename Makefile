@@ -24,7 +24,7 @@ demo: build
 
 # What needs neither root nor a package, in less than a minute after the build.
 quick:
-	$(CARGO) test --locked --lib --test activation --test attacks --test forward --test layout --test packaging
+	$(CARGO) test --locked --lib --test activation --test attacks --test documents --test forward --test layout --test packaging
 	$(CARGO) test --locked --test proxy -- accept_yes:: drain:: notifications:: selectors::
 
 # Installs what the tests need (as root, or by sudo) and runs them all, whichever fail.
