@@ -3,7 +3,7 @@
 //! A parent-death signal reaches COMMAND itself but not its children, so a killed proxy would leave those
 //! behind. The guard is this program again, under another name, with one socket to the proxy. It is
 //! the subreaper of all processes that COMMAND starts (`PR_SET_CHILD_SUBREAPER`): orphans become its
-//! children. So it knows which processes are left, and ends them all.
+//! children. So it knows which processes are left, and ends them all (`terminate`).
 //!
 //! ```text
 //! proxy --socket--> guard --fork--> launch --exec--> COMMAND
@@ -17,28 +17,26 @@
 use std::convert::Infallible;
 use std::env;
 use std::ffi::OsString;
-use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, Resource, Rlimit, Signal, WaitOptions, getpid, getppid, getrlimit, kill_process,
-    kill_process_group, set_child_subreaper, set_parent_process_death_signal, setrlimit,
-    test_kill_process_group, wait,
+    Pid, Resource, Rlimit, Signal, getpid, getppid, getrlimit, set_child_subreaper,
+    set_parent_process_death_signal, setrlimit,
 };
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::signal::unix::{self, SignalKind, signal};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use crate::backend::command::process::{Event, GUARD, THIS_PROGRAM};
 use crate::backend::command::ready::remove_left_behind;
+use crate::backend::command::terminate::{GRACE, POLL_INTERVAL, Processes, SHORT_GRACE};
 use crate::config::command::CommandLine;
 use crate::logging::os_message;
 use crate::runtime::dispositions::restore_dispositions;
@@ -83,14 +81,7 @@ fn guard() -> io::Result<()> {
 /// The guard while COMMAND runs.
 struct Guard {
     control: UnixStream,
-    /// COMMAND's name, for messages.
-    name: String,
-    /// COMMAND's process, which leads the group.
-    command: Pid,
-    /// Whether COMMAND itself has exited.
-    has_exited: bool,
-    /// Whether no process of the group is left. Another group may have its number then.
-    is_group_gone: bool,
+    processes: Processes,
 }
 
 impl Guard {
@@ -114,107 +105,36 @@ impl Guard {
         launch.arg0(LAUNCH).arg(getpid().to_string()).args(&command.words);
         launch.stdin(Stdio::null()).process_group(0);
         restore_dispositions(&mut launch);
-        let (name, command) = (command.to_string(), Pid::from_child(&launch.spawn()?));
-        let guard = Self { control, name, command, has_exited: false, is_group_gone: false };
-        guard.send(Event::Started(command.as_raw_nonzero().get()));
+        let pid = Pid::from_child(&launch.spawn()?);
+        let guard = Self { control, processes: Processes::new(command.to_string(), pid) };
+        send(&guard.control, Event::Started(pid.as_raw_nonzero().get()));
         Ok(guard)
     }
 
     /// Waits until no process of COMMAND is left. Returns whether the proxy is gone, too.
     async fn watch(mut self, mut child_ended: unix::Signal) -> bool {
         let mut proxy_is_gone = false;
-        // When SIGKILL is due, once SIGTERM was sent.
-        let mut deadline: Option<Instant> = None;
-        let mut kills = 0;
-        loop {
-            let was_group_gone = self.is_group_gone;
-            if !self.reap() {
-                break;
-            }
-            if self.is_group_gone && !was_group_gone {
-                // The processes that are left were not in the group, and got no SIGTERM.
-                deadline = Some(self.terminate(SHORT_GRACE));
-            } else if self.has_exited && deadline.is_none() {
-                deadline = Some(self.terminate(GRACE));
-            }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                if kills == 0 {
-                    tracing::warn!("{} has not stopped in time, killing it.", self.name);
-                } else if kills == KILLS_MAX {
-                    tracing::error!("Something of {} does not end, leaving it.", self.name);
-                    break;
-                }
-                kills += 1;
-                self.signal(Signal::KILL);
-            }
+        while self.processes.reap(|status| send(&self.control, Event::Exited(status))) {
             let mut byte = [0];
             tokio::select! {
                 _ = child_ended.recv() => {}
                 read = self.control.read(&mut byte), if !proxy_is_gone => {
                     proxy_is_gone = !matches!(read, Ok(1));
-                    let grace = if proxy_is_gone { SHORT_GRACE } else { GRACE };
-                    deadline = Some(match deadline {
-                        Some(deadline) => deadline.min(Instant::now() + grace),
-                        None => self.terminate(grace),
-                    });
+                    self.processes.terminate(if proxy_is_gone { SHORT_GRACE } else { GRACE });
                 }
                 // The kernel sends no SIGCHLD for a process whose parent is not the guard.
-                () = sleep(POLL_INTERVAL), if deadline.is_some() => {}
+                () = sleep(POLL_INTERVAL), if self.processes.is_terminating() => {}
             }
         }
-        self.send(Event::Gone);
+        send(&self.control, Event::Gone);
         proxy_is_gone
-    }
-
-    /// Reaps the children that have ended. Returns whether any child is left.
-    fn reap(&mut self) -> bool {
-        let has_children = loop {
-            match wait(WaitOptions::NOHANG) {
-                Ok(Some((pid, status))) if pid == self.command => {
-                    self.has_exited = true;
-                    self.send(Event::Exited(status.as_raw()));
-                }
-                Ok(Some(_)) => {}
-                Ok(None) => break true,
-                Err(_) => break false,
-            }
-        };
-        self.is_group_gone |=
-            self.has_exited && test_kill_process_group(self.command) == Err(Errno::SRCH);
-        has_children
-    }
-
-    /// Asks COMMAND's processes to end, stopped ones included (SIGCONT). Returns when SIGKILL is due.
-    fn terminate(&self, grace: Duration) -> Instant {
-        self.signal(Signal::TERM);
-        self.signal(Signal::CONT);
-        Instant::now() + grace
-    }
-
-    /// Signals the group or, when it is gone, the orphans that had left it: they are the guard's children.
-    fn signal(&self, signal: Signal) {
-        if !self.is_group_gone {
-            let _ = kill_process_group(self.command, signal);
-            return;
-        }
-        for orphan in children() {
-            let _ = kill_process(orphan, signal);
-        }
-    }
-
-    /// Sends an event. The socket's buffer has room for all of them. EPIPE: the proxy is gone, which the
-    /// next read shows as well.
-    fn send(&self, event: Event) {
-        let _ = self.control.try_write(&event.to_bytes());
     }
 }
 
-fn children() -> Vec<Pid> {
-    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    // Each number has a space behind it (proc_tid_children(5)).
-    let pids: String = lists.collect();
-    pids.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()
+/// Sends an event. The socket's buffer has room for all of them. EPIPE: the proxy is gone, which the
+/// next read shows as well.
+fn send(control: &UnixStream, event: Event) {
+    let _ = control.try_write(&event.to_bytes());
 }
 
 /// Becomes COMMAND. The arguments are the guard's process and COMMAND's words.
@@ -242,17 +162,3 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
 
 /// The name (`argv[0]`) that makes this program the moment before COMMAND.
 const LAUNCH: &str = "proxyd-launch";
-
-/// From SIGTERM to SIGKILL when the proxy stops COMMAND.
-const GRACE: Duration = Duration::from_secs(10);
-
-/// From SIGTERM to SIGKILL when the proxy is gone, whose next instance may wait for the address, and for
-/// processes that have left the group.
-const SHORT_GRACE: Duration = Duration::from_secs(3);
-
-/// How often the guard checks which processes are left.
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
-
-/// Attempts to kill processes that do not end: one waits for a broken disk, or runs as another user by
-/// now.
-const KILLS_MAX: u32 = 100;

@@ -7,6 +7,7 @@
 pub mod guard_process;
 pub mod process;
 pub mod process_tree;
+mod terminate;
 pub mod ready;
 pub mod run_result;
 pub mod state;

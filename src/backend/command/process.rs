@@ -11,16 +11,15 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus};
-use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::Pid;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::process::Child;
-use tokio::time::sleep;
 
 use crate::backend::command::process_tree::ProcessTree;
+use crate::backend::command::terminate::kill_group;
 use crate::config::command::CommandLine;
 use crate::runtime::dispositions::restore_dispositions;
 
@@ -84,10 +83,7 @@ impl CommandProcess {
         }
     }
 
-    /// Stops COMMAND, and waits until none of its processes is left.
-    ///
-    /// The guard sends SIGTERM to the process group, and SIGKILL after 10 s. Then it does so for processes
-    /// that have left the group, with 3 s in between.
+    /// Has the guard stop COMMAND, and waits until none of its processes is left.
     pub async fn stop(mut self) {
         if self.is_launched {
             // EPIPE: the guard has ended, which the read below shows as well.
@@ -96,24 +92,17 @@ impl CommandProcess {
                 match self.event().await {
                     Ok(Event::Gone) => break,
                     Ok(_) => {}
-                    Err(_) => break self.kill_group().await,
+                    Err(_) => {
+                        if let Some(group) = self.group {
+                            kill_group(group).await;
+                        }
+                        break;
+                    }
                 }
             }
         }
         drop(self.control);
         let _ = self.guard.wait().await;
-    }
-
-    /// Kills what COMMAND has started. COMMAND itself was killed by the kernel when its guard died.
-    async fn kill_group(&self) {
-        let Some(group) = self.group else { return };
-        tracing::error!("The guard of COMMAND was killed, killing COMMAND's process group.");
-        for _ in 0..KILLS_MAX {
-            if kill_process_group(group, Signal::KILL).is_err() {
-                break;
-            }
-            sleep(KILL_AGAIN).await;
-        }
     }
 
     /// Waits for the next event. Cancelling loses nothing: the guard writes an event at once, and a read
@@ -183,7 +172,3 @@ const SYSTEMD_VARIABLES: [&str; 7] = [
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
 ];
-
-/// Attempts to kill the processes that a killed guard left, and the pause between them.
-const KILLS_MAX: u32 = 100;
-const KILL_AGAIN: Duration = Duration::from_millis(50);

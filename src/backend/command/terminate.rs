@@ -1,0 +1,139 @@
+//! How the processes of COMMAND end: SIGTERM, and SIGKILL when they take too long.
+//!
+//! COMMAND's process group comes first. When no process of it is left, the processes that had left the group
+//! get the same.
+
+use std::fs;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, Signal, WaitOptions, kill_process, kill_process_group, test_kill_process_group, wait,
+};
+use tokio::time::{Instant, sleep};
+
+/// The processes of COMMAND, as the guard sees them: its children.
+pub struct Processes {
+    /// COMMAND's name, for messages.
+    name: String,
+    /// COMMAND's process, which leads the group.
+    command: Pid,
+    /// Whether COMMAND itself has exited.
+    has_exited: bool,
+    /// Whether no process of the group is left. Another group may have its number then.
+    is_group_gone: bool,
+    /// When SIGKILL is due, once SIGTERM was sent.
+    deadline: Option<Instant>,
+    kills: u32,
+}
+
+impl Processes {
+    pub fn new(name: String, command: Pid) -> Self {
+        Self { name, command, has_exited: false, is_group_gone: false, deadline: None, kills: 0 }
+    }
+
+    /// Whether SIGTERM was sent.
+    pub fn is_terminating(&self) -> bool {
+        self.deadline.is_some()
+    }
+
+    /// Reaps the processes that have ended, passes COMMAND's own status (wait(2)) to `exited`, and goes on to
+    /// end those that COMMAND has left behind. Returns whether there is anything left to wait for.
+    pub fn reap(&mut self, exited: impl Fn(i32)) -> bool {
+        let has_children = loop {
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) if pid == self.command => {
+                    self.has_exited = true;
+                    exited(status.as_raw());
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => break true,
+                Err(_) => break false,
+            }
+        };
+        let was_group_gone = self.is_group_gone;
+        self.is_group_gone |=
+            self.has_exited && test_kill_process_group(self.command) == Err(Errno::SRCH);
+        if !has_children {
+            return false;
+        }
+        if self.is_group_gone && !was_group_gone {
+            // The processes that are left were not in the group, and got no SIGTERM.
+            self.deadline = None;
+            self.terminate(SHORT_GRACE);
+        } else if self.has_exited && self.deadline.is_none() {
+            self.terminate(GRACE);
+        }
+        self.deadline.is_none_or(|deadline| Instant::now() < deadline) || self.kill()
+    }
+
+    /// Asks the processes to end, stopped ones included (SIGCONT). SIGKILL is due after `grace`, or earlier if
+    /// it was due earlier.
+    pub fn terminate(&mut self, grace: Duration) {
+        let due = Instant::now() + grace;
+        if let Some(deadline) = &mut self.deadline {
+            *deadline = due.min(*deadline);
+        } else {
+            self.signal(Signal::TERM);
+            self.signal(Signal::CONT);
+            self.deadline = Some(due);
+        }
+    }
+
+    /// Sends SIGKILL, again and again. Returns `false` when that has not helped.
+    fn kill(&mut self) -> bool {
+        if self.kills == 0 {
+            tracing::warn!("{} has not stopped in time, killing it.", self.name);
+        } else if self.kills == KILLS_MAX {
+            tracing::error!("Something of {} does not end, leaving it.", self.name);
+            return false;
+        }
+        self.kills += 1;
+        self.signal(Signal::KILL);
+        true
+    }
+
+    /// Signals the group or, when it is gone, the orphans that had left it: they are the guard's children.
+    fn signal(&self, signal: Signal) {
+        if !self.is_group_gone {
+            let _ = kill_process_group(self.command, signal);
+            return;
+        }
+        for orphan in children() {
+            let _ = kill_process(orphan, signal);
+        }
+    }
+}
+
+fn children() -> Vec<Pid> {
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    // Each number has a space behind it (proc_tid_children(5)).
+    let pids: String = lists.collect();
+    pids.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()
+}
+
+/// Kills COMMAND's process group after its guard was killed. COMMAND itself was killed by the kernel then.
+pub async fn kill_group(group: Pid) {
+    tracing::error!("The guard of COMMAND was killed, killing COMMAND's process group.");
+    for _ in 0..KILLS_MAX {
+        if kill_process_group(group, Signal::KILL).is_err() {
+            break;
+        }
+        sleep(POLL_INTERVAL).await;
+    }
+}
+
+/// From SIGTERM to SIGKILL when the proxy stops COMMAND.
+pub const GRACE: Duration = Duration::from_secs(10);
+
+/// From SIGTERM to SIGKILL when the proxy is gone, whose next instance may wait for the address, and for
+/// processes that have left the group.
+pub const SHORT_GRACE: Duration = Duration::from_secs(3);
+
+/// How often to check which processes are left.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Attempts to kill processes that do not end: one waits for a broken disk, or runs as another user by
+/// now.
+const KILLS_MAX: u32 = 100;
