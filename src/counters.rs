@@ -118,7 +118,7 @@ impl Loops {
 #[derive(Debug, Default)]
 pub struct CommandCounters {
     pub all: Counter,
-    /// Starts after which COMMAND exited before or as soon as it was ready.
+    /// Starts that failed: COMMAND exited before it was ready, or within a second after.
     pub failed: Counter,
 }
 

@@ -1,4 +1,4 @@
-//! A proxy from listening sockets, passed by systemd or opened here, to TCP and Unix backends.
+//! A proxy from listening sockets, passed by systemd or opened here, to TCP, Unix and vsock backends.
 //!
 //! # The map
 //!
@@ -16,7 +16,7 @@
 //!
 //! With `--handover=` the next process replays the journal, and each record becomes a forwarder again.
 //!
-//! The modules below stand in this order: a module imports only modules that stand below it.
+//! The list of modules below has the order of imports: a module imports only modules that stand below it.
 //!
 //! - Two modules define the order of things: the life of the process ([`service`]) and the life of a
 //!   connection ([`connection`]).
@@ -40,7 +40,7 @@ compile_error!("socket-proxyd needs Linux: splice(2), epoll(7) and systemd");
 mod service;
 mod unit_writer;
 
-// The life of a connection, from its end to its beginning.
+// The life of a connection.
 mod metrics;
 mod connection;
 mod handover;
@@ -69,8 +69,8 @@ pub mod testing {
     pub use crate::forward::flow::LoopBuffers;
     pub use crate::forward::pipe::PipeLimits;
     pub use crate::forward::{CloseReason, Forwarder, Outcome, Summary};
+    pub use crate::handover::encoding::{Record, RecordBody, encode_message, record_ids};
     pub use crate::handover::queue::Queue;
-    pub use crate::handover::record::{Record, RecordBody, encode_message, record_ids};
     pub use crate::handover::replay::replay;
     pub use crate::listen::activation::take_passed_fds;
     pub use crate::socket::{Family, Socket};

@@ -164,3 +164,23 @@ fn source_tests_and_manuals_use_the_words_of_the_field() {
     }
     assert!(found.is_empty(), "{found:#?}");
 }
+
+#[test]
+fn each_type_has_a_name_of_its_own() {
+    let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for path in files(Path::new(SRC)) {
+        for line in fs::read_to_string(&path).unwrap().lines() {
+            let words: Vec<_> =
+                line.split_whitespace().filter(|word| !word.starts_with("pub")).collect();
+            if let ["struct" | "enum" | "trait" | "type", name, ..] = words[..] {
+                let name = name.split(|c: char| !c.is_alphanumeric()).next().unwrap();
+                // Traits of std have these as associated types.
+                if !["Err", "Error", "Target"].contains(&name) || !words.contains(&"=") {
+                    places.entry(name.into()).or_default().push(path.display().to_string());
+                }
+            }
+        }
+    }
+    places.retain(|_, places| places.len() > 1);
+    assert!(places.is_empty(), "{places:#?}");
+}

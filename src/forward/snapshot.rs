@@ -1,5 +1,5 @@
 //! What is stored of a connection, as plain data. `persist` makes a snapshot and restores a forwarder from it;
-//! `handover::record` has its bytes.
+//! `handover::encoding` has its bytes.
 //!
 //! The forwarder knows neither systemd nor the form in which a snapshot is stored. In crash mode it keeps
 //! its snapshot current in a [`SnapshotStore`], which the handover implements.

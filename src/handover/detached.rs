@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::forward::Forwarder;
 use crate::forward::snapshot::FdRef;
-use crate::handover::record::RecordBody;
+use crate::handover::encoding::RecordBody;
 use crate::limits::slot::Slot;
 use crate::socket::Socket;
 

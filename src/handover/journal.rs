@@ -23,11 +23,11 @@ use tokio::task::yield_now;
 use tokio::time::sleep;
 
 use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
-use crate::handover::queue::Queue;
-use crate::handover::record::{
+use crate::handover::encoding::{
     EncodedRecord, FDS_PER_RECORD, RECORDS_MAX, Record, RecordBody, decode, encode_message,
     record_ids,
 };
+use crate::handover::queue::Queue;
 use crate::logging::RateLimit;
 use crate::runtime::lock;
 

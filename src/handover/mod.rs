@@ -11,7 +11,7 @@ mod detached;
 pub mod journal;
 mod fdstore;
 pub mod queue;
-pub mod record;
+pub mod encoding;
 
 use std::collections::HashSet;
 use std::future::pending;
@@ -23,9 +23,9 @@ use std::time::Duration;
 use rustix::net::{SocketType, sockopt};
 
 use crate::config::values::HandoverMode;
+use crate::handover::encoding::{RECORDS_MAX, Record, RecordBody, descriptors_of};
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
-use crate::handover::record::{RECORDS_MAX, Record, RecordBody, descriptors_of};
 use crate::handover::replay::{Leftovers, Replay, replay};
 use crate::limits::descriptors::{raise_limit, spare_fds};
 use crate::listen::activation::{PassedFd, take_matching};
@@ -36,7 +36,8 @@ use crate::socket::file_id::FileId;
 
 pub use detached::{Detached, DetachedState};
 
-/// The store, as the connections of this process use it.
+/// How this process stores connections: in the queue, which is in systemd's file descriptor store, through the
+/// journal.
 #[derive(Debug)]
 pub struct Handover {
     mode: HandoverMode,

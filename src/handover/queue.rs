@@ -16,7 +16,7 @@ use rustix::net::{
 };
 use socket2::SockRef;
 
-use crate::handover::record::{DESCRIPTORS_MAX, MESSAGE_MAX};
+use crate::handover::encoding::{DESCRIPTORS_MAX, MESSAGE_MAX};
 use crate::socket::sys::{outq_len, set_peek_offset};
 
 /// The size in bytes to ask for: some 10,000 messages. Without privileges the kernel grants what

@@ -11,9 +11,9 @@ use socket2::SockRef;
 use tokio::time::Instant;
 
 use crate::forward::snapshot::BufferedSnapshot;
+use crate::handover::encoding::{Record, RecordBody, decode, record_ids};
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Message;
-use crate::handover::record::{Record, RecordBody, decode, record_ids};
 use crate::listen::stored::StoredListener;
 use crate::socket::sys::outq_len;
 use crate::socket::{has_hung_up, has_unread};
@@ -165,7 +165,7 @@ mod tests {
 
     use super::*;
     use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side, Snapshot};
-    use crate::handover::record::{EncodedRecord, RECORDS_MAX, encode_message};
+    use crate::handover::encoding::{EncodedRecord, RECORDS_MAX, encode_message};
 
     /// The same for the same seed; and the peers of the sockets, which say nothing.
     struct Dice(u64, Vec<OwnedFd>);

@@ -104,12 +104,12 @@ fn open_fds() -> usize {
 /// The descriptors for connections, counted in connections.
 #[derive(Debug)]
 pub struct FdBudget {
-    shared: Arc<Shared>,
+    shared: Arc<BudgetState>,
     is_connection_limit: bool,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct BudgetState {
     free: Semaphore,
     /// Permits issued beyond the limit. That many returns do not free a permit.
     overdrawn: AtomicUsize,
@@ -118,7 +118,7 @@ struct Shared {
 impl FdBudget {
     pub fn new(connections: usize) -> Self {
         let free = Semaphore::new(connections.min(Semaphore::MAX_PERMITS));
-        let shared = Arc::new(Shared { free, overdrawn: AtomicUsize::default() });
+        let shared = Arc::new(BudgetState { free, overdrawn: AtomicUsize::default() });
         Self { shared, is_connection_limit: false }
     }
 
@@ -158,7 +158,7 @@ impl FdBudget {
 
 /// The descriptors of one connection, returned to the budget on drop.
 #[derive(Debug)]
-pub struct FdPermit(Arc<Shared>);
+pub struct FdPermit(Arc<BudgetState>);
 
 impl Drop for FdPermit {
     fn drop(&mut self) {

@@ -1,7 +1,7 @@
 //! The connection limit, and the counts of connections.
 //!
-//! A [`Permit`] lives from accept to close. So a connection counts while its backend is still being
-//! connected. Dropping a permit costs a few atomic operations. The first and the last connection
+//! A [`Permit`] is part of a [`Slot`](slot::Slot), from accept to close. So a connection counts while its backend is
+//! still being connected. Dropping a permit costs a few atomic operations. The first and the last connection
 //! wake each [`ConnectionWatch`]. Every change wakes the `STATUS=` line.
 
 pub mod slot;
@@ -21,7 +21,7 @@ use crate::config::timespan::TimeSpan;
 pub struct ConnectionCounts {
     /// Connections that are open, or whose backend is being connected.
     pub open: u32,
-    /// Connections that have ended.
+    /// Connections that have ended, which `STATUS=` calls served.
     pub served: u64,
     /// Connections closed at the connection limit.
     pub refused: u64,
@@ -29,10 +29,10 @@ pub struct ConnectionCounts {
 
 /// The limit on open connections (`--connections-max=`).
 #[derive(Clone, Debug)]
-pub struct ConnectionLimit(Arc<Shared>);
+pub struct ConnectionLimit(Arc<LimitState>);
 
 #[derive(Debug)]
-struct Shared {
+struct LimitState {
     max: NonZeroU32,
     open: AtomicU32,
     served: AtomicU64,
@@ -45,7 +45,7 @@ struct Shared {
 
 impl ConnectionLimit {
     pub fn new(max: NonZeroU32) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(LimitState {
             max,
             open: AtomicU32::default(),
             served: AtomicU64::default(),
@@ -98,7 +98,7 @@ impl ConnectionLimit {
     }
 }
 
-impl Shared {
+impl LimitState {
     fn notify(&self, crossed_zero: bool) {
         if crossed_zero {
             self.crossed_zero.send_replace(());
@@ -109,7 +109,7 @@ impl Shared {
 
 /// One connection, counted until this is dropped.
 #[derive(Debug)]
-pub struct Permit(Arc<Shared>);
+pub struct Permit(Arc<LimitState>);
 
 impl Drop for Permit {
     fn drop(&mut self) {
@@ -123,7 +123,7 @@ impl Drop for Permit {
 /// Waits for the first connection and for the end of the last one.
 #[derive(Debug)]
 pub struct ConnectionWatch {
-    shared: Arc<Shared>,
+    shared: Arc<LimitState>,
     crossed_zero: watch::Receiver<()>,
 }
 

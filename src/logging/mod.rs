@@ -1,7 +1,7 @@
-//! Where events go: the journal with fields, or lines on standard error.
+//! Where events go: systemd's journal with fields, or lines on standard error.
 //!
 //! **Logging never waits.** A line goes into a bounded queue. A thread, which the first line starts, writes the
-//! lines. When the reader of standard error or the journal is stuck, lines are dropped and counted, and the
+//! lines. When the reader of standard error or systemd's journal is stuck, lines are dropped and counted, and the
 //! count is logged once the reader moves again. Where no thread can be started (`TasksMax=`, `RLIMIT_NPROC`),
 //! a line is written at once, or dropped if that would wait.
 //!

@@ -1,4 +1,4 @@
-//! Where lines are written: the journal, or standard error.
+//! Where lines are written: systemd's journal, or standard error.
 
 use std::env;
 use std::io::{self, Write};

@@ -70,7 +70,7 @@ pub fn registry(sources: MetricsSources) -> Registry {
 struct Metrics {
     /// By listener and backend.
     listeners: Groups<2, Arc<ListenerCounters>>,
-    backends: Groups<1, Backend>,
+    backends: Groups<1, BackendSource>,
     loops: Arc<Loops>,
     starts: Option<Arc<CommandCounters>>,
 }
@@ -79,7 +79,7 @@ struct Metrics {
 type Groups<const LABELS: usize, T> = BTreeMap<[String; LABELS], Vec<T>>;
 
 #[derive(Debug)]
-struct Backend {
+struct BackendSource {
     /// The index in [`Loops::delivered`].
     index: usize,
     connects: Arc<ConnectCounters>,
@@ -97,12 +97,12 @@ impl Metrics {
         let mut backends: Vec<_> = backends
             .into_iter()
             .enumerate()
-            .map(|(index, (name, connects))| ([name], Backend { index, connects }))
+            .map(|(index, (name, connects))| ([name], BackendSource { index, connects }))
             .collect();
         if restored > 0 {
             let (index, connects) = (backends.len(), Arc::default());
             listeners.push(([OTHER; 2].map(String::from), elsewhere));
-            backends.push(([OTHER.into()], Backend { index, connects }));
+            backends.push(([OTHER.into()], BackendSource { index, connects }));
         }
         Self { listeners: group(listeners), backends: group(backends), loops, starts }
     }
@@ -122,7 +122,7 @@ impl Metrics {
     fn by_backend(
         &self,
         label: &'static str,
-        values: impl Fn(&Backend) -> Vec<(&'static str, u64)>,
+        values: impl Fn(&BackendSource) -> Vec<(&'static str, u64)>,
     ) -> impl Iterator<Item = ([(&str, &str); 2], u64)> {
         self.backends.iter().flat_map(move |([backend], members)| {
             let sums = add_up(members.iter().map(&values)).into_iter();
@@ -240,7 +240,7 @@ fn add_up<K>(members: impl Iterator<Item = Vec<(K, u64)>>) -> Vec<(K, u64)> {
 /// The label of what has none of its own.
 const OTHER: &str = "other";
 
-/// Listeners, and backends, with labels of their own.
+/// At most this many listeners, and this many backends, have labels of their own.
 const SHOWN_MAX: usize = 64;
 
 /// Bytes of a label: the name of a socket may be of any length.

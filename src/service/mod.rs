@@ -2,7 +2,7 @@
 
 pub mod program;
 mod shutdown;
-mod takeover;
+mod restore;
 mod startup;
 mod server;
 mod drain;
@@ -45,7 +45,7 @@ async fn start_and_serve(config: Config, passed: Vec<PassedFd>) -> Result<(), St
         () = signals.stop() => return Ok(()),
     };
     // Last, because this empties the store: a start that fails leaves the connections stored.
-    takeover::take_over(&server, leftovers);
+    restore::restore(&server, leftovers);
     if !drain_time.is_zero() && !notifier.has_manager() {
         tracing::warn!(
             "--drain-time={drain_time} without NOTIFY_SOCKET: systemd can't be asked to wait \

@@ -6,13 +6,13 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::Signal;
 
 use crate::config::timespan::TimeSpan;
+use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::notify::Notifier;
 use crate::service::drain::drain;
 use crate::service::server::{Server, StopReason, Tasks, report_connections};
 use crate::service::signals::Signals;
-use crate::service::status::SHUTTING_DOWN;
-use crate::service::takeover;
+use crate::service::status::{SHUTTING_DOWN, handed_over};
 
 /// Stops a server that has served until `ended`. Connections that are open at the end are reset.
 pub async fn stop(
@@ -29,7 +29,7 @@ pub async fn stop(
     tasks.accepting.shutdown().await;
     // After the idle exit there is no connection to hand over, but after a failure there may be.
     if let Some(handover) = server.handover.as_ref().filter(|_| *ended != Ok(StopReason::Idle)) {
-        takeover::detach_all(&server, handover, notifier).await;
+        detach_all(&server, handover, notifier).await;
         return server.listener_entries.into_iter().for_each(JournalEntry::detach);
     }
     drop(server.listeners);
@@ -67,5 +67,36 @@ pub async fn stop(
     let open = server.limit.counts().open;
     if open > 0 {
         tracing::info!("Stopping, resetting open connections: {open}.");
+    }
+}
+
+/// Stores all open connections for the next process.
+async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
+    // In crash mode the journal has the listeners already.
+    let mut stored_listeners = server.listener_entries.len();
+    for (listener, _) in server.listeners.iter().filter(|_| server.has_opened) {
+        if handover.is_crash_mode() {
+            listener.unlink_on_drop(false);
+        } else if handover.store_listener(listener) {
+            listener.unlink_on_drop(false);
+            stored_listeners += 1;
+        }
+    }
+    server.event_loops.detach_all(handover).await;
+    let [stored, lost] = handover.stored_and_lost();
+    let stored = stored.saturating_sub(stored_listeners);
+    let status = handed_over(stored);
+    let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);
+    if stored > 0 {
+        tracing::info!(
+            "Stopping, left open connections with systemd: {stored}. (Without a restart it resets \
+             them.)"
+        );
+    }
+    if lost > 0 {
+        tracing::warn!(
+            "Open connections could not be stored, resetting them: {lost}. (If the store is full, \
+             raise LimitNOFILE= or net.core.wmem_max.)"
+        );
     }
 }

@@ -27,7 +27,7 @@ use crate::unit_writer::values::{
     disable_help_flag = true,
     disable_version_flag = true
 )]
-pub struct Arguments {
+pub struct UnitArguments {
     /// The name of the units, without -proxy
     #[arg(value_name = "NAME", value_parser = name, value_hint = ValueHint::Other, required = true)]
     pub names: Vec<String>,
@@ -72,7 +72,7 @@ pub struct Arguments {
     info: InfoOptions,
 }
 
-impl Arguments {
+impl UnitArguments {
     /// Reads a command line, the program's name first.
     ///
     /// # Errors
@@ -117,9 +117,9 @@ pub mod tests {
     use super::*;
     use crate::config::arguments::tests::{check_completions, check_documents};
 
-    pub fn parse(line: &str) -> Result<Arguments, String> {
+    pub fn parse(line: &str) -> Result<UnitArguments, String> {
         let args = std::iter::once(PROGRAM).chain(line.split(' '));
-        match Arguments::read(args.map(OsString::from))? {
+        match UnitArguments::read(args.map(OsString::from))? {
             Request::Run(arguments) => Ok(arguments),
             Request::Print(text) => Err(text),
         }
@@ -127,15 +127,15 @@ pub mod tests {
 
     #[test]
     fn completions_are_current() {
-        check_completions(Arguments::command());
+        check_completions(UnitArguments::command());
     }
 
     #[test]
     fn help_and_manual_have_every_option_and_no_other() {
-        Arguments::command().debug_assert();
+        UnitArguments::command().debug_assert();
         let manual = include_str!("../../man/socket-proxyd-units.8");
         let lines = manual.lines().filter(|it| !it.starts_with("systemctl"));
-        check_documents(Arguments::command(), &lines.collect::<Vec<_>>().join("\n"));
+        check_documents(UnitArguments::command(), &lines.collect::<Vec<_>>().join("\n"));
     }
 
     #[test]

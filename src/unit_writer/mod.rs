@@ -4,7 +4,7 @@
 //! files:
 //!
 //! ```text
-//! Arguments -> Plan -> UnitFile  -> Change
+//! UnitArguments -> Plan -> UnitFile  -> Change
 //! arguments,   plan     render,      files
 //! values                stamp, escape
 //! ```
@@ -22,7 +22,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use arguments::Arguments;
+use arguments::UnitArguments;
 use escape::shell_word;
 use files::{Change, remove_leftovers};
 use plan::Plan;
@@ -38,7 +38,7 @@ use crate::logging::os_message;
 /// # Errors
 /// One line on what is wrong with the arguments or the files.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
-    let arguments = match Arguments::read(args)? {
+    let arguments = match UnitArguments::read(args)? {
         Request::Run(arguments) => arguments,
         Request::Print(text) => return print(&mut io::stdout(), &text),
     };

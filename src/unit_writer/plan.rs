@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::socket::address::SocketLabel;
-use crate::unit_writer::arguments::Arguments;
+use crate::unit_writer::arguments::UnitArguments;
 use crate::unit_writer::escape::unit_name;
 use crate::unit_writer::values::{
     TEMPORARY, address, check_command, check_socket, is_below, refuse_if, socket_path,
@@ -16,7 +16,7 @@ use crate::unit_writer::values::{
 /// Checked arguments, and what follows from them.
 #[derive(Debug)]
 pub struct Plan {
-    pub arguments: Arguments,
+    pub arguments: UnitArguments,
     pub name: String,
     /// The name of the proxy's units, without a suffix.
     pub unit: String,
@@ -28,7 +28,7 @@ impl Plan {
     ///
     /// # Errors
     /// One line on what is wrong.
-    pub fn new(arguments: Arguments) -> Result<Self, String> {
+    pub fn new(arguments: UnitArguments) -> Result<Self, String> {
         let [name] = &arguments.names[..] else {
             return Err(MANY_NAMES.into());
         };
@@ -107,7 +107,7 @@ impl Plan {
 }
 
 /// Checks that each socket leads to one target, and that no target leads back to a socket.
-fn check_addresses(arguments: &Arguments, targets: &Targets, unit: &str) -> Result<(), String> {
+fn check_addresses(arguments: &UnitArguments, targets: &Targets, unit: &str) -> Result<(), String> {
     let all: Vec<_> = arguments.listen.iter().chain(&arguments.metrics).collect();
     if let Some(at) = (1..all.len()).find(|&at| all[..at].contains(&all[at])) {
         return Err(format!("The address {} is given twice.", all[at]));

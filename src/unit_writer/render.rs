@@ -9,7 +9,7 @@ use std::slice;
 use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
 use crate::socket::address::Address;
-use crate::unit_writer::arguments::Arguments;
+use crate::unit_writer::arguments::UnitArguments;
 use crate::unit_writer::escape::{exec_word, shell_word, value};
 use crate::unit_writer::plan::Plan;
 use crate::unit_writer::stamp::stamp;
@@ -24,7 +24,7 @@ pub struct UnitFile {
 
 /// Renders all files of a plan; `program` is the path of the proxy.
 pub fn files(plan: &Plan, program: &Path) -> Vec<UnitFile> {
-    let Arguments { listen, service: started, metrics, .. } = &plan.arguments;
+    let UnitArguments { listen, service: started, metrics, .. } = &plan.arguments;
     let command_line = plan.arguments.command_line();
     let file = |unit: &str, path: &str, text: String| UnitFile {
         path: path.into(),
@@ -72,7 +72,7 @@ fn socket_unit(plan: &Plan, name: &str, listen: &[ListenAddress], is_metrics: bo
 }
 
 fn service_unit(plan: &Plan, program: &Path) -> String {
-    let Arguments { service, command, metrics, .. } = &plan.arguments;
+    let UnitArguments { service, command, metrics, .. } = &plan.arguments;
     let stops = match plan.idle() {
         Some(idle) => format!("stops after {idle} without a connection"),
         None => "then runs until this service stops".into(),
@@ -117,7 +117,7 @@ fn service_unit(plan: &Plan, program: &Path) -> String {
 }
 
 fn exec_start(plan: &Plan, program: &Path) -> String {
-    let Arguments { service, command, metrics, targets, .. } = &plan.arguments;
+    let UnitArguments { service, command, metrics, targets, .. } = &plan.arguments;
     let wait = if service.is_some() { SERVICE_WAIT } else { BRIDGE_WAIT };
     let idle_option = if command.is_some() { "--stop-idle-time" } else { "--exit-idle-time" };
     let options = [
@@ -140,7 +140,7 @@ fn exec_start(plan: &Plan, program: &Path) -> String {
 /// Returns the user of the service, and the directory and the networks that it may use: a proxy only the
 /// addresses of its targets, a COMMAND all.
 fn access(plan: &Plan) -> Vec<Row> {
-    let Plan { targets, arguments: Arguments { user, group, command, .. }, .. } = plan;
+    let Plan { targets, arguments: UnitArguments { user, group, command, .. }, .. } = plan;
     let any = |is: fn(&Target) -> bool| targets.iter().any(is);
     let has_vsock = any(|it| matches!(it, Target::Address(Address::Vsock { .. })));
     let has_inet = any(|it| matches!(it, Target::Name(_) | Target::Address(Address::Inet(_))));

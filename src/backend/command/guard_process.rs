@@ -160,5 +160,5 @@ fn launch(mut args: impl Iterator<Item = OsString>) -> Result<Infallible, String
     Err(failed(command.exec()))
 }
 
-/// The name (`argv[0]`) that makes this program the moment before COMMAND.
+/// `argv[0]` of the process that becomes COMMAND.
 const LAUNCH: &str = "proxyd-launch";

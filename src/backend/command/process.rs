@@ -156,7 +156,7 @@ impl Event {
 /// The running program, even if its file was replaced since the start.
 pub const THIS_PROGRAM: &str = "/proc/self/exe";
 
-/// The name (`argv[0]`) that makes this program the guard.
+/// `argv[0]` of the guard.
 pub const GUARD: &str = "proxyd-guard";
 
 /// The byte that asks the guard to stop COMMAND.

@@ -1,4 +1,4 @@
-//! The processes of COMMAND, as far as /proc tells.
+//! Which processes may send COMMAND's `READY=1`: its own, as far as /proc tells.
 
 use std::fs;
 use std::iter;

@@ -1,5 +1,5 @@
-//! What is stored of a connection, as bytes: a message in the store, besides its descriptors. The fields are those
-//! of [`Snapshot`].
+//! The bytes of a record: a message in the queue, besides its descriptors. What is stored of a connection is a
+//! [`Snapshot`] (`forward::snapshot`).
 //!
 //! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not written down. A
 //! message is a header of [`HEADER_LEN`] bytes, with a version and a count, and a [`Form`] for each record.
@@ -30,7 +30,7 @@ use crate::socket::file_id::FileId;
 /// Descriptors that a message can carry (`SCM_MAX_FD` in the kernel).
 pub const DESCRIPTORS_MAX: usize = 253;
 
-/// Records written into one message. With these the kernel needs a KiB for it, and with one more two.
+/// Records written into one message. 14 fit into 1 KiB of kernel memory, 15 would take 2 KiB.
 pub const RECORDS_MAX: usize = 14;
 
 /// Descriptors of a record at most: two sockets, and a pipe for each direction.
@@ -43,7 +43,7 @@ const HEADER_LEN: usize = 4;
 
 const VERSION: u8 = 1;
 
-/// Ids are below this: there is always a next one.
+/// Ids stay below this, so `id + 1` never overflows.
 const ID_MAX: u64 = 1 << 63;
 
 /// A connection or a listener, with its descriptors, owned or borrowed.
@@ -101,7 +101,7 @@ struct Form {
     kind: u8,
     /// Indexes into [`STATES`], four bits for each flow.
     states: u8,
-    /// 1, 4: reset; 2, 8: gone; 16: the fault is the backend's.
+    /// The client: 1 reset, 2 gone. The backend: 4 reset, 8 gone. 16: the fault is the backend's.
     ends: u8,
     /// Descriptors of what is buffered, four bits for each flow: none, a file, the ends of a pipe.
     buffered: u8,

@@ -1,31 +1,26 @@
-//! Handover between two processes: the connections of the previous process are restored, and open ones are
-//! detached for the next process.
+//! The start with `--handover=`: the connections of the previous process are restored.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use sd_notify::NotifyState;
 use socket2::{SockAddr, SockRef};
 use tokio::time::Instant;
 
 use crate::connection::Restored;
 use crate::forward::snapshot::Snapshot;
-use crate::handover::Handover;
+use crate::handover::encoding::RecordBody;
 use crate::handover::journal::JournalEntry;
-use crate::handover::record::RecordBody;
 use crate::handover::replay::{Leftovers, RestoredRecord};
 use crate::limits::slot::Slot;
 use crate::listen::listener::{Accepted, Listener, ListenerInfo};
 use crate::listen::stored::StoredListener;
-use crate::notify::Notifier;
 use crate::service::server::Server;
-use crate::service::status::handed_over;
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::{Family, abort, set_reset_on_close};
 
 /// Restores the connections of the previous process.
-pub fn take_over(server: &Server, leftovers: Leftovers) {
+pub fn restore(server: &Server, leftovers: Leftovers) {
     let Some(handover) = &server.handover else { return };
     // First: from here on this process has the connections, and none of them has moved a byte yet.
     handover.discard_replayed();
@@ -123,37 +118,6 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
     let backend = (server.event_loops.settings.backends.len() == 1).then_some(0);
     let label = SocketLabel { name: None, address: local };
     (ListenerInfo::with_counters(&label, Arc::clone(&server.elsewhere)), backend)
-}
-
-/// Stores all open connections for the next process.
-pub async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
-    // In crash mode the journal has the listeners already.
-    let mut stored_listeners = server.listener_entries.len();
-    for (listener, _) in server.listeners.iter().filter(|_| server.has_opened) {
-        if handover.is_crash_mode() {
-            listener.unlink_on_drop(false);
-        } else if handover.store_listener(listener) {
-            listener.unlink_on_drop(false);
-            stored_listeners += 1;
-        }
-    }
-    server.event_loops.detach_all(handover).await;
-    let [stored, lost] = handover.stored_and_lost();
-    let stored = stored.saturating_sub(stored_listeners);
-    let status = handed_over(stored);
-    let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);
-    if stored > 0 {
-        tracing::info!(
-            "Stopping, left open connections with systemd: {stored}. (Without a restart it resets \
-             them.)"
-        );
-    }
-    if lost > 0 {
-        tracing::warn!(
-            "Open connections could not be stored, resetting them: {lost}. (If the store is full, \
-             raise LimitNOFILE= or net.core.wmem_max.)"
-        );
-    }
 }
 
 fn or_unnamed(address: io::Result<SockAddr>) -> Address {
