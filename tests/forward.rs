@@ -166,7 +166,7 @@ impl Forwarding {
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };
                 let preface_len = preface.len() as u64;
                 let (ours, count) = (Rc::clone(&shared), Arc::clone(&carried));
-                let pair = Forwarder::new(client, backend, preface, ours, count, None);
+                let pair = Forwarder::new(client, backend, preface, ours, count, None, None);
                 let proxy::Outcome::Closed(closed) = pair.run(|_| {}).await.unwrap() else {
                     unreachable!("no detach is requested")
                 };

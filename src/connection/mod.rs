@@ -99,12 +99,12 @@ pub fn serve(
             version.header(&log.client, &local)
         });
         let shared = Rc::clone(&context.shared);
-        let mut forwarder =
-            Forwarder::new(socket, backend, header, shared, counters, Some(registration));
-        if let Some(entry) = entry {
-            forwarder.set_journal(Box::new(entry));
-        }
-        let outcome = forwarder.run(|progress| log.report(progress)).await;
+        let journal = entry.map(|entry| Box::new(entry) as Box<dyn SnapshotStore>);
+        // Not in a variable: that would be kept beside the running forwarder.
+        let outcome =
+            Forwarder::new(socket, backend, header, shared, counters, Some(registration), journal)
+                .run(|progress| log.report(progress))
+                .await;
         finish(outcome, &log, slot, &context);
     }
 }

@@ -159,7 +159,8 @@ pub struct Progress {
 }
 
 impl Forwarder {
-    /// Joins two sockets. `header` goes to the backend ahead of the client's bytes, in one write.
+    /// Joins two sockets. `header` goes to the backend ahead of the client's bytes, in one write. With a
+    /// `journal` the snapshot in it is kept current.
     pub fn new(
         client: Socket,
         backend: Socket,
@@ -167,8 +168,9 @@ impl Forwarder {
         shared: Rc<LoopBuffers>,
         counters: Arc<ByteCounters>,
         registration: Option<Registration>,
+        journal: Option<Box<dyn SnapshotStore>>,
     ) -> Self {
-        Self {
+        let mut forwarder = Self {
             fault: backend.was_reset().then_some((Side::Backend, Errno::CONNRESET)),
             endpoints: [Endpoint::new(client), Endpoint::new(backend)],
             header_len: header.len() as u64,
@@ -178,7 +180,11 @@ impl Forwarder {
             registration,
             last_turn: 0,
             journal: None,
+        };
+        if let Some(journal) = journal {
+            forwarder.set_journal(journal);
         }
+        forwarder
     }
 
     /// Moves bytes until both flows are over, and closes both sockets, or until the connection is asked to
