@@ -79,10 +79,14 @@ pub async fn publish_status(
             command = Some((supervisor.command.to_string(), state, since));
         }
         let counts = limit.counts();
+        let waiting = listeners.iter().map(|info| info.counts.waiting.taken()).sum();
         let open = listeners.iter().map(|info| (info.to_string(), info.counts.open.taken()));
         let open = open.filter(|(_, open)| *open > 0 && listeners.len() > 1).collect();
         let command = command.as_ref().map(|(name, state, since)| (name, *state, since.elapsed()));
-        let status = Status { counts, max, bytes: bytes(), restored, open, command }.to_string();
+        let status = {
+            let bytes = bytes();
+            Status { counts, waiting, max, bytes, restored, open, command }.to_string()
+        };
         // The name of a socket may have any length and any characters.
         let status = bounded_line(&status, STATUS_MAX);
         if status != sent && notifier.send_once(&[NotifyState::Status(&status)]).is_ok() {
@@ -95,6 +99,8 @@ pub async fn publish_status(
 #[derive(Default)]
 struct Status<'a> {
     counts: ConnectionCounts,
+    /// Connections that wait for their backend.
+    waiting: usize,
     max: u32,
     bytes: u64,
     restored: usize,
@@ -107,7 +113,11 @@ struct Status<'a> {
 impl fmt::Display for Status<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ConnectionCounts { open, served, refused } = self.counts;
-        write!(f, "{open} of {} connections, {served} served, ", self.max)?;
+        write!(f, "{open} of {} connections, ", self.max)?;
+        if self.waiting > 0 {
+            write!(f, "{} waiting, ", self.waiting)?;
+        }
+        write!(f, "{served} served, ")?;
         if refused > 0 {
             write!(f, "{refused} refused, ")?;
         }
@@ -173,6 +183,9 @@ mod tests {
             let counts = ConnectionCounts { open, served, refused };
             Status { counts, max: 256, bytes, ..Status::default() }.to_string()
         };
+        let counts = ConnectionCounts { open: 3, served: 1, refused: 0 };
+        let held = Status { counts, waiting: 2, max: 256, ..Status::default() }.to_string();
+        assert_eq!(held, "3 of 256 connections, 2 waiting, 1 served, 0 bytes");
         assert_eq!(status(2, 120, 0, 1_288_490_189), "2 of 256 connections, 120 served, 1.2 GiB");
         assert_eq!(status(1, 0, 3, 64), "1 of 256 connections, 0 served, 3 refused, 64 bytes");
         assert_eq!(status(0, 1, 0, 1536), "0 of 256 connections, 1 served, 1.5 KiB");

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::slice;
 
@@ -53,11 +54,16 @@ fn socket_unit(plan: &Plan, name: &str, listen: &[ListenAddress], is_metrics: bo
         [_] => ("The socket that clients connect to", "what clients connect to"),
         _ => ("The sockets that clients connect to", "what clients connect to"),
     };
-    let listen = listen.iter().map(|address| {
+    let addresses = listen.iter().map(|address| {
         let is_file = matches!(address, ListenAddress::Address(Address::Path(_)));
         row("ListenStream", value(&address.to_string()), hint(is_file, OPEN_TO_ALL))
     });
-    let scrapes = [
+    let may_be_absent = listen.iter().any(|address| match address {
+        ListenAddress::Host(host) => host.literal().is_some_and(|it| !is_local(it.ip())),
+        _ => false,
+    });
+    let settings = [
+        optional("FreeBind", may_be_absent.then_some("yes"), FREE_BIND),
         optional("FileDescriptorName", is_metrics.then_some("metrics"), ""),
         optional("Service", is_metrics.then(|| plan.service()), ""),
     ];
@@ -67,7 +73,7 @@ fn socket_unit(plan: &Plan, name: &str, listen: &[ListenAddress], is_metrics: bo
     ];
     let install = vec![row("WantedBy", "sockets.target", "")];
     let about = format!("{about}. To open at boot: systemctl enable --now {}", shell_word(name));
-    let socket = listen.chain(scrapes).collect();
+    let socket = addresses.chain(settings).collect();
     print(&about, &[("Unit", unit), ("Socket", socket), ("Install", install)])
 }
 
@@ -87,8 +93,8 @@ fn service_unit(plan: &Plan, program: &Path) -> String {
         (None, Some(_)) => format!(
             "The first client starts this service and the program after --.\n\
              The program {stops}.\n\
-             It must listen on the address before -- and stay in the foreground. If it sends READY=1, as\n\
-             sd_notify(3) does, add --ready=notify before that address."
+             The program must listen on the address before -- and stay in the foreground. If it sends\n\
+             READY=1, as sd_notify(3) does, add --ready=notify before that address."
         ),
         (None, None) => "The first client starts this service.".into(),
     };
@@ -104,10 +110,11 @@ fn service_unit(plan: &Plan, program: &Path) -> String {
         optional("Wants", service.as_ref(), WANTS_SERVICE),
         row("After", after.as_ref().unwrap_or(&sockets), ""),
     ];
+    let options = if metrics.is_some() { OPTIONS_BESIDE_METRICS } else { OPTIONS };
     let execution = vec![
         row("Type", "notify", ""),
         optional("Sockets", metrics.as_ref().map(|_| sockets), ""),
-        row("ExecStart", exec_start(plan, program), OPTIONS),
+        row("ExecStart", exec_start(plan, program), options),
         optional("KillMode", command.as_ref().map(|_| "mixed"), KILL_MODE),
     ];
     let mut sandbox = access(plan);
@@ -180,8 +187,11 @@ fn ip_address(target: &Target) -> Option<String> {
         Target::Name(name) if name.host == LOCALHOST => return Some(LOCALHOST.into()),
         _ => return None,
     };
-    let is_local = ip.is_loopback() || ip.is_unspecified();
-    Some(if is_local { LOCALHOST.into() } else { ip.to_string() })
+    Some(if is_local(ip) { LOCALHOST.into() } else { ip.to_string() })
+}
+
+fn is_local(ip: IpAddr) -> bool {
+    ip.is_loopback() || ip.is_unspecified()
 }
 
 /// Returns the restrictions that a proxy or most programs do not notice, by `systemd-analyze security`.
@@ -225,13 +235,16 @@ fn hardening(plan: &Plan) -> Vec<Row> {
 }
 
 fn drop_in(service: &str) -> String {
-    let about = format!("{service} stops when its proxy, which wants it, has stopped.");
+    let about = format!(
+        "{service} stops when its proxy, which wants it, has stopped. Without the proxy it does not stay\n\
+         up: to run it by hand, start the proxy."
+    );
     let unit = vec![
         row("StopWhenUnneeded", "yes", ""),
         row("StartLimitIntervalSec", "2min", RESTARTS),
         row("StartLimitBurst", "90", ""),
     ];
-    let service = vec![row("Restart", "on-failure", ""), row("RestartSec", "1s", "")];
+    let service = vec![row("Restart", "always", ""), row("RestartSec", "1s", "")];
     print(&about, &[("Unit", unit), ("Service", service)])
 }
 
@@ -282,7 +295,14 @@ const WANTS_METRICS: &str =
 const WANTS_SERVICE: &str = "\
 Wanted, not required: Restart= starts a killed service again, and a service that cannot start
 does not close the socket.";
-const OPTIONS: &str = "Add other options of socket-proxyd(8) before the target.";
+const OPTIONS: &str = "\
+For other options of socket-proxyd(8), write an empty ExecStart= and then this line into a drop-in,
+with the options before the target.";
+const OPTIONS_BESIDE_METRICS: &str = "\
+For other options of socket-proxyd(8), write an empty ExecStart= and then this line into a drop-in,
+with the options before the target. Keep --metrics=fd:metrics: without it, clients of the metrics
+socket reach the target.";
+const FREE_BIND: &str = "Also before the machine has the address, as early in the boot.";
 const KILL_MODE: &str = "The proxy stops the program and the processes that it has started.";
 const DYNAMIC_USER: &str = "Run as a transient, unprivileged user.";
 const GROUP: &str = "This group may connect to the target's socket.";
@@ -299,5 +319,5 @@ const COMMAND_NEEDS: &str = "\
 Most programs run under these restrictions. A program that keeps files needs StateDirectory=, a
 directory in /var/lib whose path is in $STATE_DIRECTORY.";
 const RESTARTS: &str = "\
-Try once a second for as long as the proxy holds clients, and then fail. This overrides the
-restart settings of the service itself.";
+While the proxy runs, start the service again a second after it has ended, up to 90 times in 2
+minutes: for as long as the proxy holds clients. This replaces the service's own settings.";

@@ -8,15 +8,14 @@ use fnv::FnvHasher;
 /// Puts the stamp in front of a file's text: the command that asked for the file, and where settings of
 /// the administrator's own belong; `unit` is the unit that they are for.
 pub fn stamp(unit: &str, command_line: &str, text: &str) -> String {
-    let first = format!("{MARK}, with this command:\n");
-    let rest = format!(
-        "#   {command_line}\n\
+    let head = format!(
+        "{MARK}, with this command:\n\
+         #   {command_line}\n\
          # Put your own settings into a drop-in (systemctl edit {unit}): once this file is edited,\n\
-         # socket-proxyd-units no longer updates it.\n\
-         {text}"
+         # socket-proxyd-units no longer updates it.\n"
     );
-    let checksum = checksum_line(&[&*first, &*rest].concat());
-    [first, checksum, rest].concat()
+    let checksum = checksum_line(&[&*head, text].concat());
+    [&*head, &*checksum, text].concat()
 }
 
 /// Where a file comes from.
