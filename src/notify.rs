@@ -71,7 +71,7 @@ impl Notifier {
                 Err(error) => {
                     if let Some(suppressed) = UNSENT.pass() {
                         let error = os_message(&error);
-                        tracing::warn!("Failed to notify systemd, ignoring: {error}.{suppressed}");
+                        tracing::warn!(suppressed, "Failed to notify systemd, ignoring: {error}.");
                     }
                     return false;
                 }
@@ -121,7 +121,8 @@ fn warn_busy(states: &[NotifyState<'_>]) {
     if let Some(suppressed) = BUSY.pass() {
         let message = states.first().map(ToString::to_string).unwrap_or_default();
         tracing::warn!(
-            "Failed to send {message} to systemd, trying again: its queue is full.{suppressed}"
+            suppressed,
+            "Failed to send {message} to systemd, trying again: its queue is full."
         );
     }
 }

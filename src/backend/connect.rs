@@ -95,7 +95,7 @@ impl Connector {
     ) -> Result<Socket, ConnectError> {
         if self.lookups.available_permits() == 0 {
             if let Some(suppressed) = LOOKUPS_BUSY.pass() {
-                tracing::warn!("The resolver is slow, lookups have to wait.{suppressed}");
+                tracing::warn!(suppressed, "The resolver is slow, lookups have to wait.");
             }
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
@@ -186,7 +186,8 @@ async fn connect_with_resources(
             Err(error) if errno_kind(&error) == ConnectErrorKind::Resources => {
                 if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
                     tracing::error!(
-                        "Failed to open a socket to the backend, trying again: {}.{suppressed}",
+                        suppressed,
+                        "Failed to open a socket to the backend, trying again: {}.",
                         os_message(&error)
                     );
                 }

@@ -155,7 +155,7 @@ impl BackendWait {
     fn log_waiting(&self, last_error: &str) {
         if let Some(suppressed) = WAITING.pass() {
             let wait = self.wait;
-            tracing::info!("{last_error}, holding clients for up to {wait}.{suppressed}");
+            tracing::info!(suppressed, "{last_error}, holding clients for up to {wait}.");
         }
     }
 

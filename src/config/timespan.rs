@@ -47,9 +47,13 @@ impl TimeSpan {
         Self(Some(span))
     }
 
-    /// Shortens a duration for a message: to seconds within an hour, to minutes within a day.
+    /// Shortens a duration for a message: to milliseconds within a second, to seconds within an hour, to
+    /// minutes within a day.
     pub fn rounded(span: Duration) -> Self {
         let seconds = span.as_secs();
+        if seconds == 0 {
+            return Self::new(Duration::from_millis(span.as_millis().max(1) as u64));
+        }
         let accuracy = match seconds {
             0..3600 => 1,
             3600..86_400 => 60,
@@ -188,6 +192,8 @@ mod tests {
         }
         assert_eq!("600".parse::<TimeSpan>().unwrap().to_string(), "10min");
         let rounded = |seconds| TimeSpan::rounded(Duration::from_secs_f64(seconds)).to_string();
+        assert_eq!(rounded(0.000_001), "1ms");
+        assert_eq!(rounded(0.0125), "12ms");
         assert_eq!(rounded(184.5), "3min 4s");
         assert_eq!(rounded(7300.0), "2h 1min");
         assert_eq!(rounded(93_600.0 + 120.0), "1d 2h");

@@ -135,7 +135,8 @@ impl EventLoops {
                 self.retry_at.set(Some(Instant::now() + RETRY_AFTER));
                 if let Some(suppressed) = NO_THREAD.pass() {
                     tracing::error!(
-                        "Failed to start a thread, serving with {}: {}.{suppressed}",
+                        suppressed,
+                        "Failed to start a thread, serving with {}: {}.",
                         1 + running,
                         os_message(&error)
                     );

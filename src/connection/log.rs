@@ -27,16 +27,22 @@ impl LogContext<'_> {
     pub fn unreachable(&self, error: &str) {
         if let Some(suppressed) = UNREACHABLE.pass() {
             tracing::warn!(
+                suppressed,
                 client = %self.client,
                 listener = %self.listener,
                 backend = %self.backend,
-                "{error}{suppressed}"
+                "{error}"
             );
         }
     }
 
     pub fn established(&self) {
-        tracing::debug!(client = %self.client, listener = %self.listener, "Connection established");
+        tracing::debug!(
+            client = %self.client,
+            listener = %self.listener,
+            backend = %self.backend,
+            "Connection established."
+        );
     }
 
     /// Answers SIGUSR1 for a connection that has a backend.
@@ -55,38 +61,48 @@ impl LogContext<'_> {
             client = %self.client,
             listener = %self.listener,
             backend = %self.backend,
-            "Connection of {age}: {state}."
+            "Connection of {age} at {}: {state}.",
+            self.listener
         );
     }
 
     /// Logs how a connection was.
     pub fn closed(&self, summary: &Summary, idle_time: Option<Duration>) {
-        let outcome = match summary.reason {
-            CloseReason::Closed => "Connection closed".into(),
+        let (outcome, reason) = match summary.reason {
+            CloseReason::Closed => ("Connection closed", None),
             CloseReason::IdleTimeout => {
                 self.idle_timeout(idle_time);
-                "Connection closed, it was idle".into()
+                ("Idle connection closed", None)
             }
             CloseReason::Fault(Side::Client, errno) => {
-                format!("Connection ended by the client: {}", os_message(&errno.into()))
+                ("Connection ended by the client", Some(errno))
             }
             CloseReason::Fault(Side::Backend, errno) => {
-                format!("Connection ended by the backend: {}", os_message(&errno.into()))
+                ("Connection ended by the backend", Some(errno))
             }
         };
-        self.ended(&outcome, [summary.from_client, summary.from_backend]);
+        let reason = reason.map(|errno| format!(": {}", os_message(&errno.into())));
+        let bytes = [summary.from_client, summary.from_backend];
+        self.ended(outcome, bytes, &reason.unwrap_or_default());
     }
 
-    /// Logs the end of a connection and the bytes from the client and from the backend.
-    pub fn ended(&self, outcome: &str, bytes: [u64; 2]) {
+    /// Logs the end of a connection that has carried no byte.
+    pub fn ended_unserved(&self, outcome: &str) {
+        self.ended(outcome, [0, 0], "");
+    }
+
+    fn ended(&self, outcome: &str, [from_client, from_backend]: [u64; 2], reason: &str) {
+        let duration = self.start.elapsed();
+        let time = TimeSpan::rounded(duration);
+        let [there, back] = [from_client, from_backend].map(Bytes);
         tracing::debug!(
             client = %self.client,
             listener = %self.listener,
             backend = %self.backend,
-            bytes_from_client = bytes[0],
-            bytes_from_backend = bytes[1],
-            duration_usec = self.start.elapsed().as_micros() as u64,
-            "{outcome}"
+            bytes_from_client = from_client,
+            bytes_from_backend = from_backend,
+            duration_usec = duration.as_micros() as u64,
+            "{outcome} after {time}, {there} to the backend, {back} back{reason}."
         );
     }
 
@@ -94,10 +110,11 @@ impl LogContext<'_> {
         let idle_time = idle_time.map_or(TimeSpan::INFINITY, TimeSpan::new);
         if let Some(suppressed) = IDLE.pass() {
             tracing::info!(
+                suppressed,
                 client = %self.client,
                 listener = %self.listener,
                 backend = %self.backend,
-                "Connection was idle for {idle_time}, closing it.{suppressed}"
+                "Connection was idle for {idle_time}, closing it."
             );
         }
     }

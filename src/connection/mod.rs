@@ -73,10 +73,11 @@ pub fn serve(
                 log.listener.counts.failed.inc();
                 log.unreachable(&error);
                 socket.close();
-                return log.ended("Connection closed, there is no backend", [0, 0]);
+                return log.ended_unserved("Connection closed without a backend");
             }
             ConnectOutcome::ClientGone => {
-                return log.ended("Connection closed, the client has left", [0, 0]);
+                return log
+                    .ended_unserved("Connection ended by the client before it had a backend");
             }
             ConnectOutcome::Detach => {
                 match entry {

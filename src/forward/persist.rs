@@ -137,7 +137,8 @@ impl Forwarder {
         let Some(journal) = self.journal.take() else { return };
         if let Some((why, suppressed)) = why.and_then(|why| Some((why, UNSTORED.pass()?))) {
             tracing::warn!(
-                "A connection is not stored, and would end with the proxy: {why}.{suppressed}"
+                suppressed,
+                "A connection is not stored, and would end with the proxy: {why}."
             );
         }
         self.flows.iter_mut().for_each(Flow::detach_own_pipe);

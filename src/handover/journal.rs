@@ -107,8 +107,9 @@ impl Journal {
         }
         if let Some(suppressed) = IS_FULL.pass() {
             tracing::warn!(
+                suppressed,
                 "The store is full, new connections are served and end with the proxy; raise \
-                 LimitNOFILE=, or net.core.wmem_max (it takes effect after a stop).{suppressed}"
+                 LimitNOFILE=, or net.core.wmem_max (it takes effect after a stop)."
             );
         }
         None
@@ -316,8 +317,9 @@ impl Index {
             if record_ids(&message.bytes).unwrap_or_default() != info.record_ids {
                 if let Some(suppressed) = DIFFERS.pass() {
                     tracing::error!(
+                        suppressed,
                         "The store was changed by another process, and is not compacted any more; restart \
-                         to read it again.{suppressed}"
+                         to read it again."
                     );
                 }
                 return false;

@@ -130,8 +130,9 @@ impl Listener {
                     if let Some(suppressed) = ACCEPT_FAILED.pass() {
                         let error = os_message(&error);
                         tracing::warn!(
+                            suppressed,
                             listener = %self,
-                            "Failed to accept, trying again: {error}.{suppressed}"
+                            "Failed to accept, trying again: {error}."
                         );
                     }
                     drop(permit);
@@ -164,8 +165,9 @@ impl Listener {
         };
         if let Some(suppressed) = limit.pass() {
             tracing::warn!(
+                suppressed,
                 listener = %self,
-                "{cause}, new clients wait in the kernel until a connection ends{remedy}.{suppressed}"
+                "{cause}, new clients wait in the kernel until a connection ends{remedy}."
             );
         }
     }
@@ -264,9 +266,10 @@ impl Accepted {
                 if let Some(suppressed) = REGISTER_FAILED.pass() {
                     let error = os_message(&error);
                     tracing::error!(
+                        suppressed,
                         %client,
                         %listener,
-                        "Failed to watch a connection, closing it: {error}.{suppressed}"
+                        "Failed to watch a connection, closing it: {error}."
                     );
                 }
                 None

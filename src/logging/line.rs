@@ -21,6 +21,8 @@ pub enum Format {
 pub struct Line {
     pub text: String,
     pub fields: Vec<(&'static str, String)>,
+    /// The number of such messages that were held back before this one.
+    pub suppressed: u64,
 }
 
 impl Visit for Line {
@@ -35,16 +37,19 @@ impl Visit for Line {
     fn record_str(&mut self, field: &Field, value: &str) {
         self.fields.push((field.name(), value.into()));
     }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        match field.name() {
+            "suppressed" => self.suppressed = value,
+            _ => self.record_debug(field, &value),
+        }
+    }
 }
 
 impl Line {
     /// Returns the bytes of the line.
     pub fn render(&self, format: Format, level: Level) -> Vec<u8> {
-        let mut text = self.text.clone();
-        for (name, value) in &self.fields {
-            let _ = write!(text, " {name}={}", quoted(value));
-        }
-        let text = bounded_line(&text, LINE_MAX);
+        let text = bounded_line(&self.message(), LINE_MAX);
         let priority = match level {
             Level::ERROR => 3,
             Level::WARN => 4,
@@ -68,11 +73,53 @@ impl Line {
         };
         line.into_bytes()
     }
+
+    /// Returns the text with the client and the backend, or the listener, unless the text names them.
+    fn message(&self) -> String {
+        // The names belong to the sentence, and not to the hint in parentheses after it.
+        let end = match self.text.strip_suffix(".)") {
+            Some(text) => text.rfind(". ("),
+            None => self.text.strip_suffix('.').map(str::len),
+        };
+        let (sentence, rest) = self.text.split_at(end.unwrap_or(self.text.len()));
+        let mut message = sentence.to_string();
+        let mut separator = " (";
+        for (name, value) in self.names().filter(|(_, value)| !has_word(sentence, value)) {
+            let _ = write!(message, "{separator}{name} {}", quoted(value));
+            separator = ", ";
+        }
+        if separator == ", " {
+            message.push(')');
+        }
+        message.push_str(rest);
+        if self.suppressed > 0 {
+            let _ = write!(message, " ({} more since the last such message.)", self.suppressed);
+        }
+        message
+    }
+
+    /// Returns the fields that a message names.
+    fn names(&self) -> impl Iterator<Item = &(&'static str, String)> {
+        let is_peer = |name: &str| ["client", "backend"].contains(&name);
+        let has_peer = self.fields.iter().any(|(name, _)| is_peer(name));
+        self.fields.iter().filter(move |(name, _)| match has_peer {
+            true => is_peer(name),
+            false => *name == "listener",
+        })
+    }
 }
 
-/// Returns a field's value as one word of a line: in quotes if a reader could take it for several.
+/// Returns whether `text` has this word, and not as a part of a longer one.
+fn has_word(text: &str, word: &str) -> bool {
+    text.match_indices(word).any(|(at, _)| {
+        !text[..at].ends_with(char::is_alphanumeric)
+            && !text[at + word.len()..].starts_with(char::is_alphanumeric)
+    })
+}
+
+/// Returns a field's value as one word of a message: in quotes if a reader could take it for several.
 fn quoted(value: &str) -> Cow<'_, str> {
-    let is_plain = |byte: u8| byte.is_ascii_graphic() && !b"\"'\\=".contains(&byte);
+    let is_plain = |byte: u8| byte.is_ascii_graphic() && !b"\"'\\=(),".contains(&byte);
     match value {
         "" => "\"\"".into(),
         _ if value.bytes().all(is_plain) => value.into(),
@@ -101,10 +148,10 @@ mod tests {
 
     #[test]
     fn a_line_stays_one_line_in_each_format() {
-        let line =
-            Line { text: "cut\noff".into(), fields: vec![("client", "a\nPRIORITY=0".into())] };
+        let fields = vec![("client", "a\nPRIORITY=0".into())];
+        let line = Line { text: "cut\noff".into(), fields, suppressed: 0 };
         let render = |format| String::from_utf8(line.render(format, Level::WARN)).unwrap();
-        let text = "cut off client=\"a\\nPRIORITY=0\"";
+        let text = "cut off (client \"a\\nPRIORITY=0\")";
         assert_eq!(render(Format::Plain), format!("{text}\n"));
         assert_eq!(render(Format::Prefixed), format!("<4>{text}\n"));
         assert_eq!(
@@ -116,6 +163,28 @@ mod tests {
     }
 
     #[test]
+    fn a_message_names_client_and_backend_or_the_listener_once() {
+        let fields = |names: &[(&'static str, &str)]| {
+            names.iter().map(|(name, value)| (*name, value.to_string())).collect::<Vec<_>>()
+        };
+        let all = [("client", "10.0.0.5:47"), ("listener", "[::]:80"), ("backend", "h:80")];
+        for (text, names, expected) in [
+            ("Closed.", &all[..], "Closed (client 10.0.0.5:47, backend h:80)."),
+            ("No h:80: refused", &all, "No h:80: refused (client 10.0.0.5:47)"),
+            ("No h:8080. (Wait.)", &all[2..], "No h:8080 (backend h:80). (Wait.)"),
+            ("Full. (Raise it.)", &all[1..2], "Full (listener [::]:80). (Raise it.)"),
+            ("Full at [::]:80.", &all[1..2], "Full at [::]:80."),
+            ("Full.", &[], "Full."),
+        ] {
+            let mut line = Line { text: text.into(), fields: fields(names), suppressed: 0 };
+            assert_eq!(line.message(), expected);
+            line.suppressed = 98;
+            let expected = format!("{expected} (98 more since the last such message.)");
+            assert_eq!(line.message(), expected);
+        }
+    }
+
+    #[test]
     fn a_value_is_one_word() {
         for (value, word) in [
             ("127.0.0.1:80", "127.0.0.1:80"),
@@ -124,6 +193,7 @@ mod tests {
             ("/x listener=y", "\"/x listener=y\""),
             ("/x\" listener=\"y", "\"/x\\\" listener=\\\"y\""),
             ("/x\\", "\"/x\\\\\""),
+            ("/x,", "\"/x,\""),
             ("/\u{e9}\u{202e}", "\"/\u{e9}\\u{202e}\""),
             ("", "\"\""),
         ] {

@@ -20,8 +20,8 @@ impl RateLimit {
         Self { burst, interval, state: Mutex::new(None) }
     }
 
-    /// Returns the tail of the message, if it may pass now: how many were suppressed since the last one.
-    pub fn pass(&self) -> Option<String> {
+    /// Returns how many messages were suppressed since the last one, if a message may pass now.
+    pub fn pass(&self) -> Option<u32> {
         let mut state = self.state.lock().ok()?;
         let now = Instant::now();
         let (start, count, suppressed) = match *state {
@@ -30,10 +30,7 @@ impl RateLimit {
             None => (now, 0, 0),
         };
         *state = Some((start, count.saturating_add(1)));
-        (count < self.burst).then(|| match suppressed {
-            0 => String::new(),
-            count => format!(" ({count} more since the last such message)"),
-        })
+        (count < self.burst).then_some(suppressed)
     }
 }
 
@@ -47,9 +44,8 @@ mod tests {
         let passed = (0..100).filter(|_| limit.pass().is_some()).count();
         assert_eq!(passed, 2);
         tokio::time::advance(Duration::from_secs(11)).await;
-        let suppressed = limit.pass().unwrap();
-        assert_eq!(suppressed, " (98 more since the last such message)");
+        assert_eq!(limit.pass(), Some(98));
         tokio::time::advance(Duration::from_secs(11)).await;
-        assert_eq!(limit.pass().unwrap(), "");
+        assert_eq!(limit.pass(), Some(0));
     }
 }

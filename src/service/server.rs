@@ -109,7 +109,7 @@ impl Server {
                 let journal = handover.and_then(|handover| handover.keep_client(&accepted.socket));
                 self.event_loops.serve(accepted, backend, journal);
             }
-            None => tracing::debug!("Connection closed, the client has left"),
+            None => tracing::debug!("Connection ended by the client before it was served."),
         }
     }
 
@@ -254,9 +254,10 @@ async fn accept_loop(
                 accepted.listener.counts.refused.inc();
                 if let Some(suppressed) = REFUSED.pass() {
                     tracing::warn!(
+                        suppressed,
                         client = %accepted.client,
                         %listener,
-                        "Hit connection limit, refusing connection.{suppressed}"
+                        "Hit connection limit, refusing connection."
                     );
                 }
             }

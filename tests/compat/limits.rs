@@ -69,7 +69,7 @@ fn limit_with_few_descriptors(program: &Path) {
     let mut clients: Vec<_> = (0..LIMIT).map(|_| front.connect()).collect();
     clients.iter_mut().for_each(assert_echoes);
     is_refused(&mut front.connect());
-    proxy.lines.wait_for("Hit connection limit, refusing connection.");
+    proxy.lines.wait_for("Hit connection limit, refusing connection");
 }
 
 /// Asserts that a client is closed or reset: neither served nor left to wait.

@@ -46,7 +46,7 @@ fn refusal_is_logged(program: &Path) {
     let proxy = Launch::new(program).args(args).listener(&front).start();
     let mut clients: Vec<_> = (0..4).map(|_| front.connect()).collect();
     assert_echoes(&mut clients[0]);
-    proxy.lines.wait_for("Hit connection limit, refusing connection.");
+    proxy.lines.wait_for("Hit connection limit, refusing connection");
 }
 
 fn silent_about_peers(program: &Path) {

@@ -234,11 +234,11 @@ fn inetd_client_gets_only_what_the_backend_sends() {
 fn logs_to_a_separate_standard_error() {
     let (mut client, passed) = accepted(Family::Tcp);
     let others = Some((Stdio::null(), Stdio::piped()));
-    let mut proxy = inetd(passed, others, &["127.0.0.1:1"]);
+    let mut proxy = inetd(passed, others, &["stdin=127.0.0.1:1"]);
     let lines = Lines::default();
     lines.collect(proxy.stderr.take().unwrap());
     assert_eq!(read_all(&mut client).0, b"");
-    lines.wait_for("listener=\"stdin (127.0.0.1:");
+    lines.wait_for("127.0.0.1:1: Connection refused (client 127.0.0.1:");
     assert_eq!(exit_code(&mut proxy), Some(0));
 }
 

@@ -91,9 +91,12 @@ fn client_name_adds_no_field() {
     // Abstract names are the machine's.
     let unique = std::process::id();
     for (name, written) in [
-        (format!("\0{unique} listener=/x"), format!(r#"client="@{unique} listener=/x" l"#)),
-        (format!("\0{unique}\" listener=\"/x"), format!(r#"client="@{unique}\" listener=\"/x" l"#)),
-        (format!("\0{unique}\nMESSAGE=x"), format!(r#"client="@{unique}\nMESSAGE=x" l"#)),
+        (format!("\0{unique} listener=/x"), format!(r#"(client "@{unique} listener=/x", b"#)),
+        (
+            format!("\0{unique}\", backend \"/x"),
+            format!(r#"(client "@{unique}\", backend \"/x", b"#),
+        ),
+        (format!("\0{unique}\nMESSAGE=x"), format!(r#"(client "@{unique}\nMESSAGE=x", b"#)),
     ] {
         let mut client = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
         client.bind(&unix_address(name.as_bytes())).unwrap();

@@ -178,7 +178,7 @@ impl Supervisor {
                 RunResult::StopRequested => tracing::info!("Stopping {name}."),
                 RunResult::Idle => {
                     if let Some(suppressed) = LIFECYCLE.pass() {
-                        tracing::info!("Stopping {name}, no connection for {time}.{suppressed}");
+                        tracing::info!(suppressed, "Stopping {name}, no connection for {time}.");
                     }
                 }
                 _ => {}
@@ -201,7 +201,7 @@ impl Supervisor {
         let (name, target) = (&self.command, &self.target);
         let reason = self.check_target_free(wait).await?;
         if let Some(suppressed) = LIFECYCLE.pass() {
-            tracing::info!("Starting {name}, {target} does not answer yet ({reason}).{suppressed}");
+            tracing::info!(suppressed, "Starting {name}, {target} does not answer yet ({reason}).");
         }
         self.starts.all.inc();
         // Opened when the guard is about to start: it removes the file if the proxy is killed.
@@ -226,7 +226,7 @@ impl Supervisor {
         };
         if let Some(suppressed) = LIFECYCLE.pass() {
             let took = Duration::from_millis(start.elapsed().as_millis() as u64);
-            tracing::info!("{name} is ready after {}.{suppressed}", TimeSpan::new(took));
+            tracing::info!(suppressed, "{name} is ready after {}.", TimeSpan::new(took));
         }
         let ready = Instant::now();
         // Offered before the state changes, so that the first client that wakes up finds it.
@@ -291,7 +291,7 @@ impl Supervisor {
         sleep(SLOW).await;
         if let Some(suppressed) = LIFECYCLE.pass() {
             let (name, time, error) = (&self.command, TimeSpan::new(SLOW), self.current_error());
-            tracing::warn!("{name} is not ready after {time}: {error}.{suppressed}");
+            tracing::warn!(suppressed, "{name} is not ready after {time}: {error}.");
         }
         pending().await
     }
@@ -306,7 +306,8 @@ impl Supervisor {
                 if let Some(suppressed) = FAILURES.pass() {
                     let status = describe_status(status);
                     tracing::warn!(
-                        "{name} has ended ({status}); the next client starts it again.{suppressed}"
+                        suppressed,
+                        "{name} has ended ({status}); the next client starts it again."
                     );
                 }
                 (CommandState::Stopped, Duration::ZERO)
@@ -318,7 +319,8 @@ impl Supervisor {
                 if let Some(suppressed) = FAILURES.pass() {
                     let next = TimeSpan::new(pause);
                     tracing::error!(
-                        "{error}; failure {failures} in a row, next attempt in {next}.{suppressed}"
+                        suppressed,
+                        "{error}; failure {failures} in a row, next attempt in {next}."
                     );
                 }
                 self.last_error.send_replace(error);
@@ -341,7 +343,7 @@ impl Supervisor {
 
     fn log_obstacle(&self, error: String) {
         if let Some(suppressed) = OBSTACLES.pass() {
-            tracing::error!("{error}.{suppressed}");
+            tracing::error!(suppressed, "{error}.");
         }
         self.last_error.send_replace(error);
     }

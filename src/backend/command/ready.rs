@@ -221,7 +221,8 @@ impl Lookups {
             if let Some(suppressed) = STRANGERS.pass() {
                 let process = process.as_raw_nonzero();
                 tracing::warn!(
-                    "Ignoring READY=1 of process {process}, it is not COMMAND's.{suppressed}"
+                    suppressed,
+                    "Ignoring READY=1 of process {process}, it is not COMMAND's."
                 );
             }
         }
