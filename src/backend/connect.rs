@@ -95,7 +95,10 @@ impl Connector {
     ) -> Result<Socket, ConnectError> {
         if self.lookups.available_permits() == 0 {
             if let Some(suppressed) = LOOKUPS_BUSY.pass() {
-                tracing::warn!(suppressed, "The resolver is slow, lookups have to wait.");
+                tracing::warn!(
+                    suppressed,
+                    "The resolver is slow, and further lookups wait for it."
+                );
             }
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
@@ -105,7 +108,7 @@ impl Connector {
             match self.try_address(&Address::Inet(address), on_full_backlog).await {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
-                    tracing::debug!("{error}, trying the next address");
+                    tracing::debug!("{error}, trying the next address.");
                     // A permanent error, as of a family that this host lacks, must not hide a transient
                     // error of another address.
                     if error.is_transient()

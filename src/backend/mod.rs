@@ -44,7 +44,7 @@ impl Backend {
         timeout_at(wait.deadline(), Box::pin(self.wait_and_connect())).await.unwrap_or_else(|_| {
             let error = self.supervisor.as_ref().and_then(|supervisor| supervisor.last_error());
             let error = error.unwrap_or_else(|| self.backend_wait.timeout_error());
-            Err(format!("{error}, for {wait}"))
+            Err(format!("{error}. (--backend-wait={wait} is over.)"))
         })
     }
 

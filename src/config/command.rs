@@ -27,7 +27,7 @@ impl CommandLine {
     /// One line that names the program and the reason.
     pub fn find(words: Vec<OsString>) -> Result<Self, String> {
         let Some(program) = words.first().filter(|program| !program.is_empty()) else {
-            return Err("There is no COMMAND after --; write TARGET -- COMMAND [ARG...].".into());
+            return Err("There is no COMMAND after --. (Write TARGET -- COMMAND [ARG...].)".into());
         };
         search(program).map_err(|errno| {
             let why = match errno {
@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(find("sh").unwrap().to_string(), "sh");
         assert_eq!(find("/bin/sh").unwrap().to_string(), "sh");
         for (program, why) in [
-            ("", "There is no COMMAND after --; write TARGET -- COMMAND [ARG...]."),
+            ("", "There is no COMMAND after --. (Write TARGET -- COMMAND [ARG...].)"),
             ("no-such-program", "\"no-such-program\": it is not in $PATH."),
             ("/bin/no-such-program", "No such file or directory."),
             ("/bin/sh -c true", "there is no such file; write each argument as a separate word."),

@@ -85,7 +85,7 @@ impl MetricsAddress {
             Some(name) => Ok(Self::Passed(String::from_utf8_lossy(name).into())),
             None => match ListenAddress::parse(text)? {
                 ListenAddress::Address(Address::Vsock { .. }) => {
-                    Err("it has to be TCP or a Unix socket".into())
+                    Err("it must be a TCP or Unix socket".into())
                 }
                 address => Ok(Self::Open(address)),
             },

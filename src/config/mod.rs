@@ -187,16 +187,16 @@ mod tests {
                 "yes",
                 " [possible values: never, restart, crash]",
             ),
-            ("--keepalive <TIME>", "0", ": it has to be more than 0, or infinity"),
-            ("--keepalive <TIME>", "10h", ": it has to be at most 9h 6min 7s, or infinity"),
+            ("--keepalive <TIME>", "0", ": it must be more than 0, or infinity"),
+            ("--keepalive <TIME>", "10h", ": it must be at most 9h 6min 7s, or infinity"),
             ("--threads <N>", "0", ": it is not a number from 1 to 256"),
-            ("--connection-idle-time <TIME>", "0", ": it has to be more than 0, or infinity"),
-            ("--connect-timeout <TIME>", "0", ": it has to be more than 0, or infinity"),
+            ("--connection-idle-time <TIME>", "0", ": it must be more than 0, or infinity"),
+            ("--connect-timeout <TIME>", "0", ": it must be more than 0, or infinity"),
             ("--drain-time <TIME>", "x", ": it is not a time span (30s, 5min 20s, infinity)"),
             ("--connections-max <N>", "0", ": Connection limit is too low."),
             ("--connections-max <N>", "-1", ": it is not a number from 1 to 4294967295"),
             ("--listen <ADDRESS>", "99999", ": port 99999 is above 65535"),
-            ("--metrics <ADDRESS>", "vsock:1:2", ": it has to be TCP or a Unix socket"),
+            ("--metrics <ADDRESS>", "vsock:1:2", ": it must be a TCP or Unix socket"),
         ] {
             let name = option.split(' ').next().unwrap();
             let expected = format!("invalid value '{value}' for '{option}'{why}");

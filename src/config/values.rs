@@ -18,14 +18,14 @@ pub fn connections_max(text: &str) -> Result<NonZeroU32, String> {
 /// Parses a time span above zero.
 pub fn positive(text: &str) -> Result<TimeSpan, String> {
     let span: TimeSpan = text.parse()?;
-    if span.is_zero() { Err("it has to be more than 0, or infinity".into()) } else { Ok(span) }
+    if span.is_zero() { Err("it must be more than 0, or infinity".into()) } else { Ok(span) }
 }
 
 pub fn keepalive(text: &str) -> Result<TimeSpan, String> {
     let span = positive(text)?;
     if span.finite().is_some_and(|time| time > Keepalive::MAX) {
         let max = TimeSpan::new(Keepalive::MAX);
-        return Err(format!("it has to be at most {max}, or infinity"));
+        return Err(format!("it must be at most {max}, or infinity"));
     }
     Ok(span)
 }

@@ -136,7 +136,7 @@ impl EventLoops {
                 if let Some(suppressed) = NO_THREAD.pass() {
                     tracing::error!(
                         suppressed,
-                        "Failed to start a thread, serving with {}: {}.",
+                        "Failed to start a thread, serving with {}: {}. (Raise TasksMax=.)",
                         1 + running,
                         os_message(&error)
                     );

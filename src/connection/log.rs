@@ -31,7 +31,7 @@ impl LogContext<'_> {
                 client = %self.client,
                 listener = %self.listener,
                 backend = %self.backend,
-                "{error}"
+            "{error}"
             );
         }
     }
@@ -114,7 +114,7 @@ impl LogContext<'_> {
                 client = %self.client,
                 listener = %self.listener,
                 backend = %self.backend,
-                "Connection was idle for {idle_time}, closing it."
+            "Connection was idle for {idle_time}, closing it."
             );
         }
     }

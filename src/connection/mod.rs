@@ -126,7 +126,7 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
                 return tracing::error!(
                     client = %log.client,
                     listener = %log.listener,
-                    "Failed to restore a stored connection, closing it: {}.",
+                "Failed to restore a connection, closing it: {}.",
                     os_message(&error)
                 );
             }

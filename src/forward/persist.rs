@@ -119,7 +119,7 @@ impl Forwarder {
             self.update_journal();
         } else {
             self.drop_journal(Some(
-                "there is no pipe for it; see pipe-user-pages-soft in pipe(7), and LimitNOFILE=",
+                "there is no pipe for it. (See pipe-user-pages-soft in pipe(7), and LimitNOFILE=.)",
             ));
         }
     }
@@ -128,7 +128,7 @@ impl Forwarder {
     pub(super) fn update_journal(&mut self) {
         let Some(journal) = &self.journal else { return };
         if !self.snapshot().is_ok_and(|snapshot| journal.update(snapshot)) {
-            self.drop_journal(Some("the store is full"));
+            self.drop_journal(Some("the descriptor store is full."));
         }
     }
 
@@ -138,7 +138,7 @@ impl Forwarder {
         if let Some((why, suppressed)) = why.and_then(|why| Some((why, UNSTORED.pass()?))) {
             tracing::warn!(
                 suppressed,
-                "A connection is not stored, and would end with the proxy: {why}."
+                "Failed to store a connection, which would end with the proxy: {why}"
             );
         }
         self.flows.iter_mut().for_each(Flow::detach_own_pipe);

@@ -47,7 +47,9 @@ pub async fn stored_queue(mut stored: Vec<PassedFd>, notifier: &Notifier) -> Opt
     if queue.is_some() && stored.is_empty() {
         return queue;
     }
-    tracing::warn!("The store is damaged, closing it, and the connections in it.");
+    tracing::warn!(
+        "Failed to read the descriptor store: it is damaged. (The connections in it are closed.)"
+    );
     discard(stored, notifier).await;
     // discard() removed the queue too: it has the same names.
     let queue = queue?;
@@ -81,13 +83,13 @@ pub async fn remove(name: &str, notifier: &Notifier) {
 /// Why systemd does not keep it.
 pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str> {
     if !notifier.has_manager() {
-        return Err("there is no NOTIFY_SOCKET; set Type=notify and FileDescriptorStoreMax=4");
+        return Err("there is no NOTIFY_SOCKET. (Set Type=notify and FileDescriptorStoreMax=4.)");
     }
     // systemd never says whether it keeps a descriptor. It keeps as many as FileDescriptorStoreMax= allows, in
     // the order in which they come, and closes the others. So where it keeps the third, the probe, it has kept
     // the two before.
     let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
-    let failed = |_| "there are no descriptors left";
+    let failed = |_| "there are no file descriptors left. (Raise LimitNOFILE=.)";
     let (probe, entry) = pipe_with(flags).map_err(failed)?;
     let [reader, writer] = queue.ends();
     for (name, fd) in [(QUEUE, reader), (SENDER, writer), (PROBE, entry.as_fd())] {
@@ -100,8 +102,8 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     // systemd closes this when it has handled the messages before (BARRIER=1 in sd_notify(3)).
     notifier.send_with(&[NotifyState::Custom("BARRIER=1")], &[asked.as_fd()]).await;
     drop(asked);
-    let answer =
-        register(answer, Interest::READABLE).map_err(|_| "its answer cannot be waited for")?;
+    let answer = register(answer, Interest::READABLE)
+        .map_err(|_| "there is no way to wait for the answer.")?;
     let answers = timeout(ANSWER_TIMEOUT, answer.readable()).await.is_ok();
     let is_kept = rustix::io::read(&probe, &mut [0; 1]) == Err(Errno::AGAIN);
     remove(PROBE, notifier).await;
@@ -112,8 +114,8 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     remove(QUEUE, notifier).await;
     remove(SENDER, notifier).await;
     Err(if answers {
-        "systemd does not keep what it is given; set FileDescriptorStoreMax=4"
+        "systemd keeps no descriptors. (Set FileDescriptorStoreMax=4.)"
     } else {
-        "systemd has not answered within 5 seconds; see NotifyAccess= and restart to try again"
+        "systemd has not answered within 5 seconds. (See NotifyAccess=, and restart the service.)"
     })
 }

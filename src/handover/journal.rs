@@ -108,8 +108,8 @@ impl Journal {
         if let Some(suppressed) = IS_FULL.pass() {
             tracing::warn!(
                 suppressed,
-                "The store is full, new connections are served and end with the proxy; raise \
-                 LimitNOFILE=, or net.core.wmem_max (it takes effect after a stop)."
+                "Failed to store a connection: the descriptor store is full. (It would end with the \
+                 proxy. Raise LimitNOFILE=, or net.core.wmem_max, which takes effect after a stop.)"
             );
         }
         None
@@ -318,8 +318,8 @@ impl Index {
                 if let Some(suppressed) = DIFFERS.pass() {
                     tracing::error!(
                         suppressed,
-                        "The store was changed by another process, and is not compacted any more; restart \
-                         to read it again."
+                        "Failed to compact the descriptor store: another process has changed it. \
+                         (Restart the service to read it again.)"
                     );
                 }
                 return false;

@@ -66,7 +66,7 @@ impl Handover {
         let stored = fdstore::take_stored(passed);
         let Some(mode) = mode else {
             if !stored.is_empty() {
-                tracing::info!("Closing what was stored, since --handover=never.");
+                tracing::info!("Closing the stored connections, because --handover= is never.");
                 fdstore::discard(stored, notifier).await;
             }
             return Ok((None, Leftovers::default()));
@@ -75,9 +75,7 @@ impl Handover {
         let queue = match open_queue(stored, notifier).await {
             Ok(queue) => queue,
             Err(error) => {
-                tracing::warn!(
-                    "--handover= has no effect, connections end with the process: {error}."
-                );
+                tracing::warn!("Failed to use the descriptor store, ignoring --handover=: {error}");
                 return Ok((None, Leftovers::default()));
             }
         };
@@ -233,15 +231,15 @@ async fn open_queue(stored: Vec<PassedFd>, notifier: &Notifier) -> Result<Queue,
 fn read(queue: &Queue, fds_max: usize) -> Result<Replay, String> {
     let failed = |error| {
         let error = os_message(&error);
-        format!("Failed to read the store, which is left as it is: {error}.")
+        format!("Failed to read the descriptor store, leaving it as it is: {error}.")
     };
     let payloads = queue.payloads().map_err(failed)?;
     let (descriptors, largest_message) = descriptors_of(&payloads);
     // A message may also have descriptors of superseded records, which are open for a moment.
     if fds_max < descriptors + largest_message {
         return Err(format!(
-            "RLIMIT_NOFILE={} leaves no room for the stored connections, which have {descriptors} \
-             file descriptors and stay stored; raise LimitNOFILE=.",
+            "Failed to restore connections, which stay stored: RLIMIT_NOFILE={} leaves no room for \
+             their {descriptors} file descriptors. (Raise LimitNOFILE=.)",
             raise_limit()
         ));
     }

@@ -90,7 +90,7 @@ pub fn raise_limit() -> usize {
     let limit = match setrlimit(Resource::Nofile, raised) {
         Ok(()) => limit.maximum,
         Err(error) => {
-            tracing::debug!("Failed to raise RLIMIT_NOFILE, ignoring: {error}");
+            tracing::debug!("Failed to raise RLIMIT_NOFILE, ignoring: {error}.");
             limit.current
         }
     };

@@ -132,7 +132,7 @@ impl Listener {
                         tracing::warn!(
                             suppressed,
                             listener = %self,
-                            "Failed to accept, trying again: {error}."
+                            "Failed to accept a client, trying again: {error}."
                         );
                     }
                     drop(permit);
@@ -161,13 +161,14 @@ impl Listener {
         let (limit, cause, remedy) = if descriptors.at_connection_limit() {
             (&AT_LIMIT, "Hit connection limit", "")
         } else {
-            (&OUT_OF_DESCRIPTORS, "Out of file descriptors", "; raise LimitNOFILE=")
+            let remedy = " (Raise LimitNOFILE=.)";
+            (&OUT_OF_DESCRIPTORS, "Out of file descriptors", remedy)
         };
         if let Some(suppressed) = limit.pass() {
             tracing::warn!(
                 suppressed,
                 listener = %self,
-                "{cause}, new clients wait in the kernel until a connection ends{remedy}."
+                "{cause}, new clients wait in the kernel until a connection ends.{remedy}"
             );
         }
     }
@@ -269,7 +270,7 @@ impl Accepted {
                         suppressed,
                         %client,
                         %listener,
-                        "Failed to watch a connection, closing it: {error}."
+                        "Failed to register a connection with epoll, closing it: {error}."
                     );
                 }
                 None

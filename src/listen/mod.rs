@@ -47,7 +47,8 @@ impl Sources {
                     .into())
             }
             (false, false) => {
-                Err("Got sockets passed in and --listen= as well; use only one of the two.".into())
+                Err("Got sockets passed in and --listen= as well. (Use only one of the two.)"
+                    .into())
             }
             (true, false) => Self::from_passed(passed),
             (false, true) => {
@@ -80,7 +81,7 @@ impl Sources {
                 Ok(Self { listeners: Vec::new(), connection: Some(connection) })
             }
             Some(index) => Err(format!(
-                "Passed in socket {} is connected, and has to be the only one. (It serves one \
+                "Passed in socket {} is connected, and must be the only one. (It serves one \
                  connection with Accept=yes, and all with Accept=no.)",
                 passed[index].name
             )),
@@ -109,8 +110,8 @@ pub fn check_command_target(
 ) -> Result<(), String> {
     match listeners.iter().find(|(listener, _)| accepts(listener, target)) {
         Some((listener, _)) => Err(format!(
-            "--listen={listener} takes the address of TARGET {target}; let COMMAND listen on \
-             another."
+            "--listen={listener} takes the address of TARGET {target}. (Let COMMAND listen on \
+             another.)"
         )),
         None => Ok(()),
     }
@@ -122,8 +123,8 @@ pub fn check_no_loop(listener: &Listener, target: &Target) -> Result<(), String>
         return Ok(());
     }
     Err(format!(
-        "--listen={listener} leads to itself, TARGET {target}; let the backend listen on another \
-         address."
+        "--listen={listener} leads to itself, TARGET {target}. (Let the backend listen on another \
+         address.)"
     ))
 }
 

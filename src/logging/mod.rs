@@ -102,7 +102,7 @@ impl Logging {
         let _ = tracing::subscriber::set_global_default(Arc::clone(&logger));
         std::panic::set_hook(Box::new(|panic| {
             if let Some(suppressed) = PANICS.pass() {
-                tracing::error!(suppressed, "Internal error, please report: {panic}");
+                tracing::error!(suppressed, "Internal error, please report: {panic}.");
             }
         }));
         Self(logger)
@@ -194,7 +194,7 @@ fn write_items(output: &Output, items: &Receiver<Item>, dropped: &AtomicU64) {
 }
 
 fn dropped_message(count: u64, format: Format) -> Vec<u8> {
-    let text = format!("{count} log lines were dropped, their reader was stuck.");
+    let text = format!("{count} log lines were dropped, because their reader was stuck.");
     Line { text, ..Line::default() }.render(format, Level::WARN)
 }
 

@@ -66,16 +66,16 @@ impl Exporter {
         if listeners.is_empty() {
             // Clients are served all the same.
             tracing::warn!(
-                "--metrics={address}: systemd passed no socket of that name, there are no metrics. \
-                 (Is its .socket unit active, and does it set FileDescriptorName=?)"
+                "Failed to serve --metrics={address}: systemd passed no socket of that name. (Its \
+                 .socket unit must be active and set FileDescriptorName=.)"
             );
         }
         let mut exporter = Self::default();
         for listener in listeners {
             if let Address::Vsock { .. } = listener.label.address {
-                return Err(format!("{listener} has to be TCP or a Unix socket."));
+                return Err(format!("{listener} must be a TCP or Unix socket."));
             }
-            tracing::info!("Metrics on {listener}.");
+            tracing::info!("Serving metrics on {listener}.");
             let (socket, file) = listener.into_parts();
             exporter.sockets.push(socket);
             exporter.files.extend(file);
@@ -168,7 +168,7 @@ impl Scrapers {
         http.keep_alive(false).half_close(true).max_buf_size(REQUEST_MAX);
         let service = service_fn(|request| ready(Ok::<_, Infallible>(self.respond(&request))));
         if let Err(error) = http.serve_connection(TokioIo::new(&mut stream), service).await {
-            tracing::debug!("A scraper was not served: {error}");
+            tracing::debug!("Failed to serve a scraper: {error}.");
         }
         drain(&mut stream).await
     }

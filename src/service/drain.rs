@@ -35,7 +35,13 @@ pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier)
     tokio::select! {
         biased;
         () = watch.wait_empty() => tracing::info!("All connections have ended."),
-        () = sleep_until(deadline) => {}
+        () = sleep_until(deadline) => {
+            let open = limit.counts().open;
+            tracing::info!(
+                "The drain time of {time} is over, connections are still open: {open}. (Raise \
+                 --drain-time=.)"
+            );
+        }
         () = extend => {}
     }
 }

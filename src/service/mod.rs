@@ -48,8 +48,8 @@ async fn start_and_serve(config: Config, passed: Vec<PassedFd>) -> Result<(), St
     restore::restore(&server, leftovers);
     if !drain_time.is_zero() && !notifier.has_manager() {
         tracing::warn!(
-            "--drain-time={drain_time} without NOTIFY_SOCKET: systemd can't be asked to wait \
-             (Type=notify), and TimeoutStopSec= may cut it short."
+            "Failed to ask systemd to wait for --drain-time={drain_time}: there is no NOTIFY_SOCKET. \
+             (Set Type=notify, or a longer TimeoutStopSec=.)"
         );
     }
     let _abort = server.handover.as_ref().and_then(|handover| handover.abort_on_panic());

@@ -48,7 +48,7 @@ pub unsafe fn run() -> ExitCode {
         }
         Request::Print(text) => {
             let written = io::stdout().write_all(text.as_bytes());
-            written.map_err(|error| format!("Failed to write: {error}."))
+            written.map_err(|error| format!("Failed to write to standard output: {error}."))
         }
     }))
 }

@@ -26,7 +26,7 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
     handover.discard_replayed();
     if leftovers.refused > 0 {
         tracing::warn!(
-            "Stored connections can't be taken back, closing them: {}. (They are damaged, or of another \
+            "Failed to restore stored connections, closing them: {}. (They are damaged, or of another \
              version.)",
             leftovers.refused
         );
@@ -74,7 +74,8 @@ fn restore_client(server: &Server, socket: OwnedFd, entry: Option<JournalEntry>)
         tracing::warn!(
             %client,
             %listener,
-            "A stored client came in at a socket that is not passed any more, closing it."
+        "Failed to restore a client that had no backend yet: no socket listens on {listener} any \
+             more."
         );
         return abort(&socket);
     };

@@ -257,7 +257,7 @@ async fn accept_loop(
                         suppressed,
                         client = %accepted.client,
                         %listener,
-                        "Hit connection limit, refusing connection."
+                    "Hit connection limit, refusing connection."
                     );
                 }
             }

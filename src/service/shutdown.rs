@@ -89,13 +89,13 @@ async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
     let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);
     if stored > 0 {
         tracing::info!(
-            "Stopping, left open connections with systemd: {stored}. (Without a restart it resets \
-             them.)"
+            "Stopping, left open connections with systemd: {stored}. (systemd closes them unless it \
+             restarts the service.)"
         );
     }
     if lost > 0 {
         tracing::warn!(
-            "Open connections could not be stored, resetting them: {lost}. (If the store is full, \
+            "Failed to store open connections, resetting them: {lost}. (If the descriptor store is full, \
              raise LimitNOFILE= or net.core.wmem_max.)"
         );
     }

@@ -36,7 +36,7 @@ pub fn forbid_new_privileges(config: &Config) {
         return;
     }
     if let Err(error) = set_no_new_privs(true) {
-        tracing::debug!("Failed to set PR_SET_NO_NEW_PRIVS, ignoring: {error}");
+        tracing::debug!("Failed to set PR_SET_NO_NEW_PRIVS, ignoring: {error}.");
     }
 }
 
@@ -159,8 +159,8 @@ fn backends_of(config: &Config, sources: &Sources) -> Result<Vec<usize>, String>
     };
     if let Some(target) = config.targets.resembles_selector(&labels) {
         tracing::warn!(
-            "TARGET {target} is taken as a whole, since it begins with / or @; one TARGET for all sockets \
-             needs no selector."
+            "TARGET {target} is not split at =, because it begins with / or @. (A single TARGET needs no \
+             selector.)"
         );
     }
     if let Some(keepalive) = config.keepalive {

@@ -65,7 +65,7 @@ impl Keepalive {
 
 fn warn_of(result: Result<(), impl Display>, option: &str) {
     if let Err(error) = result {
-        tracing::debug!("Failed to set {option}, ignoring: {error}");
+        tracing::debug!("Failed to set {option}, ignoring: {error}.");
     }
 }
 

@@ -188,7 +188,7 @@ mod tests {
             ),
             (
                 "--listen=1 --target=/a --service=a.socket app",
-                "invalid value 'a.socket' for '--service <UNIT>': it has to be the name of a .service unit",
+                "invalid value 'a.socket' for '--service <UNIT>': it must be the name of a .service unit",
             ),
             (
                 "--listen=/ --target=/a app",
@@ -294,7 +294,7 @@ mod tests {
             ),
             (
                 "--listen=1 --target=/a --metrics=vsock::1 app",
-                "invalid value 'vsock::1' for '--metrics <ADDRESS>': it has to be TCP or a Unix socket",
+                "invalid value 'vsock::1' for '--metrics <ADDRESS>': it must be a TCP or Unix socket",
             ),
             (
                 "--listen=1 --target=/a --metrics=2 --idle=1min app",

@@ -50,7 +50,7 @@ pub fn listen(text: &str) -> Result<ListenAddress, String> {
 pub fn metrics(text: &str) -> Result<ListenAddress, String> {
     let listen = listen(text)?;
     let is_vsock = matches!(listen, ListenAddress::Address(Address::Vsock { .. }));
-    refuse_if(&[(is_vsock, "it has to be TCP or a Unix socket")])?;
+    refuse_if(&[(is_vsock, "it must be a TCP or Unix socket")])?;
     Ok(listen)
 }
 
@@ -66,7 +66,7 @@ pub fn service(text: &str) -> Result<String, String> {
     let is_allowed = |c: char| c.is_ascii_alphanumeric() || "-_.:\\@".contains(c);
     let is_other_type = OTHER_UNIT_TYPES.split(' ').any(|other| other == suffix);
     refuse_if(&[
-        (stem.is_empty() || is_other_type, "it has to be the name of a .service unit"),
+        (stem.is_empty() || is_other_type, "it must be the name of a .service unit"),
         (!stem.chars().all(is_allowed), "no unit has such a name; see systemd-escape(1)"),
         (stem.starts_with('-'), "it begins with a dash, as an option of systemctl(1) does"),
         (stem.starts_with('@'), "it begins with an @"),

@@ -183,7 +183,7 @@ fn never_up(program: &Path) {
         let bounds = Duration::from_millis(1500)..Duration::from_millis(3500);
         assert!(bounds.contains(&held), "closed after {held:?}");
     }
-    let printed = proxy.lines.wait_for("Connection refused, for 2s");
+    let printed = proxy.lines.wait_for("). (--backend-wait=2s is over.)");
     assert!(printed.contains("Failed to connect to remote host"), "{printed}");
 }
 
@@ -225,7 +225,7 @@ fn waiting_client_leaves(program: &Path) {
             Family::Tcp => reset(client),
             Family::Unix => drop(client),
         }
-        proxy.lines.wait_for("the client has left");
+        proxy.lines.wait_for("Connection ended by the client before it had a backend");
         assert!(left.elapsed() < Duration::from_secs(3), "its place is held");
         // The next client gets the slot, and waits in turn.
         let next = front.connect();

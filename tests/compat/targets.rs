@@ -156,7 +156,7 @@ fn leaves_early(program: &Path) {
     });
     taken.expect("the client is accepted");
     reset(client);
-    proxy.lines.wait_for("the client has left");
+    proxy.lines.wait_for("Connection ended by the client before it had a backend");
 }
 
 fn full_backlog(program: &Path) {

@@ -41,7 +41,11 @@ const DAMAGED: [Damaged; 5] = [
     ("one end of the queue", one_end_of_the_queue, "damaged"),
     ("sockets of another type", stream_sockets_as_the_queue, "damaged"),
     ("unknown descriptors", unknown_descriptors, "are not listening sockets: config, peer."),
-    ("messages that are not records", foreign_messages, "can't be taken back, closing them: 3."),
+    (
+        "messages that are not records",
+        foreign_messages,
+        "restore stored connections, closing them: 3.",
+    ),
 ];
 
 fn file_as_the_queue(systemd: &FakeSystemd) {
@@ -124,7 +128,7 @@ fn warns_without_a_store(handover: &str, max: Option<usize>) {
     assert_eq!(proxy.wait().code(), Some(0));
     let line = match max {
         None => "there is no NOTIFY_SOCKET",
-        Some(_) => "set FileDescriptorStoreMax=4",
+        Some(_) => "Set FileDescriptorStoreMax=4",
     };
     let log = proxy.lines.all();
     assert!(log.matches("--handover=").count() == 1 && log.contains(line), "{log}");

@@ -359,7 +359,10 @@ fn mode_can_change() {
         proxy.arguments[0] = format!("--handover={handover}");
         proxy.replace(end);
         if handover == "never" {
-            proxy.running.lines.wait_for("Closing what was stored, since --handover=never.");
+            proxy
+                .running
+                .lines
+                .wait_for("Closing the stored connections, because --handover= is never.");
             drop(writer);
             assert!(proxy.systemd.fd_store.names().is_empty());
             drop(client);

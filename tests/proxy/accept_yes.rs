@@ -144,7 +144,7 @@ fn rejects_invalid_combinations() {
     for (launch, message) in [
         (
             Launch::new(OURS).arg("/a").listener(&front).socket(&passed),
-            "Passed in socket connection is connected, and has to be the only one.",
+            "Passed in socket connection is connected, and must be the only one.",
         ),
         (
             Launch::new(OURS).args(["/a", "--", "sh"]).socket(&passed),
@@ -167,7 +167,7 @@ fn rejects_invalid_combinations() {
         assert_eq!(proxy.wait().code(), Some(1), "{message}");
         let stderr = proxy.lines.all();
         let stderr = stderr.replace("socket x is", "socket connection is");
-        let lines = stderr.lines().filter(|line| !line.starts_with("Metrics on "));
+        let lines = stderr.lines().filter(|line| !line.starts_with("Serving metrics on "));
         let stderr = lines.collect::<Vec<_>>().join("\n");
         assert!(stderr.starts_with(message) && stderr.lines().count() == 1, "{stderr}");
     }

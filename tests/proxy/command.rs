@@ -590,8 +590,8 @@ fn backs_off_after_exit_on_ready() {
         assert!((2..=5).contains(&starts), "{starts} starts in 2 s");
         let words = format!("as soon as it was ready (exit status: {status})");
         let line = service.proxy.lines.wait_for(&words);
-        assert_eq!(line.contains("has to stay in the foreground"), status == "0", "{line}");
-        service.proxy.lines.wait_for("failure 2 in a row");
+        assert_eq!(line.contains("must stay in the foreground"), status == "0", "{line}");
+        service.proxy.lines.wait_for("(Failure 2 in a row");
     }
 }
 
@@ -617,7 +617,7 @@ fn closes_clients_at_once_on_a_permanent_error() {
 fn logs_what_clients_wait_for() {
     let silent = Service::start(Family::Tcp, &["--ready=notify", "--backend-wait=1s"], &[]);
     assert_eq!(read_all(&mut silent.connect()).0, b"");
-    silent.proxy.lines.wait_for("perl runs, but has not sent READY=1, for 1s");
+    silent.proxy.lines.wait_for("perl runs, but has not sent READY=1 (client 127.0.0.1:");
     assert!(
         is_running(silent.logged_pids("started")[0]),
         "one that is never ready is left running"
@@ -628,17 +628,17 @@ fn logs_what_clients_wait_for() {
     slow.pid();
     slow.wait_for_pid("asked");
     assert_eq!(read_all(&mut slow.connect()).0, b"");
-    slow.proxy.lines.wait_for("perl is still stopping, for 1s");
+    slow.proxy.lines.wait_for("perl is still stopping (client 127.0.0.1:");
 
     let elsewhere = Service::start(Family::Tcp, &["--backend-wait=1s"], &["up=60"]);
     assert_eq!(read_all(&mut elsewhere.connect()).0, b"");
-    elsewhere.proxy.lines.wait_for("Connection refused (perl runs), for 1s");
+    elsewhere.proxy.lines.wait_for("Connection refused, but perl runs (client 127.0.0.1:");
 
     let program = ["sh", "-c", "sleep 60 >/dev/null 2>&1 &", "sh"];
     let options = ["--backend-wait=1s"];
     let forking = Service::start_as(Family::Tcp, &options, &program, &[], |it| it);
     assert_eq!(read_all(&mut forking.connect()).0, b"");
-    forking.proxy.lines.wait_for("(exit status: 0); it has to stay in the foreground");
+    forking.proxy.lines.wait_for("(exit status: 0), but must stay in the foreground");
 }
 
 #[test]
@@ -660,8 +660,11 @@ fn backs_off_after_exit_before_ready() {
     // At 0, 100, 300, 700 and 1500 ms, at the earliest.
     let starts = service.logged_pids("started").len();
     assert!((2..=5).contains(&starts), "{starts} starts in 2 s");
-    service.proxy.lines.wait_for("sh has ended before it was ready (exit status: 3); failure 2 in");
-    let line = service.proxy.lines.wait_for(", for 2s");
+    service
+        .proxy
+        .lines
+        .wait_for("sh has ended before it was ready (exit status: 3). (Failure 2 in");
+    let line = service.proxy.lines.wait_for("). (--backend-wait=2s is over.)");
     assert!(line.contains("before it was ready"), "{line}");
     let status = systemd.wait_for("STATUS=0 of 256 connections");
     assert!(status.contains("; sh failed "), "{status}");
@@ -756,7 +759,7 @@ fn rejects_wrong_command_lines() {
             &["--ready=maybe", &target, "--", "sh"],
             "invalid value 'maybe' for '--ready <connect|notify>'",
         ),
-        (&[&target, "--"], "There is no COMMAND after --; write TARGET -- COMMAND [ARG...]."),
+        (&[&target, "--"], "There is no COMMAND after --. (Write TARGET -- COMMAND [ARG...].)"),
         (&[&target, "--", ""], "There is no COMMAND after --"),
         (&["a", "b", "--", "sh"], "Too many parameters: one COMMAND serves one TARGET"),
         (&["--", "a", "b"], "Too many parameters."),

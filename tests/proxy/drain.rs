@@ -145,7 +145,7 @@ fn own_listeners_are_closed_during_the_drain() {
             .args([&format!("--listen={listen}"), "--drain-time=60s", &backend.target])
             .start();
         // Logged although no manager waits here: a unit like this would be killed early.
-        proxy.lines.wait_for("--drain-time=1min without NOTIFY_SOCKET");
+        proxy.lines.wait_for("Failed to ask systemd to wait for --drain-time=1min");
         proxy.lines.wait_for("Listening on");
         let mut client = connect(&address);
         assert_echoes(&mut client);

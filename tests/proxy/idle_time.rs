@@ -78,7 +78,7 @@ fn busy_and_quiet(front_family: Family, back: Family) {
         assert_eq!(bytes, b"?");
         end.expect("the half-close came long before");
     });
-    proxy.lines.wait_for("Connection was idle for 1s, closing it.");
+    proxy.lines.wait_for("Connection was idle for 1s, closing it (client ");
 }
 
 #[test]

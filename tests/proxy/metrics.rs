@@ -29,7 +29,7 @@ impl Scraped {
 
     /// Reads the address from the log.
     fn of(proxy: Running) -> Self {
-        let line = proxy.lines.wait_for("Metrics on ");
+        let line = proxy.lines.wait_for("Serving metrics on ");
         let address = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap();
         let metrics = address.parse().unwrap();
         Self { proxy, metrics }
@@ -253,7 +253,7 @@ fn accepts_a_passed_socket_and_a_unix_path() {
         launch.env("LISTEN_FDNAMES", "web:numbers").args([&metrics, &backend.target])
     };
     let proxy = launch("numbers").start();
-    proxy.lines.wait_for("Metrics on numbers (");
+    proxy.lines.wait_for("Serving metrics on numbers (");
     assert_echoes(&mut clients.connect());
     let request = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
     let text = ask(UnixStream::connect(&scrapers.target).unwrap(), request);
@@ -265,8 +265,8 @@ fn accepts_a_passed_socket_and_a_unix_path() {
     // Its socket unit has failed, say: clients are served.
     let proxy = launch("other").start();
     proxy.lines.wait_for(
-        "--metrics=fd:other: systemd passed no socket of that name, there are no metrics. (Is its .socket \
-         unit active, and does it set FileDescriptorName=?)",
+        "Failed to serve --metrics=fd:other: systemd passed no socket of that name. (Its .socket \
+         unit must be active and set FileDescriptorName=.)",
     );
     assert_echoes(&mut clients.connect());
     drop(proxy);
@@ -277,7 +277,7 @@ fn accepts_a_passed_socket_and_a_unix_path() {
         .listener(&clients)
         .args([format!("--metrics={}", path.display()), backend.target.clone()])
         .start();
-    proxy.lines.wait_for("Metrics on /");
+    proxy.lines.wait_for("Serving metrics on /");
     let text = ask(UnixStream::connect(&path).unwrap(), request);
     assert_eq!(value(&text, "socket_proxyd_connections_max"), 256.0);
     proxy.signal(Signal::TERM);
@@ -293,7 +293,7 @@ fn answers_a_scraper_with_the_longest_name() {
     let option = format!("--metrics={}", metrics.display());
     let launch = Launch::new(OURS).listener(&listener).args([&option, &backend.target]);
     let proxy = launch.start();
-    proxy.lines.wait_for("Metrics on ");
+    proxy.lines.wait_for("Serving metrics on ");
     // All of sun_path: the kernel gives its address with a NUL behind that.
     let mut path = directory.path().as_os_str().as_encoded_bytes().to_vec();
     path.push(b'/');
@@ -319,7 +319,7 @@ fn rejects_invalid_and_used_addresses() {
         ),
         (
             "--metrics=vsock:1:2",
-            "invalid value 'vsock:1:2' for '--metrics <ADDRESS>': it has to be TCP or a Unix socket",
+            "invalid value 'vsock:1:2' for '--metrics <ADDRESS>': it must be a TCP or Unix socket",
         ),
         (
             "--metrics=99999",

@@ -175,7 +175,9 @@ impl Supervisor {
         if let Some(process) = process {
             let (name, time) = (&self.command, self.stop_idle_time);
             match result {
-                RunResult::StopRequested => tracing::info!("Stopping {name}."),
+                RunResult::StopRequested => {
+                    tracing::info!("Stopping {name}.")
+                }
                 RunResult::Idle => {
                     if let Some(suppressed) = LIFECYCLE.pass() {
                         tracing::info!(suppressed, "Stopping {name}, no connection for {time}.");
@@ -280,7 +282,9 @@ impl Supervisor {
             match wait.connector.connect(OnFullBacklog::Fail).await {
                 Ok(socket) => return Ok(Some(socket)),
                 Err(error) if !error.is_transient() => return Err(RunResult::Unreachable(error)),
-                Err(error) => drop(self.last_error.send_replace(format!("{error} ({name} runs)"))),
+                Err(error) => {
+                    drop(self.last_error.send_replace(format!("{error}, but {name} runs")))
+                }
             }
             sleep(backoff.next()).await;
         }
@@ -307,7 +311,7 @@ impl Supervisor {
                     let status = describe_status(status);
                     tracing::warn!(
                         suppressed,
-                        "{name} has ended ({status}); the next client starts it again."
+                        "{name} has ended ({status}). The next client starts it again."
                     );
                 }
                 (CommandState::Stopped, Duration::ZERO)
@@ -320,16 +324,16 @@ impl Supervisor {
                     let next = TimeSpan::new(pause);
                     tracing::error!(
                         suppressed,
-                        "{error}; failure {failures} in a row, next attempt in {next}."
+                        "{error}. (Failure {failures} in a row, next attempt in {next}.)"
                     );
                 }
                 self.last_error.send_replace(error);
                 (CommandState::Failed(*failures), pause)
             }
             RunResult::AddressInUse => {
-                self.log_obstacle(format!(
-                    "Failed to start {name}: another process serves {target} already"
-                ));
+                let error =
+                    format!("Failed to start {name}: another process serves {target} already");
+                self.log_obstacle(error);
                 (CommandState::AddressInUse, CHECK_AGAIN)
             }
             RunResult::Unreachable(error) => {

@@ -222,7 +222,7 @@ impl Lookups {
                 let process = process.as_raw_nonzero();
                 tracing::warn!(
                     suppressed,
-                    "Ignoring READY=1 of process {process}, it is not COMMAND's."
+                    "Ignoring READY=1 of process {process}, which does not belong to COMMAND."
                 );
             }
         }

@@ -24,7 +24,7 @@ impl RunResult {
     /// COMMAND exited before it was ready or right after; `when` says which.
     pub fn early_exit(name: &CommandLine, when: &str, status: Option<ExitStatus>) -> Self {
         let hint = match status {
-            Some(status) if status.success() => "; it has to stay in the foreground",
+            Some(status) if status.success() => ", but must stay in the foreground",
             _ => "",
         };
         let status = describe_status(status);

@@ -85,7 +85,7 @@ impl Processes {
         if self.kills == 0 {
             tracing::warn!("{} has not stopped in time, killing it.", self.name);
         } else if self.kills == KILLS_MAX {
-            tracing::error!("Something of {} does not end, leaving it.", self.name);
+            tracing::error!("Failed to kill all processes of {}, leaving them.", self.name);
             return false;
         }
         self.kills += 1;
@@ -115,7 +115,9 @@ fn children() -> Vec<Pid> {
 
 /// Kills COMMAND's process group after its guard was killed. COMMAND itself was killed by the kernel then.
 pub async fn kill_group(group: Pid) {
-    tracing::error!("The guard of COMMAND was killed, killing COMMAND's process group.");
+    tracing::error!(
+        "The guard of COMMAND was killed, and the proxy kills the process group of COMMAND."
+    );
     for _ in 0..KILLS_MAX {
         if kill_process_group(group, Signal::KILL).is_err() {
             break;
