@@ -11,6 +11,7 @@ use crate::forward::snapshot::Side;
 use crate::forward::{CloseReason, Progress, Summary};
 use crate::listen::listener::ListenerInfo;
 use crate::logging::bytes::Bytes;
+use crate::logging::message_id;
 use crate::logging::{RateLimit, os_message};
 use crate::socket::address::Address;
 
@@ -31,6 +32,7 @@ impl LogContext<'_> {
                 client = %self.client,
                 listener = %self.listener,
                 backend = %self.backend,
+                message_id = message_id::BACKEND_UNREACHABLE,
             "{error}"
             );
         }
@@ -114,6 +116,7 @@ impl LogContext<'_> {
                 client = %self.client,
                 listener = %self.listener,
                 backend = %self.backend,
+                message_id = message_id::CONNECTION_IDLE,
             "Connection was idle for {idle_time}, closing it."
             );
         }

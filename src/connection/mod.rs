@@ -21,6 +21,7 @@ use crate::handover::journal::JournalEntry;
 use crate::handover::{Detached, DetachedState};
 use crate::limits::slot::Slot;
 use crate::listen::listener::{Accepted, ListenerInfo};
+use crate::logging::message_id;
 use crate::logging::os_message;
 use crate::socket::address::Address;
 use crate::socket::{Socket, has_unread};
@@ -126,6 +127,7 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
                 return tracing::error!(
                     client = %log.client,
                     listener = %log.listener,
+                    message_id = message_id::HANDOVER_LOST,
                 "Failed to restore a connection, closing it: {}.",
                     os_message(&error)
                 );

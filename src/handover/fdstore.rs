@@ -16,6 +16,7 @@ use tokio::time::timeout;
 
 use crate::handover::queue::Queue;
 use crate::listen::activation::{PassedFd, take_matching};
+use crate::logging::message_id;
 use crate::notify::Notifier;
 use crate::socket::sys::register;
 
@@ -48,6 +49,7 @@ pub async fn stored_queue(mut stored: Vec<PassedFd>, notifier: &Notifier) -> Opt
         return queue;
     }
     tracing::warn!(
+        message_id = message_id::HANDOVER_LOST,
         "Failed to read the descriptor store: it is damaged. (The connections in it are closed.)"
     );
     discard(stored, notifier).await;

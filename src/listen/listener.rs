@@ -21,6 +21,7 @@ use crate::limits::descriptors::{FdBudget, FdPermit};
 use crate::limits::slot::Slot;
 use crate::listen::activation::PassedFd;
 use crate::listen::stored::SocketFile;
+use crate::logging::message_id;
 use crate::logging::{RateLimit, os_message};
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::file_id::FileId;
@@ -158,15 +159,16 @@ impl Listener {
 
     /// Logs why clients wait in the kernel's backlog.
     fn warn_of_shortage(&self, descriptors: &FdBudget) {
-        let (limit, cause, remedy) = if descriptors.at_connection_limit() {
-            (&AT_LIMIT, "Hit connection limit", "")
+        let (limit, message_id, cause, remedy) = if descriptors.at_connection_limit() {
+            (&AT_LIMIT, message_id::CONNECTION_LIMIT, "Hit connection limit", "")
         } else {
             let remedy = " (Raise LimitNOFILE=.)";
-            (&OUT_OF_DESCRIPTORS, "Out of file descriptors", remedy)
+            (&OUT_OF_DESCRIPTORS, message_id::OUT_OF_DESCRIPTORS, "Out of file descriptors", remedy)
         };
         if let Some(suppressed) = limit.pass() {
             tracing::warn!(
                 suppressed,
+                message_id,
                 listener = %self,
                 "{cause}, new clients wait in the kernel until a connection ends.{remedy}"
             );

@@ -10,6 +10,7 @@
 //! (tracing-journald sends on the caller's thread, which waits as long as the journal does.)
 
 pub mod bytes;
+pub mod message_id;
 mod rate_limit;
 mod output;
 mod line;
@@ -102,7 +103,11 @@ impl Logging {
         let _ = tracing::subscriber::set_global_default(Arc::clone(&logger));
         std::panic::set_hook(Box::new(|panic| {
             if let Some(suppressed) = PANICS.pass() {
-                tracing::error!(suppressed, "Internal error, please report: {panic}.");
+                tracing::error!(
+                    suppressed,
+                    message_id = message_id::INTERNAL_ERROR,
+                    "Internal error, please report: {panic}."
+                );
             }
         }));
         Self(logger)

@@ -15,6 +15,7 @@ use crate::handover::replay::{Leftovers, RestoredRecord};
 use crate::limits::slot::Slot;
 use crate::listen::listener::{Accepted, Listener, ListenerInfo};
 use crate::listen::stored::StoredListener;
+use crate::logging::message_id;
 use crate::service::server::Server;
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::{Family, abort, set_reset_on_close};
@@ -26,6 +27,7 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
     handover.discard_replayed();
     if leftovers.refused > 0 {
         tracing::warn!(
+            message_id = message_id::HANDOVER_LOST,
             "Failed to restore stored connections, closing them: {}. (They are damaged, or of another \
              version.)",
             leftovers.refused
@@ -44,7 +46,11 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
         }
     }
     if server.restored > 0 {
-        tracing::info!("Recovered connections: {}.", server.restored);
+        tracing::info!(
+            message_id = message_id::HANDOVER_RECOVERED,
+            "Recovered connections: {}.",
+            server.restored
+        );
     }
 }
 
@@ -74,6 +80,7 @@ fn restore_client(server: &Server, socket: OwnedFd, entry: Option<JournalEntry>)
         tracing::warn!(
             %client,
             %listener,
+            message_id = message_id::HANDOVER_LOST,
         "Failed to restore a client that had no backend yet: no socket listens on {listener} any \
              more."
         );

@@ -25,6 +25,7 @@ use crate::limits::descriptors::FdBudget;
 use crate::limits::{ConnectionLimit, ConnectionWatch};
 use crate::listen::accepted::AcceptedSocket;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
+use crate::logging::message_id;
 use crate::logging::{RateLimit, os_message};
 use crate::metrics::{self, MetricsSources};
 use crate::notify::Notifier;
@@ -257,6 +258,7 @@ async fn accept_loop(
                         suppressed,
                         client = %accepted.client,
                         %listener,
+                        message_id = message_id::CONNECTION_LIMIT,
                     "Hit connection limit, refusing connection."
                     );
                 }

@@ -8,6 +8,7 @@ use tokio::signal::unix::Signal;
 use crate::config::timespan::TimeSpan;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
+use crate::logging::message_id;
 use crate::notify::Notifier;
 use crate::service::drain::drain;
 use crate::service::server::{Server, StopReason, Tasks, report_connections};
@@ -89,12 +90,14 @@ async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
     let _ = notifier.send_once(&[NotifyState::Stopping, NotifyState::Status(&status)]);
     if stored > 0 {
         tracing::info!(
+            message_id = message_id::HANDOVER_STORED,
             "Stopping, left open connections with systemd: {stored}. (systemd closes them unless it \
              restarts the service.)"
         );
     }
     if lost > 0 {
         tracing::warn!(
+            message_id = message_id::HANDOVER_LOST,
             "Failed to store open connections, resetting them: {lost}. (If the descriptor store is full, \
              raise LimitNOFILE= or net.core.wmem_max.)"
         );

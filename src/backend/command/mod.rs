@@ -38,6 +38,7 @@ use crate::config::timespan::TimeSpan;
 use crate::config::values::ReadyMode;
 use crate::counters::CommandCounters;
 use crate::limits::ConnectionWatch;
+use crate::logging::message_id;
 use crate::logging::{RateLimit, os_message};
 use crate::socket::Socket;
 
@@ -176,11 +177,15 @@ impl Supervisor {
             let (name, time) = (&self.command, self.stop_idle_time);
             match result {
                 RunResult::StopRequested => {
-                    tracing::info!("Stopping {name}.")
+                    tracing::info!(message_id = message_id::COMMAND_STOPPING, "Stopping {name}.")
                 }
                 RunResult::Idle => {
                     if let Some(suppressed) = LIFECYCLE.pass() {
-                        tracing::info!(suppressed, "Stopping {name}, no connection for {time}.");
+                        tracing::info!(
+                            suppressed,
+                            message_id = message_id::COMMAND_STOPPING,
+                            "Stopping {name}, no connection for {time}."
+                        );
                     }
                 }
                 _ => {}
@@ -203,7 +208,11 @@ impl Supervisor {
         let (name, target) = (&self.command, &self.target);
         let reason = self.check_target_free(wait).await?;
         if let Some(suppressed) = LIFECYCLE.pass() {
-            tracing::info!(suppressed, "Starting {name}, {target} does not answer yet ({reason}).");
+            tracing::info!(
+                suppressed,
+                message_id = message_id::COMMAND_STARTING,
+                "Starting {name}, {target} does not answer yet ({reason})."
+            );
         }
         self.starts.all.inc();
         // Opened when the guard is about to start: it removes the file if the proxy is killed.
@@ -228,7 +237,12 @@ impl Supervisor {
         };
         if let Some(suppressed) = LIFECYCLE.pass() {
             let took = Duration::from_millis(start.elapsed().as_millis() as u64);
-            tracing::info!(suppressed, "{name} is ready after {}.", TimeSpan::new(took));
+            tracing::info!(
+                suppressed,
+                message_id = message_id::COMMAND_READY,
+                "{name} is ready after {}.",
+                TimeSpan::new(took)
+            );
         }
         let ready = Instant::now();
         // Offered before the state changes, so that the first client that wakes up finds it.
@@ -295,7 +309,11 @@ impl Supervisor {
         sleep(SLOW).await;
         if let Some(suppressed) = LIFECYCLE.pass() {
             let (name, time, error) = (&self.command, TimeSpan::new(SLOW), self.current_error());
-            tracing::warn!(suppressed, "{name} is not ready after {time}: {error}.");
+            tracing::warn!(
+                suppressed,
+                message_id = message_id::COMMAND_FAILED,
+                "{name} is not ready after {time}: {error}."
+            );
         }
         pending().await
     }
@@ -311,6 +329,7 @@ impl Supervisor {
                     let status = describe_status(status);
                     tracing::warn!(
                         suppressed,
+                        message_id = message_id::COMMAND_FAILED,
                         "{name} has ended ({status}). The next client starts it again."
                     );
                 }
@@ -324,6 +343,7 @@ impl Supervisor {
                     let next = TimeSpan::new(pause);
                     tracing::error!(
                         suppressed,
+                        message_id = message_id::COMMAND_FAILED,
                         "{error}. (Failure {failures} in a row, next attempt in {next}.)"
                     );
                 }
@@ -333,11 +353,11 @@ impl Supervisor {
             RunResult::AddressInUse => {
                 let error =
                     format!("Failed to start {name}: another process serves {target} already");
-                self.log_obstacle(error);
+                self.log_obstacle(message_id::COMMAND_FAILED, error);
                 (CommandState::AddressInUse, CHECK_AGAIN)
             }
             RunResult::Unreachable(error) => {
-                self.log_obstacle(error.to_string());
+                self.log_obstacle(message_id::BACKEND_UNREACHABLE, error.to_string());
                 (CommandState::Unreachable, CHECK_AGAIN)
             }
         };
@@ -345,9 +365,9 @@ impl Supervisor {
         pause
     }
 
-    fn log_obstacle(&self, error: String) {
+    fn log_obstacle(&self, message_id: &str, error: String) {
         if let Some(suppressed) = OBSTACLES.pass() {
-            tracing::error!(suppressed, "{error}.");
+            tracing::error!(suppressed, message_id, "{error}.");
         }
         self.last_error.send_replace(error);
     }
