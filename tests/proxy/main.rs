@@ -5,6 +5,7 @@ mod support;
 
 mod accept_yes;
 mod command;
+mod diagnostics;
 mod drain;
 mod idle_time;
 mod keepalive;

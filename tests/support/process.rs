@@ -303,11 +303,16 @@ impl Lines {
 
     /// Waits for a line that contains `text`.
     pub fn wait_for(&self, text: &str) -> String {
+        self.wait_for_line(text, |line| line.contains(text))
+    }
+
+    /// Waits for a line that `matches`; `text` describes it.
+    pub fn wait_for_line(&self, text: &str, matches: impl Fn(&str) -> bool) -> String {
         let (state, changed) = &*self.0;
         let mut state = state.lock().unwrap();
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            if let Some(line) = state.lines.iter().find(|line| line.contains(text)) {
+            if let Some(line) = state.lines.iter().find(|line| matches(line)) {
                 return line.clone();
             }
             let left = deadline.saturating_duration_since(Instant::now());
