@@ -33,7 +33,7 @@ impl LogContext<'_> {
                 listener = %self.listener,
                 backend = %self.backend,
                 message_id = message_id::BACKEND_UNREACHABLE,
-            "{error}"
+                "{error}"
             );
         }
     }
@@ -117,7 +117,7 @@ impl LogContext<'_> {
                 listener = %self.listener,
                 backend = %self.backend,
                 message_id = message_id::CONNECTION_IDLE,
-            "Connection was idle for {idle_time}, closing it."
+                "Connection was idle for {idle_time}, closing it."
             );
         }
     }

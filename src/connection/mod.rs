@@ -128,7 +128,7 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
                     client = %log.client,
                     listener = %log.listener,
                     message_id = message_id::HANDOVER_LOST,
-                "Failed to restore a connection, closing it: {}.",
+                    "Failed to restore a connection, closing it: {}.",
                     os_message(&error)
                 );
             }

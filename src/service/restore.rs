@@ -81,7 +81,7 @@ fn restore_client(server: &Server, socket: OwnedFd, entry: Option<JournalEntry>)
             %client,
             %listener,
             message_id = message_id::HANDOVER_LOST,
-        "Failed to restore a client that had no backend yet: no socket listens on {listener} any \
+            "Failed to restore a client that had no backend yet: no socket listens on {listener} any \
              more."
         );
         return abort(&socket);

@@ -259,7 +259,7 @@ async fn accept_loop(
                         client = %accepted.client,
                         %listener,
                         message_id = message_id::CONNECTION_LIMIT,
-                    "Hit connection limit, refusing connection."
+                        "Hit connection limit, refusing connection."
                     );
                 }
             }
