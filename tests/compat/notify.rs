@@ -69,7 +69,10 @@ fn status_rate(program: &Path) {
             let last = Instant::now();
             let status = systemd.wait_for("STATUS=");
             let apart = last.elapsed();
-            assert!(status.contains(" of 256, ") && status.contains(" served, "), "{status}");
+            assert!(
+                status.contains(" of 256 connections, ") && status.contains(" served, "),
+                "{status}"
+            );
             assert!(apart > Duration::from_millis(700), "{apart:?} apart");
         }
     });
