@@ -31,6 +31,8 @@ pub struct Connector {
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
+    /// Places for attempts beside another one, of all targets.
+    pub overlaps: Arc<Semaphore>,
     /// Turns to try a backend whose backlog is full. The other clients, of all event loops, wait in the
     /// order in which they came.
     backlog_turns: Arc<Semaphore>,
@@ -50,17 +52,18 @@ pub enum OnFullBacklog {
 }
 
 impl Connector {
-    /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` limits the lookups
-    /// that run at a time.
+    /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` and `overlaps` limit the
+    /// lookups and the attempts beside others that run at a time.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
         lookups: Arc<Semaphore>,
+        overlaps: Arc<Semaphore>,
     ) -> Self {
         let backlog_turns = Arc::new(Semaphore::new(BACKLOG_TURNS));
         let counters = Arc::default();
-        Self { target, connect_timeout, keepalive, lookups, backlog_turns, counters }
+        Self { target, connect_timeout, keepalive, lookups, overlaps, backlog_turns, counters }
     }
 
     /// Whether connect(2) does not wait for the backend: TARGET is a Unix socket.
@@ -75,11 +78,20 @@ impl Connector {
 
     /// Looks the target up, and tries each of its addresses until one accepts.
     pub async fn connect(&self, on_full_backlog: OnFullBacklog) -> Result<Socket, ConnectError> {
+        self.connect_and_tell(on_full_backlog, |_| {}).await
+    }
+
+    /// Connects, and calls `resolving` with `true` before a lookup and with `false` after it.
+    pub async fn connect_and_tell(
+        &self,
+        on_full_backlog: OnFullBacklog,
+        resolving: impl Fn(bool),
+    ) -> Result<Socket, ConnectError> {
         let start = Instant::now();
         let connected = match &self.target {
             Target::Address(address) => self.try_address(address, on_full_backlog).await,
             // Boxed, here and below: thousands of clients may connect at a time.
-            Target::Name(name) => Box::pin(self.try_name(name, on_full_backlog)).await,
+            Target::Name(name) => Box::pin(self.try_name(name, on_full_backlog, resolving)).await,
         };
         match &connected {
             Ok(_) => self.counters.durations.record(start.elapsed()),
@@ -92,7 +104,9 @@ impl Connector {
         &self,
         name: &HostPort,
         on_full_backlog: OnFullBacklog,
+        resolving: impl Fn(bool),
     ) -> Result<Socket, ConnectError> {
+        resolving(true);
         if self.lookups.available_permits() == 0 {
             if let Some(suppressed) = LOOKUPS_BUSY.pass() {
                 tracing::warn!(
@@ -102,7 +116,9 @@ impl Connector {
             }
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
-        let addresses = resolve(name, permit).await.map_err(ConnectError::Resolve)?;
+        let addresses = resolve(name, permit).await;
+        resolving(false);
+        let addresses = addresses.map_err(ConnectError::Resolve)?;
         let mut failed: Option<ConnectError> = None;
         for address in addresses {
             match self.try_address(&Address::Inet(address), on_full_backlog).await {

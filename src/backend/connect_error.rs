@@ -61,6 +61,11 @@ impl ConnectError {
                         | Errno::CONNRESET
                         // Over vsock: the virtual machine does not seem to run.
                         | Errno::NODEV
+                        // Until others are closed or freed.
+                        | Errno::MFILE
+                        | Errno::NFILE
+                        | Errno::NOMEM
+                        | Errno::NOBUFS
                 )
             ),
         }
@@ -126,6 +131,8 @@ mod tests {
             Errno::ACCESS,
             Errno::AGAIN,
             Errno::NODEV,
+            Errno::MFILE,
+            Errno::NOBUFS,
         ];
         assert!(transient.into_iter().all(is_transient));
         let permanent = [Errno::PERM, Errno::AFNOSUPPORT, Errno::PROTOTYPE, Errno::INVAL];

@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod wait;
+mod attempts;
 pub mod connect;
 mod connect_error;
 

@@ -5,9 +5,9 @@
 //! clients go on. One of them gets the prober's connection, so that a backend that serves only one
 //! connection does not spend it on a probe. The prober ends when no client waits.
 //!
-//! An attempt may take as long as the resolver and `--connect-timeout=` let it, for one dead address of a name,
-//! while another address is up again. So the next attempt starts beside an attempt that takes longer than
-//! [`ATTEMPT_INTERVAL`], and the first one that succeeds counts.
+//! The attempts of the prober overlap ([`Attempts`]), and a client's own attempt that takes long starts the prober
+//! beside it. While the resolver does not answer the prober, each client tries by itself, as without the wait.
+//! A client that succeeds ends the prober.
 //!
 //! With several event loops there is still one prober for each target. It runs on the loop that started it,
 //! and the clients of all loops wait for it ([`SharedProbe`]).
@@ -19,9 +19,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::{JoinSet, yield_now};
-use tokio::time::{sleep, timeout};
+use tokio::task::{AbortHandle, yield_now};
+use tokio::time::sleep;
 
+use crate::backend::attempts::{ATTEMPT_INTERVAL, Attempts};
 use crate::backend::connect::{Connector, OnFullBacklog};
 use crate::backend::connect_error::ConnectError;
 use crate::config::timespan::TimeSpan;
@@ -56,8 +57,8 @@ impl BackendWait {
             if let Some(socket) = take_connection(&self.probe) {
                 return Ok(socket);
             }
-            let running = lock(&self.probe).running();
-            if let Some(mut prober) = running {
+            let prober = lock(&self.probe).prober();
+            if let Some(mut prober) = prober {
                 let _ = prober.changed().await;
             } else {
                 tokio::select! {
@@ -66,7 +67,12 @@ impl BackendWait {
                         Err(error) if error.is_transient() => {
                             let _ = self.start_prober(Some(error.to_string())).changed().await;
                         }
-                        connected => return connected,
+                        connected => {
+                            if connected.is_ok() {
+                                lock(&self.probe).end_prober();
+                            }
+                            return connected;
+                        }
                     },
                     () = self.probe_beside() => {}
                 }
@@ -148,7 +154,8 @@ impl BackendWait {
         let (running, receiver) = watch::channel(());
         state.prober = Some(receiver.clone());
         state.last_error = last_error;
-        tokio::task::spawn_local(Rc::clone(self).probe(running));
+        state.is_resolving = false;
+        state.task = Some(tokio::task::spawn_local(Rc::clone(self).probe(running)).abort_handle());
         receiver
     }
 
@@ -161,22 +168,20 @@ impl BackendWait {
 
     /// Dropping `running` wakes all clients.
     async fn probe(self: Rc<Self>, running: watch::Sender<()>) {
-        let (mut backoff, mut attempts) = (PROBE_PAUSES, JoinSet::new());
+        let (mut backoff, mut attempts) = (PROBE_PAUSES, Attempts::new(self.connector.clone()));
         // One receiver is the one in the shared state.
         while running.receiver_count() > 1 {
-            if attempts.len() < ATTEMPTS_MAX {
-                let connector = self.connector.clone();
-                attempts.spawn_local(async move { connector.connect(OnFullBacklog::Fail).await });
-            }
-            match timeout(ATTEMPT_INTERVAL, attempts.join_next()).await {
-                Ok(Some(Ok(Ok(socket)))) => return self.offer(socket),
-                Ok(Some(Ok(Err(error)))) if error.is_transient() => {
+            let ended = attempts.next().await;
+            lock(&self.probe).is_resolving = ended.is_none() && attempts.is_resolving();
+            match ended {
+                Some(Ok(socket)) => return self.offer(socket),
+                Some(Err(error)) if error.is_transient() => {
                     lock(&self.probe).last_error = Some(error.to_string());
                     sleep(backoff.next()).await;
                 }
-                Err(_) => {}
+                None => {}
                 // Each waiting client meets a permanent error itself.
-                Ok(_) => break,
+                Some(Err(_)) => break,
             }
         }
         lock(&self.probe).last_error = None;
@@ -190,6 +195,9 @@ pub type SharedProbe = Arc<Mutex<ProbeState>>;
 pub struct ProbeState {
     /// Closed when the prober ends. The prober never sends, so a failed probe wakes no client.
     prober: Option<watch::Receiver<()>>,
+    task: Option<AbortHandle>,
+    /// The resolver does not answer the prober.
+    is_resolving: bool,
     /// Why the backend cannot be reached, as far as that is known.
     last_error: Option<String>,
     /// A connection that a probe made, for the first client that takes it.
@@ -205,6 +213,19 @@ fn take_connection(probe: &SharedProbe) -> Option<Socket> {
 }
 
 impl ProbeState {
+    /// Returns the prober for a client to wait for.
+    fn prober(&self) -> Option<watch::Receiver<()>> {
+        self.running().filter(|_| !self.is_resolving)
+    }
+
+    /// Ends the prober, since the backend can be reached.
+    fn end_prober(&mut self) {
+        if let Some(task) = self.task.take() {
+            self.last_error = None;
+            task.abort();
+        }
+    }
+
     /// Returns the prober, unless it has ended, in whatever way.
     fn running(&self) -> Option<watch::Receiver<()>> {
         self.prober.clone().filter(|prober| prober.has_changed().is_ok())
@@ -214,11 +235,6 @@ impl ProbeState {
 /// The pauses between probes. They delay the discovery of a backend that refuses at once while it is down.
 pub const PROBE_PAUSES: Backoff =
     Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
-
-/// How long an attempt may take before the next one starts beside it, and how many there may be: they cover
-/// 12 s, more than the default of `--connect-timeout=`.
-const ATTEMPT_INTERVAL: Duration = Duration::from_millis(500);
-const ATTEMPTS_MAX: usize = 24;
 
 /// Clients that go on after a wait before the event loop looks at its other connections.
 const RELEASES_PER_TURN: usize = 8;

@@ -90,7 +90,7 @@ fn build(
     let listeners: Vec<_> = sources.listeners.into_iter().zip(backends).collect();
     let is_journaled = handover.as_ref().is_some_and(|handover| handover.is_crash_mode());
     let fds = FdPlan::of_this_process(&config, is_journaled, leftovers.descriptors())?;
-    let backends = backend_setups(&config, fds.lookups);
+    let backends = backend_setups(&config, fds);
     let supervisor = supervisor(&config, &listeners, fds.inherited)?;
     let has_opened = !config.listen.is_empty();
     let opened = if has_opened { &*listeners } else { &[] };
@@ -169,15 +169,16 @@ fn backends_of(config: &Config, sources: &Sources) -> Result<Vec<usize>, String>
     Ok(backends)
 }
 
-/// Returns the setup of each target. All share one limit on lookups.
-fn backend_setups(config: &Config, lookups_max: usize) -> Vec<BackendSetup> {
-    let lookups = Arc::new(Semaphore::new(lookups_max));
+/// Returns the setup of each target. All share the limits on lookups and on attempts beside others.
+fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
+    let [lookups, overlaps] = [fds.lookups, fds.overlaps].map(|max| Arc::new(Semaphore::new(max)));
     let setup = |target: &Target| BackendSetup {
         connector: Connector::new(
             target.clone(),
             config.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),
+            Arc::clone(&overlaps),
         ),
         probe: SharedProbe::default(),
     };

@@ -142,15 +142,7 @@ fn waits_until_permitted(program: &Path) {
 fn silent_address(program: &Path) {
     let port = free_port();
     let address = |host| SockAddr::from(std::net::SocketAddr::from(([127, 0, 0, host], port)));
-    // Where the backlog is full the kernel drops a SYN.
-    let silent = Socket::new(address(2).domain(), Type::STREAM, None).unwrap();
-    silent.bind(&address(2)).unwrap();
-    silent.listen(0).unwrap();
-    let fillers = [(); 4].map(|()| Socket::new(address(2).domain(), Type::STREAM, None).unwrap());
-    for filler in &fillers {
-        filler.set_nonblocking(true).unwrap();
-        let _ = filler.connect(&address(2));
-    }
+    let _silent = SilentAddress::new(&address(2));
     let directory = TempDir::new().unwrap();
     let hosts = directory.path().join("hosts");
     fs::write(&hosts, "127.0.0.1 late.test\n127.0.0.2 late.test\n").unwrap();

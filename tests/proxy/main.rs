@@ -4,6 +4,7 @@
 mod support;
 
 mod accept_yes;
+mod attempts;
 mod command;
 mod diagnostics;
 mod drain;

@@ -96,6 +96,27 @@ impl Endpoint {
     }
 }
 
+/// A TCP address that does not answer: where the backlog is full the kernel drops a SYN.
+pub struct SilentAddress {
+    _listener: Socket,
+    _clients: [Socket; 4],
+}
+
+impl SilentAddress {
+    pub fn new(address: &SockAddr) -> Self {
+        let socket = || Socket::new(address.domain(), Type::STREAM, None).unwrap();
+        let listener = socket();
+        listener.bind(address).unwrap();
+        listener.listen(0).unwrap();
+        let clients = [(); 4].map(|()| socket());
+        for client in &clients {
+            client.set_nonblocking(true).unwrap();
+            let _ = client.connect(address);
+        }
+        Self { _listener: listener, _clients: clients }
+    }
+}
+
 pub fn connect(address: &SockAddr) -> Socket {
     let socket = Socket::new(address.domain(), Type::STREAM, None).unwrap();
     socket.connect(address).expect("the listener has a backlog");

@@ -24,6 +24,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::backend::attempts::Attempts;
 use crate::backend::command::process::CommandProcess;
 use crate::backend::command::process_tree::ProcessTree;
 use crate::backend::command::ready::{NotifyPlace, NotifySocket};
@@ -289,18 +290,21 @@ impl Supervisor {
             notify.ready(tree).await;
             return Ok(None);
         }
-        let mut backoff = PROBE_PAUSES;
+        let (mut backoff, mut attempts) = (PROBE_PAUSES, Attempts::new(wait.connector.clone()));
         let mut waiting = self.waiting.subscribe();
         loop {
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
-            match wait.connector.connect(OnFullBacklog::Fail).await {
-                Ok(socket) => return Ok(Some(socket)),
-                Err(error) if !error.is_transient() => return Err(RunResult::Unreachable(error)),
-                Err(error) => {
-                    drop(self.last_error.send_replace(format!("{error}, but {name} runs")))
+            match attempts.next().await {
+                Some(Ok(socket)) => return Ok(Some(socket)),
+                Some(Err(error)) if !error.is_transient() => {
+                    return Err(RunResult::Unreachable(error));
                 }
+                Some(Err(error)) => {
+                    self.last_error.send_replace(format!("{error}, but {name} runs"));
+                    sleep(backoff.next()).await;
+                }
+                None => {}
             }
-            sleep(backoff.next()).await;
         }
     }
 

@@ -1,0 +1,50 @@
+//! Attempts to connect that overlap, for a backend that does not answer.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::support::*;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+#[test]
+fn are_bounded_for_each_target_and_in_all() {
+    let addresses = [(); 6].map(|()| SocketAddr::from(([127, 0, 0, 1], free_port())));
+    let _silent = addresses.map(|address| SilentAddress::new(&address.into()));
+    let fronts = addresses.map(|_| Endpoint::new(Family::Tcp));
+    let launch = fronts.iter().fold(Launch::new(OURS), Launch::listener);
+    let targets = fronts.iter().zip(addresses).map(|(it, to)| format!("{}={to}", it.target));
+    let proxy = launch.arg("--backend-wait=1min").args(targets).start();
+    proxy.lines.wait_for(&format!("connections go to {}", addresses[5]));
+    let before = proxy.descriptors();
+    let _clients = fronts.each_ref().map(Endpoint::connect);
+    proxy.lines.wait_for("takes long, holding clients");
+    pause(Duration::from_secs(3));
+    // Two for each connection, one for the prober of each target, and four beside those.
+    let taken = proxy.descriptors() - before;
+    assert!(taken <= 6 * 2 + 6 + 4, "{taken} descriptors");
+}
+
+#[test]
+fn overlap_for_a_command_whose_name_has_an_address_that_does_not_answer() {
+    if !is_root_for("a name with an address that does not answer") {
+        return;
+    }
+    let port = free_port();
+    let _silent = SilentAddress::new(&SocketAddr::from(([127, 0, 0, 2], port)).into());
+    let directory = TempDir::new().unwrap();
+    let (hosts, log) = (directory.path().join("hosts"), directory.path().join("log"));
+    fs::write(&hosts, "127.0.0.1 late.test\n127.0.0.2 late.test\n").unwrap();
+    let front = Endpoint::new(Family::Tcp);
+    let options = ["--connect-timeout=30s", &format!("late.test:{port}"), "--", "perl", APP];
+    let launch = Launch::new(OURS).listener(&front).hosts(hosts).args(options);
+    let launch = launch.args([&*port.to_string(), log.to_str().unwrap(), "up=1"]);
+    let _proxy = launch.start();
+    let start = Instant::now();
+    let mut client = front.connect();
+    let answer = exchange(&mut client, b"pid\n");
+    assert!(answer.is_ok(), "{answer:?}");
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(6), "ready after {took:?}");
+}
