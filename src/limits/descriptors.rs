@@ -60,8 +60,11 @@ impl FdPlan {
     /// Connections come first: `--connections-max=`, and one more that is accepted to be refused.
     /// Pipes get the rest, but at least a small part.
     fn new(limit: usize, open: usize, config: &Config, is_journaled: bool) -> Self {
-        let (per_connection, for_store) =
-            if is_journaled { (PER_STORED_CONNECTION, FOR_STORE) } else { (PER_CONNECTION, 0) };
+        let (per_connection, for_store) = match config.handover {
+            _ if is_journaled => (PER_STORED_CONNECTION, FOR_STORE),
+            Some(_) => (PER_CONNECTION, FOR_HANDOVER),
+            None => (PER_CONNECTION, 0),
+        };
         let for_command = if config.command.is_some() { FOR_COMMAND } else { 0 };
         let for_metrics = if config.metrics.is_some() { FOR_METRICS } else { 0 };
         let for_threads = (config.threads.get() - 1) * PER_THREAD;
@@ -184,6 +187,10 @@ const PER_STORED_CONNECTION: usize = 6;
 
 /// Descriptors that are open for a moment while the store is read.
 const FOR_STORE: usize = 200;
+
+/// What connections may not take with `--handover=restart`, so that the next process can open all of them, with
+/// the same limit: the descriptors of one more message, and those of a connection.
+const FOR_HANDOVER: usize = 34;
 
 /// Sockets to two name servers, a file such as /etc/hosts, and one for the name service modules.
 const PER_LOOKUP: usize = 4;

@@ -4,9 +4,10 @@ use std::ffi::OsString;
 use std::iter;
 use std::path::Path;
 
+use crate::config::listen_address::ListenAddress;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
-use crate::socket::address::SocketLabel;
+use crate::socket::address::{Address, SocketLabel};
 use crate::unit_writer::arguments::UnitArguments;
 use crate::unit_writer::escape::unit_name;
 use crate::unit_writer::values::{
@@ -112,6 +113,12 @@ fn check_addresses(arguments: &UnitArguments, targets: &Targets, unit: &str) -> 
     if let Some(at) = (1..all.len()).find(|&at| all[..at].contains(&all[at])) {
         return Err(format!("The address {} is given twice.", all[at]));
     }
+    for (at, listen) in arguments.listen.iter().enumerate() {
+        let overlaps = |other: &&ListenAddress| overlap(&address(listen), &address(other));
+        if let Some(other) = arguments.listen[..at].iter().find(overlaps) {
+            return Err(format!("--listen={listen} overlaps with --listen={other}."));
+        }
+    }
     let name = Some(format!("{unit}.socket"));
     let label = |listen| SocketLabel { name: name.clone(), address: address(listen) };
     let labels: Vec<_> = arguments.listen.iter().map(label).collect();
@@ -132,11 +139,16 @@ fn check_addresses(arguments: &UnitArguments, targets: &Targets, unit: &str) -> 
     }
     if let Some(metrics) = &arguments.metrics {
         let (at, mut listeners) = (address(metrics), labels.iter().map(|label| &label.address));
-        if listeners.any(|listener| listener.accepts(&at) || at.accepts(listener)) {
+        if listeners.any(|listener| overlap(listener, &at)) {
             return Err(format!("--metrics={metrics} overlaps with a --listen= address."));
         }
     }
     Ok(())
+}
+
+/// Whether systemd cannot listen on both.
+fn overlap(one: &Address, other: &Address) -> bool {
+    one.accepts(other) || other.accepts(one)
 }
 
 const MANY_NAMES: &str = "There is more than one NAME. (Put -- in front of a COMMAND, and write a \
@@ -181,6 +193,14 @@ mod tests {
             (
                 "--listen=8080 --target=80 app",
                 "Invalid target \"80\": that is a port; for a port of this machine write 127.0.0.1:80.",
+            ),
+            (
+                "--listen=8080 --listen=127.0.0.1:8080 --target=/a app",
+                "--listen=127.0.0.1:8080 overlaps with --listen=8080.",
+            ),
+            (
+                "--listen=8080 --target=/a /x",
+                "invalid value '/x' for '<NAME>...': the names of its units would begin with a dash",
             ),
             (
                 "--listen=8080 --target=/a app.service",

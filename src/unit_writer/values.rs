@@ -16,6 +16,9 @@ pub fn name(text: &str) -> Result<String, String> {
     if !(1..=NAME_MAX).contains(&unit_name(text).len()) {
         return Err(format!("it must have 1 to {NAME_MAX} bytes when escaped"));
     }
+    if unit_name(text).starts_with('-') {
+        return Err("the names of its units would begin with a dash".into());
+    }
     if let Some(suffix) = [".service", ".socket"].iter().find(|suffix| text.ends_with(**suffix)) {
         return Err(format!("write it without {suffix}"));
     }

@@ -13,6 +13,12 @@ use crate::{End, MODES, Mode, Proxy, established, launch, queue, stored};
 
 pub(crate) fn register(trials: &mut Trials) {
     trials.add("the default queue holds 2,000 connections", default_queue_holds_thousands);
+    for limit in [128, 256] {
+        trials.add(
+            format!("every admitted connection survives a restart, LimitNOFILE={limit}"),
+            move || every_admitted_connection_survives(limit),
+        );
+    }
     for mode in MODES {
         trials.add(
             format!("a restart needs no more descriptors than the start, {mode}"),
@@ -103,6 +109,39 @@ fn restart_needs_no_more_descriptors(Mode { handover, end }: Mode) {
         new_clients.iter_mut().for_each(assert_echoes);
     }
     assert_eq!(proxy.lines.count("Out of"), 0);
+}
+
+/// Connections that need all descriptors of the limit.
+fn every_admitted_connection_survives(limit: usize) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let systemd = FakeSystemd::with_fd_store(4);
+    let launch = || {
+        let launch = Launch::new(OURS).args(["--handover=restart", &backend.target]);
+        let running = launch.descriptors(limit).listener(&front).stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
+        running
+    };
+    let mut proxy = launch();
+    let mut served = Vec::new();
+    loop {
+        let mut client = front.connect();
+        client.write_all(b"!").unwrap();
+        client.set_nonblocking(true).unwrap();
+        let is_served = || match client.read(&mut [0]) {
+            Ok(1) => Some(true),
+            _ => (proxy.lines.count("Out of file descriptors") > 0).then_some(false),
+        };
+        if !poll_until(Instant::now() + TIMEOUT, is_served).expect("it is served or waits") {
+            break;
+        }
+        client.set_nonblocking(false).unwrap();
+        served.push(client);
+    }
+    assert!(served.len() > limit / 8, "{} connections", served.len());
+    proxy.signal(Signal::TERM);
+    proxy.wait();
+    let _proxy = launch();
+    served.iter_mut().for_each(assert_echoes);
 }
 
 fn too_few_descriptors(Mode { handover, end }: Mode) {
