@@ -1,7 +1,7 @@
 //! The counters behind `STATUS=` and `--metrics=`.
 //!
-//! Counting costs a relaxed atomic operation or two and never waits. Each event loop counts bytes for itself,
-//! and a reader adds the loops up. No counter is ever reset.
+//! Counting costs a relaxed atomic operation or two and never waits. Each event loop counts bytes
+//! for itself, and a reader adds the loops up. No counter is ever reset.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

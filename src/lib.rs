@@ -1,8 +1,10 @@
-//! A proxy from listening sockets, passed by systemd or opened here, to TCP, Unix and vsock backends.
+//! A proxy from listening sockets, passed by systemd or opened here, to TCP, Unix and vsock
+//! backends.
 //!
 //! # The map
 //!
-//! A connection passes from one folder to the next by ownership. No stage calls back into an earlier one.
+//! A connection passes from one folder to the next by ownership. No stage calls back into an
+//! earlier one.
 //!
 //! ```text
 //! listen          a Listener accepts a client                      -> Accepted
@@ -14,22 +16,24 @@
 //! handover        a Detached connection becomes a record in the journal
 //! ```
 //!
-//! With `--handover=` the next process replays the journal, and each record becomes a forwarder again.
+//! With `--handover=` the next process replays the journal, and each record becomes a forwarder
+//! again.
 //!
-//! The list of modules below has the order of imports: a module imports only modules that stand below it.
+//! The list of modules below has the order of imports: a module imports only modules that stand
+//! below it.
 //!
-//! - Two modules define the order of things: the life of the process ([`service`]) and the life of a
-//!   connection ([`connection`]).
+//! - Two modules define the order of things: the life of the process ([`service`]) and the life of
+//!   a connection ([`connection`]).
 //! - COMMAND has a life of its own ([`backend::command`]); a connection only waits for its states.
 //! - Parsing ends in [`config`]: once a [`config::Config`] exists, no string is interpreted again.
-//! - Dropping a [`limits::slot::Slot`] decrements every count of a connection. It lives from accept to close, and everything that waits
-//!   for connections to end watches the count.
-//! - The main thread accepts and serves. With `--threads=` other threads serve as well. Once its task is
-//!   spawned, a connection stays on its event loop.
-//! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a signal
-//!   or a panic must not look complete to its peers.
-//! - Unsafe code is confined to [`socket::sys`], [`listen::activation`] and [`runtime::dispositions`], and to
-//!   one call in `main`, which [`service::program`] passes on.
+//! - Dropping a [`limits::slot::Slot`] decrements every count of a connection. It lives from accept
+//!   to close, and everything that waits for connections to end watches the count.
+//! - The main thread accepts and serves. With `--threads=` other threads serve as well. Once its
+//!   task is spawned, a connection stays on its event loop.
+//! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a
+//!   signal or a panic must not look complete to its peers.
+//! - Unsafe code is confined to [`socket::sys`], [`listen::activation`] and
+//!   [`runtime::dispositions`], and to one call in `main`, which [`service::program`] passes on.
 
 #![deny(unsafe_code)]
 

@@ -1,9 +1,9 @@
-//! Messages to the service manager (sd_notify(3)): `READY=1`, `STATUS=`, `STOPPING=1`, `WATCHDOG=1`, and
-//! those about the descriptor store.
+//! Messages to the service manager (sd_notify(3)): `READY=1`, `STATUS=`, `STOPPING=1`,
+//! `WATCHDOG=1`, and those about the descriptor store.
 //!
-//! No message blocks the event loop: the socket is non-blocking. systemd's queue can be full, during a
-//! daemon-reload or at boot. [`Notifier::send`] then tries again until the message is sent.
-//! [`Notifier::send_once`] drops the message.
+//! No message blocks the event loop: the socket is non-blocking. systemd's queue can be full,
+//! during a daemon-reload or at boot. [`Notifier::send`] then tries again until the message is
+//! sent. [`Notifier::send_once`] drops the message.
 
 use std::convert::Infallible;
 use std::env;
@@ -29,8 +29,8 @@ use crate::logging::{RateLimit, os_message};
 pub struct Notifier(Option<(UnixDatagram, SocketAddrUnix)>);
 
 impl Notifier {
-    /// Opens a socket to `$NOTIFY_SOCKET`, a path or an abstract name. A value that cannot be used is
-    /// logged and ignored.
+    /// Opens a socket to `$NOTIFY_SOCKET`, a path or an abstract name. A value that cannot be used
+    /// is logged and ignored.
     pub fn from_environment() -> Self {
         let name = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
         Self(name.and_then(|name| {
@@ -94,8 +94,8 @@ impl Notifier {
         Ok(())
     }
 
-    /// Sends `WATCHDOG=1` at twice the rate that `WatchdogSec=` requires. systemd stops its watchdog at
-    /// `STOPPING=1`.
+    /// Sends `WATCHDOG=1` at twice the rate that `WatchdogSec=` requires. systemd stops its
+    /// watchdog at `STOPPING=1`.
     pub async fn feed_watchdog(&self) -> Infallible {
         let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
             return pending().await;

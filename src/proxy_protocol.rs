@@ -1,6 +1,7 @@
 //! The PROXY protocol header, which tells the backend the client's address.
 //!
-//! The format is that of HAProxy's proxy-protocol.txt. The header is sent as systemd-socket-proxyd sends it.
+//! The format is that of HAProxy's proxy-protocol.txt. The header is sent as systemd-socket-proxyd
+//! sends it.
 
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
@@ -22,8 +23,9 @@ pub enum ProxyProtocol {
 impl ProxyProtocol {
     /// Returns the bytes that go to the backend ahead of the client's.
     ///
-    /// `client` is the connection's peer, `listener` the address it connected to. Version 1 knows TCP. Version 2
-    /// also knows Unix sockets with a name. For other clients the header says that the address is unknown.
+    /// `client` is the connection's peer, `listener` the address it connected to. Version 1 knows
+    /// TCP. Version 2 also knows Unix sockets with a name. For other clients the header says that
+    /// the address is unknown.
     pub fn header(self, client: &Address, listener: &Address) -> Vec<u8> {
         match self {
             Self::V1 => {
@@ -35,7 +37,8 @@ impl ProxyProtocol {
     }
 }
 
-/// Returns the TCP addresses of both sides. An IPv4 client of a dual-stack listener is an IPv4 client.
+/// Returns the TCP addresses of both sides. An IPv4 client of a dual-stack listener is an IPv4
+/// client.
 fn inet(client: &Address, listener: &Address) -> Option<(SocketAddr, SocketAddr)> {
     let (Address::Inet(client), Address::Inet(listener)) = (client, listener) else { return None };
     Some((canonical(*client), canonical(*listener)))

@@ -184,3 +184,17 @@ fn each_type_has_a_name_of_its_own() {
     places.retain(|_, places| places.len() > 1);
     assert!(places.is_empty(), "{places:#?}");
 }
+
+#[test]
+fn comments_are_at_most_100_columns_wide() {
+    let mut wide = Vec::new();
+    for path in files(Path::new(SRC)) {
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = text.lines().enumerate();
+        let lines = lines.filter(|(_, line)| line.trim_start().starts_with("//"));
+        for (number, _) in lines.filter(|(_, line)| line.chars().count() > 100) {
+            wide.push(format!("{}:{}", path.display(), number + 1));
+        }
+    }
+    assert!(wide.is_empty(), "{wide:#?}");
+}

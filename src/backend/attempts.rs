@@ -1,12 +1,12 @@
 //! Attempts to connect that overlap, for a backend that cannot be reached yet.
 //!
-//! An attempt may take as long as `--connect-timeout=` lets it, for one dead address of a name, while another
-//! address is up again. So the next attempt starts beside an attempt that takes longer than
-//! [`ATTEMPT_INTERVAL`], and the oldest of [`ATTEMPTS_MAX`] ends for it.
+//! An attempt may take as long as `--connect-timeout=` lets it, for one dead address of a name,
+//! while another address is up again. So the next attempt starts beside an attempt that takes
+//! longer than [`ATTEMPT_INTERVAL`], and the oldest of [`ATTEMPTS_MAX`] ends for it.
 //!
 //! There is at most one lookup at a time: a resolver that does not answer would keep a thread and a
-//! place among the lookups for each. And an attempt beside another one needs a place among those of all
-//! targets, since its descriptor is not the client's.
+//! place among the lookups for each. And an attempt beside another one needs a place among those of
+//! all targets, since its descriptor is not the client's.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -43,8 +43,8 @@ impl Attempts {
         }
     }
 
-    /// Returns the outcome of the next attempt that ends, or `None` after [`ATTEMPT_INTERVAL`]. Starts an attempt
-    /// if there is none. A caller that stops waiting may call this again.
+    /// Returns the outcome of the next attempt that ends, or `None` after [`ATTEMPT_INTERVAL`].
+    /// Starts an attempt if there is none. A caller that stops waiting may call this again.
     pub async fn next(&mut self) -> Option<Result<Socket, ConnectError>> {
         self.handles.retain(|handle| !handle.is_finished());
         if self.handles.is_empty() {

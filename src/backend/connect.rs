@@ -33,8 +33,8 @@ pub struct Connector {
     lookups: Arc<Semaphore>,
     /// Places for attempts beside another one, of all targets.
     pub overlaps: Arc<Semaphore>,
-    /// Turns to try a backend whose backlog is full. The other clients, of all event loops, wait in the
-    /// order in which they came.
+    /// Turns to try a backend whose backlog is full. The other clients, of all event loops, wait in
+    /// the order in which they came.
     backlog_turns: Arc<Semaphore>,
     /// Counts every attempt.
     pub counters: Arc<ConnectCounters>,
@@ -52,8 +52,8 @@ pub enum OnFullBacklog {
 }
 
 impl Connector {
-    /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` and `overlaps` limit the
-    /// lookups and the attempts beside others that run at a time.
+    /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` and
+    /// `overlaps` limit the lookups and the attempts beside others that run at a time.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
@@ -125,8 +125,8 @@ impl Connector {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
                     tracing::debug!("{error}, trying the next address.");
-                    // A permanent error, as of a family that this host lacks, must not hide a transient
-                    // error of another address.
+                    // A permanent error, as of a family that this host lacks, must not hide a
+                    // transient error of another address.
                     if error.is_transient()
                         || !failed.as_ref().is_some_and(ConnectError::is_transient)
                     {
@@ -146,8 +146,8 @@ impl Connector {
         // The last error that caused a retry says more than ETIMEDOUT.
         let last_error = RefCell::new(None);
         let attempt = self.connect_when_possible(address, on_full_backlog, &last_error);
-        // connect(2) on a Unix socket does not wait. Only a full backlog takes longer, or a want of descriptors
-        // or memory.
+        // connect(2) on a Unix socket does not wait. Only a full backlog takes longer, or a want of
+        // descriptors or memory.
         let is_unix = matches!(address, Address::Path(_) | Address::Abstract(_));
         let has_no_timeout = is_unix && on_full_backlog == OnFullBacklog::WaitForever;
         let connected = match self.connect_timeout.finite().filter(|_| !has_no_timeout) {
@@ -163,8 +163,8 @@ impl Connector {
         Ok(socket)
     }
 
-    /// Connects to one address. Retries while the backlog is full, except with `Fail`, and while descriptors or
-    /// memory are short. `last_error` receives the error that caused the retry.
+    /// Connects to one address. Retries while the backlog is full, except with `Fail`, and while
+    /// descriptors or memory are short. `last_error` receives the error that caused the retry.
     async fn connect_when_possible(
         &self,
         address: &Address,
@@ -256,8 +256,9 @@ fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
 
 /// Whether TCP connected a socket to itself.
 ///
-/// Repeated attempts to reach a port of the ephemeral range where no process listens end so: the kernel
-/// picks that port as the local one. To connect(2) the unspecified address is the loopback address.
+/// Repeated attempts to reach a port of the ephemeral range where no process listens end so: the
+/// kernel picks that port as the local one. To connect(2) the unspecified address is the loopback
+/// address.
 fn is_self(target: SocketAddr, local: SocketAddr) -> bool {
     let (to, from) = (target.ip().to_canonical(), local.ip().to_canonical());
     target.port() == local.port() && (to == from || to.is_unspecified())

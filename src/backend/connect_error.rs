@@ -40,8 +40,8 @@ impl ConnectError {
         self.kind() == ConnectErrorKind::Backlog
     }
 
-    /// Whether the backend may just not be up yet. A name that does not exist and what a sandbox forbids
-    /// (EPERM) are permanent.
+    /// Whether the backend may just not be up yet. A name that does not exist and what a sandbox
+    /// forbids (EPERM) are permanent.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Resolve(error) => error.is_temporary,
@@ -56,8 +56,8 @@ impl ConnectError {
                         | Errno::HOSTUNREACH
                         | Errno::ADDRNOTAVAIL
                         | Errno::TIMEDOUT
-                        // The backend came up and went down during the handshake. Over vsock: no process
-                        // listens.
+                        // The backend came up and went down during the handshake. Over vsock: no
+                        // process listens.
                         | Errno::CONNRESET
                         // Over vsock: the virtual machine does not seem to run.
                         | Errno::NODEV

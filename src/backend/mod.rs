@@ -31,7 +31,8 @@ impl Backend {
         &self.backend_wait.connector.target
     }
 
-    /// Connects, now or as soon as the backend can be reached. `waiting` counts the clients that wait.
+    /// Connects, now or as soon as the backend can be reached. `waiting` counts the clients that
+    /// wait.
     ///
     /// # Errors
     /// A message on a permanent error, or on the last error before the wait timed out.

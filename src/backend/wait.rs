@@ -1,16 +1,17 @@
 //! `--backend-wait=`: clients wait until their backend can be reached.
 //!
-//! While a backend cannot be reached *yet* (`ConnectError::is_transient`), a single prober tries again and
-//! again, however many clients wait: 200 clients cost one connect(2) every 100 ms. When a probe succeeds, all
-//! clients go on. One of them gets the prober's connection, so that a backend that serves only one
-//! connection does not spend it on a probe. The prober ends when no client waits.
+//! While a backend cannot be reached *yet* (`ConnectError::is_transient`), a single prober tries
+//! again and again, however many clients wait: 200 clients cost one connect(2) every 100 ms. When a
+//! probe succeeds, all clients go on. One of them gets the prober's connection, so that a backend
+//! that serves only one connection does not spend it on a probe. The prober ends when no client
+//! waits.
 //!
-//! The attempts of the prober overlap ([`Attempts`]), and a client's own attempt that takes long starts the prober
-//! beside it. While the resolver does not answer the prober, each client tries by itself, as without the wait.
-//! A client that succeeds ends the prober.
+//! The attempts of the prober overlap ([`Attempts`]), and a client's own attempt that takes long
+//! starts the prober beside it. While the resolver does not answer the prober, each client tries by
+//! itself, as without the wait. A client that succeeds ends the prober.
 //!
-//! With several event loops there is still one prober for each target. It runs on the loop that started it,
-//! and the clients of all loops wait for it ([`SharedProbe`]).
+//! With several event loops there is still one prober for each target. It runs on the loop that
+//! started it, and the clients of all loops wait for it ([`SharedProbe`]).
 
 use std::future::pending;
 use std::os::fd::OwnedFd;
@@ -90,14 +91,15 @@ impl BackendWait {
         let _ = self.start_prober(None).changed().await;
     }
 
-    /// Lets clients go on after a wait in small numbers, so that open connections have their turn between.
+    /// Lets clients go on after a wait in small numbers, so that open connections have their turn
+    /// between.
     pub async fn take_turn(&self) {
         let _turn = self.turns.acquire().await;
         yield_now().await;
     }
 
-    /// Connects, or waits for room in a full backlog. (A probe that succeeds would let all clients go on, for
-    /// room for one.)
+    /// Connects, or waits for room in a full backlog. (A probe that succeeds would let all clients
+    /// go on, for room for one.)
     async fn connect_in_turn(&self) -> Result<Socket, ConnectError> {
         if !self.connector.has_queue() {
             match self.connector.connect(OnFullBacklog::Fail).await {
@@ -111,8 +113,8 @@ impl BackendWait {
         self.connector.connect(OnFullBacklog::WaitForever).await
     }
 
-    /// Returns why the backend could not be reached in time: the prober's last error, or else a timeout of
-    /// the client's own attempt, which is counted.
+    /// Returns why the backend could not be reached in time: the prober's last error, or else a
+    /// timeout of the client's own attempt, which is counted.
     pub fn timeout_error(&self) -> String {
         let last_error = lock(&self.probe).last_error.clone();
         last_error.unwrap_or_else(|| {
@@ -122,8 +124,8 @@ impl BackendWait {
         })
     }
 
-    /// Offers a fresh connection to the first caller of [`BackendWait::connect`], on any event loop. After
-    /// [`OFFER`] the connection is closed.
+    /// Offers a fresh connection to the first caller of [`BackendWait::connect`], on any event
+    /// loop. After [`OFFER`] the connection is closed.
     pub fn offer(&self, socket: Socket) {
         let family = socket.family();
         let connection = socket.release().ok().map(|fd| (fd, family));
@@ -140,8 +142,8 @@ impl BackendWait {
         });
     }
 
-    /// Starts the prober, unless another client has started it meanwhile. Without a `last_error` an attempt is
-    /// in progress.
+    /// Starts the prober, unless another client has started it meanwhile. Without a `last_error` an
+    /// attempt is in progress.
     fn start_prober(self: &Rc<Self>, last_error: Option<String>) -> watch::Receiver<()> {
         let mut state = lock(&self.probe);
         if let Some(running) = state.running() {
@@ -232,7 +234,8 @@ impl ProbeState {
     }
 }
 
-/// The pauses between probes. They delay the discovery of a backend that refuses at once while it is down.
+/// The pauses between probes. They delay the discovery of a backend that refuses at once while it
+/// is down.
 pub const PROBE_PAUSES: Backoff =
     Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
 

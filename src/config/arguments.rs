@@ -1,4 +1,5 @@
-//! The command line of socket-proxyd: one description, from which `--help` and the completions come.
+//! The command line of socket-proxyd: one description, from which `--help` and the completions
+//! come.
 
 use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};

@@ -74,7 +74,8 @@ pub enum MetricsAddress {
 }
 
 impl MetricsAddress {
-    /// Parses `fd:NAME`, or an address as `--listen=` takes it. vsock is refused: no scraper speaks it.
+    /// Parses `fd:NAME`, or an address as `--listen=` takes it. vsock is refused: no scraper speaks
+    /// it.
     ///
     /// # Errors
     /// The reason.

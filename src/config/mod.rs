@@ -26,7 +26,8 @@ use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
 use crate::socket::Keepalive;
 
-/// Everything the command line says, parsed and checked. Each field is the option of its name, unless said.
+/// Everything the command line says, parsed and checked. Each field is the option of its name,
+/// unless said.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// TARGET, or each SELECTOR=TARGET.

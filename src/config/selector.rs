@@ -42,8 +42,8 @@ enum Selector {
 }
 
 impl Targets {
-    /// Parses the arguments that are not options, at least one. A single `/path` or `@name` is a TARGET
-    /// whatever it contains, as for systemd-socket-proxyd.
+    /// Parses the arguments that are not options, at least one. A single `/path` or `@name` is a
+    /// TARGET whatever it contains, as for systemd-socket-proxyd.
     ///
     /// # Errors
     /// One line about the first argument that is neither a TARGET nor SELECTOR=TARGET.
@@ -86,8 +86,8 @@ impl Targets {
     /// Returns the index of each socket's target in [`Targets::iter`].
     ///
     /// # Errors
-    /// One line that lists the sockets, when not exactly one selector selects a socket, or when a selector
-    /// selects none.
+    /// One line that lists the sockets, when not exactly one selector selects a socket, or when a
+    /// selector selects none.
     pub fn assign(&self, sockets: &[&SocketLabel]) -> Result<Vec<usize>, String> {
         let Self::Selected(selections) = self else {
             return Ok(vec![0; sockets.len()]);
@@ -131,8 +131,8 @@ fn is_unix(argument: &OsStr) -> bool {
 }
 
 impl Selection {
-    /// Parses `SELECTOR=TARGET`. Names and paths may contain a `=`, hosts do not: the first `=` that a valid
-    /// TARGET follows separates the two.
+    /// Parses `SELECTOR=TARGET`. Names and paths may contain a `=`, hosts do not: the first `=`
+    /// that a valid TARGET follows separates the two.
     fn parse(argument: &OsStr) -> Result<Self, String> {
         let bytes = argument.as_bytes();
         let mut splits =

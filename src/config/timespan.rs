@@ -1,7 +1,7 @@
 //! Time spans as in systemd.time(7): `5min 20s`, `1.5`, `infinity`.
 //!
-//! No library parses them exactly as systemd does, which truncates each decimal of a fraction by itself, and
-//! refuses `3.s` and `+.5`. A unit must mean the same to the microsecond.
+//! No library parses them exactly as systemd does, which truncates each decimal of a fraction by
+//! itself, and refuses `3.s` and `+.5`. A unit must mean the same to the microsecond.
 
 use std::fmt;
 use std::str::FromStr;
@@ -26,7 +26,8 @@ const MONTH: u64 = YEAR / 12;
 /// The deadline of an infinite span is so far away.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
-/// The names of each unit, the printed name first. When parsed, the longest name that matches counts.
+/// The names of each unit, the printed name first. When parsed, the longest name that matches
+/// counts.
 const UNITS: [(&[&str], u64); 9] = [
     (&["y", "year", "years"], YEAR),
     (&["month", "months", "M"], MONTH),
@@ -47,8 +48,8 @@ impl TimeSpan {
         Self(Some(span))
     }
 
-    /// Shortens a duration for a message: to milliseconds within a second, to seconds within an hour, to
-    /// minutes within a day.
+    /// Shortens a duration for a message: to milliseconds within a second, to seconds within an
+    /// hour, to minutes within a day.
     pub fn rounded(span: Duration) -> Self {
         let seconds = span.as_secs();
         if seconds == 0 {

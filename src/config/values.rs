@@ -36,8 +36,8 @@ pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
     count.ok_or_else(|| format!("it is not a number from 1 to {THREADS_MAX}"))
 }
 
-/// Parses a number as systemd's `safe_atou` does: with leading white space, a plus sign, and the base
-/// that `0x`, `0o`, `0b` or a leading zero names.
+/// Parses a number as systemd's `safe_atou` does: with leading white space, a plus sign, and the
+/// base that `0x`, `0o`, `0b` or a leading zero names.
 fn parse_unsigned(text: &str) -> Option<u32> {
     let text = text.trim_start_matches([' ', '\t', '\n', '\r']);
     let (negative, text) = match text.strip_prefix('-') {

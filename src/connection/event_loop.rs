@@ -1,9 +1,10 @@
 //! The event loops, and which of them a connection gets.
 //!
-//! The main thread's loop accepts, and is the first to serve. With `--threads=` above one a connection goes
-//! to the loop with the fewest connections. The first connection that finds all loops busy starts a thread.
-//! A connection stays on its loop from connect to close. Its buffer, pipes and timers belong to the loop, so
-//! that no byte meets a lock or a cache line that another thread writes.
+//! The main thread's loop accepts, and is the first to serve. With `--threads=` above one a
+//! connection goes to the loop with the fewest connections. The first connection that finds all
+//! loops busy starts a thread. A connection stays on its loop from connect to close. Its buffer,
+//! pipes and timers belong to the loop, so that no byte meets a lock or a cache line that another
+//! thread writes.
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
@@ -108,8 +109,8 @@ impl EventLoops {
         self.main_loop.detach_all(handover).await;
     }
 
-    /// Returns the index of the thread for the next connection, or `None` for the main thread, which is
-    /// preferred among equals.
+    /// Returns the index of the thread for the next connection, or `None` for the main thread,
+    /// which is preferred among equals.
     fn least_loaded(&self, threads: &mut Vec<Thread>) -> Option<usize> {
         let main_loop = self.main_load.taken();
         let loads = threads.iter().map(|thread| thread.load.taken());
@@ -212,8 +213,9 @@ impl EventLoop {
 
 /// Keeps a timer armed while clients are accepted.
 ///
-/// When a timer becomes the next to expire, tokio wakes its own event loop: a write to an eventfd and an
-/// event to read. A connect(2) in progress arms a timer. With this one ahead, it is never the next.
+/// When a timer becomes the next to expire, tokio wakes its own event loop: a write to an eventfd
+/// and an event to read. A connect(2) in progress arms a timer. With this one ahead, it is never
+/// the next.
 async fn hold_guard_timer(arrived: Rc<Notify>) -> Infallible {
     loop {
         arrived.notified().await;

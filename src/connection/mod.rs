@@ -67,7 +67,8 @@ pub fn serve(
         let setup = &context.backends[backend];
         let counters = context.byte_counters(Some(backend));
         let log = LogContext { start, client, listener, backend: setup.target() };
-        // Boxed: the memory that connecting needs is freed before the connection, which may last for days.
+        // Boxed: the memory that connecting needs is freed before the connection, which may last
+        // for days.
         let backend = match Box::pin(connect(&socket, setup, &registration, &log)).await {
             ConnectOutcome::Connected(backend) => backend,
             ConnectOutcome::Failed(error) => {
@@ -183,11 +184,11 @@ async fn connect(
     }
 }
 
-/// Waits until a client that has no backend yet is gone: a TCP client that reset the connection, or a Unix
-/// client that closed.
+/// Waits until a client that has no backend yet is gone: a TCP client that reset the connection, or
+/// a Unix client that closed.
 ///
-/// A FIN alone says that the client waits for its answer. A Unix client that closed after it sent bytes
-/// is not gone: the backend gets them.
+/// A FIN alone says that the client waits for its answer. A Unix client that closed after it sent
+/// bytes is not gone: the backend gets them.
 async fn wait_until_gone(client: &Socket) {
     let is_gone = poll_fn(|cx| client.poll_hung_up(cx)).await.is_ok();
     if !is_gone || has_unread(client) {

@@ -22,10 +22,11 @@ impl Forwarder {
         waits && !self.flows.iter().all(Flow::is_open)
     }
 
-    /// Waits until a turn can do something. Once the sender is gone, a receiver that accepts nothing for
-    /// [`LINGER`] is given up. Returns whether the connection goes on.
+    /// Waits until a turn can do something. Once the sender is gone, a receiver that accepts
+    /// nothing for [`LINGER`] is given up. Returns whether the connection goes on.
     ///
-    /// In this state the sender is not read from, and EPOLLHUP would not tell its reset from two FINs.
+    /// In this state the sender is not read from, and EPOLLHUP would not tell its reset from two
+    /// FINs.
     pub(super) async fn wait_while_stalled(
         &mut self,
         report: &impl Fn(Progress),
@@ -60,8 +61,9 @@ impl Forwarder {
         SIDES.into_iter().any(|side| self.is_delivering(side))
     }
 
-    /// Waits until both peers have received their bytes, but at most [`LINGER`], or the idle time if that is
-    /// shorter, without progress. Both sockets stay open. A caller that stops waiting may call this again.
+    /// Waits until both peers have received their bytes, but at most [`LINGER`], or the idle time
+    /// if that is shorter, without progress. Both sockets stay open. A caller that stops waiting
+    /// may call this again.
     pub(super) async fn finish_delivery(&self) {
         let idle_time = self.registration.as_ref().and_then(Registration::idle_time);
         let linger = idle_time.map_or(LINGER, |time| time.min(LINGER));
@@ -104,13 +106,13 @@ impl Forwarder {
         SIDES.map(|side| self.endpoints[side as usize].socket.unacked())
     }
 
-    /// Whether bytes are on their way to this side that its end would overtake: a reset would, and so
-    /// would bytes that arrive and are not read.
+    /// Whether bytes are on their way to this side that its end would overtake: a reset would, and
+    /// so would bytes that arrive and are not read.
     fn is_delivering(&self, side: Side) -> bool {
         let Endpoint { socket, gone, .. } = &self.endpoints[side as usize];
         let states = SIDES.map(|side| self.flows[side as usize].state);
-        // What was sent on a Unix socket stays readable, whatever happens to this side. Where both FINs are
-        // known, nothing can arrive that would make the kernel send a reset.
+        // What was sent on a Unix socket stays readable, whatever happens to this side. Where both
+        // FINs are known, nothing can arrive that would make the kernel send a reset.
         states != [FlowState::Ended; 2]
             && !gone
             && matches!(states[side.other() as usize], FlowState::Ended | FlowState::SourceReset)
@@ -142,6 +144,6 @@ async fn wait_until_acked(socket: &Socket, linger: Duration) {
     }
 }
 
-/// How long a receiver may make no progress once its sender is gone. Also the interval at which a stalled
-/// connection is checked.
+/// How long a receiver may make no progress once its sender is gone. Also the interval at which a
+/// stalled connection is checked.
 const LINGER: Duration = Duration::from_secs(60);

@@ -10,10 +10,11 @@ pub struct Endpoint {
     pub readable: bool,
     /// Sending may succeed: no send came short since the last edge.
     pub writable: bool,
-    /// The end of its bytes is a reset, not a FIN: the error that says so was taken from the socket.
+    /// The end of its bytes is a reset, not a FIN: the error that says so was taken from the
+    /// socket.
     pub reset: bool,
-    /// The peer reset the connection, or the socket failed. What is left for the other side is waited
-    /// for only as long as it moves.
+    /// The peer reset the connection, or the socket failed. What is left for the other side is
+    /// waited for only as long as it moves.
     pub gone: bool,
     unsent_is_limited: bool,
 }
@@ -45,7 +46,8 @@ impl Endpoint {
 /// Bytes that a flow delivers before the limit is set: a short connection does not pay for it.
 const UNSENT_LIMITED_AFTER: u64 = 128 * 1024;
 
-/// Bytes that a TCP socket may hold unsent. Without a limit each stalled sink holds the 4 MiB of `tcp_wmem`. A
-/// few hundred of them use up the kernel's memory for TCP (`tcp_mem`), and the kernel drops segments of
-/// the flows that move. A smaller limit costs bulk on hundreds of connections CPU.
+/// Bytes that a TCP socket may hold unsent. Without a limit each stalled sink holds the 4 MiB of
+/// `tcp_wmem`. A few hundred of them use up the kernel's memory for TCP (`tcp_mem`), and the kernel
+/// drops segments of the flows that move. A smaller limit costs bulk on hundreds of connections
+/// CPU.
 const UNSENT_MAX: u32 = 896 * 1024;

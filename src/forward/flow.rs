@@ -79,7 +79,8 @@ enum Mode {
         /// Whether the previous burst was smaller than [`BULK_MIN`].
         was_little: bool,
     },
-    /// The source cannot be spliced from, or sends urgent data, or is a Unix socket that sends bulk.
+    /// The source cannot be spliced from, or sends urgent data, or is a Unix socket that sends
+    /// bulk.
     CopyOnly,
 }
 
@@ -88,7 +89,8 @@ pub enum Step {
     Moved,
     /// Nothing moves before the next edge.
     Blocked,
-    /// The source cannot be spliced from, and later steps copy. The caller must drop the journal first.
+    /// The source cannot be spliced from, and later steps copy. The caller must drop the journal
+    /// first.
     CantSplice,
     /// The source's bytes are at their end, and the sink has accepted all of them.
     End,
@@ -110,7 +112,8 @@ impl Flow {
         Self { buffered, ..Self::default() }
     }
 
-    /// Steps until `size` bytes are used up, then returns [`Step::Moved`], or until anything else happens.
+    /// Steps until `size` bytes are used up, then returns [`Step::Moved`], or until anything else
+    /// happens.
     pub fn drive(
         &mut self,
         source: &mut Endpoint,
@@ -154,8 +157,8 @@ impl Flow {
             }
             _ => {}
         }
-        // A pipe may be filled beyond what the sink accepts now: fewer and larger steps, as long as few flows
-        // do so.
+        // A pipe may be filled beyond what the sink accepts now: fewer and larger steps, as long as
+        // few flows do so.
         let is_careful = !shared.pipes.below_hold_limit();
         let most = if is_careful { sink.socket.send_space() } else { Some(usize::MAX) };
         match most {
@@ -164,9 +167,9 @@ impl Flow {
                 self.lacks_space = Some(shared.stalled.take());
                 return Ok(Step::Blocked);
             }
-            // With little room, copy: at most one copy buffer is left over, and no pipe is held for it.
-            // The room may be understated, above all while the kernel is short of memory for TCP and has
-            // cut the send buffer to a page (tcp_mem in tcp(7)).
+            // With little room, copy: at most one copy buffer is left over, and no pipe is held for
+            // it. The room may be understated, above all while the kernel is short of memory for
+            // TCP and has cut the send buffer to a page (tcp_mem in tcp(7)).
             Some(..COPY_SIZE) => {}
             Some(most) => {
                 let are_tcp = [&source, &sink].map(|end| end.socket.family()) == [Family::Tcp; 2];
@@ -315,7 +318,8 @@ impl Flow {
         }
     }
 
-    /// Gives a pipe back to the pool, or frees the copied bytes, once the sink has accepted everything.
+    /// Gives a pipe back to the pool, or frees the copied bytes, once the sink has accepted
+    /// everything.
     fn release_if_sent(&mut self, shared: &LoopBuffers) {
         self.buffered = match mem::take(&mut self.buffered) {
             Buffered::Copied { bytes, sent } if sent == bytes.len() => Buffered::Nothing,
@@ -424,8 +428,8 @@ impl Flow {
         self.lacks_space.is_some() || !self.buffered.is_empty()
     }
 
-    /// Ends an open flow because its sink accepts no more bytes. What is buffered is discarded, which
-    /// counts as `lost` too.
+    /// Ends an open flow because its sink accepts no more bytes. What is buffered is discarded,
+    /// which counts as `lost` too.
     pub fn close_sink(&mut self, lost: bool) {
         if self.is_open() {
             let lost = lost || !self.buffered.is_empty();
@@ -447,8 +451,8 @@ impl Buffered {
     }
 }
 
-/// Writes copied bytes to a pipe or, once the user's quota leaves pipes too small for them, to a file without
-/// a name. (`LimitFSIZE=` applies to such a file.)
+/// Writes copied bytes to a pipe or, once the user's quota leaves pipes too small for them, to a
+/// file without a name. (`LimitFSIZE=` applies to such a file.)
 fn copied_snapshot(
     bytes: &[u8],
     shared: &LoopBuffers,
@@ -462,9 +466,9 @@ fn copied_snapshot(
     Ok(BufferedSnapshot::Copied(FdRef::Owned(file)))
 }
 
-/// Whether a splice(2) moved nothing because urgent data is next: splice(2) stops at the urgent mark, and only
-/// recv(2) passes it. After `EAGAIN` epoll still has an edge pending. After 0 it has none, so the kernel is
-/// asked.
+/// Whether a splice(2) moved nothing because urgent data is next: splice(2) stops at the urgent
+/// mark, and only recv(2) passes it. After `EAGAIN` epoll still has an edge pending. After 0 it has
+/// none, so the kernel is asked.
 fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
     match filled {
         Ok(0) => !source.has_ended(),
@@ -473,26 +477,27 @@ fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
     }
 }
 
-/// A splicing flow that moves fewer bytes than this between two empty reads, twice in a row, goes back to
-/// copying. (A message of 33 to 64 KiB may come in two parts.)
+/// A splicing flow that moves fewer bytes than this between two empty reads, twice in a row, goes
+/// back to copying. (A message of 33 to 64 KiB may come in two parts.)
 const BULK_MIN: usize = 32 * 1024;
 
-/// A Unix source that sends more bytes than this without an answer is treated as bulk and copied. Its many
-/// small buffers cost more to splice than to copy, except for messages that fit into the socket.
+/// A Unix source that sends more bytes than this without an answer is treated as bulk and copied.
+/// Its many small buffers cost more to splice than to copy, except for messages that fit into the
+/// socket.
 const UNIX_BULK: usize = 128 * 1024;
 
 /// The size of a stored pipe that has grown, which it does only for bulk.
 const BULK_PIPE: usize = 128 * 1024;
 
-/// From this many stalled flows of one event loop on, [`STEP_BESIDE_STALLED`] applies. Fewer cannot use up the
-/// kernel's memory for TCP.
+/// From this many stalled flows of one event loop on, [`STEP_BESIDE_STALLED`] applies. Fewer cannot
+/// use up the kernel's memory for TCP.
 const MANY_STALLED: usize = 64;
 
-/// Bytes that a flow from TCP to TCP takes at a time while many flows are stalled. The kernel sizes the
-/// source's receive buffer by what one system call takes in a round trip. Where memory for TCP is short,
-/// it drops what comes for a socket that holds more than the average one's share.
+/// Bytes that a flow from TCP to TCP takes at a time while many flows are stalled. The kernel sizes
+/// the source's receive buffer by what one system call takes in a round trip. Where memory for TCP
+/// is short, it drops what comes for a socket that holds more than the average one's share.
 const STEP_BESIDE_STALLED: usize = 24 * 1024;
 
-/// The least that a step counts for, in bytes: a turn is bounded in system calls too, whatever a peer
-/// sends. Less than the copy buffer, so that bulk is bounded by its bytes alone.
+/// The least that a step counts for, in bytes: a turn is bounded in system calls too, whatever a
+/// peer sends. Less than the copy buffer, so that bulk is bounded by its bytes alone.
 const STEP: usize = 16 * 1024;

@@ -1,14 +1,15 @@
 //! `--connection-idle-time=`: which connections are idle and are reset.
 //!
-//! A connection that delivers bytes stores that in a cell of its own. On each event loop one timer visits all
-//! connections, four times in the idle time, and counts the visits since bytes were delivered. A message costs
-//! a busy connection one store.
+//! A connection that delivers bytes stores that in a cell of its own. On each event loop one timer
+//! visits all connections, four times in the idle time, and counts the visits since bytes were
+//! delivered. A message costs a busy connection one store.
 //!
-//! Bytes count as delivered once the socket accepts them, but a slow peer may still be draining the send
-//! buffer. Before a connection is declared idle, its task is woken to report the unacknowledged bytes. If
-//! that number keeps shrinking, the connection is active. (The kernel tells what a TCP peer has acknowledged, and
-//! whole buffers of a Unix socket.) Reports are compared over four visits, from the second on: an idle
-//! connection is closed between one and a quarter and one and a half times the idle time.
+//! Bytes count as delivered once the socket accepts them, but a slow peer may still be draining the
+//! send buffer. Before a connection is declared idle, its task is woken to report the
+//! unacknowledged bytes. If that number keeps shrinking, the connection is active. (The kernel
+//! tells what a TCP peer has acknowledged, and whole buffers of a Unix socket.) Reports are
+//! compared over four visits, from the second on: an idle connection is closed between one and a
+//! quarter and one and a half times the idle time.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -20,8 +21,8 @@ pub struct Activity {
     visits: Cell<u8>,
     /// The connection was woken to report its unacknowledged bytes.
     asked: Cell<bool>,
-    /// The unacknowledged bytes of each side at the last report. 0 stays 0 until the next delivery. `u32` is
-    /// enough: no socket buffer is larger.
+    /// The unacknowledged bytes of each side at the last report. 0 stays 0 until the next delivery.
+    /// `u32` is enough: no socket buffer is larger.
     unacked: Cell<Option<[u32; 2]>>,
 }
 
@@ -36,7 +37,8 @@ impl Activity {
         self.visits.get() >= FIRST_REPORT + VISITS && !self.asked.get()
     }
 
-    /// Takes the bytes that each side's socket has accepted and its peer has not, if the sweep asks for them.
+    /// Takes the bytes that each side's socket has accepted and its peer has not, if the sweep asks
+    /// for them.
     pub fn report_unacked(&self, unacked_bytes: impl FnOnce() -> [usize; 2]) {
         if !self.asked.get() {
             return;
@@ -75,8 +77,8 @@ impl Activity {
 /// Visits in an idle time.
 const VISITS: u8 = 4;
 
-/// The visit that asks for the first report. The first visit may follow a delivery at once, so the second one
-/// asks.
+/// The visit that asks for the first report. The first visit may follow a delivery at once, so the
+/// second one asks.
 const FIRST_REPORT: u8 = 2;
 
 #[cfg(test)]

@@ -2,49 +2,51 @@
 //!
 //! # Theory of operation
 //!
-//! A [`Forwarder`] has two *endpoints*, the client's socket and the backend's, and two *flows*, one from each
-//! endpoint to the other. All state is in the struct and none in a future, so a connection can be detached
-//! at any time without losing a byte. [`Forwarder::run`] alternates between two steps:
+//! A [`Forwarder`] has two *endpoints*, the client's socket and the backend's, and two *flows*, one
+//! from each endpoint to the other. All state is in the struct and none in a future, so a
+//! connection can be detached at any time without losing a byte. [`Forwarder::run`] alternates
+//! between two steps:
 //!
-//! - **drive**: each flow moves what it can move without waiting, buffered bytes first. It tries a system
-//!   call at once and waits only after `EAGAIN`. [`Turns`](turns::Turns) limits the bytes and the system calls
-//!   of a turn. Then other connections have theirs.
-//! - **wait**: for an edge on each socket that a flow is blocked on, and for the death of a peer that no flow
-//!   reads from.
+//! - **drive**: each flow moves what it can move without waiting, buffered bytes first. It tries a
+//!   system call at once and waits only after `EAGAIN`. [`Turns`](turns::Turns) limits the bytes
+//!   and the system calls of a turn. Then other connections have theirs.
+//! - **wait**: for an edge on each socket that a flow is blocked on, and for the death of a peer
+//!   that no flow reads from.
 //!
 //! ## How bytes move
 //!
-//! - A flow starts by *copying* through the event loop's buffer: `recv` and `send`. A receive that comes short
-//!   leaves the socket empty, so no second receive follows. A request and its answer take two receives and
-//!   two sends.
-//! - A flow *splices* once it has filled the whole buffer: socket to pipe, pipe to socket, at half the CPU of
-//!   copying. Its pipe comes from the event loop's pool and returns when it is empty. Once it
-//!   carries only small messages, it goes back to copying. So does a flow that finds no pipe.
-//! - Bulk from a Unix socket is copied: its many small buffers cost more to splice, except for messages that
-//!   fit into the socket.
-//! - With `--handover=crash` each flow has a *stored* pipe, which systemd keeps as well. All of its bytes are
-//!   spliced through that pipe, so none is ever in the memory of the process.
+//! - A flow starts by *copying* through the event loop's buffer: `recv` and `send`. A receive that
+//!   comes short leaves the socket empty, so no second receive follows. A request and its answer
+//!   take two receives and two sends.
+//! - A flow *splices* once it has filled the whole buffer: socket to pipe, pipe to socket, at half
+//!   the CPU of copying. Its pipe comes from the event loop's pool and returns when it is empty.
+//!   Once it carries only small messages, it goes back to copying. So does a flow that finds no
+//!   pipe.
+//! - Bulk from a Unix socket is copied: its many small buffers cost more to splice, except for
+//!   messages that fit into the socket.
+//! - With `--handover=crash` each flow has a *stored* pipe, which systemd keeps as well. All of its
+//!   bytes are spliced through that pipe, so none is ever in the memory of the process.
 //!
-//! Bytes that the sink does not accept are *buffered*: copied bytes in memory allocated for them, spliced
-//! bytes in the pipe. A flow with buffered bytes, or whose sink has no room, does not read. So the memory of
-//! each flow is bounded, and the kernel's flow control reaches the sender. An idle connection holds only its
-//! two descriptors.
+//! Bytes that the sink does not accept are *buffered*: copied bytes in memory allocated for them,
+//! spliced bytes in the pipe. A flow with buffered bytes, or whose sink has no room, does not read.
+//! So the memory of each flow is bounded, and the kernel's flow control reaches the sender. An idle
+//! connection holds only its two descriptors.
 //!
-//! A flow fills a pipe beyond what the sink accepts as long as few pipes are held for slow sinks, which means
-//! fewer and larger system calls. When many are held, a flow takes only what its sink has room for, and copies where that
-//! is little. So hundreds of stalled flows do not use up the user's quota of pipe memory. Nor do
-//! they use up the kernel's memory for TCP: a flow that has delivered 128 KiB limits what its TCP sink
-//! holds unsent (`TCP_NOTSENT_LOWAT`).
+//! A flow fills a pipe beyond what the sink accepts as long as few pipes are held for slow sinks,
+//! which means fewer and larger system calls. When many are held, a flow takes only what its sink
+//! has room for, and copies where that is little. So hundreds of stalled flows do not use up the
+//! user's quota of pipe memory. Nor do they use up the kernel's memory for TCP: a flow that has
+//! delivered 128 KiB limits what its TCP sink holds unsent (`TCP_NOTSENT_LOWAT`).
 //!
 //! ## What it costs in system calls
 //!
 //! - A small message and its answer: two receives, two sends, and their share of `epoll_wait`.
-//! - A connection of one such message: two `accept4` (the second finds no further client), `socket`,
-//!   `connect`, four `epoll_ctl`, four receives, two sends, `shutdown`, two `close`. A TCP backend adds
-//!   two `setsockopt` and one `getsockname` (has the socket connected to itself?). Each Unix socket adds one
-//!   `setsockopt` (SO_OOBINLINE, which it does not inherit).
-//! - Bulk from a TCP socket: two `splice` for up to 1 MiB, and one `setsockopt` after the first 128 KiB to a
-//!   TCP sink. With many stalled flows a `poll` and a `getsockopt` more.
+//! - A connection of one such message: two `accept4` (the second finds no further client),
+//!   `socket`, `connect`, four `epoll_ctl`, four receives, two sends, `shutdown`, two `close`. A
+//!   TCP backend adds two `setsockopt` and one `getsockname` (has the socket connected to itself?).
+//!   Each Unix socket adds one `setsockopt` (SO_OOBINLINE, which it does not inherit).
+//! - Bulk from a TCP socket: two `splice` for up to 1 MiB, and one `setsockopt` after the first 128
+//!   KiB to a TCP sink. With many stalled flows a `poll` and a `getsockopt` more.
 //!
 //! `tests/proxy/syscalls.rs` counts them, except those that stalled flows add.
 //!
@@ -58,21 +60,22 @@
 //! | `SinkClosed` | the sink accepts no more; `lost` if bytes of the source stay undelivered | |
 //!
 //! Each flow ends by itself. After a failed write the other direction drains. After a FIN the other
-//! direction lives on until it ends, too. When both flows are over, each socket is closed, or *reset*
-//! if the other socket was reset or this side's own bytes were lost. A reset overtakes bytes in
-//! flight, so it waits until the peer's kernel has acknowledged them all: an answer followed by a
-//! reset arrives whole. After a reset, a receiver that makes no progress for `LINGER`, or
-//! for the idle time if that is shorter, is given up.
+//! direction lives on until it ends, too. When both flows are over, each socket is closed, or
+//! *reset* if the other socket was reset or this side's own bytes were lost. A reset overtakes
+//! bytes in flight, so it waits until the peer's kernel has acknowledged them all: an answer
+//! followed by a reset arrives whole. After a reset, a receiver that makes no progress for
+//! `LINGER`, or for the idle time if that is shorter, is given up.
 //!
-//! A socket that no flow reads from (its flow has ended, or waits for a stalled receiver) is watched for
-//! EPOLLHUP, so that the death of its peer is noticed. Where EPOLLHUP may also mean two FINs, the socket is
-//! checked every `LINGER` instead.
+//! A socket that no flow reads from (its flow has ended, or waits for a stalled receiver) is
+//! watched for EPOLLHUP, so that the death of its peer is noticed. Where EPOLLHUP may also mean two
+//! FINs, the socket is checked every `LINGER` instead.
 //!
-//! An *idle* connection, which delivered nothing for `--connection-idle-time=`, is reset on both sides.
+//! An *idle* connection, which delivered nothing for `--connection-idle-time=`, is reset on both
+//! sides.
 //!
 //! Kernel facts this rests on: recv(2) and splice(2) return what was queued before a reset, then
-//! `ECONNRESET`. The kernel reports that error once: if a failed `send` took it, `recv` ends as if by a
-//! FIN. After a FIN, a reset makes `send` fail with `EPIPE` instead.
+//! `ECONNRESET`. The kernel reports that error once: if a failed `send` took it, `recv` ends as if
+//! by a FIN. After a FIN, a reset makes `send` fail with `EPIPE` instead.
 
 mod close;
 mod persist;
@@ -122,7 +125,8 @@ pub struct Forwarder {
 #[derive(Debug)]
 pub enum Outcome {
     Closed(Summary),
-    /// The connection was asked to detach. It is deregistered, and goes on from here when it is restored.
+    /// The connection was asked to detach. It is deregistered, and goes on from here when it is
+    /// restored.
     Detached(Box<Forwarder>),
 }
 
@@ -159,8 +163,8 @@ pub struct Progress {
 }
 
 impl Forwarder {
-    /// Joins two sockets. `header` goes to the backend ahead of the client's bytes, in one write. With a
-    /// `journal` the snapshot in it is kept current.
+    /// Joins two sockets. `header` goes to the backend ahead of the client's bytes, in one write.
+    /// With a `journal` the snapshot in it is kept current.
     pub fn new(
         client: Socket,
         backend: Socket,
@@ -187,8 +191,8 @@ impl Forwarder {
         forwarder
     }
 
-    /// Moves bytes until both flows are over, and closes both sockets, or until the connection is asked to
-    /// detach. Calls `report` when a report is requested.
+    /// Moves bytes until both flows are over, and closes both sockets, or until the connection is
+    /// asked to detach. Calls `report` when a report is requested.
     ///
     /// # Errors
     /// Only the event loop's own, while it is being shut down.
@@ -247,8 +251,8 @@ impl Forwarder {
         }
     }
 
-    /// Deregisters the connection. `Registry::detach_all` wakes only after the task has returned, so it finds
-    /// the connection among the detached ones.
+    /// Deregisters the connection. `Registry::detach_all` wakes only after the task has returned,
+    /// so it finds the connection among the detached ones.
     fn detached(mut self) -> Outcome {
         self.registration = None;
         Outcome::Detached(Box::new(self))
@@ -360,8 +364,9 @@ impl Forwarder {
 
     /// Ends the flow from `side`, whose sink failed.
     ///
-    /// EPIPE: a FIN was sent to the peer, or a Unix peer shut down reading. The sink's own bytes can still be
-    /// read. Any other error is consumed by this call, and a later recv(2) would look like a FIN.
+    /// EPIPE: a FIN was sent to the peer, or a Unix peer shut down reading. The sink's own bytes
+    /// can still be read. Any other error is consumed by this call, and a later recv(2) would look
+    /// like a FIN.
     fn fail_sink(&mut self, side: Side, errno: Errno) {
         self.fault.get_or_insert_with(|| (side.other(), errno));
         let sink = &mut self.endpoints[side.other() as usize];
@@ -371,8 +376,8 @@ impl Forwarder {
         self.update_journal();
     }
 
-    /// Waits for an edge, for the idle time, or for a request to detach or to report. Returns `false` for a
-    /// request.
+    /// Waits for an edge, for the idle time, or for a request to detach or to report. Returns
+    /// `false` for a request.
     async fn wait(&mut self) -> io::Result<bool> {
         poll_fn(|cx| match &self.registration {
             Some(registration) if registration.is_called() => Poll::Ready(Ok(false)),
@@ -399,7 +404,8 @@ impl Forwarder {
     }
 }
 
-/// Polls a socket for what the flow `from` it and the flow `to` it need. Returns whether there was an edge.
+/// Polls a socket for what the flow `from` it and the flow `to` it need. Returns whether there was
+/// an edge.
 ///
 /// Inlined: this runs four times for each message.
 #[inline(always)]

@@ -26,7 +26,8 @@ impl Forwarder {
     /// Restores a forwarder. With a `journal` its snapshot is kept current.
     ///
     /// # Errors
-    /// When a socket cannot be registered or buffered bytes cannot be read. Both sides are reset then.
+    /// When a socket cannot be registered or buffered bytes cannot be read. Both sides are reset
+    /// then.
     pub fn restore(
         snapshot: Snapshot<OwnedFd>,
         shared: Rc<LoopBuffers>,
@@ -104,8 +105,8 @@ impl Forwarder {
         })
     }
 
-    /// Keeps the snapshot in `journal` current from now on: no byte is in the memory of the process. Where
-    /// that is impossible, the connection goes on without a journal.
+    /// Keeps the snapshot in `journal` current from now on: no byte is in the memory of the
+    /// process. Where that is impossible, the connection goes on without a journal.
     pub fn set_journal(&mut self, journal: Box<dyn SnapshotStore>) {
         self.journal = Some(journal);
         // Also if the journal is dropped below: the copies that systemd has keep the sockets open.
@@ -167,11 +168,11 @@ impl Forwarder {
     }
 }
 
-/// Whether a peer reset its TCP connection, and the process before this one took the error from the socket
-/// without coming to store that: the kernel tells the error once.
+/// Whether a peer reset its TCP connection, and the process before this one took the error from the
+/// socket without coming to store that: the kernel tells the error once.
 ///
-/// Nothing was sent after a FIN of ours, since the other side has not ended. So where a socket is not
-/// connected any more, it was a reset; an end by FINs takes both.
+/// Nothing was sent after a FIN of ours, since the other side has not ended. So where a socket is
+/// not connected any more, it was a reset; an end by FINs takes both.
 fn was_reset(snapshot: &Snapshot<OwnedFd>, side: Side) -> bool {
     let (from, to) = (side as usize, 1 - side as usize);
     let socket = &snapshot.endpoints[from].socket;

@@ -2,8 +2,9 @@
 //!
 //! Invariants:
 //!
-//! - A pipe is filled only when it is empty. Then `EAGAIN` from [`Pipe::fill`] never means full slots (small
-//!   segments fill a pipe's slots long before its bytes), but an empty socket or urgent data.
+//! - A pipe is filled only when it is empty. Then `EAGAIN` from [`Pipe::fill`] never means full
+//!   slots (small segments fill a pipe's slots long before its bytes), but an empty socket or
+//!   urgent data.
 //! - Only an empty pipe returns to the pool.
 
 use std::cell::{Cell, RefCell};
@@ -41,8 +42,8 @@ impl Pipe {
 
     /// Moves what the socket accepts out of the pipe.
     ///
-    /// Exactly the bytes in the pipe are asked for: a larger length would make the kernel hold the last
-    /// segment back for more.
+    /// Exactly the bytes in the pipe are asked for: a larger length would make the kernel hold the
+    /// last segment back for more.
     pub fn drain(&mut self, to: &Socket) -> Result<usize, Errno> {
         let moved = rustix::pipe::splice(&self.read, None, to, None, self.filled, FLAGS)?;
         self.filled -= moved;
@@ -112,8 +113,8 @@ impl PipePool {
         Self { idle: RefCell::default(), counted, limits, retry_at: Cell::new(None) }
     }
 
-    /// Returns an empty pipe, or `None` when the limit, the descriptors or the user's quota of pipe memory
-    /// are used up. Then the caller copies.
+    /// Returns an empty pipe, or `None` when the limit, the descriptors or the user's quota of pipe
+    /// memory are used up. Then the caller copies.
     pub fn acquire(&self) -> Option<Pipe> {
         if let Some(pipe) = self.idle.borrow_mut().pop() {
             return Some(pipe);
@@ -132,8 +133,8 @@ impl PipePool {
         self.open() - self.idle.borrow().len() < self.limits.held
     }
 
-    /// Takes a pipe back as soon as it is empty, and closes it if there are enough. Returns a pipe that still
-    /// has bytes in it.
+    /// Takes a pipe back as soon as it is empty, and closes it if there are enough. Returns a pipe
+    /// that still has bytes in it.
     pub fn release_if_empty(&self, pipe: Pipe) -> Option<Pipe> {
         if pipe.filled > 0 {
             return Some(pipe);
@@ -174,17 +175,18 @@ impl PipePool {
     }
 }
 
-/// Pipes that a process may hold for slow sinks: 16 of 1 MiB, a quarter of the 64 MiB that a user has by
-/// default. Each event loop may hold at least one.
+/// Pipes that a process may hold for slow sinks: 16 of 1 MiB, a quarter of the 64 MiB that a user
+/// has by default. Each event loop may hold at least one.
 pub const HELD_MAX: usize = 16;
 
 /// The sizes in bytes to ask for, in this order: the largest that a user may have by default
-/// (`pipe-max-size`), and one that makes a user's quota last longer. Each slot of a pipe takes one buffer
-/// of a socket, so a larger pipe means fewer and larger steps: a quarter less CPU than with 256 KiB.
+/// (`pipe-max-size`), and one that makes a user's quota last longer. Each slot of a pipe takes one
+/// buffer of a socket, so a larger pipe means fewer and larger steps: a quarter less CPU than with
+/// 256 KiB.
 const PIPE_SIZES: [usize; 2] = [1024 * 1024, 256 * 1024];
 
-/// A smaller pipe costs more than copying. Once the user's quota is used up, the kernel makes pipes of 4 or
-/// 8 KiB (`pipe-user-pages-soft` in pipe(7)).
+/// A smaller pipe costs more than copying. Once the user's quota is used up, the kernel makes pipes
+/// of 4 or 8 KiB (`pipe-user-pages-soft` in pipe(7)).
 const SMALLEST_USEFUL: usize = 64 * 1024;
 
 /// How long flows copy before the kernel is asked again, after it refused a pipe.

@@ -1,5 +1,5 @@
-//! The connections of one event loop: each can be asked to detach or to report its progress, and is visited
-//! by the idle sweep.
+//! The connections of one event loop: each can be asked to detach or to report its progress, and is
+//! visited by the idle sweep.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::future::poll_fn;
@@ -87,7 +87,8 @@ impl Registry {
         self.wake_all();
     }
 
-    /// Visits the connections for as long as the event loop lives. Those that are idle are woken, and close.
+    /// Visits the connections for as long as the event loop lives. Those that are idle are woken,
+    /// and close.
     pub async fn sweep(self: Rc<Self>) {
         let Some(idle_time) = self.idle_time else { return };
         loop {

@@ -1,8 +1,8 @@
-//! What is stored of a connection, as plain data. `persist` makes a snapshot and restores a forwarder from it;
-//! `handover::encoding` has its bytes.
+//! What is stored of a connection, as plain data. `persist` makes a snapshot and restores a
+//! forwarder from it; `handover::encoding` has its bytes.
 //!
-//! The forwarder knows neither systemd nor the form in which a snapshot is stored. In crash mode it keeps
-//! its snapshot current in a [`SnapshotStore`], which the handover implements.
+//! The forwarder knows neither systemd nor the form in which a snapshot is stored. In crash mode it
+//! keeps its snapshot current in a [`SnapshotStore`], which the handover implements.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -131,7 +131,8 @@ impl AsFd for FdRef<'_> {
     }
 }
 
-/// The stored form of one connection, kept current for as long as the connection lives (crash mode).
+/// The stored form of one connection, kept current for as long as the connection lives (crash
+/// mode).
 pub trait SnapshotStore: fmt::Debug {
     /// Stores the connection as it stands now. Returns whether there was room.
     fn update(&self, snapshot: Snapshot<FdRef<'_>>) -> bool;

@@ -1,8 +1,9 @@
-//! How much a bulky connection moves before the other connections of its event loop have their turn.
+//! How much a bulky connection moves before the other connections of its event loop have their
+//! turn.
 //!
-//! An event loop gives each connection that is ready one turn, then it polls for new events. So a small message
-//! waits for the turns of a round. Only a sender and a receiver on this machine are fast enough to use up
-//! a turn.
+//! An event loop gives each connection that is ready one turn, then it polls for new events. So a
+//! small message waits for the turns of a round. Only a sender and a receiver on this machine are
+//! fast enough to use up a turn.
 
 use std::cell::Cell;
 
@@ -22,8 +23,8 @@ impl Default for Turns {
 }
 
 impl Turns {
-    /// Begins a turn of a connection that carries messages. Returns how many bytes each of its directions
-    /// may move.
+    /// Begins a turn of a connection that carries messages. Returns how many bytes each of its
+    /// directions may move.
     pub fn begin_message(&self) -> usize {
         self.in_a_row.set(0);
         MOST
@@ -47,8 +48,8 @@ impl Turns {
     }
 }
 
-/// Bytes of a turn while only bulk runs. Smaller turns wake sender and receiver more often and cost a
-/// tenth of their rate (BENCHMARKS.md).
+/// Bytes of a turn while only bulk runs. Smaller turns wake sender and receiver more often and cost
+/// a tenth of their rate (BENCHMARKS.md).
 const BULK_ALONE: usize = 8 * 1024 * 1024;
 
 /// Bytes of all turns of a round together, while there are messages beside bulk, and of one turn.
@@ -56,8 +57,8 @@ const ROUND: usize = 1024 * 1024;
 const MOST: usize = 256 * 1024;
 const LEAST: usize = 64 * 1024;
 
-/// Turns of bulk in a row after which there is only bulk. A client that sends a message now and then does not
-/// meet a large turn.
+/// Turns of bulk in a row after which there is only bulk. A client that sends a message now and
+/// then does not meet a large turn.
 const ALONE_AFTER: u32 = 256;
 
 #[cfg(test)]

@@ -1,14 +1,14 @@
-//! The bytes of a record: a message in the queue, besides its descriptors. What is stored of a connection is a
-//! [`Snapshot`] (`forward::snapshot`).
+//! The bytes of a record: a message in the queue, besides its descriptors. What is stored of a
+//! connection is a [`Snapshot`] (`forward::snapshot`).
 //!
-//! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not written down. A
-//! message is a header of [`HEADER_LEN`] bytes, with a version and a count, and a [`Form`] for each record.
-//! Its descriptors follow in the order of the forms. A record is whole in one message, so records never share
-//! or exchange descriptors.
+//! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not
+//! written down. A message is a header of [`HEADER_LEN`] bytes, with a version and a count, and a
+//! [`Form`] for each record. Its descriptors follow in the order of the forms. A record is whole in
+//! one message, so records never share or exchange descriptors.
 //!
 //! Records are read as hostile input: what is not exactly as this program writes it is refused. The
-//! checksum covers each descriptor's inode, which a socket or a pipe keeps wherever it is sent. So a
-//! record with the descriptors of another does not open.
+//! checksum covers each descriptor's inode, which a socket or a pipe keeps wherever it is sent. So
+//! a record with the descriptors of another does not open.
 
 use std::collections::HashMap;
 use std::hash::Hasher;
@@ -92,7 +92,8 @@ pub struct EncodedRecord<Fd> {
 struct Form {
     id: u64,
     start: u64,
-    /// Bytes delivered from the client and from the backend; of a listener, its file's device and inode.
+    /// Bytes delivered from the client and from the backend; of a listener, its file's device and
+    /// inode.
     delivered: [u64; 2],
     /// Length of the PROXY header in bytes.
     header_len: u16,
@@ -189,7 +190,8 @@ pub fn encode_message<Fd: AsFd>(records: &[EncodedRecord<Fd>]) -> (Vec<u8>, Vec<
     (bytes, records.iter().flat_map(|record| record.fds.iter().map(AsFd::as_fd)).collect())
 }
 
-/// Returns the ids of the records in a message of any version, or `None` if it is not a message of this program.
+/// Returns the ids of the records in a message of any version, or `None` if it is not a message of
+/// this program.
 ///
 /// In all versions each form begins with its id, and all forms of a message have one length.
 pub fn record_ids(bytes: &[u8]) -> Option<Vec<u64>> {
@@ -212,8 +214,8 @@ pub fn record_ids(bytes: &[u8]) -> Option<Vec<u64>> {
     (distinct.len() == ids.len() && ids.iter().all(|id| *id < ID_MAX)).then_some(ids)
 }
 
-/// Returns the number of descriptors of the last records of each id, and the largest number in one message.
-/// Messages of another version are not counted.
+/// Returns the number of descriptors of the last records of each id, and the largest number in one
+/// message. Messages of another version are not counted.
 pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
     let (mut last, mut most) = (HashMap::new(), 0);
     for message in messages {
@@ -228,8 +230,8 @@ pub fn descriptors_of(messages: &[Vec<u8>]) -> (usize, usize) {
     (last.values().sum(), most)
 }
 
-/// Returns the records of a message, not opened yet, or `None` if the message is of another version, or does not
-/// have exactly the descriptors of its forms.
+/// Returns the records of a message, not opened yet, or `None` if the message is of another
+/// version, or does not have exactly the descriptors of its forms.
 pub fn decode(bytes: &[u8], fds: Vec<OwnedFd>) -> Option<Vec<EncodedRecord<OwnedFd>>> {
     let mut fds = fds.into_iter();
     let mut records = Vec::new();
@@ -315,8 +317,8 @@ impl Form {
 }
 
 impl EncodedRecord<OwnedFd> {
-    /// Verifies the record and each of its descriptors. Returns `None` if anything is not as this program writes
-    /// it. Its descriptors are closed then.
+    /// Verifies the record and each of its descriptors. Returns `None` if anything is not as this
+    /// program writes it. Its descriptors are closed then.
     pub fn open(self) -> Option<Record<OwnedFd>> {
         let Self { form, fds } = self;
         if form.checksum != form.checksum_with(&fds) {
@@ -370,8 +372,8 @@ fn nibbles(byte: u8) -> [u8; 2] {
 
 /// Returns a stream socket of a known family that never blocks.
 ///
-/// systemd makes a connection that it has accepted blocking again before it passes it to the next process. A
-/// blocking socket would hold up all connections of an event loop.
+/// systemd makes a connection that it has accepted blocking again before it passes it to the next
+/// process. A blocking socket would hold up all connections of an event loop.
 fn checked_socket(fd: OwnedFd, listens: bool) -> Option<OwnedFd> {
     ioctl_fionbio(&fd, true).ok()?;
     let is_stream = sockopt::socket_type(&fd).ok()? == SocketType::STREAM;

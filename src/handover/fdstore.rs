@@ -1,8 +1,8 @@
-//! systemd's file descriptor store (`FDSTORE=1` in sd_notify(3)): systemd keeps these descriptors while the
-//! service does not run, and passes them to the next process beside the sockets.
+//! systemd's file descriptor store (`FDSTORE=1` in sd_notify(3)): systemd keeps these descriptors
+//! while the service does not run, and passes them to the next process beside the sockets.
 //!
-//! systemd compares each new descriptor with every stored one, so the proxy stores only two: the ends of one
-//! [`Queue`], under names of their own.
+//! systemd compares each new descriptor with every stored one, so the proxy stores only two: the
+//! ends of one [`Queue`], under names of their own.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -60,8 +60,8 @@ pub async fn stored_queue(mut stored: Vec<PassedFd>, notifier: &Notifier) -> Opt
 
 /// Closes the descriptors of the store, here and in the store.
 pub async fn discard(stored: Vec<PassedFd>, notifier: &Notifier) {
-    // The contents are closed now, and not when systemd gets to it: stored listeners would still hold
-    // their addresses.
+    // The contents are closed now, and not when systemd gets to it: stored listeners would still
+    // hold their addresses.
     for queue in stored.iter().filter(|it| it.name == QUEUE) {
         while rustix::net::recv(&queue.fd, &mut [0; 1], RecvFlags::DONTWAIT)
             .is_ok_and(|it| it.1 > 0)
@@ -87,9 +87,9 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     if !notifier.has_manager() {
         return Err("there is no NOTIFY_SOCKET. (Set Type=notify and FileDescriptorStoreMax=4.)");
     }
-    // systemd never says whether it keeps a descriptor. It keeps as many as FileDescriptorStoreMax= allows, in
-    // the order in which they come, and closes the others. So where it keeps the third, the probe, it has kept
-    // the two before.
+    // systemd never says whether it keeps a descriptor. It keeps as many as FileDescriptorStoreMax=
+    // allows, in the order in which they come, and closes the others. So where it keeps the third,
+    // the probe, it has kept the two before.
     let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
     let failed = |_| "there are no file descriptors left. (Raise LimitNOFILE=.)";
     let (probe, entry) = pipe_with(flags).map_err(failed)?;

@@ -1,12 +1,13 @@
-//! The journal: the records in the queue, and which of them are live. With `--handover=restart` it is written
-//! when the process stops. With `--handover=crash` it is current at every moment.
+//! The journal: the records in the queue, and which of them are live. With `--handover=restart` it
+//! is written when the process stops. With `--handover=crash` it is current at every moment.
 //!
-//! The queue is an append-only log: each change appends a new record, and the last record of an id wins.
-//! Superseded records at the head are dropped. When more than half of the records are superseded, or the
-//! queue is half full, the live ones are appended again, many to a message, and the head is dropped. So the
-//! queue holds at most twice the live records, and a little more.
+//! The queue is an append-only log: each change appends a new record, and the last record of an id
+//! wins. Superseded records at the head are dropped. When more than half of the records are
+//! superseded, or the queue is half full, the live ones are appended again, many to a message, and
+//! the head is dropped. So the queue holds at most twice the live records, and a little more.
 //!
-//! The index says what is in the queue, message by message. It is compared with the queue whenever that is read.
+//! The index says what is in the queue, message by message. It is compared with the queue whenever
+//! that is read.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::convert::Infallible;
@@ -92,8 +93,8 @@ impl Journal {
         Arc::new(Self { queue, next_id: next_id.into(), index: index.into(), outdated })
     }
 
-    /// Appends a record with a new id, if there is room. Connections leave some room for listeners, and for
-    /// changes of what is in the journal.
+    /// Appends a record with a new id, if there is room. Connections leave some room for listeners,
+    /// and for changes of what is in the journal.
     pub fn keep<Fd: AsFd>(
         self: &Arc<Self>,
         start: u64,
@@ -120,8 +121,8 @@ impl Journal {
         JournalEntry { journal: Arc::clone(self), id, start, stays: true }
     }
 
-    /// Appends at most [`RECORDS_MAX`] records in one message, each with the start of its connection. They
-    /// stay when the process is gone.
+    /// Appends at most [`RECORDS_MAX`] records in one message, each with the start of its
+    /// connection. They stay when the process is gone.
     ///
     /// # Errors
     /// When there is no room; then none of them is in the queue.
@@ -133,8 +134,8 @@ impl Journal {
         lock(&self.index).append(&self.queue, &encoded)
     }
 
-    /// Drops each superseded record within a few seconds, forever: a second reference to a socket keeps the
-    /// kernel from closing it.
+    /// Drops each superseded record within a few seconds, forever: a second reference to a socket
+    /// keeps the kernel from closing it.
     pub async fn clean(&self) -> Infallible {
         loop {
             self.outdated.notified().await;
@@ -270,7 +271,8 @@ impl Index {
         true
     }
 
-    /// Returns how full the queue is, in percent of its bytes or of the descriptors that may be in flight.
+    /// Returns how full the queue is, in percent of its bytes or of the descriptors that may be in
+    /// flight.
     fn fullness(&self, queue: &Queue) -> usize {
         queue.fullness().max(self.descriptors * 100 / self.descriptors_max)
     }
@@ -285,7 +287,8 @@ impl Index {
         self.is_outdated() || self.messages.len() > messages
     }
 
-    /// Drops superseded messages at the head. Compacts where more than half of the records are superseded.
+    /// Drops superseded messages at the head. Compacts where more than half of the records are
+    /// superseded.
     fn drop_superseded(&mut self, queue: &Queue) {
         if self.written > 2 * self.current.len() + SLACK {
             self.compact(queue);
@@ -302,8 +305,8 @@ impl Index {
         !message.record_ids.iter().any(|id| self.current.get(id) == Some(&number))
     }
 
-    /// Appends the live records of the first messages in one message, and drops those messages. Returns
-    /// whether that succeeded.
+    /// Appends the live records of the first messages in one message, and drops those messages.
+    /// Returns whether that succeeded.
     fn compact(&mut self, queue: &Queue) -> bool {
         let mut messages = queue.messages();
         let mut live = Vec::new();

@@ -1,10 +1,10 @@
 //! `--handover=`: connections that outlive the process.
 //!
-//! With `restart` each connection is detached when the process is stopped: its sockets and its buffered
-//! bytes go into the [`Queue`] that systemd keeps, and the next process takes them from there before it accepts
-//! clients. With `crash` a connection is in the queue from accept on, and none of its bytes is ever in the
-//! memory of the process, unless the queue is full or a socket cannot be spliced. A [`Journal`] keeps the
-//! queue current.
+//! With `restart` each connection is detached when the process is stopped: its sockets and its
+//! buffered bytes go into the [`Queue`] that systemd keeps, and the next process takes them from
+//! there before it accepts clients. With `crash` a connection is in the queue from accept on, and
+//! none of its bytes is ever in the memory of the process, unless the queue is full or a socket
+//! cannot be spliced. A [`Journal`] keeps the queue current.
 
 pub mod replay;
 mod detached;
@@ -36,24 +36,25 @@ use crate::socket::file_id::FileId;
 
 pub use detached::{Detached, DetachedState};
 
-/// How this process stores connections: in the queue, which is in systemd's file descriptor store, through the
-/// journal.
+/// How this process stores connections: in the queue, which is in systemd's file descriptor store,
+/// through the journal.
 #[derive(Debug)]
 pub struct Handover {
     mode: HandoverMode,
     journal: Arc<Journal>,
     /// Descriptors that the next process can open, if it has the same limit.
     fds_max: usize,
-    /// Descriptors that this process stored, and the most of one message (restart mode). Event loops store
-    /// one after the other.
+    /// Descriptors that this process stored, and the most of one message (restart mode). Event
+    /// loops store one after the other.
     stored_fds: AtomicUsize,
     largest_message: AtomicUsize,
     lost: AtomicUsize,
 }
 
 impl Handover {
-    /// Reads what the previous process stored, and opens the store for this one. Without a store, logs why
-    /// and returns `None`. A process that `opens` its sockets itself is passed no listeners.
+    /// Reads what the previous process stored, and opens the store for this one. Without a store,
+    /// logs why and returns `None`. A process that `opens` its sockets itself is passed no
+    /// listeners.
     ///
     /// # Errors
     /// One line when the stored connections cannot be read. They stay stored.
@@ -104,15 +105,16 @@ impl Handover {
         self.mode == HandoverMode::Crash
     }
 
-    /// Empties the store in restart mode: a second reference would keep peers from seeing the end of their
-    /// connections.
+    /// Empties the store in restart mode: a second reference would keep peers from seeing the end
+    /// of their connections.
     pub fn discard_replayed(&self) {
         if self.mode == HandoverMode::Restart {
             self.journal.clear();
         }
     }
 
-    /// Drops superseded records, for as long as the process lives. (In restart mode there are none.)
+    /// Drops superseded records, for as long as the process lives. (In restart mode there are
+    /// none.)
     pub async fn clean(&self) {
         if self.is_crash_mode() {
             self.journal.clean().await;
@@ -134,16 +136,16 @@ impl Handover {
         self.is_crash_mode().then(|| self.journal.keep(monotonic_micros(), body)).flatten()
     }
 
-    /// Returns a guard for a thread with connections. In crash mode a panic ends the process at once:
-    /// unwinding would end all connections of the thread, and the next process restores them.
+    /// Returns a guard for a thread with connections. In crash mode a panic ends the process at
+    /// once: unwinding would end all connections of the thread, and the next process restores them.
     pub fn abort_on_panic(&self) -> Option<AbortOnPanic> {
         self.is_crash_mode().then_some(AbortOnPanic)
     }
 
     /// Stores detached connections. Those that cannot be stored are reset.
     ///
-    /// Buffered bytes need descriptors of their own. So the connections may have more descriptors than the next
-    /// process can open. Those that it could not open are not stored.
+    /// Buffered bytes need descriptors of their own. So the connections may have more descriptors
+    /// than the next process can open. Those that it could not open are not stored.
     pub fn store(&self, mut detached: Vec<Detached>) {
         while !detached.is_empty() {
             let (mut bodies, mut fds) = (Vec::new(), 0);
@@ -180,7 +182,8 @@ impl Handover {
         }
     }
 
-    /// Whether the next process can open `fds` more descriptors, and those of the largest message at once.
+    /// Whether the next process can open `fds` more descriptors, and those of the largest message
+    /// at once.
     fn has_room(&self, fds: usize) -> bool {
         let largest = self.largest_message.load(Ordering::Relaxed).max(fds);
         self.stored_fds.load(Ordering::Relaxed) + fds + largest <= self.fds_max
@@ -194,7 +197,8 @@ impl Handover {
         is_stored
     }
 
-    /// Returns the number of connections and listeners that are stored, and of connections that could not be.
+    /// Returns the number of connections and listeners that are stored, and of connections that
+    /// could not be.
     pub fn stored_and_lost(&self) -> [usize; 2] {
         [self.journal.live(), self.lost.load(Ordering::Relaxed)]
     }
@@ -227,7 +231,8 @@ async fn open_queue(stored: Vec<PassedFd>, notifier: &Notifier) -> Result<Queue,
 /// Reads the connections in the queue, which stays as it is.
 ///
 /// # Errors
-/// When they have more descriptors than the process can open, `fds_max`, or when a message cannot be read.
+/// When they have more descriptors than the process can open, `fds_max`, or when a message cannot
+/// be read.
 fn read(queue: &Queue, fds_max: usize) -> Result<Replay, String> {
     let failed = |error| {
         let error = os_message(&error);
@@ -246,8 +251,9 @@ fn read(queue: &Queue, fds_max: usize) -> Result<Replay, String> {
     replay(&payloads, queue.messages()).map_err(failed)
 }
 
-/// Closes descriptors that are neither ours nor listening sockets, here and in the store. A process that neither
-/// `opens` listeners nor is passed any keeps what it was passed: that is its one connection.
+/// Closes descriptors that are neither ours nor listening sockets, here and in the store. A process
+/// that neither `opens` listeners nor is passed any keeps what it was passed: that is its one
+/// connection.
 async fn close_unknown_fds(passed: &mut Vec<PassedFd>, opens: bool, notifier: &Notifier) {
     let is_listener = |it: &PassedFd| {
         sockopt::socket_type(&it.fd).is_ok_and(|kind| kind == SocketType::STREAM)

@@ -1,8 +1,9 @@
-//! A queue of messages with descriptors that outlives its writer: a pair of connected SOCK_SEQPACKET
-//! sockets, of which systemd keeps a second reference.
+//! A queue of messages with descriptors that outlives its writer: a pair of connected
+//! SOCK_SEQPACKET sockets, of which systemd keeps a second reference.
 //!
-//! What is sent to one of the two stays in the other's receive queue until it is received, the descriptors
-//! (`SCM_RIGHTS` in unix(7)) included. Messages are read with `MSG_PEEK`, so that reading takes nothing out.
+//! What is sent to one of the two stays in the other's receive queue until it is received, the
+//! descriptors (`SCM_RIGHTS` in unix(7)) included. Messages are read with `MSG_PEEK`, so that
+//! reading takes nothing out.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -50,8 +51,8 @@ impl Queue {
     pub fn new() -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (reader, writer) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        // The kernel gives the socket a unique name ("autobind" in unix(7)), by which from_pair() tells
-        // that the two belong together.
+        // The kernel gives the socket a unique name ("autobind" in unix(7)), by which from_pair()
+        // tells that the two belong together.
         bind(&reader, &SocketAddrUnix::new_unnamed())?;
         // With CAP_NET_ADMIN the limit does not apply.
         let _ = sockopt::set_socket_send_buffer_size_force(&writer, SIZE)
@@ -65,7 +66,8 @@ impl Queue {
         Self { reader, writer, size }
     }
 
-    /// Wraps two sockets if they are those of a queue: the writer's peer has the name of the reader.
+    /// Wraps two sockets if they are those of a queue: the writer's peer has the name of the
+    /// reader.
     pub fn from_pair(reader: OwnedFd, writer: OwnedFd) -> Option<Self> {
         let is_seqpacket = |fd: &OwnedFd| {
             rustix::io::ioctl_fionbio(fd, true).is_ok()
@@ -91,8 +93,8 @@ impl Queue {
     /// Appends a message.
     ///
     /// # Errors
-    /// `EAGAIN` when the queue is full, `ETOOMANYREFS` when the user has more descriptors in flight than
-    /// `RLIMIT_NOFILE` (unix(7)).
+    /// `EAGAIN` when the queue is full, `ETOOMANYREFS` when the user has more descriptors in flight
+    /// than `RLIMIT_NOFILE` (unix(7)).
     pub fn append(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -137,8 +139,8 @@ impl Queue {
         Ok(payloads)
     }
 
-    /// Reads the message at `offset`, and moves `offset` behind it. Returns its bytes, or none if there are
-    /// more than [`MESSAGE_MAX`], and whether it is whole.
+    /// Reads the message at `offset`, and moves `offset` behind it. Returns its bytes, or none if
+    /// there are more than [`MESSAGE_MAX`], and whether it is whole.
     fn peek(
         &self,
         offset: &mut usize,

@@ -32,8 +32,8 @@ pub struct Leftovers {
 }
 
 impl Leftovers {
-    /// Sorts records by what they are. With a `journal` (crash mode) they stay in it; in restart mode they stay
-    /// in the queue until all of them are taken.
+    /// Sorts records by what they are. With a `journal` (crash mode) they stay in it; in restart
+    /// mode they stay in the queue until all of them are taken.
     pub fn new(
         records: Vec<Record<OwnedFd>>,
         refused: usize,
@@ -84,8 +84,8 @@ pub struct Replay {
 
 /// Returns each record as it was last stored, or not at all. A descriptor belongs to one record.
 ///
-/// The payloads decide which records are live: a record whose descriptors are missing does not bring an older
-/// one back, and only the descriptors of live records are open at a time.
+/// The payloads decide which records are live: a record whose descriptors are missing does not
+/// bring an older one back, and only the descriptors of live records are open at a time.
 ///
 /// # Errors
 /// When a message cannot be read.
@@ -148,8 +148,8 @@ fn is_empty(buffered: &BufferedSnapshot<OwnedFd>) -> bool {
     }
 }
 
-/// Whether the peer's kernel has yet to acknowledge bytes. (A socket that was reset has no peer, and the
-/// kernel counts more bytes than it has.)
+/// Whether the peer's kernel has yet to acknowledge bytes. (A socket that was reset has no peer,
+/// and the kernel counts more bytes than it has.)
 fn is_delivering(socket: &OwnedFd) -> bool {
     SockRef::from(socket).peer_addr().is_ok() && outq_len(socket) > 0
 }

@@ -31,9 +31,9 @@ pub struct FdPlan {
 }
 
 impl FdPlan {
-    /// Divides the descriptors of this process, after raising its soft limit to the hard limit. `is_journaled`
-    /// tells whether connections are stored from accept on. The `restored` descriptors are open already, and
-    /// count as those of connections.
+    /// Divides the descriptors of this process, after raising its soft limit to the hard limit.
+    /// `is_journaled` tells whether connections are stored from accept on. The `restored`
+    /// descriptors are open already, and count as those of connections.
     ///
     /// # Errors
     /// A line for the log when there is no room for a single connection.
@@ -188,8 +188,8 @@ const PER_STORED_CONNECTION: usize = 6;
 /// Descriptors that are open for a moment while the store is read.
 const FOR_STORE: usize = 200;
 
-/// What connections may not take with `--handover=restart`, so that the next process can open all of them, with
-/// the same limit: the descriptors of one more message, and those of a connection.
+/// What connections may not take with `--handover=restart`, so that the next process can open all
+/// of them, with the same limit: the descriptors of one more message, and those of a connection.
 const FOR_HANDOVER: usize = 34;
 
 /// Sockets to two name servers, a file such as /etc/hosts, and one for the name service modules.
@@ -203,7 +203,8 @@ const PIPES_MAX: usize = 512;
 /// The notification socket, the journal's socket, and a connection that is accepted to be refused.
 const RESERVE: usize = 6;
 
-/// Sockets of attempts to connect beside another one. Those of the first attempts are their clients'.
+/// Sockets of attempts to connect beside another one. Those of the first attempts are their
+/// clients'.
 const OVERLAPS_MAX: usize = 4;
 
 /// The sockets to COMMAND's guard and from it, and the descriptors that are open during its start.

@@ -1,8 +1,9 @@
 //! The connection limit, and the counts of connections.
 //!
-//! A [`Permit`] is part of a [`Slot`](slot::Slot), from accept to close. So a connection counts while its backend is
-//! still being connected. Dropping a permit costs a few atomic operations. The first and the last connection
-//! wake each [`ConnectionWatch`]. Every change wakes the `STATUS=` line.
+//! A [`Permit`] is part of a [`Slot`](slot::Slot), from accept to close. So a connection counts
+//! while its backend is still being connected. Dropping a permit costs a few atomic operations. The
+//! first and the last connection wake each [`ConnectionWatch`]. Every change wakes the `STATUS=`
+//! line.
 
 pub mod slot;
 pub mod descriptors;
@@ -162,8 +163,8 @@ impl ConnectionWatch {
             self.wait_empty().await;
             tokio::select! {
                 biased;
-                // Polled first: a timer that expires in the same moment must not cut off a connection
-                // that was just admitted.
+                // Polled first: a timer that expires in the same moment must not cut off a
+                // connection that was just admitted.
                 () = self.changed() => {}
                 () = sleep(span) => return,
             }

@@ -197,7 +197,8 @@ impl Listener {
         }
     }
 
-    /// Returns the socket, for another event loop, and its socket file. Dropping that removes the file.
+    /// Returns the socket, for another event loop, and its socket file. Dropping that removes the
+    /// file.
     pub fn into_parts(self) -> (OwnedFd, Option<SocketFile>) {
         (self.io.into_inner(), self.file)
     }
@@ -320,7 +321,8 @@ pub fn is_peer_error(errno: Errno) -> bool {
     )
 }
 
-/// Clients accepted before open connections have their turn. Each client is a task that is ready at once.
+/// Clients accepted before open connections have their turn. Each client is a task that is ready at
+/// once.
 const ACCEPTS_PER_TURN: u32 = 8;
 
 /// How long clients stay queued after accept(2) found a lack of descriptors or memory.

@@ -28,8 +28,8 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Takes the passed sockets, or opens `addresses`, reusing listeners of the previous process. Those that are
-    /// left in `stored` are no longer configured.
+    /// Takes the passed sockets, or opens `addresses`, reusing listeners of the previous process.
+    /// Those that are left in `stored` are no longer configured.
     ///
     /// # Errors
     /// A line for the log on a socket that is missing or not usable.

@@ -74,7 +74,8 @@ impl Line {
         line.into_bytes()
     }
 
-    /// Returns the text with the client and the backend, or the listener, unless the text names them.
+    /// Returns the text with the client and the backend, or the listener, unless the text names
+    /// them.
     fn message(&self) -> String {
         // The names belong to the sentence, and not to the hint in parentheses after it.
         let end = match self.text.strip_suffix(".)") {
@@ -117,7 +118,8 @@ fn has_word(text: &str, word: &str) -> bool {
     })
 }
 
-/// Returns a field's value as one word of a message: in quotes if a reader could take it for several.
+/// Returns a field's value as one word of a message: in quotes if a reader could take it for
+/// several.
 fn quoted(value: &str) -> Cow<'_, str> {
     let is_plain = |byte: u8| byte.is_ascii_graphic() && !b"\"'\\=(),".contains(&byte);
     match value {
@@ -127,7 +129,8 @@ fn quoted(value: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns `text` without control characters and in at most `max` bytes. It ends with dots where it was cut.
+/// Returns `text` without control characters and in at most `max` bytes. It ends with dots where it
+/// was cut.
 pub fn bounded_line(text: &str, max: usize) -> String {
     const DOTS: &str = "...";
     let printable = |c: char| if c.is_control() { ' ' } else { c };

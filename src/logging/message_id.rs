@@ -1,4 +1,5 @@
-//! `MESSAGE_ID=` of the events that administrators look for (sd-messages(3)). socket-proxyd(8) lists them.
+//! `MESSAGE_ID=` of the events that administrators look for (sd-messages(3)). socket-proxyd(8)
+//! lists them.
 //!
 //! Each id is random. It stays with its event, whatever the words of the message become.
 

@@ -1,9 +1,10 @@
 //! Where events go: systemd's journal with fields, or lines on standard error.
 //!
-//! **Logging never waits.** A line goes into a bounded queue. A thread, which the first line starts, writes the
-//! lines. When the reader of standard error or systemd's journal is stuck, lines are dropped and counted, and the
-//! count is logged once the reader moves again. Where no thread can be started (`TasksMax=`, `RLIMIT_NPROC`),
-//! a line is written at once, or dropped if that would wait.
+//! **Logging never waits.** A line goes into a bounded queue. A thread, which the first line
+//! starts, writes the lines. When the reader of standard error or systemd's journal is stuck, lines
+//! are dropped and counted, and the count is logged once the reader moves again. Where no thread
+//! can be started (`TasksMax=`, `RLIMIT_NPROC`), a line is written at once, or dropped if that
+//! would wait.
 //!
 //! tracing's five levels stand for syslog(3)'s: error is `err`, warn `warning`, info `notice` and
 //! `info`, debug and trace `debug`. There are no spans: an event carries the fields it needs.
@@ -59,8 +60,8 @@ pub enum LogLevel {
 }
 
 impl LogLevel {
-    /// Returns `$SYSTEMD_LOG_LEVEL`, or info. Like systemd, ignores what it can't read. Of a list, the word
-    /// counts that is not for one destination only.
+    /// Returns `$SYSTEMD_LOG_LEVEL`, or info. Like systemd, ignores what it can't read. Of a list,
+    /// the word counts that is not for one destination only.
     pub fn from_environment() -> Self {
         let levels = env::var("SYSTEMD_LOG_LEVEL").unwrap_or_default();
         let mut levels = levels.split(',').filter(|level| !level.contains(':'));

@@ -75,8 +75,8 @@ impl Output {
 
 /// Whether standard error is connected to the journal.
 ///
-/// systemd.exec(5): `$JOURNAL_STREAM` names the device and inode of the stream that systemd connected. After a
-/// redirection standard error is another file.
+/// systemd.exec(5): `$JOURNAL_STREAM` names the device and inode of the stream that systemd
+/// connected. After a redirection standard error is another file.
 fn is_journal_stream() -> bool {
     // Through /proc the metadata is the open file's; std has no fstat for standard error.
     let stderr = std::fs::metadata("/proc/self/fd/2");

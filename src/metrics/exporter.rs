@@ -1,9 +1,10 @@
-//! The HTTP server of `--metrics=`. It runs on a thread of its own, so that no scraper delays a client.
+//! The HTTP server of `--metrics=`. It runs on a thread of its own, so that no scraper delays a
+//! client.
 //!
-//! A slow scraper cannot exhaust the exporter. At most [`SCRAPERS_MAX`] requests are open at once; a further
-//! request replaces the oldest of the address that has the most. A request lasts at most two seconds from
-//! accept to close. That includes the time in which its response waits in the kernel to be read: a socket
-//! that is only closed would keep a response in memory for minutes.
+//! A slow scraper cannot exhaust the exporter. At most [`SCRAPERS_MAX`] requests are open at once;
+//! a further request replaces the oldest of the address that has the most. A request lasts at most
+//! two seconds from accept to close. That includes the time in which its response waits in the
+//! kernel to be read: a socket that is only closed would keep a response in memory for minutes.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -157,7 +158,8 @@ impl Scrapers {
     async fn serve(&self, socket: OwnedFd) -> io::Result<()> {
         let options = SockRef::from(&socket);
         let _ = options.set_send_buffer_size(SEND_BUFFER);
-        // Dropped early, the socket is reset. Not set on the listener, which other processes may share.
+        // Dropped early, the socket is reset. Not set on the listener, which other processes may
+        // share.
         let _ = options.set_linger(Some(Duration::ZERO));
         // tokio's TcpStream makes the same system calls for a Unix socket.
         let mut stream = TcpStream::from_std(socket.into())?;
@@ -213,8 +215,8 @@ async fn drain(stream: &mut TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns the IPv4 address of a client, or the /64 of its IPv6 address, in which one machine may have any
-/// number of addresses. Clients of a Unix socket have no address.
+/// Returns the IPv4 address of a client, or the /64 of its IPv6 address, in which one machine may
+/// have any number of addresses. Clients of a Unix socket have no address.
 fn network(client: &Address) -> Option<IpAddr> {
     let Address::Inet(address) = client else { return None };
     Some(match address.ip().to_canonical() {
@@ -243,8 +245,9 @@ const REQUEST_MAX: usize = 8192;
 /// Bytes of a response that the kernel holds at a time; it doubles the value.
 const SEND_BUFFER: usize = 32 * 1024;
 
-/// Scrapers accepted between two pauses. A flood from any number of addresses then costs a bounded amount of
-/// CPU, and leaves each request 64 ms before it gives way. A faster flood waits in the kernel.
+/// Scrapers accepted between two pauses. A flood from any number of addresses then costs a bounded
+/// amount of CPU, and leaves each request 64 ms before it gives way. A faster flood waits in the
+/// kernel.
 const BURST: usize = 4;
 const BURST_PAUSE: Duration = Duration::from_millis(1);
 

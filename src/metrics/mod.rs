@@ -1,8 +1,8 @@
 //! The metrics of `--metrics=`: their names, help texts and labels.
 //!
-//! The export is bounded. At most [`SHOWN_MAX`] listeners and as many backends have labels of their own; the
-//! counts of the others are added up under the label `other`. So are the counts of restored connections
-//! whose listener or backend no longer exists.
+//! The export is bounded. At most [`SHOWN_MAX`] listeners and as many backends have labels of their
+//! own; the counts of the others are added up under the label `other`. So are the counts of
+//! restored connections whose listener or backend no longer exists.
 
 pub mod exporter;
 

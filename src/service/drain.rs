@@ -1,4 +1,5 @@
-//! `--drain-time=`: open connections may end before the process does. New ones are not accepted any more.
+//! `--drain-time=`: open connections may end before the process does. New ones are not accepted any
+//! more.
 
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use crate::limits::ConnectionLimit;
 use crate::notify::Notifier;
 use crate::service::status::draining;
 
-/// Waits until the last connection has ended, or `time` has passed. Meanwhile systemd is asked to wait.
+/// Waits until the last connection has ended, or `time` has passed. Meanwhile systemd is asked to
+/// wait.
 pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier) {
     let mut watch = limit.watch();
     if time.is_zero() || watch.is_empty() {

@@ -15,7 +15,8 @@ use crate::service;
 /// Runs the program, or the helper process that this process was started as.
 ///
 /// # Safety
-/// The caller calls this first in `main`: no other thread runs, and nothing owns the descriptors from 3 on.
+/// The caller calls this first in `main`: no other thread runs, and nothing owns the descriptors
+/// from 3 on.
 #[expect(unsafe_code, reason = "the caller's promise is passed on")]
 pub unsafe fn run() -> ExitCode {
     // SAFETY: the caller's promise.
@@ -30,7 +31,8 @@ pub unsafe fn run() -> ExitCode {
         Ok(Request::Run(config)) => config.log_level,
         _ => LogLevel::from_environment(),
     };
-    // Precedes any output: standard error may be the client's socket. --help and --version still print.
+    // Precedes any output: standard error may be the client's socket. --help and --version still
+    // print.
     let may_take_stdin = passed.as_ref().map_or(true, Vec::is_empty);
     let stdin = match request {
         Ok(Request::Print(_)) => None,

@@ -34,7 +34,8 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
         );
     }
     server.listeners.iter().for_each(|(listener, _)| listener.unlink_on_drop(true));
-    // The others are no longer configured. Before this point a start that fails leaves them as they are.
+    // The others are no longer configured. Before this point a start that fails leaves them as they
+    // are.
     leftovers.listeners.into_iter().for_each(StoredListener::close);
     // The listeners that are still used have new entries.
     leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
@@ -111,8 +112,8 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
         let mut listeners = listeners.iter().map(|(_, it)| *it);
         listeners.find(|(listener, _)| matches(listener, &listener.label.address))
     };
-    // The listener itself has the socket's family. A listener that has replaced it may be of the other
-    // family, if it accepts the same clients.
+    // The listener itself has the socket's family. A listener that has replaced it may be of the
+    // other family, if it accepts the same clients.
     let found = find(&|_, address| *address == local)
         .or_else(|| find(&|_, address| address.covers(&local)))
         .or_else(|| {

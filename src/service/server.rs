@@ -37,7 +37,8 @@ use crate::service::status::{PROCESSING, publish_status};
 pub struct Server {
     /// The listeners, each with the index of its backend.
     pub listeners: Vec<(Rc<Listener>, usize)>,
-    /// A connection that was accepted before the start, with the index of its backend, until it is served.
+    /// A connection that was accepted before the start, with the index of its backend, until it is
+    /// served.
     pub connection: Option<(AcceptedSocket, usize)>,
     pub descriptors: Rc<FdBudget>,
     pub limit: ConnectionLimit,
@@ -47,7 +48,8 @@ pub struct Server {
     pub handover: Option<Arc<Handover>>,
     /// Connections restored from the previous process.
     pub restored: usize,
-    /// Whether the proxy opened the listeners itself. Without `--handover=` they close with the process.
+    /// Whether the proxy opened the listeners itself. Without `--handover=` they close with the
+    /// process.
     pub has_opened: bool,
     /// Journal entries that keep such listeners open after the exit (crash mode only).
     pub listener_entries: Vec<JournalEntry>,
@@ -76,8 +78,8 @@ impl Server {
         })
     }
 
-    /// Spawns the accept loops and COMMAND's supervisor, and serves a connection that was accepted before
-    /// the start.
+    /// Spawns the accept loops and COMMAND's supervisor, and serves a connection that was accepted
+    /// before the start.
     pub fn start(&mut self) -> Tasks {
         if let Some((connection, backend)) = self.connection.take() {
             self.serve_passed(connection, backend);
@@ -127,8 +129,8 @@ impl Server {
     ) -> Result<StopReason, String> {
         let ready = watch::Sender::new(false);
         let mut maintain = pin!(async {
-            // Clients that are queued already come first. In the first turn the accept loops find them,
-            // in the second their connections start.
+            // Clients that are queued already come first. In the first turn the accept loops find
+            // them, in the second their connections start.
             yield_now().await;
             yield_now().await;
             let states = [NotifyState::Ready, NotifyState::Status(PROCESSING)];
@@ -177,8 +179,8 @@ impl Server {
         watch.is_empty() && !self.listeners.iter().any(|(listener, _)| listener.has_queued())
     }
 
-    /// Waits until there was no connection for `--exit-idle-time=`, none is queued, COMMAND has stopped,
-    /// and `READY=1` was sent. A client that arrives meanwhile cancels the exit.
+    /// Waits until there was no connection for `--exit-idle-time=`, none is queued, COMMAND has
+    /// stopped, and `READY=1` was sent. A client that arrives meanwhile cancels the exit.
     async fn wait_idle(&self, ready: &watch::Sender<bool>) {
         let mut watch = self.limit.watch();
         if self.listeners.is_empty() {
@@ -232,7 +234,8 @@ pub async fn report_connections(
     }
 }
 
-/// Accepts at one listener until its socket breaks. A panic closes only the connection that caused it.
+/// Accepts at one listener until its socket breaks. A panic closes only the connection that caused
+/// it.
 async fn accept_loop(
     listener: Rc<Listener>,
     backend: usize,

@@ -25,8 +25,8 @@ pub async fn stop(
     report_signal: &mut Signal,
     notifier: &Notifier,
 ) {
-    // From now on new clients wait in the kernel for the next process. If no other process holds the
-    // socket, the kernel refuses them.
+    // From now on new clients wait in the kernel for the next process. If no other process holds
+    // the socket, the kernel refuses them.
     tasks.accepting.shutdown().await;
     // After the idle exit there is no connection to hand over, but after a failure there may be.
     if let Some(handover) = server.handover.as_ref().filter(|_| *ended != Ok(StopReason::Idle)) {

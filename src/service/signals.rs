@@ -7,8 +7,8 @@ use crate::runtime::dispositions::was_ignored;
 
 /// SIGTERM, SIGINT and SIGHUP.
 ///
-/// The last two stay ignored if they were ignored at the start: nohup(1) ignores SIGHUP, and a shell
-/// ignores SIGINT for what a script starts with `&`.
+/// The last two stay ignored if they were ignored at the start: nohup(1) ignores SIGHUP, and a
+/// shell ignores SIGINT for what a script starts with `&`.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
@@ -22,7 +22,8 @@ impl Signals {
     /// # Errors
     /// One line on the failure of sigaction(2).
     pub fn catch() -> Result<Self, String> {
-        // With `LimitFSIZE=` a write that is too large then fails with EFBIG, and ends one connection at most.
+        // With `LimitFSIZE=` a write that is too large then fails with EFBIG, and ends one
+        // connection at most.
         let _ = catch(SignalKind::from_raw(libc::SIGXFSZ))?;
         Ok(Self {
             terminate: catch(SignalKind::terminate())?,
@@ -62,7 +63,8 @@ fn catch_unless_ignored(kind: SignalKind) -> Result<Option<Signal>, String> {
     (!was_ignored(kind.as_raw_value())).then(|| catch(kind)).transpose()
 }
 
-/// Waits for the signal. Returns `None` at once if it stays ignored, which disables the branch of a `select!`.
+/// Waits for the signal. Returns `None` at once if it stays ignored, which disables the branch of a
+/// `select!`.
 async fn next(signal: &mut Option<Signal>) -> Option<()> {
     signal.as_mut()?.recv().await
 }

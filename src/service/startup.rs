@@ -40,12 +40,13 @@ pub fn forbid_new_privileges(config: &Config) {
     }
 }
 
-/// Takes the sockets that were passed and stored, opens the others, builds the server, and serves its metrics.
-/// No client is accepted yet, and the connections of the previous process are not restored yet.
+/// Takes the sockets that were passed and stored, opens the others, builds the server, and serves
+/// its metrics. No client is accepted yet, and the connections of the previous process are not
+/// restored yet.
 ///
 /// # Errors
-/// One line on a socket that is missing, in use, or damaged, on options that do not fit the sockets, or on limits
-/// that are too low.
+/// One line on a socket that is missing, in use, or damaged, on options that do not fit the
+/// sockets, or on limits that are too low.
 pub async fn start(
     config: Config,
     mut passed: Vec<PassedFd>,
@@ -55,7 +56,8 @@ pub async fn start(
         // First, because the stored connections may need many descriptors.
         raise_limit();
     }
-    // Before the listeners, because --metrics=fd:NAME takes its socket out of those that were passed.
+    // Before the listeners, because --metrics=fd:NAME takes its socket out of those that were
+    // passed.
     let mut exporter = match &config.metrics {
         Some(address) => {
             let opened = Exporter::open(address, &mut passed).await;
@@ -185,7 +187,8 @@ fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
     config.targets.iter().map(setup).collect()
 }
 
-/// Returns COMMAND's supervisor, if there is a COMMAND. `fd_limit` is COMMAND's soft limit on descriptors.
+/// Returns COMMAND's supervisor, if there is a COMMAND. `fd_limit` is COMMAND's soft limit on
+/// descriptors.
 fn supervisor(
     config: &Config,
     listeners: &[(Rc<Listener>, usize)],

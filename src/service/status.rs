@@ -16,7 +16,8 @@ use crate::logging::bounded_line;
 use crate::logging::bytes::Bytes;
 use crate::notify::Notifier;
 
-/// Once the proxy serves, and until the first change; systemd-socket-proxyd's words, as is the next.
+/// Once the proxy serves, and until the first change; systemd-socket-proxyd's words, as is the
+/// next.
 pub const PROCESSING: &str = "Processing requests...";
 
 /// While COMMAND stops and open connections are reset.
@@ -37,8 +38,9 @@ pub fn handed_over(stored: usize) -> String {
     format!("Left open connections with systemd: {stored}.")
 }
 
-/// Sends `STATUS=` whenever it changes, forever and at most once a second: after a change of the counts or
-/// of COMMAND's state, every few seconds while connections are open, and as COMMAND's age grows.
+/// Sends `STATUS=` whenever it changes, forever and at most once a second: after a change of the
+/// counts or of COMMAND's state, every few seconds while connections are open, and as COMMAND's age
+/// grows.
 ///
 /// `bytes` returns the bytes transferred. With several listeners the status names those that have
 /// connections. `restored` is the number of connections restored from the previous process.
@@ -140,8 +142,8 @@ impl fmt::Display for Status<'_> {
     }
 }
 
-/// For how long COMMAND has been running, in one unit from a minute on: it changes rarely, and a `STATUS=`
-/// that was sent stays true until the next.
+/// For how long COMMAND has been running, in one unit from a minute on: it changes rarely, and a
+/// `STATUS=` that was sent stays true until the next.
 struct Age {
     shown: TimeSpan,
     /// The time until another age is shown.

@@ -1,4 +1,5 @@
-//! The command line of socket-proxyd-units: one description for parsing, `--help` and the completions.
+//! The command line of socket-proxyd-units: one description for parsing, `--help` and the
+//! completions.
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -3,8 +3,8 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-/// Escapes a word of `ExecStart=`: systemd.service(5) finds no quote, variable, specifier or separator in
-/// it.
+/// Escapes a word of `ExecStart=`: systemd.service(5) finds no quote, variable, specifier or
+/// separator in it.
 pub fn exec_word(word: impl AsRef<OsStr>) -> String {
     const PLAIN: &[u8] = b"-_./:=@,+[]%$~^!?&|<>(){}*";
     let word = word.as_ref().as_bytes();
@@ -29,8 +29,8 @@ pub fn value(text: &str) -> String {
     text.replace('%', "%%")
 }
 
-/// Escapes the name of a unit without its suffix as systemctl(1) does: `/` becomes `-`, and what a name
-/// cannot contain `\xNN`. An `@`, which would make the unit a template, is escaped as well.
+/// Escapes the name of a unit without its suffix as systemctl(1) does: `/` becomes `-`, and what a
+/// name cannot contain `\xNN`. An `@`, which would make the unit a template, is escaped as well.
 ///
 /// (systemd-escape(1), which crates imitate, escapes `-` too.)
 pub fn unit_name(name: &str) -> String {

@@ -1,4 +1,5 @@
-//! Writing the units: all files or none, and never over what another program or a person has written.
+//! Writing the units: all files or none, and never over what another program or a person has
+//! written.
 
 use std::fs::{self, Metadata, Permissions};
 use std::io::{self, ErrorKind, Write};
@@ -56,8 +57,8 @@ pub fn write(files: &[UnitFile], directory: &Path, force: bool) -> Result<Change
     Ok(changes)
 }
 
-/// Looks for generated files that the proxy `unit` no longer needs, and removes those that can be removed
-/// at once.
+/// Looks for generated files that the proxy `unit` no longer needs, and removes those that can be
+/// removed at once.
 ///
 /// # Errors
 /// One line that names the file.
@@ -93,8 +94,8 @@ pub fn remove_leftovers(
     Ok(changes)
 }
 
-/// Checks that no unit of the same name in another directory overrides the new one or is overridden by
-/// it. (`systemctl mask --runtime` creates one below /run.)
+/// Checks that no unit of the same name in another directory overrides the new one or is overridden
+/// by it. (`systemctl mask --runtime` creates one below /run.)
 fn check_search_path(name: &Path, directory: &Path, search_path: &[&str]) -> Result<(), String> {
     let Some(place) = search_path.iter().position(|it| Path::new(it) == directory) else {
         return Ok(());
@@ -139,8 +140,8 @@ fn origin(path: &Path) -> Origin {
     read(path).map_or(Origin::Foreign, |text| Origin::of(&text))
 }
 
-/// Reads a regular file. A symbolic link is of other origin (`systemctl mask` creates one), and a pipe or
-/// a device may have no end.
+/// Reads a regular file. A symbolic link is of other origin (`systemctl mask` creates one), and a
+/// pipe or a device may have no end.
 fn read(path: &Path) -> Option<String> {
     fs::symlink_metadata(path).ok().filter(Metadata::is_file)?;
     fs::read_to_string(path).ok()

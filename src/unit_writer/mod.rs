@@ -1,7 +1,7 @@
 //! `socket-proxyd-units`, socket-proxyd-units(8): writes the units of a proxy.
 //!
-//! The arguments are checked as the proxy checks its own, become text, and go to standard output or into
-//! files:
+//! The arguments are checked as the proxy checks its own, become text, and go to standard output or
+//! into files:
 //!
 //! ```text
 //! UnitArguments -> Plan -> UnitFile  -> Change

@@ -1,4 +1,5 @@
-//! The arguments checked together. What is wrong with a single value is found by its parser in `values.rs`.
+//! The arguments checked together. What is wrong with a single value is found by its parser in
+//! `values.rs`.
 
 use std::ffi::OsString;
 use std::iter;
@@ -98,8 +99,8 @@ impl Plan {
         self.arguments.idle.as_deref().filter(|idle| *idle != "infinity")
     }
 
-    /// Returns the directory below /run in which COMMAND creates its socket, and which systemd creates and
-    /// removes with the unit.
+    /// Returns the directory below /run in which COMMAND creates its socket, and which systemd
+    /// creates and removes with the unit.
     pub fn runtime_directory(&self) -> Option<&Path> {
         self.arguments.command.as_ref()?;
         let directory = self.targets.iter().find_map(socket_path)?.parent()?;

@@ -46,8 +46,8 @@ pub fn files(plan: &Plan, program: &Path) -> Vec<UnitFile> {
     files
 }
 
-/// Renders the socket unit for clients, or the one for Prometheus: all sockets of a unit have the same
-/// `FileDescriptorName=`.
+/// Renders the socket unit for clients, or the one for Prometheus: all sockets of a unit have the
+/// same `FileDescriptorName=`.
 fn socket_unit(plan: &Plan, name: &str, listen: &[ListenAddress], is_metrics: bool) -> String {
     let (about, description) = match listen {
         _ if is_metrics => ("The socket where Prometheus gets /metrics", "its metrics"),
@@ -144,8 +144,8 @@ fn exec_start(plan: &Plan, program: &Path) -> String {
     words.join(" ")
 }
 
-/// Returns the user of the service, and the directory and the networks that it may use: a proxy only the
-/// addresses of its targets, a COMMAND all.
+/// Returns the user of the service, and the directory and the networks that it may use: a proxy
+/// only the addresses of its targets, a COMMAND all.
 fn access(plan: &Plan) -> Vec<Row> {
     let Plan { targets, arguments: UnitArguments { user, group, command, .. }, .. } = plan;
     let any = |is: fn(&Target) -> bool| targets.iter().any(is);
@@ -194,7 +194,8 @@ fn is_local(ip: IpAddr) -> bool {
     ip.is_loopback() || ip.is_unspecified()
 }
 
-/// Returns the restrictions that a proxy or most programs do not notice, by `systemd-analyze security`.
+/// Returns the restrictions that a proxy or most programs do not notice, by `systemd-analyze
+/// security`.
 fn hardening(plan: &Plan) -> Vec<Row> {
     let is_proxy = plan.arguments.command.is_none();
     let has_target_below = |directories: &[&str]| {

@@ -5,8 +5,8 @@ use std::hash::Hasher;
 
 use fnv::FnvHasher;
 
-/// Puts the stamp in front of a file's text: the command that asked for the file, and where settings of
-/// the administrator's own belong; `unit` is the unit that they are for.
+/// Puts the stamp in front of a file's text: the command that asked for the file, and where
+/// settings of the administrator's own belong; `unit` is the unit that they are for.
 pub fn stamp(unit: &str, command_line: &str, text: &str) -> String {
     let head = format!(
         "{MARK}, with this command:\n\

@@ -190,7 +190,8 @@ const OTHER_UNIT_TYPES: &str = "socket target timer path mount automount slice s
 /// The longest name of a unit, systemd.unit(5), without what is added to NAME.
 const NAME_MAX: usize = 255 - "-proxy.service.d".len();
 
-/// The longest abstract name that systemd listens on, with its @: a byte shorter than the kernel's limit.
+/// The longest abstract name that systemd listens on, with its @: a byte shorter than the kernel's
+/// limit.
 const ABSTRACT_MAX: usize = 107;
 
 #[cfg(test)]

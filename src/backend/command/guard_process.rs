@@ -1,18 +1,21 @@
-//! The process between the proxy and COMMAND. It ensures that nothing COMMAND starts outlives the proxy.
+//! The process between the proxy and COMMAND. It ensures that nothing COMMAND starts outlives the
+//! proxy.
 //!
-//! A parent-death signal reaches COMMAND itself but not its children, so a killed proxy would leave those
-//! behind. The guard is this program again, under another name, with one socket to the proxy. It is
-//! the subreaper of all processes that COMMAND starts (`PR_SET_CHILD_SUBREAPER`): orphans become its
-//! children. So it knows which processes are left, and ends them all (`terminate`).
+//! A parent-death signal reaches COMMAND itself but not its children, so a killed proxy would leave
+//! those behind. The guard is this program again, under another name, with one socket to the proxy.
+//! It is the subreaper of all processes that COMMAND starts (`PR_SET_CHILD_SUBREAPER`): orphans
+//! become its children. So it knows which processes are left, and ends them all (`terminate`).
 //!
 //! ```text
 //! proxy --socket--> guard --fork--> launch --exec--> COMMAND
 //! ```
 //!
-//! `launch` is this program again, for the moment between fork(2) and execve(2): what happens there needs
-//! no unsafe code then. It asks to be killed when the guard dies, which lasts beyond execve(2).
+//! `launch` is this program again, for the moment between fork(2) and execve(2): what happens there
+//! needs no unsafe code then. It asks to be killed when the guard dies, which lasts beyond
+//! execve(2).
 //!
-//! [`process`](crate::backend::command::process) has the proxy's side of the socket, and the protocol.
+//! [`process`](crate::backend::command::process) has the proxy's side of the socket, and the
+//! protocol.
 
 use std::convert::Infallible;
 use std::env;
@@ -42,8 +45,8 @@ use crate::logging::os_message;
 use crate::runtime::dispositions::restore_dispositions;
 use crate::runtime::event_loop;
 
-/// Returns what this process is to run instead of the proxy, told from `argv[0]`: the guard, or the moment before
-/// COMMAND. Both return one line on a failure.
+/// Returns what this process is to run instead of the proxy, told from `argv[0]`: the guard, or the
+/// moment before COMMAND. Both return one line on a failure.
 pub fn helper() -> Option<fn() -> Result<(), String>> {
     match env::args_os().next()?.to_str()? {
         GUARD => Some(|| {
@@ -57,9 +60,9 @@ pub fn helper() -> Option<fn() -> Result<(), String>> {
 fn guard() -> io::Result<()> {
     let _ = rustix::thread::set_name(c"proxyd-guard");
     event_loop()?.block_on(async {
-        // A service manager may send these to all processes of a unit, but the proxy decides when COMMAND
-        // stops, and SIGUSR1 asks the proxy alone for a report. (They are caught and not ignored, because
-        // COMMAND would inherit that.)
+        // A service manager may send these to all processes of a unit, but the proxy decides when
+        // COMMAND stops, and SIGUSR1 asks the proxy alone for a report. (They are caught and not
+        // ignored, because COMMAND would inherit that.)
         let _terminate = signal(SignalKind::terminate())?;
         let _interrupt = signal(SignalKind::interrupt())?;
         let _hangup = signal(SignalKind::hangup())?;
@@ -131,8 +134,8 @@ impl Guard {
     }
 }
 
-/// Sends an event. The socket's buffer has room for all of them. EPIPE: the proxy is gone, which the
-/// next read shows as well.
+/// Sends an event. The socket's buffer has room for all of them. EPIPE: the proxy is gone, which
+/// the next read shows as well.
 fn send(control: &UnixStream, event: Event) {
     let _ = control.try_write(&event.to_bytes());
 }

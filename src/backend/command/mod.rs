@@ -1,8 +1,9 @@
-//! COMMAND's supervisor: starts COMMAND for the first client, stops it when it is idle, and starts it again.
+//! COMMAND's supervisor: starts COMMAND for the first client, stops it when it is idle, and starts
+//! it again.
 //!
-//! One task runs the supervisor ([`Supervisor::run`]) from top to bottom. Everything else watches the
-//! [`CommandState`]. A client that needs COMMAND counts as waiting until COMMAND is ready. That count alone
-//! starts COMMAND.
+//! One task runs the supervisor ([`Supervisor::run`]) from top to bottom. Everything else watches
+//! the [`CommandState`]. A client that needs COMMAND counts as waiting until COMMAND is ready. That
+//! count alone starts COMMAND.
 
 pub mod guard_process;
 pub mod process;
@@ -49,7 +50,8 @@ pub struct Supervisor {
     pub command: CommandLine,
     /// The target that COMMAND serves.
     target: Target,
-    /// Where COMMAND sends `READY=1`. Without it COMMAND is ready when the target accepts a connection.
+    /// Where COMMAND sends `READY=1`. Without it COMMAND is ready when the target accepts a
+    /// connection.
     notify: Option<NotifyPlace>,
     stop_idle_time: TimeSpan,
     fd_limit: Option<u64>,
@@ -100,8 +102,8 @@ impl Supervisor {
         (*self.state.borrow() != CommandState::Ready).then(|| self.current_error())
     }
 
-    /// Waits until COMMAND is ready. Waiting starts COMMAND. The state that is returned changes when COMMAND is
-    /// not ready any more: it has exited, or is about to be stopped.
+    /// Waits until COMMAND is ready. Waiting starts COMMAND. The state that is returned changes
+    /// when COMMAND is not ready any more: it has exited, or is about to be stopped.
     ///
     /// # Errors
     /// The message of a permanent error.
@@ -134,8 +136,8 @@ impl Supervisor {
         self.stop_requested.send_replace(false);
     }
 
-    /// Starts and stops COMMAND as clients need it, forever. `connections` are the proxy's, for the idle
-    /// time.
+    /// Starts and stops COMMAND as clients need it, forever. `connections` are the proxy's, for the
+    /// idle time.
     pub async fn run(
         self: Arc<Self>,
         wait: Rc<BackendWait>,
@@ -198,8 +200,8 @@ impl Supervisor {
         result
     }
 
-    /// Starts COMMAND, and waits until it is ready and until it exits. Returns the status of a COMMAND that
-    /// has served.
+    /// Starts COMMAND, and waits until it is ready and until it exits. Returns the status of a
+    /// COMMAND that has served.
     async fn serve(
         &self,
         wait: &BackendWait,
@@ -230,8 +232,8 @@ impl Supervisor {
         let tree = process.launch(name, self.fd_limit).await.map_err(failed)?;
         let connection = tokio::select! {
             biased;
-            // Polled first: if COMMAND exits because its address is in use, a connect would reach the
-            // other process.
+            // Polled first: if COMMAND exits because its address is in use, a connect would reach
+            // the other process.
             status = process.exited() => return Err(RunResult::early_exit(name, "before", status)),
             connected = self.wait_until_ready(notify.as_mut(), wait, tree) => connected?,
             never = self.warn_if_slow() => match never {},
@@ -276,8 +278,8 @@ impl Supervisor {
         }
     }
 
-    /// Waits until COMMAND sends `READY=1`, or until the target accepts a connection, which is returned.
-    /// The target is tried only while a client waits.
+    /// Waits until COMMAND sends `READY=1`, or until the target accepts a connection, which is
+    /// returned. The target is tried only while a client waits.
     async fn wait_until_ready(
         &self,
         notify: Option<&mut NotifySocket>,
@@ -417,8 +419,8 @@ const STEADY: Duration = Duration::from_secs(1);
 /// How long to check that no other process serves the target.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The pause before the next check, if another process serves the target or the target is unreachable.
-/// That process may be COMMAND's last run, which stops after its proxy was killed.
+/// The pause before the next check, if another process serves the target or the target is
+/// unreachable. That process may be COMMAND's last run, which stops after its proxy was killed.
 const CHECK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How long COMMAND may run without being ready before that is logged.

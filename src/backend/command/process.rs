@@ -1,7 +1,8 @@
 //! One run of COMMAND, as the proxy sees it, through the guard's socket.
 //!
-//! The proxy sends COMMAND's words to the [guard process](crate::backend::command::guard_process), and later
-//! [`STOP`]. The guard sends [`Event`]s. When the proxy is gone, the guard reads the end of the stream.
+//! The proxy sends COMMAND's words to the [guard process](crate::backend::command::guard_process),
+//! and later [`STOP`]. The guard sends [`Event`]s. When the proxy is gone, the guard reads the end
+//! of the stream.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -34,8 +35,8 @@ pub struct CommandProcess {
 }
 
 impl CommandProcess {
-    /// Starts a guard, in a process group of its own: signals of a terminal reach the proxy alone. The
-    /// guard inherits standard output, standard error, and no other descriptor.
+    /// Starts a guard, in a process group of its own: signals of a terminal reach the proxy alone.
+    /// The guard inherits standard output, standard error, and no other descriptor.
     ///
     /// # Errors
     /// Those of fork(2) and execve(2).
@@ -53,7 +54,8 @@ impl CommandProcess {
         Ok(Self { control: UnixStream::from_std(control)?, guard, is_launched: false, group: None })
     }
 
-    /// Has the guard start COMMAND with this soft limit on descriptors. Returns COMMAND's processes.
+    /// Has the guard start COMMAND with this soft limit on descriptors. Returns COMMAND's
+    /// processes.
     ///
     /// # Errors
     /// A failure of the guard, which has logged the reason.
@@ -105,8 +107,8 @@ impl CommandProcess {
         let _ = self.guard.wait().await;
     }
 
-    /// Waits for the next event. Cancelling loses nothing: the guard writes an event at once, and a read
-    /// gets the whole of it.
+    /// Waits for the next event. Cancelling loses nothing: the guard writes an event at once, and a
+    /// read gets the whole of it.
     async fn event(&mut self) -> io::Result<Event> {
         let mut bytes = [0; Event::SIZE];
         self.control.read_exact(&mut bytes).await?;

@@ -36,8 +36,9 @@ impl ProcessTree {
     }
 }
 
-/// Returns parent and group of a process: the fourth and the fifth field of proc_pid_stat(5). The second is a
-/// name in parentheses, of any characters. `None` in the array is a process outside of this PID namespace.
+/// Returns parent and group of a process: the fourth and the fifth field of proc_pid_stat(5). The
+/// second is a name in parentheses, of any characters. `None` in the array is a process outside of
+/// this PID namespace.
 fn proc_stat(process: Pid) -> Option<[Option<Pid>; 2]> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero())).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;

@@ -1,9 +1,9 @@
 //! `--ready=notify`: `READY=1` from COMMAND, on a `NOTIFY_SOCKET` of its own (sd_notify(3)).
 //!
-//! The socket is a file and not an abstract name, so that COMMAND finds it from another network namespace
-//! and can pass it into a container. Every process may send to it. The kernel tells the sender
-//! (`SO_PASSCRED`), and only messages of COMMAND's processes count. File modes could not tell: COMMAND may
-//! change its user.
+//! The socket is a file and not an abstract name, so that COMMAND finds it from another network
+//! namespace and can pass it into a container. Every process may send to it. The kernel tells the
+//! sender (`SO_PASSCRED`), and only messages of COMMAND's processes count. File modes could not
+//! tell: COMMAND may change its user.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -37,8 +37,8 @@ use crate::socket::sys::register;
 pub struct NotifyPlace(PathBuf);
 
 impl NotifyPlace {
-    /// Finds the unit's runtime directory, the user's, or the one for temporary files, and checks that a
-    /// socket can be made there.
+    /// Finds the unit's runtime directory, the user's, or the one for temporary files, and checks
+    /// that a socket can be made there.
     ///
     /// # Errors
     /// One line on what is wrong with the directory.
@@ -72,8 +72,8 @@ impl NotifyPlace {
     }
 }
 
-/// Removes the socket that `$NOTIFY_SOCKET` names, and its directory. The guard does this for a proxy that
-/// was killed.
+/// Removes the socket that `$NOTIFY_SOCKET` names, and its directory. The guard does this for a
+/// proxy that was killed.
 pub fn remove_left_behind() {
     if let Some(path) = env::var_os("NOTIFY_SOCKET").map(PathBuf::from) {
         // ENOENT: the proxy has removed it.
@@ -84,9 +84,9 @@ pub fn remove_left_behind() {
 
 /// The socket that one run of COMMAND notifies. Dropping it removes the file.
 ///
-/// From [`NotifySocket::ready`] on a task reads the socket for as long as it exists, before and after `READY=1`:
-/// sd_notify(3) blocks when ten messages are queued, and systemd-notify(1) until the descriptor of its last
-/// message is closed.
+/// From [`NotifySocket::ready`] on a task reads the socket for as long as it exists, before and
+/// after `READY=1`: sd_notify(3) blocks when ten messages are queued, and systemd-notify(1) until
+/// the descriptor of its last message is closed.
 #[derive(Debug)]
 pub struct NotifySocket {
     io: Rc<AsyncFd<OwnedFd>>,
@@ -114,8 +114,8 @@ impl NotifySocket {
         &self.path
     }
 
-    /// Waits for `READY=1` from a process of `tree`. Messages stay queued until then: COMMAND may send `READY=1`
-    /// before the guard's report of its start arrives.
+    /// Waits for `READY=1` from a process of `tree`. Messages stay queued until then: COMMAND may
+    /// send `READY=1` before the guard's report of its start arrives.
     pub async fn ready(&mut self, tree: ProcessTree) {
         let (sender, mut ready) = watch::channel(false);
         self.receiver.spawn_local(Receiver { io: Rc::clone(&self.io), tree, ready: sender }.run());
@@ -151,8 +151,8 @@ impl Receiver {
 
     /// Receives a message. Returns whether it is a `READY=1` that counts.
     ///
-    /// The sender is looked up before the message's descriptors are closed: with `BARRIER=1` it may exit
-    /// as soon as they are.
+    /// The sender is looked up before the message's descriptors are closed: with `BARRIER=1` it may
+    /// exit as soon as they are.
     fn receive(&self, lookups: &mut Lookups) -> Result<bool, Errno> {
         let mut text = [0; MESSAGE_MAX];
         let mut space =
@@ -178,9 +178,9 @@ impl Receiver {
 /// Lookups of senders within the current second. Each costs up to
 /// [`ANCESTORS_MAX`](super::process_tree::ANCESTORS_MAX) reads of /proc.
 ///
-/// Any user may send `READY=1` at any rate. Within a second a known stranger is not looked up again, and
-/// each user has [`LOOKUPS_MAX`] lookups. So a flood costs little. COMMAND, which may have changed its user,
-/// is still heard during the flood.
+/// Any user may send `READY=1` at any rate. Within a second a known stranger is not looked up
+/// again, and each user has [`LOOKUPS_MAX`] lookups. So a flood costs little. COMMAND, which may
+/// have changed its user, is still heard during the flood.
 #[derive(Debug, Default)]
 struct Lookups {
     since: Option<Instant>,
@@ -237,7 +237,8 @@ const MESSAGE_MAX: usize = 4096;
 const BURST: usize = 8;
 const BURST_PAUSE: Duration = Duration::from_millis(1);
 
-/// Limits for one second: users with a count of their own, lookups for each count, and known strangers.
+/// Limits for one second: users with a count of their own, lookups for each count, and known
+/// strangers.
 const USERS_MAX: usize = 8;
 const LOOKUPS_MAX: usize = 10;
 const STRANGERS_MAX: usize = 64;

@@ -1,7 +1,7 @@
 //! How the processes of COMMAND end: SIGTERM, and SIGKILL when they take too long.
 //!
-//! COMMAND's process group comes first. When no process of it is left, the processes that had left the group
-//! get the same.
+//! COMMAND's process group comes first. When no process of it is left, the processes that had left
+//! the group get the same.
 
 use std::fs;
 use std::time::Duration;
@@ -37,8 +37,9 @@ impl Processes {
         self.deadline.is_some()
     }
 
-    /// Reaps the processes that have ended, passes COMMAND's own status (wait(2)) to `exited`, and goes on to
-    /// end those that COMMAND has left behind. Returns whether there is anything left to wait for.
+    /// Reaps the processes that have ended, passes COMMAND's own status (wait(2)) to `exited`, and
+    /// goes on to end those that COMMAND has left behind. Returns whether there is anything left to
+    /// wait for.
     pub fn reap(&mut self, exited: impl Fn(i32)) -> bool {
         let has_children = loop {
             match wait(WaitOptions::NOHANG) {
@@ -67,8 +68,8 @@ impl Processes {
         self.deadline.is_none_or(|deadline| Instant::now() < deadline) || self.kill()
     }
 
-    /// Asks the processes to end, stopped ones included (SIGCONT). SIGKILL is due after `grace`, or earlier if
-    /// it was due earlier.
+    /// Asks the processes to end, stopped ones included (SIGCONT). SIGKILL is due after `grace`, or
+    /// earlier if it was due earlier.
     pub fn terminate(&mut self, grace: Duration) {
         let due = Instant::now() + grace;
         if let Some(deadline) = &mut self.deadline {
@@ -93,7 +94,8 @@ impl Processes {
         true
     }
 
-    /// Signals the group or, when it is gone, the orphans that had left it: they are the guard's children.
+    /// Signals the group or, when it is gone, the orphans that had left it: they are the guard's
+    /// children.
     fn signal(&self, signal: Signal) {
         if !self.is_group_gone {
             let _ = kill_process_group(self.command, signal);
@@ -113,7 +115,8 @@ fn children() -> Vec<Pid> {
     pids.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()
 }
 
-/// Kills COMMAND's process group after its guard was killed. COMMAND itself was killed by the kernel then.
+/// Kills COMMAND's process group after its guard was killed. COMMAND itself was killed by the
+/// kernel then.
 pub async fn kill_group(group: Pid) {
     tracing::error!(
         "The guard of COMMAND was killed, and the proxy kills the process group of COMMAND."
@@ -129,13 +132,13 @@ pub async fn kill_group(group: Pid) {
 /// From SIGTERM to SIGKILL when the proxy stops COMMAND.
 pub const GRACE: Duration = Duration::from_secs(10);
 
-/// From SIGTERM to SIGKILL when the proxy is gone, whose next instance may wait for the address, and for
-/// processes that have left the group.
+/// From SIGTERM to SIGKILL when the proxy is gone, whose next instance may wait for the address,
+/// and for processes that have left the group.
 pub const SHORT_GRACE: Duration = Duration::from_secs(3);
 
 /// How often to check which processes are left.
 pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Attempts to kill processes that do not end: one waits for a broken disk, or runs as another user by
-/// now.
+/// Attempts to kill processes that do not end: one waits for a broken disk, or runs as another user
+/// by now.
 const KILLS_MAX: u32 = 100;
