@@ -1,10 +1,19 @@
-//! README.md and docs/recipes.md: short sentences, the words of the field, and links that lead somewhere.
+//! The documents and the manuals: short sentences, the words of the field, and links that lead somewhere.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-const DOCUMENTS: [&str; 2] = ["README.md", "docs/recipes.md"];
+const DOCUMENTS: [&str; 6] = [
+    "README.md",
+    "BENCHMARKS.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/recipes.md",
+];
+
+const MANUALS: [&str; 2] = ["man/socket-proxyd.8", "man/socket-proxyd-units.8"];
 
 fn read(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
@@ -32,6 +41,41 @@ fn paragraphs(document: &str) -> Vec<String> {
     paragraphs
 }
 
+/// The paragraphs of a manual, without examples and the tags of lists.
+fn manual_paragraphs(manual: &str) -> Vec<String> {
+    let mut paragraphs = vec![String::new()];
+    let (mut is_example, mut is_tag) = (false, false);
+    for line in manual.lines() {
+        let (mut macro_name, mut words) = ("", line);
+        if let Some(rest) = line.strip_prefix('.') {
+            (macro_name, words) = rest.split_once(' ').unwrap_or((rest, ""));
+        }
+        is_example = macro_name == "nf" || is_example && macro_name != "fi";
+        let breaks = ["PP", "TP", "IP", "SH", "SS", "RS", "RE", "TH", "br"].contains(&macro_name);
+        if breaks || is_tag {
+            paragraphs.push(String::new());
+        }
+        let is_text = !is_example && !breaks && !is_tag && macro_name != "fi";
+        is_tag = macro_name == "TP";
+        if is_text {
+            // Macros of two letters join their words.
+            let joined = if macro_name.len() == 2 { words.replace(' ', "") } else { words.into() };
+            let paragraph = paragraphs.last_mut().unwrap();
+            paragraph.push_str(&joined.replace('"', "").replace("\\", ""));
+            paragraph.push(' ');
+        }
+    }
+    paragraphs
+}
+
+/// The paragraphs of all documents and manuals, each with its document.
+fn all_paragraphs() -> impl Iterator<Item = (&'static str, String)> {
+    let documents = DOCUMENTS.map(|path| (path, paragraphs(&read(path))));
+    let manuals = MANUALS.map(|path| (path, manual_paragraphs(&read(path))));
+    let all = documents.into_iter().chain(manuals);
+    all.flat_map(|(path, all)| all.into_iter().map(move |paragraph| (path, paragraph)))
+}
+
 /// A paragraph's sentences. Code and the target of a link are no words of theirs.
 fn sentences(paragraph: &str) -> Vec<String> {
     let mut plain = String::new();
@@ -53,10 +97,16 @@ fn sentences(paragraph: &str) -> Vec<String> {
 
 #[test]
 fn sentences_are_short() {
+    let words = |path| {
+        let all = all_paragraphs().filter(|(it, _)| *it == path);
+        all.map(|(_, it)| it.split_whitespace().count()).sum::<usize>()
+    };
+    assert!(words(MANUALS[0]) > 3000 && words(MANUALS[1]) > 500, "the manuals are read");
     let mut long = Vec::new();
-    for path in DOCUMENTS {
-        let sentences = paragraphs(&read(path)).into_iter().flat_map(|it| sentences(&it));
-        long.extend(sentences.filter(|it| it.split_whitespace().count() > 30));
+    for (path, paragraph) in all_paragraphs() {
+        let sentences = sentences(&paragraph).into_iter();
+        let sentences = sentences.filter(|it| it.split_whitespace().count() > 30);
+        long.extend(sentences.map(|it| format!("{path}: {it}")));
     }
     assert!(long.is_empty(), "{long:#?}");
 }
@@ -76,9 +126,8 @@ fn words_are_plain() {
         "let alone",
         "has to go",
     ];
-    for path in DOCUMENTS {
-        let sentences = paragraphs(&read(path)).into_iter().flat_map(|it| sentences(&it));
-        let text = sentences.collect::<String>().to_lowercase();
+    for (path, paragraph) in all_paragraphs() {
+        let text = sentences(&paragraph).concat().to_lowercase();
         let text = text.replace(|c: char| !c.is_alphanumeric() && c != '.', " ");
         let text = format!(" {} ", text.split_whitespace().collect::<Vec<_>>().join(" "));
         let found: Vec<_> = WORDS.iter().filter(|it| text.contains(&format!(" {it} "))).collect();
