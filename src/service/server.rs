@@ -157,6 +157,9 @@ impl Server {
                 never = &mut maintain => match never {},
             }
         }
+        if reason == StopReason::Idle {
+            tracing::info!("No connection for {}, exiting.", self.exit_idle_time);
+        }
         Ok(reason)
     }
 

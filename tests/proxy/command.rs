@@ -707,6 +707,7 @@ fn idle_exit_stops_command_first() {
     assert_eq!(service.wait_for_pid("asked"), first);
     let second = service.pid();
     assert_ne!(second, first);
+    service.proxy.lines.wait_for("No connection for 500ms, exiting.");
     assert_eq!(service.proxy.wait().code(), Some(0));
     assert!(!is_running(second));
     assert_eq!(service.logged_pids("asked"), [first, second]);
