@@ -35,7 +35,10 @@ impl Notifier {
         let name = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
         Self(name.and_then(|name| {
             let opened = open(&name).inspect_err(|error| {
-                tracing::warn!("Failed to use NOTIFY_SOCKET={name:?}, ignoring: {error}.");
+                tracing::warn!(
+                    "Failed to use NOTIFY_SOCKET={name:?}, ignoring: {error}. (With Type=notify the start \
+                     will time out. RestrictAddressFamilies= must allow AF_UNIX.)"
+                );
             });
             opened.ok()
         }))

@@ -108,7 +108,7 @@ impl Address {
         }
     }
 
-    /// Returns a likely cause of a vsock error, to be appended to the message.
+    /// Returns a likely cause of an error, to be appended to the message.
     pub fn hint(&self, error: &io::Error) -> &'static str {
         match (self, Errno::from_io_error(error)) {
             (Self::Vsock { .. }, Some(Errno::AFNOSUPPORT)) => {
@@ -118,6 +118,10 @@ impl Address {
                 " (there is no way to that CID: the machine does not run, or vsock's transport is \
                  not loaded)"
             }
+            (Self::Path(_), Some(Errno::ACCESS)) => {
+                " (the proxy's user may not use it, see SupplementaryGroups=)"
+            }
+            (_, Some(Errno::AFNOSUPPORT)) => " (RestrictAddressFamilies= may forbid it)",
             _ => "",
         }
     }
