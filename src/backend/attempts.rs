@@ -1,93 +1,107 @@
-//! Attempts to connect that overlap, for a backend that cannot be reached yet.
+//! Attempts to connect to a backend that cannot be reached yet, until one succeeds.
 //!
-//! An attempt may take as long as `--connect-timeout=` lets it, for one dead address of a name,
-//! while another address is up again. So the next attempt starts beside an attempt that takes
-//! longer than [`ATTEMPT_INTERVAL`], and the oldest of [`ATTEMPTS_MAX`] ends for it.
-//!
-//! There is at most one lookup at a time: a resolver that does not answer would keep a thread and a
-//! place among the lookups for each. And an attempt beside another one needs a place among those of
-//! all targets, since its descriptor is not the client's.
+//! One attempt follows another: a lookup, then each address in turn, each for as long as
+//! `--connect-timeout=` lets it. A dead address of a name would keep an attempt from the others for
+//! that long. So a few addresses of a name are *watched* as well: each is tried again and again on
+//! its own. All targets share the places for that, whose descriptors are set aside. An address
+//! without a place just takes its turn.
 
-use std::cell::Cell;
-use std::collections::VecDeque;
-use std::rc::Rc;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, sleep_until};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
 
 use crate::backend::connect::{Connector, OnFullBacklog};
 use crate::backend::connect_error::ConnectError;
+use crate::runtime::backoff::Backoff;
 use crate::socket::Socket;
+use crate::socket::address::Address;
 
-/// Attempts to connect to one target, oldest first. Dropping this ends them.
-pub struct Attempts {
-    connector: Connector,
-    running: JoinSet<Result<Socket, ConnectError>>,
-    handles: VecDeque<AbortHandle>,
-    is_resolving: Rc<Cell<bool>>,
-    /// When the next attempt starts beside the others.
-    due: Instant,
+/// Connects as soon as the backend can be reached. Passes each error that means "not yet" to
+/// `failed`.
+///
+/// # Errors
+/// A permanent error.
+pub async fn connect_when_up(
+    connector: &Connector,
+    failed: impl Fn(&ConnectError),
+) -> Result<Socket, ConnectError> {
+    let (mut backoff, mut watched) = (PROBE_PAUSES, Watched::new(connector));
+    loop {
+        let start = Instant::now();
+        let attempt = match watched.beside(connector.addresses()).await {
+            Ok(Ok(addresses)) => {
+                watched.follow(&addresses);
+                watched.beside(connector.try_each(&addresses, OnFullBacklog::Fail)).await
+            }
+            Ok(Err(error)) => Ok(Err(error)),
+            Err(socket) => Err(socket),
+        };
+        let connected = attempt.unwrap_or_else(Ok);
+        connector.count(start, &connected);
+        match connected {
+            Err(error) if error.is_transient() => failed(&error),
+            connected => return connected,
+        }
+        if let Err(socket) = watched.beside(sleep(backoff.next())).await {
+            return Ok(socket);
+        }
+    }
 }
 
-impl Attempts {
-    pub fn new(connector: Connector) -> Self {
-        Self {
-            connector,
-            running: JoinSet::new(),
-            handles: VecDeque::new(),
-            is_resolving: Rc::default(),
-            due: Instant::now(),
+/// Addresses that are tried on their own. Dropping this ends it.
+struct Watched<'a> {
+    connector: &'a Connector,
+    addresses: Vec<Address>,
+    running: JoinSet<Socket>,
+}
+
+impl<'a> Watched<'a> {
+    fn new(connector: &'a Connector) -> Self {
+        Self { connector, addresses: Vec::new(), running: JoinSet::new() }
+    }
+
+    /// Watches these addresses from now on, if there are several.
+    fn follow(&mut self, addresses: &[Address]) {
+        if addresses == self.addresses {
+            return;
+        }
+        self.addresses = addresses.to_vec();
+        self.running = JoinSet::new();
+        if addresses.len() == 1 {
+            return;
+        }
+        for address in addresses.iter().take(WATCHED_MAX) {
+            let Ok(place) = Arc::clone(&self.connector.watch_places).try_acquire_owned() else {
+                break;
+            };
+            let (connector, address) = (self.connector.clone(), address.clone());
+            self.running.spawn_local(async move {
+                let (_place, mut backoff) = (place, PROBE_PAUSES);
+                loop {
+                    match connector.try_address(&address, OnFullBacklog::Fail).await {
+                        Ok(socket) => return socket,
+                        Err(_) => sleep(backoff.next()).await,
+                    }
+                }
+            });
         }
     }
 
-    /// Returns the outcome of the next attempt that ends, or `None` after [`ATTEMPT_INTERVAL`].
-    /// Starts an attempt if there is none. A caller that stops waiting may call this again.
-    pub async fn next(&mut self) -> Option<Result<Socket, ConnectError>> {
-        self.handles.retain(|handle| !handle.is_finished());
-        if self.handles.is_empty() {
-            self.start(None);
-        } else if Instant::now() >= self.due {
-            self.due = Instant::now() + ATTEMPT_INTERVAL;
-            if !self.is_resolving.get() {
-                self.start_beside();
-            }
-        }
+    /// Waits for `other`, or for a connection to a watched address, which is the error.
+    async fn beside<T>(&mut self, other: impl Future<Output = T>) -> Result<T, Socket> {
         tokio::select! {
-            // An attempt that was ended has no outcome.
-            Some(ended) = self.running.join_next() => ended.ok(),
-            () = sleep_until(self.due) => None,
+            done = other => Ok(done),
+            Some(Ok(socket)) = self.running.join_next() => Err(socket),
         }
-    }
-
-    /// Whether an attempt waits for the resolver.
-    pub fn is_resolving(&self) -> bool {
-        self.is_resolving.get()
-    }
-
-    fn start_beside(&mut self) {
-        if let Ok(permit) = Arc::clone(&self.connector.overlaps).try_acquire_owned() {
-            if self.handles.len() == ATTEMPTS_MAX {
-                self.handles.pop_front().inspect(AbortHandle::abort);
-            }
-            self.start(Some(permit));
-        }
-    }
-
-    fn start(&mut self, permit: Option<OwnedSemaphorePermit>) {
-        let (connector, is_resolving) = (self.connector.clone(), Rc::clone(&self.is_resolving));
-        self.due = Instant::now() + ATTEMPT_INTERVAL;
-        self.handles.push_back(self.running.spawn_local(async move {
-            let _permit = permit;
-            let resolving = |now| is_resolving.set(now);
-            connector.connect_and_tell(OnFullBacklog::Fail, resolving).await
-        }));
     }
 }
 
-/// How long an attempt may take before the next one starts beside it.
-pub const ATTEMPT_INTERVAL: Duration = Duration::from_millis(500);
+/// The pauses between attempts. They delay the discovery of a backend that refuses at once while it
+/// is down.
+const PROBE_PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
 
-const ATTEMPTS_MAX: usize = 3;
+/// Addresses of a name that are watched.
+const WATCHED_MAX: usize = 3;

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,8 +32,9 @@ pub struct Connector {
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
-    /// Places for attempts beside another one, of all targets.
-    pub overlaps: Arc<Semaphore>,
+    lookups_max: usize,
+    /// Places for addresses that are watched, of all targets.
+    pub watch_places: Arc<Semaphore>,
     /// Turns to try a backend whose backlog is full. The other clients, of all event loops, wait in
     /// the order in which they came.
     backlog_turns: Arc<Semaphore>,
@@ -52,18 +54,28 @@ pub enum OnFullBacklog {
 }
 
 impl Connector {
-    /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` and
-    /// `overlaps` limit the lookups and the attempts beside others that run at a time.
+    /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` limits the
+    /// lookups that run at a time, and `watch_places` the addresses that are watched.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
         lookups: Arc<Semaphore>,
-        overlaps: Arc<Semaphore>,
+        watch_places: Arc<Semaphore>,
     ) -> Self {
+        let lookups_max = lookups.available_permits();
         let backlog_turns = Arc::new(Semaphore::new(BACKLOG_TURNS));
         let counters = Arc::default();
-        Self { target, connect_timeout, keepalive, lookups, overlaps, backlog_turns, counters }
+        Self {
+            target,
+            connect_timeout,
+            keepalive,
+            lookups,
+            lookups_max,
+            watch_places,
+            backlog_turns,
+            counters,
+        }
     }
 
     /// Whether connect(2) does not wait for the backend: TARGET is a Unix socket.
@@ -78,35 +90,53 @@ impl Connector {
 
     /// Looks the target up, and tries each of its addresses until one accepts.
     pub async fn connect(&self, on_full_backlog: OnFullBacklog) -> Result<Socket, ConnectError> {
-        self.connect_and_tell(on_full_backlog, |_| {}).await
-    }
-
-    /// Connects, and calls `resolving` with `true` before a lookup and with `false` after it.
-    pub async fn connect_and_tell(
-        &self,
-        on_full_backlog: OnFullBacklog,
-        resolving: impl Fn(bool),
-    ) -> Result<Socket, ConnectError> {
         let start = Instant::now();
         let connected = match &self.target {
             Target::Address(address) => self.try_address(address, on_full_backlog).await,
             // Boxed, here and below: thousands of clients may connect at a time.
-            Target::Name(name) => Box::pin(self.try_name(name, on_full_backlog, resolving)).await,
+            Target::Name(name) => Box::pin(self.try_name(name, on_full_backlog)).await,
         };
-        match &connected {
+        self.count(start, &connected);
+        connected
+    }
+
+    /// Counts an attempt that has begun at `start`.
+    pub fn count(&self, start: Instant, connected: &Result<Socket, ConnectError>) {
+        match connected {
             Ok(_) => self.counters.durations.record(start.elapsed()),
             Err(error) => self.counters.fail(error.kind()),
         }
-        connected
+    }
+
+    /// Returns the addresses of the target. A lookup that hangs is given up for another one as long
+    /// as half of the places for lookups are free: the resolver may have lost an answer, for which
+    /// it waits for seconds.
+    pub async fn addresses(&self) -> Result<Vec<Address>, ConnectError> {
+        let name = match &self.target {
+            Target::Address(address) => return Ok(vec![address.clone()]),
+            Target::Name(name) => name,
+        };
+        loop {
+            let mut lookup = pin!(self.look_up(name));
+            loop {
+                match timeout(LOOKUP_HANGS, &mut lookup).await {
+                    Ok(addresses) => return addresses,
+                    Err(_) if self.lookups.available_permits() > self.lookups_max / 2 => break,
+                    Err(_) => {}
+                }
+            }
+        }
     }
 
     async fn try_name(
         &self,
         name: &HostPort,
         on_full_backlog: OnFullBacklog,
-        resolving: impl Fn(bool),
     ) -> Result<Socket, ConnectError> {
-        resolving(true);
+        self.try_each(&self.look_up(name).await?, on_full_backlog).await
+    }
+
+    async fn look_up(&self, name: &HostPort) -> Result<Vec<Address>, ConnectError> {
         if self.lookups.available_permits() == 0 {
             if let Some(suppressed) = LOOKUPS_BUSY.pass() {
                 tracing::warn!(
@@ -116,12 +146,19 @@ impl Connector {
             }
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
-        let addresses = resolve(name, permit).await;
-        resolving(false);
-        let addresses = addresses.map_err(ConnectError::Resolve)?;
+        let addresses = resolve(name, permit).await.map_err(ConnectError::Resolve)?;
+        Ok(addresses.into_iter().map(Address::Inet).collect())
+    }
+
+    /// Tries each of `addresses`, which are not none, until one accepts.
+    pub async fn try_each(
+        &self,
+        addresses: &[Address],
+        on_full_backlog: OnFullBacklog,
+    ) -> Result<Socket, ConnectError> {
         let mut failed: Option<ConnectError> = None;
         for address in addresses {
-            match self.try_address(&Address::Inet(address), on_full_backlog).await {
+            match self.try_address(address, on_full_backlog).await {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
                     tracing::debug!("{error}, trying the next address.");
@@ -138,7 +175,7 @@ impl Connector {
         Err(failed.expect("a name that resolves has an address"))
     }
 
-    async fn try_address(
+    pub async fn try_address(
         &self,
         address: &Address,
         on_full_backlog: OnFullBacklog,
@@ -266,6 +303,9 @@ fn is_self(target: SocketAddr, local: SocketAddr) -> bool {
 
 /// The pauses between attempts while descriptors or memory are short.
 const RESOURCE_PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
+
+/// How long a lookup takes before another one may replace it.
+const LOOKUP_HANGS: Duration = Duration::from_secs(1);
 
 /// Clients that try a backend with a full backlog at a time.
 const BACKLOG_TURNS: usize = 4;

@@ -6,9 +6,8 @@
 //! that serves only one connection does not spend it on a probe. The prober ends when no client
 //! waits.
 //!
-//! The attempts of the prober overlap ([`Attempts`]), and a client's own attempt that takes long
-//! starts the prober beside it. While the resolver does not answer the prober, each client tries by
-//! itself, as without the wait. A client that succeeds ends the prober.
+//! A client's own attempt that takes long starts the prober beside it, and a client that succeeds
+//! ends the prober.
 //!
 //! With several event loops there is still one prober for each target. It runs on the loop that
 //! started it, and the clients of all loops wait for it ([`SharedProbe`]).
@@ -23,13 +22,12 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, yield_now};
 use tokio::time::sleep;
 
-use crate::backend::attempts::{ATTEMPT_INTERVAL, Attempts};
+use crate::backend::attempts::connect_when_up;
 use crate::backend::connect::{Connector, OnFullBacklog};
 use crate::backend::connect_error::ConnectError;
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;
-use crate::runtime::backoff::Backoff;
 use crate::runtime::lock;
 use crate::socket::{Family, Socket, has_hung_up};
 
@@ -58,7 +56,7 @@ impl BackendWait {
             if let Some(socket) = take_connection(&self.probe) {
                 return Ok(socket);
             }
-            let prober = lock(&self.probe).prober();
+            let prober = lock(&self.probe).running();
             if let Some(mut prober) = prober {
                 let _ = prober.changed().await;
             } else {
@@ -87,7 +85,7 @@ impl BackendWait {
         if self.connector.is_instant() {
             return pending().await;
         }
-        sleep(ATTEMPT_INTERVAL).await;
+        sleep(ATTEMPT_HANGS).await;
         let _ = self.start_prober(None).changed().await;
     }
 
@@ -156,7 +154,6 @@ impl BackendWait {
         let (running, receiver) = watch::channel(());
         state.prober = Some(receiver.clone());
         state.last_error = last_error;
-        state.is_resolving = false;
         state.task = Some(tokio::task::spawn_local(Rc::clone(self).probe(running)).abort_handle());
         receiver
     }
@@ -170,21 +167,23 @@ impl BackendWait {
 
     /// Dropping `running` wakes all clients.
     async fn probe(self: Rc<Self>, running: watch::Sender<()>) {
-        let (mut backoff, mut attempts) = (PROBE_PAUSES, Attempts::new(self.connector.clone()));
-        // One receiver is the one in the shared state.
-        while running.receiver_count() > 1 {
-            let ended = attempts.next().await;
-            lock(&self.probe).is_resolving = ended.is_none() && attempts.is_resolving();
-            match ended {
-                Some(Ok(socket)) => return self.offer(socket),
-                Some(Err(error)) if error.is_transient() => {
-                    lock(&self.probe).last_error = Some(error.to_string());
-                    sleep(backoff.next()).await;
-                }
-                None => {}
-                // Each waiting client meets a permanent error itself.
-                Some(Err(_)) => break,
+        let failed = |error: &ConnectError| {
+            lock(&self.probe).last_error = Some(error.to_string());
+        };
+        let no_client_waits = async {
+            // One receiver is the one in the shared state.
+            while running.receiver_count() > 1 {
+                sleep(CLIENTS_CHECK).await;
             }
+        };
+        tokio::select! {
+            // Each waiting client meets a permanent error itself.
+            connected = connect_when_up(&self.connector, failed) => {
+                if let Ok(socket) = connected {
+                    return self.offer(socket);
+                }
+            }
+            () = no_client_waits => {}
         }
         lock(&self.probe).last_error = None;
     }
@@ -198,8 +197,6 @@ pub struct ProbeState {
     /// Closed when the prober ends. The prober never sends, so a failed probe wakes no client.
     prober: Option<watch::Receiver<()>>,
     task: Option<AbortHandle>,
-    /// The resolver does not answer the prober.
-    is_resolving: bool,
     /// Why the backend cannot be reached, as far as that is known.
     last_error: Option<String>,
     /// A connection that a probe made, for the first client that takes it.
@@ -215,11 +212,6 @@ fn take_connection(probe: &SharedProbe) -> Option<Socket> {
 }
 
 impl ProbeState {
-    /// Returns the prober for a client to wait for.
-    fn prober(&self) -> Option<watch::Receiver<()>> {
-        self.running().filter(|_| !self.is_resolving)
-    }
-
     /// Ends the prober, since the backend can be reached.
     fn end_prober(&mut self) {
         if let Some(task) = self.task.take() {
@@ -234,10 +226,11 @@ impl ProbeState {
     }
 }
 
-/// The pauses between probes. They delay the discovery of a backend that refuses at once while it
-/// is down.
-pub const PROBE_PAUSES: Backoff =
-    Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
+/// How long a client's own attempt takes before the prober starts beside it.
+const ATTEMPT_HANGS: Duration = Duration::from_millis(500);
+
+/// How often the prober looks whether a client waits.
+const CLIENTS_CHECK: Duration = Duration::from_millis(100);
 
 /// Clients that go on after a wait before the event loop looks at its other connections.
 const RELEASES_PER_TURN: usize = 8;

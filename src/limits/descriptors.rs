@@ -22,8 +22,8 @@ pub struct FdPlan {
     pub connections: usize,
     /// Name lookups at a time; 0 when no target needs them.
     pub lookups: usize,
-    /// Attempts to connect beside another one of the same target, at a time.
-    pub overlaps: usize,
+    /// Addresses of backends that are tried on their own, at a time.
+    pub watch_places: usize,
     /// Pipes at a time.
     pub pipes: usize,
     /// The soft limit at the start, for COMMAND: select(2) breaks above 1024.
@@ -70,15 +70,15 @@ impl FdPlan {
         let for_threads = (config.threads.get() - 1) * PER_THREAD;
         let needs_lookups = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
         let connections_max = config.connections_max.get() as usize;
-        let overlaps = if config.backend_wait.is_zero() { 0 } else { OVERLAPS_MAX };
-        let reserved = RESERVE + overlaps + for_command + for_threads + for_store + for_metrics;
+        let watch_places = if config.backend_wait.is_zero() { 0 } else { WATCH_PLACES };
+        let reserved = RESERVE + watch_places + for_command + for_threads + for_store + for_metrics;
         let free = limit.saturating_sub(open + reserved);
         let lookups = if needs_lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
         let for_connections = connections_max.saturating_add(1).saturating_mul(per_connection);
         let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
         let connections = free.saturating_sub(pipes * 2) / per_connection;
-        Self { connections, lookups, overlaps, pipes, inherited: None }
+        Self { connections, lookups, watch_places, pipes, inherited: None }
     }
 }
 
@@ -203,9 +203,8 @@ const PIPES_MAX: usize = 512;
 /// The notification socket, the journal's socket, and a connection that is accepted to be refused.
 const RESERVE: usize = 6;
 
-/// Sockets of attempts to connect beside another one. Those of the first attempts are their
-/// clients'.
-const OVERLAPS_MAX: usize = 4;
+/// Sockets of addresses that are tried on their own. Those of other attempts are their clients'.
+const WATCH_PLACES: usize = 4;
 
 /// The sockets to COMMAND's guard and from it, and the descriptors that are open during its start.
 const FOR_COMMAND: usize = 12;
@@ -248,7 +247,7 @@ mod tests {
                         let sum = plan.connections * 2
                             + plan.pipes * 2
                             + plan.lookups * PER_LOOKUP
-                            + plan.overlaps
+                            + plan.watch_places
                             + beside;
                         if plan.pipes > 1.max(limit / 16) {
                             assert!(plan.connections > connections_max, "{plan:?}");

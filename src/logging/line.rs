@@ -85,7 +85,9 @@ impl Line {
         let (sentence, rest) = self.text.split_at(end.unwrap_or(self.text.len()));
         let mut message = sentence.to_string();
         let mut separator = " (";
-        for (name, value) in self.names().filter(|(_, value)| !has_word(sentence, value)) {
+        for (name, value) in
+            self.names().filter(|(name, value)| *name == "client" || !has_word(sentence, value))
+        {
             let _ = write!(message, "{separator}{name} {}", quoted(value));
             separator = ", ";
         }

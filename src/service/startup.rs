@@ -171,16 +171,17 @@ fn backends_of(config: &Config, sources: &Sources) -> Result<Vec<usize>, String>
     Ok(backends)
 }
 
-/// Returns the setup of each target. All share the limits on lookups and on attempts beside others.
+/// Returns the setup of each target. All share the limits on lookups and on watched addresses.
 fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
-    let [lookups, overlaps] = [fds.lookups, fds.overlaps].map(|max| Arc::new(Semaphore::new(max)));
+    let limits = [fds.lookups, fds.watch_places];
+    let [lookups, watch_places] = limits.map(|max| Arc::new(Semaphore::new(max)));
     let setup = |target: &Target| BackendSetup {
         connector: Connector::new(
             target.clone(),
             config.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),
-            Arc::clone(&overlaps),
+            Arc::clone(&watch_places),
         ),
         probe: SharedProbe::default(),
     };

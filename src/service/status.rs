@@ -60,6 +60,7 @@ pub async fn publish_status(
     let mut next = Instant::now();
     let mut state = supervisor.map(Supervisor::watch);
     let mut command: Option<(String, CommandState, Instant)> = None;
+    let mut starts = 0;
     loop {
         let open = limit.counts().open;
         let running = command.as_ref().filter(|(_, state, _)| *state == CommandState::Ready);
@@ -75,8 +76,10 @@ pub async fn publish_status(
         next = Instant::now() + INTERVAL;
         if let (Some(supervisor), Some(state)) = (supervisor, &mut state) {
             let state = *state.borrow_and_update();
-            let since =
-                command.filter(|(_, before, _)| *before == state).map(|(_, _, since)| since);
+            let is_same_run = starts == supervisor.starts.all.get();
+            starts = supervisor.starts.all.get();
+            let since = command.filter(|(_, before, _)| *before == state && is_same_run);
+            let since = since.map(|(_, _, since)| since);
             let since = since.unwrap_or_else(Instant::now);
             command = Some((supervisor.command.to_string(), state, since));
         }

@@ -140,9 +140,16 @@ fn waits_until_permitted(program: &Path) {
 }
 
 fn silent_address(program: &Path) {
+    // The first or the second address of the name.
+    for silent in [1, 2] {
+        silent_address_beside_a_live_one(program, silent, 3 - silent);
+    }
+}
+
+fn silent_address_beside_a_live_one(program: &Path, silent: u8, live: u8) {
     let port = free_port();
     let address = |host| SockAddr::from(std::net::SocketAddr::from(([127, 0, 0, host], port)));
-    let _silent = SilentAddress::new(&address(2));
+    let _silent = SilentAddress::new(&address(silent));
     let directory = TempDir::new().unwrap();
     let hosts = directory.path().join("hosts");
     fs::write(&hosts, "127.0.0.1 late.test\n127.0.0.2 late.test\n").unwrap();
@@ -153,7 +160,7 @@ fn silent_address(program: &Path) {
     client.write_all(b"patience").unwrap();
     let printed = proxy.lines.wait_for("holding clients for up to 30s");
     assert!(printed.contains(&format!("Connecting to late.test:{port} takes long")), "{printed}");
-    serve_on(bind_backend(&address(1)), echo);
+    serve_on(bind_backend(&address(live)), echo);
     let up = Instant::now();
     echoes_after(&mut client, b"patience");
     assert_echoes(&mut front.connect());

@@ -25,14 +25,15 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::backend::attempts::Attempts;
+use crate::backend::attempts::connect_when_up;
 use crate::backend::command::process::CommandProcess;
 use crate::backend::command::process_tree::ProcessTree;
 use crate::backend::command::ready::{NotifyPlace, NotifySocket};
 use crate::backend::command::run_result::{RunResult, describe_status};
 use crate::backend::command::state::CommandState;
 use crate::backend::connect::OnFullBacklog;
-use crate::backend::wait::{BackendWait, PROBE_PAUSES};
+use crate::backend::connect_error::ConnectError;
+use crate::backend::wait::BackendWait;
 use crate::config::CommandConfig;
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
@@ -292,20 +293,17 @@ impl Supervisor {
             notify.ready(tree).await;
             return Ok(None);
         }
-        let (mut backoff, mut attempts) = (PROBE_PAUSES, Attempts::new(wait.connector.clone()));
+        let failed = |error: &ConnectError| {
+            self.last_error.send_replace(format!("{error}, but {name} runs"));
+        };
         let mut waiting = self.waiting.subscribe();
         loop {
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
-            match attempts.next().await {
-                Some(Ok(socket)) => return Ok(Some(socket)),
-                Some(Err(error)) if !error.is_transient() => {
-                    return Err(RunResult::Unreachable(error));
+            tokio::select! {
+                connected = connect_when_up(&wait.connector, failed) => {
+                    return connected.map(Some).map_err(RunResult::Unreachable);
                 }
-                Some(Err(error)) => {
-                    self.last_error.send_replace(format!("{error}, but {name} runs"));
-                    sleep(backoff.next()).await;
-                }
-                None => {}
+                _ = waiting.wait_for(|waiting| *waiting == 0) => {}
             }
         }
     }

@@ -83,6 +83,14 @@ impl Processes {
 
     /// Sends SIGKILL, again and again. Returns `false` when that has not helped.
     fn kill(&mut self) -> bool {
+        if self.kills == GROUP_KILLS_MAX && !self.is_group_gone {
+            // A zombie is left whose parent does not reap it: the parent may have left the group.
+            self.is_group_gone = true;
+            self.deadline = None;
+            self.kills = 0;
+            self.terminate(SHORT_GRACE);
+            return true;
+        }
         if self.kills == 0 {
             tracing::warn!("{} has not stopped in time, killing it.", self.name);
         } else if self.kills == KILLS_MAX {
@@ -138,6 +146,9 @@ pub const SHORT_GRACE: Duration = Duration::from_secs(3);
 
 /// How often to check which processes are left.
 pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Attempts to kill the group. What is left of it then cannot be killed.
+const GROUP_KILLS_MAX: u32 = 10;
 
 /// Attempts to kill processes that do not end: one waits for a broken disk, or runs as another user
 /// by now.
