@@ -84,13 +84,14 @@ pub async fn publish_status(
             command = Some((supervisor.command.to_string(), state, since));
         }
         let counts = limit.counts();
+        let failed = listeners.iter().map(|info| info.counts.failed.get()).sum();
         let waiting = listeners.iter().map(|info| info.counts.waiting.taken()).sum();
         let open = listeners.iter().map(|info| (info.to_string(), info.counts.open.taken()));
         let open = open.filter(|(_, open)| *open > 0 && listeners.len() > 1).collect();
         let command = command.as_ref().map(|(name, state, since)| (name, *state, since.elapsed()));
         let status = {
             let bytes = bytes();
-            Status { counts, waiting, max, bytes, restored, open, command }.to_string()
+            Status { counts, waiting, failed, max, bytes, restored, open, command }.to_string()
         };
         // The name of a socket may have any length and any characters.
         let status = bounded_line(&status, STATUS_MAX);
@@ -106,6 +107,8 @@ struct Status<'a> {
     counts: ConnectionCounts,
     /// Connections that wait for their backend.
     waiting: usize,
+    /// Connections that have ended because there was no backend.
+    failed: u64,
     max: u32,
     bytes: u64,
     restored: usize,
@@ -122,7 +125,11 @@ impl fmt::Display for Status<'_> {
         if self.waiting > 0 {
             write!(f, "{} waiting, ", self.waiting)?;
         }
-        write!(f, "{served} served, ")?;
+        // A failed connection may not have ended yet.
+        write!(f, "{} served, ", served.saturating_sub(self.failed))?;
+        if self.failed > 0 {
+            write!(f, "{} failed, ", self.failed)?;
+        }
         if refused > 0 {
             write!(f, "{refused} refused, ")?;
         }
@@ -188,9 +195,10 @@ mod tests {
             let counts = ConnectionCounts { open, served, refused };
             Status { counts, max: 256, bytes, ..Status::default() }.to_string()
         };
-        let counts = ConnectionCounts { open: 3, served: 1, refused: 0 };
-        let held = Status { counts, waiting: 2, max: 256, ..Status::default() }.to_string();
-        assert_eq!(held, "3 of 256 connections, 2 waiting, 1 served, 0 bytes");
+        let counts = ConnectionCounts { open: 3, served: 5, refused: 0 };
+        let held = Status { counts, waiting: 2, failed: 4, max: 256, ..Status::default() };
+        let text = "3 of 256 connections, 2 waiting, 1 served, 4 failed, 0 bytes";
+        assert_eq!(held.to_string(), text);
         assert_eq!(status(2, 120, 0, 1_288_490_189), "2 of 256 connections, 120 served, 1.2 GiB");
         assert_eq!(status(1, 0, 3, 64), "1 of 256 connections, 0 served, 3 refused, 64 bytes");
         assert_eq!(status(0, 1, 0, 1536), "0 of 256 connections, 1 served, 1.5 KiB");

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 type Cause = fn(check: &dyn Fn(&Lines));
 
 /// In the order of the manual.
-const CAUSES: [Cause; 12] = [
+const CAUSES: [Cause; 13] = [
     connection_limit,
     no_backend,
     backend_wait_over,
@@ -24,6 +24,7 @@ const CAUSES: [Cause; 12] = [
     command_ended,
     command_without_ready,
     command_without_listener,
+    handed_over,
     reset_by_client,
     reset_by_backend,
 ];
@@ -73,6 +74,19 @@ fn stop(check: &dyn Fn(&Lines)) {
 
 fn drain_over(check: &dyn Fn(&Lines)) {
     stop_with_open_connection(&["--drain-time=200ms"], check);
+}
+
+fn handed_over(check: &dyn Fn(&Lines)) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let systemd = FakeSystemd::with_fd_store(4);
+    let launch = Launch::new(OURS).args(["--handover=restart", &backend.target]);
+    let proxy = launch.listener(&front).stored_by(&systemd).start();
+    systemd.wait_for("READY=1");
+    assert_echoes(&mut front.connect());
+    let mut client = front.connect();
+    assert_echoes(&mut client);
+    proxy.signal(Signal::TERM);
+    check(&proxy.lines);
 }
 
 fn stop_with_open_connection(args: &[&str], check: &dyn Fn(&Lines)) {
@@ -169,8 +183,8 @@ fn has_form(message: &[String], line: &str) -> bool {
 fn messages_of_the_manual() -> Vec<Vec<String>> {
     let manual = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/man/socket-proxyd.8"));
     let manual = manual.unwrap().replace("\\\n", "").replace("\\-", "-");
-    let (_, section) = manual.split_once("\n.SH DIAGNOSTICS\n").unwrap();
-    let (section, _) = section.split_once("\n.SH ").unwrap();
+    let (_, section) = manual.split_once("\n.SS Connections that are refused or cut\n").unwrap();
+    let (section, _) = section.split_once("\n.SS ").unwrap();
     let messages = section.split("\n.TP\n").skip(1).map(|entry| entry.lines().next().unwrap());
     let pieces = |message: &str| -> Vec<String> {
         let mut pieces = message.split("\\fI");
