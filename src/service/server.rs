@@ -157,7 +157,8 @@ impl Server {
                 never = &mut maintain => match never {},
             }
         }
-        if reason == StopReason::Idle {
+        // Without a listener the process ends with its connections.
+        if reason == StopReason::Idle && !self.listeners.is_empty() {
             tracing::info!("No connection for {}, exiting.", self.exit_idle_time);
         }
         Ok(reason)
