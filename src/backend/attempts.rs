@@ -33,7 +33,7 @@ pub async fn connect_when_up(
         let start = Instant::now();
         let attempt = match watched.beside(connector.addresses()).await {
             Ok(Ok(addresses)) => {
-                watched.follow(&addresses);
+                watched.follow(&addresses).await;
                 watched.beside(connector.try_each(&addresses, OnFullBacklog::Fail)).await
             }
             Ok(Err(error)) => Ok(Err(error)),
@@ -64,12 +64,12 @@ impl<'a> Watched<'a> {
     }
 
     /// Watches these addresses from now on, if there are several.
-    fn follow(&mut self, addresses: &[Address]) {
+    async fn follow(&mut self, addresses: &[Address]) {
         if addresses == self.addresses {
             return;
         }
         self.addresses = addresses.to_vec();
-        self.running = JoinSet::new();
+        self.running.shutdown().await;
         if addresses.len() == 1 {
             return;
         }

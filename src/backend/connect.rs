@@ -4,14 +4,13 @@ use std::cell::RefCell;
 
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use socket2::{Domain, Type};
 use tokio::sync::Semaphore;
-use tokio::task::yield_now;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::backend::connect_error::{ConnectError, errno_kind};
@@ -108,19 +107,23 @@ impl Connector {
         }
     }
 
-    /// Returns the addresses of the target. A lookup that hangs is given up for another one as long
-    /// as half of the places for lookups are free: the resolver may have lost an answer, for which
-    /// it waits for seconds.
+    /// Returns the addresses of the target. Beside a lookup that hangs another one starts, as long
+    /// as half of the places for lookups are free, and the first answer counts: the resolver may
+    /// have lost one, for which it waits for seconds.
     pub async fn addresses(&self) -> Result<Vec<Address>, ConnectError> {
         let name = match &self.target {
             Target::Address(address) => return Ok(vec![address.clone()]),
             Target::Name(name) => name,
         };
+        let mut lookups = JoinSet::new();
         loop {
-            let mut lookup = pin!(self.look_up(name));
+            let (connector, name) = (self.clone(), name.clone());
+            lookups.spawn_local(async move { connector.look_up(&name).await });
             loop {
-                match timeout(LOOKUP_HANGS, &mut lookup).await {
-                    Ok(addresses) => return addresses,
+                match timeout(LOOKUP_HANGS, lookups.join_next()).await {
+                    Ok(Some(Ok(Err(error)))) if error.is_transient() && !lookups.is_empty() => {}
+                    Ok(Some(Ok(addresses))) => return addresses,
+                    Ok(_) => break,
                     Err(_) if self.lookups.available_permits() > self.lookups_max / 2 => break,
                     Err(_) => {}
                 }
@@ -304,7 +307,7 @@ fn is_self(target: SocketAddr, local: SocketAddr) -> bool {
 /// The pauses between attempts while descriptors or memory are short.
 const RESOURCE_PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
 
-/// How long a lookup takes before another one may replace it.
+/// How long a lookup takes before another one may start beside it.
 const LOOKUP_HANGS: Duration = Duration::from_secs(1);
 
 /// Clients that try a backend with a full backlog at a time.

@@ -14,6 +14,7 @@
 
 use std::future::pending;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -59,33 +60,52 @@ impl BackendWait {
             let prober = lock(&self.probe).running();
             if let Some(mut prober) = prober {
                 let _ = prober.changed().await;
-            } else {
-                tokio::select! {
-                    biased;
-                    connected = self.connect_in_turn() => match connected {
-                        Err(error) if error.is_transient() => {
-                            let _ = self.start_prober(Some(error.to_string())).changed().await;
-                        }
-                        connected => {
-                            if connected.is_ok() {
-                                lock(&self.probe).end_prober();
-                            }
-                            return connected;
-                        }
-                    },
-                    () = self.probe_beside() => {}
-                }
+            } else if let Some(connected) = Box::pin(self.attempt()).await {
+                return connected;
             }
             self.take_turn().await;
         }
     }
 
+    /// Makes a client's own attempt. Returns `None` after an attempt that failed for now, once the
+    /// prober has ended.
+    ///
+    /// While the attempt takes long, the prober runs beside it. A connection of the prober that
+    /// other clients take does not end the attempt.
+    async fn attempt(self: &Rc<Self>) -> Option<Result<Socket, ConnectError>> {
+        let mut own = pin!(self.connect_in_turn());
+        let mut probe_after = ATTEMPT_HANGS;
+        loop {
+            tokio::select! {
+                biased;
+                connected = &mut own => match connected {
+                    Err(error) if error.is_transient() => {
+                        let _ = self.start_prober(Some(error.to_string())).changed().await;
+                        return None;
+                    }
+                    connected => {
+                        if connected.is_ok() {
+                            lock(&self.probe).end_prober();
+                        }
+                        return Some(connected);
+                    }
+                },
+                () = self.probe_beside(probe_after) => {
+                    if let Some(socket) = take_connection(&self.probe) {
+                        return Some(Ok(socket));
+                    }
+                    probe_after = PROBE_AGAIN;
+                }
+            }
+        }
+    }
+
     /// Starts the prober beside a client's own attempt that takes long, and waits until it ends.
-    async fn probe_beside(self: &Rc<Self>) {
+    async fn probe_beside(self: &Rc<Self>, after: Duration) {
         if self.connector.is_instant() {
             return pending().await;
         }
-        sleep(ATTEMPT_HANGS).await;
+        sleep(after).await;
         let _ = self.start_prober(None).changed().await;
     }
 
@@ -228,6 +248,9 @@ impl ProbeState {
 
 /// How long a client's own attempt takes before the prober starts beside it.
 const ATTEMPT_HANGS: Duration = Duration::from_millis(500);
+
+/// The pause before the prober starts again beside the same attempt.
+const PROBE_AGAIN: Duration = Duration::from_millis(5);
 
 /// How often the prober looks whether a client waits.
 const CLIENTS_CHECK: Duration = Duration::from_millis(100);
