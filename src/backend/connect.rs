@@ -153,7 +153,7 @@ impl Connector {
         Ok(addresses.into_iter().map(Address::Inet).collect())
     }
 
-    /// Tries each of `addresses`, which are not none, until one accepts.
+    /// Tries each of `addresses`, at least one, until one accepts.
     pub async fn try_each(
         &self,
         addresses: &[Address],

@@ -24,6 +24,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::forward::snapshot::{
     BufferedSnapshot, COPY_SIZE, EndpointSnapshot, FlowSnapshot, FlowState, SIDES, Side, Snapshot,
 };
+use crate::limits::descriptors::FOR_HANDOVER;
 use crate::socket::Family;
 use crate::socket::file_id::FileId;
 
@@ -35,6 +36,8 @@ pub const RECORDS_MAX: usize = 14;
 
 /// Descriptors of a record at most: two sockets, and a pipe for each direction.
 pub const FDS_PER_RECORD: usize = 6;
+
+const _: () = assert!(FOR_HANDOVER >= 2 * RECORDS_MAX + FDS_PER_RECORD);
 
 /// The length of the longest message that is read.
 pub const MESSAGE_MAX: usize = HEADER_LEN + 2 * RECORDS_MAX * size_of::<Form>();

@@ -190,7 +190,7 @@ const FOR_STORE: usize = 200;
 
 /// What connections may not take with `--handover=restart`, so that the next process can open all
 /// of them, with the same limit: the descriptors of one more message, and those of a connection.
-const FOR_HANDOVER: usize = 34;
+pub const FOR_HANDOVER: usize = 34;
 
 /// Sockets to two name servers, a file such as /etc/hosts, and one for the name service modules.
 const PER_LOOKUP: usize = 4;

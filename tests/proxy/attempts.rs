@@ -1,4 +1,4 @@
-//! Attempts to connect that overlap, for a backend that does not answer.
+//! Attempts to connect to a backend that does not answer, with an address that does beside it.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use tokio::time::Instant;
 
 #[test]
-fn are_bounded_for_each_target_and_in_all() {
+fn take_a_bounded_number_of_descriptors() {
     let addresses = [(); 6].map(|()| SocketAddr::from(([127, 0, 0, 1], free_port())));
     let _silent = addresses.map(|address| SilentAddress::new(&address.into()));
     let fronts = addresses.map(|_| Endpoint::new(Family::Tcp));
@@ -21,13 +21,14 @@ fn are_bounded_for_each_target_and_in_all() {
     let _clients = fronts.each_ref().map(Endpoint::connect);
     proxy.lines.wait_for("takes long, holding clients");
     pause(Duration::from_secs(3));
-    // Two for each connection, one for the prober of each target, and four beside those.
+    // Two for each connection, one for the prober of each target, and the places for watched
+    // addresses.
     let taken = proxy.descriptors() - before;
     assert!(taken <= 6 * 2 + 6 + 4, "{taken} descriptors");
 }
 
 #[test]
-fn overlap_for_a_command_whose_name_has_an_address_that_does_not_answer() {
+fn reach_a_command_whose_name_has_an_address_that_does_not_answer() {
     if !is_root_for("a name with an address that does not answer") {
         return;
     }
