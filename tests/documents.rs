@@ -1,8 +1,10 @@
-//! The documents and the manuals: short sentences, the words of the field, and links that lead somewhere.
+//! The documents, the manuals and `--help`: short sentences, the words of the field, and links that
+//! lead somewhere.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 const DOCUMENTS: [&str; 6] = [
     "README.md",
@@ -14,6 +16,9 @@ const DOCUMENTS: [&str; 6] = [
 ];
 
 const MANUALS: [&str; 2] = ["man/socket-proxyd.8", "man/socket-proxyd-units.8"];
+
+const PROGRAMS: [&str; 2] =
+    [env!("CARGO_BIN_EXE_socket-proxyd"), env!("CARGO_BIN_EXE_socket-proxyd-units")];
 
 fn read(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
@@ -68,11 +73,18 @@ fn manual_paragraphs(manual: &str) -> Vec<String> {
     paragraphs
 }
 
-/// The paragraphs of all documents and manuals, each with its document.
+/// The lines of a program's `--help`.
+fn help_lines(program: &str) -> Vec<String> {
+    let output = Command::new(program).arg("--help").output().unwrap();
+    String::from_utf8(output.stdout).unwrap().lines().map(String::from).collect()
+}
+
+/// The paragraphs of all documents, manuals and help texts, each with its document.
 fn all_paragraphs() -> impl Iterator<Item = (&'static str, String)> {
     let documents = DOCUMENTS.map(|path| (path, paragraphs(&read(path))));
     let manuals = MANUALS.map(|path| (path, manual_paragraphs(&read(path))));
-    let all = documents.into_iter().chain(manuals);
+    let help = PROGRAMS.map(|program| (program, help_lines(program)));
+    let all = documents.into_iter().chain(manuals).chain(help);
     all.flat_map(|(path, all)| all.into_iter().map(move |paragraph| (path, paragraph)))
 }
 
@@ -102,6 +114,7 @@ fn sentences_are_short() {
         all.map(|(_, it)| it.split_whitespace().count()).sum::<usize>()
     };
     assert!(words(MANUALS[0]) > 3000 && words(MANUALS[1]) > 500, "the manuals are read");
+    assert!(PROGRAMS.into_iter().all(|program| words(program) > 100), "the help texts are read");
     let mut long = Vec::new();
     for (path, paragraph) in all_paragraphs() {
         let sentences = sentences(&paragraph).into_iter();

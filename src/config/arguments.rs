@@ -19,7 +19,7 @@ use crate::proxy_protocol::ProxyProtocol;
 #[command(
     name = "socket-proxyd",
     version,
-    about = "Carry connections on listening sockets to TARGET, which the first one may start.",
+    about = "Carry connections from listening sockets to TARGET, and start COMMAND for the first one.",
     override_usage = "socket-proxyd [OPTION...] TARGET [-- COMMAND [ARG...]]\n       \
                       socket-proxyd [OPTION...] SELECTOR=TARGET...",
     after_help = "TIME is a time span as in systemd.time(7), for example 5min 20s.\n\
