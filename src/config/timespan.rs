@@ -70,7 +70,12 @@ impl TimeSpan {
 
     /// Returns when the span is over, if it begins now.
     pub fn deadline(self) -> Instant {
-        Instant::now() + self.0.unwrap_or(FOREVER).min(FOREVER)
+        self.after(Instant::now())
+    }
+
+    /// Returns when the span is over, if it begins at `start`.
+    pub fn after(self, start: Instant) -> Instant {
+        start + self.0.unwrap_or(FOREVER).min(FOREVER)
     }
 
     /// Returns the duration, or `None` for infinity.

@@ -3,6 +3,7 @@
 use crate::counters::GaugeGuard;
 use crate::limits::Permit;
 use crate::limits::descriptors::FdPermit;
+use crate::limits::idle_clock::InUse;
 
 /// The guards that count one connection. They are dropped in the order of the fields.
 #[derive(Debug)]
@@ -13,6 +14,9 @@ pub struct Slot {
     /// Counts the connection towards the connection limit.
     // Dropped after the gauges: the tasks that it wakes read them next.
     pub permit: Option<Permit>,
+    /// Stops the idle clock.
+    // Dropped after `permit`: at the end of the last use no connection is open.
+    pub in_use: Option<InUse>,
     // Dropped after `permit`: under `--overflow=wait` this wakes the accept loop. The accept loop
     // must then find room below the connection limit.
     _descriptors: FdPermit,
@@ -20,6 +24,12 @@ pub struct Slot {
 
 impl Slot {
     pub fn new(listener: GaugeGuard, descriptors: FdPermit) -> Self {
-        Self { _listener: listener, event_loop: None, permit: None, _descriptors: descriptors }
+        Self {
+            _listener: listener,
+            event_loop: None,
+            permit: None,
+            in_use: None,
+            _descriptors: descriptors,
+        }
     }
 }

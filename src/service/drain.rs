@@ -8,14 +8,19 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::config::timespan::TimeSpan;
 use crate::limits::ConnectionLimit;
+use crate::limits::idle_clock::IdleClock;
 use crate::notify::Notifier;
 use crate::service::status::draining;
 
 /// Waits until the last connection has ended, or `time` has passed. Meanwhile systemd is asked to
 /// wait.
-pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier) {
-    let mut watch = limit.watch();
-    if time.is_zero() || watch.is_empty() {
+pub async fn drain(
+    time: TimeSpan,
+    limit: &ConnectionLimit,
+    clock: &IdleClock,
+    notifier: &Notifier,
+) {
+    if time.is_zero() || !clock.is_in_use() {
         return;
     }
     let open = limit.counts().open;
@@ -36,7 +41,7 @@ pub async fn drain(time: TimeSpan, limit: &ConnectionLimit, notifier: &Notifier)
     };
     tokio::select! {
         biased;
-        () = watch.wait_empty() => tracing::info!("All connections have ended."),
+        () = clock.unused() => tracing::info!("All connections have ended."),
         () = sleep_until(deadline) => {
             let open = limit.counts().open;
             tracing::info!(

@@ -95,6 +95,7 @@ fn restore_client(server: &Server, socket: OwnedFd, entry: Option<JournalEntry>)
 fn restored_slot(server: &Server, listener: &ListenerInfo) -> Slot {
     let mut slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
     slot.permit = Some(server.limit.acquire_unchecked());
+    slot.in_use = Some(server.clock.begin_use());
     slot
 }
 

@@ -21,8 +21,9 @@ use crate::connection::event_loop::EventLoops;
 use crate::counters::ListenerCounters;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
+use crate::limits::ConnectionLimit;
 use crate::limits::descriptors::FdBudget;
-use crate::limits::{ConnectionLimit, ConnectionWatch};
+use crate::limits::idle_clock::IdleClock;
 use crate::listen::accepted::AcceptedSocket;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
 use crate::logging::message_id;
@@ -42,6 +43,7 @@ pub struct Server {
     pub connection: Option<(AcceptedSocket, usize)>,
     pub descriptors: Rc<FdBudget>,
     pub limit: ConnectionLimit,
+    pub clock: IdleClock,
     pub event_loops: Rc<EventLoops>,
     pub supervisor: Option<Arc<Supervisor>>,
     pub exit_idle_time: TimeSpan,
@@ -91,6 +93,7 @@ impl Server {
                 *backend,
                 Rc::clone(&self.descriptors),
                 self.limit.clone(),
+                self.clock.clone(),
                 Rc::clone(&self.event_loops),
                 self.handover.clone(),
             ));
@@ -98,7 +101,7 @@ impl Server {
         let mut supervising = JoinSet::new();
         if let Some(supervisor) = &self.supervisor {
             let backend_wait = Rc::clone(self.event_loops.backend_wait());
-            supervising.spawn_local(Arc::clone(supervisor).run(backend_wait, self.limit.watch()));
+            supervising.spawn_local(Arc::clone(supervisor).run(backend_wait, self.clock.clone()));
         }
         Tasks { accepting, supervising }
     }
@@ -108,6 +111,7 @@ impl Server {
         match connection.into_accepted(self.descriptors.reserve_unchecked()) {
             Some(mut accepted) => {
                 accepted.slot.permit = Some(self.limit.acquire_unchecked());
+                accepted.slot.in_use = Some(self.clock.begin_use());
                 let handover = self.handover.as_ref();
                 let journal = handover.and_then(|handover| handover.keep_client(&accepted.socket));
                 self.event_loops.serve(accepted, backend, journal);
@@ -178,34 +182,33 @@ impl Server {
         }
     }
 
-    /// Whether no connection is open or queued.
-    fn is_unused(&self, watch: &ConnectionWatch) -> bool {
-        watch.is_empty() && !self.listeners.iter().any(|(listener, _)| listener.has_queued())
+    /// Whether no connection is in use or queued.
+    fn is_unused(&self) -> bool {
+        !self.clock.is_in_use() && !self.listeners.iter().any(|(listener, _)| listener.has_queued())
     }
 
     /// Waits until there was no connection for `--exit-idle-time=`, none is queued, COMMAND has
     /// stopped, and `READY=1` was sent. A client that arrives meanwhile cancels the exit.
     async fn wait_idle(&self, ready: &watch::Sender<bool>) {
-        let mut watch = self.limit.watch();
         if self.listeners.is_empty() {
-            watch.wait_empty().await;
+            self.clock.unused().await;
             return wait_until_ready_sent(ready).await;
         }
         loop {
-            watch.wait_idle(self.exit_idle_time).await;
-            if self.is_unused(&watch) {
+            self.clock.alarm(self.exit_idle_time).await;
+            if self.is_unused() {
                 if let Some(supervisor) = &self.supervisor {
                     supervisor.stop().await;
                 }
                 wait_until_ready_sent(ready).await;
-                if self.is_unused(&watch) {
+                if self.is_unused() {
                     return;
                 }
                 if let Some(supervisor) = &self.supervisor {
                     supervisor.allow_start();
                 }
             }
-            let _ = timeout(LATE_CLIENT_GRACE, watch.changed()).await;
+            let _ = timeout(LATE_CLIENT_GRACE, self.clock.used()).await;
         }
     }
 }
@@ -245,6 +248,7 @@ async fn accept_loop(
     backend: usize,
     descriptors: Rc<FdBudget>,
     limit: ConnectionLimit,
+    clock: IdleClock,
     event_loops: Rc<EventLoops>,
     handover: Option<Arc<Handover>>,
 ) -> String {
@@ -253,6 +257,7 @@ async fn accept_loop(
         match limit.try_acquire() {
             Some(permit) => {
                 accepted.slot.permit = Some(permit);
+                accepted.slot.in_use = Some(clock.begin_use());
                 accepted.listener.counts.admitted.inc();
                 let journal =
                     handover.as_ref().and_then(|handover| handover.keep_client(&accepted.socket));

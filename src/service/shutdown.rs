@@ -43,7 +43,7 @@ pub async fn stop(
         if let Some(supervisor) = supervisor.filter(|_| !drain_time.is_zero()) {
             supervisor.allow_start();
         }
-        drain(drain_time, &server.limit, notifier).await;
+        drain(drain_time, &server.limit, &server.clock, notifier).await;
         let _ = notifier.send_once(&[NotifyState::Status(SHUTTING_DOWN)]);
         if let Some(supervisor) = supervisor.filter(|_| !tasks.supervising.is_empty()) {
             // COMMAND may end its connections in its own way.

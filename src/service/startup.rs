@@ -21,6 +21,7 @@ use crate::handover::Handover;
 use crate::handover::replay::Leftovers;
 use crate::limits::ConnectionLimit;
 use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
+use crate::limits::idle_clock::IdleClock;
 use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::listener::Listener;
 use crate::listen::{Sources, check_command_target, check_no_loop};
@@ -124,6 +125,7 @@ fn build(
         connection,
         descriptors: Rc::new(descriptors),
         limit: ConnectionLimit::new(config.connections_max),
+        clock: IdleClock::new(),
         event_loops: Rc::new(EventLoops::new(settings, config.threads)),
         supervisor,
         exit_idle_time: config.exit_idle_time,

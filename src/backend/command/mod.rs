@@ -40,7 +40,7 @@ use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::ReadyMode;
 use crate::counters::CommandCounters;
-use crate::limits::ConnectionWatch;
+use crate::limits::idle_clock::IdleClock;
 use crate::logging::message_id;
 use crate::logging::{RateLimit, os_message};
 use crate::socket::Socket;
@@ -137,17 +137,12 @@ impl Supervisor {
         self.stop_requested.send_replace(false);
     }
 
-    /// Starts and stops COMMAND as clients need it, forever. `connections` are the proxy's, for the
-    /// idle time.
-    pub async fn run(
-        self: Arc<Self>,
-        wait: Rc<BackendWait>,
-        mut connections: ConnectionWatch,
-    ) -> Infallible {
+    /// Starts and stops COMMAND as clients need it, forever.
+    pub async fn run(self: Arc<Self>, wait: Rc<BackendWait>, clock: IdleClock) -> Infallible {
         let mut failures = 0;
         loop {
             self.wait_until_needed().await;
-            let result = self.run_once(&wait, &mut connections).await;
+            let result = self.run_once(&wait, &clock).await;
             sleep(self.record_exit(result, &mut failures)).await;
         }
     }
@@ -164,7 +159,7 @@ impl Supervisor {
     }
 
     /// Runs COMMAND once: from the decision to start it until no process of it is left.
-    async fn run_once(&self, wait: &BackendWait, connections: &mut ConnectionWatch) -> RunResult {
+    async fn run_once(&self, wait: &BackendWait, clock: &IdleClock) -> RunResult {
         self.state.send_replace(CommandState::Starting);
         // Both outlive `serve`: COMMAND needs its notification socket until it is stopped.
         let (mut notify, mut process) = (None, None);
@@ -172,7 +167,7 @@ impl Supervisor {
         let result = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => RunResult::StopRequested,
-            () = connections.wait_idle(self.stop_idle_time) => RunResult::Idle,
+            () = clock.alarm(self.stop_idle_time) => RunResult::Idle,
             result = self.serve(wait, &mut notify, &mut process) => {
                 result.map_or_else(|result| result, RunResult::Exited)
             }
