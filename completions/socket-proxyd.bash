@@ -23,7 +23,7 @@ _socket__proxyd() {
 
     case "${cmd}" in
         socket__proxyd)
-            opts="-c -h --listen --connections-max --overflow --exit-idle-time --drain-time --handover --backend-wait --connect-timeout --connection-idle-time --keepalive --proxy-protocol --ready --stop-idle-time --threads --metrics --log-level --help --version"
+            opts="-c -h --listen --connections-max --overflow --exit-idle-time --drain-time --handover --backend-wait --connect-timeout --connection-idle-time --keepalive --proxy-protocol --ready --freeze-idle-time --stop-idle-time --min-run-time --threads --metrics --log-level --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -92,7 +92,15 @@ _socket__proxyd() {
                     COMPREPLY=($(compgen -W "connect notify" -- "${cur}"))
                     return 0
                     ;;
+                --freeze-idle-time)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --stop-idle-time)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --min-run-time)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

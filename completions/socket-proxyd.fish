@@ -15,7 +15,9 @@ complete -c socket-proxyd -l proxy-protocol -d 'Tell TARGET the client\'s addres
 v2\t'Binary, at most 232 bytes here'"
 complete -c socket-proxyd -l ready -d 'COMMAND is ready when TARGET accepts, or on READY=1' -r -f -a "connect\t'TARGET accepts a connection'
 notify\t'COMMAND sends `READY=1`'"
+complete -c socket-proxyd -l freeze-idle-time -d 'Freeze COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd -l stop-idle-time -d 'Stop COMMAND when idle for TIME [default: infinity]' -r
+complete -c socket-proxyd -l min-run-time -d 'Keep COMMAND running for TIME once it is ready [default: 0]' -r
 complete -c socket-proxyd -l threads -d 'Serve with up to N threads, 1 to 256' -r
 complete -c socket-proxyd -l metrics -d 'Answer Prometheus there, or at the passed socket fd:NAME' -r -F
 complete -c socket-proxyd -l log-level -d 'Log err, warning, notice, info or debug [default: info]' -r -f -a "err\t''

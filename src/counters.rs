@@ -120,6 +120,8 @@ pub struct CommandCounters {
     pub all: Counter,
     /// Starts that failed: COMMAND exited before it was ready, or within a second after.
     pub failed: Counter,
+    /// Times that a frozen COMMAND was thawed.
+    pub thaws: Counter,
 }
 
 /// Attempts to connect to one backend.

@@ -85,9 +85,15 @@ pub struct Arguments {
     /// COMMAND is ready when TARGET accepts, or on READY=1
     #[arg(long, value_name = "connect|notify", help_heading = "Backend")]
     pub ready: Option<ReadyMode>,
+    /// Freeze COMMAND when idle for TIME [default: infinity]
+    #[arg(long, value_name = "TIME", help_heading = "Backend")]
+    pub freeze_idle_time: Option<TimeSpan>,
     /// Stop COMMAND when idle for TIME [default: infinity]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
     pub stop_idle_time: Option<TimeSpan>,
+    /// Keep COMMAND running for TIME once it is ready [default: 0]
+    #[arg(long, value_name = "TIME", help_heading = "Backend")]
+    pub min_run_time: Option<TimeSpan>,
 
     /// Serve with up to N threads, 1 to 256
     #[arg(long, value_name = "N", value_parser = values::threads, default_value = "1",

@@ -59,7 +59,18 @@ pub struct Config {
 pub struct CommandConfig {
     pub line: CommandLine,
     pub ready: ReadyMode,
-    pub stop_idle_time: TimeSpan,
+    pub times: CommandTimes,
+}
+
+/// When COMMAND is frozen and stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommandTimes {
+    /// `--freeze-idle-time=`.
+    pub freeze_idle: TimeSpan,
+    /// `--stop-idle-time=`.
+    pub stop_idle: TimeSpan,
+    /// `--min-run-time=`, from readiness.
+    pub min_run: TimeSpan,
 }
 
 impl Config {
@@ -87,7 +98,11 @@ impl Config {
         let command = line.map(|line| CommandConfig {
             line,
             ready: arguments.ready.unwrap_or(ReadyMode::Connect),
-            stop_idle_time: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
+            times: CommandTimes {
+                freeze_idle: arguments.freeze_idle_time.unwrap_or(TimeSpan::INFINITY),
+                stop_idle: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
+                min_run: arguments.min_run_time.unwrap_or(TimeSpan::ZERO),
+            },
         });
         let default_wait = if command.is_some() { COMMAND_WAIT } else { Duration::ZERO };
         let handover = arguments.handover;
@@ -118,7 +133,7 @@ const COMMAND_WAIT: Duration = Duration::from_secs(90);
 /// Options that exclude each other, and the error. The first that applies counts.
 type Conflict = (fn(&Arguments) -> bool, &'static str);
 
-const CONFLICTS: [Conflict; 7] = [
+const CONFLICTS: [Conflict; 10] = [
     (|args| args.targets.is_empty(), "Not enough parameters. (There is no TARGET; see --help.)"),
     (
         |args| args.command.is_some() && args.targets.len() > 1,
@@ -142,6 +157,24 @@ const CONFLICTS: [Conflict; 7] = [
     (
         |args| args.command.is_none() && args.stop_idle_time.is_some(),
         "--stop-idle-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+    ),
+    (
+        |args| args.command.is_none() && args.freeze_idle_time.is_some(),
+        "--freeze-idle-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+    ),
+    (
+        |args| args.command.is_none() && args.min_run_time.is_some(),
+        "--min-run-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+    ),
+    (
+        |args| {
+            let end = args
+                .stop_idle_time
+                .map_or(args.exit_idle_time, |stop| stop.min(args.exit_idle_time));
+            args.freeze_idle_time.is_some_and(|freeze| freeze >= end && end != TimeSpan::INFINITY)
+        },
+        "--freeze-idle-time= must be less than --stop-idle-time= and --exit-idle-time=, or COMMAND stops \
+         before it is frozen.",
     ),
     (
         |args| args.command.is_some() && args.backend_wait.is_some_and(|wait| wait.is_zero()),
@@ -247,7 +280,7 @@ mod tests {
         assert_eq!(config.backend_wait, TimeSpan::new(Duration::from_secs(90)));
         let command = config.command.unwrap();
         assert_eq!(
-            (command.ready, command.stop_idle_time),
+            (command.ready, command.times.stop_idle),
             (ReadyMode::Connect, TimeSpan::INFINITY)
         );
     }

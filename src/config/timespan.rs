@@ -3,6 +3,7 @@
 //! No library parses them exactly as systemd does, which truncates each decimal of a fraction by
 //! itself, and refuses `3.s` and `+.5`. A unit must mean the same to the microsecond.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
@@ -41,6 +42,7 @@ const UNITS: [(&[&str], u64); 9] = [
 ];
 
 impl TimeSpan {
+    pub const ZERO: Self = Self(Some(Duration::ZERO));
     pub const INFINITY: Self = Self(None);
 
     /// Creates a finite span.
@@ -65,7 +67,7 @@ impl TimeSpan {
 
     /// Whether the span is zero.
     pub fn is_zero(self) -> bool {
-        self.0 == Some(Duration::ZERO)
+        self == Self::ZERO
     }
 
     /// Returns when the span is over, if it begins now.
@@ -81,6 +83,20 @@ impl TimeSpan {
     /// Returns the duration, or `None` for infinity.
     pub const fn finite(self) -> Option<Duration> {
         self.0
+    }
+}
+
+/// Infinity is the longest.
+impl Ord for TimeSpan {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let length = |span: &Self| span.0.unwrap_or(Duration::MAX);
+        length(self).cmp(&length(other))
+    }
+}
+
+impl PartialOrd for TimeSpan {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 

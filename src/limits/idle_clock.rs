@@ -2,8 +2,8 @@
 //!
 //! A connection is *in use* from accept to close. The clock runs while nothing is in use: from the
 //! start of the process, from COMMAND's readiness, or from the end of the last use.
-//! `--stop-idle-time=` and `--exit-idle-time=` are alarms on this one clock, and no alarm sets it
-//! back.
+//! `--freeze-idle-time=`, `--stop-idle-time=` and `--exit-idle-time=` are alarms on this one clock,
+//! and no alarm sets it back. `--min-run-time=` holds all of them back.
 
 use std::future::pending;
 
@@ -22,12 +22,15 @@ struct Reading {
     in_use: usize,
     /// Since when nothing is in use, if nothing is.
     idle_since: Instant,
+    /// No alarm is due before this, while COMMAND runs.
+    held_until: Option<Instant>,
 }
 
 impl IdleClock {
     /// Creates a clock that runs from now on.
     pub fn new() -> Self {
-        Self(watch::Sender::new(Reading { in_use: 0, idle_since: Instant::now() }))
+        let reading = Reading { in_use: 0, idle_since: Instant::now(), held_until: None };
+        Self(watch::Sender::new(reading))
     }
 
     /// Stops the clock until the guard is dropped.
@@ -41,6 +44,20 @@ impl IdleClock {
 
     pub fn is_in_use(&self) -> bool {
         self.0.borrow().in_use > 0
+    }
+
+    /// Starts the clock again, because COMMAND is ready, and holds the alarms back for
+    /// `min_run_time` from now on.
+    pub fn begin_run(&self, min_run_time: TimeSpan) {
+        self.0.send_modify(|reading| {
+            reading.idle_since = Instant::now();
+            reading.held_until = Some(min_run_time.deadline());
+        });
+    }
+
+    /// Holds the alarms back no longer, because COMMAND has ended.
+    pub fn end_run(&self) {
+        self.0.send_modify(|reading| reading.held_until = None);
     }
 
     /// Waits until something is in use.
@@ -81,7 +98,8 @@ impl IdleClock {
 impl Reading {
     /// Returns when an alarm is due, if nothing is in use.
     fn due(&self, time: TimeSpan) -> Option<Instant> {
-        (self.in_use == 0).then(|| time.after(self.idle_since))
+        let due = time.after(self.idle_since);
+        (self.in_use == 0).then(|| self.held_until.map_or(due, |until| due.max(until)))
     }
 }
 
@@ -157,12 +175,67 @@ mod tests {
         assert!(start.elapsed() >= MINUTE);
     }
 
+    /// Each pair of alarms, with and without a minimum run time: freeze and stop, freeze and exit,
+    /// stop and exit (in either order). Times are in minutes.
     #[tokio::test(start_paused = true)]
-    async fn an_alarm_sets_no_other_back() {
+    async fn alarms_do_not_move_each_other() {
+        // The two times, the minimum run time, when COMMAND is ready, when a use begins and ends,
+        // and when the two alarms are due.
+        for ([first, second], min_run, ready, [begin, end], due) in [
+            ([1, 3], None, None, [0, 0], [1, 3]),
+            ([3, 1], None, None, [0, 0], [3, 1]),
+            ([2, 2], None, None, [0, 0], [2, 2]),
+            ([1, 3], Some(0), Some(2), [0, 0], [1, 5]),
+            ([1, 3], Some(2), Some(0), [0, 0], [2, 3]),
+            ([3, 1], Some(2), Some(0), [0, 0], [3, 2]),
+            ([1, 3], Some(5), Some(0), [0, 0], [5, 5]),
+            ([1, 3], None, None, [2, 4], [5, 7]),
+            ([1, 3], Some(10), Some(0), [2, 4], [10, 10]),
+            ([1, 3], Some(6), Some(0), [2, 4], [6, 7]),
+            ([1, 3], Some(6), Some(3), [2, 4], [9, 9]),
+        ] {
+            let (clock, start) = (IdleClock::new(), Instant::now());
+            let at = |minutes: u32| start + MINUTE * minutes;
+            let run = async {
+                if let Some((min_run, ready)) = min_run.zip(ready) {
+                    sleep_until(at(ready)).await;
+                    clock.begin_run(TimeSpan::new(MINUTE * min_run));
+                }
+            };
+            let uses = async {
+                if begin != end {
+                    sleep_until(at(begin)).await;
+                    let in_use = clock.begin_use();
+                    sleep_until(at(end)).await;
+                    drop(in_use);
+                }
+            };
+            let alarm = async |minutes: u32| loop {
+                clock.alarm(TimeSpan::new(MINUTE * minutes)).await;
+                // An alarm before the use would be one of an earlier idle time.
+                if begin == end || start.elapsed() >= MINUTE * end {
+                    return start.elapsed();
+                }
+                clock.used().await;
+            };
+            let (first_due, second_due, (), ()) =
+                tokio::join!(alarm(first), alarm(second), run, uses);
+            for (found, due) in [first_due, second_due].into_iter().zip(due) {
+                let late = found.checked_sub(MINUTE * due);
+                let is_exact = late.is_some_and(|late| late < Duration::from_secs(1));
+                assert!(is_exact, "{first} {second} {min_run:?} {ready:?}: {found:?}, not {due}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn end_of_a_run_releases_the_alarms() {
         let (clock, start) = (IdleClock::new(), Instant::now());
+        clock.begin_run(TimeSpan::INFINITY);
+        let alarm = clock.alarm(TimeSpan::new(MINUTE));
+        assert!(timeout(MINUTE * 5, alarm).await.is_err());
+        clock.end_run();
         clock.alarm(TimeSpan::new(MINUTE)).await;
-        clock.alarm(TimeSpan::new(MINUTE * 2)).await;
-        let idle = start.elapsed();
-        assert!(idle >= MINUTE * 2 && idle < MINUTE * 3, "{idle:?}");
+        assert!(start.elapsed() < MINUTE * 6);
     }
 }

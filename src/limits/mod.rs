@@ -1,8 +1,8 @@
 //! The connection limit, and the counts of connections.
 //!
 //! A [`Permit`] is part of a [`Slot`](slot::Slot), from accept to close. So a connection counts
-//! while its backend is still being connected. Dropping a permit costs a few atomic operations. Every
-//! change wakes the `STATUS=` line.
+//! while its backend is still being connected. Dropping a permit costs a few atomic operations.
+//! Every change wakes the `STATUS=` line.
 
 pub mod slot;
 pub mod idle_clock;

@@ -9,6 +9,10 @@ pub const COMMAND_STARTING: &str = "36ccf0daa6cd849740dfa2a5cfed4a1f";
 pub const COMMAND_READY: &str = "89878c9090522e44a3afaf792a676e23";
 /// The proxy stops COMMAND.
 pub const COMMAND_STOPPING: &str = "cbecc91c4488330062335bdeabc295c1";
+/// COMMAND is frozen.
+pub const COMMAND_FROZEN: &str = "58ca6999ac2a45e987f50c694893eff9";
+/// COMMAND is thawed for a client.
+pub const COMMAND_THAWED: &str = "3a6c7b6caee64a2aa5fd8cabc8a67a10";
 /// COMMAND has ended by itself, or does not become ready.
 pub const COMMAND_FAILED: &str = "1cd0b206fc286f373269868d69ae34a2";
 /// `--connections-max=` is reached.
@@ -41,9 +45,9 @@ mod tests {
             text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| is_id(word)).collect()
         };
         let known = ids(source);
-        assert_eq!(known.len(), 12);
+        assert_eq!(known.len(), 14);
         let unique: BTreeSet<_> = known.into_iter().collect();
-        assert_eq!(unique.len(), 12);
+        assert_eq!(unique.len(), 14);
         assert_eq!(unique, ids(manual).into_iter().collect());
     }
 }

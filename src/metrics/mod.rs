@@ -188,6 +188,14 @@ impl Collector for Metrics {
             let help = "Starts of COMMAND that failed, or after which it exited before it was ready or within 1s.";
             let failed = [(labels, starts.failed.get())];
             encode(encoder, Counter, "backend_start_failures", help, failed)?;
+            let thaws = [(labels, starts.thaws.get())];
+            encode(
+                encoder,
+                Counter,
+                "backend_thaws",
+                "Times that a frozen COMMAND was thawed.",
+                thaws,
+            )?;
         }
         let pipes = [([("", ""); 0], self.loops.pipes() as u64)];
         encode(encoder, Gauge, "pipes", "Open pipes for splice(2).", pipes)

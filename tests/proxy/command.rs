@@ -13,114 +13,12 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use crate::application::{Service, ask, is_running, pid, wait_for_end};
 use crate::support::*;
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Signal, kill_process};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 use tokio::time::Instant;
-
-/// The proxy with an application behind it.
-struct Service {
-    proxy: Running,
-    front: SockAddr,
-    directory: TempDir,
-}
-
-impl Service {
-    fn start(family: Family, options: &[&str], settings: &[&str]) -> Self {
-        Self::start_as(family, options, &["perl", APP], settings, |launch| launch)
-    }
-
-    /// `program` gets the application's arguments: the target, the log, the settings.
-    fn start_as(
-        family: Family,
-        options: &[&str],
-        program: &[&str],
-        settings: &[&str],
-        launch: impl FnOnce(Launch) -> Launch,
-    ) -> Self {
-        let directory = TempDir::new().unwrap();
-        let (target, place) = match family {
-            Family::Tcp => {
-                let port = free_port().to_string();
-                (format!("127.0.0.1:{port}"), port)
-            }
-            Family::Unix => {
-                let path = directory.path().join("app").to_str().unwrap().to_string();
-                (path.clone(), path)
-            }
-        };
-        let front = Endpoint::new(Family::Tcp);
-        let log = directory.path().join("log");
-        fs::write(&log, "").unwrap();
-        let proxy = Launch::new(OURS)
-            .listener(&front)
-            .args(options)
-            .arg(&target)
-            .arg("--")
-            .args(program)
-            .args([&place, log.to_str().unwrap()])
-            .args(settings);
-        Self { proxy: launch(proxy).start(), front: front.address, directory }
-    }
-
-    fn connect(&self) -> Socket {
-        connect(&self.front)
-    }
-
-    /// The PID of the application that answers.
-    fn pid(&self) -> Pid {
-        pid(&mut self.connect())
-    }
-
-    /// The processes between the proxy and the application.
-    fn guards(&self) -> Vec<Pid> {
-        let path = format!("/proc/{0}/task/{0}/children", self.proxy.pid());
-        let children = fs::read_to_string(path).unwrap();
-        let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
-        pids.map(|pid| Pid::from_raw(pid).unwrap()).collect()
-    }
-
-    /// PIDs that the application has logged behind a word.
-    fn logged_pids(&self, word: &str) -> Vec<Pid> {
-        let log = fs::read_to_string(self.directory.path().join("log")).unwrap();
-        let pids = log.lines().filter_map(|line| line.strip_prefix(word)?.trim().parse().ok());
-        pids.map(|pid| Pid::from_raw(pid).unwrap()).collect()
-    }
-
-    fn wait_for_pid(&self, word: &str) -> Pid {
-        let logged_pids = || self.logged_pids(word).last().copied();
-        poll_until(Instant::now() + TIMEOUT, logged_pids)
-            .unwrap_or_else(|| panic!("{word} is logged_pids"))
-    }
-}
-
-fn ask(client: &mut Socket, question: &str) -> String {
-    client.write_all(format!("{question}\n").as_bytes()).unwrap();
-    let mut answer = Vec::new();
-    let mut byte = [0];
-    while client.read(&mut byte).expect("the application answers") == 1 && byte[0] != b'\n' {
-        answer.push(byte[0]);
-    }
-    String::from_utf8(answer).unwrap()
-}
-
-fn pid(client: &mut Socket) -> Pid {
-    let answer = ask(client, "pid");
-    Pid::from_raw(answer.parse().unwrap_or_else(|_| panic!("a pid, not {answer:?}"))).unwrap()
-}
-
-fn is_running(pid: Pid) -> bool {
-    test_kill_process(pid).is_ok()
-}
-
-/// Waits until a process has ended. Returns how long that took.
-fn wait_for_end(pid: Pid) -> Duration {
-    let start = Instant::now();
-    let gone = poll_until(start + TIMEOUT, || (!is_running(pid)).then_some(()));
-    gone.expect("the process ends");
-    start.elapsed()
-}
 
 fn on_demand(family: Family) {
     let service = Service::start(family, &["--stop-idle-time=1s"], &["up=1.5", "down=1.5"]);
@@ -755,6 +653,16 @@ fn rejects_wrong_command_lines() {
     let listen = "--listen=127.0.0.1:0";
     for (args, message) in [
         (&["--stop-idle-time=1s", &target][..], "--stop-idle-time= needs a COMMAND"),
+        (&["--freeze-idle-time=1s", &target], "--freeze-idle-time= needs a COMMAND"),
+        (&["--min-run-time=1s", &target], "--min-run-time= needs a COMMAND"),
+        (
+            &["--freeze-idle-time=5s", "--stop-idle-time=5s", &target, "--", "sh"],
+            "--freeze-idle-time= must be less than --stop-idle-time= and --exit-idle-time=",
+        ),
+        (
+            &["--freeze-idle-time=5s", "--exit-idle-time=4s", &target, "--", "sh"],
+            "--freeze-idle-time= must be less than --stop-idle-time= and --exit-idle-time=",
+        ),
         (&["--ready=connect", &target], "--ready= needs a COMMAND"),
         (
             &["--ready=maybe", &target, "--", "sh"],

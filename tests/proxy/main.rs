@@ -3,11 +3,14 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod application;
+
 mod accept_yes;
 mod attempts;
 mod command;
 mod diagnostics;
 mod drain;
+mod freeze;
 mod idle_time;
 mod keepalive;
 mod listen;

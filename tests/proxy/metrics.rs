@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use crate::application::Service;
 use crate::support::*;
 use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -175,6 +176,24 @@ fn counts_starts_of_command() {
         (failed >= 2.0).then_some(())
     });
     failed.expect("it fails again and again");
+}
+
+#[test]
+fn counts_thaws() {
+    let options = ["--freeze-idle-time=100ms", "--metrics=127.0.0.1:0"];
+    let service = Service::start(Family::Tcp, &options, &[]);
+    let first = service.pid();
+    for _ in 0..2 {
+        let count = service.proxy.lines.count("Freezing perl");
+        let is_frozen = || (service.proxy.lines.count("Freezing perl") > count).then_some(());
+        poll_until(Instant::now() + TIMEOUT, is_frozen).expect("it freezes again");
+        assert_eq!(service.pid(), first);
+    }
+    let scraped = Scraped::of(service.proxy);
+    let text = scraped.text();
+    let thaws = text.lines().find(|it| it.starts_with("socket_proxyd_backend_thaws_total{"));
+    let count = thaws.and_then(|line| line.rsplit_once(' ')?.1.parse::<u32>().ok());
+    assert!((2..=3).contains(&count.unwrap()), "{text}");
 }
 
 #[test]

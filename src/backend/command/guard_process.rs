@@ -37,7 +37,7 @@ use tokio::net::UnixStream;
 use tokio::signal::unix::{self, SignalKind, signal};
 use tokio::time::sleep;
 
-use crate::backend::command::process::{Event, GUARD, THIS_PROGRAM};
+use crate::backend::command::process::{Event, FREEZE, GUARD, STOP, THAW, THIS_PROGRAM};
 use crate::backend::command::ready::remove_left_behind;
 use crate::backend::command::terminate::{GRACE, POLL_INTERVAL, Processes, SHORT_GRACE};
 use crate::config::command::CommandLine;
@@ -121,10 +121,18 @@ impl Guard {
             let mut byte = [0];
             tokio::select! {
                 _ = child_ended.recv() => {}
-                read = self.control.read(&mut byte), if !proxy_is_gone => {
-                    proxy_is_gone = !matches!(read, Ok(1));
-                    self.processes.terminate(if proxy_is_gone { SHORT_GRACE } else { GRACE });
-                }
+                read = self.control.read(&mut byte), if !proxy_is_gone => match (read, byte[0]) {
+                    (Ok(1), FREEZE) => {
+                        self.processes.freeze().await;
+                        send(&self.control, Event::Frozen);
+                    }
+                    (Ok(1), THAW) => self.processes.thaw(),
+                    (Ok(1), STOP) => self.processes.terminate(GRACE),
+                    _ => {
+                        proxy_is_gone = true;
+                        self.processes.terminate(SHORT_GRACE);
+                    }
+                },
                 // The kernel sends no SIGCHLD for a process whose parent is not the guard.
                 () = sleep(POLL_INTERVAL), if self.processes.is_terminating() => {}
             }

@@ -34,11 +34,11 @@ use crate::backend::command::state::CommandState;
 use crate::backend::connect::OnFullBacklog;
 use crate::backend::connect_error::ConnectError;
 use crate::backend::wait::BackendWait;
-use crate::config::CommandConfig;
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::ReadyMode;
+use crate::config::{CommandConfig, CommandTimes};
 use crate::counters::CommandCounters;
 use crate::limits::idle_clock::IdleClock;
 use crate::logging::message_id;
@@ -54,7 +54,7 @@ pub struct Supervisor {
     /// Where COMMAND sends `READY=1`. Without it COMMAND is ready when the target accepts a
     /// connection.
     notify: Option<NotifyPlace>,
-    stop_idle_time: TimeSpan,
+    times: CommandTimes,
     fd_limit: Option<u64>,
     state: watch::Sender<CommandState>,
     /// Why clients wait, while COMMAND is not ready.
@@ -83,7 +83,7 @@ impl Supervisor {
                 ReadyMode::Connect => None,
                 ReadyMode::Notify => Some(NotifyPlace::find()?),
             },
-            stop_idle_time: config.stop_idle_time,
+            times: config.times,
             fd_limit,
             state: watch::Sender::default(),
             last_error: watch::Sender::default(),
@@ -167,13 +167,14 @@ impl Supervisor {
         let result = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop) => RunResult::StopRequested,
-            () = clock.alarm(self.stop_idle_time) => RunResult::Idle,
-            result = self.serve(wait, &mut notify, &mut process) => {
+            () = clock.alarm(self.times.stop_idle) => RunResult::Idle,
+            result = self.serve(wait, clock, &mut notify, &mut process) => {
                 result.map_or_else(|result| result, RunResult::Exited)
             }
         };
+        clock.end_run();
         if let Some(process) = process {
-            let (name, time) = (&self.command, self.stop_idle_time);
+            let (name, time) = (&self.command, self.times.stop_idle);
             match result {
                 RunResult::StopRequested => {
                     tracing::info!(message_id = message_id::COMMAND_STOPPING, "Stopping {name}.")
@@ -201,6 +202,7 @@ impl Supervisor {
     async fn serve(
         &self,
         wait: &BackendWait,
+        clock: &IdleClock,
         notify: &mut Option<NotifySocket>,
         process: &mut Option<CommandProcess>,
     ) -> Result<Option<ExitStatus>, RunResult> {
@@ -248,12 +250,53 @@ impl Supervisor {
         if let Some(connection) = connection {
             wait.offer(connection);
         }
+        clock.begin_run(self.times.min_run);
         self.state.send_replace(CommandState::Ready);
-        let status = process.exited().await;
+        let status = self.freeze_when_idle(process, clock).await;
         if ready.elapsed() < STEADY {
             return Err(RunResult::early_exit(name, "as soon as", status));
         }
         Ok(status)
+    }
+
+    /// Freezes COMMAND whenever it is idle, and thaws it for the next use, until it exits. Returns
+    /// its status.
+    async fn freeze_when_idle(
+        &self,
+        process: &mut CommandProcess,
+        clock: &IdleClock,
+    ) -> Option<ExitStatus> {
+        loop {
+            tokio::select! {
+                status = process.exited() => return status,
+                () = clock.alarm(self.times.freeze_idle) => {}
+            }
+            let (name, time) = (&self.command, self.times.freeze_idle);
+            if let Some(suppressed) = LIFECYCLE.pass() {
+                tracing::info!(
+                    suppressed,
+                    message_id = message_id::COMMAND_FROZEN,
+                    "Freezing {name}, no connection for {time}."
+                );
+            }
+            // From now on clients wait.
+            self.last_error.send_replace(format!("{name} is frozen"));
+            self.state.send_replace(CommandState::Frozen);
+            if let Err(status) = process.freeze().await {
+                return status;
+            }
+            tokio::select! {
+                status = process.exited() => return status,
+                () = clock.used() => {}
+            }
+            if let Some(suppressed) = LIFECYCLE.pass() {
+                let message_id = message_id::COMMAND_THAWED;
+                tracing::info!(suppressed, message_id, "Thawing {name} for a client.");
+            }
+            process.thaw().await;
+            self.starts.thaws.inc();
+            self.state.send_replace(CommandState::Ready);
+        }
     }
 
     /// Checks that no other process serves the target. Returns why the target does not answer.

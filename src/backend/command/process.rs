@@ -1,8 +1,8 @@
 //! One run of COMMAND, as the proxy sees it, through the guard's socket.
 //!
 //! The proxy sends COMMAND's words to the [guard process](crate::backend::command::guard_process),
-//! and later [`STOP`]. The guard sends [`Event`]s. When the proxy is gone, the guard reads the end
-//! of the stream.
+//! and later [`FREEZE`], [`THAW`] and [`STOP`]. The guard sends [`Event`]s. When the proxy is gone,
+//! the guard reads the end of the stream.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -85,6 +85,25 @@ impl CommandProcess {
         }
     }
 
+    /// Has the guard stop COMMAND's processes where they are (SIGSTOP), and waits until it has.
+    ///
+    /// # Errors
+    /// The status of a COMMAND that has exited, as from [`CommandProcess::exited`].
+    pub async fn freeze(&mut self) -> Result<(), Option<ExitStatus>> {
+        // EPIPE: the guard has ended, which the read below shows as well.
+        let _ = self.control.write_all(&[FREEZE]).await;
+        match self.event().await {
+            Ok(Event::Frozen) => Ok(()),
+            Ok(Event::Exited(status)) => Err(Some(ExitStatus::from_raw(status))),
+            _ => Err(None),
+        }
+    }
+
+    /// Has the guard let COMMAND's processes go on.
+    pub async fn thaw(&mut self) {
+        let _ = self.control.write_all(&[THAW]).await;
+    }
+
     /// Has the guard stop COMMAND, and waits until none of its processes is left.
     pub async fn stop(mut self) {
         if self.is_launched {
@@ -127,6 +146,8 @@ pub enum Event {
     Started(i32),
     /// COMMAND itself has exited with this status (wait(2)).
     Exited(i32),
+    /// The processes of COMMAND are stopped.
+    Frozen,
     /// No process of COMMAND is left.
     Gone,
 }
@@ -138,6 +159,7 @@ impl Event {
         let (letter, number) = match self {
             Self::Started(pid) => (b'S', pid),
             Self::Exited(status) => (b'X', status),
+            Self::Frozen => (b'F', 0),
             Self::Gone => (b'G', 0),
         };
         let [a, b, c, d] = number.to_le_bytes();
@@ -149,6 +171,7 @@ impl Event {
         match letter {
             b'S' => Ok(Self::Started(number)),
             b'X' => Ok(Self::Exited(number)),
+            b'F' => Ok(Self::Frozen),
             b'G' => Ok(Self::Gone),
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
@@ -161,7 +184,9 @@ pub const THIS_PROGRAM: &str = "/proc/self/exe";
 /// `argv[0]` of the guard.
 pub const GUARD: &str = "proxyd-guard";
 
-/// The byte that asks the guard to stop COMMAND.
+/// The bytes that ask the guard to freeze COMMAND, to thaw it, and to stop it.
+pub const FREEZE: u8 = b'F';
+pub const THAW: u8 = b'C';
 pub const STOP: u8 = b'T';
 
 /// What systemd set for the proxy and not for COMMAND.

@@ -9,6 +9,8 @@ pub enum CommandState {
     /// Started, or about to be, and not ready yet.
     Starting,
     Ready,
+    /// COMMAND's processes are stopped where they are, until they are needed.
+    Frozen,
     /// COMMAND was asked to stop or has exited, and some of its processes are left.
     Stopping,
     /// COMMAND exited before it was ready or right after, this many times in a row.
@@ -32,6 +34,7 @@ impl fmt::Display for CommandState {
             Self::Stopped => f.write_str("stopped"),
             Self::Starting => f.write_str("starting"),
             Self::Ready => f.write_str("running"),
+            Self::Frozen => f.write_str("frozen"),
             Self::Stopping => f.write_str("stopping"),
             Self::Failed(1) => f.write_str("failed"),
             Self::Failed(times) => write!(f, "failed {times} times in a row"),

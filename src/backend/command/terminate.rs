@@ -1,16 +1,24 @@
-//! How the processes of COMMAND end: SIGTERM, and SIGKILL when they take too long.
+//! How the processes of COMMAND end, and how they are frozen.
 //!
-//! COMMAND's process group comes first. When no process of it is left, the processes that had left
-//! the group get the same.
+//! They end by SIGTERM, and by SIGKILL when they take too long. COMMAND's process group comes
+//! first. When no process of it is left, the processes that had left the group get the same.
+//!
+//! All processes below the guard are frozen by SIGSTOP, whatever their group, and thawed by
+//! SIGCONT. A stopped process acts on SIGTERM only once it goes on, so SIGCONT precedes every
+//! SIGTERM.
 
+use std::collections::HashSet;
 use std::fs;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, Signal, WaitOptions, kill_process, kill_process_group, test_kill_process_group, wait,
+    Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, test_kill_process_group,
+    wait,
 };
 use tokio::time::{Instant, sleep};
+
+use crate::logging::RateLimit;
 
 /// The processes of COMMAND, as the guard sees them: its children.
 pub struct Processes {
@@ -25,11 +33,59 @@ pub struct Processes {
     /// When SIGKILL is due, once SIGTERM was sent.
     deadline: Option<Instant>,
     kills: u32,
+    is_frozen: bool,
 }
 
 impl Processes {
     pub fn new(name: String, command: Pid) -> Self {
-        Self { name, command, has_exited: false, is_group_gone: false, deadline: None, kills: 0 }
+        Self {
+            name,
+            command,
+            has_exited: false,
+            is_group_gone: false,
+            deadline: None,
+            kills: 0,
+            is_frozen: false,
+        }
+    }
+
+    /// Stops every process where it is, until no process runs and no further one is found: a
+    /// process may fork until its own signal arrives.
+    pub async fn freeze(&mut self) {
+        self.is_frozen = true;
+        let mut signalled = HashSet::new();
+        for _ in 0..FREEZE_PASSES_MAX {
+            let descendants = descendants();
+            let mut is_done = true;
+            for process in descendants {
+                if signalled.insert(process) {
+                    let _ = kill_process(process, Signal::STOP);
+                    is_done = false;
+                }
+                is_done &= is_stopped(process);
+            }
+            if is_done {
+                return;
+            }
+            sleep(FREEZE_PAUSE).await;
+        }
+        if let Some(suppressed) = NOT_FROZEN.pass() {
+            tracing::warn!(
+                suppressed,
+                "Failed to freeze all processes of {}, ignoring.",
+                self.name
+            );
+        }
+    }
+
+    /// Lets frozen processes go on.
+    pub fn thaw(&mut self) {
+        if self.is_frozen {
+            self.is_frozen = false;
+            for process in descendants() {
+                let _ = kill_process(process, Signal::CONT);
+            }
+        }
     }
 
     /// Whether SIGTERM was sent.
@@ -71,6 +127,7 @@ impl Processes {
     /// Asks the processes to end, stopped ones included (SIGCONT). SIGKILL is due after `grace`, or
     /// earlier if it was due earlier.
     pub fn terminate(&mut self, grace: Duration) {
+        self.thaw();
         let due = Instant::now() + grace;
         if let Some(deadline) = &mut self.deadline {
             *deadline = due.min(*deadline);
@@ -109,18 +166,39 @@ impl Processes {
             let _ = kill_process_group(self.command, signal);
             return;
         }
-        for orphan in children() {
+        for orphan in children_of(getpid()) {
             let _ = kill_process(orphan, signal);
         }
     }
 }
 
-fn children() -> Vec<Pid> {
-    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+/// Returns the children of a process.
+fn children_of(process: Pid) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero()));
+    let tasks = tasks.into_iter().flatten().flatten();
     let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
     // Each number has a space behind it (proc_tid_children(5)).
     let pids: String = lists.collect();
     pids.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect()
+}
+
+/// Returns the processes below the guard, parents before their children.
+fn descendants() -> Vec<Pid> {
+    let mut all = children_of(getpid());
+    let mut next = 0;
+    while let Some(process) = all.get(next) {
+        all.extend(children_of(*process));
+        next += 1;
+    }
+    all
+}
+
+/// Whether a process is stopped or has ended: its state in proc_pid_stat(5), behind its name in
+/// parentheses.
+fn is_stopped(process: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero()));
+    let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    state.is_none_or(|state| ['T', 't', 'Z', 'X'].contains(&state))
 }
 
 /// Kills COMMAND's process group after its guard was killed. COMMAND itself was killed by the
@@ -147,9 +225,16 @@ pub const SHORT_GRACE: Duration = Duration::from_secs(3);
 /// How often to check which processes are left.
 pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
+/// Searches for processes that are not frozen yet, and the pause between two. A process that waits
+/// for a disk is stopped when that answers.
+const FREEZE_PASSES_MAX: u32 = 100;
+const FREEZE_PAUSE: Duration = Duration::from_millis(1);
+
 /// Attempts to kill the group. What is left of it then cannot be killed.
 const GROUP_KILLS_MAX: u32 = 10;
 
 /// Attempts to kill processes that do not end: one waits for a broken disk, or runs as another user
 /// by now.
 const KILLS_MAX: u32 = 100;
+
+static NOT_FROZEN: RateLimit = RateLimit::new(1, Duration::from_secs(60));
