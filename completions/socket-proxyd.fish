@@ -1,5 +1,6 @@
 complete -c socket-proxyd -l listen -d 'Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT' -r -F
 complete -c socket-proxyd -s c -l connections-max -d 'Serve up to N connections at a time' -r
+complete -c socket-proxyd -l connections-max-per-source -d 'Serve up to N of them from one IPv4 address or IPv6 /64' -r
 complete -c socket-proxyd -l overflow -d 'Refuse others, or let them wait' -r -f -a "refuse\t'Accept and close them'
 wait\t'Leave them queued in the kernel until a connection ends'"
 complete -c socket-proxyd -l exit-idle-time -d 'Exit after TIME without a connection' -r

@@ -46,10 +46,31 @@ pub struct ListenerCounters {
     pub waiting: Gauge,
     /// Connections admitted.
     pub admitted: Counter,
-    /// Connections closed at the connection limit.
-    pub refused: Counter,
+    /// Connections closed at a limit, for each [`RefusalReason`].
+    pub refused: [Counter; RefusalReason::NAMES.len()],
     /// Connections closed because no backend was reached.
     pub failed: Counter,
+}
+
+impl ListenerCounters {
+    /// Returns the number of connections closed at a limit.
+    pub fn refused(&self) -> u64 {
+        self.refused.iter().map(Counter::get).sum()
+    }
+}
+
+/// Why a connection was closed before it was served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusalReason {
+    /// `--connections-max=` is reached.
+    Limit,
+    /// `--connections-max-per-source=` is reached.
+    Source,
+}
+
+impl RefusalReason {
+    /// The names of all reasons, in their order.
+    pub const NAMES: [&str; 2] = ["limit", "source"];
 }
 
 /// Bytes delivered between one backend and its clients, counted by one thread and read by any.

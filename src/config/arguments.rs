@@ -46,6 +46,10 @@ pub struct Arguments {
     #[arg(long, short, value_name = "N", value_parser = values::connections_max,
         default_value = "256", help_heading = "Sockets", aliases = abbreviations())]
     pub connections_max: NonZeroU32,
+    /// Serve up to N of them from one IPv4 address or IPv6 /64
+    #[arg(long, value_name = "N", value_parser = values::connections_max,
+        help_heading = "Sockets")]
+    pub connections_max_per_source: Option<NonZeroU32>,
     /// Refuse others, or let them wait
     #[arg(long, value_name = "refuse|wait", default_value = "refuse", help_heading = "Sockets")]
     pub overflow: Overflow,
@@ -140,7 +144,7 @@ impl Arguments {
 /// Returns the abbreviations of `--connections-max` that are unambiguous in systemd-socket-proxyd,
 /// whatever options stand beside it here. Those of its other options are unambiguous here, too.
 fn abbreviations() -> impl Iterator<Item = &'static str> {
-    const LONGEST: &str = "connection";
+    const LONGEST: &str = "connections-ma";
     (1..=LONGEST.len()).map(|end| &LONGEST[..end])
 }
 

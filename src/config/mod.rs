@@ -36,6 +36,7 @@ pub struct Config {
     pub listen: Vec<ListenAddress>,
     /// Connections that are being connected to their backend count, too.
     pub connections_max: NonZeroU32,
+    pub connections_max_per_source: Option<NonZeroU32>,
     pub overflow: Overflow,
     pub exit_idle_time: TimeSpan,
     pub drain_time: TimeSpan,
@@ -110,6 +111,7 @@ impl Config {
             targets,
             listen: arguments.listen,
             connections_max: arguments.connections_max,
+            connections_max_per_source: arguments.connections_max_per_source,
             overflow: arguments.overflow,
             exit_idle_time: arguments.exit_idle_time,
             drain_time: arguments.drain_time,

@@ -6,6 +6,7 @@
 
 pub mod slot;
 pub mod idle_clock;
+pub mod source;
 pub mod descriptors;
 
 use std::num::NonZeroU32;
@@ -20,8 +21,6 @@ pub struct ConnectionCounts {
     pub open: u32,
     /// Connections that have ended, which `STATUS=` calls served.
     pub served: u64,
-    /// Connections closed at the connection limit.
-    pub refused: u64,
 }
 
 /// The limit on open connections (`--connections-max=`).
@@ -33,7 +32,6 @@ struct LimitState {
     max: NonZeroU32,
     open: AtomicU32,
     served: AtomicU64,
-    refused: AtomicU64,
     /// Notified at each change, for a single waiter.
     changed: Notify,
 }
@@ -44,19 +42,15 @@ impl ConnectionLimit {
             max,
             open: AtomicU32::default(),
             served: AtomicU64::default(),
-            refused: AtomicU64::default(),
             changed: Notify::default(),
         }))
     }
 
-    /// Admits a connection, or counts a refusal and returns `None` at the limit.
+    /// Admits a connection, or returns `None` at the limit.
     pub fn try_acquire(&self) -> Option<Permit> {
         let Self(shared) = self;
         let below_max = |open: u32| (open < shared.max.get()).then_some(open + 1);
         let admitted = shared.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, below_max);
-        if admitted.is_err() {
-            shared.refused.fetch_add(1, Ordering::Relaxed);
-        }
         shared.changed.notify_one();
         admitted.is_ok().then(|| Permit(Arc::clone(shared)))
     }
@@ -77,8 +71,12 @@ impl ConnectionLimit {
         ConnectionCounts {
             open: self.0.open.load(Ordering::Acquire),
             served: self.0.served.load(Ordering::Relaxed),
-            refused: self.0.refused.load(Ordering::Relaxed),
         }
+    }
+
+    /// Ends a wait for a change: a client was refused.
+    pub fn notify(&self) {
+        self.0.changed.notify_one();
     }
 
     /// Waits until the counts have changed since the last call. Supports one waiter.
@@ -113,6 +111,6 @@ mod tests {
         drop(first);
         let _third = limit.try_acquire().unwrap();
         assert!(limit.try_acquire().is_none());
-        assert_eq!(limit.counts(), ConnectionCounts { open: 2, served: 1, refused: 2 });
+        assert_eq!(limit.counts(), ConnectionCounts { open: 2, served: 1 });
     }
 }

@@ -4,6 +4,7 @@ use crate::counters::GaugeGuard;
 use crate::limits::Permit;
 use crate::limits::descriptors::FdPermit;
 use crate::limits::idle_clock::InUse;
+use crate::limits::source::SourcePermit;
 
 /// The guards that count one connection. They are dropped in the order of the fields.
 #[derive(Debug)]
@@ -17,6 +18,9 @@ pub struct Slot {
     /// Stops the idle clock.
     // Dropped after `permit`: at the end of the last use no connection is open.
     pub in_use: Option<InUse>,
+    /// Counts the connection towards the limit of its source.
+    // Boxed: most proxies have no such limit.
+    pub source: Option<Box<SourcePermit>>,
     // Dropped after `permit`: under `--overflow=wait` this wakes the accept loop. The accept loop
     // must then find room below the connection limit.
     _descriptors: FdPermit,
@@ -29,6 +33,7 @@ impl Slot {
             event_loop: None,
             permit: None,
             in_use: None,
+            source: None,
             _descriptors: descriptors,
         }
     }

@@ -2,7 +2,7 @@
 //! client.
 //!
 //! A slow scraper cannot exhaust the exporter. At most [`SCRAPERS_MAX`] requests are open at once;
-//! a further request replaces the oldest of the address that has the most. A request lasts at most
+//! a further request replaces the oldest of the source that has the most. A request lasts at most
 //! two seconds from accept to close. That includes the time in which its response waits in the
 //! kernel to be read: a socket that is only closed would keep a response in memory for minutes.
 
@@ -11,7 +11,6 @@ use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::future::ready;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
@@ -38,7 +37,7 @@ use crate::listen::listener::{ACCEPT_PAUSE, Accepted, Listener};
 use crate::listen::stored::SocketFile;
 use crate::logging::os_message;
 use crate::runtime::{catch_panic, start_thread};
-use crate::socket::address::Address;
+use crate::socket::address::{Address, Source};
 use crate::socket::sys::outq_len;
 
 /// The sockets of `--metrics=`. Their socket files are removed when this is dropped.
@@ -130,24 +129,25 @@ async fn accept_loop(socket: OwnedFd, scrapers: Rc<Scrapers>) -> io::Result<Infa
 /// What the requests of all sockets share.
 struct Scrapers {
     registry: Registry,
-    /// The open requests, from the oldest to the newest, each with the network it comes from.
-    requests: RefCell<VecDeque<(Option<IpAddr>, AbortHandle)>>,
+    /// The open requests, from the oldest to the newest, each with its source. A Unix client has
+    /// none.
+    requests: RefCell<VecDeque<(Option<Source>, AbortHandle)>>,
 }
 
 impl Scrapers {
     /// Starts a request. At the limit another request gives way to it.
     fn admit(self: &Rc<Self>, accepted: Accepted) {
-        let (network, this) = (network(&accepted.client), Rc::clone(self));
+        let (source, this) = (accepted.client.source(), Rc::clone(self));
         let request = timeout(REQUEST_TIME, async move { this.serve(accepted.socket).await });
         let request = spawn_local(request).abort_handle();
         let mut requests = self.requests.borrow_mut();
         requests.retain(|(_, request)| !request.is_finished());
-        requests.push_back((network, request));
+        requests.push_back((source, request));
         if requests.len() > SCRAPERS_MAX {
             let mut counts = HashMap::new();
-            requests.iter().for_each(|(network, _)| *counts.entry(*network).or_insert(0) += 1);
+            requests.iter().for_each(|(source, _)| *counts.entry(*source).or_insert(0) += 1);
             let most = counts.values().max();
-            let oldest = requests.iter().position(|(network, _)| counts.get(network) == most);
+            let oldest = requests.iter().position(|(source, _)| counts.get(source) == most);
             if let Some((_, request)) = oldest.and_then(|oldest| requests.remove(oldest)) {
                 request.abort();
             }
@@ -213,16 +213,6 @@ async fn drain(stream: &mut TcpStream) -> io::Result<()> {
         sleep(ACK_INTERVAL).await;
     }
     Ok(())
-}
-
-/// Returns the IPv4 address of a client, or the /64 of its IPv6 address, in which one machine may
-/// have any number of addresses. Clients of a Unix socket have no address.
-fn network(client: &Address) -> Option<IpAddr> {
-    let Address::Inet(address) = client else { return None };
-    Some(match address.ip().to_canonical() {
-        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
-        ip => ip,
-    })
 }
 
 /// Whether the client lists OpenMetrics in `Accept:`, with a weight above 0.

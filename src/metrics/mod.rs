@@ -20,7 +20,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::counters::{CommandCounters, ConnectCounters, ListenerCounters, Loops};
+use crate::counters::{CommandCounters, ConnectCounters, ListenerCounters, Loops, RefusalReason};
 use crate::logging::bounded_line;
 
 /// The counters to export.
@@ -162,8 +162,13 @@ impl Collector for Metrics {
         let help = "Connections accepted and admitted.";
         let admitted = self.by_listener(|counters| counters.admitted.get());
         encode(encoder, Counter, "connections", help, admitted)?;
-        let help = "Connections closed at the connection limit.";
-        let refused = self.by_listener(|counters| counters.refused.get());
+        let help = "Connections closed at a limit.";
+        let refused = RefusalReason::NAMES.into_iter().enumerate().flat_map(|(index, reason)| {
+            let counts = self.by_listener(move |counters| counters.refused[index].get());
+            counts.map(move |([listener, backend], sum)| {
+                ([listener, backend, ("reason", reason)], sum)
+            })
+        });
         encode(encoder, Counter, "connections_refused", help, refused)?;
         let help = "Connections closed because no backend was reached.";
         let failed = self.by_listener(|counters| counters.failed.get());

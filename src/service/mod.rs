@@ -5,6 +5,7 @@ mod shutdown;
 mod restore;
 mod startup;
 mod server;
+mod dispatcher;
 mod drain;
 mod status;
 mod signals;

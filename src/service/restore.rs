@@ -64,10 +64,11 @@ fn restore_connection(
     let sockets = snapshot.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
     let (listener, known_backend) = find_listener(server, &sockets[0]);
     let [client, backend] = sockets.map(|socket| or_unnamed(socket.peer_addr()));
-    let slot = restored_slot(server, &listener);
+    let mut slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
+    server.dispatcher.acquire_unchecked(&mut slot, &client);
     let restored =
         Restored { snapshot, client, listener, backend, known_backend, start, slot, journal };
-    server.event_loops.resume(restored);
+    server.dispatcher.event_loops.resume(restored);
 }
 
 /// Serves a client that waited for its backend when the previous process ended.
@@ -87,16 +88,9 @@ fn restore_client(server: &Server, socket: OwnedFd, entry: Option<JournalEntry>)
         );
         return abort(&socket);
     };
-    let slot = restored_slot(server, &listener);
-    server.event_loops.serve(Accepted { socket, family, client, listener, slot }, backend, entry);
-}
-
-/// Returns a slot for a connection of the previous process, whatever the limits are now.
-fn restored_slot(server: &Server, listener: &ListenerInfo) -> Slot {
-    let mut slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
-    slot.permit = Some(server.limit.acquire_unchecked());
-    slot.in_use = Some(server.clock.begin_use());
-    slot
+    let slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
+    let accepted = Accepted { socket, family, client, listener, slot };
+    server.dispatcher.serve_stored(accepted, backend, entry);
 }
 
 /// Finds the listener that accepted a socket, by the socket's own address, and its backend.
@@ -125,7 +119,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
         return (Arc::clone(&listener.info), Some(*backend));
     }
     // A single backend is the backend of all listeners.
-    let backend = (server.event_loops.settings.backends.len() == 1).then_some(0);
+    let backend = (server.dispatcher.event_loops.settings.backends.len() == 1).then_some(0);
     let label = SocketLabel { name: None, address: local };
     (ListenerInfo::with_counters(&label, Arc::clone(&server.elsewhere)), backend)
 }

@@ -17,20 +17,17 @@ use tokio::time::{sleep, timeout};
 use crate::backend::command::Supervisor;
 use crate::config::timespan::TimeSpan;
 use crate::connection::BackendSetup;
-use crate::connection::event_loop::EventLoops;
 use crate::counters::ListenerCounters;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
-use crate::limits::ConnectionLimit;
 use crate::limits::descriptors::FdBudget;
-use crate::limits::idle_clock::IdleClock;
 use crate::listen::accepted::AcceptedSocket;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
-use crate::logging::message_id;
-use crate::logging::{RateLimit, os_message};
+use crate::logging::os_message;
 use crate::metrics::{self, MetricsSources};
 use crate::notify::Notifier;
 use crate::runtime::catch_panic;
+use crate::service::dispatcher::Dispatcher;
 use crate::service::signals::Signals;
 use crate::service::status::{PROCESSING, publish_status};
 
@@ -42,9 +39,7 @@ pub struct Server {
     /// served.
     pub connection: Option<(AcceptedSocket, usize)>,
     pub descriptors: Rc<FdBudget>,
-    pub limit: ConnectionLimit,
-    pub clock: IdleClock,
-    pub event_loops: Rc<EventLoops>,
+    pub dispatcher: Rc<Dispatcher>,
     pub supervisor: Option<Arc<Supervisor>>,
     pub exit_idle_time: TimeSpan,
     pub handover: Option<Arc<Handover>>,
@@ -62,7 +57,7 @@ pub struct Server {
 impl Server {
     /// Returns the metrics of `--metrics=`.
     pub fn metrics(&self) -> Registry {
-        let settings = &self.event_loops.settings;
+        let settings = &self.dispatcher.event_loops.settings;
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
             (listener.to_string(), *backend, Arc::clone(&listener.info.counts))
         };
@@ -70,7 +65,7 @@ impl Server {
             (setup.connector.target.to_string(), Arc::clone(&setup.connector.counters))
         };
         metrics::registry(MetricsSources {
-            connections_max: self.limit.max(),
+            connections_max: self.dispatcher.limit.max(),
             listeners: self.listeners.iter().map(listener).collect(),
             elsewhere: Arc::clone(&self.elsewhere),
             backends: settings.backends.iter().map(backend).collect(),
@@ -92,16 +87,14 @@ impl Server {
                 Rc::clone(listener),
                 *backend,
                 Rc::clone(&self.descriptors),
-                self.limit.clone(),
-                self.clock.clone(),
-                Rc::clone(&self.event_loops),
-                self.handover.clone(),
+                Rc::clone(&self.dispatcher),
             ));
         }
         let mut supervising = JoinSet::new();
         if let Some(supervisor) = &self.supervisor {
-            let backend_wait = Rc::clone(self.event_loops.backend_wait());
-            supervising.spawn_local(Arc::clone(supervisor).run(backend_wait, self.clock.clone()));
+            let Dispatcher { event_loops, clock, .. } = &*self.dispatcher;
+            let backend_wait = Rc::clone(event_loops.backend_wait());
+            supervising.spawn_local(Arc::clone(supervisor).run(backend_wait, clock.clone()));
         }
         Tasks { accepting, supervising }
     }
@@ -109,13 +102,7 @@ impl Server {
     fn serve_passed(&self, connection: AcceptedSocket, backend: usize) {
         // The connection exists already, so neither limit can refuse it.
         match connection.into_accepted(self.descriptors.reserve_unchecked()) {
-            Some(mut accepted) => {
-                accepted.slot.permit = Some(self.limit.acquire_unchecked());
-                accepted.slot.in_use = Some(self.clock.begin_use());
-                let handover = self.handover.as_ref();
-                let journal = handover.and_then(|handover| handover.keep_client(&accepted.socket));
-                self.event_loops.serve(accepted, backend, journal);
-            }
+            Some(accepted) => self.dispatcher.serve_unchecked(accepted, backend),
             None => tracing::debug!("Connection ended by the client before it was served."),
         }
     }
@@ -143,7 +130,7 @@ impl Server {
             tokio::join!(self.publish_status(notifier), notifier.feed_watchdog(), self.compact()).1
         });
         let reason = tokio::select! {
-            never = report_connections(report_signal, &self.limit, &self.event_loops) => match never {},
+            never = report_connections(report_signal, &self.dispatcher) => match never {},
             () = signals.stop() => StopReason::Signal,
             () = self.wait_idle(&ready) => StopReason::Idle,
             Some(ended) = tasks.accepting.join_next() => {
@@ -171,9 +158,10 @@ impl Server {
     async fn publish_status(&self, notifier: &Notifier) {
         let listeners: Vec<_> =
             self.listeners.iter().map(|(listener, _)| &*listener.info).collect();
-        let bytes = || self.event_loops.delivered();
+        let Dispatcher { limit, event_loops, .. } = &*self.dispatcher;
+        let bytes = || event_loops.delivered();
         let supervisor = self.supervisor.as_deref();
-        publish_status(notifier, &self.limit, self.restored, &listeners, bytes, supervisor).await;
+        publish_status(notifier, limit, self.restored, &listeners, bytes, supervisor).await;
     }
 
     async fn compact(&self) {
@@ -184,18 +172,20 @@ impl Server {
 
     /// Whether no connection is in use or queued.
     fn is_unused(&self) -> bool {
-        !self.clock.is_in_use() && !self.listeners.iter().any(|(listener, _)| listener.has_queued())
+        !self.dispatcher.clock.is_in_use()
+            && !self.listeners.iter().any(|(listener, _)| listener.has_queued())
     }
 
     /// Waits until there was no connection for `--exit-idle-time=`, none is queued, COMMAND has
     /// stopped, and `READY=1` was sent. A client that arrives meanwhile cancels the exit.
     async fn wait_idle(&self, ready: &watch::Sender<bool>) {
+        let clock = &self.dispatcher.clock;
         if self.listeners.is_empty() {
-            self.clock.unused().await;
+            clock.unused().await;
             return wait_until_ready_sent(ready).await;
         }
         loop {
-            self.clock.alarm(self.exit_idle_time).await;
+            clock.alarm(self.exit_idle_time).await;
             if self.is_unused() {
                 if let Some(supervisor) = &self.supervisor {
                     supervisor.stop().await;
@@ -208,7 +198,7 @@ impl Server {
                     supervisor.allow_start();
                 }
             }
-            let _ = timeout(LATE_CLIENT_GRACE, self.clock.used()).await;
+            let _ = timeout(LATE_CLIENT_GRACE, clock.used()).await;
         }
     }
 }
@@ -229,15 +219,11 @@ pub enum StopReason {
 }
 
 /// Logs a line for each open connection at each SIGUSR1, forever.
-pub async fn report_connections(
-    report_signal: &mut Signal,
-    limit: &ConnectionLimit,
-    event_loops: &EventLoops,
-) -> Infallible {
+pub async fn report_connections(report_signal: &mut Signal, dispatcher: &Dispatcher) -> Infallible {
     loop {
         report_signal.recv().await;
-        tracing::info!("Open connections: {}.", limit.counts().open);
-        event_loops.request_reports();
+        tracing::info!("Open connections: {}.", dispatcher.limit.counts().open);
+        dispatcher.event_loops.request_reports();
     }
 }
 
@@ -247,35 +233,10 @@ async fn accept_loop(
     listener: Rc<Listener>,
     backend: usize,
     descriptors: Rc<FdBudget>,
-    limit: ConnectionLimit,
-    clock: IdleClock,
-    event_loops: Rc<EventLoops>,
-    handover: Option<Arc<Handover>>,
+    dispatcher: Rc<Dispatcher>,
 ) -> String {
     let accept_next = async || {
-        let mut accepted = listener.accept(&descriptors).await?;
-        match limit.try_acquire() {
-            Some(permit) => {
-                accepted.slot.permit = Some(permit);
-                accepted.slot.in_use = Some(clock.begin_use());
-                accepted.listener.counts.admitted.inc();
-                let journal =
-                    handover.as_ref().and_then(|handover| handover.keep_client(&accepted.socket));
-                event_loops.serve(accepted, backend, journal);
-            }
-            None => {
-                accepted.listener.counts.refused.inc();
-                if let Some(suppressed) = REFUSED.pass() {
-                    tracing::warn!(
-                        suppressed,
-                        client = %accepted.client,
-                        %listener,
-                        message_id = message_id::CONNECTION_LIMIT,
-                        "Hit connection limit, refusing connection."
-                    );
-                }
-            }
-        }
+        dispatcher.serve(listener.accept(&descriptors).await?, backend);
         io::Result::Ok(())
     };
     loop {
@@ -300,5 +261,3 @@ fn internal(error: JoinError) -> String {
 
 /// How long the accept loops have for a client that is queued when the idle time ends.
 const LATE_CLIENT_GRACE: Duration = Duration::from_secs(1);
-
-static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));

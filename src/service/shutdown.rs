@@ -43,7 +43,7 @@ pub async fn stop(
         if let Some(supervisor) = supervisor.filter(|_| !drain_time.is_zero()) {
             supervisor.allow_start();
         }
-        drain(drain_time, &server.limit, &server.clock, notifier).await;
+        drain(drain_time, &server.dispatcher.limit, &server.dispatcher.clock, notifier).await;
         let _ = notifier.send_once(&[NotifyState::Status(SHUTTING_DOWN)]);
         if let Some(supervisor) = supervisor.filter(|_| !tasks.supervising.is_empty()) {
             // COMMAND may end its connections in its own way.
@@ -63,9 +63,9 @@ pub async fn stop(
     tokio::select! {
         () = drain_and_stop => {}
         () = second_signal => {}
-        never = report_connections(report_signal, &server.limit, &server.event_loops) => match never {},
+        never = report_connections(report_signal, &server.dispatcher) => match never {},
     }
-    let open = server.limit.counts().open;
+    let open = server.dispatcher.limit.counts().open;
     if open > 0 {
         tracing::info!("Stopping, resetting open connections: {open}.");
     }
@@ -83,7 +83,7 @@ async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
             stored_listeners += 1;
         }
     }
-    server.event_loops.detach_all(handover).await;
+    server.dispatcher.event_loops.detach_all(handover).await;
     let [stored, lost] = handover.stored_and_lost();
     let stored = stored.saturating_sub(stored_listeners);
     let status = handed_over(stored);

@@ -19,15 +19,14 @@ use crate::counters::Loops;
 use crate::forward::pipe::{self, PipeLimits};
 use crate::handover::Handover;
 use crate::handover::replay::Leftovers;
-use crate::limits::ConnectionLimit;
 use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
-use crate::limits::idle_clock::IdleClock;
 use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::listener::Listener;
 use crate::listen::{Sources, check_command_target, check_no_loop};
 use crate::logging::os_message;
 use crate::metrics::exporter::Exporter;
 use crate::notify::Notifier;
+use crate::service::dispatcher::Dispatcher;
 use crate::service::server::Server;
 
 /// Sets `PR_SET_NO_NEW_PRIVS`, unless there is a COMMAND: it would inherit the flag, and may need
@@ -114,6 +113,8 @@ fn build(
     log_routes(&config, &listeners, &settings);
     let keep = |(listener, _): &(Rc<Listener>, _)| handover.as_ref()?.keep_listener(listener);
     let listener_entries = opened.iter().filter_map(keep).collect();
+    let event_loops = EventLoops::new(settings, config.threads);
+    let dispatcher = Dispatcher::new(&config, event_loops, handover.clone());
     let descriptors = match config.overflow {
         Overflow::Refuse => FdBudget::new(fds.connections),
         Overflow::Wait => {
@@ -124,9 +125,7 @@ fn build(
         listeners,
         connection,
         descriptors: Rc::new(descriptors),
-        limit: ConnectionLimit::new(config.connections_max),
-        clock: IdleClock::new(),
-        event_loops: Rc::new(EventLoops::new(settings, config.threads)),
+        dispatcher,
         supervisor,
         exit_idle_time: config.exit_idle_time,
         handover,

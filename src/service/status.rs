@@ -85,13 +85,15 @@ pub async fn publish_status(
         }
         let counts = limit.counts();
         let failed = listeners.iter().map(|info| info.counts.failed.get()).sum();
+        let refused = listeners.iter().map(|info| info.counts.refused()).sum();
         let waiting = listeners.iter().map(|info| info.counts.waiting.taken()).sum();
         let open = listeners.iter().map(|info| (info.to_string(), info.counts.open.taken()));
         let open = open.filter(|(_, open)| *open > 0 && listeners.len() > 1).collect();
         let command = command.as_ref().map(|(name, state, since)| (name, *state, since.elapsed()));
         let status = {
             let bytes = bytes();
-            Status { counts, waiting, failed, max, bytes, restored, open, command }.to_string()
+            Status { counts, waiting, failed, refused, max, bytes, restored, open, command }
+                .to_string()
         };
         // The name of a socket may have any length and any characters.
         let status = bounded_line(&status, STATUS_MAX);
@@ -109,6 +111,8 @@ struct Status<'a> {
     waiting: usize,
     /// Connections that have ended because there was no backend.
     failed: u64,
+    /// Connections closed at a limit.
+    refused: u64,
     max: u32,
     bytes: u64,
     restored: usize,
@@ -120,7 +124,7 @@ struct Status<'a> {
 
 impl fmt::Display for Status<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ConnectionCounts { open, served, refused } = self.counts;
+        let ConnectionCounts { open, served } = self.counts;
         write!(f, "{open} of {} connections, ", self.max)?;
         if self.waiting > 0 {
             write!(f, "{} waiting, ", self.waiting)?;
@@ -130,8 +134,8 @@ impl fmt::Display for Status<'_> {
         if self.failed > 0 {
             write!(f, "{} failed, ", self.failed)?;
         }
-        if refused > 0 {
-            write!(f, "{refused} refused, ")?;
+        if self.refused > 0 {
+            write!(f, "{} refused, ", self.refused)?;
         }
         write!(f, "{}", Bytes(self.bytes))?;
         if self.restored > 0 {
@@ -192,10 +196,10 @@ mod tests {
     #[test]
     fn status_shows_counts_bytes_listeners_and_command() {
         let status = |open, served, refused, bytes| {
-            let counts = ConnectionCounts { open, served, refused };
-            Status { counts, max: 256, bytes, ..Status::default() }.to_string()
+            let counts = ConnectionCounts { open, served };
+            Status { counts, refused, max: 256, bytes, ..Status::default() }.to_string()
         };
-        let counts = ConnectionCounts { open: 3, served: 5, refused: 0 };
+        let counts = ConnectionCounts { open: 3, served: 5 };
         let held = Status { counts, waiting: 2, failed: 4, max: 256, ..Status::default() };
         let text = "3 of 256 connections, 2 waiting, 1 served, 4 failed, 0 bytes";
         assert_eq!(held.to_string(), text);

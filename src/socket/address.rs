@@ -150,6 +150,21 @@ impl Address {
         }
     }
 
+    /// Returns where a TCP client comes from, as far as limits tell clients apart.
+    pub fn source(&self) -> Option<Source> {
+        let Self::Inet(address) = self else { return None };
+        Some(match canonical(*address) {
+            SocketAddr::V4(address) => Source { ip: (*address.ip()).into(), scope: 0 },
+            SocketAddr::V6(address) if address.ip().is_unicast_link_local() => {
+                Source { ip: (*address.ip()).into(), scope: address.scope_id() }
+            }
+            SocketAddr::V6(address) => {
+                let network = Ipv6Addr::from_bits(address.ip().to_bits() >> 64 << 64);
+                Source { ip: network.into(), scope: 0 }
+            }
+        })
+    }
+
     /// Returns whether the address is unspecified and stands for `address` as well.
     ///
     /// An IPv4 client of a dual-stack listener has an IPv6 address, `::ffff:a.b.c.d`.
@@ -195,6 +210,14 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
         // `address` may have a scope, which its IP does not have.
         IpAddr::V6(_) => address,
     }
+}
+
+/// An IPv4 address, the /64 of an IPv6 address, in which one machine may have any number of
+/// addresses, or a link-local address and its interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    ip: IpAddr,
+    scope: u32,
 }
 
 /// What selectors and messages call a socket.

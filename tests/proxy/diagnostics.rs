@@ -13,8 +13,9 @@ use tempfile::TempDir;
 type Cause = fn(check: &dyn Fn(&Lines));
 
 /// In the order of the manual.
-const CAUSES: [Cause; 13] = [
+const CAUSES: [Cause; 14] = [
     connection_limit,
+    source_limit,
     no_backend,
     backend_wait_over,
     idle,
@@ -41,8 +42,16 @@ fn messages_are_those_of_the_manual() {
 }
 
 fn connection_limit(check: &dyn Fn(&Lines)) {
+    limit_of_one("--connections-max=1", check);
+}
+
+fn source_limit(check: &dyn Fn(&Lines)) {
+    limit_of_one("--connections-max-per-source=1", check);
+}
+
+fn limit_of_one(option: &str, check: &dyn Fn(&Lines)) {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let proxy = Launch::new(OURS).args(["-c1", &backend.target]).listener(&front).start();
+    let proxy = Launch::new(OURS).args([option, &backend.target]).listener(&front).start();
     let mut first = front.connect();
     assert_echoes(&mut first);
     assert_eq!(read_all(&mut front.connect()).0, b"");

@@ -19,6 +19,7 @@ mod metrics;
 mod notifications;
 mod proxy_protocol;
 mod selectors;
+mod sources;
 mod syscalls;
 mod threads;
 mod unix_peers;

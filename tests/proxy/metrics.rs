@@ -75,6 +75,12 @@ fn value(text: &str, series: &str) -> f64 {
     line.unwrap_or_else(|| panic!("no {series} in {text}")).parse().unwrap()
 }
 
+/// Connections that were refused for this reason.
+fn refused(series: impl Fn(&'static str) -> String, reason: &str) -> String {
+    let series = series("socket_proxyd_connections_refused_total");
+    series.replace('}', &format!(",reason=\"{reason}\"}}"))
+}
+
 fn labelled(name: &str, listener: &str, backend: &str) -> String {
     format!("{name}{{listener=\"{listener}\",backend=\"{backend}\"}}")
 }
@@ -97,9 +103,9 @@ fn counts_connections_and_bytes_by_listener_and_backend() {
         let mut clients = [web.connect(), web.connect()];
         clients.iter_mut().for_each(assert_echoes);
         scraped.wait_for(&web_series("socket_proxyd_connections_open"), 2.0);
-        let refused = read_all(&mut web.connect());
-        assert_eq!(refused.0, b"", "the connection limit is 2");
-        scraped.wait_for(&web_series("socket_proxyd_connections_refused_total"), 1.0);
+        let third = read_all(&mut web.connect());
+        assert_eq!(third.0, b"", "the connection limit is 2");
+        scraped.wait_for(&refused(web_series, "limit"), 1.0);
         drop(clients);
         scraped.wait_for(&web_series("socket_proxyd_connections_open"), 0.0);
         let failed = read_all(&mut api.connect());
@@ -110,7 +116,7 @@ fn counts_connections_and_bytes_by_listener_and_backend() {
         let value = |series: &str| value(&text, series);
         assert_eq!(value(&web_series("socket_proxyd_connections_total")), 2.0);
         assert_eq!(value(&api_series("socket_proxyd_connections_total")), 1.0);
-        assert_eq!(value(&api_series("socket_proxyd_connections_refused_total")), 0.0);
+        assert_eq!(value(&refused(api_series, "limit")), 0.0);
         assert_eq!(value("socket_proxyd_connections_max"), 2.0);
         let of = |backend: &str, more: &str| format!("{{backend=\"{backend}\"{more}}}");
         let connects = "socket_proxyd_connect_duration_seconds";
