@@ -66,11 +66,13 @@ pub enum RefusalReason {
     Limit,
     /// `--connections-max-per-source=` is reached.
     Source,
+    /// The client is passive, and the backend is not ready.
+    Passive,
 }
 
 impl RefusalReason {
     /// The names of all reasons, in their order.
-    pub const NAMES: [&str; 2] = ["limit", "source"];
+    pub const NAMES: [&str; 3] = ["limit", "source", "passive"];
 }
 
 /// Bytes delivered between one backend and its clients, counted by one thread and read by any.

@@ -14,6 +14,7 @@ use tokio::time::timeout_at;
 use crate::backend::command::Supervisor;
 use crate::backend::command::state::CommandState;
 use crate::backend::connect::OnFullBacklog;
+use crate::backend::connect_error::ConnectError;
 use crate::backend::wait::BackendWait;
 use crate::config::target::Target;
 use crate::counters::Gauge;
@@ -32,22 +33,50 @@ impl Backend {
     }
 
     /// Connects, now or as soon as the backend can be reached. `waiting` counts the clients that
-    /// wait.
+    /// wait. A client that `is_passive` waits only while another client has the backend start.
     ///
     /// # Errors
-    /// A message on a permanent error, or on the last error before the wait timed out.
-    pub async fn connect(&self, waiting: &Gauge) -> Result<Socket, String> {
+    /// A message on a permanent error, or on the last error before the wait timed out. `None` for a
+    /// passive client, if the backend is not ready.
+    pub async fn connect(
+        &self,
+        waiting: &Gauge,
+        is_passive: bool,
+    ) -> Result<Socket, Option<String>> {
         let wait = self.backend_wait.wait;
         if wait.is_zero() {
             let connected = self.backend_wait.connector.connect(OnFullBacklog::Wait).await;
-            return connected.map_err(|error| error.to_string());
+            return connected.map_err(|error| Some(error.to_string()));
         }
         let _waiting = waiting.take();
-        timeout_at(wait.deadline(), Box::pin(self.wait_and_connect())).await.unwrap_or_else(|_| {
+        let connecting = async {
+            match is_passive {
+                true => self.connect_passively().await,
+                false => self.wait_and_connect().await.map_err(Some),
+            }
+        };
+        timeout_at(wait.deadline(), Box::pin(connecting)).await.unwrap_or_else(|_| {
             let error = self.supervisor.as_ref().and_then(|supervisor| supervisor.last_error());
             let error = error.unwrap_or_else(|| self.backend_wait.timeout_error());
-            Err(format!("{error}. (--backend-wait={wait} is over.)"))
+            Err(Some(format!("{error}. (--backend-wait={wait} is over.)")))
         })
+    }
+
+    async fn connect_passively(&self) -> Result<Socket, Option<String>> {
+        let error = |error: Option<ConnectError>| error.map(|error| error.to_string());
+        let Some(supervisor) = &self.supervisor else {
+            return self.backend_wait.connect_passively().await.map_err(error);
+        };
+        let mut state = supervisor.watch();
+        let is_ready = state.wait_for(|state| *state != CommandState::Starting).await;
+        if !is_ready.is_ok_and(|state| *state == CommandState::Ready) {
+            return Err(None);
+        }
+        tokio::select! {
+            biased;
+            _ = state.changed() => Err(None),
+            connected = self.backend_wait.connect_passively() => connected.map_err(error),
+        }
     }
 
     async fn wait_and_connect(&self) -> Result<Socket, String> {

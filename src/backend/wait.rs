@@ -67,6 +67,22 @@ impl BackendWait {
         }
     }
 
+    /// Connects for a passive client, which waits only while the prober runs for others.
+    ///
+    /// # Errors
+    /// Permanent errors, and `None` if the backend cannot be reached for now.
+    pub async fn connect_passively(&self) -> Result<Socket, Option<ConnectError>> {
+        loop {
+            match self.connector.connect(OnFullBacklog::Wait).await {
+                Err(error) if error.is_transient() => {
+                    let prober = lock(&self.probe).running();
+                    let _ = prober.ok_or(None)?.changed().await;
+                }
+                connected => return connected.map_err(Some),
+            }
+        }
+    }
+
     /// Makes a client's own attempt. Returns `None` after an attempt that failed for now, once the
     /// prober has ended.
     ///

@@ -7,6 +7,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Arg, Parser, ValueHint};
 
+use crate::config::client_set::ClientSet;
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::{InfoOptions, Request, parse};
 use crate::config::timespan::TimeSpan;
@@ -53,6 +54,9 @@ pub struct Arguments {
     /// Refuse others, or let them wait
     #[arg(long, value_name = "refuse|wait", default_value = "refuse", help_heading = "Sockets")]
     pub overflow: Overflow,
+    /// Clients that start and postpone nothing: 10.0.0.0/8, unix
+    #[arg(long, value_name = "NET[,NET...]", help_heading = "Sockets")]
+    pub passive_from: Option<ClientSet>,
     /// Exit after TIME without a connection
     #[arg(long, value_name = "TIME", default_value = "infinity", help_heading = "Sockets")]
     pub exit_idle_time: TimeSpan,
@@ -84,7 +88,8 @@ pub struct Arguments {
         help_heading = "Backend")]
     pub keepalive: TimeSpan,
     /// Tell TARGET the client's address
-    #[arg(long, value_name = "v1|v2", help_heading = "Backend")]
+    // In systemd-socket-proxyd `--p` is unambiguous.
+    #[arg(long, value_name = "v1|v2", help_heading = "Backend", alias = "p")]
     pub proxy_protocol: Option<ProxyProtocol>,
     /// COMMAND is ready when TARGET accepts, or on READY=1
     #[arg(long, value_name = "connect|notify", help_heading = "Backend")]

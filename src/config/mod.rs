@@ -8,6 +8,7 @@ pub mod values;
 pub mod selector;
 pub mod target;
 pub mod listen_address;
+pub mod client_set;
 pub mod command;
 pub mod timespan;
 
@@ -16,6 +17,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use crate::config::arguments::Arguments;
+use crate::config::client_set::ClientSet;
 use crate::config::command::CommandLine;
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::Request;
@@ -38,6 +40,8 @@ pub struct Config {
     pub connections_max: NonZeroU32,
     pub connections_max_per_source: Option<NonZeroU32>,
     pub overflow: Overflow,
+    /// Clients that start nothing and postpone nothing.
+    pub passive_from: ClientSet,
     pub exit_idle_time: TimeSpan,
     pub drain_time: TimeSpan,
     pub handover: Option<HandoverMode>,
@@ -113,6 +117,7 @@ impl Config {
             connections_max: arguments.connections_max,
             connections_max_per_source: arguments.connections_max_per_source,
             overflow: arguments.overflow,
+            passive_from: arguments.passive_from.unwrap_or_default(),
             exit_idle_time: arguments.exit_idle_time,
             drain_time: arguments.drain_time,
             handover: (handover != HandoverMode::Never).then_some(handover),

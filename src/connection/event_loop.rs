@@ -103,6 +103,14 @@ impl EventLoops {
         }
     }
 
+    /// Resets all passive connections.
+    pub fn reset_passive(&self) {
+        self.main_loop.context.registry.reset_passive();
+        for thread in self.threads.borrow().iter() {
+            let _ = thread.assignments.send(Assignment::ResetPassive);
+        }
+    }
+
     /// Detaches all connections, and stores them.
     pub async fn detach_all(&self, handover: &Handover) {
         self.threads.take().into_iter().for_each(Thread::end);
@@ -162,6 +170,8 @@ enum Assignment {
     Restored(Box<Restored>),
     /// All connections are to report their progress.
     Report,
+    /// All passive connections are to be reset.
+    ResetPassive,
 }
 
 impl Assignment {
@@ -169,7 +179,7 @@ impl Assignment {
         let slot = match self {
             Self::Accepted(accepted, ..) => &mut accepted.slot,
             Self::Restored(restored) => &mut restored.slot,
-            Self::Report => return,
+            Self::Report | Self::ResetPassive => return,
         };
         slot.event_loop = Some(event_loop.take());
     }
@@ -196,6 +206,7 @@ impl EventLoop {
         let context = Rc::clone(&self.context);
         match assignment {
             Assignment::Report => self.context.registry.request_reports(),
+            Assignment::ResetPassive => self.context.registry.reset_passive(),
             Assignment::Restored(restored) => drop(spawn_local(resume(*restored, context))),
             Assignment::Accepted(accepted, backend, journal) => {
                 let Some(accepted) = accepted.register() else { return };

@@ -38,6 +38,19 @@ impl LogContext<'_> {
         }
     }
 
+    /// Logs that a passive client was closed.
+    pub fn refused_passive(&self) {
+        if let Some(suppressed) = PASSIVE.pass() {
+            tracing::info!(
+                suppressed,
+                client = %self.client,
+                listener = %self.listener,
+                backend = %self.backend,
+                "Backend is not ready, refusing passive client."
+            );
+        }
+    }
+
     pub fn established(&self) {
         tracing::debug!(
             client = %self.client,
@@ -76,6 +89,7 @@ impl LogContext<'_> {
                 self.idle_timeout(idle_time);
                 ("Idle connection closed", None)
             }
+            CloseReason::NotInUse => ("Connection reset, it was not in use,", None),
             CloseReason::Fault(Side::Client, errno) => {
                 ("Connection ended by the client", Some(errno))
             }
@@ -124,4 +138,5 @@ impl LogContext<'_> {
 }
 
 static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
+static PASSIVE: RateLimit = RateLimit::new(5, Duration::from_secs(10));
 static IDLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));

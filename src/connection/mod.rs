@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::backend::Backend;
 use crate::connection::log::LogContext;
+use crate::counters::RefusalReason;
 use crate::forward::registry::Registration;
 use crate::forward::snapshot::{Snapshot, SnapshotStore};
 use crate::forward::{Forwarder, Outcome};
@@ -61,7 +62,8 @@ pub fn serve(
         socket.mark_shared();
     }
     // Registered before the task is polled for the first time, however late that is.
-    let registration = context.registry.register();
+    let is_passive = slot.in_use.is_none();
+    let registration = context.registry.register(is_passive);
     // An async fn would keep its arguments twice, in each of thousands of connections.
     async move {
         let setup = &context.backends[backend];
@@ -69,13 +71,23 @@ pub fn serve(
         let log = LogContext { start, client, listener, backend: setup.target() };
         // Boxed: the memory that connecting needs is freed before the connection, which may last
         // for days.
-        let backend = match Box::pin(connect(&socket, setup, &registration, &log)).await {
+        let connecting = Box::pin(connect(&socket, setup, is_passive, &registration, &log));
+        let backend = match connecting.await {
             ConnectOutcome::Connected(backend) => backend,
             ConnectOutcome::Failed(error) => {
                 log.listener.counts.failed.inc();
                 log.unreachable(&error);
                 socket.close();
                 return log.ended_unserved("Connection closed without a backend");
+            }
+            ConnectOutcome::NotReady => {
+                log.listener.counts.refused[RefusalReason::Passive as usize].inc();
+                log.refused_passive();
+                socket.close();
+                return log.ended_unserved("Connection closed without a backend");
+            }
+            ConnectOutcome::NotInUse => {
+                return log.ended_unserved("Connection reset, it was not in use");
             }
             ConnectOutcome::ClientGone => {
                 return log
@@ -116,7 +128,7 @@ pub fn serve(
 pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Output = ()> {
     let Restored { snapshot, client, listener, backend, known_backend, start, slot, journal } =
         restored;
-    let registration = context.registry.register();
+    let registration = context.registry.register(slot.in_use.is_none());
     async move {
         let log = LogContext { start, client, listener, backend: &backend };
         let journal = journal.map(|entry| Box::new(entry.own()) as Box<dyn SnapshotStore>);
@@ -162,6 +174,10 @@ fn finish(outcome: io::Result<Outcome>, log: &LogContext<'_>, slot: Slot, contex
 enum ConnectOutcome {
     Connected(Socket),
     Failed(String),
+    /// The client is passive, and the backend is not ready.
+    NotReady,
+    /// The client is passive, and the backend stops.
+    NotInUse,
     ClientGone,
     Detach,
 }
@@ -170,6 +186,7 @@ enum ConnectOutcome {
 async fn connect(
     client: &Socket,
     backend: &Backend,
+    is_passive: bool,
     registration: &Registration,
     log: &LogContext<'_>,
 ) -> ConnectOutcome {
@@ -177,9 +194,12 @@ async fn connect(
     tokio::select! {
         biased;
         () = registration.detach_requested(report) => ConnectOutcome::Detach,
-        connected = backend.connect(&log.listener.counts.waiting) => {
-            connected.map_or_else(ConnectOutcome::Failed, ConnectOutcome::Connected)
-        }
+        () = registration.reset_requested() => ConnectOutcome::NotInUse,
+        connected = backend.connect(&log.listener.counts.waiting, is_passive) => match connected {
+            Ok(socket) => ConnectOutcome::Connected(socket),
+            Err(Some(error)) => ConnectOutcome::Failed(error),
+            Err(None) => ConnectOutcome::NotReady,
+        },
         () = wait_until_gone(client) => ConnectOutcome::ClientGone,
     }
 }

@@ -126,10 +126,10 @@ mod tests {
     async fn finds_idle_connections_in_time() {
         with_sweep(async |registry| {
             // It begins at any moment between two visits.
-            let _other = registry.register();
+            let _other = registry.register(false);
             for late in 0..20 {
                 sleep(TIME / 7 * late).await;
-                let connection = registry.register();
+                let connection = registry.register(false);
                 let start = Instant::now();
                 wait_until_idle(&connection).await;
                 let took = start.elapsed();
@@ -143,7 +143,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_receives_slowly_is_not_idle() {
         with_sweep(async |registry| {
-            let connection = registry.register();
+            let connection = registry.register(false);
             let start = Instant::now();
             // The peer takes a byte in nine tenths of the time, and then no more.
             let unacked = || 20_usize.saturating_sub((start.elapsed().as_secs() / 54) as usize);
@@ -157,7 +157,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_late_event_loop_closes_no_connection_early() {
         with_sweep(async |registry| {
-            let connection = registry.register();
+            let connection = registry.register(false);
             let start = Instant::now();
             for _ in 0..3 {
                 // The loop is held up, and then goes on without a pause.
@@ -173,7 +173,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn busy_connections_are_not_idle() {
         with_sweep(async |registry| {
-            let connection = registry.register();
+            let connection = registry.register(false);
             for _ in 0..50 {
                 sleep(TIME * 9 / 10).await;
                 assert!(!connection.activity().is_idle());
@@ -186,7 +186,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_sweep_starts_again_after_the_last_connection() {
         with_sweep(async |registry| {
-            let all: Vec<_> = (0..10).map(|_| registry.register()).collect();
+            let all: Vec<_> = (0..10).map(|_| registry.register(false)).collect();
             let start = Instant::now();
             for connection in &all {
                 wait_until_idle(connection).await;
@@ -195,7 +195,7 @@ mod tests {
             drop(all);
             assert!(registry.is_empty());
             sleep(TIME * 3).await;
-            let connection = registry.register();
+            let connection = registry.register(false);
             let start = Instant::now();
             wait_until_idle(&connection).await;
             assert!(start.elapsed() >= TIME && start.elapsed() <= TIME * 16 / 10);

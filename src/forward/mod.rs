@@ -149,6 +149,8 @@ pub enum CloseReason {
     Fault(Side, Errno),
     /// `--connection-idle-time=`.
     IdleTimeout,
+    /// The connection was not in use (`--passive-from=`) when its backend was frozen or stopped.
+    NotInUse,
 }
 
 /// What a connection has done so far.
@@ -213,7 +215,7 @@ impl Forwarder {
             .await;
             while !self.is_over() {
                 match self.drive_both() {
-                    Turn::Blocked if self.is_over() || self.is_idle() => break,
+                    Turn::Blocked if self.is_over() || self.is_expired() => break,
                     _ if self.is_detach_requested() => return Ok(self.detached()),
                     // Boxed, as below: what few connections need is not part of every future.
                     Turn::Blocked if self.is_stalled() => {
@@ -233,8 +235,8 @@ impl Forwarder {
                 }
             }
             // A connection that has ended is not idle, even if it ended late.
-            let is_idle = !self.is_over() && self.is_idle();
-            if !is_idle && self.has_unfinished_delivery() {
+            let is_expired = !self.is_over() && self.is_expired();
+            if !is_expired && self.has_unfinished_delivery() {
                 let detach_requested = async {
                     match &self.registration {
                         Some(it) => it.detach_requested(|| report(self.progress())).await,
@@ -247,7 +249,7 @@ impl Forwarder {
                     () = Box::pin(detach_requested) => return Ok(self.detached()),
                 }
             }
-            Ok(Outcome::Closed(self.close(is_idle)))
+            Ok(Outcome::Closed(self.close(is_expired)))
         }
     }
 
@@ -268,8 +270,8 @@ impl Forwarder {
         self.registration.as_ref().is_some_and(Registration::is_detach_requested)
     }
 
-    fn is_idle(&self) -> bool {
-        self.registration.as_ref().is_some_and(|it| it.activity().is_idle())
+    fn is_expired(&self) -> bool {
+        self.registration.as_ref().is_some_and(Registration::is_expired)
     }
 
     fn is_over(&self) -> bool {
@@ -339,7 +341,8 @@ impl Forwarder {
     /// Ends the flow from `side`, and passes its FIN on.
     fn end(&mut self, side: Side) {
         let (from, to) = (side as usize, side.other() as usize);
-        if self.endpoints[from].reset {
+        let is_expired = self.registration.as_ref().is_some_and(Registration::is_reset_requested);
+        if self.endpoints[from].reset || is_expired {
             self.flows[from].state = FlowState::SourceReset;
             return;
         }
@@ -394,9 +397,8 @@ impl Forwarder {
         let waits = [waits[1], waits[0]];
         let backend_edge = poll_edge(backend, from_backend, from_client, waits, cx)?;
         if let Some(registration) = &self.registration {
-            let activity = registration.activity();
-            activity.report_unacked(|| self.unacked_bytes());
-            if activity.is_idle() {
+            registration.activity().report_unacked(|| self.unacked_bytes());
+            if registration.is_expired() {
                 return Poll::Ready(Ok(()));
             }
         }

@@ -1,5 +1,5 @@
-//! The connections of one event loop: each can be asked to detach or to report its progress, and is
-//! visited by the idle sweep.
+//! The connections of one event loop: each can be asked to detach, to report its progress or, if it
+//! is passive, to end, and is visited by the idle sweep.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::future::poll_fn;
@@ -42,6 +42,10 @@ struct Entry {
     waker: OnceCell<Waker>,
     /// The last report it made, by number.
     reported: Cell<u32>,
+    /// Whether the connection does not count as in use.
+    is_passive: bool,
+    /// Whether the connection is to be reset.
+    reset: Cell<bool>,
     activity: Activity,
 }
 
@@ -56,8 +60,8 @@ impl Registry {
         self.idle_time
     }
 
-    /// Registers a connection.
-    pub fn register(self: &Rc<Self>) -> Registration {
+    /// Registers a connection. One that `is_passive` does not count as in use.
+    pub fn register(self: &Rc<Self>, is_passive: bool) -> Registration {
         let mut entries = self.entries.borrow_mut();
         if entries.is_empty() {
             self.occupied.notify_one();
@@ -66,6 +70,8 @@ impl Registry {
             index: Cell::new(entries.len()),
             waker: OnceCell::new(),
             reported: self.reports.clone(),
+            is_passive,
+            reset: Cell::new(false),
             activity: Activity::default(),
         });
         entries.push(Rc::clone(&entry));
@@ -87,6 +93,14 @@ impl Registry {
         self.wake_all();
     }
 
+    /// Asks the passive connections to end by a reset.
+    pub fn reset_passive(&self) {
+        self.wake_if(|entry| {
+            entry.reset.set(entry.is_passive);
+            entry.is_passive
+        });
+    }
+
     /// Visits the connections for as long as the event loop lives. Those that are idle are woken,
     /// and close.
     pub async fn sweep(self: Rc<Self>) {
@@ -97,7 +111,7 @@ impl Registry {
             }
             // From now on, however late this visit was: the next one would be too early for all.
             sleep(Activity::visit_interval(idle_time)).await;
-            self.wake_if(Activity::visit);
+            self.wake_if(|entry| entry.activity.visit());
         }
     }
 
@@ -106,9 +120,9 @@ impl Registry {
     }
 
     /// Visits all connections, and wakes those for which `visit` returns `true`.
-    fn wake_if(&self, visit: impl Fn(&Activity) -> bool) {
+    fn wake_if(&self, visit: impl Fn(&Entry) -> bool) {
         for entry in &*self.entries.borrow() {
-            if let (true, Some(waker)) = (visit(&entry.activity), entry.waker.get()) {
+            if let (true, Some(waker)) = (visit(entry), entry.waker.get()) {
                 waker.wake_by_ref();
             }
         }
@@ -156,6 +170,24 @@ impl Registration {
         .await;
     }
 
+    pub fn is_reset_requested(&self) -> bool {
+        self.entry.reset.get()
+    }
+
+    /// Whether the connection is to end, because it is idle or because that was asked for.
+    pub fn is_expired(&self) -> bool {
+        self.is_reset_requested() || self.activity().is_idle()
+    }
+
+    /// Waits until the connection is asked to end.
+    pub async fn reset_requested(&self) {
+        poll_fn(|cx| {
+            self.set_waker(cx.waker());
+            if self.is_reset_requested() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
     pub(super) fn activity(&self) -> &Activity {
         &self.entry.activity
     }
@@ -187,7 +219,7 @@ mod tests {
     #[test]
     fn deregistering_removes_only_that_entry() {
         let registry = Rc::new(Registry::default());
-        let mut all: Vec<_> = (0..10).map(|_| registry.register()).collect();
+        let mut all: Vec<_> = (0..10).map(|_| registry.register(false)).collect();
         for index in [4, 0, 7, 0, 3] {
             drop(all.remove(index));
             let entries = registry.entries.borrow();

@@ -1,20 +1,29 @@
 //! The idle clock: for how long nothing has been in use.
 //!
-//! A connection is *in use* from accept to close. The clock runs while nothing is in use: from the
+//! A connection is *in use* from accept to close, unless its client is passive
+//! (`--passive-from=`). The clock runs while nothing is in use: from the
 //! start of the process, from COMMAND's readiness, or from the end of the last use.
 //! `--freeze-idle-time=`, `--stop-idle-time=` and `--exit-idle-time=` are alarms on this one clock,
 //! and no alarm sets it back. `--min-run-time=` holds all of them back.
 
 use std::future::pending;
+use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 
 use crate::config::timespan::TimeSpan;
 
 /// The clock. Clones share it.
 #[derive(Clone, Debug)]
-pub struct IdleClock(watch::Sender<Reading>);
+pub struct IdleClock(Arc<ClockState>);
+
+#[derive(Debug)]
+struct ClockState {
+    reading: watch::Sender<Reading>,
+    /// Notified when connections that are not in use are to be reset.
+    expired: Notify,
+}
 
 #[derive(Debug)]
 struct Reading {
@@ -30,26 +39,29 @@ impl IdleClock {
     /// Creates a clock that runs from now on.
     pub fn new() -> Self {
         let reading = Reading { in_use: 0, idle_since: Instant::now(), held_until: None };
-        Self(watch::Sender::new(reading))
+        Self(Arc::new(ClockState {
+            reading: watch::Sender::new(reading),
+            expired: Notify::default(),
+        }))
     }
 
     /// Stops the clock until the guard is dropped.
     pub fn begin_use(&self) -> InUse {
-        self.0.send_if_modified(|reading| {
+        self.0.reading.send_if_modified(|reading| {
             reading.in_use += 1;
             reading.in_use == 1
         });
-        InUse(self.0.clone())
+        InUse(Arc::clone(&self.0))
     }
 
     pub fn is_in_use(&self) -> bool {
-        self.0.borrow().in_use > 0
+        self.0.reading.borrow().in_use > 0
     }
 
     /// Starts the clock again, because COMMAND is ready, and holds the alarms back for
     /// `min_run_time` from now on.
     pub fn begin_run(&self, min_run_time: TimeSpan) {
-        self.0.send_modify(|reading| {
+        self.0.reading.send_modify(|reading| {
             reading.idle_since = Instant::now();
             reading.held_until = Some(min_run_time.deadline());
         });
@@ -57,17 +69,27 @@ impl IdleClock {
 
     /// Holds the alarms back no longer, because COMMAND has ended.
     pub fn end_run(&self) {
-        self.0.send_modify(|reading| reading.held_until = None);
+        self.0.reading.send_modify(|reading| reading.held_until = None);
+    }
+
+    /// Asks for a reset of the connections that are not in use: COMMAND is frozen or stopped.
+    pub fn expire(&self) {
+        self.0.expired.notify_one();
+    }
+
+    /// Waits until [`IdleClock::expire`] was called since the last call. Supports one waiter.
+    pub async fn expired(&self) {
+        self.0.expired.notified().await;
     }
 
     /// Waits until something is in use.
     pub async fn used(&self) {
-        let _ = self.0.subscribe().wait_for(|reading| reading.in_use > 0).await;
+        let _ = self.0.reading.subscribe().wait_for(|reading| reading.in_use > 0).await;
     }
 
     /// Waits until nothing is in use.
     pub async fn unused(&self) {
-        let _ = self.0.subscribe().wait_for(|reading| reading.in_use == 0).await;
+        let _ = self.0.reading.subscribe().wait_for(|reading| reading.in_use == 0).await;
     }
 
     /// Waits until nothing has been in use for `time`.
@@ -75,7 +97,7 @@ impl IdleClock {
         if time.finite().is_none() {
             return pending().await;
         }
-        let mut changes = self.0.subscribe();
+        let mut changes = self.0.reading.subscribe();
         loop {
             let due = changes.borrow_and_update().due(time);
             let due = async {
@@ -105,11 +127,11 @@ impl Reading {
 
 /// One use, until this is dropped.
 #[derive(Debug)]
-pub struct InUse(watch::Sender<Reading>);
+pub struct InUse(Arc<ClockState>);
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        self.0.send_if_modified(|reading| {
+        self.0.reading.send_if_modified(|reading| {
             reading.in_use -= 1;
             reading.idle_since = Instant::now();
             reading.in_use == 0

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::Config;
+use crate::config::client_set::ClientSet;
 use crate::connection::event_loop::EventLoops;
 use crate::counters::RefusalReason;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::limits::ConnectionLimit;
-use crate::limits::idle_clock::IdleClock;
+use crate::limits::idle_clock::{IdleClock, InUse};
 use crate::limits::slot::Slot;
 use crate::limits::source::SourceLimit;
 use crate::listen::listener::Accepted;
@@ -24,6 +25,7 @@ pub struct Dispatcher {
     pub clock: IdleClock,
     pub event_loops: EventLoops,
     sources: Option<Arc<SourceLimit>>,
+    passive_from: ClientSet,
     handover: Option<Arc<Handover>>,
 }
 
@@ -38,6 +40,7 @@ impl Dispatcher {
             clock: IdleClock::new(),
             event_loops,
             sources: config.connections_max_per_source.map(SourceLimit::new),
+            passive_from: config.passive_from.clone(),
             handover,
         })
     }
@@ -71,7 +74,7 @@ impl Dispatcher {
     /// Counts a connection that exists, whatever the limits are.
     pub fn acquire_unchecked(&self, slot: &mut Slot, client: &Address) {
         slot.permit = Some(self.limit.acquire_unchecked());
-        slot.in_use = Some(self.clock.begin_use());
+        slot.in_use = self.begin_use(client);
         slot.source =
             self.sources.as_ref().and_then(|it| it.acquire_unchecked(client)).map(Box::new);
     }
@@ -83,8 +86,13 @@ impl Dispatcher {
             slot.source = Some(Box::new(permit));
         }
         slot.permit = Some(self.limit.try_acquire().ok_or(RefusalReason::Limit)?);
-        slot.in_use = Some(self.clock.begin_use());
+        slot.in_use = self.begin_use(client);
         Ok(())
+    }
+
+    /// Counts a connection as in use, unless its client is passive.
+    fn begin_use(&self, client: &Address) -> Option<InUse> {
+        (!self.passive_from.contains(client)).then(|| self.clock.begin_use())
     }
 
     fn dispatch(&self, accepted: Accepted, backend: usize) {
@@ -99,7 +107,7 @@ impl Dispatcher {
         self.limit.notify();
         let limit = match reason {
             RefusalReason::Limit => "connection limit",
-            RefusalReason::Source => "connection limit for one source",
+            _ => "connection limit for one source",
         };
         if let Some(suppressed) = REFUSED.pass() {
             tracing::warn!(

@@ -127,7 +127,13 @@ impl Server {
             let states = [NotifyState::Ready, NotifyState::Status(PROCESSING)];
             notifier.send(&states).await;
             ready.send_replace(true);
-            tokio::join!(self.publish_status(notifier), notifier.feed_watchdog(), self.compact()).1
+            tokio::join!(
+                self.publish_status(notifier),
+                notifier.feed_watchdog(),
+                self.compact(),
+                self.reset_passive()
+            )
+            .1
         });
         let reason = tokio::select! {
             never = report_connections(report_signal, &self.dispatcher) => match never {},
@@ -162,6 +168,14 @@ impl Server {
         let bytes = || event_loops.delivered();
         let supervisor = self.supervisor.as_deref();
         publish_status(notifier, limit, self.restored, &listeners, bytes, supervisor).await;
+    }
+
+    /// Resets connections that are not in use whenever COMMAND is frozen or stopped.
+    async fn reset_passive(&self) -> Infallible {
+        loop {
+            self.dispatcher.clock.expired().await;
+            self.dispatcher.event_loops.reset_passive();
+        }
     }
 
     async fn compact(&self) {

@@ -13,9 +13,10 @@ use tempfile::TempDir;
 type Cause = fn(check: &dyn Fn(&Lines));
 
 /// In the order of the manual.
-const CAUSES: [Cause; 14] = [
+const CAUSES: [Cause; 15] = [
     connection_limit,
     source_limit,
+    passive_client,
     no_backend,
     backend_wait_over,
     idle,
@@ -47,6 +48,13 @@ fn connection_limit(check: &dyn Fn(&Lines)) {
 
 fn source_limit(check: &dyn Fn(&Lines)) {
     limit_of_one("--connections-max-per-source=1", check);
+}
+
+fn passive_client(check: &dyn Fn(&Lines)) {
+    let options = ["--passive-from=127.0.0.0/8", "--backend-wait=1min", &free_address()];
+    let (proxy, mut client) = serve_one(&options);
+    assert_eq!(read_all(&mut client).0, b"");
+    check(&proxy.lines);
 }
 
 fn limit_of_one(option: &str, check: &dyn Fn(&Lines)) {

@@ -17,6 +17,7 @@ mod listen;
 mod logging;
 mod metrics;
 mod notifications;
+mod passive;
 mod proxy_protocol;
 mod selectors;
 mod sources;

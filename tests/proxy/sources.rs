@@ -3,18 +3,18 @@
 use std::net::SocketAddr;
 use std::thread;
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::Instant;
 
 use crate::support::*;
 
 /// Connects from an address of this machine.
-fn connect_from(source: &str, to: &Endpoint) -> Socket {
+pub fn connect_from(source: &str, to: &SockAddr) -> Socket {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     let source: SocketAddr = format!("{source}:0").parse().unwrap();
     socket.bind(&source.into()).unwrap();
     socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-    socket.connect(&to.address).unwrap();
+    socket.connect(to).unwrap();
     socket
 }
 
@@ -41,7 +41,7 @@ fn limit_of_a_source_is_exact() {
                         let source = ["127.0.0.2", "127.0.0.3"][number % 2];
                         let front = &front;
                         scope.spawn(move || {
-                            let mut client = connect_from(source, front);
+                            let mut client = connect_from(source, &front.address);
                             let is_served = exchange(&mut client, b"me?").is_ok();
                             is_served.then_some((source, client))
                         })
@@ -53,7 +53,7 @@ fn limit_of_a_source_is_exact() {
                 let served = clients.iter().filter(|(from, _)| *from == source).count();
                 assert_eq!(served, 7, "{source} {options:?}");
             }
-            assert_echoes(&mut connect_from("127.0.0.4", &front));
+            assert_echoes(&mut connect_from("127.0.0.4", &front.address));
             drop(clients);
             served_before += 15;
             let all_ended = || (ended(&proxy) == served_before).then_some(());

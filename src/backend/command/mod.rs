@@ -192,6 +192,7 @@ impl Supervisor {
             }
             self.last_error.send_replace(format!("{name} is still stopping"));
             self.state.send_replace(CommandState::Stopping);
+            clock.expire();
             process.stop().await;
         }
         result
@@ -282,6 +283,7 @@ impl Supervisor {
             // From now on clients wait.
             self.last_error.send_replace(format!("{name} is frozen"));
             self.state.send_replace(CommandState::Frozen);
+            clock.expire();
             if let Err(status) = process.freeze().await {
                 return status;
             }
