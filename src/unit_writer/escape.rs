@@ -3,6 +3,10 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
+pub fn exec_words(words: &[impl AsRef<OsStr>]) -> Vec<String> {
+    words.iter().map(exec_word).collect()
+}
+
 /// Escapes a word of `ExecStart=`: systemd.service(5) finds no quote, variable, specifier or
 /// separator in it.
 pub fn exec_word(word: impl AsRef<OsStr>) -> String {

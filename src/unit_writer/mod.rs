@@ -6,7 +6,8 @@
 //! ```text
 //! UnitArguments -> Plan -> UnitFile  -> Change
 //! arguments,   plan     render,      files
-//! values                stamp, escape
+//! values                templates,
+//!                       stamp, escape
 //! ```
 
 mod arguments;
