@@ -8,7 +8,7 @@ use clap::{Parser, ValueHint};
 
 use crate::config::listen_address::ListenAddress;
 use crate::config::parser::{InfoOptions, Request, join_path, parse};
-use crate::unit_writer::escape::shell_word;
+use crate::unit_writer::escape::shell_words;
 use crate::unit_writer::values::{
     UNIT_DIRECTORIES, account, idle, listen, metrics, name, service, target,
 };
@@ -105,7 +105,7 @@ impl UnitArguments {
             words.push("--".into());
             words.extend_from_slice(command);
         }
-        words.iter().map(shell_word).collect::<Vec<_>>().join(" ")
+        shell_words(words)
     }
 }
 

@@ -47,6 +47,11 @@ pub fn unit_name(name: &str) -> String {
     name.bytes().enumerate().map(escape).collect()
 }
 
+/// Quotes the words of a command for a shell, on one line.
+pub fn shell_words(words: impl IntoIterator<Item: AsRef<OsStr>>) -> String {
+    words.into_iter().map(shell_word).collect::<Vec<_>>().join(" ")
+}
+
 /// Quotes a word for a shell, on one line.
 pub fn shell_word(word: impl AsRef<OsStr>) -> String {
     const PLAIN: &[u8] = b"-_./:=@,+%";

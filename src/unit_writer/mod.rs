@@ -23,11 +23,13 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use minijinja::context;
+
 use arguments::UnitArguments;
-use escape::shell_word;
+use escape::{shell_word, shell_words};
 use files::{Change, remove_leftovers};
 use plan::Plan;
-use render::UnitFile;
+use render::{UnitFile, render};
 use values::{UNIT_DIRECTORIES, is_hidden};
 
 use crate::config::command::CommandLine;
@@ -54,73 +56,41 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<(), String> {
 }
 
 fn listing(files: &[UnitFile]) -> String {
-    let directory = Path::new(UNIT_DIRECTORIES[0]);
-    let files = files.iter().map(|file| {
-        let path = directory.join(&file.path);
-        format!("# {}\n{}", path.display(), file.text)
-    });
-    files.collect::<Vec<_>>().join("\n")
+    let directory = UNIT_DIRECTORIES[0];
+    let list = |it: &UnitFile| format!("# {directory}/{}\n{}", it.path.display(), it.text);
+    files.iter().map(list).collect::<Vec<_>>().join("\n")
 }
 
-/// Writes the units, and returns a report of that.
+/// Writes the units, and returns a report: what changed, the services that lost their proxy, and
+/// the commands that put the units into effect.
 fn write(plan: &Plan, files: &[UnitFile], directory: &Path) -> Result<String, String> {
     let mut changes = files::write(files, directory, plan.arguments.force)?;
     changes.extend(remove_leftovers(files, &plan.unit, &plan.metrics_socket(), directory)?);
-    let report = changes.iter().map(|(change, path)| format!("{change:?} {}\n", path.display()));
-    let dropped = changes.iter().filter(|(it, _)| matches!(it, Change::Removed | Change::Kept));
-    let lost = dropped.map(|(_, path)| lost_its_proxy(path));
-    let next = next_commands(plan, files, directory, &changes).join(" && ");
-    Ok(report.chain(lost).chain([format!("Next: {next}\n")]).collect())
-}
-
-/// Returns what becomes of the service that a drop-in was for.
-fn lost_its_proxy(drop_in: &Path) -> String {
-    let service = drop_in.parent().and_then(Path::file_stem).unwrap_or_default().to_string_lossy();
-    let word = shell_word(&*service);
-    format!(
-        "{service} has no proxy any more: clients do not start it, and it does not stop by itself. \
-         (systemctl stop {word}, or systemctl enable --now {word})\n"
-    )
-}
-
-/// Returns the commands that put the written units into effect.
-fn next_commands(
-    plan: &Plan,
-    files: &[UnitFile],
-    directory: &Path,
-    changes: &[(Change, PathBuf)],
-) -> Vec<String> {
-    let mut commands = Vec::new();
-    let is_searched = UNIT_DIRECTORIES.iter().any(|it| directory == Path::new(it));
-    if !is_searched {
-        let names = files.iter().filter_map(|file| file.path.iter().next());
-        let paths: Vec<_> = names.map(|name| shell_word(directory.join(name))).collect();
-        commands.push(format!("cp -r {} {}", paths.join(" "), UNIT_DIRECTORIES[0]));
-    }
-    let obsolete = changes.iter().find(|(change, _)| *change == Change::Obsolete);
-    if let Some((_, path)) = obsolete {
-        if is_searched {
-            let metrics = shell_word(plan.metrics_socket());
-            commands.push(format!("systemctl disable --now {metrics}"));
-        }
-        commands.push(format!("rm {}", shell_word(path)));
-    }
-    if let Some(service) = &plan.arguments.service {
-        commands.push(format!("systemctl disable --now {}", shell_word(service)));
-    }
-    let sockets = plan.sockets().iter().map(shell_word).collect::<Vec<_>>().join(" ");
+    let changed = |wanted: &'static [Change]| {
+        changes.iter().filter(|(change, _)| wanted.contains(change)).map(|(_, path)| path)
+    };
+    let lost = changed(&[Change::Removed, Change::Kept]).map(|drop_in| {
+        let service = drop_in.parent().and_then(Path::file_stem).unwrap_or_default();
+        let name = service.to_string_lossy();
+        context! { word => shell_word(&*name), name => name }
+    });
+    let written = files.iter().filter_map(|file| Some(directory.join(file.path.iter().next()?)));
+    let report = changes.iter().map(|(change, path)| format!("{change:?} {}", path.display()));
     let runtime = if directory == Path::new(UNIT_DIRECTORIES[1]) { "--runtime " } else { "" };
-    if obsolete.is_some() || changes.iter().any(|(change, _)| *change == Change::Replaced) {
-        commands.extend([
-            "systemctl daemon-reload".into(),
-            format!("systemctl enable {runtime}{sockets}"),
-            format!("systemctl stop {}", shell_word(format!("{}.service", plan.unit))),
-            format!("systemctl restart {sockets}"),
-        ]);
-    } else {
-        commands.push(format!("systemctl enable {runtime}--now {sockets}"));
-    }
-    commands
+    let context = context! {
+        changes => report.collect::<Vec<_>>(),
+        lost => lost.collect::<Vec<_>>(),
+        written => shell_words(written),
+        is_searched => UNIT_DIRECTORIES.iter().any(|it| directory == Path::new(it)),
+        obsolete => changed(&[Change::Obsolete]).next().map(shell_word),
+        metrics_socket => shell_word(plan.metrics_socket()),
+        service => plan.arguments.service.as_ref().map(shell_word),
+        is_update => changed(&[Change::Replaced, Change::Obsolete]).next().is_some(),
+        runtime => runtime,
+        sockets => shell_words(plan.sockets()),
+        proxy_service => shell_word(plan.service()),
+    };
+    Ok(render(include_str!("templates/report.txt"), context))
 }
 
 /// Returns what the units find on this machine, which may not be the one that they are for.

@@ -46,7 +46,7 @@ pub fn files(plan: &Plan, program: &Path) -> Vec<UnitFile> {
 }
 
 /// Fills in a template. A line that is only `{% ... %}` or `{# ... #}` leaves nothing behind.
-fn render(template: &str, context: Value) -> String {
+pub fn render(template: &str, context: Value) -> String {
     let mut syntax = SyntaxConfig::builder();
     let syntax = syntax.trim_blocks(true).keep_trailing_newline(true).build();
     // An empty environment escapes nothing.
