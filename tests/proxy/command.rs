@@ -188,6 +188,19 @@ fn command_that_does_not_stop_is_killed_with_its_group() {
 }
 
 #[test]
+fn processes_below_others_outside_the_group_are_asked_to_stop() {
+    // The application is the child of a shell in a session of its own, which passes no signal on.
+    let script = "setsid sh -c 'perl \"$@\"; :' sh \"$@\" & wait";
+    let program = ["sh", "-c", script, "sh", APP];
+    let options = ["--stop-idle-time=200ms"];
+    let service = Service::start_as(Family::Tcp, &options, &program, &["down=1"], |it| it);
+    let app = service.pid();
+    wait_for_end(app);
+    assert_eq!(service.logged_pids("asked"), [app], "SIGTERM came first");
+    assert_eq!(service.proxy.lines.count("killing it"), 0);
+}
+
+#[test]
 fn processes_outside_the_group_are_stopped() {
     // The application itself in a session of its own, and a child that does nothing.
     for (program, settings) in [

@@ -159,15 +159,14 @@ impl Processes {
         true
     }
 
-    /// Signals the group or, when it is gone, the orphans that had left it: they are the guard's
-    /// children.
+    /// Signals the group or, when it is gone, the processes that had left it, and their children.
     fn signal(&self, signal: Signal) {
         if !self.is_group_gone {
             let _ = kill_process_group(self.command, signal);
             return;
         }
-        for orphan in children_of(getpid()) {
-            let _ = kill_process(orphan, signal);
+        for process in descendants() {
+            let _ = kill_process(process, signal);
         }
     }
 }
