@@ -77,13 +77,13 @@ pub fn serve(
             ConnectOutcome::Failed(error) => {
                 log.listener.counts.failed.inc();
                 log.unreachable(&error);
-                socket.close();
+                close_unserved(socket, entry);
                 return log.ended_unserved("Connection closed without a backend");
             }
             ConnectOutcome::NotReady => {
                 log.listener.counts.refused[RefusalReason::Passive as usize].inc();
                 log.refused_passive();
-                socket.close();
+                close_unserved(socket, entry);
                 return log.ended_unserved("Connection closed without a backend");
             }
             ConnectOutcome::NotInUse => {
@@ -122,6 +122,15 @@ pub fn serve(
                 .await;
         finish(outcome, &log, slot, &context);
     }
+}
+
+/// Closes a client that got no backend.
+fn close_unserved(client: Socket, entry: Option<JournalEntry>) {
+    // First: the next process would serve the client with the bytes that it has sent.
+    if let Some(entry) = entry {
+        Box::new(entry).forget();
+    }
+    client.close();
 }
 
 /// Goes on with a connection that the previous process stored, until it is over.

@@ -24,6 +24,14 @@ pub(crate) fn register(trials: &mut Trials) {
             );
         }
     }
+    for (backend_wait, when) in [("0", "at once"), ("300ms", "after a wait")] {
+        for end in [End::Killed, End::Stopped] {
+            trials.add(
+                format!("a request that was refused {when} is not delivered later, {end:?}"),
+                move || refused_stays_refused(backend_wait, end),
+            );
+        }
+    }
     for (from_client, end) in [(true, "clients"), (false, "backends")] {
         for (with_descriptors, kind) in [(false, "bytes"), (true, "descriptors")] {
             trials.add(
@@ -56,6 +64,23 @@ fn unstored_reset_stays_a_reset(backend_resets: bool) {
     let (bytes, end) = read_all(&mut stays);
     assert_eq!(bytes, b"a part");
     assert!(is_reset(&end), "{end:?}");
+}
+
+fn refused_stays_refused(backend_wait: &str, end: End) {
+    let [front, backend] = [Family::Unix; 2].map(Endpoint::new);
+    let wait = format!("--backend-wait={backend_wait}");
+    let mut proxy = Proxy::start(&front, &["--handover=crash", &wait, &backend.target]);
+    // An older connection, so that the record of the next is not the first in the queue.
+    let (_client, _served) = established(&front, &backend);
+    std::fs::remove_file(&backend.target).unwrap();
+    let mut refused = front.connect();
+    refused.write_all(b"POST /pay").unwrap();
+    assert_eq!(read_all(&mut refused).0, b"", "there is no backend");
+    let again = Endpoint::unix(backend.target.as_ref(), 16);
+    proxy.replace(end);
+    proxy.running.lines.wait_for("Recovered connections: 1.");
+    let (mut client, mut served) = (front.connect(), again.accept());
+    assert_forwards(&mut client, &mut served);
 }
 
 fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
