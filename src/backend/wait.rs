@@ -7,21 +7,20 @@
 //! waits.
 //!
 //! A client's own attempt that takes long starts the prober beside it, and a client that succeeds
-//! ends the prober.
+//! ends the prober. The others then connect to the address that has answered.
 //!
 //! With several event loops there is still one prober for each target. It runs on the loop that
 //! started it, and the clients of all loops wait for it ([`SharedProbe`]).
 
 use std::future::pending;
 use std::os::fd::OwnedFd;
-use std::pin::pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, yield_now};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::backend::attempts::connect_when_up;
 use crate::backend::connect::{Connector, OnFullBacklog};
@@ -30,6 +29,7 @@ use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;
 use crate::runtime::lock;
+use crate::socket::address::Address;
 use crate::socket::{Family, Socket, has_hung_up};
 
 /// The wait for one backend, for the clients of one event loop.
@@ -85,44 +85,52 @@ impl BackendWait {
 
     /// Makes a client's own attempt. Returns `None` after an attempt that failed for now, once the
     /// prober has ended.
-    ///
-    /// While the attempt takes long, the prober runs beside it. A connection of the prober that
-    /// other clients take does not end the attempt.
     async fn attempt(self: &Rc<Self>) -> Option<Result<Socket, ConnectError>> {
-        let mut own = pin!(self.connect_in_turn());
-        let mut probe_after = ATTEMPT_HANGS;
-        loop {
-            tokio::select! {
-                biased;
-                connected = &mut own => match connected {
-                    Err(error) if error.is_transient() => {
-                        let _ = self.start_prober(Some(error.to_string())).changed().await;
-                        return None;
-                    }
-                    connected => {
-                        if connected.is_ok() {
-                            lock(&self.probe).end_prober();
-                        }
-                        return Some(connected);
-                    }
-                },
-                () = self.probe_beside(probe_after) => {
-                    if let Some(socket) = take_connection(&self.probe) {
-                        return Some(Ok(socket));
-                    }
-                    probe_after = PROBE_AGAIN;
+        tokio::select! {
+            biased;
+            connected = self.connect_in_turn() => match connected {
+                Err(error) if error.is_transient() => {
+                    let _ = self.start_prober(Some(error.to_string())).changed().await;
+                    None
                 }
-            }
+                connected => {
+                    if let Ok(socket) = &connected {
+                        lock(&self.probe).end_prober(socket);
+                    }
+                    Some(connected)
+                }
+            },
+            socket = self.probe_beside() => Some(Ok(socket)),
         }
     }
 
-    /// Starts the prober beside a client's own attempt that takes long, and waits until it ends.
-    async fn probe_beside(self: &Rc<Self>, after: Duration) {
+    /// Has the prober run beside a client's own attempt that takes long, until the backend answers.
+    ///
+    /// One client gets the prober's connection. The others connect to the address that answered:
+    /// their own attempts may hang at another one.
+    async fn probe_beside(self: &Rc<Self>) -> Socket {
         if self.connector.is_instant() {
             return pending().await;
         }
-        sleep(after).await;
-        let _ = self.start_prober(None).changed().await;
+        let mut pause = ATTEMPT_HANGS;
+        loop {
+            sleep(pause).await;
+            let _ = self.start_prober(None).changed().await;
+            self.take_turn().await;
+            if let Some(socket) = take_connection(&self.probe) {
+                return socket;
+            }
+            let answered = lock(&self.probe).answered.clone();
+            if let Some(address) = answered {
+                let start = Instant::now();
+                let connected = self.connector.try_address(&address, OnFullBacklog::Fail).await;
+                self.connector.count(start, &connected);
+                if let Ok(socket) = connected {
+                    return socket;
+                }
+            }
+            pause = PROBE_AGAIN;
+        }
     }
 
     /// Lets clients go on after a wait in small numbers, so that open connections have their turn
@@ -161,10 +169,11 @@ impl BackendWait {
     /// Offers a fresh connection to the first caller of [`BackendWait::connect`], on any event
     /// loop. After [`OFFER`] the connection is closed.
     pub fn offer(&self, socket: Socket) {
-        let family = socket.family();
+        let (family, answered) = (socket.family(), socket.peer_address().ok());
         let connection = socket.release().ok().map(|fd| (fd, family));
         let mut state = lock(&self.probe);
         state.last_error = None;
+        state.answered = answered;
         state.connection = connection;
         state.generation += 1;
         let (generation, probe) = (state.generation, self.probe.clone());
@@ -190,6 +199,7 @@ impl BackendWait {
         let (running, receiver) = watch::channel(());
         state.prober = Some(receiver.clone());
         state.last_error = last_error;
+        state.answered = None;
         state.task = Some(tokio::task::spawn_local(Rc::clone(self).probe(running)).abort_handle());
         receiver
     }
@@ -235,6 +245,8 @@ pub struct ProbeState {
     task: Option<AbortHandle>,
     /// Why the backend cannot be reached, as far as that is known.
     last_error: Option<String>,
+    /// The address that has answered, when the prober has ended for that.
+    answered: Option<Address>,
     /// A connection that a probe made, for the first client that takes it.
     connection: Option<(OwnedFd, Family)>,
     /// The number of connections offered so far.
@@ -248,10 +260,11 @@ fn take_connection(probe: &SharedProbe) -> Option<Socket> {
 }
 
 impl ProbeState {
-    /// Ends the prober, since the backend can be reached.
-    fn end_prober(&mut self) {
+    /// Ends the prober, since the backend can be reached by this connection.
+    fn end_prober(&mut self, connected: &Socket) {
         if let Some(task) = self.task.take() {
             self.last_error = None;
+            self.answered = connected.peer_address().ok();
             task.abort();
         }
     }

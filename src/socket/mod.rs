@@ -111,6 +111,10 @@ impl Socket {
         Ok(Address::from_sockaddr(&SockRef::from(&self.io).local_addr()?))
     }
 
+    pub fn peer_address(&self) -> io::Result<Address> {
+        Ok(Address::from_sockaddr(&SockRef::from(&self.io).peer_addr()?))
+    }
+
     /// Waits for an edge that says that bytes, or their end, may be there.
     ///
     /// The readiness is cleared before the caller reads, so bytes that arrive later make a new

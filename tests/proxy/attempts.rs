@@ -28,6 +28,41 @@ fn take_a_bounded_number_of_descriptors() {
 }
 
 #[test]
+fn answer_to_one_client_serves_all() {
+    if !is_root_for("a name with an address that does not answer") {
+        return;
+    }
+    raise_descriptor_limit();
+    // The resolver decides about the order of the addresses.
+    for [silent, backend] in [["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.1"]] {
+        answer_serves_all(silent, backend);
+    }
+}
+
+fn answer_serves_all(silent: &str, backend: &str) {
+    const CLIENTS: usize = 600;
+    let port = free_port();
+    let silent: SocketAddr = format!("{silent}:{port}").parse().unwrap();
+    let _silent = SilentAddress::new(&silent.into());
+    let backend = Endpoint::tcp(&format!("{backend}:{port}"), 4096);
+    serve(&backend, echo);
+    let directory = TempDir::new().unwrap();
+    let hosts = directory.path().join("hosts");
+    fs::write(&hosts, "127.0.0.2 two.test\n127.0.0.1 two.test\n").unwrap();
+    let front = Endpoint::new(Family::Tcp);
+    let target = format!("two.test:{port}");
+    let options = ["--connections-max=1000", "--backend-wait=1min", &target];
+    let launch = Launch::new(OURS).listener(&front).hosts(hosts).args(options);
+    let _proxy = launch.start();
+    let start = Instant::now();
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
+    clients.iter_mut().for_each(assert_echoes);
+    // One lookup and one connection of the prober serve all, and not one client each.
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(6), "{CLIENTS} clients took {took:?}");
+}
+
+#[test]
 fn reach_a_command_whose_name_has_an_address_that_does_not_answer() {
     if !is_root_for("a name with an address that does not answer") {
         return;
