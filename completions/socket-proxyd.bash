@@ -23,7 +23,7 @@ _socket__proxyd() {
 
     case "${cmd}" in
         socket__proxyd)
-            opts="-c -h --listen --connections-max --connections-max-per-source --overflow --passive-from --exit-idle-time --drain-time --handover --backend-wait --connect-timeout --connection-idle-time --keepalive --proxy-protocol --ready --freeze-idle-time --stop-idle-time --min-run-time --threads --metrics --log-level --help --version"
+            opts="-c -h --listen --connections-max --connections-max-per-source --overflow --wake-on --passive-from --exit-idle-time --drain-time --handover --backend-wait --connect-timeout --connection-idle-time --keepalive --proxy-protocol --ready --freeze-idle-time --stop-idle-time --min-run-time --threads --metrics --log-level --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -58,6 +58,10 @@ _socket__proxyd() {
                     ;;
                 --overflow)
                     COMPREPLY=($(compgen -W "refuse wait" -- "${cur}"))
+                    return 0
+                    ;;
+                --wake-on)
+                    COMPREPLY=($(compgen -W "connect data" -- "${cur}"))
                     return 0
                     ;;
                 --passive-from)

@@ -3,6 +3,8 @@ complete -c socket-proxyd -s c -l connections-max -d 'Serve up to N connections 
 complete -c socket-proxyd -l connections-max-per-source -d 'Serve up to N of them from one IPv4 address or IPv6 /64' -r
 complete -c socket-proxyd -l overflow -d 'Refuse others, or let them wait' -r -f -a "refuse\t'Accept and close them'
 wait\t'Leave them queued in the kernel until a connection ends'"
+complete -c socket-proxyd -l wake-on -d 'Serve at once, or from the first byte on' -r -f -a "connect\t'From accept on'
+data\t'From its first byte on'"
 complete -c socket-proxyd -l passive-from -d 'Clients that start and postpone nothing: 10.0.0.0/8, unix' -r
 complete -c socket-proxyd -l exit-idle-time -d 'Exit after TIME without a connection' -r
 complete -c socket-proxyd -l drain-time -d 'When stopped, give open connections TIME to end' -r

@@ -11,7 +11,7 @@ use crate::config::client_set::ClientSet;
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::{InfoOptions, Request, parse};
 use crate::config::timespan::TimeSpan;
-use crate::config::values::{self, HandoverMode, Overflow, ReadyMode};
+use crate::config::values::{self, HandoverMode, Overflow, ReadyMode, WakeOn};
 use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
 
@@ -54,6 +54,9 @@ pub struct Arguments {
     /// Refuse others, or let them wait
     #[arg(long, value_name = "refuse|wait", default_value = "refuse", help_heading = "Sockets")]
     pub overflow: Overflow,
+    /// Serve at once, or from the first byte on
+    #[arg(long, value_name = "connect|data", default_value = "connect", help_heading = "Sockets")]
+    pub wake_on: WakeOn,
     /// Clients that start and postpone nothing: 10.0.0.0/8, unix
     #[arg(long, value_name = "NET[,NET...]", help_heading = "Sockets")]
     pub passive_from: Option<ClientSet>,

@@ -23,7 +23,7 @@ use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::Request;
 use crate::config::selector::Targets;
 use crate::config::timespan::TimeSpan;
-use crate::config::values::{HandoverMode, Overflow, ReadyMode};
+use crate::config::values::{HandoverMode, Overflow, ReadyMode, WakeOn};
 use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
 use crate::socket::Keepalive;
@@ -40,6 +40,7 @@ pub struct Config {
     pub connections_max: NonZeroU32,
     pub connections_max_per_source: Option<NonZeroU32>,
     pub overflow: Overflow,
+    pub wake_on: WakeOn,
     /// Clients that start nothing and postpone nothing.
     pub passive_from: ClientSet,
     pub exit_idle_time: TimeSpan,
@@ -117,6 +118,7 @@ impl Config {
             connections_max: arguments.connections_max,
             connections_max_per_source: arguments.connections_max_per_source,
             overflow: arguments.overflow,
+            wake_on: arguments.wake_on,
             passive_from: arguments.passive_from.unwrap_or_default(),
             exit_idle_time: arguments.exit_idle_time,
             drain_time: arguments.drain_time,

@@ -67,6 +67,15 @@ pub enum Overflow {
     Wait,
 }
 
+/// From when on a connection is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WakeOn {
+    /// From accept on.
+    Connect,
+    /// From its first byte on.
+    Data,
+}
+
 /// Which ends of the process open connections survive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum HandoverMode {

@@ -125,7 +125,7 @@ pub fn serve(
 }
 
 /// Closes a client that got no backend.
-fn close_unserved(client: Socket, entry: Option<JournalEntry>) {
+pub fn close_unserved(client: Socket, entry: Option<JournalEntry>) {
     // First: the next process would serve the client with the bytes that it has sent.
     if let Some(entry) = entry {
         Box::new(entry).forget();

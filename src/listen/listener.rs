@@ -89,11 +89,16 @@ impl Listener {
         }
     }
 
-    /// Waits for a client, and for descriptors for it and its backend, and accepts it.
+    /// Waits for a client, and for descriptors for it and its backend, and accepts it. When there
+    /// are none, calls `make_room`, which returns whether that has freed some.
     ///
     /// # Errors
     /// The listener itself is broken. Transient errors are retried and logged once a minute.
-    pub async fn accept(&self, descriptors: &FdBudget) -> io::Result<Accepted> {
+    pub async fn accept(
+        &self,
+        descriptors: &FdBudget,
+        make_room: impl Fn() -> bool,
+    ) -> io::Result<Accepted> {
         loop {
             // While clients are queued, accept(2) never returns EAGAIN, so this yields explicitly.
             if self.accepted_since_yield.get() >= ACCEPTS_PER_TURN {
@@ -103,6 +108,7 @@ impl Listener {
             let mut ready = self.io.readable().await?;
             let permit = match descriptors.try_reserve() {
                 Some(permit) => permit,
+                None if self.has_queued() && make_room() => continue,
                 None if self.has_queued() => {
                     self.warn_of_shortage(descriptors);
                     descriptors.reserve().await

@@ -117,7 +117,7 @@ async fn accept_loop(socket: OwnedFd, scrapers: Rc<Scrapers>) -> io::Result<Infa
     let unlimited = FdBudget::new(usize::MAX);
     loop {
         for _ in 0..BURST {
-            match catch_panic(listener.accept(&unlimited)).await {
+            match catch_panic(listener.accept(&unlimited, || false)).await {
                 Some(accepted) => scrapers.admit(accepted?),
                 None => sleep(ACCEPT_PAUSE).await,
             }

@@ -4,8 +4,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::spawn_local;
+
 use crate::config::Config;
 use crate::config::client_set::ClientSet;
+use crate::config::values::WakeOn;
+use crate::connection::Restored;
 use crate::connection::event_loop::EventLoops;
 use crate::counters::RefusalReason;
 use crate::handover::Handover;
@@ -16,89 +20,184 @@ use crate::limits::slot::Slot;
 use crate::limits::source::SourceLimit;
 use crate::listen::listener::Accepted;
 use crate::logging::{RateLimit, message_id};
+use crate::service::silent::{Silent, SilentClients};
 use crate::socket::address::Address;
+use crate::socket::{FirstByte, first_byte};
 
 /// The limits on connections, and the event loops that serve them.
-#[derive(Debug)]
 pub struct Dispatcher {
     pub limit: ConnectionLimit,
     pub clock: IdleClock,
     pub event_loops: EventLoops,
     sources: Option<Arc<SourceLimit>>,
     passive_from: ClientSet,
+    /// Clients without a byte, with `--wake-on=data`.
+    silent: Option<SilentClients>,
     handover: Option<Arc<Handover>>,
 }
 
 impl Dispatcher {
+    /// A process that `has_listeners` has clients that come later, which may be passive or silent.
     pub fn new(
         config: &Config,
         event_loops: EventLoops,
         handover: Option<Arc<Handover>>,
+        has_listeners: bool,
     ) -> Rc<Self> {
+        let passive_from = has_listeners.then(|| config.passive_from.clone());
+        let wakes_on_data = has_listeners && config.wake_on == WakeOn::Data;
         Rc::new(Self {
             limit: ConnectionLimit::new(config.connections_max),
             clock: IdleClock::new(),
             event_loops,
             sources: config.connections_max_per_source.map(SourceLimit::new),
-            passive_from: config.passive_from.clone(),
+            passive_from: passive_from.unwrap_or_default(),
+            silent: wakes_on_data.then(SilentClients::default),
             handover,
         })
     }
 
     /// Serves a client of `backend`, or closes it at a limit.
-    pub fn serve(&self, mut accepted: Accepted, backend: usize) {
+    pub fn serve(self: &Rc<Self>, mut accepted: Accepted, backend: usize) {
         if let Err(reason) = self.acquire(&mut accepted) {
             return self.refuse(&accepted, reason);
         }
         accepted.listener.counts.admitted.inc();
-        self.dispatch(accepted, backend);
+        let journal = self.keep(&accepted);
+        self.dispatch(accepted, backend, journal);
     }
 
     /// Serves a client whose connection existed before this process did, whatever the limits are.
-    pub fn serve_unchecked(&self, mut accepted: Accepted, backend: usize) {
+    pub fn serve_unchecked(self: &Rc<Self>, mut accepted: Accepted, backend: usize) {
+        let journal = self.keep(&accepted);
         self.acquire_unchecked(&mut accepted.slot, &accepted.client);
-        self.dispatch(accepted, backend);
+        self.dispatch(accepted, backend, journal);
     }
 
     /// Serves a client that a process before this one has accepted and stored.
     pub fn serve_stored(
-        &self,
+        self: &Rc<Self>,
         mut accepted: Accepted,
         backend: usize,
         journal: Option<JournalEntry>,
     ) {
         self.acquire_unchecked(&mut accepted.slot, &accepted.client);
-        self.event_loops.serve(accepted, backend, journal);
+        self.dispatch(accepted, backend, journal);
+    }
+
+    /// Goes on with a connection that a process before this one has stored.
+    pub fn resume(&self, mut restored: Restored) {
+        let Restored { slot, client, .. } = &mut restored;
+        self.acquire_unchecked(slot, client);
+        slot.in_use = self.begin_use(client);
+        self.event_loops.resume(restored);
     }
 
     /// Counts a connection that exists, whatever the limits are.
-    pub fn acquire_unchecked(&self, slot: &mut Slot, client: &Address) {
+    fn acquire_unchecked(&self, slot: &mut Slot, client: &Address) {
         slot.permit = Some(self.limit.acquire_unchecked());
-        slot.in_use = self.begin_use(client);
         slot.source =
             self.sources.as_ref().and_then(|it| it.acquire_unchecked(client)).map(Box::new);
     }
 
-    fn acquire(&self, accepted: &mut Accepted) -> Result<(), RefusalReason> {
+    fn acquire(self: &Rc<Self>, accepted: &mut Accepted) -> Result<(), RefusalReason> {
         let Accepted { slot, client, .. } = accepted;
         if let Some(sources) = &self.sources {
             let permit = sources.try_acquire(client).ok_or(RefusalReason::Source)?;
             slot.source = Some(Box::new(permit));
         }
-        slot.permit = Some(self.limit.try_acquire().ok_or(RefusalReason::Limit)?);
-        slot.in_use = self.begin_use(client);
+        let permit = self.limit.try_acquire();
+        let permit =
+            permit.or_else(|| self.make_room().then(|| self.limit.try_acquire()).flatten());
+        slot.permit = Some(permit.ok_or(RefusalReason::Limit)?);
         Ok(())
+    }
+
+    fn keep(&self, accepted: &Accepted) -> Option<JournalEntry> {
+        self.handover.as_ref()?.keep_client(&accepted.socket)
+    }
+
+    /// Sends a client to an event loop, or has it wait for its first byte.
+    fn dispatch(
+        self: &Rc<Self>,
+        mut accepted: Accepted,
+        backend: usize,
+        journal: Option<JournalEntry>,
+    ) {
+        let waits = |_: &&_| first_byte(&accepted.socket) != FirstByte::There;
+        let Some(silent) = self.silent.as_ref().filter(waits) else {
+            accepted.slot.in_use = self.begin_use(&accepted.client);
+            return self.event_loops.serve(accepted, backend, journal);
+        };
+        let Some(accepted) = accepted.register() else { return };
+        let number = silent.hold(accepted, backend, journal);
+        let this = Rc::clone(self);
+        let task = spawn_local(async move {
+            let Some(silent) = &this.silent else { return };
+            if let Some(woken) = silent.wait(number).await {
+                this.wake(woken);
+            }
+        });
+        silent.set_task(number, task.abort_handle());
+    }
+
+    /// Serves a client that has sent its first byte.
+    fn wake(&self, silent: Silent) {
+        let Silent { accepted, backend, journal, .. } = silent;
+        let Accepted { socket, family, client, listener, mut slot } = accepted;
+        slot.in_use = self.begin_use(&client);
+        // Another event loop may serve it. If there is no descriptor left, the client is reset.
+        if let Ok(socket) = socket.release() {
+            let accepted = Accepted { socket, family, client, listener, slot };
+            self.event_loops.serve(accepted, backend, journal);
+        }
+    }
+
+    /// Closes the oldest silent client. Returns `false` if there is none.
+    pub fn make_room(&self) -> bool {
+        let Some(silent) = &self.silent else { return false };
+        while let Some(oldest) = silent.take_oldest() {
+            if !oldest.has_sent() {
+                oldest.close();
+                return true;
+            }
+            self.wake(oldest);
+        }
+        false
+    }
+
+    /// Whether a client is in use, or about to be.
+    pub fn is_in_use(&self) -> bool {
+        let has_sent = self.silent.as_ref().is_some_and(SilentClients::any_has_sent);
+        has_sent || self.clock.is_in_use()
+    }
+
+    /// Resets the connections that are not in use.
+    pub fn reset_unused(&self) {
+        self.event_loops.reset_passive();
+        for silent in self.silent.iter().flat_map(SilentClients::take_all) {
+            // Dropping the others resets them.
+            if silent.has_sent() {
+                self.wake(silent);
+            }
+        }
+    }
+
+    /// Asks all connections to report their progress.
+    pub fn request_reports(&self) {
+        self.event_loops.request_reports();
+        self.silent.iter().for_each(SilentClients::report);
+    }
+
+    /// Stores all connections for the next process.
+    pub async fn detach_all(&self, handover: &Handover) {
+        self.silent.iter().for_each(|silent| silent.detach_all(handover));
+        self.event_loops.detach_all(handover).await;
     }
 
     /// Counts a connection as in use, unless its client is passive.
     fn begin_use(&self, client: &Address) -> Option<InUse> {
         (!self.passive_from.contains(client)).then(|| self.clock.begin_use())
-    }
-
-    fn dispatch(&self, accepted: Accepted, backend: usize) {
-        let handover = self.handover.as_ref();
-        let journal = handover.and_then(|handover| handover.keep_client(&accepted.socket));
-        self.event_loops.serve(accepted, backend, journal);
     }
 
     fn refuse(&self, accepted: &Accepted, reason: RefusalReason) {

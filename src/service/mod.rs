@@ -6,6 +6,7 @@ mod restore;
 mod startup;
 mod server;
 mod dispatcher;
+mod silent;
 mod drain;
 mod status;
 mod signals;

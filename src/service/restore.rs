@@ -64,11 +64,10 @@ fn restore_connection(
     let sockets = snapshot.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
     let (listener, known_backend) = find_listener(server, &sockets[0]);
     let [client, backend] = sockets.map(|socket| or_unnamed(socket.peer_addr()));
-    let mut slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
-    server.dispatcher.acquire_unchecked(&mut slot, &client);
+    let slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
     let restored =
         Restored { snapshot, client, listener, backend, known_backend, start, slot, journal };
-    server.dispatcher.event_loops.resume(restored);
+    server.dispatcher.resume(restored);
 }
 
 /// Serves a client that waited for its backend when the previous process ended.

@@ -131,7 +131,7 @@ impl Server {
                 self.publish_status(notifier),
                 notifier.feed_watchdog(),
                 self.compact(),
-                self.reset_passive()
+                self.reset_unused()
             )
             .1
         });
@@ -171,10 +171,10 @@ impl Server {
     }
 
     /// Resets connections that are not in use whenever COMMAND is frozen or stopped.
-    async fn reset_passive(&self) -> Infallible {
+    async fn reset_unused(&self) -> Infallible {
         loop {
             self.dispatcher.clock.expired().await;
-            self.dispatcher.event_loops.reset_passive();
+            self.dispatcher.reset_unused();
         }
     }
 
@@ -186,7 +186,7 @@ impl Server {
 
     /// Whether no connection is in use or queued.
     fn is_unused(&self) -> bool {
-        !self.dispatcher.clock.is_in_use()
+        !self.dispatcher.is_in_use()
             && !self.listeners.iter().any(|(listener, _)| listener.has_queued())
     }
 
@@ -237,7 +237,7 @@ pub async fn report_connections(report_signal: &mut Signal, dispatcher: &Dispatc
     loop {
         report_signal.recv().await;
         tracing::info!("Open connections: {}.", dispatcher.limit.counts().open);
-        dispatcher.event_loops.request_reports();
+        dispatcher.request_reports();
     }
 }
 
@@ -250,7 +250,7 @@ async fn accept_loop(
     dispatcher: Rc<Dispatcher>,
 ) -> String {
     let accept_next = async || {
-        dispatcher.serve(listener.accept(&descriptors).await?, backend);
+        dispatcher.serve(listener.accept(&descriptors, || dispatcher.make_room()).await?, backend);
         io::Result::Ok(())
     };
     loop {

@@ -83,7 +83,7 @@ async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
             stored_listeners += 1;
         }
     }
-    server.dispatcher.event_loops.detach_all(handover).await;
+    server.dispatcher.detach_all(handover).await;
     let [stored, lost] = handover.stored_and_lost();
     let stored = stored.saturating_sub(stored_listeners);
     let status = handed_over(stored);

@@ -114,7 +114,7 @@ fn build(
     let keep = |(listener, _): &(Rc<Listener>, _)| handover.as_ref()?.keep_listener(listener);
     let listener_entries = opened.iter().filter_map(keep).collect();
     let event_loops = EventLoops::new(settings, config.threads);
-    let dispatcher = Dispatcher::new(&config, event_loops, handover.clone());
+    let dispatcher = Dispatcher::new(&config, event_loops, handover.clone(), !listeners.is_empty());
     let descriptors = match config.overflow {
         Overflow::Refuse => FdBudget::new(fds.connections),
         Overflow::Wait => {

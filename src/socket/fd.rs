@@ -5,7 +5,8 @@ use std::net::Shutdown;
 use std::os::fd::AsFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, sockopt};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, sockopt};
 use socket2::SockRef;
 
 /// The families of the stream sockets that are proxied.
@@ -52,6 +53,26 @@ pub fn has_hung_up_reading(fd: impl AsFd) -> bool {
 pub fn has_unread(fd: impl AsFd) -> bool {
     Family::of(&fd).is_ok_and(|family| family == Some(Family::Unix))
         && rustix::io::ioctl_fionread(&fd).is_ok_and(|bytes| bytes > 0)
+}
+
+/// Whether a peer has sent a byte that was not received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstByte {
+    There,
+    Missing,
+    /// The peer has ended the connection, or it has failed.
+    Never,
+}
+
+/// Looks for a byte to receive, which stays unread. (Without a buffer for them, descriptors of a
+/// Unix peer stay queued as well.)
+pub fn first_byte(fd: impl AsFd) -> FirstByte {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    match rustix::net::recv(&fd, &mut [0; 1], flags) {
+        Ok((_, 1..)) => FirstByte::There,
+        Err(Errno::AGAIN | Errno::INTR) => FirstByte::Missing,
+        Ok(_) | Err(_) => FirstByte::Never,
+    }
 }
 
 /// Ends a connection although other descriptors refer to its socket: on TCP by a reset.

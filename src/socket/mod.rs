@@ -35,7 +35,9 @@ use tokio::io::unix::AsyncFd;
 use crate::socket::address::Address;
 use crate::socket::sys::register;
 
-pub use crate::socket::fd::{Family, abort, has_hung_up, has_hung_up_reading, has_unread, polls};
+pub use crate::socket::fd::{
+    Family, FirstByte, abort, first_byte, has_hung_up, has_hung_up_reading, has_unread, polls,
+};
 pub use crate::socket::options::{
     Keepalive, set_nodelay_or_warn, set_oobinline_or_warn, set_reset_on_close,
 };
@@ -124,6 +126,20 @@ impl Socket {
         ready!(self.io.poll_read_ready(cx))?.clear_ready();
         self.has_urgent_data();
         Poll::Ready(Ok(()))
+    }
+
+    /// Waits for a byte to receive, or for the peer's end. The byte stays unread, and the readiness
+    /// is not cleared.
+    pub fn poll_first_byte(&self, cx: &mut Context<'_>) -> Poll<FirstByte> {
+        loop {
+            let Ok(mut guard) = ready!(self.io.poll_read_ready(cx)) else {
+                return Poll::Ready(FirstByte::Never);
+            };
+            match first_byte(&self.io) {
+                FirstByte::Missing => guard.clear_ready(),
+                first => return Poll::Ready(first),
+            }
+        }
     }
 
     /// Waits for an edge that says that the kernel may accept bytes, or never will again.

@@ -27,7 +27,7 @@ pub(crate) fn register(trials: &mut Trials) {
     for (backend_wait, when) in [("0", "at once"), ("300ms", "after a wait")] {
         for end in [End::Killed, End::Stopped] {
             trials.add(
-                format!("a request that was refused {when} is not delivered later, {end:?}"),
+                format!("a refused request is not delivered later, {when}, {end:?}"),
                 move || refused_stays_refused(backend_wait, end),
             );
         }

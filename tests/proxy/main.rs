@@ -25,3 +25,4 @@ mod syscalls;
 mod threads;
 mod unix_peers;
 mod urgent;
+mod wake_on;
