@@ -101,7 +101,7 @@ _socket__proxyd() {
                     return 0
                     ;;
                 --ready)
-                    COMPREPLY=($(compgen -W "connect notify" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "connect notify http:/ exec:" -- "${cur}"))
                     return 0
                     ;;
                 --freeze-idle-time)

@@ -30,18 +30,7 @@ pub async fn connect_when_up(
 ) -> Result<Socket, ConnectError> {
     let (mut backoff, mut watched) = (PROBE_PAUSES, Watched::new(connector));
     loop {
-        let start = Instant::now();
-        let attempt = match watched.beside(connector.addresses()).await {
-            Ok(Ok(addresses)) => {
-                watched.follow(&addresses).await;
-                watched.beside(connector.try_each(&addresses, OnFullBacklog::Fail)).await
-            }
-            Ok(Err(error)) => Ok(Err(error)),
-            Err(socket) => Err(socket),
-        };
-        let connected = attempt.unwrap_or_else(Ok);
-        connector.count(start, &connected);
-        match connected {
+        match watched.attempt().await {
             Err(error) if error.is_transient() => failed(&error),
             connected => return connected,
         }
@@ -49,6 +38,11 @@ pub async fn connect_when_up(
             return Ok(socket);
         }
     }
+}
+
+/// Makes one attempt.
+pub async fn connect_once(connector: &Connector) -> Result<Socket, ConnectError> {
+    Watched::new(connector).attempt().await
 }
 
 /// Addresses that are tried on their own. Dropping this ends it.
@@ -61,6 +55,22 @@ struct Watched<'a> {
 impl<'a> Watched<'a> {
     fn new(connector: &'a Connector) -> Self {
         Self { connector, addresses: Vec::new(), running: JoinSet::new() }
+    }
+
+    /// Tries each address in turn, beside those that are watched.
+    async fn attempt(&mut self) -> Result<Socket, ConnectError> {
+        let (start, connector) = (Instant::now(), self.connector);
+        let attempt = match self.beside(connector.addresses()).await {
+            Ok(Ok(addresses)) => {
+                self.follow(&addresses).await;
+                self.beside(connector.try_each(&addresses, OnFullBacklog::Fail)).await
+            }
+            Ok(Err(error)) => Ok(Err(error)),
+            Err(socket) => Err(socket),
+        };
+        let connected = attempt.unwrap_or_else(Ok);
+        connector.count(start, &connected);
+        connected
     }
 
     /// Watches these addresses from now on, if there are several.

@@ -2,9 +2,11 @@
 
 pub mod command;
 pub mod wait;
+pub mod readiness;
 mod attempts;
 pub mod connect;
 mod connect_error;
+mod process_group;
 
 use std::rc::Rc;
 use std::sync::Arc;

@@ -9,9 +9,13 @@
 //! A client's own attempt that takes long starts the prober beside it, and a client that succeeds
 //! ends the prober. The others then connect to the address that has answered.
 //!
+//! With `--ready=http:` or `--ready=exec:` a client connects only while the backend is ready
+//! ([`Readiness`]). Otherwise the prober probes until it is, and hands no connection on.
+//!
 //! With several event loops there is still one prober for each target. It runs on the loop that
 //! started it, and the clients of all loops wait for it ([`SharedProbe`]).
 
+use std::cell::Cell;
 use std::future::pending;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -25,6 +29,7 @@ use tokio::time::{Instant, sleep};
 use crate::backend::attempts::connect_when_up;
 use crate::backend::connect::{Connector, OnFullBacklog};
 use crate::backend::connect_error::ConnectError;
+use crate::backend::readiness::{OpenConnection, Readiness};
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::RateLimit;
@@ -39,13 +44,20 @@ pub struct BackendWait {
     /// `--backend-wait=`. With zero clients do not wait, and there is no COMMAND.
     pub wait: TimeSpan,
     probe: SharedProbe,
+    /// Without it a backend that accepts connections is ready.
+    readiness: Option<Arc<Readiness>>,
     /// Turns of the clients that go on after the wait.
     turns: Semaphore,
 }
 
 impl BackendWait {
-    pub fn new(connector: Connector, wait: TimeSpan, probe: SharedProbe) -> Self {
-        Self { connector, wait, probe, turns: Semaphore::new(RELEASES_PER_TURN) }
+    pub fn new(
+        connector: Connector,
+        wait: TimeSpan,
+        probe: SharedProbe,
+        readiness: Option<Arc<Readiness>>,
+    ) -> Self {
+        Self { connector, wait, probe, readiness, turns: Semaphore::new(RELEASES_PER_TURN) }
     }
 
     /// Connects, now or as soon as the backend can be reached, however long that takes.
@@ -54,12 +66,15 @@ impl BackendWait {
     /// Permanent errors.
     pub async fn connect(self: &Rc<Self>) -> Result<Socket, ConnectError> {
         loop {
-            if let Some(socket) = take_connection(&self.probe) {
+            if let Some(socket) = self.take_connection() {
                 return Ok(socket);
             }
             let prober = lock(&self.probe).running();
             if let Some(mut prober) = prober {
                 let _ = prober.changed().await;
+            } else if let Some(readiness) = self.unready() {
+                let error = readiness.describe("no answer yet");
+                let _ = self.start_prober(Some(error)).changed().await;
             } else if let Some(connected) = Box::pin(self.attempt()).await {
                 return connected;
             }
@@ -73,13 +88,14 @@ impl BackendWait {
     /// Permanent errors, and `None` if the backend cannot be reached for now.
     pub async fn connect_passively(&self) -> Result<Socket, Option<ConnectError>> {
         loop {
-            match self.connector.connect(OnFullBacklog::Wait).await {
-                Err(error) if error.is_transient() => {
-                    let prober = lock(&self.probe).running();
-                    let _ = prober.ok_or(None)?.changed().await;
+            if self.unready().is_none() {
+                match self.connector.connect(OnFullBacklog::Wait).await {
+                    Err(error) if error.is_transient() => self.reset_readiness(),
+                    connected => return connected.map_err(Some),
                 }
-                connected => return connected.map_err(Some),
             }
+            let prober = lock(&self.probe).running();
+            let _ = prober.ok_or(None)?.changed().await;
         }
     }
 
@@ -88,18 +104,21 @@ impl BackendWait {
     async fn attempt(self: &Rc<Self>) -> Option<Result<Socket, ConnectError>> {
         tokio::select! {
             biased;
-            connected = self.connect_in_turn() => match connected {
-                Err(error) if error.is_transient() => {
-                    let _ = self.start_prober(Some(error.to_string())).changed().await;
-                    None
+            connected = self.connect_in_turn() => {
+                match &connected {
+                    // The attempt took long, and the backend may have been restarted.
+                    Ok(_) if self.unready().is_some() => return None,
+                    Ok(socket) => lock(&self.probe).end_prober(socket),
+                    Err(_) => self.reset_readiness(),
                 }
-                connected => {
-                    if let Ok(socket) = &connected {
-                        lock(&self.probe).end_prober(socket);
+                match connected {
+                    Err(error) if error.is_transient() => {
+                        let _ = self.start_prober(Some(error.to_string())).changed().await;
+                        None
                     }
-                    Some(connected)
+                    connected => Some(connected),
                 }
-            },
+            }
             socket = self.probe_beside() => Some(Ok(socket)),
         }
     }
@@ -117,10 +136,10 @@ impl BackendWait {
             sleep(pause).await;
             let _ = self.start_prober(None).changed().await;
             self.take_turn().await;
-            if let Some(socket) = take_connection(&self.probe) {
+            if let Some(socket) = self.take_connection() {
                 return socket;
             }
-            let answered = lock(&self.probe).answered.clone();
+            let answered = lock(&self.probe).answered.clone().filter(|_| self.unready().is_none());
             if let Some(address) = answered {
                 let start = Instant::now();
                 let connected = self.connector.try_address(&address, OnFullBacklog::Fail).await;
@@ -166,6 +185,28 @@ impl BackendWait {
         })
     }
 
+    /// Counts a connection to the backend until the result is dropped.
+    pub fn open(&self) -> Option<OpenConnection> {
+        self.readiness.as_ref().map(Readiness::open)
+    }
+
+    /// Has the next client cause a probe.
+    pub fn reset_readiness(&self) {
+        if let Some(readiness) = &self.readiness {
+            readiness.reset();
+        }
+    }
+
+    /// Returns the readiness of a backend that is not ready.
+    fn unready(&self) -> Option<&Arc<Readiness>> {
+        self.readiness.as_ref().filter(|readiness| !readiness.is_ready())
+    }
+
+    /// Takes the connection on offer, if the backend is ready.
+    fn take_connection(&self) -> Option<Socket> {
+        take_connection(&self.probe).filter(|_| self.unready().is_none())
+    }
+
     /// Offers a fresh connection to the first caller of [`BackendWait::connect`], on any event
     /// loop. After [`OFFER`] the connection is closed.
     pub fn offer(&self, socket: Socket) {
@@ -192,10 +233,13 @@ impl BackendWait {
         if let Some(running) = state.running() {
             return running;
         }
-        self.log_waiting(&match &last_error {
-            Some(error) => error.clone(),
-            None => format!("Connecting to {} takes long", self.connector.target),
-        });
+        // The first probe of an unready backend may well succeed.
+        if self.unready().is_none() {
+            self.log_waiting(&match &last_error {
+                Some(error) => error.clone(),
+                None => format!("Connecting to {} takes long", self.connector.target),
+            });
+        }
         let (running, receiver) = watch::channel(());
         state.prober = Some(receiver.clone());
         state.last_error = last_error;
@@ -211,10 +255,33 @@ impl BackendWait {
         }
     }
 
+    /// Waits until the backend can serve clients. Returns the connection that showed it, unless a
+    /// probe did. Passes each error that means "not yet" to `failed`.
+    ///
+    /// # Errors
+    /// A permanent error.
+    pub async fn wait_until_up(
+        &self,
+        failed: impl Fn(String),
+    ) -> Result<Option<Socket>, ConnectError> {
+        if let Some(readiness) = self.unready() {
+            return readiness.wait_until_ready(failed).await.map(|()| None);
+        }
+        let failed = |error: &ConnectError| {
+            self.reset_readiness();
+            failed(error.to_string());
+        };
+        connect_when_up(&self.connector, failed).await.map(Some)
+    }
+
     /// Dropping `running` wakes all clients.
     async fn probe(self: Rc<Self>, running: watch::Sender<()>) {
-        let failed = |error: &ConnectError| {
-            lock(&self.probe).last_error = Some(error.to_string());
+        let is_logged = Cell::new(self.unready().is_none());
+        let failed = |error: String| {
+            if !is_logged.replace(true) {
+                self.log_waiting(&error);
+            }
+            lock(&self.probe).last_error = Some(error);
         };
         let no_client_waits = async {
             // One receiver is the one in the shared state.
@@ -223,12 +290,12 @@ impl BackendWait {
             }
         };
         tokio::select! {
-            // Each waiting client meets a permanent error itself.
-            connected = connect_when_up(&self.connector, failed) => {
-                if let Ok(socket) = connected {
-                    return self.offer(socket);
-                }
-            }
+            up = self.wait_until_up(failed) => match (up, &self.readiness) {
+                (Ok(Some(connection)), _) => self.offer(connection),
+                // Each waiting client meets a permanent error itself.
+                (Err(_), Some(readiness)) => readiness.set_ready(),
+                _ => {}
+            },
             () = no_client_waits => {}
         }
         lock(&self.probe).last_error = None;

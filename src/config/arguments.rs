@@ -94,8 +94,8 @@ pub struct Arguments {
     // In systemd-socket-proxyd `--p` is unambiguous.
     #[arg(long, value_name = "v1|v2", help_heading = "Backend", alias = "p")]
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// COMMAND is ready when TARGET accepts, or on READY=1
-    #[arg(long, value_name = "connect|notify", help_heading = "Backend")]
+    /// Ready on connect (the default), notify, http:PATH or exec:LINE
+    #[arg(long, value_name = "MODE", value_parser = values::ReadyParser, help_heading = "Backend")]
     pub ready: Option<ReadyMode>,
     /// Freeze COMMAND when idle for TIME [default: infinity]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]

@@ -1,4 +1,4 @@
-//! COMMAND: an executable program and its arguments.
+//! COMMAND and the commands of options: an executable program and its arguments.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -29,18 +29,23 @@ impl CommandLine {
         let Some(program) = words.first().filter(|program| !program.is_empty()) else {
             return Err("There is no COMMAND after --. (Write TARGET -- COMMAND [ARG...].)".into());
         };
-        search(program).map_err(|errno| {
-            let why = match errno {
-                Errno::NOENT if program.as_encoded_bytes().contains(&b' ') => {
-                    "there is no such file; write each argument as a separate word".into()
-                }
-                Errno::NOENT if !has_slash(program) => "it is not in $PATH".into(),
-                Errno::ISDIR => "it is a directory".into(),
-                Errno::ACCESS => "it is not executable, or not for this user".into(),
-                errno => os_message(&errno.into()),
-            };
-            format!("Failed to execute COMMAND {program:?}: {why}.")
-        })?;
+        match search(program) {
+            Ok(()) => Ok(Self { words }),
+            Err(why) => Err(format!("Failed to execute COMMAND {program:?}: {why}.")),
+        }
+    }
+
+    /// Splits the LINE of an option into words by quotes and backslashes, as a shell does, if the
+    /// program exists and may be executed.
+    ///
+    /// # Errors
+    /// The reason, which follows the option and its value.
+    pub fn split(line: &str) -> Result<Self, String> {
+        let words = shlex::split(line).ok_or("a quote is not closed, or a backslash is the end")?;
+        let words: Vec<_> = words.into_iter().map(OsString::from).collect();
+        let program = words.first().filter(|program| !program.is_empty());
+        let program = program.ok_or("it names no program")?;
+        search(program).map_err(|why| format!("failed to execute {program:?}: {why}"))?;
         Ok(Self { words })
     }
 }
@@ -53,8 +58,20 @@ impl fmt::Display for CommandLine {
     }
 }
 
-/// Searches for a program as execvp(3) does.
-fn search(program: &OsStr) -> Result<(), Errno> {
+/// Searches for a program as execvp(3) does. The error tells why it cannot be executed.
+fn search(program: &OsStr) -> Result<(), String> {
+    search_path(program).map_err(|errno| match errno {
+        Errno::NOENT if program.as_encoded_bytes().contains(&b' ') => {
+            "there is no such file; write each argument as a separate word".into()
+        }
+        Errno::NOENT if !has_slash(program) => "it is not in $PATH".into(),
+        Errno::ISDIR => "it is a directory".into(),
+        Errno::ACCESS => "it is not executable, or not for this user".into(),
+        errno => os_message(&errno.into()),
+    })
+}
+
+fn search_path(program: &OsStr) -> Result<(), Errno> {
     if has_slash(program) {
         return check(Path::new(program));
     }
@@ -105,5 +122,22 @@ mod tests {
             assert!(error.ends_with(why), "{program:?}: {error}");
         }
         assert!(CommandLine::find(Vec::new()).is_err());
+    }
+
+    #[test]
+    fn lines_are_split_by_quotes_and_backslashes_only() {
+        let split = |line: &str| CommandLine::split(line).map(|line| line.words);
+        let words = split(r#"sh -c 'a "$b" %n' "c\"d"e f\ g # comment"#).unwrap();
+        assert_eq!(words, ["sh", "-c", "a \"$b\" %n", "c\"de", "f g"]);
+        assert_eq!(split("sh a#b '#c' ~ *").unwrap(), ["sh", "a#b", "#c", "~", "*"]);
+        for (line, why) in [
+            ("sh 'a", "a quote is not closed, or a backslash is the end"),
+            ("sh a\\", "a quote is not closed, or a backslash is the end"),
+            (" # sh", "it names no program"),
+            ("'' sh", "it names no program"),
+            ("no-such-program -x", "failed to execute \"no-such-program\": it is not in $PATH"),
+        ] {
+            assert_eq!(split(line), Err(why.into()), "{line}");
+        }
     }
 }

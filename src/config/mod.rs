@@ -48,6 +48,7 @@ pub struct Config {
     pub handover: Option<HandoverMode>,
     /// COMMAND.
     pub command: Option<CommandConfig>,
+    pub ready: ReadyMode,
     pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
     pub connect_timeout: TimeSpan,
@@ -64,7 +65,6 @@ pub struct Config {
 #[derive(Clone, Debug)]
 pub struct CommandConfig {
     pub line: CommandLine,
-    pub ready: ReadyMode,
     pub times: CommandTimes,
 }
 
@@ -103,7 +103,6 @@ impl Config {
         let line = arguments.command.map(CommandLine::find).transpose()?;
         let command = line.map(|line| CommandConfig {
             line,
-            ready: arguments.ready.unwrap_or(ReadyMode::Connect),
             times: CommandTimes {
                 freeze_idle: arguments.freeze_idle_time.unwrap_or(TimeSpan::INFINITY),
                 stop_idle: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
@@ -124,6 +123,7 @@ impl Config {
             drain_time: arguments.drain_time,
             handover: (handover != HandoverMode::Never).then_some(handover),
             command,
+            ready: arguments.ready.unwrap_or(ReadyMode::Connect),
             backend_wait: arguments.backend_wait.unwrap_or_else(|| TimeSpan::new(default_wait)),
             connect_timeout: arguments.connect_timeout,
             connection_idle_time: arguments.connection_idle_time,
@@ -142,7 +142,7 @@ const COMMAND_WAIT: Duration = Duration::from_secs(90);
 /// Options that exclude each other, and the error. The first that applies counts.
 type Conflict = (fn(&Arguments) -> bool, &'static str);
 
-const CONFLICTS: [Conflict; 10] = [
+const CONFLICTS: [Conflict; 11] = [
     (|args| args.targets.is_empty(), "Not enough parameters. (There is no TARGET; see --help.)"),
     (
         |args| args.command.is_some() && args.targets.len() > 1,
@@ -160,8 +160,15 @@ const CONFLICTS: [Conflict; 10] = [
          process, the second waits for their end.",
     ),
     (
-        |args| args.command.is_none() && args.ready.is_some(),
-        "--ready= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+        |args| args.command.is_none() && args.ready == Some(ReadyMode::Notify),
+        "--ready=notify needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+    ),
+    (
+        |args| {
+            let has_wait = args.backend_wait.is_some_and(|wait| !wait.is_zero());
+            args.command.is_none() && args.ready.is_some() && !has_wait
+        },
+        "--ready= needs a COMMAND, or a --backend-wait= above 0.",
     ),
     (
         |args| args.command.is_none() && args.stop_idle_time.is_some(),
@@ -285,13 +292,10 @@ mod tests {
         assert_eq!(config.connection_idle_time, TimeSpan::INFINITY);
         assert_eq!((config.keepalive, config.proxy_protocol), (None, None));
         assert_eq!((config.threads.get(), config.metrics), (1, None));
+        assert_eq!(config.ready, ReadyMode::Connect);
         let config = parse(&["/a", "--", "ls"]).unwrap();
         assert_eq!(config.backend_wait, TimeSpan::new(Duration::from_secs(90)));
-        let command = config.command.unwrap();
-        assert_eq!(
-            (command.ready, command.times.stop_idle),
-            (ReadyMode::Connect, TimeSpan::INFINITY)
-        );
+        assert_eq!(config.command.unwrap().times.stop_idle, TimeSpan::INFINITY);
     }
 
     #[test]
@@ -331,8 +335,12 @@ mod tests {
                  to the next process, the second waits for their end.",
             ),
             (
-                &["--ready=notify", "a"],
-                "--ready= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+                &["--ready=notify", "--backend-wait=1s", "a"],
+                "--ready=notify needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+            ),
+            (
+                &["--ready=http:/", "--backend-wait=0", "a"],
+                "--ready= needs a COMMAND, or a --backend-wait= above 0.",
             ),
             (&["--foo", "x"], "unexpected argument '--foo' found"),
             (&["-x"], "unexpected argument '-x' found"),

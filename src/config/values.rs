@@ -1,9 +1,14 @@
 //! The values of options: enums, and parsers for values that have no type of their own.
 
+use std::ffi::OsStr;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::str::FromStr;
 
-use clap::ValueEnum;
+use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
+use clap::{Arg, Command, Error, ValueEnum};
+use hyper::Uri;
 
+use crate::config::command::CommandLine;
 use crate::config::timespan::TimeSpan;
 use crate::socket::Keepalive;
 
@@ -86,18 +91,83 @@ pub enum HandoverMode {
     Crash,
 }
 
-/// When COMMAND counts as ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// When the backend counts as ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReadyMode {
     /// TARGET accepts a connection.
     Connect,
     /// COMMAND sends `READY=1`.
     Notify,
+    /// A GET of this path is answered with a status of 2xx or 3xx.
+    Http(Uri),
+    /// This command exits with 0.
+    Exec(CommandLine),
+}
+
+impl FromStr for ReadyMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "connect" => Ok(Self::Connect),
+            None if text == "notify" => Ok(Self::Notify),
+            Some(("http", path)) if !path.starts_with('/') => Err("PATH must begin with /".into()),
+            Some(("http", path)) => {
+                path.parse().map(Self::Http).map_err(|error| format!("PATH is not valid: {error}"))
+            }
+            Some(("exec", line)) => CommandLine::split(line).map(Self::Exec),
+            _ => Err("it is not connect, notify, http:PATH or exec:LINE".into()),
+        }
+    }
+}
+
+/// Parses a [`ReadyMode`]. The completions list how each begins.
+#[derive(Clone)]
+pub struct ReadyParser;
+
+impl TypedValueParser for ReadyParser {
+    type Value = ReadyMode;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        arg: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<ReadyMode, Error> {
+        let parser = StringValueParser::new().try_map(|text| text.parse::<ReadyMode>());
+        parser.parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let values = ["connect", "notify", "http:/", "exec:"];
+        Some(Box::new(values.into_iter().map(PossibleValue::new)))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn readiness_is_a_word_a_path_or_a_line() {
+        let parse = |text: &str| text.parse::<ReadyMode>();
+        assert_eq!(parse("connect"), Ok(ReadyMode::Connect));
+        assert_eq!(parse("notify"), Ok(ReadyMode::Notify));
+        assert_eq!(parse("http:/a?b=c:d"), Ok(ReadyMode::Http(Uri::from_static("/a?b=c:d"))));
+        let words = ["sh", "-c", "exit 0"].map(Into::into).to_vec();
+        assert_eq!(parse("exec:sh -c 'exit 0'"), Ok(ReadyMode::Exec(CommandLine { words })));
+        for (text, why) in [
+            ("http:x", "PATH must begin with /"),
+            ("http:", "PATH must begin with /"),
+            ("http:/a b", "PATH is not valid: invalid uri character"),
+            ("exec:", "it names no program"),
+            ("exec:sh '", "a quote is not closed, or a backslash is the end"),
+            ("maybe", "it is not connect, notify, http:PATH or exec:LINE"),
+            ("connect:", "it is not connect, notify, http:PATH or exec:LINE"),
+        ] {
+            assert_eq!(parse(text), Err(why.into()), "{text}");
+        }
+    }
 
     #[test]
     fn parses_numbers_as_systemd_does() {

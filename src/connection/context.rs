@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::backend::Backend;
 use crate::backend::command::Supervisor;
 use crate::backend::connect::Connector;
+use crate::backend::readiness::Readiness;
 use crate::backend::wait::{BackendWait, SharedProbe};
 use crate::config::timespan::TimeSpan;
 use crate::counters::{ByteCounters, LoopCounters, Loops};
@@ -43,6 +44,8 @@ pub struct BackendSetup {
     pub connector: Connector,
     /// The prober of `--backend-wait=`, common to all event loops.
     pub probe: SharedProbe,
+    /// Whether the backend is ready, with `--ready=http:` or `--ready=exec:`.
+    pub readiness: Option<Arc<Readiness>>,
 }
 
 /// What the connections of one event loop share.
@@ -64,8 +67,9 @@ impl LoopContext {
     pub fn new(settings: &Settings) -> Self {
         let LoopCounters { bytes, pipes } = settings.loops.add(settings.backends.len());
         let wait = settings.backend_wait;
-        let backend = |BackendSetup { connector, probe }: &BackendSetup| {
-            let backend_wait = Rc::new(BackendWait::new(connector.clone(), wait, probe.clone()));
+        let backend = |setup: &BackendSetup| {
+            let BackendSetup { connector, probe, readiness } = setup.clone();
+            let backend_wait = Rc::new(BackendWait::new(connector, wait, probe, readiness));
             Backend { backend_wait, supervisor: settings.supervisor.clone() }
         };
         Self {

@@ -108,6 +108,7 @@ pub fn serve(
                 return;
             }
         };
+        let _open = setup.backend_wait.open();
         log.established();
         let header = context.proxy_protocol.map_or_else(Vec::new, |version| {
             let local = socket.local_address().unwrap_or(Address::Unnamed);
@@ -139,6 +140,8 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
         restored;
     let registration = context.registry.register(slot.in_use.is_none());
     async move {
+        let known = known_backend.map(|backend| &context.backends[backend].backend_wait);
+        let _open = known.and_then(|backend| backend.open());
         let log = LogContext { start, client, listener, backend: &backend };
         let journal = journal.map(|entry| Box::new(entry.own()) as Box<dyn SnapshotStore>);
         let (shared, counters) = (Rc::clone(&context.shared), context.byte_counters(known_backend));

@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::config::Config;
 use crate::config::target::Target;
+use crate::config::values::ReadyMode;
 
 /// The descriptors that a process may have, divided among their uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,12 +67,18 @@ impl FdPlan {
             None => (PER_CONNECTION, 0),
         };
         let for_command = if config.command.is_some() { FOR_COMMAND } else { 0 };
+        let for_probes = match config.ready {
+            ReadyMode::Connect | ReadyMode::Notify => 0,
+            ReadyMode::Http(_) | ReadyMode::Exec(_) => config.targets.iter().count() * PER_PROBE,
+        };
         let for_metrics = if config.metrics.is_some() { FOR_METRICS } else { 0 };
         let for_threads = (config.threads.get() - 1) * PER_THREAD;
         let needs_lookups = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
         let connections_max = config.connections_max.get() as usize;
         let watch_places = if config.backend_wait.is_zero() { 0 } else { WATCH_PLACES };
-        let reserved = RESERVE + watch_places + for_command + for_threads + for_store + for_metrics;
+        let reserved = RESERVE
+            + (watch_places + for_command + for_probes + for_threads)
+            + (for_store + for_metrics);
         let free = limit.saturating_sub(open + reserved);
         let lookups = if needs_lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
@@ -209,6 +216,9 @@ const WATCH_PLACES: usize = 4;
 /// The sockets to COMMAND's guard and from it, and the descriptors that are open during its start.
 const FOR_COMMAND: usize = 12;
 
+/// A socket to the backend, or a command and what is open during its start.
+const PER_PROBE: usize = 6;
+
 /// epoll, its wake-up and its end of the signals.
 const PER_THREAD: usize = 4;
 
@@ -236,14 +246,15 @@ mod tests {
         for limit in [0, 20, 40, 64, 256, 1024, 20_000, 524_288] {
             for open in [8, 16, 64] {
                 for connections_max in [1, 256, 4096, u32::MAX as usize] {
-                    for (args, for_command) in [
+                    for (args, for_others) in [
                         (&["--metrics=127.0.0.1:1", "127.0.0.1:2"][..], 0),
                         (&["name:2", "--", "/bin/sh"], FOR_COMMAND),
+                        (&["--backend-wait=1", "--ready=http:/", "127.0.0.1:2"], PER_PROBE),
                     ] {
                         let connections = format!("--connections-max={connections_max}");
                         let config = config(&[&["--threads=4", &*connections], args].concat());
                         let plan = FdPlan::new(limit, open, &config, false);
-                        let beside = 3 * PER_THREAD + for_command;
+                        let beside = 3 * PER_THREAD + for_others;
                         let sum = plan.connections * 2
                             + plan.pipes * 2
                             + plan.lookups * PER_LOOKUP

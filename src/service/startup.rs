@@ -8,11 +8,12 @@ use tokio::sync::Semaphore;
 
 use crate::backend::command::Supervisor;
 use crate::backend::connect::Connector;
+use crate::backend::readiness::Readiness;
 use crate::backend::wait::SharedProbe;
 use crate::config::Config;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
-use crate::config::values::Overflow;
+use crate::config::values::{Overflow, ReadyMode};
 use crate::connection::event_loop::EventLoops;
 use crate::connection::{BackendSetup, Settings};
 use crate::counters::Loops;
@@ -29,10 +30,10 @@ use crate::notify::Notifier;
 use crate::service::dispatcher::Dispatcher;
 use crate::service::server::Server;
 
-/// Sets `PR_SET_NO_NEW_PRIVS`, unless there is a COMMAND: it would inherit the flag, and may need
-/// set-user-ID programs.
+/// Sets `PR_SET_NO_NEW_PRIVS`, unless the proxy starts programs: they would inherit the flag, and
+/// may need set-user-ID programs.
 pub fn forbid_new_privileges(config: &Config) {
-    if config.command.is_some() {
+    if starts_programs(config) {
         return;
     }
     if let Err(error) = set_no_new_privs(true) {
@@ -92,6 +93,9 @@ fn build(
     let listeners: Vec<_> = sources.listeners.into_iter().zip(backends).collect();
     let is_journaled = handover.as_ref().is_some_and(|handover| handover.is_crash_mode());
     let fds = FdPlan::of_this_process(&config, is_journaled, leftovers.descriptors())?;
+    if starts_programs(&config) {
+        set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
+    }
     let backends = backend_setups(&config, fds);
     let supervisor = supervisor(&config, &listeners, fds.inherited)?;
     let has_opened = !config.listen.is_empty();
@@ -136,6 +140,11 @@ fn build(
     })
 }
 
+/// Whether the proxy starts COMMAND, or the command of `--ready=exec:`.
+fn starts_programs(config: &Config) -> bool {
+    config.command.is_some() || matches!(config.ready, ReadyMode::Exec(_))
+}
+
 /// Refuses options that do not fit Accept=yes, where each connection has a process of its own.
 fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), String> {
     if sources.connection.is_none() {
@@ -176,15 +185,16 @@ fn backends_of(config: &Config, sources: &Sources) -> Result<Vec<usize>, String>
 fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
     let limits = [fds.lookups, fds.watch_places];
     let [lookups, watch_places] = limits.map(|max| Arc::new(Semaphore::new(max)));
-    let setup = |target: &Target| BackendSetup {
-        connector: Connector::new(
+    let setup = |target: &Target| {
+        let connector = Connector::new(
             target.clone(),
             config.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),
             Arc::clone(&watch_places),
-        ),
-        probe: SharedProbe::default(),
+        );
+        let readiness = Readiness::new(&config.ready, config.proxy_protocol, &connector);
+        BackendSetup { connector, probe: SharedProbe::default(), readiness }
     };
     config.targets.iter().map(setup).collect()
 }
@@ -202,8 +212,7 @@ fn supervisor(
     if !config.listen.is_empty() {
         check_command_target(target, listeners)?;
     }
-    set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
-    let supervisor = Supervisor::new(command.clone(), target.clone(), fd_limit)?;
+    let supervisor = Supervisor::new(command.clone(), &config.ready, target.clone(), fd_limit)?;
     Ok(Some(Arc::new(supervisor)))
 }
 

@@ -291,7 +291,7 @@ fn command_inherits_nothing_of_the_proxy() {
 }
 
 /// What the kernel says of a process's signals: those that it ignores, and those that it blocks.
-fn signals(status: &str) -> [u64; 2] {
+pub fn signals(status: &str) -> [u64; 2] {
     ["SigIgn:", "SigBlk:"].map(|name| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         // 32 and 33 are the C library's own, which it does not let a program change.
@@ -679,7 +679,7 @@ fn rejects_wrong_command_lines() {
         (&["--ready=connect", &target], "--ready= needs a COMMAND"),
         (
             &["--ready=maybe", &target, "--", "sh"],
-            "invalid value 'maybe' for '--ready <connect|notify>'",
+            "invalid value 'maybe' for '--ready <MODE>': it is not connect, notify, http:PATH or",
         ),
         (&[&target, "--"], "There is no COMMAND after --. (Write TARGET -- COMMAND [ARG...].)"),
         (&[&target, "--", ""], "There is no COMMAND after --"),

@@ -19,6 +19,7 @@ mod metrics;
 mod notifications;
 mod passive;
 mod proxy_protocol;
+mod ready;
 mod selectors;
 mod sources;
 mod syscalls;

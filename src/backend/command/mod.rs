@@ -25,14 +25,12 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::backend::attempts::connect_when_up;
 use crate::backend::command::process::CommandProcess;
 use crate::backend::command::process_tree::ProcessTree;
 use crate::backend::command::ready::{NotifyPlace, NotifySocket};
 use crate::backend::command::run_result::{RunResult, describe_status};
 use crate::backend::command::state::CommandState;
 use crate::backend::connect::OnFullBacklog;
-use crate::backend::connect_error::ConnectError;
 use crate::backend::wait::BackendWait;
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
@@ -51,8 +49,7 @@ pub struct Supervisor {
     pub command: CommandLine,
     /// The target that COMMAND serves.
     target: Target,
-    /// Where COMMAND sends `READY=1`. Without it COMMAND is ready when the target accepts a
-    /// connection.
+    /// Where COMMAND sends `READY=1`.
     notify: Option<NotifyPlace>,
     times: CommandTimes,
     fd_limit: Option<u64>,
@@ -73,15 +70,16 @@ impl Supervisor {
     /// One line if `--ready=notify` has no directory for its socket.
     pub fn new(
         config: CommandConfig,
+        ready: &ReadyMode,
         target: Target,
         fd_limit: Option<u64>,
     ) -> Result<Self, String> {
         Ok(Self {
             command: config.line,
             target,
-            notify: match config.ready {
-                ReadyMode::Connect => None,
+            notify: match ready {
                 ReadyMode::Notify => Some(NotifyPlace::find()?),
+                _ => None,
             },
             times: config.times,
             fd_limit,
@@ -195,6 +193,7 @@ impl Supervisor {
             clock.expire();
             process.stop().await;
         }
+        wait.reset_readiness();
         result
     }
 
@@ -319,8 +318,8 @@ impl Supervisor {
         }
     }
 
-    /// Waits until COMMAND sends `READY=1`, or until the target accepts a connection, which is
-    /// returned. The target is tried only while a client waits.
+    /// Waits until COMMAND sends `READY=1`, or else until the target can serve clients. Returns the
+    /// connection that showed it, if there is one. The target is tried only while a client waits.
     async fn wait_until_ready(
         &self,
         notify: Option<&mut NotifySocket>,
@@ -333,16 +332,14 @@ impl Supervisor {
             notify.ready(tree).await;
             return Ok(None);
         }
-        let failed = |error: &ConnectError| {
+        let failed = |error: String| {
             self.last_error.send_replace(format!("{error}, but {name} runs"));
         };
         let mut waiting = self.waiting.subscribe();
         loop {
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
             tokio::select! {
-                connected = connect_when_up(&wait.connector, failed) => {
-                    return connected.map(Some).map_err(RunResult::Unreachable);
-                }
+                up = wait.wait_until_up(failed) => return up.map_err(RunResult::Unreachable),
                 _ = waiting.wait_for(|waiting| *waiting == 0) => {}
             }
         }

@@ -21,8 +21,8 @@ use tokio::process::Child;
 
 use crate::backend::command::process_tree::ProcessTree;
 use crate::backend::command::terminate::kill_group;
+use crate::backend::process_group::isolate;
 use crate::config::command::CommandLine;
-use crate::runtime::dispositions::restore_dispositions;
 
 /// One run of COMMAND. Dropping it ends COMMAND as if the proxy had been killed.
 #[derive(Debug)]
@@ -44,12 +44,9 @@ impl CommandProcess {
         let (control, guard_side) = StdUnixStream::pair()?;
         control.set_nonblocking(true)?;
         let mut command = Command::new(THIS_PROGRAM);
-        command.arg0(GUARD).stdin(OwnedFd::from(guard_side)).process_group(0);
-        for name in SYSTEMD_VARIABLES {
-            command.env_remove(name);
-        }
+        command.arg0(GUARD).stdin(OwnedFd::from(guard_side));
+        isolate(&mut command);
         command.envs(notify.map(|path| ("NOTIFY_SOCKET", path)));
-        restore_dispositions(&mut command);
         let guard = tokio::process::Command::from(command).spawn()?;
         Ok(Self { control: UnixStream::from_std(control)?, guard, is_launched: false, group: None })
     }
@@ -188,14 +185,3 @@ pub const GUARD: &str = "proxyd-guard";
 pub const FREEZE: u8 = b'F';
 pub const THAW: u8 = b'C';
 pub const STOP: u8 = b'T';
-
-/// What systemd set for the proxy and not for COMMAND.
-const SYSTEMD_VARIABLES: [&str; 7] = [
-    "LISTEN_PID",
-    "LISTEN_PIDFDID",
-    "LISTEN_FDS",
-    "LISTEN_FDNAMES",
-    "NOTIFY_SOCKET",
-    "WATCHDOG_PID",
-    "WATCHDOG_USEC",
-];
