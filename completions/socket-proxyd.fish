@@ -17,13 +17,11 @@ complete -c socket-proxyd -l connection-idle-time -d 'Close connections idle for
 complete -c socket-proxyd -l keepalive -d 'Probe TCP peers silent for TIME' -r
 complete -c socket-proxyd -l proxy-protocol -d 'Tell TARGET the client\'s address' -r -f -a "v1\t'One line of text, at most 107 bytes'
 v2\t'Binary, at most 232 bytes here'"
-complete -c socket-proxyd -l ready -d 'COMMAND is ready when TARGET accepts, or on READY=1' -r -f -a "connect\t'TARGET accepts a connection'
-notify\t'COMMAND sends `READY=1`'"
-complete -c socket-proxyd -l freeze-idle-time -d 'Freeze COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd -l ready -d 'Ready on connect (the default), notify, http:PATH or exec:LINE' -r -f -a "connect\t''
 notify\t''
 http:/\t''
 exec:\t''"
+complete -c socket-proxyd -l freeze-idle-time -d 'Freeze COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd -l stop-idle-time -d 'Stop COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd -l min-run-time -d 'Keep COMMAND running for TIME once it is ready [default: 0]' -r
 complete -c socket-proxyd -l threads -d 'Serve with up to N threads, 1 to 256' -r

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 type Cause = fn(check: &dyn Fn(&Lines));
 
 /// In the order of the manual.
-const CAUSES: [Cause; 15] = [
+const CAUSES: [Cause; 16] = [
     connection_limit,
     source_limit,
     passive_client,
@@ -24,6 +24,7 @@ const CAUSES: [Cause; 15] = [
     drain_over,
     out_of_descriptors,
     command_ended,
+    not_ready,
     command_without_ready,
     command_without_listener,
     handed_over,
@@ -135,6 +136,13 @@ fn command_ended(check: &dyn Fn(&Lines)) {
     let pid = started.trim().strip_prefix("started ").unwrap().parse().unwrap();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
     let _ = read_all(&mut client);
+    check(&proxy.lines);
+}
+
+fn not_ready(check: &dyn Fn(&Lines)) {
+    let args = ["--backend-wait=300ms", "--ready=exec:false", &free_address()];
+    let (proxy, mut client) = serve_one(&args);
+    assert_eq!(read_all(&mut client).0, b"");
     check(&proxy.lines);
 }
 
