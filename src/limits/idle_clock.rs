@@ -1,8 +1,8 @@
 //! The idle clock: for how long nothing has been in use.
 //!
 //! A connection is *in use* from accept to close, or with `--wake-on=data` from its first byte on,
-//! unless its client is passive (`--passive-from=`). The clock runs while nothing is in use: from the
-//! start of the process, from COMMAND's readiness, or from the end of the last use.
+//! unless its client is passive (`--passive-from=`). The clock runs while nothing is in use: from
+//! the start of the process, from COMMAND's readiness, or from the end of the last use.
 //! `--freeze-idle-time=`, `--stop-idle-time=` and `--exit-idle-time=` are alarms on this one clock,
 //! and no alarm sets it back. `--min-run-time=` holds all of them back.
 

@@ -2,7 +2,8 @@
 //!
 //! A silent client has no backend and is not in use. It waits on the main thread's event loop, and
 //! goes on to be served with its first byte, which stays unread. At the connection limit, and when
-//! file descriptors are short, the oldest silent client gives way: silent scanners lock nothing out.
+//! file descriptors are short, the oldest silent client gives way. So silent scanners lock nothing
+//! out.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
