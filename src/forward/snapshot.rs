@@ -1,5 +1,5 @@
 //! What is stored of a connection, as plain data. `persist` makes a snapshot and restores a
-//! forwarder from it; `handover::encoding` has its bytes.
+//! forwarder from it; `handover::encoding` makes bytes of it.
 //!
 //! The forwarder knows neither systemd nor the form in which a snapshot is stored. In crash mode it
 //! keeps its snapshot current in a [`SnapshotStore`], which the handover implements.
@@ -7,14 +7,14 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 /// The size of the copy buffer. Larger than the 16 KiB most protocols write at once, so that such a
 /// message is a short receive.
 pub const COPY_SIZE: usize = 32 * 1024;
 
 /// A side of a connection. As the index of a flow: the side at which the flow starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Side {
     /// The peer that connected to a listener.
     Client,
@@ -34,7 +34,7 @@ impl Side {
 }
 
 /// Whether and how a flow has ended: see "How a flow ends" in `forward`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FlowState {
     /// Bytes may come.
     #[default]
@@ -51,7 +51,7 @@ pub enum FlowState {
 }
 
 /// A connection and its buffered bytes. The arrays are indexed by [`Side`].
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Snapshot<Fd> {
     /// The client's socket and the backend's.
     pub endpoints: [EndpointSnapshot<Fd>; 2],
@@ -59,24 +59,36 @@ pub struct Snapshot<Fd> {
     pub flows: [FlowSnapshot<Fd>; 2],
     /// Length of the PROXY header in bytes, which counts as the client's.
     pub header_len: u16,
-    /// The first error of a socket.
-    pub fault: Option<(Side, Errno)>,
+    /// The first error of a socket, as a number of errno(3).
+    pub fault: Option<(Side, i32)>,
 }
 
 impl<Fd> Snapshot<Fd> {
-    /// Returns the number of its descriptors.
-    pub fn fds(&self) -> usize {
-        let buffered = |flow: &FlowSnapshot<Fd>| match &flow.buffered {
-            BufferedSnapshot::Nothing => 0,
-            BufferedSnapshot::Copied(_) => 1,
-            BufferedSnapshot::Piped { .. } => 2,
-        };
-        self.endpoints.len() + self.flows.iter().map(buffered).sum::<usize>()
+    /// Returns the snapshot with the results of `map` in place of its descriptors, which are mapped
+    /// in the order in which a message has them.
+    pub fn map_fds<'a, T>(&'a self, mut map: impl FnMut(&'a Fd) -> T) -> Snapshot<T> {
+        let endpoints = self.endpoints.each_ref().map(|end| EndpointSnapshot {
+            socket: map(&end.socket),
+            reset: end.reset,
+            gone: end.gone,
+        });
+        let flows = self.flows.each_ref().map(|flow| FlowSnapshot {
+            state: flow.state,
+            delivered: flow.delivered,
+            buffered: match &flow.buffered {
+                BufferedSnapshot::Nothing => BufferedSnapshot::Nothing,
+                BufferedSnapshot::Copied(file) => BufferedSnapshot::Copied(map(file)),
+                BufferedSnapshot::Piped { read, write } => {
+                    BufferedSnapshot::Piped { read: map(read), write: map(write) }
+                }
+            },
+        });
+        Snapshot { endpoints, flows, header_len: self.header_len, fault: self.fault }
     }
 }
 
 /// A socket, and what can no longer be read from it.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct EndpointSnapshot<Fd> {
     /// The socket.
     pub socket: Fd,
@@ -87,7 +99,7 @@ pub struct EndpointSnapshot<Fd> {
 }
 
 /// One direction.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct FlowSnapshot<Fd> {
     /// Whether and how it has ended.
     pub state: FlowState,
@@ -98,7 +110,7 @@ pub struct FlowSnapshot<Fd> {
 }
 
 /// Where the bytes are that a flow has received and not yet delivered.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub enum BufferedSnapshot<Fd> {
     /// There are none.
     Nothing,

@@ -25,7 +25,7 @@ use tokio::time::sleep;
 
 use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
 use crate::handover::encoding::{
-    EncodedRecord, FDS_PER_RECORD, RECORDS_MAX, Record, RecordBody, decode, encode_message,
+    FDS_PER_RECORD, RECORDS_MAX, Record, RecordBody, SealedRecord, decode, encode_message,
     record_ids,
 };
 use crate::handover::queue::Queue;
@@ -128,10 +128,9 @@ impl Journal {
     /// When there is no room; then none of them is in the queue.
     pub fn append<Fd: AsFd>(&self, contents: Vec<(u64, RecordBody<Fd>)>) -> Result<(), Errno> {
         let id = || self.next_id.fetch_add(1, Ordering::Relaxed);
-        let record = |(start, body)| Record { id: id(), start, body };
+        let record = |(start, body)| Record { id: id(), start, body }.seal();
         let records: Vec<_> = contents.into_iter().map(record).collect();
-        let encoded: Vec<_> = records.iter().map(Record::encode).collect();
-        lock(&self.index).append(&self.queue, &encoded)
+        lock(&self.index).append(&self.queue, &records)
     }
 
     /// Drops each superseded record within a few seconds, forever: a second reference to a socket
@@ -190,8 +189,7 @@ impl JournalEntry {
 
     /// Appends the record, unless the queue is `limit_percent` full even after compaction.
     fn write<Fd: AsFd>(&self, body: RecordBody<Fd>, limit_percent: usize) -> bool {
-        let record = Record { id: self.id, start: self.start, body };
-        let encoded = [record.encode()];
+        let record = Record { id: self.id, start: self.start, body }.seal();
         let queue = &self.journal.queue;
         let mut index = lock(&self.journal.index);
         for _ in 0..COMPACT_STEPS {
@@ -203,7 +201,7 @@ impl JournalEntry {
             }
         }
         let is_written =
-            index.fullness(queue) < limit_percent && index.append(queue, &encoded).is_ok();
+            index.fullness(queue) < limit_percent && index.append(queue, &[record]).is_ok();
         self.journal.maintain(&mut index);
         is_written
     }
@@ -242,12 +240,12 @@ impl Index {
     fn append<Fd: AsFd>(
         &mut self,
         queue: &Queue,
-        records: &[EncodedRecord<Fd>],
+        records: &[SealedRecord<Fd>],
     ) -> Result<(), Errno> {
         let (bytes, fds) = encode_message(records);
         queue.append(&bytes, &fds)?;
         let number = self.next_number();
-        let record_ids: Vec<_> = records.iter().map(EncodedRecord::id).collect();
+        let record_ids: Vec<_> = records.iter().map(SealedRecord::id).collect();
         self.current.extend(record_ids.iter().map(|id| (*id, number)));
         self.push(MessageInfo { record_ids, descriptors: fds.len() });
         Ok(())
@@ -330,7 +328,7 @@ impl Index {
             match decode(&message.bytes, message.fds) {
                 Some(records) if message.is_whole => {
                     let is_live =
-                        |it: &EncodedRecord<_>| self.current.get(&it.id()) == Some(&number);
+                        |it: &SealedRecord<_>| self.current.get(&it.id()) == Some(&number);
                     live.extend(records.into_iter().filter(is_live));
                 }
                 // There may be no descriptors left for a moment.

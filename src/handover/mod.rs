@@ -23,7 +23,7 @@ use std::time::Duration;
 use rustix::net::{SocketType, sockopt};
 
 use crate::config::values::HandoverMode;
-use crate::handover::encoding::{RECORDS_MAX, Record, RecordBody, descriptors_of};
+use crate::handover::encoding::{RECORDS_MAX, RecordBody, descriptors_of};
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
 use crate::handover::replay::{Leftovers, Replay, replay};
@@ -81,10 +81,9 @@ impl Handover {
             }
         };
         let fds_max = spare_fds();
-        let Replay { messages, records, refused } = read(&queue, fds_max)?;
+        let Replay { messages, records, files, refused } = read(&queue, fds_max)?;
         // With Accept=yes a connection may be both passed and stored.
-        let file_ids: HashSet<_> = records.iter().flat_map(Record::file_ids).collect();
-        passed.retain(|it| !FileId::of(&it.fd).is_ok_and(|id| file_ids.contains(&id)));
+        passed.retain(|it| !FileId::of(&it.fd).is_ok_and(|id| files.contains(&id)));
         let current: HashSet<_> = records.iter().map(|record| record.id).collect();
         let journal = Journal::new(queue, messages, &current);
         let crash_journal = (mode == HandoverMode::Crash).then_some(&journal);
@@ -151,8 +150,8 @@ impl Handover {
             let (mut bodies, mut fds) = (Vec::new(), 0);
             for connection in detached.iter().rev().take(RECORDS_MAX) {
                 match connection.body() {
-                    Ok(body) if self.has_room(fds + body.fds()) => {
-                        fds += body.fds();
+                    Ok(body) if self.has_room(fds + body.fds().len()) => {
+                        fds += body.fds().len();
                         bodies.push((start_micros(connection.start.elapsed()), body));
                     }
                     Ok(_) => break,

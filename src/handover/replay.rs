@@ -6,17 +6,20 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::io::ioctl_fionread;
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::io::{ioctl_fionbio, ioctl_fionread};
+use rustix::net::{SocketType, sockopt};
 use socket2::SockRef;
 use tokio::time::Instant;
 
-use crate::forward::snapshot::BufferedSnapshot;
-use crate::handover::encoding::{Record, RecordBody, decode, record_ids};
+use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FlowState};
+use crate::handover::encoding::{Record, RecordBody, SealedRecord, decode, record_ids};
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Message;
 use crate::listen::stored::StoredListener;
+use crate::socket::file_id::FileId;
 use crate::socket::sys::outq_len;
-use crate::socket::{has_hung_up, has_unread};
+use crate::socket::{Family, has_hung_up, has_unread};
 
 /// What the previous process left.
 #[derive(Debug, Default)]
@@ -56,7 +59,7 @@ impl Leftovers {
 
     /// Returns the number of the connections' descriptors.
     pub fn descriptors(&self) -> usize {
-        self.connections.iter().map(|connection| connection.body.fds()).sum()
+        self.connections.iter().map(|connection| connection.body.fds().len()).sum()
     }
 }
 
@@ -78,6 +81,8 @@ pub struct Replay {
     pub messages: Vec<Vec<u64>>,
     /// The live records, without those of connections that have ended.
     pub records: Vec<Record<OwnedFd>>,
+    /// Their sockets, pipes and files.
+    pub files: HashSet<FileId>,
     /// The number of records that cannot be restored.
     pub refused: usize,
 }
@@ -102,7 +107,6 @@ pub fn replay(
         last.extend(record_ids.iter().map(|id| (*id, number)));
         out.messages.push(record_ids);
     }
-    let mut seen = HashSet::new();
     for (number, message) in messages.take(payloads.len()).enumerate() {
         let message = message?;
         let is_last = |id: &u64| last.get(id) == Some(&number);
@@ -112,10 +116,10 @@ pub fn replay(
             continue;
         };
         for record in records.into_iter().filter(|record| is_last(&record.id())) {
-            match record.open() {
-                Some(record) if is_over(&record.body) => {}
-                Some(record) if record.file_ids().iter().all(|it| !seen.contains(it)) => {
-                    seen.extend(record.file_ids());
+            match verified(record) {
+                Some((record, _)) if is_over(&record.body) => {}
+                Some((record, files)) if out.files.is_disjoint(&files) => {
+                    out.files.extend(files);
                     out.records.push(record);
                 }
                 _ => out.refused += 1,
@@ -123,6 +127,68 @@ pub fn replay(
         }
     }
     Ok(out)
+}
+
+/// Returns a record that is as this program writes it, and its sockets, pipes and files.
+fn verified(record: SealedRecord<OwnedFd>) -> Option<(Record<OwnedFd>, HashSet<FileId>)> {
+    let record = record.open()?;
+    let mut files = Vec::new();
+    match &record.body {
+        RecordBody::Nothing => {}
+        RecordBody::Listener(fd, _) => files.push(check_socket(fd, true)?),
+        RecordBody::Client(fd) => files.push(check_socket(fd, false)?),
+        RecordBody::Forwarder(snapshot) => {
+            for end in &snapshot.endpoints {
+                files.push(check_socket(&end.socket, false)?);
+            }
+            for flow in &snapshot.flows {
+                match &flow.buffered {
+                    BufferedSnapshot::Nothing => {}
+                    BufferedSnapshot::Copied(_) if flow.state != FlowState::Open => return None,
+                    BufferedSnapshot::Copied(file) => files.push(check_file(file)?),
+                    BufferedSnapshot::Piped { read, write } => files.push(check_pipe(read, write)?),
+                }
+            }
+            if snapshot.fault.is_some_and(|(_, errno)| !(1..4096).contains(&errno)) {
+                return None;
+            }
+        }
+    }
+    let distinct: HashSet<_> = files.iter().copied().collect();
+    (distinct.len() == files.len()).then_some((record, distinct))
+}
+
+/// Requires a stream socket of a known family, and makes it never block.
+///
+/// systemd makes a connection that it has accepted blocking again before it passes it to the next
+/// process. A blocking socket would hold up all connections of an event loop.
+fn check_socket(fd: &OwnedFd, listens: bool) -> Option<FileId> {
+    ioctl_fionbio(fd, true).ok()?;
+    let is_stream = sockopt::socket_type(fd).ok()? == SocketType::STREAM;
+    let is_known = Family::of(fd).ok()?.is_some();
+    let is_valid = is_stream && is_known && sockopt::socket_acceptconn(fd).ok()? == listens;
+    is_valid.then(|| FileId::of(fd).ok())?
+}
+
+/// Requires a file that has at most as many bytes as a flow copies at a time.
+fn check_file(fd: &OwnedFd) -> Option<FileId> {
+    let stat = fstat(fd).ok()?;
+    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    let has_bytes = (1..=COPY_SIZE as i64).contains(&stat.st_size);
+    (is_file && has_bytes).then(|| FileId::from_stat(&stat))
+}
+
+/// Requires the two ends of one pipe, and makes them never block.
+fn check_pipe(read: &OwnedFd, write: &OwnedFd) -> Option<FileId> {
+    let end = |fd: &OwnedFd, mode: OFlags| -> Option<FileId> {
+        ioctl_fionbio(fd, true).ok()?;
+        let stat = fstat(fd).ok()?;
+        let is_pipe = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
+        let has_mode = fcntl_getfl(fd).ok()? & OFlags::RWMODE == mode;
+        (is_pipe && has_mode).then(|| FileId::from_stat(&stat))
+    };
+    let file = end(read, OFlags::RDONLY)?;
+    (end(write, OFlags::WRONLY)? == file).then_some(file)
 }
 
 /// Whether the connection has ended, and only its record was not dropped yet.
@@ -157,7 +223,7 @@ fn is_delivering(socket: &OwnedFd) -> bool {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::os::fd::BorrowedFd;
+    use std::os::fd::{AsFd, BorrowedFd};
 
     use rustix::io::Errno;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -165,7 +231,7 @@ mod tests {
 
     use super::*;
     use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side, Snapshot};
-    use crate::handover::encoding::{EncodedRecord, RECORDS_MAX, encode_message};
+    use crate::handover::encoding::{RECORDS_MAX, encode_message};
 
     /// The same for the same seed; and the peers of the sockets, which say nothing.
     struct Dice(u64, Vec<OwnedFd>);
@@ -221,7 +287,7 @@ mod tests {
             || EndpointSnapshot { socket: socket(dice), reset: dice.says(), gone: dice.says() };
         let endpoints = [end(), end()];
         let side = if dice.says() { Side::Client } else { Side::Backend };
-        let fault = dice.says().then_some((side, Errno::CONNRESET));
+        let fault = dice.says().then_some((side, Errno::CONNRESET.raw_os_error()));
         Snapshot { endpoints, flows, header_len: dice.below(300) as u16, fault }
     }
 
@@ -239,12 +305,20 @@ mod tests {
             }
             _ => "client".into(),
         };
-        format!("{} {described} {:?}", record.start, record.file_ids())
+        format!("{} {described} {:?}", record.start, file_ids(record))
     }
 
-    fn messages(encoded: &[EncodedRecord<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
+    fn file_ids(record: &Record<OwnedFd>) -> Vec<FileId> {
+        record.body.fds().into_iter().map(|fd| FileId::of(fd).unwrap()).collect()
+    }
+
+    fn seal(record: &Record<OwnedFd>) -> SealedRecord<BorrowedFd<'_>> {
+        record.map_fds(AsFd::as_fd).seal()
+    }
+
+    fn messages(sealed: &[SealedRecord<BorrowedFd<'_>>], dice: &mut Dice) -> Vec<Message> {
         let mut messages = Vec::new();
-        let mut rest = encoded;
+        let mut rest = sealed;
         while !rest.is_empty() {
             let (monotonic_micros, later) =
                 rest.split_at(1 + dice.below(rest.len().min(RECORDS_MAX)));
@@ -266,8 +340,8 @@ mod tests {
         let mut dice = Dice(4, Vec::new());
         let (first, last) = (record(7, &mut dice), record(7, &mut dice));
         let message = |record: &Record<OwnedFd>| {
-            let encoded = [record.encode()];
-            let (bytes, fds) = encode_message(&encoded);
+            let sealed = [seal(record)];
+            let (bytes, fds) = encode_message(&sealed);
             let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
             Message { bytes, fds, is_whole: true }
         };
@@ -293,8 +367,8 @@ mod tests {
         let mut dice = Dice(1, Vec::new());
         for _ in 0..50 {
             let records: Vec<_> = (0..20).map(|id| record(id, &mut dice)).collect();
-            let encoded: Vec<_> = records.iter().map(Record::encode).collect();
-            let out = sorted(messages(&encoded, &mut dice));
+            let sealed: Vec<_> = records.iter().map(seal).collect();
+            let out = sorted(messages(&sealed, &mut dice));
             assert_eq!(out.refused, 0);
             let back: Vec<_> = out.records.iter().map(describe).collect();
             assert_eq!(back, records.iter().map(describe).collect::<Vec<_>>());
@@ -307,9 +381,9 @@ mod tests {
         let first = record(7, &mut dice);
         let last = record(7, &mut dice);
         let gone = record(8, &mut dice);
-        let forgotten = Record { id: 8, start: 0, body: RecordBody::<OwnedFd>::Nothing };
-        let encoded = [first.encode(), gone.encode(), last.encode(), forgotten.encode()];
-        let out = sorted(messages(&encoded, &mut dice));
+        let forgotten = Record { id: 8, start: 0, body: RecordBody::Nothing };
+        let sealed = [&first, &gone, &last, &forgotten].map(seal);
+        let out = sorted(messages(&sealed, &mut dice));
         assert_eq!((out.refused, out.records.len()), (0, 1));
         assert_eq!(describe(&out.records[0]), describe(&last));
     }
@@ -323,8 +397,8 @@ mod tests {
             // Some were stored twice, as they were before and as they are.
             records.extend((0..4).map(|id| record(id, &mut dice)));
             let were: BTreeMap<_, _> = records.iter().map(|it| (describe(it), it.id)).collect();
-            let encoded: Vec<_> = records.iter().map(Record::encode).collect();
-            let mut messages = messages(&encoded, &mut dice);
+            let sealed: Vec<_> = records.iter().map(seal).collect();
+            let mut messages = messages(&sealed, &mut dice);
             for _ in 0..dice.below(6) {
                 damage(&mut messages, &mut dice);
             }
@@ -332,7 +406,8 @@ mod tests {
             let mut seen = HashSet::new();
             for record in &out.records {
                 assert_eq!(were.get(&describe(record)), Some(&record.id), "it is another");
-                assert!(record.file_ids().into_iter().all(|it| seen.insert(it)), "it is two");
+                let files: HashSet<_> = file_ids(record).into_iter().collect();
+                assert!(files.into_iter().all(|it| seen.insert(it)), "it is two");
             }
         }
     }

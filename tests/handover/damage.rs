@@ -75,11 +75,11 @@ fn foreign_messages(systemd: &FakeSystemd) {
     let socket = open_socket();
     queue.append(b"what is this", &[socket.as_fd()]).unwrap();
     queue.append(&[0; 4000], &[socket.as_fd(); 200]).unwrap();
-    // A record of a form that is unknown.
+    // A record of an unknown kind, which stands behind the header, an id and a start of one byte.
     let client = Record { id: 1, start: 0, body: RecordBody::Client(socket.as_fd()) };
-    let encoded = client.encode();
-    let (mut bytes, fds) = encode_message(std::slice::from_ref(&encoded));
-    bytes[4 + 36] = 3;
+    let sealed = [client.seal()];
+    let (mut bytes, fds) = encode_message(&sealed);
+    bytes[4 + 8 + 1] = 9;
     queue.append(&bytes, &fds).unwrap();
 }
 
