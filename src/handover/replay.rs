@@ -4,17 +4,15 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::{ioctl_fionbio, ioctl_fionread};
 use rustix::net::{SocketType, sockopt};
 use socket2::SockRef;
-use tokio::time::Instant;
 
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FlowState};
 use crate::handover::encoding::{Record, RecordBody, SealedRecord, decode, record_ids};
-use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
+use crate::handover::journal::{Journal, JournalEntry};
 use crate::handover::queue::Message;
 use crate::listen::stored::StoredListener;
 use crate::socket::file_id::FileId;
@@ -28,8 +26,8 @@ pub struct Leftovers {
     pub listeners: Vec<StoredListener>,
     /// Their records. Those of listeners that this process uses are stored again.
     pub listener_entries: Vec<JournalEntry>,
-    /// Connections, those without a backend included.
-    pub connections: Vec<RestoredRecord>,
+    /// Clients and forwarders, and their records in the journal (crash mode).
+    pub connections: Vec<(Record<OwnedFd>, Option<JournalEntry>)>,
     /// The number of records that cannot be restored.
     pub refused: usize,
 }
@@ -43,35 +41,22 @@ impl Leftovers {
         journal: Option<&Arc<Journal>>,
     ) -> Self {
         let mut all = Self { refused, ..Self::default() };
-        for Record { id, start, body } in records {
-            let entry = journal.map(|journal| journal.entry(id, start));
-            if let RecordBody::Listener(fd, file) = body {
+        for record in records {
+            let entry = journal.map(|journal| journal.entry(record.id, record.start));
+            if let RecordBody::Listener(fd, file) = record.body {
                 all.listeners.push(StoredListener { fd, file });
                 all.listener_entries.extend(entry);
-                continue;
+            } else {
+                all.connections.push((record, entry));
             }
-            let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
-            let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
-            all.connections.push(RestoredRecord { body, start, entry });
         }
         all
     }
 
     /// Returns the number of the connections' descriptors.
     pub fn descriptors(&self) -> usize {
-        self.connections.iter().map(|connection| connection.body.fds().len()).sum()
+        self.connections.iter().map(|(record, _)| record.body.fds().len()).sum()
     }
-}
-
-/// A connection that was stored.
-#[derive(Debug)]
-pub struct RestoredRecord {
-    /// A client or a forwarder.
-    pub body: RecordBody<OwnedFd>,
-    /// When the connection was accepted.
-    pub start: Instant,
-    /// Its record, which stays in the journal (crash mode).
-    pub entry: Option<JournalEntry>,
 }
 
 /// The contents of a queue.

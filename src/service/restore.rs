@@ -3,15 +3,16 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use socket2::{SockAddr, SockRef};
 use tokio::time::Instant;
 
 use crate::connection::Restored;
 use crate::forward::snapshot::Snapshot;
-use crate::handover::encoding::RecordBody;
-use crate::handover::journal::JournalEntry;
-use crate::handover::replay::{Leftovers, RestoredRecord};
+use crate::handover::encoding::{Record, RecordBody};
+use crate::handover::journal::{JournalEntry, monotonic_micros};
+use crate::handover::replay::Leftovers;
 use crate::limits::slot::Slot;
 use crate::listen::listener::{Accepted, Listener, ListenerInfo};
 use crate::listen::stored::StoredListener;
@@ -39,7 +40,7 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
     leftovers.listeners.into_iter().for_each(StoredListener::close);
     // The listeners that are still used have new entries.
     leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
-    for RestoredRecord { body, start, entry } in leftovers.connections {
+    for (Record { start, body, .. }, entry) in leftovers.connections {
         match body {
             RecordBody::Forwarder(snapshot) => restore_connection(server, snapshot, start, entry),
             RecordBody::Client(socket) => restore_client(server, socket, entry),
@@ -58,9 +59,11 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
 fn restore_connection(
     server: &Server,
     snapshot: Box<Snapshot<OwnedFd>>,
-    start: Instant,
+    start: u64,
     journal: Option<JournalEntry>,
 ) {
+    let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
+    let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
     let sockets = snapshot.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
     let (listener, known_backend) = find_listener(server, &sockets[0]);
     let [client, backend] = sockets.map(|socket| or_unnamed(socket.peer_addr()));
