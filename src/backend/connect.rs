@@ -1,7 +1,6 @@
 //! From a target to a connected socket: each address in turn, each with its own time limit.
 
 use std::cell::RefCell;
-
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -62,18 +61,15 @@ impl Connector {
         lookups: Arc<Semaphore>,
         watch_places: Arc<Semaphore>,
     ) -> Self {
-        let lookups_max = lookups.available_permits();
-        let backlog_turns = Arc::new(Semaphore::new(BACKLOG_TURNS));
-        let counters = Arc::default();
         Self {
             target,
             connect_timeout,
             keepalive,
+            lookups_max: lookups.available_permits(),
             lookups,
-            lookups_max,
             watch_places,
-            backlog_turns,
-            counters,
+            backlog_turns: Arc::new(Semaphore::new(BACKLOG_TURNS)),
+            counters: Arc::default(),
         }
     }
 
@@ -93,7 +89,11 @@ impl Connector {
         let connected = match &self.target {
             Target::Address(address) => self.try_address(address, on_full_backlog).await,
             // Boxed, here and below: thousands of clients may connect at a time.
-            Target::Name(name) => Box::pin(self.try_name(name, on_full_backlog)).await,
+            Target::Name(name) => {
+                let try_name =
+                    async { self.try_each(&self.look_up(name).await?, on_full_backlog).await };
+                Box::pin(try_name).await
+            }
         };
         self.count(start, &connected);
         connected
@@ -129,14 +129,6 @@ impl Connector {
                 }
             }
         }
-    }
-
-    async fn try_name(
-        &self,
-        name: &HostPort,
-        on_full_backlog: OnFullBacklog,
-    ) -> Result<Socket, ConnectError> {
-        self.try_each(&self.look_up(name).await?, on_full_backlog).await
     }
 
     async fn look_up(&self, name: &HostPort) -> Result<Vec<Address>, ConnectError> {
