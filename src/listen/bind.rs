@@ -71,20 +71,15 @@ fn open_each(
     let mut missing = None;
     for &address in addresses {
         match open_inet(address, stored) {
+            Ok(listener) if only_first => return Ok(vec![listener]),
             Ok(listener) => listeners.push(listener),
             Err(error) => match Errno::from_io_error(&error) {
                 Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => missing = Some(error),
                 _ => return Err(error),
             },
         }
-        if only_first && !listeners.is_empty() {
-            break;
-        }
     }
-    match missing {
-        Some(error) if listeners.is_empty() => Err(error),
-        _ => Ok(listeners),
-    }
+    missing.filter(|_| listeners.is_empty()).map_or(Ok(listeners), Err)
 }
 
 fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
@@ -128,10 +123,7 @@ async fn open_named(address: &Address, stored: &mut Vec<StoredListener>) -> io::
     };
     // Held until the socket listens. Otherwise two processes that start at once could each take the
     // other's new socket for a stale one.
-    let _lock = match path.parent() {
-        Some(directory) => lock_directory(directory).await,
-        None => None,
-    };
+    let _lock = lock_directory(path).await;
     bind(&socket, &sockaddr, || match is_stale(path, &sockaddr)? {
         true => fs::remove_file(path),
         false => Ok(()),
@@ -179,9 +171,10 @@ fn reuse(stored: StoredListener) -> io::Result<Listener> {
     Listener::from_fd(stored.fd, None, file)
 }
 
-/// Locks a directory, but gives up after a second: any process that can read it can hold the lock.
-async fn lock_directory(directory: &Path) -> Option<File> {
-    let directory = File::open(directory).ok()?;
+/// Locks the directory of a path, but gives up after a second: any process that can read it can
+/// hold the lock.
+async fn lock_directory(path: &Path) -> Option<File> {
+    let directory = File::open(path.parent()?).ok()?;
     for _ in 0..LOCK_ATTEMPTS {
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Some(directory),
