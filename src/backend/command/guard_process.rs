@@ -29,8 +29,7 @@ use std::process::{Command, Stdio};
 
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, Resource, Rlimit, Signal, getpid, getppid, getrlimit, set_child_subreaper,
-    set_parent_process_death_signal, setrlimit,
+    Pid, Signal, getpid, getppid, set_child_subreaper, set_parent_process_death_signal,
 };
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -96,14 +95,9 @@ impl Guard {
         let length = control.read_u32_le().await?;
         let mut text = vec![0; length as usize];
         control.read_exact(&mut text).await?;
-        let mut words = text.split(|&byte| byte == 0);
-        let limit = words.next().unwrap_or_default();
+        let words = text.split(|&byte| byte == 0);
         let words = words.map(|word| OsString::from_vec(word.to_vec())).collect();
         let command = CommandLine { words };
-        if let Some(limit) = std::str::from_utf8(limit).ok().and_then(|limit| limit.parse().ok()) {
-            let maximum = getrlimit(Resource::Nofile).maximum;
-            setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum })?;
-        }
         let mut launch = Command::new(THIS_PROGRAM);
         launch.arg0(LAUNCH).arg(getpid().to_string()).args(&command.words);
         launch.stdin(Stdio::null()).process_group(0);

@@ -4,7 +4,7 @@
 //! and later [`FREEZE`], [`THAW`] and [`STOP`]. The guard sends [`Event`]s. When the proxy is gone,
 //! the guard reads the end of the stream.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::{Command, ExitStatus};
 
 use rustix::io::Errno;
-use rustix::process::Pid;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::process::Child;
@@ -61,15 +61,17 @@ impl CommandProcess {
         command: &CommandLine,
         fd_limit: Option<u64>,
     ) -> io::Result<ProcessTree> {
-        let mut words = vec![fd_limit.map_or_else(OsString::new, |limit| limit.to_string().into())];
-        words.extend(command.words.iter().cloned());
-        let text = words.join(OsStr::new("\0"));
+        let guard = self.guard.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
+        if let (Some(_), Some(limit)) = (guard, fd_limit) {
+            let maximum = getrlimit(Resource::Nofile).maximum;
+            prlimit(guard, Resource::Nofile, Rlimit { current: Some(limit), maximum })?;
+        }
+        let text = command.words.join(OsStr::new("\0"));
         let length = u32::try_from(text.len()).map_err(|_| Errno::TOOBIG)?;
         self.control.write_all(&length.to_le_bytes()).await?;
         self.control.write_all(text.as_bytes()).await?;
         self.is_launched = true;
         self.event().await?;
-        let guard = self.guard.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
         let tree = self.group.zip(guard).map(|(group, guard)| ProcessTree { group, guard });
         tree.ok_or_else(|| io::Error::other("its guard has ended"))
     }
