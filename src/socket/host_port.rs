@@ -52,13 +52,12 @@ impl HostPort {
         if text.contains(char::is_whitespace) {
             return Err("there is white space in it".into());
         }
-        for (byte, message) in [
-            ('/', "a host has no slash; a path begins with one, and a COMMAND follows after --"),
-            ('=', "a host has no ="),
-        ] {
-            if host.contains(byte) {
-                return Err(message.into());
-            }
+        if host.contains('/') {
+            let why = "a host has no slash; a path begins with one, and a COMMAND follows after --";
+            return Err(why.into());
+        }
+        if host.contains('=') {
+            return Err("a host has no =".into());
         }
         if host == "*" {
             // getaddrinfo(3) reads * as the loopback address.
