@@ -421,27 +421,20 @@ fn poll_edge(
 ) -> io::Result<bool> {
     let reads = from.is_open() && !from_waits;
     let mut edge = false;
-    if reads {
-        if let Poll::Ready(ready) = end.socket.poll_readable(cx) {
-            ready?;
-            end.readable = true;
-            edge = true;
-        }
+    if reads && end.socket.poll_readable(cx)?.is_ready() {
+        end.readable = true;
+        edge = true;
     }
     if to_waits {
-        if let Poll::Ready(ready) = end.socket.poll_writable(cx) {
-            ready?;
+        if end.socket.poll_writable(cx)?.is_ready() {
             end.writable = true;
             edge = true;
         }
-    } else if !reads && to.is_open() {
-        if let Poll::Ready(ready) = end.socket.poll_hung_up(cx) {
-            ready?;
-            // A Unix peer may just have closed, after it read all it was sent.
-            end.gone |= end.socket.family() != Family::Unix;
-            to.close_sink(end.gone);
-            edge = true;
-        }
+    } else if !reads && to.is_open() && end.socket.poll_hung_up(cx)?.is_ready() {
+        // A Unix peer may just have closed, after it read all it was sent.
+        end.gone |= end.socket.family() != Family::Unix;
+        to.close_sink(end.gone);
+        edge = true;
     }
     Ok(edge)
 }
