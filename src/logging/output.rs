@@ -2,10 +2,10 @@
 
 use std::env;
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::fstat;
 use rustix::net::{SendFlags, SocketAddrUnix, sendto};
 
 use crate::logging::line::Format;
@@ -78,11 +78,8 @@ impl Output {
 /// systemd.exec(5): `$JOURNAL_STREAM` names the device and inode of the stream that systemd
 /// connected. After a redirection standard error is another file.
 fn is_journal_stream() -> bool {
-    // Through /proc the metadata is the open file's; std has no fstat for standard error.
-    let stderr = std::fs::metadata("/proc/self/fd/2");
-    let stream = env::var("JOURNAL_STREAM").ok();
-    stderr.ok().map(|stderr| format!("{}:{}", stderr.dev(), stderr.ino())) == stream
-        && stream.is_some()
+    let stderr = fstat(io::stderr()).map(|stderr| format!("{}:{}", stderr.st_dev, stderr.st_ino));
+    stderr.is_ok_and(|stderr| env::var("JOURNAL_STREAM").is_ok_and(|stream| stream == stderr))
 }
 
 const JOURNAL_SOCKET: &str = "/run/systemd/journal/socket";
