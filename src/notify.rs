@@ -22,7 +22,7 @@ use rustix::net::{
 use sd_notify::NotifyState;
 use tokio::time::{Instant, sleep};
 
-use crate::logging::{RateLimit, os_message};
+use crate::logging::{RateLimit, os_message, rate_limited};
 
 /// The way to the service manager, if there is one.
 #[derive(Debug)]
@@ -67,15 +67,22 @@ impl Notifier {
                 Ok(()) => return true,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if start.elapsed() > WARN_AFTER {
-                        warn_busy(states);
+                        rate_limited!(
+                            BUSY,
+                            warn,
+                            "Failed to send {} to systemd, trying again: its queue is full.",
+                            states.first().map(ToString::to_string).unwrap_or_default()
+                        );
                     }
                     sleep(RETRY_AFTER).await;
                 }
                 Err(error) => {
-                    if let Some(suppressed) = UNSENT.pass() {
-                        let error = os_message(&error);
-                        tracing::warn!(suppressed, "Failed to notify systemd, ignoring: {error}.");
-                    }
+                    rate_limited!(
+                        UNSENT,
+                        warn,
+                        "Failed to notify systemd, ignoring: {}.",
+                        os_message(&error)
+                    );
                     return false;
                 }
             }
@@ -118,16 +125,6 @@ fn open(name: &OsStr) -> io::Result<(UnixDatagram, SocketAddrUnix)> {
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
     Ok((socket, address))
-}
-
-fn warn_busy(states: &[NotifyState<'_>]) {
-    if let Some(suppressed) = BUSY.pass() {
-        let message = states.first().map(ToString::to_string).unwrap_or_default();
-        tracing::warn!(
-            suppressed,
-            "Failed to send {message} to systemd, trying again: its queue is full."
-        );
-    }
 }
 
 /// The pause between two attempts while systemd's queue is full.

@@ -48,9 +48,9 @@ fn literals(code: &str) -> Vec<String> {
 
 /// The texts of the log messages from level info on.
 fn logged() -> Vec<String> {
-    let levels = ["tracing::error!(", "tracing::warn!(", "tracing::info!("];
+    let macros = ["tracing::error!(", "tracing::warn!(", "tracing::info!(", "rate_limited!("];
     let of = |code: &str| -> Vec<String> {
-        let calls = levels.iter().flat_map(|call| code.split(call).skip(1));
+        let calls = macros.iter().flat_map(|call| code.split(call).skip(1));
         calls.map(|call| literals(call).swap_remove(0)).collect()
     };
     code().flat_map(|(_, code)| of(&code)).collect()

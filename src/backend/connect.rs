@@ -16,7 +16,7 @@ use crate::backend::connect_error::{ConnectError, errno_kind};
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::counters::{ConnectCounters, ConnectErrorKind};
-use crate::logging::{RateLimit, os_message};
+use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::runtime::backoff::Backoff;
 use crate::socket::address::Address;
 use crate::socket::host_port::HostPort;
@@ -133,12 +133,11 @@ impl Connector {
 
     async fn look_up(&self, name: &HostPort) -> Result<Vec<Address>, ConnectError> {
         if self.lookups.available_permits() == 0 {
-            if let Some(suppressed) = LOOKUPS_BUSY.pass() {
-                tracing::warn!(
-                    suppressed,
-                    "The resolver is slow, and further lookups wait for it."
-                );
-            }
+            rate_limited!(
+                LOOKUPS_BUSY,
+                warn,
+                "The resolver is slow, and further lookups wait for it."
+            );
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
         let addresses = resolve(name, permit).await.map_err(ConnectError::Resolve)?;
@@ -235,13 +234,12 @@ async fn connect_with_resources(
     loop {
         match try_connect(address).await {
             Err(error) if errno_kind(&error) == ConnectErrorKind::Resources => {
-                if let Some(suppressed) = OUT_OF_RESOURCES.pass() {
-                    tracing::error!(
-                        suppressed,
-                        "Failed to open a socket to the backend, trying again: {}.",
-                        os_message(&error)
-                    );
-                }
+                rate_limited!(
+                    OUT_OF_RESOURCES,
+                    error,
+                    "Failed to open a socket to the backend, trying again: {}.",
+                    os_message(&error)
+                );
                 last_error.replace(Some(error));
             }
             connected => return connected,

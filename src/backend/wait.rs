@@ -32,7 +32,7 @@ use crate::backend::connect_error::ConnectError;
 use crate::backend::readiness::{OpenConnection, Readiness};
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
-use crate::logging::RateLimit;
+use crate::logging::{RateLimit, rate_limited};
 use crate::runtime::lock;
 use crate::socket::address::Address;
 use crate::socket::{Family, Socket, has_hung_up};
@@ -249,10 +249,7 @@ impl BackendWait {
     }
 
     fn log_waiting(&self, last_error: &str) {
-        if let Some(suppressed) = WAITING.pass() {
-            let wait = self.wait;
-            tracing::info!(suppressed, "{last_error}, holding clients for up to {wait}.");
-        }
+        rate_limited!(WAITING, info, "{last_error}, holding clients for up to {}.", self.wait);
     }
 
     /// Waits until the backend can serve clients. Returns the connection that showed it, unless a

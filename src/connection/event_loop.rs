@@ -25,7 +25,7 @@ use crate::counters::Gauge;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::listen::listener::Accepted;
-use crate::logging::{RateLimit, os_message};
+use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::runtime::start_thread;
 
 /// All event loops.
@@ -142,14 +142,13 @@ impl EventLoops {
             Ok(thread) => Some(thread),
             Err(error) => {
                 self.retry_at.set(Some(Instant::now() + RETRY_AFTER));
-                if let Some(suppressed) = NO_THREAD.pass() {
-                    tracing::error!(
-                        suppressed,
-                        "Failed to start a thread, serving with {}: {}. (Raise TasksMax=.)",
-                        1 + running,
-                        os_message(&error)
-                    );
-                }
+                rate_limited!(
+                    NO_THREAD,
+                    error,
+                    "Failed to start a thread, serving with {}: {}. (Raise TasksMax=.)",
+                    1 + running,
+                    os_message(&error)
+                );
                 None
             }
         }

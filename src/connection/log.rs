@@ -12,7 +12,7 @@ use crate::forward::{CloseReason, Progress, Summary};
 use crate::listen::listener::ListenerInfo;
 use crate::logging::bytes::Bytes;
 use crate::logging::message_id;
-use crate::logging::{RateLimit, os_message};
+use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::socket::address::Address;
 
 /// The fields that the log lines of a connection share.
@@ -26,38 +26,27 @@ pub struct LogContext<'a> {
 impl LogContext<'_> {
     /// Warns that there is no backend for the client.
     pub fn unreachable(&self, error: &str) {
-        if let Some(suppressed) = UNREACHABLE.pass() {
-            tracing::warn!(
-                suppressed,
-                client = %self.client,
-                listener = %self.listener,
-                backend = %self.backend,
-                message_id = message_id::BACKEND_UNREACHABLE,
-                "{error}"
-            );
-        }
+        let Self { client, listener, backend, .. } = self;
+        let message_id = message_id::BACKEND_UNREACHABLE;
+        rate_limited!(UNREACHABLE, warn, client, listener, backend, message_id, "{error}");
     }
 
     /// Logs that a passive client was closed.
     pub fn refused_passive(&self) {
-        if let Some(suppressed) = PASSIVE.pass() {
-            tracing::info!(
-                suppressed,
-                client = %self.client,
-                listener = %self.listener,
-                backend = %self.backend,
-                "Backend is not ready, refusing passive client."
-            );
-        }
+        let Self { client, listener, backend, .. } = self;
+        rate_limited!(
+            PASSIVE,
+            info,
+            client,
+            listener,
+            backend,
+            "Backend is not ready, refusing passive client."
+        );
     }
 
     pub fn established(&self) {
-        tracing::debug!(
-            client = %self.client,
-            listener = %self.listener,
-            backend = %self.backend,
-            "Connection established."
-        );
+        let Self { client, listener, backend, .. } = self;
+        tracing::debug!(%client, %listener, %backend, "Connection established.");
     }
 
     /// Answers SIGUSR1 for a connection that has a backend.
@@ -71,13 +60,13 @@ impl LogContext<'_> {
 
     /// Answers SIGUSR1.
     pub fn report_state(&self, state: &str) {
-        let age = TimeSpan::rounded(self.start.elapsed());
+        let Self { start, client, listener, backend } = self;
+        let age = TimeSpan::rounded(start.elapsed());
         tracing::info!(
-            client = %self.client,
-            listener = %self.listener,
-            backend = %self.backend,
-            "Connection of {age} at {}: {state}.",
-            self.listener
+            %client,
+            %listener,
+            %backend,
+            "Connection of {age} at {listener}: {state}."
         );
     }
 
@@ -108,13 +97,14 @@ impl LogContext<'_> {
     }
 
     fn ended(&self, outcome: &str, [from_client, from_backend]: [u64; 2], reason: &str) {
-        let duration = self.start.elapsed();
+        let Self { start, client, listener, backend } = self;
+        let duration = start.elapsed();
         let time = TimeSpan::rounded(duration);
         let [there, back] = [from_client, from_backend].map(Bytes);
         tracing::debug!(
-            client = %self.client,
-            listener = %self.listener,
-            backend = %self.backend,
+            %client,
+            %listener,
+            %backend,
             bytes_from_client = from_client,
             bytes_from_backend = from_backend,
             duration_usec = duration.as_micros() as u64,
@@ -124,16 +114,16 @@ impl LogContext<'_> {
 
     fn idle_timeout(&self, idle_time: Option<Duration>) {
         let idle_time = idle_time.map_or(TimeSpan::INFINITY, TimeSpan::new);
-        if let Some(suppressed) = IDLE.pass() {
-            tracing::info!(
-                suppressed,
-                client = %self.client,
-                listener = %self.listener,
-                backend = %self.backend,
-                message_id = message_id::CONNECTION_IDLE,
-                "Connection was idle for {idle_time}, closing it."
-            );
-        }
+        let Self { client, listener, backend, .. } = self;
+        rate_limited!(
+            IDLE,
+            info,
+            client,
+            listener,
+            backend,
+            message_id = message_id::CONNECTION_IDLE,
+            "Connection was idle for {idle_time}, closing it."
+        );
     }
 }
 

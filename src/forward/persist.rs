@@ -17,7 +17,7 @@ use crate::forward::registry::Registration;
 use crate::forward::snapshot::{
     EndpointSnapshot, FdRef, FlowState, SIDES, Side, Snapshot, SnapshotStore,
 };
-use crate::logging::RateLimit;
+use crate::logging::{RateLimit, rate_limited};
 use crate::socket::{Family, Socket, has_hung_up_reading, set_reset_on_close};
 
 static UNSTORED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
@@ -138,9 +138,10 @@ impl Forwarder {
     /// Goes on without a journal. `why` is logged.
     pub(super) fn drop_journal(&mut self, why: Option<&str>) {
         let Some(journal) = self.journal.take() else { return };
-        if let Some((why, suppressed)) = why.and_then(|why| Some((why, UNSTORED.pass()?))) {
-            tracing::warn!(
-                suppressed,
+        if let Some(why) = why {
+            rate_limited!(
+                UNSTORED,
+                warn,
                 "Failed to store a connection, which would end with the proxy: {why}"
             );
         }

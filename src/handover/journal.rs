@@ -29,7 +29,7 @@ use crate::handover::encoding::{
     record_ids,
 };
 use crate::handover::queue::Queue;
-use crate::logging::RateLimit;
+use crate::logging::{RateLimit, rate_limited};
 use crate::runtime::lock;
 
 /// The queue, and the index of what is in it.
@@ -106,13 +106,12 @@ impl Journal {
         if entry.write(body, limit_percent) {
             return Some(entry.own());
         }
-        if let Some(suppressed) = IS_FULL.pass() {
-            tracing::warn!(
-                suppressed,
-                "Failed to store a connection: the descriptor store is full. (It would end with the \
-                 proxy. Raise LimitNOFILE=, or net.core.wmem_max, which takes effect after a stop.)"
-            );
-        }
+        rate_limited!(
+            IS_FULL,
+            warn,
+            "Failed to store a connection: the descriptor store is full. (It would end with the \
+             proxy. Raise LimitNOFILE=, or net.core.wmem_max, which takes effect after a stop.)"
+        );
         None
     }
 
@@ -316,13 +315,12 @@ impl Index {
             }
             let Some(Ok(message)) = messages.next() else { return false };
             if record_ids(&message.bytes).unwrap_or_default() != info.record_ids {
-                if let Some(suppressed) = DIFFERS.pass() {
-                    tracing::error!(
-                        suppressed,
-                        "Failed to compact the descriptor store: another process has changed it. \
-                         (Restart the service to read it again.)"
-                    );
-                }
+                rate_limited!(
+                    DIFFERS,
+                    error,
+                    "Failed to compact the descriptor store: another process has changed it. \
+                     (Restart the service to read it again.)"
+                );
                 return false;
             }
             match decode(&message.bytes, message.fds) {

@@ -22,7 +22,7 @@ use crate::limits::slot::Slot;
 use crate::listen::activation::PassedFd;
 use crate::listen::stored::SocketFile;
 use crate::logging::message_id;
-use crate::logging::{RateLimit, os_message};
+use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::file_id::FileId;
 use crate::socket::sys::{accept, register};
@@ -134,14 +134,13 @@ impl Listener {
                 Some(errno) if is_peer_error(errno) => {}
                 // A lack of descriptors or memory, or a prohibition (EPERM, EACCES), may pass.
                 _ => {
-                    if let Some(suppressed) = ACCEPT_FAILED.pass() {
-                        let error = os_message(&error);
-                        tracing::warn!(
-                            suppressed,
-                            listener = %self,
-                            "Failed to accept a client, trying again: {error}."
-                        );
-                    }
+                    rate_limited!(
+                        ACCEPT_FAILED,
+                        warn,
+                        listener = self,
+                        "Failed to accept a client, trying again: {}.",
+                        os_message(&error)
+                    );
                     drop(permit);
                     sleep(ACCEPT_PAUSE).await;
                 }
@@ -171,14 +170,13 @@ impl Listener {
             let remedy = " (Raise LimitNOFILE=.)";
             (&OUT_OF_DESCRIPTORS, message_id::OUT_OF_DESCRIPTORS, "Out of file descriptors", remedy)
         };
-        if let Some(suppressed) = limit.pass() {
-            tracing::warn!(
-                suppressed,
-                message_id,
-                listener = %self,
-                "{cause}, new clients wait in the kernel until a connection ends.{remedy}"
-            );
-        }
+        rate_limited!(
+            limit,
+            warn,
+            message_id,
+            listener = self,
+            "{cause}, new clients wait in the kernel until a connection ends.{remedy}"
+        );
     }
 
     /// Returns whether a client waits to be accepted.
@@ -273,15 +271,14 @@ impl Accepted {
         match Socket::register(socket, family) {
             Ok(socket) => Some(Accepted { socket, family, client, listener, slot }),
             Err(error) => {
-                if let Some(suppressed) = REGISTER_FAILED.pass() {
-                    let error = os_message(&error);
-                    tracing::error!(
-                        suppressed,
-                        %client,
-                        %listener,
-                        "Failed to register a connection with epoll, closing it: {error}."
-                    );
-                }
+                rate_limited!(
+                    REGISTER_FAILED,
+                    error,
+                    client,
+                    listener,
+                    "Failed to register a connection with epoll, closing it: {}.",
+                    os_message(&error)
+                );
                 None
             }
         }

@@ -33,6 +33,7 @@ use crate::logging::output::Output;
 
 pub use line::bounded_line;
 pub use rate_limit::RateLimit;
+pub(crate) use rate_limit::rate_limited;
 
 /// Returns an error's message without Rust's "(os error N)".
 pub fn os_message(error: &io::Error) -> String {
@@ -103,13 +104,12 @@ impl Logging {
         // Fails only when a test has set another, which then stays.
         let _ = tracing::subscriber::set_global_default(Arc::clone(&logger));
         std::panic::set_hook(Box::new(|panic| {
-            if let Some(suppressed) = PANICS.pass() {
-                tracing::error!(
-                    suppressed,
-                    message_id = message_id::INTERNAL_ERROR,
-                    "Internal error, please report: {panic}."
-                );
-            }
+            rate_limited!(
+                PANICS,
+                error,
+                message_id = message_id::INTERNAL_ERROR,
+                "Internal error, please report: {panic}."
+            );
         }));
         Self(logger)
     }

@@ -34,6 +34,25 @@ impl RateLimit {
     }
 }
 
+/// Logs a message that may repeat without end, if its rate limit lets it pass.
+///
+/// `rate_limited!(LIMIT, warn, client = address, listener, "No {}.", what())` logs two fields, by
+/// their `Display`. Fields and arguments are evaluated only if the message passes.
+macro_rules! rate_limited {
+    (
+        $limit:expr,
+        $level:ident,
+        $($field:ident $(= $value:expr)?,)*
+        $text:literal $($arguments:tt)*
+    ) => {
+        if let Some(suppressed) = $limit.pass() {
+            $($(let $field = &$value;)?)*
+            tracing::$level!(suppressed, $(%$field,)* $text $($arguments)*);
+        }
+    };
+}
+pub(crate) use rate_limited;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,5 +66,19 @@ mod tests {
         assert_eq!(limit.pass(), Some(98));
         tokio::time::advance(Duration::from_secs(11)).await;
         assert_eq!(limit.pass(), Some(0));
+    }
+
+    #[test]
+    fn fields_are_evaluated_only_if_the_message_passes() {
+        static ONCE: RateLimit = RateLimit::new(1, Duration::from_secs(3600));
+        let mut evaluated = 0;
+        for _ in 0..3 {
+            let mut client = || {
+                evaluated += 1;
+                "client"
+            };
+            rate_limited!(ONCE, debug, client = client(), "Refused.");
+        }
+        assert_eq!(evaluated, 1);
     }
 }

@@ -19,7 +19,7 @@ use crate::limits::idle_clock::{IdleClock, InUse};
 use crate::limits::slot::Slot;
 use crate::limits::source::SourceLimit;
 use crate::listen::listener::Accepted;
-use crate::logging::{RateLimit, message_id};
+use crate::logging::{RateLimit, message_id, rate_limited};
 use crate::service::silent::{Silent, SilentClients};
 use crate::socket::address::Address;
 use crate::socket::{FirstByte, first_byte};
@@ -208,15 +208,14 @@ impl Dispatcher {
             RefusalReason::Limit => "connection limit",
             _ => "connection limit for one source",
         };
-        if let Some(suppressed) = REFUSED.pass() {
-            tracing::warn!(
-                suppressed,
-                %client,
-                %listener,
-                message_id = message_id::CONNECTION_LIMIT,
-                "Hit {limit}, refusing connection."
-            );
-        }
+        rate_limited!(
+            REFUSED,
+            warn,
+            client,
+            listener,
+            message_id = message_id::CONNECTION_LIMIT,
+            "Hit {limit}, refusing connection."
+        );
     }
 }
 

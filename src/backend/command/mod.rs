@@ -40,7 +40,7 @@ use crate::config::{CommandConfig, CommandTimes};
 use crate::counters::CommandCounters;
 use crate::limits::idle_clock::IdleClock;
 use crate::logging::message_id;
-use crate::logging::{RateLimit, os_message};
+use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::socket::Socket;
 
 /// Starts and stops COMMAND.
@@ -178,13 +178,12 @@ impl Supervisor {
                     tracing::info!(message_id = message_id::COMMAND_STOPPING, "Stopping {name}.")
                 }
                 RunResult::Idle => {
-                    if let Some(suppressed) = LIFECYCLE.pass() {
-                        tracing::info!(
-                            suppressed,
-                            message_id = message_id::COMMAND_STOPPING,
-                            "Stopping {name}, no connection for {time}."
-                        );
-                    }
+                    rate_limited!(
+                        LIFECYCLE,
+                        info,
+                        message_id = message_id::COMMAND_STOPPING,
+                        "Stopping {name}, no connection for {time}."
+                    );
                 }
                 _ => {}
             }
@@ -208,13 +207,12 @@ impl Supervisor {
     ) -> Result<Option<ExitStatus>, RunResult> {
         let (name, target) = (&self.command, &self.target);
         let reason = self.check_target_free(wait).await?;
-        if let Some(suppressed) = LIFECYCLE.pass() {
-            tracing::info!(
-                suppressed,
-                message_id = message_id::COMMAND_STARTING,
-                "Starting {name}, {target} does not answer yet ({reason})."
-            );
-        }
+        rate_limited!(
+            LIFECYCLE,
+            info,
+            message_id = message_id::COMMAND_STARTING,
+            "Starting {name}, {target} does not answer yet ({reason})."
+        );
         self.starts.all.inc();
         // Opened when the guard is about to start: it removes the file if the proxy is killed.
         if let Some(place) = &self.notify {
@@ -236,15 +234,13 @@ impl Supervisor {
             connected = self.wait_until_ready(notify.as_mut(), wait, tree) => connected?,
             never = self.warn_if_slow() => match never {},
         };
-        if let Some(suppressed) = LIFECYCLE.pass() {
-            let took = Duration::from_millis(start.elapsed().as_millis() as u64);
-            tracing::info!(
-                suppressed,
-                message_id = message_id::COMMAND_READY,
-                "{name} is ready after {}.",
-                TimeSpan::new(took)
-            );
-        }
+        rate_limited!(
+            LIFECYCLE,
+            info,
+            message_id = message_id::COMMAND_READY,
+            "{name} is ready after {}.",
+            TimeSpan::new(Duration::from_millis(start.elapsed().as_millis() as u64))
+        );
         let ready = Instant::now();
         // Offered before the state changes, so that the first client that wakes up finds it.
         if let Some(connection) = connection {
@@ -272,13 +268,13 @@ impl Supervisor {
                 () = clock.alarm(self.times.freeze_idle) => {}
             }
             let (name, time) = (&self.command, self.times.freeze_idle);
-            if let Some(suppressed) = LIFECYCLE.pass() {
-                tracing::info!(
-                    suppressed,
-                    message_id = message_id::COMMAND_FROZEN,
-                    "Freezing {name}, no connection for {time}."
-                );
-            }
+            let message_id = message_id::COMMAND_FROZEN;
+            rate_limited!(
+                LIFECYCLE,
+                info,
+                message_id,
+                "Freezing {name}, no connection for {time}."
+            );
             // From now on clients wait.
             self.last_error.send_replace(format!("{name} is frozen"));
             self.state.send_replace(CommandState::Frozen);
@@ -290,10 +286,8 @@ impl Supervisor {
                 status = process.exited() => return status,
                 () = clock.used() => {}
             }
-            if let Some(suppressed) = LIFECYCLE.pass() {
-                let message_id = message_id::COMMAND_THAWED;
-                tracing::info!(suppressed, message_id, "Thawing {name} for a client.");
-            }
+            let message_id = message_id::COMMAND_THAWED;
+            rate_limited!(LIFECYCLE, info, message_id, "Thawing {name} for a client.");
             process.thaw().await;
             self.starts.thaws.inc();
             self.state.send_replace(CommandState::Ready);
@@ -348,14 +342,15 @@ impl Supervisor {
     /// Logs once, after a while, why COMMAND is not ready.
     async fn warn_if_slow(&self) -> Infallible {
         sleep(SLOW).await;
-        if let Some(suppressed) = LIFECYCLE.pass() {
-            let (name, time, error) = (&self.command, TimeSpan::new(SLOW), self.current_error());
-            tracing::warn!(
-                suppressed,
-                message_id = message_id::COMMAND_FAILED,
-                "{name} is not ready after {time}: {error}."
-            );
-        }
+        rate_limited!(
+            LIFECYCLE,
+            warn,
+            message_id = message_id::COMMAND_FAILED,
+            "{} is not ready after {}: {}.",
+            self.command,
+            TimeSpan::new(SLOW),
+            self.current_error()
+        );
         pending().await
     }
 
@@ -366,28 +361,26 @@ impl Supervisor {
         let (state, pause) = match result {
             RunResult::StopRequested | RunResult::Idle => (CommandState::Stopped, Duration::ZERO),
             RunResult::Exited(status) => {
-                if let Some(suppressed) = FAILURES.pass() {
-                    let status = describe_status(status);
-                    tracing::warn!(
-                        suppressed,
-                        message_id = message_id::COMMAND_FAILED,
-                        "{name} has ended ({status}). The next client starts it again."
-                    );
-                }
+                rate_limited!(
+                    FAILURES,
+                    warn,
+                    message_id = message_id::COMMAND_FAILED,
+                    "{name} has ended ({}). The next client starts it again.",
+                    describe_status(status)
+                );
                 (CommandState::Stopped, Duration::ZERO)
             }
             RunResult::Failed(error) => {
                 self.starts.failed.inc();
                 *failures = before.saturating_add(1);
                 let pause = pause_after(before);
-                if let Some(suppressed) = FAILURES.pass() {
-                    let next = TimeSpan::new(pause);
-                    tracing::error!(
-                        suppressed,
-                        message_id = message_id::COMMAND_FAILED,
-                        "{error}. (Failure {failures} in a row, next attempt in {next}.)"
-                    );
-                }
+                rate_limited!(
+                    FAILURES,
+                    error,
+                    message_id = message_id::COMMAND_FAILED,
+                    "{error}. (Failure {failures} in a row, next attempt in {}.)",
+                    TimeSpan::new(pause)
+                );
                 self.last_error.send_replace(error);
                 (CommandState::Failed(*failures), pause)
             }
@@ -407,9 +400,7 @@ impl Supervisor {
     }
 
     fn log_obstacle(&self, message_id: &str, error: String) {
-        if let Some(suppressed) = OBSTACLES.pass() {
-            tracing::error!(suppressed, message_id, "{error}.");
-        }
+        rate_limited!(OBSTACLES, error, message_id, "{error}.");
         self.last_error.send_replace(error);
     }
 

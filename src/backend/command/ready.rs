@@ -29,7 +29,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use crate::backend::command::process_tree::ProcessTree;
-use crate::logging::{RateLimit, os_message};
+use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::socket::sys::register;
 
 /// The directory that has a socket for each run of COMMAND.
@@ -218,13 +218,12 @@ impl Lookups {
             if self.strangers.len() < STRANGERS_MAX {
                 self.strangers.push(process);
             }
-            if let Some(suppressed) = STRANGERS.pass() {
-                let process = process.as_raw_nonzero();
-                tracing::warn!(
-                    suppressed,
-                    "Ignoring READY=1 of process {process}, which does not belong to COMMAND."
-                );
-            }
+            rate_limited!(
+                STRANGERS,
+                warn,
+                "Ignoring READY=1 of process {}, which does not belong to COMMAND.",
+                process.as_raw_nonzero()
+            );
         }
         is_ours
     }

@@ -18,7 +18,7 @@ use rustix::process::{
 };
 use tokio::time::{Instant, sleep};
 
-use crate::logging::RateLimit;
+use crate::logging::{RateLimit, rate_limited};
 
 /// The processes of COMMAND, as the guard sees them: its children.
 pub struct Processes {
@@ -69,13 +69,12 @@ impl Processes {
             }
             sleep(FREEZE_PAUSE).await;
         }
-        if let Some(suppressed) = NOT_FROZEN.pass() {
-            tracing::warn!(
-                suppressed,
-                "Failed to freeze all processes of {}, ignoring.",
-                self.name
-            );
-        }
+        rate_limited!(
+            NOT_FROZEN,
+            warn,
+            "Failed to freeze all processes of {}, ignoring.",
+            self.name
+        );
     }
 
     /// Lets frozen processes go on.
