@@ -40,7 +40,7 @@ pub async fn probe(
     let (reader, writer) = stream.split();
     let reader = reader.take(ANSWER_MAX as u64);
     let mut http = http1::Builder::new();
-    http.max_buf_size(ANSWER_MAX);
+    http.max_buf_size(ANSWER_MAX).title_case_headers(true);
     let (mut sender, connection) =
         http.handshake(TokioIo::new(join(reader, writer))).await.map_err(reason)?;
     let mut answer = pin!(sender.send_request(request));

@@ -107,15 +107,13 @@ impl Readiness {
                 sleep_until(last_probe + PROBE_INTERVAL).await;
             }
             *last_probe = Some(Instant::now());
-            match timeout(PROBE_TIME, self.ask()).await.unwrap_or(Err(ProbeError::Timeout)) {
+            let no_answer = format!("no answer within {}", TimeSpan::new(PROBE_TIME));
+            let no_answer = Err(ProbeError::Answer(no_answer));
+            match timeout(PROBE_TIME, self.ask()).await.unwrap_or(no_answer) {
                 Ok(()) => self.set_ready(),
                 Err(ProbeError::Connect(error)) if !error.is_transient() => return Err(error),
                 Err(ProbeError::Connect(error)) => failed(error.to_string()),
                 Err(ProbeError::Answer(answer)) => failed(self.describe(&answer)),
-                Err(ProbeError::Timeout) => {
-                    let time = TimeSpan::new(PROBE_TIME);
-                    failed(self.describe(&format!("no answer within {time}")));
-                }
             }
         }
         Ok(())
@@ -148,7 +146,6 @@ enum ProbeError {
     Connect(ConnectError),
     /// What the backend or the command says.
     Answer(String),
-    Timeout,
 }
 
 /// A connection to the backend, counted until this is dropped.
