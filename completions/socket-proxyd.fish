@@ -21,6 +21,8 @@ complete -c socket-proxyd -l ready -d 'Ready on connect (the default), notify, h
 notify\t''
 http:/\t''
 exec:\t''"
+complete -c socket-proxyd -l start-command -d 'Run LINE for the first client, such as docker start web' -r
+complete -c socket-proxyd -l stop-command -d 'Run LINE when idle for --stop-idle-time=' -r
 complete -c socket-proxyd -l freeze-idle-time -d 'Freeze COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd -l stop-idle-time -d 'Stop COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd -l min-run-time -d 'Keep COMMAND running for TIME once it is ready [default: 0]' -r

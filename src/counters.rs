@@ -145,6 +145,10 @@ pub struct CommandCounters {
     pub failed: Counter,
     /// Times that a frozen COMMAND was thawed.
     pub thaws: Counter,
+    /// Stops of an idle backend.
+    pub stops: Counter,
+    /// Stop commands that failed.
+    pub stop_failures: Counter,
 }
 
 /// Attempts to connect to one backend.

@@ -19,6 +19,14 @@ pub enum ConnectError {
     Connect(Address, io::Error),
 }
 
+/// Why a backend does not answer.
+#[derive(Debug)]
+pub enum CheckError {
+    /// It may later.
+    NotYet(String),
+    Permanent(ConnectError),
+}
+
 impl ConnectError {
     /// Returns the system's message, without the address.
     pub fn reason(&self) -> String {

@@ -1,11 +1,15 @@
 //! How a backend is reached: at once, within `--backend-wait=`, or as soon as COMMAND is ready.
 
 pub mod command;
+pub mod lifecycle;
+pub mod state;
 pub mod wait;
 pub mod readiness;
 mod attempts;
 pub mod connect;
 mod connect_error;
+pub mod start_command;
+pub mod starter;
 mod process_group;
 
 use std::rc::Rc;
@@ -13,10 +17,10 @@ use std::sync::Arc;
 
 use tokio::time::timeout_at;
 
-use crate::backend::command::Supervisor;
-use crate::backend::command::state::CommandState;
 use crate::backend::connect::OnFullBacklog;
 use crate::backend::connect_error::ConnectError;
+use crate::backend::lifecycle::Lifecycle;
+use crate::backend::state::BackendState;
 use crate::backend::wait::BackendWait;
 use crate::config::target::Target;
 use crate::counters::Gauge;
@@ -26,7 +30,8 @@ use crate::socket::Socket;
 #[derive(Debug)]
 pub struct Backend {
     pub backend_wait: Rc<BackendWait>,
-    pub supervisor: Option<Arc<Supervisor>>,
+    /// Of a backend that the proxy starts.
+    pub lifecycle: Option<Arc<Lifecycle>>,
 }
 
 impl Backend {
@@ -58,7 +63,7 @@ impl Backend {
             }
         };
         timeout_at(wait.deadline(), Box::pin(connecting)).await.unwrap_or_else(|_| {
-            let error = self.supervisor.as_ref().and_then(|supervisor| supervisor.last_error());
+            let error = self.lifecycle.as_ref().and_then(|lifecycle| lifecycle.last_error());
             let error = error.unwrap_or_else(|| self.backend_wait.timeout_error());
             Err(Some(format!("{error}. (--backend-wait={wait} is over.)")))
         })
@@ -66,12 +71,12 @@ impl Backend {
 
     async fn connect_passively(&self) -> Result<Socket, Option<String>> {
         let error = |error: Option<ConnectError>| error.map(|error| error.to_string());
-        let Some(supervisor) = &self.supervisor else {
+        let Some(lifecycle) = &self.lifecycle else {
             return self.backend_wait.connect_passively().await.map_err(error);
         };
-        let mut state = supervisor.watch();
-        let is_ready = state.wait_for(|state| *state != CommandState::Starting).await;
-        if !is_ready.is_ok_and(|state| *state == CommandState::Ready) {
+        let mut state = lifecycle.watch();
+        let is_ready = state.wait_for(|state| *state != BackendState::Starting).await;
+        if !is_ready.is_ok_and(|state| *state == BackendState::Ready) {
             return Err(None);
         }
         tokio::select! {
@@ -82,22 +87,37 @@ impl Backend {
     }
 
     async fn wait_and_connect(&self) -> Result<Socket, String> {
-        let connect = async || self.backend_wait.connect().await.map_err(|error| error.to_string());
-        let Some(supervisor) = &self.supervisor else {
-            return connect().await;
+        let message = |error: ConnectError| error.to_string();
+        let Some(lifecycle) = &self.lifecycle else {
+            return self.backend_wait.connect().await.map_err(message);
         };
         loop {
-            let was_ready = *supervisor.watch().borrow() == CommandState::Ready;
-            let mut state = supervisor.ready().await?;
+            let was_ready = *lifecycle.watch().borrow() == BackendState::Ready;
+            let mut state = lifecycle.ready().await?;
             if !was_ready {
                 self.backend_wait.take_turn().await;
             }
             tokio::select! {
                 biased;
                 // Polled first: a client must not connect to a COMMAND that is being stopped.
-                _ = state.changed() => {}
-                connected = connect() => return connected,
+                _ = state.changed() => continue,
+                connected = self.connect_started(lifecycle) => {
+                    if let Some(socket) = connected.map_err(message)? {
+                        return Ok(socket);
+                    }
+                }
             }
+            lifecycle.report_lost();
+            let _ = state.changed().await;
+        }
+    }
+
+    /// Connects to a backend that the proxy has started. Returns `None` if it is gone, which COMMAND
+    /// never is without a change of its state.
+    async fn connect_started(&self, lifecycle: &Lifecycle) -> Result<Option<Socket>, ConnectError> {
+        match lifecycle.is_child {
+            true => self.backend_wait.connect().await.map(Some),
+            false => self.backend_wait.connect_if_up().await,
         }
     }
 }

@@ -3,9 +3,11 @@
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::Child;
+use tokio::time::timeout;
 
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
@@ -29,6 +31,20 @@ impl ProcessGroup {
         tokio::process::Command::from(command).spawn().map(Self)
     }
 
+    /// Asks the group to end, and kills it after `grace`.
+    pub async fn terminate(mut self, grace: Duration) {
+        let group = self.group();
+        let _ = group.map(|group| kill_process_group(group, Signal::TERM));
+        let _ = timeout(grace, self.0.wait()).await;
+        // What is left of the group when the program itself has ended.
+        let _ = group.map(|group| kill_process_group(group, Signal::KILL));
+    }
+
+    /// Returns the group, unless the program was reaped: another group may have its number then.
+    fn group(&self) -> Option<Pid> {
+        self.0.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?))
+    }
+
     /// Waits until the program itself exits.
     pub async fn exited(&mut self) -> io::Result<ExitStatus> {
         self.0.wait().await
@@ -37,10 +53,8 @@ impl ProcessGroup {
 
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
-        // Without an id the program was reaped, and another group may have its number.
-        let group = self.0.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
         // ESRCH: the group has ended.
-        let _ = group.map(|group| kill_process_group(group, Signal::KILL));
+        let _ = self.group().map(|group| kill_process_group(group, Signal::KILL));
     }
 }
 

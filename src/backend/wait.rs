@@ -24,11 +24,11 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, yield_now};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::backend::attempts::connect_when_up;
 use crate::backend::connect::{Connector, OnFullBacklog};
-use crate::backend::connect_error::ConnectError;
+use crate::backend::connect_error::{CheckError, ConnectError};
 use crate::backend::readiness::{OpenConnection, Readiness};
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
@@ -252,6 +252,48 @@ impl BackendWait {
         rate_limited!(WAITING, info, "{last_error}, holding clients for up to {}.", self.wait);
     }
 
+    /// Looks whether the backend can serve clients, by one probe or one attempt to connect.
+    pub async fn check(&self) -> Result<(), CheckError> {
+        match &self.readiness {
+            Some(readiness) => readiness.probe_once().await,
+            None => self.answers().await,
+        }
+    }
+
+    /// Looks whether the backend accepts connections.
+    pub async fn answers(&self) -> Result<(), CheckError> {
+        match timeout(CHECK_TIMEOUT, self.connector.connect(OnFullBacklog::Fail)).await {
+            Ok(Ok(socket)) => {
+                socket.close();
+                Ok(())
+            }
+            Ok(Err(error)) if error.is_full_backlog() => Ok(()),
+            Ok(Err(error)) if !error.is_transient() => Err(CheckError::Permanent(error)),
+            Ok(Err(error)) => Err(CheckError::NotYet(error.reason())),
+            Err(_) => Err(CheckError::NotYet("no answer".into())),
+        }
+    }
+
+    /// Connects to a backend that was ready. Returns `None` if it cannot be reached any more.
+    ///
+    /// # Errors
+    /// Permanent errors.
+    pub async fn connect_if_up(&self) -> Result<Option<Socket>, ConnectError> {
+        if let Some(socket) = self.take_connection() {
+            return Ok(Some(socket));
+        }
+        if self.unready().is_some() {
+            return Ok(None);
+        }
+        match self.connector.connect(OnFullBacklog::WaitForever).await {
+            Err(error) if error.is_transient() => {
+                self.reset_readiness();
+                Ok(None)
+            }
+            connected => connected.map(Some),
+        }
+    }
+
     /// Waits until the backend can serve clients. Returns the connection that showed it, unless a
     /// probe did. Passes each error that means "not yet" to `failed`.
     ///
@@ -338,6 +380,9 @@ impl ProbeState {
         self.prober.clone().filter(|prober| prober.has_changed().is_ok())
     }
 }
+
+/// How long to look whether the backend answers.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long a client's own attempt takes before the prober starts beside it.
 const ATTEMPT_HANGS: Duration = Duration::from_millis(500);

@@ -8,6 +8,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Arg, Parser, ValueHint};
 
 use crate::config::client_set::ClientSet;
+use crate::config::command::CommandLine;
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::{InfoOptions, Request, parse};
 use crate::config::timespan::TimeSpan;
@@ -97,6 +98,12 @@ pub struct Arguments {
     /// Ready on connect (the default), notify, http:PATH or exec:LINE
     #[arg(long, value_name = "MODE", value_parser = values::ReadyParser, help_heading = "Backend")]
     pub ready: Option<ReadyMode>,
+    /// Run LINE for the first client, such as docker start web
+    #[arg(long, value_name = "LINE", value_parser = CommandLine::split, help_heading = "Backend")]
+    pub start_command: Option<CommandLine>,
+    /// Run LINE when idle for --stop-idle-time=
+    #[arg(long, value_name = "LINE", value_parser = CommandLine::split, help_heading = "Backend")]
+    pub stop_command: Option<CommandLine>,
     /// Freeze COMMAND when idle for TIME [default: infinity]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
     pub freeze_idle_time: Option<TimeSpan>,

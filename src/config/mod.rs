@@ -47,7 +47,10 @@ pub struct Config {
     pub drain_time: TimeSpan,
     pub handover: Option<HandoverMode>,
     /// COMMAND.
-    pub command: Option<CommandConfig>,
+    pub command: Option<CommandLine>,
+    pub start_command: Option<CommandLine>,
+    pub stop_command: Option<CommandLine>,
+    pub times: CommandTimes,
     pub ready: ReadyMode,
     pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
@@ -61,14 +64,7 @@ pub struct Config {
     pub log_level: LogLevel,
 }
 
-/// An application that the proxy starts and stops.
-#[derive(Clone, Debug)]
-pub struct CommandConfig {
-    pub line: CommandLine,
-    pub times: CommandTimes,
-}
-
-/// When COMMAND is frozen and stopped.
+/// When a backend that the proxy starts is frozen and stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CommandTimes {
     /// `--freeze-idle-time=`.
@@ -100,16 +96,17 @@ impl Config {
                     .into(),
             );
         }
-        let line = arguments.command.map(CommandLine::find).transpose()?;
-        let command = line.map(|line| CommandConfig {
-            line,
-            times: CommandTimes {
-                freeze_idle: arguments.freeze_idle_time.unwrap_or(TimeSpan::INFINITY),
-                stop_idle: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
-                min_run: arguments.min_run_time.unwrap_or(TimeSpan::ZERO),
-            },
-        });
-        let default_wait = if command.is_some() { COMMAND_WAIT } else { Duration::ZERO };
+        if arguments.start_command.is_some() && targets.iter().count() > 1 {
+            return Err("--start-command= serves one TARGET. (Run a proxy for each.)".into());
+        }
+        let command = arguments.command.map(CommandLine::find).transpose()?;
+        let times = CommandTimes {
+            freeze_idle: arguments.freeze_idle_time.unwrap_or(TimeSpan::INFINITY),
+            stop_idle: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
+            min_run: arguments.min_run_time.unwrap_or(TimeSpan::ZERO),
+        };
+        let starts = command.is_some() || arguments.start_command.is_some();
+        let default_wait = if starts { START_WAIT } else { Duration::ZERO };
         let handover = arguments.handover;
         Ok(Request::Run(Self {
             targets,
@@ -123,6 +120,9 @@ impl Config {
             drain_time: arguments.drain_time,
             handover: (handover != HandoverMode::Never).then_some(handover),
             command,
+            start_command: arguments.start_command,
+            stop_command: arguments.stop_command,
+            times,
             ready: arguments.ready.unwrap_or(ReadyMode::Connect),
             backend_wait: arguments.backend_wait.unwrap_or_else(|| TimeSpan::new(default_wait)),
             connect_timeout: arguments.connect_timeout,
@@ -136,13 +136,18 @@ impl Config {
     }
 }
 
-/// How long clients wait by default while COMMAND starts.
-const COMMAND_WAIT: Duration = Duration::from_secs(90);
+/// How long clients wait by default while the proxy starts their backend.
+const START_WAIT: Duration = Duration::from_secs(90);
+
+/// Whether the proxy starts the backend.
+fn starts(args: &Arguments) -> bool {
+    args.command.is_some() || args.start_command.is_some()
+}
 
 /// Options that exclude each other, and the error. The first that applies counts.
 type Conflict = (fn(&Arguments) -> bool, &'static str);
 
-const CONFLICTS: [Conflict; 11] = [
+const CONFLICTS: [Conflict; 13] = [
     (|args| args.targets.is_empty(), "Not enough parameters. (There is no TARGET; see --help.)"),
     (
         |args| args.command.is_some() && args.targets.len() > 1,
@@ -166,21 +171,32 @@ const CONFLICTS: [Conflict; 11] = [
     (
         |args| {
             let has_wait = args.backend_wait.is_some_and(|wait| !wait.is_zero());
-            args.command.is_none() && args.ready.is_some() && !has_wait
+            args.ready.is_some() && !starts(args) && !has_wait
         },
-        "--ready= needs a COMMAND, or a --backend-wait= above 0.",
+        "--ready= needs a COMMAND, a --start-command=, or a --backend-wait= above 0.",
     ),
     (
-        |args| args.command.is_none() && args.stop_idle_time.is_some(),
-        "--stop-idle-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+        |args| args.command.is_some() && args.start_command.is_some(),
+        "--start-command= cannot be combined with COMMAND, which the proxy starts itself.",
+    ),
+    (
+        |args| args.start_command.is_none() && args.stop_command.is_some(),
+        "--stop-command= needs a --start-command=.",
+    ),
+    (
+        |args| {
+            let stops = args.command.is_some() || args.stop_command.is_some();
+            args.stop_idle_time.is_some() && !stops
+        },
+        "--stop-idle-time= needs a COMMAND or a --stop-command=.",
     ),
     (
         |args| args.command.is_none() && args.freeze_idle_time.is_some(),
         "--freeze-idle-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
     ),
     (
-        |args| args.command.is_none() && args.min_run_time.is_some(),
-        "--min-run-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+        |args| args.min_run_time.is_some() && !starts(args),
+        "--min-run-time= needs a COMMAND or a --start-command=.",
     ),
     (
         |args| {
@@ -193,8 +209,8 @@ const CONFLICTS: [Conflict; 11] = [
          before it is frozen.",
     ),
     (
-        |args| args.command.is_some() && args.backend_wait.is_some_and(|wait| wait.is_zero()),
-        "--backend-wait=0 leaves COMMAND no time to start.",
+        |args| starts(args) && args.backend_wait.is_some_and(|wait| wait.is_zero()),
+        "--backend-wait=0 leaves COMMAND or --start-command= no time.",
     ),
 ];
 
@@ -295,7 +311,7 @@ mod tests {
         assert_eq!(config.ready, ReadyMode::Connect);
         let config = parse(&["/a", "--", "ls"]).unwrap();
         assert_eq!(config.backend_wait, TimeSpan::new(Duration::from_secs(90)));
-        assert_eq!(config.command.unwrap().times.stop_idle, TimeSpan::INFINITY);
+        assert_eq!(config.times.stop_idle, TimeSpan::INFINITY);
     }
 
     #[test]
@@ -303,7 +319,7 @@ mod tests {
         let words = |args: &[&str]| {
             let config = parse(args).unwrap();
             let target = config.targets.iter().next().unwrap().to_string();
-            (target, config.command.map(|it| it.line.words.len()))
+            (target, config.command.map(|it| it.words.len()))
         };
         assert_eq!(words(&["--", "/a"]), ("/a".into(), None));
         assert_eq!(words(&["/a", "--", "ls", "-l"]), ("/a".into(), Some(2)));

@@ -5,8 +5,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::backend::Backend;
-use crate::backend::command::Supervisor;
 use crate::backend::connect::Connector;
+use crate::backend::lifecycle::Lifecycle;
 use crate::backend::readiness::Readiness;
 use crate::backend::wait::{BackendWait, SharedProbe};
 use crate::config::timespan::TimeSpan;
@@ -23,8 +23,8 @@ pub struct Settings {
     pub backends: Vec<BackendSetup>,
     /// `--backend-wait=`: how long a client waits for its backend; zero means no wait.
     pub backend_wait: TimeSpan,
-    /// COMMAND's supervisor.
-    pub supervisor: Option<Arc<Supervisor>>,
+    /// Of a backend that the proxy starts.
+    pub lifecycle: Option<Arc<Lifecycle>>,
     /// The PROXY header that the backends expect.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// `--connection-idle-time=`.
@@ -70,7 +70,7 @@ impl LoopContext {
         let backend = |setup: &BackendSetup| {
             let BackendSetup { connector, probe, readiness } = setup.clone();
             let backend_wait = Rc::new(BackendWait::new(connector, wait, probe, readiness));
-            Backend { backend_wait, supervisor: settings.supervisor.clone() }
+            Backend { backend_wait, lifecycle: settings.lifecycle.clone() }
         };
         Self {
             backends: settings.backends.iter().map(backend).collect(),

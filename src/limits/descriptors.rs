@@ -66,7 +66,11 @@ impl FdPlan {
             Some(_) => (PER_CONNECTION, FOR_HANDOVER),
             None => (PER_CONNECTION, 0),
         };
-        let for_command = if config.command.is_some() { FOR_COMMAND } else { 0 };
+        let for_command = if config.command.is_some() || config.start_command.is_some() {
+            FOR_COMMAND
+        } else {
+            0
+        };
         let for_probes = match config.ready {
             ReadyMode::Connect | ReadyMode::Notify => 0,
             ReadyMode::Http(_) | ReadyMode::Exec(_) => config.targets.iter().count() * PER_PROBE,

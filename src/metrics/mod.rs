@@ -189,10 +189,22 @@ impl Collector for Metrics {
         if let Some((starts, [backend])) = self.starts.as_ref().zip(self.backends.keys().next()) {
             let labels = [("backend", backend.as_str())];
             let all = [(labels, starts.all.get())];
-            encode(encoder, Counter, "backend_starts", "Starts of COMMAND.", all)?;
+            encode(
+                encoder,
+                Counter,
+                "backend_starts",
+                "Starts of COMMAND, or runs of the start command.",
+                all,
+            )?;
             let help = "Starts of COMMAND that failed, or after which it exited before it was ready or within 1s.";
             let failed = [(labels, starts.failed.get())];
             encode(encoder, Counter, "backend_start_failures", help, failed)?;
+            let stops = [(labels, starts.stops.get())];
+            let help = "Stops of an idle COMMAND, or runs of the stop command.";
+            encode(encoder, Counter, "backend_stops", help, stops)?;
+            let failed = [(labels, starts.stop_failures.get())];
+            let help = "Runs of the stop command that failed.";
+            encode(encoder, Counter, "backend_stop_failures", help, failed)?;
             let thaws = [(labels, starts.thaws.get())];
             encode(
                 encoder,

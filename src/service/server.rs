@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 
-use crate::backend::command::Supervisor;
+use crate::backend::starter::Starter;
 use crate::config::timespan::TimeSpan;
 use crate::connection::BackendSetup;
 use crate::counters::ListenerCounters;
@@ -40,7 +40,7 @@ pub struct Server {
     pub connection: Option<(AcceptedSocket, usize)>,
     pub descriptors: Rc<FdBudget>,
     pub dispatcher: Rc<Dispatcher>,
-    pub supervisor: Option<Arc<Supervisor>>,
+    pub starter: Option<Starter>,
     pub exit_idle_time: TimeSpan,
     pub handover: Option<Arc<Handover>>,
     /// Connections restored from the previous process.
@@ -71,11 +71,11 @@ impl Server {
             backends: settings.backends.iter().map(backend).collect(),
             loops: Arc::clone(&settings.loops),
             restored: self.restored,
-            starts: self.supervisor.as_ref().map(|supervisor| Arc::clone(&supervisor.starts)),
+            starts: self.starter.as_ref().map(|it| Arc::clone(&it.lifecycle().counters)),
         })
     }
 
-    /// Spawns the accept loops and COMMAND's supervisor, and serves a connection that was accepted
+    /// Spawns the accept loops and what starts the backend, and serves a connection that was accepted
     /// before the start.
     pub fn start(&mut self) -> Tasks {
         if let Some((connection, backend)) = self.connection.take() {
@@ -91,10 +91,10 @@ impl Server {
             ));
         }
         let mut supervising = JoinSet::new();
-        if let Some(supervisor) = &self.supervisor {
+        if let Some(starter) = &self.starter {
             let Dispatcher { event_loops, clock, .. } = &*self.dispatcher;
             let backend_wait = Rc::clone(event_loops.backend_wait());
-            supervising.spawn_local(Arc::clone(supervisor).run(backend_wait, clock.clone()));
+            supervising.spawn_local(starter.clone().run(backend_wait, clock.clone()));
         }
         Tasks { accepting, supervising }
     }
@@ -166,8 +166,8 @@ impl Server {
             self.listeners.iter().map(|(listener, _)| &*listener.info).collect();
         let Dispatcher { limit, event_loops, .. } = &*self.dispatcher;
         let bytes = || event_loops.delivered();
-        let supervisor = self.supervisor.as_deref();
-        publish_status(notifier, limit, self.restored, &listeners, bytes, supervisor).await;
+        let lifecycle = self.starter.as_ref().map(|starter| &**starter.lifecycle());
+        publish_status(notifier, limit, self.restored, &listeners, bytes, lifecycle).await;
     }
 
     /// Resets connections that are not in use whenever COMMAND is frozen or stopped.
@@ -201,15 +201,15 @@ impl Server {
         loop {
             clock.alarm(self.exit_idle_time).await;
             if self.is_unused() {
-                if let Some(supervisor) = &self.supervisor {
-                    supervisor.stop().await;
+                if let Some(starter) = &self.starter {
+                    starter.stop().await;
                 }
                 wait_until_ready_sent(ready).await;
                 if self.is_unused() {
                     return;
                 }
-                if let Some(supervisor) = &self.supervisor {
-                    supervisor.allow_start();
+                if let Some(starter) = &self.starter {
+                    starter.lifecycle().allow_start();
                 }
             }
             let _ = timeout(LATE_CLIENT_GRACE, clock.used()).await;
@@ -221,7 +221,7 @@ impl Server {
 pub struct Tasks {
     /// The accept loops. Each ends only when its socket breaks.
     pub accepting: JoinSet<String>,
-    /// COMMAND's supervisor, which never ends.
+    /// What starts and stops the backend, which never ends.
     pub supervising: JoinSet<Infallible>,
 }
 

@@ -37,18 +37,18 @@ pub async fn stop(
     let _ = notifier.send_once(&[NotifyState::Stopping]);
     let is_signal = *ended == Ok(StopReason::Signal);
     let drain_time = if is_signal { drain_time } else { TimeSpan::new(Duration::ZERO) };
-    let supervisor = server.supervisor.as_ref();
+    let starter = server.starter.as_ref();
     let drain_and_stop = async {
         // The idle exit may have stopped COMMAND, and a connection that is drained may need it.
-        if let Some(supervisor) = supervisor.filter(|_| !drain_time.is_zero()) {
-            supervisor.allow_start();
+        if let Some(starter) = starter.filter(|_| !drain_time.is_zero()) {
+            starter.lifecycle().allow_start();
         }
         drain(drain_time, &server.dispatcher.limit, &server.dispatcher.clock, notifier).await;
         let _ = notifier.send_once(&[NotifyState::Status(SHUTTING_DOWN)]);
-        if let Some(supervisor) = supervisor.filter(|_| !tasks.supervising.is_empty()) {
+        if let Some(starter) = starter.filter(|_| !tasks.supervising.is_empty()) {
             // COMMAND may end its connections in its own way.
             tokio::select! {
-                () = supervisor.stop() => {}
+                () = starter.stop() => {}
                 Some(_) = tasks.supervising.join_next() => {}
             }
         }

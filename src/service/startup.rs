@@ -9,6 +9,8 @@ use tokio::sync::Semaphore;
 use crate::backend::command::Supervisor;
 use crate::backend::connect::Connector;
 use crate::backend::readiness::Readiness;
+use crate::backend::start_command::StartCommand;
+use crate::backend::starter::Starter;
 use crate::backend::wait::SharedProbe;
 use crate::config::Config;
 use crate::config::selector::Targets;
@@ -97,7 +99,7 @@ fn build(
         set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
     }
     let backends = backend_setups(&config, fds);
-    let supervisor = supervisor(&config, &listeners, fds.inherited)?;
+    let starter = starter(&config, &listeners, fds.inherited)?;
     let has_opened = !config.listen.is_empty();
     let opened = if has_opened { &*listeners } else { &[] };
     for (listener, backend) in opened {
@@ -107,7 +109,7 @@ fn build(
     let settings = Settings {
         backends,
         backend_wait: config.backend_wait,
-        supervisor: supervisor.clone(),
+        lifecycle: starter.as_ref().map(|starter| Arc::clone(starter.lifecycle())),
         proxy_protocol: config.proxy_protocol,
         connection_idle_time: config.connection_idle_time,
         pipes: PipeLimits { max: fds.pipes / threads, held: (pipe::HELD_MAX / threads).max(1) },
@@ -130,7 +132,7 @@ fn build(
         connection,
         descriptors: Rc::new(descriptors),
         dispatcher,
-        supervisor,
+        starter,
         exit_idle_time: config.exit_idle_time,
         handover,
         restored: leftovers.connections.len(),
@@ -142,7 +144,9 @@ fn build(
 
 /// Whether the proxy starts COMMAND, or the command of `--ready=exec:`.
 fn starts_programs(config: &Config) -> bool {
-    config.command.is_some() || matches!(config.ready, ReadyMode::Exec(_))
+    config.command.is_some()
+        || config.start_command.is_some()
+        || matches!(config.ready, ReadyMode::Exec(_))
 }
 
 /// Refuses options that do not fit Accept=yes, where each connection has a process of its own.
@@ -199,21 +203,26 @@ fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
     config.targets.iter().map(setup).collect()
 }
 
-/// Returns COMMAND's supervisor, if there is a COMMAND. `fd_limit` is COMMAND's soft limit on
+/// Returns what starts the backend, if the proxy does. `fd_limit` is COMMAND's soft limit on
 /// descriptors.
-fn supervisor(
+fn starter(
     config: &Config,
     listeners: &[(Rc<Listener>, usize)],
     fd_limit: Option<u64>,
-) -> Result<Option<Arc<Supervisor>>, String> {
-    let (Some(command), Some(target)) = (&config.command, config.targets.iter().next()) else {
-        return Ok(None);
-    };
-    if !config.listen.is_empty() {
-        check_command_target(target, listeners)?;
+) -> Result<Option<Starter>, String> {
+    let Some(target) = config.targets.iter().next().cloned() else { return Ok(None) };
+    if let Some(command) = &config.command {
+        if !config.listen.is_empty() {
+            check_command_target(&target, listeners)?;
+        }
+        let supervisor =
+            Supervisor::new(command.clone(), &config.ready, config.times, target, fd_limit)?;
+        return Ok(Some(Starter::Command(Arc::new(supervisor))));
     }
-    let supervisor = Supervisor::new(command.clone(), &config.ready, target.clone(), fd_limit)?;
-    Ok(Some(Arc::new(supervisor)))
+    Ok(config.start_command.clone().map(|start| {
+        let stop = config.stop_command.clone();
+        Starter::StartCommand(Arc::new(StartCommand::new(start, stop, target, config.times)))
+    }))
 }
 
 fn log_routes(config: &Config, listeners: &[(Rc<Listener>, usize)], settings: &Settings) {

@@ -7,8 +7,8 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::backend::command::Supervisor;
-use crate::backend::command::state::CommandState;
+use crate::backend::lifecycle::Lifecycle;
+use crate::backend::state::BackendState;
 use crate::config::timespan::TimeSpan;
 use crate::limits::{ConnectionCounts, ConnectionLimit};
 use crate::listen::listener::ListenerInfo;
@@ -50,7 +50,7 @@ pub async fn publish_status(
     restored: usize,
     listeners: &[&ListenerInfo],
     bytes: impl Fn() -> u64,
-    supervisor: Option<&Supervisor>,
+    lifecycle: Option<&Lifecycle>,
 ) {
     if !notifier.has_manager() {
         return pending().await;
@@ -58,12 +58,12 @@ pub async fn publish_status(
     let max = limit.max().get();
     let mut sent = String::new();
     let mut next = Instant::now();
-    let mut state = supervisor.map(Supervisor::watch);
-    let mut command: Option<(String, CommandState, Instant)> = None;
+    let mut state = lifecycle.map(Lifecycle::watch);
+    let mut command: Option<(String, BackendState, Instant)> = None;
     let mut starts = 0;
     loop {
         let open = limit.counts().open;
-        let running = command.as_ref().filter(|(_, state, _)| *state == CommandState::Ready);
+        let running = command.as_ref().filter(|(_, state, _)| *state == BackendState::Ready);
         let next_age = running.map(|(_, _, since)| Age::new(since.elapsed()).next);
         tokio::select! {
             () = limit.changed() => {}
@@ -74,14 +74,14 @@ pub async fn publish_status(
         }
         sleep_until(next).await;
         next = Instant::now() + INTERVAL;
-        if let (Some(supervisor), Some(state)) = (supervisor, &mut state) {
+        if let (Some(lifecycle), Some(state)) = (lifecycle, &mut state) {
             let state = *state.borrow_and_update();
-            let is_same_run = starts == supervisor.starts.all.get();
-            starts = supervisor.starts.all.get();
+            let is_same_run = starts == lifecycle.counters.all.get();
+            starts = lifecycle.counters.all.get();
             let since = command.filter(|(_, before, _)| *before == state && is_same_run);
             let since = since.map(|(_, _, since)| since);
             let since = since.unwrap_or_else(Instant::now);
-            command = Some((supervisor.command.to_string(), state, since));
+            command = Some((lifecycle.name.clone(), state, since));
         }
         let counts = limit.counts();
         let failed = listeners.iter().map(|info| info.counts.failed.get()).sum();
@@ -119,7 +119,7 @@ struct Status<'a> {
     /// Open connections of each listener that has any, if there are several listeners.
     open: Vec<(String, usize)>,
     /// COMMAND's name, its state, and for how long.
-    command: Option<(&'a String, CommandState, Duration)>,
+    command: Option<(&'a String, BackendState, Duration)>,
 }
 
 impl fmt::Display for Status<'_> {
@@ -150,7 +150,7 @@ impl fmt::Display for Status<'_> {
         let Some((name, state, time)) = &self.command else { return Ok(()) };
         write!(f, "; {name} {state}")?;
         match Age::new(*time).shown {
-            age if *state == CommandState::Ready && !age.is_zero() => write!(f, " for {age}"),
+            age if *state == BackendState::Ready && !age.is_zero() => write!(f, " for {age}"),
             _ => Ok(()),
         }
     }
@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(status(1, 0, 3, 64), "1 of 256 connections, 0 served, 3 refused, 64 bytes");
         assert_eq!(status(0, 1, 0, 1536), "0 of 256 connections, 1 served, 1.5 KiB");
         let name = "webhook".to_string();
-        let command = Some((&name, CommandState::Failed(3), Duration::from_secs(60)));
+        let command = Some((&name, BackendState::Failed(3), Duration::from_secs(60)));
         let open = vec![("web (127.0.0.1:80)".to_string(), 2), ("api (/run/a)".to_string(), 1)];
         let status = Status { max: 1, open, command, ..Status::default() };
         assert_eq!(
@@ -231,7 +231,7 @@ mod tests {
         ] {
             let time = Duration::from_secs(seconds);
             let name = "python3".to_string();
-            let command = Some((&name, CommandState::Ready, time));
+            let command = Some((&name, BackendState::Ready, time));
             let status = Status { command, ..Status::default() }.to_string();
             assert!(status.ends_with(&format!("; python3 {shown}")), "{status}");
             assert_eq!(Age::new(time).next, Duration::from_secs(next));

@@ -22,6 +22,7 @@ mod proxy_protocol;
 mod ready;
 mod selectors;
 mod sources;
+mod start_command;
 mod syscalls;
 mod threads;
 mod unix_peers;

@@ -1,9 +1,8 @@
 //! COMMAND's supervisor: starts COMMAND for the first client, stops it when it is idle, and starts
 //! it again.
 //!
-//! One task runs the supervisor ([`Supervisor::run`]) from top to bottom. Everything else watches
-//! the [`CommandState`]. A client that needs COMMAND counts as waiting until COMMAND is ready. That
-//! count alone starts COMMAND.
+//! One task runs the supervisor ([`Supervisor::run`]) from top to bottom. Everything else sees the
+//! [`Lifecycle`].
 
 pub mod guard_process;
 pub mod process;
@@ -11,7 +10,6 @@ pub mod process_tree;
 mod terminate;
 pub mod ready;
 pub mod run_result;
-pub mod state;
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -22,22 +20,21 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use crate::backend::command::process::CommandProcess;
 use crate::backend::command::process_tree::ProcessTree;
 use crate::backend::command::ready::{NotifyPlace, NotifySocket};
 use crate::backend::command::run_result::{RunResult, describe_status};
-use crate::backend::command::state::CommandState;
-use crate::backend::connect::OnFullBacklog;
+use crate::backend::connect_error::CheckError;
+use crate::backend::lifecycle::Lifecycle;
+use crate::backend::state::BackendState;
 use crate::backend::wait::BackendWait;
+use crate::config::CommandTimes;
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::ReadyMode;
-use crate::config::{CommandConfig, CommandTimes};
-use crate::counters::CommandCounters;
 use crate::limits::idle_clock::IdleClock;
 use crate::logging::message_id;
 use crate::logging::{RateLimit, os_message, rate_limited};
@@ -53,14 +50,7 @@ pub struct Supervisor {
     notify: Option<NotifyPlace>,
     times: CommandTimes,
     fd_limit: Option<u64>,
-    state: watch::Sender<CommandState>,
-    /// Why clients wait, while COMMAND is not ready.
-    last_error: watch::Sender<String>,
-    /// The number of clients that wait for COMMAND.
-    waiting: watch::Sender<usize>,
-    /// Whether COMMAND is to stop and must not be started.
-    stop_requested: watch::Sender<bool>,
-    pub starts: Arc<CommandCounters>,
+    pub lifecycle: Arc<Lifecycle>,
 }
 
 impl Supervisor {
@@ -69,102 +59,50 @@ impl Supervisor {
     /// # Errors
     /// One line if `--ready=notify` has no directory for its socket.
     pub fn new(
-        config: CommandConfig,
+        command: CommandLine,
         ready: &ReadyMode,
+        times: CommandTimes,
         target: Target,
         fd_limit: Option<u64>,
     ) -> Result<Self, String> {
         Ok(Self {
-            command: config.line,
+            lifecycle: Lifecycle::new(command.to_string(), true),
+            command,
             target,
             notify: match ready {
                 ReadyMode::Notify => Some(NotifyPlace::find()?),
                 _ => None,
             },
-            times: config.times,
+            times,
             fd_limit,
-            state: watch::Sender::default(),
-            last_error: watch::Sender::default(),
-            waiting: watch::Sender::default(),
-            stop_requested: watch::Sender::default(),
-            starts: Arc::default(),
         })
     }
 
-    /// Returns a receiver of COMMAND's state.
-    pub fn watch(&self) -> watch::Receiver<CommandState> {
-        self.state.subscribe()
-    }
-
-    /// Returns why clients wait, or `None` if COMMAND is ready.
-    pub fn last_error(&self) -> Option<String> {
-        (*self.state.borrow() != CommandState::Ready).then(|| self.current_error())
-    }
-
-    /// Waits until COMMAND is ready. Waiting starts COMMAND. The state that is returned changes
-    /// when COMMAND is not ready any more: it has exited, or is about to be stopped.
-    ///
-    /// # Errors
-    /// The message of a permanent error.
-    pub async fn ready(&self) -> Result<watch::Receiver<CommandState>, String> {
-        let mut state = self.watch();
-        if *state.borrow_and_update() == CommandState::Ready {
-            return Ok(state);
-        }
-        let _waiting = Waiting::new(self);
-        // The present state may be the Unreachable of an earlier run, so only changes count.
-        loop {
-            state.changed().await.expect("the supervisor has the sender");
-            let now = *state.borrow_and_update();
-            match now {
-                CommandState::Ready => return Ok(state),
-                CommandState::Unreachable => return Err(self.current_error()),
-                _ => {}
-            }
-        }
-    }
-
     /// Stops COMMAND, and waits until no process of it is left. COMMAND does not start again before
-    /// [`Supervisor::allow_start`].
+    /// [`Lifecycle::allow_start`].
     pub async fn stop(&self) {
-        self.stop_requested.send_replace(true);
-        let _ = self.watch().wait_for(|state| state.is_inactive()).await;
-    }
-
-    pub fn allow_start(&self) {
-        self.stop_requested.send_replace(false);
+        self.lifecycle.request_stop();
+        let _ = self.lifecycle.watch().wait_for(|state| state.is_inactive()).await;
     }
 
     /// Starts and stops COMMAND as clients need it, forever.
     pub async fn run(self: Arc<Self>, wait: Rc<BackendWait>, clock: IdleClock) -> Infallible {
         let mut failures = 0;
         loop {
-            self.wait_until_needed().await;
+            self.lifecycle.needed().await;
             let result = self.run_once(&wait, &clock).await;
             sleep(self.record_exit(result, &mut failures)).await;
         }
     }
 
-    /// Waits until a client waits, and COMMAND may be started.
-    async fn wait_until_needed(&self) {
-        let (mut waiting, mut stop) = (self.waiting.subscribe(), self.stop_requested.subscribe());
-        while *waiting.borrow_and_update() == 0 || *stop.borrow_and_update() {
-            tokio::select! {
-                _ = waiting.changed() => {}
-                _ = stop.changed() => {}
-            }
-        }
-    }
-
     /// Runs COMMAND once: from the decision to start it until no process of it is left.
     async fn run_once(&self, wait: &BackendWait, clock: &IdleClock) -> RunResult {
-        self.state.send_replace(CommandState::Starting);
+        self.lifecycle.set_state(BackendState::Starting);
         // Both outlive `serve`: COMMAND needs its notification socket until it is stopped.
         let (mut notify, mut process) = (None, None);
-        let mut stop = self.stop_requested.subscribe();
         let result = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => RunResult::StopRequested,
+            () = self.lifecycle.stop_requested() => RunResult::StopRequested,
             () = clock.alarm(self.times.stop_idle) => RunResult::Idle,
             result = self.serve(wait, clock, &mut notify, &mut process) => {
                 result.map_or_else(|result| result, RunResult::Exited)
@@ -187,8 +125,8 @@ impl Supervisor {
                 }
                 _ => {}
             }
-            self.last_error.send_replace(format!("{name} is still stopping"));
-            self.state.send_replace(CommandState::Stopping);
+            self.lifecycle.set_error(format!("{name} is still stopping"));
+            self.lifecycle.set_state(BackendState::Stopping);
             clock.expire();
             process.stop().await;
         }
@@ -213,7 +151,7 @@ impl Supervisor {
             message_id = message_id::COMMAND_STARTING,
             "Starting {name}, {target} does not answer yet ({reason})."
         );
-        self.starts.all.inc();
+        self.lifecycle.counters.all.inc();
         // Opened when the guard is about to start: it removes the file if the proxy is killed.
         if let Some(place) = &self.notify {
             *notify = Some(place.open().map_err(RunResult::Failed)?);
@@ -247,7 +185,7 @@ impl Supervisor {
             wait.offer(connection);
         }
         clock.begin_run(self.times.min_run);
-        self.state.send_replace(CommandState::Ready);
+        self.lifecycle.set_state(BackendState::Ready);
         let status = self.freeze_when_idle(process, clock).await;
         if ready.elapsed() < STEADY {
             return Err(RunResult::early_exit(name, "as soon as", status));
@@ -276,8 +214,8 @@ impl Supervisor {
                 "Freezing {name}, no connection for {time}."
             );
             // From now on clients wait.
-            self.last_error.send_replace(format!("{name} is frozen"));
-            self.state.send_replace(CommandState::Frozen);
+            self.lifecycle.set_error(format!("{name} is frozen"));
+            self.lifecycle.set_state(BackendState::Frozen);
             clock.expire();
             if let Err(status) = process.freeze().await {
                 return status;
@@ -289,26 +227,19 @@ impl Supervisor {
             let message_id = message_id::COMMAND_THAWED;
             rate_limited!(LIFECYCLE, info, message_id, "Thawing {name} for a client.");
             process.thaw().await;
-            self.starts.thaws.inc();
-            self.state.send_replace(CommandState::Ready);
+            self.lifecycle.counters.thaws.inc();
+            self.lifecycle.set_state(BackendState::Ready);
         }
     }
 
     /// Checks that no other process serves the target. Returns why the target does not answer.
     async fn check_target_free(&self, wait: &BackendWait) -> Result<String, RunResult> {
         let target = &self.target;
-        self.last_error
-            .send_replace(format!("Failed to connect to remote host: {target}: no answer"));
-        let connecting = wait.connector.connect(OnFullBacklog::Fail);
-        match timeout(CHECK_TIMEOUT, connecting).await {
-            Ok(Ok(socket)) => {
-                socket.close();
-                Err(RunResult::AddressInUse)
-            }
-            Ok(Err(error)) if error.is_full_backlog() => Err(RunResult::AddressInUse),
-            Ok(Err(error)) if !error.is_transient() => Err(RunResult::Unreachable(error)),
-            Ok(Err(error)) => Ok(error.reason()),
-            Err(_) => Ok("no answer".into()),
+        self.lifecycle.set_error(format!("Failed to connect to remote host: {target}: no answer"));
+        match wait.answers().await {
+            Ok(()) => Err(RunResult::AddressInUse),
+            Err(CheckError::Permanent(error)) => Err(RunResult::Unreachable(error)),
+            Err(CheckError::NotYet(reason)) => Ok(reason),
         }
     }
 
@@ -322,14 +253,14 @@ impl Supervisor {
     ) -> Result<Option<Socket>, RunResult> {
         let name = &self.command;
         if let Some(notify) = notify {
-            self.last_error.send_replace(format!("{name} runs, but has not sent READY=1"));
+            self.lifecycle.set_error(format!("{name} runs, but has not sent READY=1"));
             notify.ready(tree).await;
             return Ok(None);
         }
         let failed = |error: String| {
-            self.last_error.send_replace(format!("{error}, but {name} runs"));
+            self.lifecycle.set_error(format!("{error}, but {name} runs"));
         };
-        let mut waiting = self.waiting.subscribe();
+        let mut waiting = self.lifecycle.waiting();
         loop {
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
             tokio::select! {
@@ -349,120 +280,50 @@ impl Supervisor {
             "{} is not ready after {}: {}.",
             self.command,
             TimeSpan::new(SLOW),
-            self.current_error()
+            self.lifecycle.current_error()
         );
         pending().await
     }
 
     /// Logs and publishes how a run ended. Returns the pause before the next start.
     fn record_exit(&self, result: RunResult, failures: &mut u32) -> Duration {
-        let (name, target) = (&self.command, &self.target);
+        let (name, target, lifecycle) = (&self.command, &self.target, &self.lifecycle);
         let before = mem::take(failures);
-        let (state, pause) = match result {
-            RunResult::StopRequested | RunResult::Idle => (CommandState::Stopped, Duration::ZERO),
-            RunResult::Exited(status) => {
-                rate_limited!(
-                    FAILURES,
-                    warn,
-                    message_id = message_id::COMMAND_FAILED,
-                    "{name} has ended ({}). The next client starts it again.",
-                    describe_status(status)
-                );
-                (CommandState::Stopped, Duration::ZERO)
-            }
+        match result {
+            RunResult::StopRequested => {}
+            RunResult::Idle => drop(lifecycle.counters.stops.inc()),
+            RunResult::Exited(status) => rate_limited!(
+                ENDS,
+                warn,
+                message_id = message_id::COMMAND_FAILED,
+                "{name} has ended ({}). The next client starts it again.",
+                describe_status(status)
+            ),
             RunResult::Failed(error) => {
-                self.starts.failed.inc();
                 *failures = before.saturating_add(1);
-                let pause = pause_after(before);
-                rate_limited!(
-                    FAILURES,
-                    error,
-                    message_id = message_id::COMMAND_FAILED,
-                    "{error}. (Failure {failures} in a row, next attempt in {}.)",
-                    TimeSpan::new(pause)
-                );
-                self.last_error.send_replace(error);
-                (CommandState::Failed(*failures), pause)
+                return lifecycle.fail(error, *failures);
             }
             RunResult::AddressInUse => {
                 let error =
                     format!("Failed to start {name}: another process serves {target} already");
-                self.log_obstacle(message_id::COMMAND_FAILED, error);
-                (CommandState::AddressInUse, CHECK_AGAIN)
+                let message_id = message_id::COMMAND_FAILED;
+                return lifecycle.obstruct(BackendState::AddressInUse, message_id, error);
             }
             RunResult::Unreachable(error) => {
-                self.log_obstacle(message_id::BACKEND_UNREACHABLE, error.to_string());
-                (CommandState::Unreachable, CHECK_AGAIN)
+                let (message_id, error) = (message_id::BACKEND_UNREACHABLE, error.to_string());
+                return lifecycle.obstruct(BackendState::Unreachable, message_id, error);
             }
-        };
-        self.state.send_replace(state);
-        pause
-    }
-
-    fn log_obstacle(&self, message_id: &str, error: String) {
-        rate_limited!(OBSTACLES, error, message_id, "{error}.");
-        self.last_error.send_replace(error);
-    }
-
-    fn current_error(&self) -> String {
-        self.last_error.borrow().clone()
+        }
+        lifecycle.set_state(BackendState::Stopped);
+        Duration::ZERO
     }
 }
-
-/// A client that waits for COMMAND.
-struct Waiting<'a>(&'a Supervisor);
-
-impl<'a> Waiting<'a> {
-    fn new(supervisor: &'a Supervisor) -> Self {
-        supervisor.waiting.send_modify(|waiting| *waiting += 1);
-        Self(supervisor)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.send_modify(|waiting| *waiting -= 1);
-    }
-}
-
-/// Returns the pause after a failed start, which `before` others have preceded.
-fn pause_after(before: u32) -> Duration {
-    (PAUSE_FIRST * 2_u32.pow(before.min(DOUBLINGS_MAX))).min(PAUSE_MAX)
-}
-
-/// The pause after the first failed start. It doubles with each further one.
-const PAUSE_FIRST: Duration = Duration::from_millis(100);
-
-/// The longest pause after a failed start.
-const PAUSE_MAX: Duration = Duration::from_secs(10);
-
-/// After so many doublings the pause is above its maximum. Further ones would overflow.
-const DOUBLINGS_MAX: u32 = 7;
 
 /// A run that was ready for this long is not a failed start, however it ends.
 const STEADY: Duration = Duration::from_secs(1);
-
-/// How long to check that no other process serves the target.
-const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// The pause before the next check, if another process serves the target or the target is
-/// unreachable. That process may be COMMAND's last run, which stops after its proxy was killed.
-const CHECK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How long COMMAND may run without being ready before that is logged.
 const SLOW: Duration = Duration::from_secs(10);
 
 static LIFECYCLE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
-static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
-static OBSTACLES: RateLimit = RateLimit::new(1, Duration::from_secs(10));
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_grow_from_100_ms_to_10_s() {
-        let millis = [0, 1, 2, 6, 7, 8, u32::MAX].map(|before| pause_after(before).as_millis());
-        assert_eq!(millis, [100, 200, 400, 6400, 10_000, 10_000, 10_000]);
-    }
-}
+static ENDS: RateLimit = RateLimit::new(10, Duration::from_secs(10));

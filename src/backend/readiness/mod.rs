@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::backend::attempts::connect_once;
 use crate::backend::connect::Connector;
-use crate::backend::connect_error::ConnectError;
+use crate::backend::connect_error::{CheckError, ConnectError};
 use crate::config::command::CommandLine;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::ReadyMode;
@@ -107,16 +107,30 @@ impl Readiness {
                 sleep_until(last_probe + PROBE_INTERVAL).await;
             }
             *last_probe = Some(Instant::now());
-            let no_answer = format!("no answer within {}", TimeSpan::new(PROBE_TIME));
-            let no_answer = Err(ProbeError::Answer(no_answer));
-            match timeout(PROBE_TIME, self.ask()).await.unwrap_or(no_answer) {
-                Ok(()) => self.set_ready(),
-                Err(ProbeError::Connect(error)) if !error.is_transient() => return Err(error),
-                Err(ProbeError::Connect(error)) => failed(error.to_string()),
-                Err(ProbeError::Answer(answer)) => failed(self.describe(&answer)),
+            match self.probe_once().await {
+                Ok(()) => {}
+                Err(CheckError::Permanent(error)) => return Err(error),
+                Err(CheckError::NotYet(error)) => failed(error),
             }
         }
         Ok(())
+    }
+
+    /// Probes once.
+    pub async fn probe_once(&self) -> Result<(), CheckError> {
+        let no_answer = format!("no answer within {}", TimeSpan::new(PROBE_TIME));
+        let no_answer = Err(ProbeError::Answer(no_answer));
+        match timeout(PROBE_TIME, self.ask()).await.unwrap_or(no_answer) {
+            Ok(()) => {
+                self.set_ready();
+                Ok(())
+            }
+            Err(ProbeError::Connect(error)) if !error.is_transient() => {
+                Err(CheckError::Permanent(error))
+            }
+            Err(ProbeError::Connect(error)) => Err(CheckError::NotYet(error.to_string())),
+            Err(ProbeError::Answer(answer)) => Err(CheckError::NotYet(self.describe(&answer))),
+        }
     }
 
     /// Returns the message for what a probe says.

@@ -1,9 +1,9 @@
-//! COMMAND's state, which connections wait for and `STATUS=` shows.
+//! The state of a backend that the proxy starts, which connections wait for and `STATUS=` shows.
 
 use std::fmt;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CommandState {
+pub enum BackendState {
     #[default]
     Stopped,
     /// Started, or about to be, and not ready yet.
@@ -21,14 +21,14 @@ pub enum CommandState {
     Unreachable,
 }
 
-impl CommandState {
+impl BackendState {
     /// Whether no process of COMMAND is left.
     pub fn is_inactive(self) -> bool {
         matches!(self, Self::Stopped | Self::Failed(_) | Self::AddressInUse | Self::Unreachable)
     }
 }
 
-impl fmt::Display for CommandState {
+impl fmt::Display for BackendState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Stopped => f.write_str("stopped"),

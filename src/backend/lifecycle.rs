@@ -1,0 +1,206 @@
+//! A backend that the proxy starts and stops, as everything else sees it: its state, why clients
+//! wait, and how many.
+//!
+//! A client that needs the backend counts as waiting until the backend is ready. That count alone
+//! starts the backend.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+
+use crate::backend::state::BackendState;
+use crate::config::timespan::TimeSpan;
+use crate::counters::CommandCounters;
+use crate::logging::{RateLimit, message_id, rate_limited};
+
+#[derive(Debug)]
+pub struct Lifecycle {
+    /// What messages and `STATUS=` call the backend.
+    pub name: String,
+    /// Whether the backend is COMMAND, whose end the proxy notices.
+    pub is_child: bool,
+    state: watch::Sender<BackendState>,
+    /// Why clients wait, while the backend is not ready.
+    last_error: watch::Sender<String>,
+    /// The number of clients that wait for the backend.
+    waiting: watch::Sender<usize>,
+    /// Whether the backend must not be started, and COMMAND is to stop.
+    stop_requested: watch::Sender<bool>,
+    /// A client found that the backend is gone.
+    lost: Notify,
+    pub counters: Arc<CommandCounters>,
+}
+
+impl Lifecycle {
+    pub fn new(name: String, is_child: bool) -> Arc<Self> {
+        Arc::new(Self {
+            name,
+            is_child,
+            state: watch::Sender::default(),
+            last_error: watch::Sender::default(),
+            waiting: watch::Sender::default(),
+            stop_requested: watch::Sender::default(),
+            lost: Notify::default(),
+            counters: Arc::default(),
+        })
+    }
+
+    /// Returns a receiver of the backend's state.
+    pub fn watch(&self) -> watch::Receiver<BackendState> {
+        self.state.subscribe()
+    }
+
+    pub fn set_state(&self, state: BackendState) {
+        self.state.send_replace(state);
+    }
+
+    /// Says why clients wait from now on.
+    pub fn set_error(&self, error: String) {
+        self.last_error.send_replace(error);
+    }
+
+    /// Returns why clients wait, or `None` if the backend is ready.
+    pub fn last_error(&self) -> Option<String> {
+        (*self.state.borrow() != BackendState::Ready).then(|| self.current_error())
+    }
+
+    pub fn current_error(&self) -> String {
+        self.last_error.borrow().clone()
+    }
+
+    /// Waits until the backend is ready. Waiting starts it. The state that is returned changes when
+    /// the backend is not ready any more.
+    ///
+    /// # Errors
+    /// The message of a permanent error.
+    pub async fn ready(&self) -> Result<watch::Receiver<BackendState>, String> {
+        let mut state = self.watch();
+        if *state.borrow_and_update() == BackendState::Ready {
+            return Ok(state);
+        }
+        let _waiting = Waiting::new(self);
+        // The present state may be the Unreachable of an earlier run, so only changes count.
+        loop {
+            state.changed().await.expect("the lifecycle has the sender");
+            let now = *state.borrow_and_update();
+            match now {
+                BackendState::Ready => return Ok(state),
+                BackendState::Unreachable => return Err(self.current_error()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Returns a receiver of the number of clients that wait.
+    pub fn waiting(&self) -> watch::Receiver<usize> {
+        self.waiting.subscribe()
+    }
+
+    /// Waits until a client waits, and the backend may be started.
+    pub async fn needed(&self) {
+        let (mut waiting, mut stop) = (self.waiting.subscribe(), self.stop_requested.subscribe());
+        while *waiting.borrow_and_update() == 0 || *stop.borrow_and_update() {
+            tokio::select! {
+                _ = waiting.changed() => {}
+                _ = stop.changed() => {}
+            }
+        }
+    }
+
+    /// Forbids starts until [`Lifecycle::allow_start`], and has COMMAND stop.
+    pub fn request_stop(&self) {
+        self.stop_requested.send_replace(true);
+    }
+
+    /// Waits until a stop is requested.
+    pub async fn stop_requested(&self) {
+        let _ = self.stop_requested.subscribe().wait_for(|stop| *stop).await;
+    }
+
+    pub fn allow_start(&self) {
+        self.stop_requested.send_replace(false);
+    }
+
+    /// Notes that a client found the backend gone.
+    pub fn report_lost(&self) {
+        self.lost.notify_one();
+    }
+
+    /// Waits until [`Lifecycle::report_lost`] was called since the last call.
+    pub async fn lost(&self) {
+        self.lost.notified().await;
+    }
+
+    /// Logs a start that failed, the `failures`th in a row. Returns the pause before the next.
+    pub fn fail(&self, error: String, failures: u32) -> Duration {
+        self.counters.failed.inc();
+        let pause = pause_after(failures);
+        rate_limited!(
+            FAILURES,
+            error,
+            message_id = message_id::COMMAND_FAILED,
+            "{error}. (Failure {failures} in a row, next attempt in {}.)",
+            TimeSpan::new(pause)
+        );
+        self.set_error(error);
+        self.set_state(BackendState::Failed(failures));
+        pause
+    }
+
+    /// Logs why the backend cannot be started. Returns the pause before the next look.
+    pub fn obstruct(&self, state: BackendState, message_id: &str, error: String) -> Duration {
+        rate_limited!(OBSTACLES, error, message_id, "{error}.");
+        self.set_error(error);
+        self.set_state(state);
+        CHECK_AGAIN
+    }
+}
+
+/// A client that waits for the backend.
+struct Waiting<'a>(&'a Lifecycle);
+
+impl<'a> Waiting<'a> {
+    fn new(lifecycle: &'a Lifecycle) -> Self {
+        lifecycle.waiting.send_modify(|waiting| *waiting += 1);
+        Self(lifecycle)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.send_modify(|waiting| *waiting -= 1);
+    }
+}
+
+/// Returns the pause after so many failed starts in a row, at least one.
+fn pause_after(failures: u32) -> Duration {
+    (PAUSE_FIRST * 2_u32.pow((failures - 1).min(DOUBLINGS_MAX))).min(PAUSE_MAX)
+}
+
+/// The pause after the first failed start. It doubles with each further one.
+const PAUSE_FIRST: Duration = Duration::from_millis(100);
+
+/// The longest pause after a failed start.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// After so many doublings the pause is above its maximum. Further ones would overflow.
+const DOUBLINGS_MAX: u32 = 7;
+
+/// The pause before the next check, if another process serves the target or the target is
+/// unreachable. That process may be COMMAND's last run, which stops after its proxy was killed.
+const CHECK_AGAIN: Duration = Duration::from_millis(100);
+
+static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
+static OBSTACLES: RateLimit = RateLimit::new(1, Duration::from_secs(10));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_from_100_ms_to_10_s() {
+        let millis = [1, 2, 3, 7, 8, 9, u32::MAX].map(|failures| pause_after(failures).as_millis());
+        assert_eq!(millis, [100, 200, 400, 6400, 10_000, 10_000, 10_000]);
+    }
+}

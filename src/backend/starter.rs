@@ -1,0 +1,43 @@
+//! What starts and stops a backend: the supervisor of COMMAND, or commands that return.
+
+use std::convert::Infallible;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::backend::command::Supervisor;
+use crate::backend::lifecycle::Lifecycle;
+use crate::backend::start_command::StartCommand;
+use crate::backend::wait::BackendWait;
+use crate::limits::idle_clock::IdleClock;
+
+#[derive(Clone, Debug)]
+pub enum Starter {
+    Command(Arc<Supervisor>),
+    StartCommand(Arc<StartCommand>),
+}
+
+impl Starter {
+    pub fn lifecycle(&self) -> &Arc<Lifecycle> {
+        match self {
+            Self::Command(supervisor) => &supervisor.lifecycle,
+            Self::StartCommand(commands) => &commands.lifecycle,
+        }
+    }
+
+    /// Starts and stops the backend as clients need it, forever.
+    pub async fn run(self, wait: Rc<BackendWait>, clock: IdleClock) -> Infallible {
+        match self {
+            Self::Command(supervisor) => supervisor.run(wait, clock).await,
+            Self::StartCommand(commands) => commands.run(wait, clock).await,
+        }
+    }
+
+    /// Stops what does not outlive the proxy, which is COMMAND. Nothing is started again before
+    /// [`Lifecycle::allow_start`].
+    pub async fn stop(&self) {
+        match self {
+            Self::Command(supervisor) => supervisor.stop().await,
+            Self::StartCommand(commands) => commands.lifecycle.request_stop(),
+        }
+    }
+}
