@@ -356,7 +356,7 @@ mod tests {
             ),
             (
                 &["--ready=http:/", "--backend-wait=0", "a"],
-                "--ready= needs a COMMAND, or a --backend-wait= above 0.",
+                "--ready= needs a COMMAND, a --start-command=, or a --backend-wait= above 0.",
             ),
             (&["--foo", "x"], "unexpected argument '--foo' found"),
             (&["-x"], "unexpected argument '-x' found"),

@@ -685,7 +685,7 @@ fn rejects_wrong_command_lines() {
         (&[&target, "--", ""], "There is no COMMAND after --"),
         (&["a", "b", "--", "sh"], "Too many parameters: one COMMAND serves one TARGET"),
         (&["--", "a", "b"], "Too many parameters."),
-        (&["--backend-wait=0", &target, "--", "sh"], "--backend-wait=0 leaves COMMAND no time"),
+        (&["--backend-wait=0", &target, "--", "sh"], "--backend-wait=0 leaves COMMAND or"),
         (&[&target, "--", "no-such-thing"], "COMMAND \"no-such-thing\": it is not in $PATH."),
         (&[&target, "--", "/etc/passwd"], "COMMAND \"/etc/passwd\": it is not executable"),
     ] {

@@ -439,6 +439,9 @@ fn rejects_wrong_values() {
     for option in ["--ready=connect", "--ready=http:/", "--ready=exec:true"] {
         let (code, _, stderr) = run(&OURS.into(), &[option, "127.0.0.1:1"]);
         assert_eq!(code, Some(1));
-        assert_eq!(stderr, "--ready= needs a COMMAND, or a --backend-wait= above 0.");
+        assert_eq!(
+            stderr,
+            "--ready= needs a COMMAND, a --start-command=, or a --backend-wait= above 0."
+        );
     }
 }
