@@ -25,6 +25,8 @@ complete -c socket-proxyd -l start-command -d 'Run LINE for the first client, su
 complete -c socket-proxyd -l stop-command -d 'Run LINE when idle for --stop-idle-time=' -r
 complete -c socket-proxyd -l freeze-idle-time -d 'Freeze COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd -l stop-idle-time -d 'Stop COMMAND when idle for TIME [default: infinity]' -r
+complete -c socket-proxyd -l busy -d 'Let COMMAND say that it is busy' -r -f -a "no\t'Not at all'
+notify\t'By notifications'"
 complete -c socket-proxyd -l min-run-time -d 'Keep COMMAND running for TIME once it is ready [default: 0]' -r
 complete -c socket-proxyd -l threads -d 'Serve with up to N threads, 1 to 256' -r
 complete -c socket-proxyd -l metrics -d 'Answer Prometheus there, or at the passed socket fd:NAME' -r -F

@@ -143,20 +143,23 @@ impl StartCommand {
         clock.expire();
         let result = self.execute(stop).await;
         wait.reset_readiness();
-        let Err(error) = result else {
-            lifecycle.counters.stops.inc();
-            lifecycle.set_state(BackendState::Stopped);
-            return false;
+        let is_up = match &result {
+            Ok(()) => timeout(GONE_TIME, gone(wait)).await.is_err(),
+            Err(_) => wait.check().await.is_ok(),
         };
-        lifecycle.counters.stop_failures.inc();
-        let is_up = wait.check().await.is_ok();
-        let answer = if is_up { "still answers" } else { "does not answer" };
-        rate_limited!(
-            FAILURES,
-            error,
-            message_id = message_id::COMMAND_FAILED,
-            "{error}. ({target} {answer}.)"
-        );
+        if result.is_ok() && !is_up {
+            lifecycle.counters.stops.inc();
+        } else {
+            lifecycle.counters.stop_failures.inc();
+            let error = result.err().unwrap_or_else(|| format!("{stop} has stopped nothing"));
+            let answer = if is_up { "still answers" } else { "does not answer" };
+            rate_limited!(
+                FAILURES,
+                error,
+                message_id = message_id::COMMAND_FAILED,
+                "{error}. ({target} {answer}.)"
+            );
+        }
         lifecycle.set_state(BackendState::Stopped);
         is_up
     }
@@ -167,6 +170,13 @@ impl StartCommand {
     /// What to log, if it does not succeed in time.
     async fn execute(&self, line: &CommandLine) -> Result<(), String> {
         execute(line, &self.target).await
+    }
+}
+
+/// Waits until the backend does not answer any more: it may take a while to stop.
+async fn gone(wait: &BackendWait) {
+    while wait.answers().await.is_ok() {
+        sleep(GONE_PAUSE).await;
     }
 }
 
@@ -196,6 +206,10 @@ const RUN_TIME: Duration = Duration::from_secs(90);
 
 /// From SIGTERM to SIGKILL for a command that runs too long.
 const GRACE: Duration = Duration::from_secs(3);
+
+/// How long the backend may answer after the stop command has succeeded.
+const GONE_TIME: Duration = Duration::from_secs(10);
+const GONE_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long the backend may take to be ready after the start command before that is run again: a
 /// magic packet may be lost.

@@ -12,7 +12,7 @@ use crate::config::command::CommandLine;
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::{InfoOptions, Request, parse};
 use crate::config::timespan::TimeSpan;
-use crate::config::values::{self, HandoverMode, Overflow, ReadyMode, WakeOn};
+use crate::config::values::{self, BusyMode, HandoverMode, Overflow, ReadyMode, WakeOn};
 use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
 
@@ -110,6 +110,9 @@ pub struct Arguments {
     /// Stop COMMAND when idle for TIME [default: infinity]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
     pub stop_idle_time: Option<TimeSpan>,
+    /// Let COMMAND say that it is busy
+    #[arg(long, value_name = "no|notify", default_value = "no", help_heading = "Backend")]
+    pub busy: BusyMode,
     /// Keep COMMAND running for TIME once it is ready [default: 0]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
     pub min_run_time: Option<TimeSpan>,

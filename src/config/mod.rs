@@ -23,7 +23,7 @@ use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::Request;
 use crate::config::selector::Targets;
 use crate::config::timespan::TimeSpan;
-use crate::config::values::{HandoverMode, Overflow, ReadyMode, WakeOn};
+use crate::config::values::{BusyMode, HandoverMode, Overflow, ReadyMode, WakeOn};
 use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
 use crate::socket::Keepalive;
@@ -51,6 +51,8 @@ pub struct Config {
     pub start_command: Option<CommandLine>,
     pub stop_command: Option<CommandLine>,
     pub times: CommandTimes,
+    /// Whether COMMAND may say that it is busy.
+    pub busy: BusyMode,
     pub ready: ReadyMode,
     pub backend_wait: TimeSpan,
     /// For one attempt to reach one address.
@@ -123,6 +125,7 @@ impl Config {
             start_command: arguments.start_command,
             stop_command: arguments.stop_command,
             times,
+            busy: arguments.busy,
             ready: arguments.ready.unwrap_or(ReadyMode::Connect),
             backend_wait: arguments.backend_wait.unwrap_or_else(|| TimeSpan::new(default_wait)),
             connect_timeout: arguments.connect_timeout,
@@ -147,7 +150,7 @@ fn starts(args: &Arguments) -> bool {
 /// Options that exclude each other, and the error. The first that applies counts.
 type Conflict = (fn(&Arguments) -> bool, &'static str);
 
-const CONFLICTS: [Conflict; 13] = [
+const CONFLICTS: [Conflict; 14] = [
     (|args| args.targets.is_empty(), "Not enough parameters. (There is no TARGET; see --help.)"),
     (
         |args| args.command.is_some() && args.targets.len() > 1,
@@ -193,6 +196,10 @@ const CONFLICTS: [Conflict; 13] = [
     (
         |args| args.command.is_none() && args.freeze_idle_time.is_some(),
         "--freeze-idle-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+    ),
+    (
+        |args| args.command.is_none() && args.busy == BusyMode::Notify,
+        "--busy=notify needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
     ),
     (
         |args| args.min_run_time.is_some() && !starts(args),

@@ -91,6 +91,15 @@ pub enum HandoverMode {
     Crash,
 }
 
+/// How COMMAND says that it is busy without a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BusyMode {
+    /// Not at all.
+    No,
+    /// By notifications.
+    Notify,
+}
+
 /// When the backend counts as ready.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReadyMode {

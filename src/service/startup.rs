@@ -215,8 +215,14 @@ fn starter(
         if !config.listen.is_empty() {
             check_command_target(&target, listeners)?;
         }
-        let supervisor =
-            Supervisor::new(command.clone(), &config.ready, config.times, target, fd_limit)?;
+        let supervisor = Supervisor::new(
+            command.clone(),
+            &config.ready,
+            config.busy,
+            config.times,
+            target,
+            fd_limit,
+        )?;
         return Ok(Some(Starter::Command(Arc::new(supervisor))));
     }
     Ok(config.start_command.clone().map(|start| {

@@ -668,6 +668,7 @@ fn rejects_wrong_command_lines() {
         (&["--stop-idle-time=1s", &target][..], "--stop-idle-time= needs a COMMAND"),
         (&["--freeze-idle-time=1s", &target], "--freeze-idle-time= needs a COMMAND"),
         (&["--min-run-time=1s", &target], "--min-run-time= needs a COMMAND"),
+        (&["--busy=notify", &target], "--busy=notify needs a COMMAND"),
         (
             &["--freeze-idle-time=5s", "--stop-idle-time=5s", &target, "--", "sh"],
             "--freeze-idle-time= must be less than --stop-idle-time= and --exit-idle-time=",

@@ -120,13 +120,57 @@ fn status_says_frozen() {
 }
 
 #[test]
+fn busy_command_is_neither_frozen_nor_stopped() {
+    for ready in ["--ready=connect", "--ready=notify"] {
+        let options =
+            ["--busy=notify", ready, "--freeze-idle-time=200ms", "--stop-idle-time=600ms"];
+        let settings = if ready == "--ready=notify" { &["ready=0.1"][..] } else { &[] };
+        let service = Service::start(Family::Tcp, &options, settings);
+        let app = service.pid();
+        assert_eq!(ask(&mut service.connect(), "busy 1"), "sent");
+        assert_eq!(ask(&mut service.connect(), "busy 1"), "sent", "once more is no second use");
+        pause(Duration::from_millis(1200));
+        assert_ne!(stat(app).0, "T", "busy");
+        let start = Instant::now();
+        assert_eq!(ask(&mut service.connect(), "busy 0"), "sent");
+        wait_until_frozen(app);
+        wait_for_end(app);
+        assert!(start.elapsed() >= Duration::from_millis(550));
+        assert_ne!(service.pid(), app);
+    }
+}
+
+#[test]
+fn systemd_notify_says_busy() {
+    let script = "systemd-notify X_SOCKET_PROXYD_BUSY=1 && exec perl \"$@\"";
+    let program = ["sh", "-c", script, "sh", APP];
+    let options = ["--busy=notify", "--stop-idle-time=300ms"];
+    let service = Service::start_as(Family::Tcp, &options, &program, &[], |launch| launch);
+    let app = service.pid();
+    pause(Duration::from_secs(1));
+    assert!(is_running(app), "busy since its start");
+}
+
+#[test]
+fn busy_command_that_ends_is_not_busy() {
+    let options = ["--busy=notify", "--exit-idle-time=500ms"];
+    let mut service = Service::start(Family::Tcp, &options, &[]);
+    let app = service.pid();
+    assert_eq!(ask(&mut service.connect(), "busy 1"), "sent");
+    pause(Duration::from_millis(800));
+    assert!(service.proxy.is_running());
+    kill_process(app, Signal::KILL).unwrap();
+    assert_eq!(service.proxy.wait().code(), Some(0));
+}
+
+#[test]
 fn min_run_time_holds_freezing_and_stopping_back() {
     let options = ["--freeze-idle-time=100ms", "--stop-idle-time=200ms", "--min-run-time=2s"];
     let service = Service::start(Family::Tcp, &options, &[]);
     let start = Instant::now();
     let app = service.pid();
     pause(Duration::from_millis(1200));
-    assert_eq!(stat(app).0, "S", "it is not frozen");
+    assert_ne!(stat(app).0, "T", "it is not frozen");
     wait_for_end(app);
     let took = start.elapsed();
     assert!(took > Duration::from_millis(1900) && took < Duration::from_secs(6), "{took:?}");

@@ -124,7 +124,9 @@ fn two_hundred_clients_cause_one_probe_at_a_time() {
         let spent = proxy.cpu() - before;
         let probes = backend.requests("/health?full=1").len();
         assert!((10..=16).contains(&probes), "{probes} probes");
-        assert!(spent < Duration::from_millis(150), "{spent:?} of CPU");
+        // 0.15 s, and three times as much in a debug build beside other tests.
+        let most = if cfg!(debug_assertions) { 450 } else { 150 };
+        assert!(spent < Duration::from_millis(most), "{spent:?} of CPU");
         assert_eq!(proxy.lines.count("holding clients"), 1, "logged once");
     }
 }

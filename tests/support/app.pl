@@ -53,6 +53,7 @@ sub answer {
     return "not ready" unless $is_ready;
     return $$ if $_[0] eq 'pid';
     return notify("STATUS=busy") && 'sent' if $_[0] eq 'status';
+    return notify("X_SOCKET_PROXYD_BUSY=$1") && 'sent' if $_[0] =~ /^busy ([01])$/;
     return join ' ', sort keys %ENV if $_[0] eq 'environment';
     return $ENV{NOTIFY_SOCKET} // '' if $_[0] eq 'notify';
     return readlink '/proc/self/fd/0' if $_[0] eq 'stdin';

@@ -23,7 +23,6 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use crate::backend::command::process::CommandProcess;
-use crate::backend::command::process_tree::ProcessTree;
 use crate::backend::command::ready::{NotifyPlace, NotifySocket};
 use crate::backend::command::run_result::{RunResult, describe_status};
 use crate::backend::connect_error::CheckError;
@@ -34,7 +33,7 @@ use crate::config::CommandTimes;
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
-use crate::config::values::ReadyMode;
+use crate::config::values::{BusyMode, ReadyMode};
 use crate::limits::idle_clock::IdleClock;
 use crate::logging::message_id;
 use crate::logging::{RateLimit, os_message, rate_limited};
@@ -46,8 +45,10 @@ pub struct Supervisor {
     pub command: CommandLine,
     /// The target that COMMAND serves.
     target: Target,
-    /// Where COMMAND sends `READY=1`.
+    /// Where COMMAND sends notifications, if it may.
     notify: Option<NotifyPlace>,
+    notifies_ready: bool,
+    notifies_busy: bool,
     times: CommandTimes,
     fd_limit: Option<u64>,
     pub lifecycle: Arc<Lifecycle>,
@@ -57,22 +58,25 @@ impl Supervisor {
     /// `fd_limit` is COMMAND's soft limit on descriptors.
     ///
     /// # Errors
-    /// One line if `--ready=notify` has no directory for its socket.
+    /// One line if there is no directory for COMMAND's notification socket.
     pub fn new(
         command: CommandLine,
         ready: &ReadyMode,
+        busy: BusyMode,
         times: CommandTimes,
         target: Target,
         fd_limit: Option<u64>,
     ) -> Result<Self, String> {
+        let (notifies_ready, notifies_busy) =
+            (*ready == ReadyMode::Notify, busy == BusyMode::Notify);
+        let notifies = notifies_ready || notifies_busy;
         Ok(Self {
             lifecycle: Lifecycle::new(command.to_string(), true),
             command,
             target,
-            notify: match ready {
-                ReadyMode::Notify => Some(NotifyPlace::find()?),
-                _ => None,
-            },
+            notify: notifies.then(NotifyPlace::find).transpose()?,
+            notifies_ready,
+            notifies_busy,
             times,
             fd_limit,
         })
@@ -164,12 +168,16 @@ impl Supervisor {
             CommandProcess::start(notify.as_ref().map(NotifySocket::path)).map_err(failed)?;
         let process = process.insert(started);
         let tree = process.launch(name, self.fd_limit).await.map_err(failed)?;
+        if let Some(notify) = notify {
+            notify.listen(tree, self.notifies_busy.then(|| clock.clone()));
+        }
+        let notify = notify.as_ref().filter(|_| self.notifies_ready);
         let connection = tokio::select! {
             biased;
             // Polled first: if COMMAND exits because its address is in use, a connect would reach
             // the other process.
             status = process.exited() => return Err(RunResult::early_exit(name, "before", status)),
-            connected = self.wait_until_ready(notify.as_mut(), wait, tree) => connected?,
+            connected = self.wait_until_ready(notify, wait) => connected?,
             never = self.warn_if_slow() => match never {},
         };
         rate_limited!(
@@ -247,14 +255,13 @@ impl Supervisor {
     /// connection that showed it, if there is one. The target is tried only while a client waits.
     async fn wait_until_ready(
         &self,
-        notify: Option<&mut NotifySocket>,
+        notify: Option<&NotifySocket>,
         wait: &BackendWait,
-        tree: ProcessTree,
     ) -> Result<Option<Socket>, RunResult> {
         let name = &self.command;
         if let Some(notify) = notify {
             self.lifecycle.set_error(format!("{name} runs, but has not sent READY=1"));
-            notify.ready(tree).await;
+            notify.ready().await;
             return Ok(None);
         }
         let failed = |error: String| {

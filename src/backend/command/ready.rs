@@ -1,4 +1,5 @@
-//! `--ready=notify`: `READY=1` from COMMAND, on a `NOTIFY_SOCKET` of its own (sd_notify(3)).
+//! `--ready=notify` and `--busy=notify`: `READY=1` and [`BUSY`] from COMMAND, on a `NOTIFY_SOCKET` of
+//! its own (sd_notify(3)).
 //!
 //! The socket is a file and not an abstract name, so that COMMAND finds it from another network
 //! namespace and can pass it into a container. Every process may send to it. The kernel tells the
@@ -29,6 +30,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use crate::backend::command::process_tree::ProcessTree;
+use crate::limits::idle_clock::{IdleClock, InUse};
 use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::socket::sys::register;
 
@@ -84,7 +86,7 @@ pub fn remove_left_behind() {
 
 /// The socket that one run of COMMAND notifies. Dropping it removes the file.
 ///
-/// From [`NotifySocket::ready`] on a task reads the socket for as long as it exists, before and
+/// From [`NotifySocket::listen`] on a task reads the socket for as long as it exists, before and
 /// after `READY=1`: sd_notify(3) blocks when ten messages are queued, and systemd-notify(1) until
 /// the descriptor of its last message is closed.
 #[derive(Debug)]
@@ -92,6 +94,7 @@ pub struct NotifySocket {
     io: Rc<AsyncFd<OwnedFd>>,
     path: PathBuf,
     _directory: TempDir,
+    ready: watch::Sender<bool>,
     receiver: JoinSet<Infallible>,
 }
 
@@ -106,7 +109,8 @@ impl NotifySocket {
         sockopt::set_socket_passcred(&socket, true)?;
         socket.set_nonblocking(true)?;
         let io = Rc::new(register(socket.into(), Interest::READABLE)?);
-        Ok(Self { io, path, _directory: directory, receiver: JoinSet::new() })
+        let (ready, receiver) = (watch::Sender::new(false), JoinSet::new());
+        Ok(Self { io, path, _directory: directory, ready, receiver })
     }
 
     /// Returns the value for `$NOTIFY_SOCKET`.
@@ -114,12 +118,17 @@ impl NotifySocket {
         &self.path
     }
 
-    /// Waits for `READY=1` from a process of `tree`. Messages stay queued until then: COMMAND may
-    /// send `READY=1` before the guard's report of its start arrives.
-    pub async fn ready(&mut self, tree: ProcessTree) {
-        let (sender, mut ready) = watch::channel(false);
-        self.receiver.spawn_local(Receiver { io: Rc::clone(&self.io), tree, ready: sender }.run());
-        let _ = ready.wait_for(|ready| *ready).await;
+    /// Listens to the processes of `tree` from now on. With a `clock`, COMMAND is in use while it
+    /// says that it is busy. Messages stay queued until then: COMMAND may send `READY=1` before the
+    /// guard's report of its start arrives.
+    pub fn listen(&mut self, tree: ProcessTree, clock: Option<IdleClock>) {
+        let (io, ready) = (Rc::clone(&self.io), self.ready.clone());
+        self.receiver.spawn_local(Receiver { io, tree, ready, clock, busy: None }.run());
+    }
+
+    /// Waits for `READY=1`.
+    pub async fn ready(&self) {
+        let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
     }
 }
 
@@ -129,31 +138,33 @@ struct Receiver {
     /// The processes whose messages count.
     tree: ProcessTree,
     ready: watch::Sender<bool>,
+    clock: Option<IdleClock>,
+    /// Held while COMMAND is busy.
+    busy: Option<InUse>,
 }
 
 impl Receiver {
-    async fn run(self) -> Infallible {
+    async fn run(mut self) -> Infallible {
         let (mut lookups, mut in_burst) = (Lookups::default(), 0);
         loop {
             in_burst = (in_burst + 1) % BURST;
             if in_burst == 0 {
                 sleep(BURST_PAUSE).await;
             }
-            let mut readable = self.io.readable().await.expect("the event loop runs");
-            match self.receive(&mut lookups) {
-                Ok(true) => drop(self.ready.send_replace(true)),
-                Ok(false) => {}
-                // EAGAIN, or an error that the next message's edge will show again.
-                Err(_) => readable.clear_ready(),
+            let io = Rc::clone(&self.io);
+            let mut readable = io.readable().await.expect("the event loop runs");
+            // EAGAIN, or an error that the next message's edge will show again.
+            if self.receive(&mut lookups).is_err() {
+                readable.clear_ready();
             }
         }
     }
 
-    /// Receives a message. Returns whether it is a `READY=1` that counts.
+    /// Receives a message, and does what it says if it counts.
     ///
     /// The sender is looked up before the message's descriptors are closed: with `BARRIER=1` it may
     /// exit as soon as they are.
-    fn receive(&self, lookups: &mut Lookups) -> Result<bool, Errno> {
+    fn receive(&mut self, lookups: &mut Lookups) -> Result<(), Errno> {
         let mut text = [0; MESSAGE_MAX];
         let mut space =
             [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(4))];
@@ -168,18 +179,33 @@ impl Receiver {
                 _ => {}
             }
         }
-        let mut lines = text[..received.bytes].split(|&byte| byte == b'\n');
-        let is_news = lines.any(|line| line == b"READY=1") && !*self.ready.borrow();
-        let sender = sender.filter(|_| is_news);
-        Ok(sender.is_some_and(|sender| lookups.look_up(sender.pid, sender.uid, self.tree)))
+        let lines = || text[..received.bytes].split(|&byte| byte == b'\n');
+        let is_ready = !*self.ready.borrow() && lines().any(|line| line == b"READY=1");
+        let busy = lines().filter_map(|line| line.strip_prefix(BUSY)).next_back();
+        let busy = match (&self.clock, busy) {
+            (Some(_), Some(b"1")) if self.busy.is_none() => Some(true),
+            (Some(_), Some(b"0")) if self.busy.is_some() => Some(false),
+            _ => None,
+        };
+        let sender = sender.filter(|_| is_ready || busy.is_some());
+        if !sender.is_some_and(|sender| lookups.look_up(sender.pid, sender.uid, self.tree)) {
+            return Ok(());
+        }
+        if is_ready {
+            self.ready.send_replace(true);
+        }
+        if let Some(is_busy) = busy {
+            self.busy = self.clock.as_ref().filter(|_| is_busy).map(IdleClock::begin_use);
+        }
+        Ok(())
     }
 }
 
 /// Lookups of senders within the current second. Each costs up to
 /// [`ANCESTORS_MAX`](super::process_tree::ANCESTORS_MAX) reads of /proc.
 ///
-/// Any user may send `READY=1` at any rate. Within a second a known stranger is not looked up
-/// again, and each user has [`LOOKUPS_MAX`] lookups. So a flood costs little. COMMAND, which may
+/// Any user may send messages at any rate. Within a second a known process is not looked up again,
+/// and each user has [`LOOKUPS_MAX`] lookups. So a flood costs little. COMMAND, which may
 /// have changed its user, is still heard during the flood.
 #[derive(Debug, Default)]
 struct Lookups {
@@ -188,8 +214,8 @@ struct Lookups {
     users: HashMap<Uid, usize>,
     /// The lookups for all further users together.
     other_users: usize,
-    /// Processes that are not COMMAND's.
-    strangers: Vec<Pid>,
+    /// Processes that were looked up, and whether they are COMMAND's.
+    known: Vec<(Pid, bool)>,
 }
 
 impl Lookups {
@@ -199,8 +225,8 @@ impl Lookups {
         if self.since.is_none_or(|since| now - since >= Duration::from_secs(1)) {
             *self = Self { since: Some(now), ..Self::default() };
         }
-        if self.strangers.contains(&process) {
-            return false;
+        if let Some((_, is_ours)) = self.known.iter().find(|(known, _)| *known == process) {
+            return *is_ours;
         }
         // COMMAND's user always has a count of its own, however many other users send.
         let has_own_count =
@@ -214,10 +240,10 @@ impl Lookups {
             return false;
         }
         let is_ours = tree.has(process);
+        if self.known.len() < KNOWN_MAX {
+            self.known.push((process, is_ours));
+        }
         if !is_ours {
-            if self.strangers.len() < STRANGERS_MAX {
-                self.strangers.push(process);
-            }
             rate_limited!(
                 STRANGERS,
                 warn,
@@ -229,6 +255,9 @@ impl Lookups {
     }
 }
 
+/// COMMAND is busy, with the value 1, or no longer, with 0. systemd ignores names of this form.
+const BUSY: &[u8] = b"X_SOCKET_PROXYD_BUSY=";
+
 /// The bytes of a message that are read. COMMAND's notifications are shorter.
 const MESSAGE_MAX: usize = 4096;
 
@@ -237,9 +266,9 @@ const BURST: usize = 8;
 const BURST_PAUSE: Duration = Duration::from_millis(1);
 
 /// Limits for one second: users with a count of their own, lookups for each count, and known
-/// strangers.
+/// processes.
 const USERS_MAX: usize = 8;
 const LOOKUPS_MAX: usize = 10;
-const STRANGERS_MAX: usize = 64;
+const KNOWN_MAX: usize = 64;
 
 static STRANGERS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
