@@ -112,8 +112,8 @@ impl Backend {
         }
     }
 
-    /// Connects to a backend that the proxy has started. Returns `None` if it is gone, which COMMAND
-    /// never is without a change of its state.
+    /// Connects to a backend that the proxy has started. Returns `None` if it is gone. (COMMAND
+    /// changes its state then.)
     async fn connect_started(&self, lifecycle: &Lifecycle) -> Result<Option<Socket>, ConnectError> {
         match lifecycle.is_child {
             true => self.backend_wait.connect().await.map(Some),

@@ -75,8 +75,8 @@ impl Server {
         })
     }
 
-    /// Spawns the accept loops and what starts the backend, and serves a connection that was accepted
-    /// before the start.
+    /// Spawns the accept loops and what starts the backend, and serves a connection that was
+    /// accepted before the start.
     pub fn start(&mut self) -> Tasks {
         if let Some((connection, backend)) = self.connection.take() {
             self.serve_passed(connection, backend);

@@ -1,5 +1,5 @@
-//! `--ready=notify` and `--busy=notify`: `READY=1` and [`BUSY`] from COMMAND, on a `NOTIFY_SOCKET` of
-//! its own (sd_notify(3)).
+//! `--ready=notify` and `--busy=notify`: `READY=1` and [`BUSY`] from COMMAND, on a `NOTIFY_SOCKET`
+//! of its own (sd_notify(3)).
 //!
 //! The socket is a file and not an abstract name, so that COMMAND finds it from another network
 //! namespace and can pass it into a container. Every process may send to it. The kernel tells the
