@@ -33,6 +33,8 @@ pub struct Connector {
     lookups_max: usize,
     /// Places for addresses that are watched, of all targets.
     pub watch_places: Arc<Semaphore>,
+    /// Places to connect beside a client's own attempt, of all targets.
+    pub beside_places: Arc<Semaphore>,
     /// Turns to try a backend whose backlog is full. The other clients, of all event loops, wait in
     /// the order in which they came.
     backlog_turns: Arc<Semaphore>,
@@ -53,13 +55,13 @@ pub enum OnFullBacklog {
 
 impl Connector {
     /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` limits the
-    /// lookups that run at a time, and `watch_places` the addresses that are watched.
+    /// lookups that run at a time. The places are those of the fields of these names.
     pub fn new(
         target: Target,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
         lookups: Arc<Semaphore>,
-        watch_places: Arc<Semaphore>,
+        [watch_places, beside_places]: [Arc<Semaphore>; 2],
     ) -> Self {
         Self {
             target,
@@ -68,6 +70,7 @@ impl Connector {
             lookups_max: lookups.available_permits(),
             lookups,
             watch_places,
+            beside_places,
             backlog_turns: Arc::new(Semaphore::new(BACKLOG_TURNS)),
             counters: Arc::default(),
         }

@@ -139,17 +139,26 @@ impl BackendWait {
             if let Some(socket) = self.take_connection() {
                 return socket;
             }
-            let answered = lock(&self.probe).answered.clone().filter(|_| self.unready().is_none());
-            if let Some(address) = answered {
-                let start = Instant::now();
-                let connected = self.connector.try_address(&address, OnFullBacklog::Fail).await;
-                self.connector.count(start, &connected);
-                if let Ok(socket) = connected {
-                    return socket;
-                }
+            if let Some(socket) = self.connect_to_answered().await {
+                return socket;
             }
             pause = PROBE_AGAIN;
         }
+    }
+
+    /// Connects to the address that has answered, while the client's own attempt keeps the
+    /// descriptor of its connection.
+    async fn connect_to_answered(&self) -> Option<Socket> {
+        let _place = self.connector.beside_places.acquire().await;
+        let address = lock(&self.probe).answered.clone().filter(|_| self.unready().is_none())?;
+        let start = Instant::now();
+        let connected = self.connector.try_address(&address, OnFullBacklog::Fail).await;
+        self.connector.count(start, &connected);
+        if connected.is_err() {
+            // The others need not try it, too.
+            lock(&self.probe).answered.take_if(|answered| *answered == address);
+        }
+        connected.ok()
     }
 
     /// Lets clients go on after a wait in small numbers, so that open connections have their turn

@@ -25,6 +25,8 @@ pub struct FdPlan {
     pub lookups: usize,
     /// Addresses of backends that are tried on their own, at a time.
     pub watch_places: usize,
+    /// Connects beside a client's own attempt, at a time.
+    pub beside_places: usize,
     /// Pipes at a time.
     pub pipes: usize,
     /// The soft limit at the start, for COMMAND: select(2) breaks above 1024.
@@ -79,9 +81,10 @@ impl FdPlan {
         let for_threads = (config.threads.get() - 1) * PER_THREAD;
         let needs_lookups = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
         let connections_max = config.connections_max.get() as usize;
-        let watch_places = if config.backend_wait.is_zero() { 0 } else { WATCH_PLACES };
+        let [watch_places, beside_places] =
+            if config.backend_wait.is_zero() { [0, 0] } else { [WATCH_PLACES, BESIDE_PLACES] };
         let reserved = RESERVE
-            + (watch_places + for_command + for_probes + for_threads)
+            + (watch_places + beside_places + for_command + for_probes + for_threads)
             + (for_store + for_metrics);
         let free = limit.saturating_sub(open + reserved);
         let lookups = if needs_lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
@@ -89,7 +92,7 @@ impl FdPlan {
         let for_connections = connections_max.saturating_add(1).saturating_mul(per_connection);
         let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
         let connections = free.saturating_sub(pipes * 2) / per_connection;
-        Self { connections, lookups, watch_places, pipes, inherited: None }
+        Self { connections, lookups, watch_places, beside_places, pipes, inherited: None }
     }
 }
 
@@ -214,8 +217,10 @@ const PIPES_MAX: usize = 512;
 /// The notification socket, the journal's socket, and a connection that is accepted to be refused.
 const RESERVE: usize = 6;
 
-/// Sockets of addresses that are tried on their own. Those of other attempts are their clients'.
+/// Sockets of addresses that are tried on their own, and of connects beside a client's own attempt.
+/// Those of other attempts are their clients'.
 const WATCH_PLACES: usize = 4;
+const BESIDE_PLACES: usize = 8;
 
 /// The sockets to COMMAND's guard and from it, and the descriptors that are open during its start.
 const FOR_COMMAND: usize = 12;
@@ -263,6 +268,7 @@ mod tests {
                             + plan.pipes * 2
                             + plan.lookups * PER_LOOKUP
                             + plan.watch_places
+                            + plan.beside_places
                             + beside;
                         if plan.pipes > 1.max(limit / 16) {
                             assert!(plan.connections > connections_max, "{plan:?}");

@@ -187,15 +187,15 @@ fn backends_of(config: &Config, sources: &Sources) -> Result<Vec<usize>, String>
 
 /// Returns the setup of each target. All share the limits on lookups and on watched addresses.
 fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
-    let limits = [fds.lookups, fds.watch_places];
-    let [lookups, watch_places] = limits.map(|max| Arc::new(Semaphore::new(max)));
+    let limits = [fds.lookups, fds.watch_places, fds.beside_places];
+    let [lookups, watched, beside] = limits.map(|max| Arc::new(Semaphore::new(max)));
     let setup = |target: &Target| {
         let connector = Connector::new(
             target.clone(),
             config.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),
-            Arc::clone(&watch_places),
+            [Arc::clone(&watched), Arc::clone(&beside)],
         );
         let readiness = Readiness::new(&config.ready, config.proxy_protocol, &connector);
         BackendSetup { connector, probe: SharedProbe::default(), readiness }

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::thread;
 
 use dns_lookup::{AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
+use rustix::io::Errno;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use crate::logging::os_message;
@@ -43,7 +44,7 @@ pub async fn resolve(
 pub struct ResolveError {
     name: String,
     reason: String,
-    /// Whether a later lookup may succeed (EAI_AGAIN).
+    /// Whether a later lookup may succeed.
     pub is_temporary: bool,
 }
 
@@ -56,8 +57,7 @@ impl fmt::Display for ResolveError {
 /// Returns the addresses, or the reason why there are none and whether it is temporary.
 fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, (String, bool)> {
     let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
-    let found = getaddrinfo(Some(host), Some(port), Some(hints))
-        .map_err(|error| (reason(&error), matches!(error.kind(), LookupErrorKind::Again)))?;
+    let found = getaddrinfo(Some(host), Some(port), Some(hints)).map_err(describe)?;
     let mut addresses = Vec::new();
     // `flatten` leaves out addresses of unknown families.
     for address in found.flatten().map(|found| found.sockaddr) {
@@ -68,12 +68,22 @@ fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, (String, bool)> {
     if addresses.is_empty() { Err(("it has no address".into(), false)) } else { Ok(addresses) }
 }
 
-/// Returns the message of gai_strerror(3), except for EAI_SERVICE, whose message hides the cause.
-fn reason(error: &LookupError) -> String {
+/// Returns the message of gai_strerror(3), except for EAI_SERVICE, whose message hides the cause,
+/// and whether a later lookup may succeed: the resolver says so, or it lacked descriptors or
+/// memory.
+fn describe(error: LookupError) -> (String, bool) {
     if matches!(error.kind(), LookupErrorKind::Service) {
-        return "the port is not in services(5)".into();
+        return ("the port is not in services(5)".into(), false);
     }
-    let message = io::Error::from(LookupError::new(error.error_num())).to_string();
+    let is_temporary = matches!(error.kind(), LookupErrorKind::Again | LookupErrorKind::Memory);
+    // EAI_SYSTEM has an errno.
+    let error = io::Error::from(error);
+    let lacks_resources = matches!(
+        Errno::from_io_error(&error),
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS)
+    );
+    let message = error.to_string();
     // dns-lookup puts its own words in front.
-    message.rsplit_once(": ").map_or(message.as_str(), |(_, reason)| reason).to_string()
+    let message = message.rsplit_once(": ").map_or(message.as_str(), |(_, reason)| reason);
+    (message.to_string(), is_temporary || lacks_resources)
 }

@@ -1,6 +1,7 @@
 //! Attempts to connect to a backend that does not answer, with an address that does beside it.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -36,6 +37,47 @@ fn answer_to_one_client_serves_all() {
     // The resolver decides about the order of the addresses.
     for [silent, backend] in [["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.1"]] {
         answer_serves_all(silent, backend);
+    }
+}
+
+#[test]
+fn few_descriptors_cut_no_client() {
+    if !is_root_for("a name with an address that does not answer") {
+        return;
+    }
+    for [silent, backend] in [["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.1"]] {
+        let port = free_port();
+        let silent: SocketAddr = format!("{silent}:{port}").parse().unwrap();
+        let _silent = SilentAddress::new(&silent.into());
+        // It accepts slowly, so that its kernel drops some SYNs and attempts take a second.
+        let backend = Endpoint::tcp(&format!("{backend}:{port}"), 5);
+        std::thread::spawn(move || {
+            while let Ok((client, _)) = backend.socket.accept() {
+                std::thread::spawn(move || echo(client));
+                pause(Duration::from_millis(1));
+            }
+        });
+        let directory = TempDir::new().unwrap();
+        let hosts = directory.path().join("hosts");
+        fs::write(&hosts, "127.0.0.2 two.test\n127.0.0.1 two.test\n").unwrap();
+        let front = Endpoint::new(Family::Tcp);
+        let options = ["--connections-max=1000", "--backend-wait=1min"];
+        let launch = Launch::new(OURS).listener(&front).hosts(hosts).descriptors(256);
+        let proxy = launch.args(options).arg(format!("two.test:{port}")).start();
+        // Each holds its socket, that of its own attempt, and none beside.
+        let clients: Vec<_> = (0..400)
+            .map(|_| {
+                let mut client = front.connect();
+                std::thread::spawn(move || exchange(&mut client, b"me, too?"))
+            })
+            .collect();
+        for client in clients {
+            // With a backlog as short as this, some still wait when the test ends.
+            let answer = client.join().unwrap();
+            let is_cut = answer.as_ref().is_err_and(|it| it.kind() != ErrorKind::WouldBlock);
+            assert!(!is_cut, "{answer:?}: {}", proxy.lines.all());
+        }
+        assert_eq!(proxy.lines.count("Too many open files"), 0);
     }
 }
 

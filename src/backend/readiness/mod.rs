@@ -193,8 +193,9 @@ mod tests {
 
     fn readiness(mode: &str) -> Option<Arc<Readiness>> {
         let target = Target::parse("/run/app".as_ref()).unwrap();
-        let [lookups, places] = [1, 1].map(|max| Arc::new(Semaphore::new(max)));
-        let connector = Connector::new(target, TimeSpan::INFINITY, None, lookups, places);
+        let [lookups, watched, beside] = [1; 3].map(|max| Arc::new(Semaphore::new(max)));
+        let connector =
+            Connector::new(target, TimeSpan::INFINITY, None, lookups, [watched, beside]);
         Readiness::new(&mode.parse().unwrap(), None, &connector)
     }
 
