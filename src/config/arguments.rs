@@ -157,6 +157,21 @@ impl Arguments {
         }
         Ok(Request::Run(arguments))
     }
+
+    /// Returns the words of each command, after what precedes them in the command line.
+    pub fn programs(&self) -> impl Iterator<Item = (&'static str, &[OsString])> {
+        let probe = match &self.ready {
+            Some(ReadyMode::Exec(line)) => Some(line),
+            _ => None,
+        };
+        let lines = [
+            ("--ready=exec:", probe),
+            ("--start-command=", self.start_command.as_ref()),
+            ("--stop-command=", self.stop_command.as_ref()),
+        ];
+        let lines = lines.into_iter().filter_map(|(origin, line)| Some((origin, &line?.words[..])));
+        self.command.iter().map(|words| ("COMMAND ", &words[..])).chain(lines)
+    }
 }
 
 /// Returns the abbreviations of `--connections-max` that are unambiguous in systemd-socket-proxyd,

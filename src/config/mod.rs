@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::config::arguments::Arguments;
 use crate::config::client_set::ClientSet;
-use crate::config::command::CommandLine;
+use crate::config::command::{CommandLine, find_program};
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::Request;
 use crate::config::selector::Targets;
@@ -87,21 +87,9 @@ impl Config {
             Request::Run(arguments) => arguments,
             Request::Print(text) => return Ok(Request::Print(text)),
         };
-        if let Some((_, why)) = CONFLICTS.iter().find(|(is_so, _)| is_so(&arguments)) {
-            return Err((*why).into());
-        }
-        let targets = Targets::parse(&arguments.targets)?;
-        if arguments.command.is_some() && matches!(targets, Targets::Selected(_)) {
-            return Err(
-                "SELECTOR=TARGET cannot be combined with COMMAND, which serves one TARGET. \
-                        (Write TARGET -- COMMAND [ARG...].)"
-                    .into(),
-            );
-        }
-        if arguments.start_command.is_some() && targets.iter().count() > 1 {
-            return Err("--start-command= serves one TARGET. (Run a proxy for each.)".into());
-        }
-        let command = arguments.command.map(CommandLine::find).transpose()?;
+        let targets = check(&arguments)?;
+        find_programs(&arguments)?;
+        let command = arguments.command.map(|words| CommandLine { words });
         let times = CommandTimes {
             freeze_idle: arguments.freeze_idle_time.unwrap_or(TimeSpan::INFINITY),
             stop_idle: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
@@ -137,6 +125,36 @@ impl Config {
             log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
         }))
     }
+}
+
+/// Checks the options together, without a look at the machine. Returns the targets.
+///
+/// # Errors
+/// One line on what is wrong.
+pub fn check(arguments: &Arguments) -> Result<Targets, String> {
+    if let Some((_, why)) = CONFLICTS.iter().find(|(is_so, _)| is_so(arguments)) {
+        return Err((*why).into());
+    }
+    let targets = Targets::parse(&arguments.targets)?;
+    if arguments.command.is_some() && matches!(targets, Targets::Selected(_)) {
+        return Err(
+            "SELECTOR=TARGET cannot be combined with COMMAND, which serves one TARGET. (Write \
+                    TARGET -- COMMAND [ARG...].)"
+                .into(),
+        );
+    }
+    if arguments.start_command.is_some() && targets.iter().count() > 1 {
+        return Err("--start-command= serves one TARGET. (Run a proxy for each.)".into());
+    }
+    Ok(targets)
+}
+
+/// Checks that the machine has each program that the proxy may run.
+///
+/// # Errors
+/// One line that names the program and the reason.
+pub fn find_programs(arguments: &Arguments) -> Result<(), String> {
+    arguments.programs().try_for_each(|(origin, words)| find_program(origin, words))
 }
 
 /// How long clients wait by default while the proxy starts their backend.

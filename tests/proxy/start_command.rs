@@ -244,7 +244,10 @@ fn rejects_wrong_command_lines() {
             &["--start-command=", "/a"][..],
             "invalid value '' for '--start-command <LINE>': it names no",
         ),
-        (&["--start-command=no-such-thing x", "/a"], "failed to execute \"no-such-thing\""),
+        (
+            &["--start-command=no-such-thing x", "/a"],
+            "Failed to execute --start-command=\"no-such-thing\"",
+        ),
         (&["--start-command=sh -c 'x", "/a"], "a quote is not closed"),
         (&["--start-command=true", "/a", "--", "sh"], "--start-command= cannot be combined with"),
         (&["--stop-command=true", "/a"], "--stop-command= needs a --start-command=."),
