@@ -47,19 +47,46 @@ pub struct UnitArguments {
     /// Start this service for the first connection
     #[arg(long, value_name = "UNIT", value_parser = service, help_heading = "The proxy")]
     pub service: Option<String>,
-    /// Stop the service or COMMAND when idle for TIME [default: infinity]
+    /// Start the backend with LINE, such as docker start web
+    #[arg(long, value_name = "LINE", help_heading = "The proxy", conflicts_with = "service",
+        value_hint = ValueHint::CommandString)]
+    pub start_command: Option<String>,
+    /// Stop it with LINE
+    #[arg(long, value_name = "LINE", help_heading = "The proxy",
+        value_hint = ValueHint::CommandString)]
+    pub stop_command: Option<String>,
+    /// Ready on connect (the default), notify, http:PATH or exec:LINE
+    #[arg(long, value_name = "MODE", help_heading = "The proxy")]
+    pub ready: Option<String>,
+    /// Freeze COMMAND when idle for TIME [default: infinity]
+    #[arg(long, value_name = "TIME", help_heading = "The proxy")]
+    pub freeze_idle_time: Option<String>,
+    /// Stop the backend when idle for TIME [default: infinity]
     #[arg(long, value_name = "TIME", value_parser = idle, help_heading = "The proxy")]
     pub idle: Option<String>,
+    /// Neither freeze nor stop the backend in its first TIME [default: 0]
+    #[arg(long, value_name = "TIME", help_heading = "The proxy")]
+    pub min_run_time: Option<String>,
     /// Run the proxy and COMMAND as USER [default: a transient user]
     #[arg(long, value_parser = account, help_heading = "The proxy", value_hint = ValueHint::Username)]
     pub user: Option<String>,
-    /// Add the proxy to GROUP, which may connect to the target's Unix socket
+    /// Add the proxy to GROUP, for the target's Unix socket or a command
     #[arg(long, value_parser = account, help_heading = "The proxy")]
     pub group: Option<String>,
     /// Answer Prometheus at ADDRESS, from a socket unit of its own
     #[arg(long, value_name = "ADDRESS", value_parser = metrics, help_heading = "The proxy",
         value_hint = ValueHint::FilePath, conflicts_with = "service")]
     pub metrics: Option<ListenAddress>,
+
+    /// Serve at once, or from the first byte on [default: connect]
+    #[arg(long, value_name = "connect|data", help_heading = "Clients")]
+    pub wake_on: Option<String>,
+    /// Clients that start and postpone nothing: 10.0.0.0/8, unix
+    #[arg(long, value_name = "NET[,NET...]", help_heading = "Clients")]
+    pub passive_from: Option<String>,
+    /// Serve up to N connections from one IPv4 address or IPv6 /64
+    #[arg(long, value_name = "N", help_heading = "Clients")]
+    pub connections_max_per_source: Option<String>,
 
     /// Write to DIR instead of printing [default: /etc/systemd/system]
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true,
@@ -95,11 +122,15 @@ impl UnitArguments {
         let mut words = vec![OsString::from(PROGRAM)];
         words.extend(self.listen.iter().map(|listen| format!("--listen={listen}").into()));
         words.extend(self.targets.iter().map(|target| format!("--target={target}").into()));
-        words.extend(self.service.iter().map(|service| format!("--service={service}").into()));
-        words.extend(self.idle.iter().map(|idle| format!("--idle={idle}").into()));
-        words.extend(self.user.iter().map(|user| format!("--user={user}").into()));
-        words.extend(self.group.iter().map(|group| format!("--group={group}").into()));
-        words.extend(self.metrics.iter().map(|metrics| format!("--metrics={metrics}").into()));
+        let metrics = self.metrics.as_ref().map(ToString::to_string);
+        let options = [
+            ("service", self.service.as_deref()),
+            ("idle", self.idle.as_deref()),
+            ("user", self.user.as_deref()),
+            ("group", self.group.as_deref()),
+            ("metrics", metrics.as_deref()),
+        ];
+        words.extend(given(options).into_iter().chain(self.passed_options()).map(OsString::from));
         words.extend(self.names.iter().map(OsString::from));
         if let Some(command) = &self.command {
             words.push("--".into());
@@ -107,6 +138,53 @@ impl UnitArguments {
         }
         shell_words(words)
     }
+
+    /// Returns the idle time, if it is finite.
+    pub fn idle_time(&self) -> Option<&str> {
+        self.idle.as_deref().filter(|idle| *idle != "infinity")
+    }
+
+    /// Whether an idle proxy exits, instead of stopping its backend.
+    pub fn exits_when_idle(&self) -> bool {
+        self.command.is_none() && self.stop_command.is_none()
+    }
+
+    /// Returns the options of the proxy that have another form here.
+    pub fn derived_options(&self) -> Vec<String> {
+        // Clients wait while a service starts or a backend restarts. The proxy has a default of its
+        // own for a backend that it starts.
+        let wait = match (&self.service, &self.command, &self.start_command) {
+            (Some(_), ..) => Some("90s"),
+            (None, None, None) => Some("30s"),
+            _ => None,
+        };
+        let idle = if self.exits_when_idle() { "exit-idle-time" } else { "stop-idle-time" };
+        given([
+            ("backend-wait", wait),
+            (idle, self.idle_time()),
+            ("metrics", self.metrics.as_ref().map(|_| "fd:metrics")),
+        ])
+    }
+
+    /// Returns the options that the proxy gets as they were given.
+    pub fn passed_options(&self) -> Vec<String> {
+        given([
+            ("start-command", self.start_command.as_deref()),
+            ("stop-command", self.stop_command.as_deref()),
+            ("ready", self.ready.as_deref()),
+            ("freeze-idle-time", self.freeze_idle_time.as_deref()),
+            ("min-run-time", self.min_run_time.as_deref()),
+            ("wake-on", self.wake_on.as_deref()),
+            ("passive-from", self.passive_from.as_deref()),
+            ("connections-max-per-source", self.connections_max_per_source.as_deref()),
+        ])
+    }
+}
+
+/// Returns the words of the options that have a value.
+fn given<'a>(options: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) -> Vec<String> {
+    let word = |(name, value): (&str, Option<&str>)| Some(format!("--{name}={}", value?));
+    options.into_iter().filter_map(word).collect()
 }
 
 const PROGRAM: &str = "socket-proxyd-units";

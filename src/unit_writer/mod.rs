@@ -32,7 +32,7 @@ use plan::Plan;
 use render::{UnitFile, render};
 use values::{UNIT_DIRECTORIES, is_hidden};
 
-use crate::config::command::find_program;
+use crate::config::find_programs;
 use crate::config::parser::Request;
 use crate::logging::os_message;
 
@@ -99,8 +99,7 @@ fn notes(plan: &Plan) -> String {
     let directory = directory.map(|directory| {
         format!("the service will own {}, which exists, and remove it.", directory.display())
     });
-    let command = plan.arguments.command.clone();
-    let missing = command.and_then(|words| find_program("COMMAND ", &words).err());
+    let missing = find_programs(&plan.proxy).err();
     directory.into_iter().chain(missing).map(|note| format!("Note: {note}\n")).collect()
 }
 

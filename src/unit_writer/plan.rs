@@ -5,14 +5,17 @@ use std::ffi::OsString;
 use std::iter;
 use std::path::Path;
 
+use crate::config::arguments::Arguments;
+use crate::config::check;
 use crate::config::listen_address::ListenAddress;
+use crate::config::parser::Request;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::socket::address::{Address, SocketLabel};
 use crate::unit_writer::arguments::UnitArguments;
 use crate::unit_writer::escape::unit_name;
 use crate::unit_writer::values::{
-    TEMPORARY, address, check_command, check_socket, is_below, refuse_if, socket_path,
+    TEMPORARY, address, check_program, check_socket, is_below, refuse_if, socket_path,
 };
 
 /// Checked arguments, and what follows from them.
@@ -23,6 +26,8 @@ pub struct Plan {
     /// The name of the proxy's units, without a suffix.
     pub unit: String,
     pub targets: Vec<Target>,
+    /// What the proxy reads in ExecStart=.
+    pub proxy: Arguments,
 }
 
 impl Plan {
@@ -34,7 +39,6 @@ impl Plan {
         let [name] = &arguments.names[..] else {
             return Err(MANY_NAMES.into());
         };
-        let is_bridge = arguments.service.is_none() && arguments.command.is_none();
         let is_selected = |target: &String| target.contains('=');
         let unit = format!("{}-proxy", unit_name(name));
         refuse_if(&[
@@ -48,22 +52,28 @@ impl Plan {
                 "--service= cannot be the proxy's own unit.",
             ),
             (
-                arguments.metrics.is_some() && arguments.idle.is_some() && is_bridge,
-                "--metrics= cannot be combined with the --idle= of a bridge: each scrape would start the \
-                 proxy again, with its counters at zero.",
+                arguments.metrics.is_some()
+                    && arguments.idle.is_some()
+                    && arguments.exits_when_idle(),
+                "--metrics= cannot be combined with --idle= without a COMMAND or a --stop-command=: each \
+                 scrape would start the proxy again, with its counters at zero.",
+            ),
+            (
+                arguments.passive_from.is_some() && arguments.service.is_some(),
+                "--passive-from= cannot be combined with --service=: systemd starts the proxy, and with \
+                 it the service, for passive clients as well. (Write --start-command= instead.)",
             ),
         ])?;
-        let words: Vec<_> = arguments.targets.iter().map(OsString::from).collect();
-        let targets = Targets::parse(&words)?;
+        let proxy = proxy(&arguments)?;
+        let targets = check(&proxy)?;
         check_addresses(&arguments, &targets, &unit)?;
-        if let Some(words) = &arguments.command {
-            let Targets::One(target) = &targets else {
-                return Err("A COMMAND serves one --target=, without a selector.".into());
-            };
-            check_command(words)?;
-            check_socket(target, name)?;
+        for (origin, words) in proxy.programs() {
+            check_program(origin, words)?;
         }
         let targets: Vec<_> = targets.iter().cloned().collect();
+        if arguments.command.is_some() {
+            targets.iter().try_for_each(|target| check_socket(target, name))?;
+        }
         let is_hidden = |path: &&Path| is_below(path, &TEMPORARY);
         match targets.iter().filter_map(socket_path).find(is_hidden) {
             Some(path) if arguments.user.is_none() && arguments.command.is_none() => Err(format!(
@@ -71,7 +81,7 @@ impl Plan {
                  backend listen elsewhere.",
                 path.display()
             )),
-            _ => Ok(Self { name: name.clone(), unit, targets, arguments }),
+            _ => Ok(Self { name: name.clone(), unit, targets, proxy, arguments }),
         }
     }
 
@@ -94,17 +104,28 @@ impl Plan {
         iter::once(self.socket()).chain(metrics).collect()
     }
 
-    /// Returns the idle time, if it is finite.
-    pub fn idle(&self) -> Option<&str> {
-        self.arguments.idle.as_deref().filter(|idle| *idle != "infinity")
-    }
-
     /// Returns the directory below /run in which COMMAND creates its socket, and which systemd
     /// creates and removes with the unit.
     pub fn runtime_directory(&self) -> Option<&Path> {
         self.arguments.command.as_ref()?;
         let directory = self.targets.iter().find_map(socket_path)?.parent()?;
         directory.starts_with("/run").then_some(directory)
+    }
+}
+
+/// Reads the command line of the proxy as the proxy does.
+fn proxy(arguments: &UnitArguments) -> Result<Arguments, String> {
+    let mut words = vec![OsString::from("socket-proxyd")];
+    words.extend(arguments.derived_options().into_iter().map(OsString::from));
+    words.extend(arguments.passed_options().into_iter().map(OsString::from));
+    words.extend(arguments.targets.iter().map(OsString::from));
+    if let Some(command) = &arguments.command {
+        words.push("--".into());
+        words.extend_from_slice(command);
+    }
+    match Arguments::read(words)? {
+        Request::Run(proxy) => Ok(proxy),
+        Request::Print(text) => Err(text),
     }
 }
 
@@ -319,7 +340,7 @@ mod tests {
             ),
             (
                 "--listen=1 --target=/a --metrics=2 --idle=1min app",
-                "--metrics= cannot be combined with the --idle= of a bridge: each scrape would start the proxy again, with its counters at zero.",
+                "--metrics= cannot be combined with --idle= without a COMMAND or a --stop-command=: each scrape would start the proxy again, with its counters at zero.",
             ),
             (
                 "--listen=1 --target=/a --write=a --write=b app",
@@ -328,6 +349,82 @@ mod tests {
             (
                 "--listen=1 --target=/a --metrics=2 --service=b app",
                 "the argument '--metrics <ADDRESS>' cannot be used with '--service <UNIT>'",
+            ),
+            (
+                "--listen=1 --target=/a --service=b --start-command=x app",
+                "the argument '--service <UNIT>' cannot be used with '--start-command <LINE>'",
+            ),
+            (
+                "--listen=1 --target=/a --service=b --passive-from=unix app",
+                "--passive-from= cannot be combined with --service=: systemd starts the proxy, and with it the service, for passive clients as well. (Write --start-command= instead.)",
+            ),
+            (
+                "--listen=1 --target=/a --start-command=x app -- /bin/b",
+                "--start-command= cannot be combined with COMMAND, which the proxy starts itself.",
+            ),
+            (
+                "--listen=1 --target=/a --stop-command=x app",
+                "--stop-command= needs a --start-command=.",
+            ),
+            (
+                "--listen=1 --target=/a --start-command=' app",
+                "invalid value ''' for '--start-command <LINE>': a quote is not closed, or a backslash is the end",
+            ),
+            (
+                "--listen=1 --target=/a --start-command=./x app",
+                "Invalid --start-command=\"./x\": the service starts in /, write an absolute path.",
+            ),
+            (
+                "--listen=1 --target=/a --start-command=x --stop-command=/home/x app",
+                "Invalid --stop-command=\"/home/x\": the service cannot see /home, /root and /tmp; put it in /usr/local or /opt.",
+            ),
+            (
+                "--listen=1 --target=/a --ready=exec:/tmp/x app",
+                "Invalid --ready=exec:\"/tmp/x\": the service cannot see /home, /root and /tmp; put it in /usr/local or /opt.",
+            ),
+            (
+                "--listen=1 --listen=2 --target=:1=/a --target=:2=/b --start-command=x app",
+                "--start-command= serves one TARGET. (Run a proxy for each.)",
+            ),
+            (
+                "--listen=1 --target=:1=/a app -- /bin/b",
+                "SELECTOR=TARGET cannot be combined with COMMAND, which serves one TARGET. (Write TARGET -- COMMAND [ARG...].)",
+            ),
+            (
+                "--listen=1 --target=/a --metrics=2 --idle=1min --start-command=x app",
+                "--metrics= cannot be combined with --idle= without a COMMAND or a --stop-command=: each scrape would start the proxy again, with its counters at zero.",
+            ),
+            (
+                "--listen=1 --target=/a --ready=notify app",
+                "--ready=notify needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+            ),
+            (
+                "--listen=1 --target=/a --ready=http:x app",
+                "invalid value 'http:x' for '--ready <MODE>': PATH must begin with /",
+            ),
+            (
+                "--listen=1 --target=/a --freeze-idle-time=1 app",
+                "--freeze-idle-time= needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+            ),
+            (
+                "--listen=1 --target=/run/app/a --freeze-idle-time=5s --idle=5 app -- /bin/b",
+                "--freeze-idle-time= must be less than --stop-idle-time= and --exit-idle-time=, or COMMAND stops before it is frozen.",
+            ),
+            (
+                "--listen=1 --target=/a --min-run-time=1 app",
+                "--min-run-time= needs a COMMAND or a --start-command=.",
+            ),
+            (
+                "--listen=1 --target=/a --wake-on=x app",
+                "invalid value 'x' for '--wake-on <connect|data>' [possible values: connect, data]",
+            ),
+            (
+                "--listen=1 --target=/a --passive-from=x app",
+                "invalid value 'x' for '--passive-from <NET[,NET...]>': \"x\" is not an address, a network (10.0.0.0/8) or unix",
+            ),
+            (
+                "--listen=1 --target=/a --connections-max-per-source=0 app",
+                "invalid value '0' for '--connections-max-per-source <N>': Connection limit is too low.",
             ),
             ("--listen=1 --target=/a app --", "There is no COMMAND after --."),
             ("--frob app", "unexpected argument '--frob' found"),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
+use crate::config::arguments::Arguments;
 use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
 use crate::socket::address::Address;
@@ -64,7 +65,7 @@ pub fn render(template: &str, context: Value) -> String {
 fn context(plan: &Plan, program: &Path) -> Value {
     let Plan { targets, arguments, .. } = plan;
     let UnitArguments { listen, service, command, user, group, metrics, .. } = arguments;
-    let idle_option = if command.is_some() { "--stop-idle-time" } else { "--exit-idle-time" };
+    let Arguments { start_command, stop_command, ready, .. } = &plan.proxy;
     let addresses: BTreeSet<_> = targets.iter().filter_map(ip_address).collect();
     let directory = plan.runtime_directory().and_then(Path::file_name);
     let address = |listen: &ListenAddress| {
@@ -92,10 +93,16 @@ fn context(plan: &Plan, program: &Path) -> Value {
         service => service,
         service_word => service.as_ref().map(shell_word),
         program => exec_word(program),
-        idle => plan.idle(),
-        idle_option => plan.idle().map(|idle| exec_word(format!("{idle_option}={idle}"))),
+        idle => arguments.idle_time(),
+        exits_when_idle => arguments.exits_when_idle(),
+        derived_options => exec_words(&arguments.derived_options()),
+        passed_options => exec_words(&arguments.passed_options()),
         targets => exec_words(&arguments.targets),
         command => command.as_ref().map(|words| exec_words(words).join(" ")),
+        starts => start_command.is_some(),
+        stop_command => stop_command.as_ref().map(|line| exec_words(&line.words).join(" ")),
+        is_ready_set => ready.is_some(),
+        has_programs => plan.proxy.programs().next().is_some(),
         user => user,
         group => group,
         runtime_directory => directory.map(OsStr::to_string_lossy),

@@ -116,8 +116,8 @@ pub fn check_socket(target: &Target, name: &str) -> Result<(), String> {
     ))
 }
 
-/// Checks that the unit can see the program of COMMAND.
-pub fn check_command(words: &[OsString]) -> Result<(), String> {
+/// Checks that the unit can see the program of a command; `origin` precedes it in ExecStart=.
+pub fn check_program(origin: &str, words: &[OsString]) -> Result<(), String> {
     let program = words.first().map(OsString::as_os_str).unwrap_or_default();
     let path = Path::new(program);
     let is_relative = program.as_bytes().contains(&b'/') && path.is_relative();
@@ -129,7 +129,7 @@ pub fn check_command(words: &[OsString]) -> Result<(), String> {
             "the service cannot see /home, /root and /tmp; put it in /usr/local or /opt",
         ),
     ])
-    .map_err(|why| format!("Invalid COMMAND {program:?}: {why}."))
+    .map_err(|why| format!("Invalid {origin}{program:?}: {why}."))
 }
 
 /// Checks that text can be the whole value of a setting that knows no quotes.

@@ -126,6 +126,11 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
     let (code, _, stderr) = printed(&with_command);
     let note = "Note: Failed to execute COMMAND \"/nowhere/prog\": No such file or directory.\n";
     assert!(code == Some(0) && stderr.ends_with(note), "{stderr}");
+    let with_start_command = ["--listen=1", "--target=/a", "--start-command=/nowhere/prog x", "b"];
+    let (code, _, stderr) = printed(&with_start_command);
+    let note =
+        "Note: Failed to execute --start-command=\"/nowhere/prog\": No such file or directory.\n";
+    assert!(code == Some(0) && stderr.ends_with(note), "{stderr}");
 
     let (code, _, stderr) = printed(&["--listen=1", "--target=/tmp/a", "app"]);
     let why = "Invalid --target=/tmp/a: a dynamic user has a /tmp of its own; add --user=, or have the \

@@ -21,6 +21,7 @@ pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
             ("COMMAND gets its arguments as they were given", arguments),
             ("a short idle time closes no port", short_idle),
             ("without its metrics socket the proxy serves clients", lost_metrics),
+            ("a generated unit starts and stops a backend by commands", commands),
             ("the unit writer leaves a mask below /run", masked),
             ("the examples of both manuals work", examples),
         ],
@@ -31,7 +32,32 @@ pub(crate) fn boot() -> Container {
     let mut files = Container::programs();
     let aptly = Path::new(ROOT).join("units/aptly/aptly-api.service");
     files.push((aptly, "/etc/systemd/system/aptly-api.service".into()));
-    Container::boot(&files)
+    let container = Container::boot(&files);
+    stand_in_for_docker(&container);
+    container
+}
+
+/// Puts a program in the place of docker(1): the members of a group ask a daemon, which is root, to
+/// start and stop `web`.
+fn stand_in_for_docker(container: &Container) {
+    container.run(&["groupadd", "--system", "docker"]);
+    let client = "#!/bin/sh\necho \"$@\" | socat -t60 - UNIX-CONNECT:/run/docker.sock\n";
+    container.write("/usr/local/bin/docker", client);
+    container.run(&["chmod", "755", "/usr/local/bin/docker"]);
+    container.start_units(&[
+        (
+            "docker@.service",
+            "[Service]\nStandardInput=socket\nExecStart=/bin/sh -c 'read verb name; systemctl \"$verb\" \"$name\"'\n",
+        ),
+        (
+            "web.service",
+            "[Service]\nExecStart=/usr/bin/python3 -m http.server -b 127.0.0.1 -d /usr/share/doc 38822\n",
+        ),
+        (
+            "docker.socket",
+            "[Socket]\nListenStream=/run/docker.sock\nSocketGroup=docker\nSocketMode=0660\nAccept=yes\n",
+        ),
+    ]);
 }
 
 /// Verifies units and weighs those that run the proxy.
@@ -162,6 +188,46 @@ fn lost_metrics(container: &Container) {
     container.run(&["systemctl", "stop", "lost-metrics.socket"]);
     assert_echoes(&mut client);
     container.run(&["systemctl", "stop", "lost-proxy.socket", "lost-proxy.service"]);
+}
+
+fn commands(container: &Container) {
+    let words = [
+        "--listen=127.0.0.1:38821",
+        "--target=127.0.0.1:38822",
+        "--start-command=docker start web",
+        "--stop-command=docker stop web",
+        "--ready=http:/",
+        "--idle=1s",
+        "--group=docker",
+        "box",
+    ];
+    set_up(container, &words);
+    let serves = || {
+        container.run(&["curl", "-sSf", "--max-time", "60", "http://127.0.0.1:38821/"]);
+        container.wait_for("web.service", "ActiveState", "active");
+    };
+    let proxy = "box-proxy.service";
+    for _ in 0..2 {
+        container.wait_for("web.service", "ActiveState", "inactive");
+        serves();
+    }
+    container.wait_for("web.service", "ActiveState", "inactive");
+    container.wait_for(proxy, "ActiveState", "active");
+    // As the comment says, the backend outlives the proxy unless a drop-in has the line.
+    for (has_line, state) in [(false, "active"), (true, "inactive")] {
+        if has_line {
+            let unit = container.run(&["cat", &format!("/etc/systemd/system/{proxy}")]);
+            let line = unit.lines().find_map(|line| line.strip_prefix("#ExecStopPost=")).unwrap();
+            let drop_in = format!("/etc/systemd/system/{proxy}.d/stop.conf");
+            container.write(&drop_in, &format!("[Service]\nExecStopPost={line}\n"));
+            let _reloading = container.not_reloading();
+            container.run(&["systemctl", "daemon-reload"]);
+        }
+        serves();
+        container.run(&["systemctl", "stop", proxy]);
+        assert_eq!(container.show("web.service")["ActiveState"], state);
+    }
+    container.run(&["systemctl", "disable", "--now", "box-proxy.socket"]);
 }
 
 fn masked(container: &Container) {
