@@ -119,7 +119,7 @@ fn bash_completes() {
     assert_eq!(complete("socket-proxyd --handover cr"), "crash");
     assert_eq!(
         complete("socket-proxyd --connect"),
-        "--connections-max --connect-timeout --connection-idle-time"
+        "--connections-max --connections-max-per-source --connect-timeout --connection-idle-time"
     );
     assert_eq!(complete("socket-proxyd-units --wr"), "--write");
 }
