@@ -56,6 +56,30 @@ fn frozen_command_costs_nothing_and_answers_at_once() {
 }
 
 #[test]
+fn thawed_command_answers_as_soon_as_a_running_one() {
+    let _turn = measuring();
+    let service = Service::start(Family::Tcp, &["--freeze-idle-time=50ms"], &[]);
+    let app = service.pid();
+    let answer = || {
+        let start = Instant::now();
+        assert_eq!(service.pid(), app);
+        start.elapsed()
+    };
+    let mut times = [(); 20].map(|()| {
+        wait_until_frozen(app);
+        [answer(), answer()]
+    });
+    let [thawed, running] = [0, 1].map(|index| {
+        times.sort_by_key(|pair| pair[index]);
+        times[10][index]
+    });
+    // Within 10 ms, three times as much beside other tests.
+    let most = running + Duration::from_millis(30);
+    assert!(thawed < most, "thawed {thawed:?}, running {running:?}");
+    println!("thawed {thawed:?}, running {running:?}");
+}
+
+#[test]
 fn request_at_the_moment_of_freezing_is_served() {
     let service = Service::start(Family::Tcp, &["--freeze-idle-time=5ms"], &[]);
     let first = service.pid();

@@ -4,14 +4,15 @@
 //! session of its own.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::application::{is_running, pid, wait_for_end};
+use crate::application::{ask, is_running, pid, wait_for_end};
 use crate::sources::connect_from;
 use crate::support::*;
 
@@ -267,4 +268,67 @@ fn rejects_wrong_command_lines() {
         assert_eq!((code, &*stdout), (Some(1), ""), "{args:?}: {stderr}");
         assert!(stderr.contains(message) && stderr.lines().count() == 1, "{args:?}: {stderr}");
     }
+}
+
+/// podman with a storage of its own. Neither the systemd of the machine nor its control groups of
+/// version 2 are needed.
+fn podman(storage: &Path) -> String {
+    let [root, run] = ["root", "run"].map(|name| storage.join(name).display().to_string());
+    format!(
+        "podman --root {root} --runroot {run} --cgroup-manager=cgroupfs --runtime /usr/sbin/runc \
+         --events-backend=file"
+    )
+}
+
+fn shell(line: &str) -> String {
+    let output = Command::new("sh").args(["-c", line]).output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert!(output.status.success(), "{line}: {text}");
+    text
+}
+
+#[test]
+fn podman_starts_and_stops_a_container() {
+    let image = concat!(env!("CARGO_MANIFEST_DIR"), "/target/fresh-debian.tar");
+    if !is_root_for("podman") {
+        return;
+    }
+    if !Path::new(image).exists() {
+        return skip("podman", image);
+    }
+    let (storage, port) = (TempDir::new().unwrap(), free_port());
+    let podman = podman(storage.path());
+    shell(&format!("{podman} import {image} fresh"));
+    let log = storage.path().join("log");
+    fs::write(&log, "").unwrap();
+    let limits = "--ulimit nofile=1024:1024 --ulimit nproc=1000:1000";
+    let mounts = format!("-v {APP}:/app.pl:ro -v {}:/log", log.display());
+    shell(&format!(
+        "{podman} create --name web --network=host {limits} {mounts} fresh perl /app.pl {port} /log"
+    ));
+    let front = Endpoint::new(Family::Tcp);
+    let start = || {
+        let launch = Launch::new(OURS).listener(&front);
+        let launch = launch.arg(format!("--start-command={podman} start web"));
+        let launch = launch.arg(format!("--stop-command={podman} stop -t 5 web"));
+        launch.args(["--stop-idle-time=1s", &format!("127.0.0.1:{port}")]).start()
+    };
+    let is_running = || shell(&format!("{podman} ps")).contains("perl /app.pl");
+    let proxy = start();
+    let mut client = front.connect();
+    let first = ask(&mut client, "pid");
+    assert!(first.parse::<u32>().is_ok(), "cold: {first}");
+    assert_eq!(ask(&mut front.connect(), "pid"), first, "warm");
+    assert!(is_running());
+    drop(client);
+    let stopped = || (!is_running()).then_some(());
+    poll_until(Instant::now() + TIMEOUT, stopped).expect("it stops when it is idle");
+    assert!(!ask(&mut front.connect(), "pid").is_empty(), "again");
+    drop(proxy);
+    // The next process finds it running, and stops it.
+    assert!(is_running());
+    let _next = start();
+    poll_until(Instant::now() + TIMEOUT, stopped).expect("it stops when it is idle");
+    shell(&format!("{podman} rm -f web && {podman} rmi -f fresh"));
 }

@@ -22,6 +22,7 @@ pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
             ("a short idle time closes no port", short_idle),
             ("without its metrics socket the proxy serves clients", lost_metrics),
             ("a generated unit starts and stops a backend by commands", commands),
+            ("systemctl starts and stops a unit as the commands of a proxy", systemctl),
             ("the unit writer leaves a mask below /run", masked),
             ("the examples of both manuals work", examples),
         ],
@@ -228,6 +229,38 @@ fn commands(container: &Container) {
         assert_eq!(container.show("web.service")["ActiveState"], state);
     }
     container.run(&["systemctl", "disable", "--now", "box-proxy.socket"]);
+}
+
+fn systemctl(container: &Container) {
+    let backend = "site.service";
+    container.start_units(&[
+        (
+            "by-systemctl.service",
+            "[Service]\nType=notify\nExecStart=/usr/bin/socket-proxyd --ready=http:/ --stop-idle-time=1s \\\n  \
+             '--start-command=systemctl start site' '--stop-command=systemctl stop site' 127.0.0.1:38832\n",
+        ),
+        (
+            backend,
+            "[Service]\nExecStart=/usr/bin/python3 -m http.server -b 127.0.0.1 -d /usr/share/doc 38832\n",
+        ),
+        ("by-systemctl.socket", "[Socket]\nListenStream=127.0.0.1:38831\n"),
+    ]);
+    let serves = || {
+        container.run(&["curl", "-sSf", "--max-time", "60", "http://127.0.0.1:38831/"]);
+        container.wait_for(backend, "ActiveState", "active");
+    };
+    for _ in 0..2 {
+        container.wait_for(backend, "ActiveState", "inactive");
+        serves();
+    }
+    container.wait_for(backend, "ActiveState", "inactive");
+    // The proxy is restarted while the backend runs, and the next one stops it.
+    serves();
+    container.run(&["systemctl", "restart", "by-systemctl.service"]);
+    serves();
+    container.wait_for(backend, "ActiveState", "inactive");
+    container.wait_for_status("by-systemctl.service", "0 of 256 connections, 1 served");
+    container.run(&["systemctl", "stop", "by-systemctl.socket", "by-systemctl.service"]);
 }
 
 fn masked(container: &Container) {
