@@ -85,6 +85,7 @@ impl Section {
     pub(crate) fn write(&self, container: &Container) {
         for (path, text) in self.files() {
             let text = text.replace("idle-time=10min", "idle-time=2s");
+            let text = text.replace("idle-time=1min", "idle-time=1s");
             container.write(&path, &text.replace("idle-time=30min", "idle-time=2s"));
         }
         container.reload();

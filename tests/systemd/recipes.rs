@@ -11,7 +11,7 @@ use crate::readme::{APPLICATION, remove, wait_for_page};
 use crate::support::*;
 use tokio::time::Instant;
 
-const TESTS: [Test; 12] = [
+const TESTS: [Test; 14] = [
     ("recipe shipped sets", shipped),
     ("recipe PostgreSQL", postgresql),
     ("recipe Redis", redis),
@@ -19,6 +19,8 @@ const TESTS: [Test; 12] = [
     ("recipe Docker", docker),
     ("recipe Without root", rootless),
     ("recipe Slow to become ready", slow),
+    ("recipe Asleep while idle", frozen),
+    ("recipe A machine that sleeps", machine),
     ("recipe TLS by nginx or Caddy", tls),
     ("recipe PROXY protocol", proxy_protocol),
     ("recipe Move from systemd-socket-proxyd", migration),
@@ -228,7 +230,7 @@ fn slow(container: &Container) {
     container.write("/opt/app/run", SLOW);
     container.run(&["chmod", "755", "/opt/app/run"]);
     let recipe = set_up(container, "## Slow to become ready");
-    let running = || container.output(&["pgrep", "-f", "/opt/app/run"]).stdout;
+    let running = || container.output(&["pgrep", "-f", "^/usr/bin/python3 /opt/app/run"]).stdout;
     for _ in 0..2 {
         let request = ["curl", "-sSf", "--max-time", "60", "http://127.0.0.1:8080/"];
         assert_eq!(container.run(&request), "served\n");
@@ -238,6 +240,37 @@ fn slow(container: &Container) {
     let service = container.show("slow.service");
     assert_eq!((&*service["ActiveState"], &*service["NRestarts"]), ("active", "0"));
     tear_down(container, &recipe);
+}
+
+fn frozen(container: &Container) {
+    let recipe = set_up(container, "## Asleep while idle");
+    for _ in 0..2 {
+        wait_for_page(container, &["http://127.0.0.1:8080/"], "Directory listing");
+        container.wait_for_status("sleepy.service", "0 of 256 connections");
+        let status = || container.show("sleepy.service")["StatusText"].clone();
+        let is_frozen = || status().ends_with("; python3 frozen").then_some(());
+        poll_until(Instant::now() + TIMEOUT, is_frozen).expect("STATUS= says frozen");
+    }
+    tear_down(container, &recipe);
+}
+
+/// The machine is this one, with another address and a service that the magic packet starts.
+fn machine(container: &Container) {
+    container.run(&["ip", "address", "add", "192.0.2.7/32", "dev", "lo"]);
+    container.write("/usr/bin/wakeonlan", "#!/bin/bash\necho >/dev/udp/127.0.0.1/9\n");
+    container.run(&["chmod", "755", "/usr/bin/wakeonlan"]);
+    let machine = "[Service]\nExecStart=/bin/sh -c 'socat -u UDP-RECVFROM:9 - && sleep 2 && exec python3 \
+        -m http.server -b 192.0.2.7 -d /usr/share/doc 3000'\n";
+    container.start_units(&[("machine.service", machine)]);
+    let recipe = set_up(container, "## A machine that sleeps");
+    let silent = ["socat", "-u", "-T1", "TCP:127.0.0.1:8080", "-"];
+    container.output(&silent);
+    let machine = ["curl", "-s", "--max-time", "1", "http://192.0.2.7:3000/"];
+    assert!(!container.output(&machine).status.success(), "a silent client wakes nothing");
+    wait_for_page(container, &["http://127.0.0.1:8080/"], "Directory listing");
+    tear_down(container, &recipe);
+    remove(container, &["machine.service"]);
+    container.run(&["rm", "/usr/bin/wakeonlan"]);
 }
 
 fn tls(container: &Container) {
