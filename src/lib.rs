@@ -24,7 +24,8 @@
 //!
 //! - Two modules define the order of things: the life of the process ([`service`]) and the life of
 //!   a connection ([`connection`]).
-//! - COMMAND has a life of its own ([`backend::command`]); a connection only waits for its states.
+//! - A backend that the proxy starts has a life of its own ([`backend::lifecycle`]); a connection
+//!   only waits for its states.
 //! - Parsing ends in [`config`]: once a [`config::Config`] exists, no string is interpreted again.
 //! - Dropping a [`limits::slot::Slot`] decrements every count of a connection. It lives from accept
 //!   to close, and everything that waits for connections to end watches the count.
