@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::backend::Backend;
 use crate::connection::log::LogContext;
 use crate::counters::RefusalReason;
-use crate::forward::registry::Registration;
+use crate::forward::registry::{Call, Registration};
 use crate::forward::snapshot::{Snapshot, SnapshotStore};
 use crate::forward::{Forwarder, Outcome};
 use crate::handover::journal::JournalEntry;
@@ -205,8 +205,10 @@ async fn connect(
     let report = || log.report_state("There is no backend yet");
     tokio::select! {
         biased;
-        () = registration.detach_requested(report) => ConnectOutcome::Detach,
-        () = registration.reset_requested() => ConnectOutcome::NotInUse,
+        call = registration.called(report) => match call {
+            Call::Detach => ConnectOutcome::Detach,
+            Call::End => ConnectOutcome::NotInUse,
+        },
         connected = backend.connect(&log.listener.counts.waiting, is_passive) => match connected {
             Ok(socket) => ConnectOutcome::Connected(socket),
             Err(Some(error)) => ConnectOutcome::Failed(error),

@@ -88,12 +88,12 @@ impl Forwarder {
     }
 
     /// Closes both sockets, or resets those whose peer must not take its bytes for complete.
-    pub(super) fn close(self, is_expired: bool) -> Summary {
+    pub(super) fn close(self, is_idle: bool) -> Summary {
         let Progress { from_client, from_backend, .. } = self.delivered();
         let reason = match self.fault {
-            _ if is_expired => {
+            _ if is_idle => {
                 let registration = self.registration.as_ref();
-                match registration.is_some_and(Registration::is_reset_requested) {
+                match registration.is_some_and(|it| it.activity().is_expired()) {
                     true => CloseReason::NotInUse,
                     false => CloseReason::IdleTimeout,
                 }
@@ -101,7 +101,7 @@ impl Forwarder {
             Some((side, errno)) => CloseReason::Fault(side, errno),
             None => CloseReason::Closed,
         };
-        let resets = SIDES.map(|side| is_expired || self.is_to_be_reset(side));
+        let resets = SIDES.map(|side| is_idle || self.is_to_be_reset(side));
         for (end, reset) in self.endpoints.into_iter().zip(resets) {
             if reset { end.socket.reset() } else { end.socket.close() }
         }

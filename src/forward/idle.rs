@@ -19,6 +19,8 @@ use std::time::Duration;
 pub struct Activity {
     /// Visits since bytes were delivered.
     visits: Cell<u8>,
+    /// What a delivery sets `visits` to: zero, or [`EXPIRED`] for a connection that is to end.
+    after_delivery: Cell<u8>,
     /// The connection was woken to report its unacknowledged bytes.
     asked: Cell<bool>,
     /// The unacknowledged bytes of each side at the last report. 0 stays 0 until the next delivery.
@@ -29,7 +31,19 @@ pub struct Activity {
 impl Activity {
     /// Notes that bytes were delivered.
     pub fn touch(&self) {
-        self.visits.set(0);
+        self.visits.set(self.after_delivery.get());
+    }
+
+    /// Has the connection count as idle from now on, whatever it delivers.
+    pub fn expire(&self) {
+        self.after_delivery.set(EXPIRED);
+        self.visits.set(EXPIRED);
+        self.asked.set(false);
+    }
+
+    /// Whether [`Activity::expire`] was called.
+    pub fn is_expired(&self) -> bool {
+        self.after_delivery.get() == EXPIRED
     }
 
     /// Whether the connection is idle. The top of this file says after what time.
@@ -60,6 +74,9 @@ impl Activity {
 
     /// Counts a visit. Returns whether the connection has something to do.
     pub fn visit(&self) -> bool {
+        if self.is_expired() {
+            return true;
+        }
         let visits = self.visits.get().saturating_add(1);
         self.visits.set(visits);
         if visits < FIRST_REPORT {
@@ -73,6 +90,9 @@ impl Activity {
         !is_acked || visits >= FIRST_REPORT + VISITS
     }
 }
+
+/// More visits than any idle time has.
+const EXPIRED: u8 = u8::MAX;
 
 /// Visits in an idle time.
 const VISITS: u8 = 4;

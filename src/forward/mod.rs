@@ -99,7 +99,7 @@ use rustix::io::Errno;
 use crate::counters::ByteCounters;
 use crate::forward::endpoint::Endpoint;
 use crate::forward::flow::{Ends, Fault, Flow, LoopBuffers, Step};
-use crate::forward::registry::Registration;
+use crate::forward::registry::{Call, Registration};
 use crate::forward::snapshot::{FlowState, Side, SnapshotStore};
 use crate::socket::{Family, Socket};
 
@@ -215,7 +215,7 @@ impl Forwarder {
             .await;
             while !self.is_over() {
                 match self.drive_both() {
-                    Turn::Blocked if self.is_over() || self.is_expired() => break,
+                    Turn::Blocked if self.is_over() || self.is_idle() => break,
                     _ if self.is_detach_requested() => return Ok(self.detached()),
                     // Boxed, as below: what few connections need is not part of every future.
                     Turn::Blocked if self.is_stalled() => {
@@ -235,21 +235,24 @@ impl Forwarder {
                 }
             }
             // A connection that has ended is not idle, even if it ended late.
-            let is_expired = !self.is_over() && self.is_expired();
-            if !is_expired && self.has_unfinished_delivery() {
-                let detach_requested = async {
+            let is_idle = !self.is_over() && self.is_idle();
+            if !is_idle && self.has_unfinished_delivery() {
+                let called = async {
                     match &self.registration {
-                        Some(it) => it.detach_requested(|| report(self.progress())).await,
+                        Some(it) => it.called(|| report(self.progress())).await,
                         None => pending().await,
                     }
                 };
                 tokio::select! {
                     biased;
                     () = Box::pin(self.finish_delivery()) => {}
-                    () = Box::pin(detach_requested) => return Ok(self.detached()),
+                    call = Box::pin(called) => match call {
+                        Call::Detach => return Ok(self.detached()),
+                        Call::End => {}
+                    },
                 }
             }
-            Ok(Outcome::Closed(self.close(is_expired)))
+            Ok(Outcome::Closed(self.close(is_idle)))
         }
     }
 
@@ -270,8 +273,8 @@ impl Forwarder {
         self.registration.as_ref().is_some_and(Registration::is_detach_requested)
     }
 
-    fn is_expired(&self) -> bool {
-        self.registration.as_ref().is_some_and(Registration::is_expired)
+    fn is_idle(&self) -> bool {
+        self.registration.as_ref().is_some_and(|it| it.activity().is_idle())
     }
 
     fn is_over(&self) -> bool {
@@ -342,7 +345,7 @@ impl Forwarder {
     /// Ends the flow from `side`, and passes its FIN on.
     fn end(&mut self, side: Side) {
         let (from, to) = (side as usize, side.other() as usize);
-        let is_expired = self.registration.as_ref().is_some_and(Registration::is_reset_requested);
+        let is_expired = self.registration.as_ref().is_some_and(|it| it.activity().is_expired());
         if self.endpoints[from].reset || is_expired {
             self.flows[from].state = FlowState::SourceReset;
             return;
@@ -398,8 +401,9 @@ impl Forwarder {
         let waits = [waits[1], waits[0]];
         let backend_edge = poll_edge(backend, from_backend, from_client, waits, cx)?;
         if let Some(registration) = &self.registration {
-            registration.activity().report_unacked(|| self.unacked_bytes());
-            if registration.is_expired() {
+            let activity = registration.activity();
+            activity.report_unacked(|| self.unacked_bytes());
+            if activity.is_idle() {
                 return Poll::Ready(Ok(()));
             }
         }

@@ -44,8 +44,6 @@ struct Entry {
     reported: Cell<u32>,
     /// Whether the connection does not count as in use.
     is_passive: bool,
-    /// Whether the connection is to be reset.
-    reset: Cell<bool>,
     activity: Activity,
 }
 
@@ -71,7 +69,6 @@ impl Registry {
             waker: OnceCell::new(),
             reported: self.reports.clone(),
             is_passive,
-            reset: Cell::new(false),
             activity: Activity::default(),
         });
         entries.push(Rc::clone(&entry));
@@ -96,7 +93,9 @@ impl Registry {
     /// Asks the passive connections to end by a reset.
     pub fn reset_passive(&self) {
         self.wake_if(|entry| {
-            entry.reset.set(entry.is_passive);
+            if entry.is_passive {
+                entry.activity.expire();
+            }
             entry.is_passive
         });
     }
@@ -160,32 +159,21 @@ impl Registration {
         }
     }
 
-    /// Waits until the connection is asked to detach. Meanwhile it reports on request.
-    pub async fn detach_requested(&self, report: impl Fn()) {
+    /// Waits until the connection is asked to detach or, if it is passive, to end. Meanwhile it
+    /// reports on request.
+    pub async fn called(&self, report: impl Fn()) -> Call {
         poll_fn(|cx| {
             self.set_waker(cx.waker());
             self.report_if_requested(&report);
-            if self.is_detach_requested() { Poll::Ready(()) } else { Poll::Pending }
+            if self.is_detach_requested() {
+                Poll::Ready(Call::Detach)
+            } else if self.entry.activity.is_expired() {
+                Poll::Ready(Call::End)
+            } else {
+                Poll::Pending
+            }
         })
-        .await;
-    }
-
-    pub fn is_reset_requested(&self) -> bool {
-        self.entry.reset.get()
-    }
-
-    /// Whether the connection is to end, because it is idle or because that was asked for.
-    pub fn is_expired(&self) -> bool {
-        self.is_reset_requested() || self.activity().is_idle()
-    }
-
-    /// Waits until the connection is asked to end.
-    pub async fn reset_requested(&self) {
-        poll_fn(|cx| {
-            self.set_waker(cx.waker());
-            if self.is_reset_requested() { Poll::Ready(()) } else { Poll::Pending }
-        })
-        .await;
+        .await
     }
 
     pub(super) fn activity(&self) -> &Activity {
@@ -195,6 +183,14 @@ impl Registration {
     fn is_report_requested(&self) -> bool {
         self.entry.reported.get() != self.registry.reports.get()
     }
+}
+
+/// What a connection is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    Detach,
+    /// To end by a reset.
+    End,
 }
 
 impl Drop for Registration {

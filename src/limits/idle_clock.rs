@@ -133,8 +133,11 @@ impl Drop for InUse {
     fn drop(&mut self) {
         self.0.reading.send_if_modified(|reading| {
             reading.in_use -= 1;
-            reading.idle_since = Instant::now();
-            reading.in_use == 0
+            let is_idle = reading.in_use == 0;
+            if is_idle {
+                reading.idle_since = Instant::now();
+            }
+            is_idle
         });
     }
 }
