@@ -40,13 +40,6 @@ impl LoopBuffers {
     }
 }
 
-/// What a flow moves bytes between, and with what.
-pub struct Ends<'a> {
-    pub source: &'a mut Endpoint,
-    pub sink: &'a mut Endpoint,
-    pub shared: &'a LoopBuffers,
-}
-
 /// One direction.
 #[derive(Debug, Default)]
 pub struct Flow {
@@ -121,11 +114,17 @@ impl Flow {
 
     /// Steps until `size` bytes are used up, then returns [`Step::Moved`], or until anything else
     /// happens.
-    pub fn drive(&mut self, mut ends: Ends<'_>, size: &mut usize) -> Result<Step, Fault> {
+    pub fn drive(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        size: &mut usize,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
         while *size > 0 {
             let before = self.delivered;
             // What is left of a turn may be too little to be worth two system calls.
-            let step = self.step(&mut ends, (*size).max(STEP));
+            let step = self.step(source, sink, (*size).max(STEP), shared);
             *size = size.saturating_sub(((self.delivered - before) as usize).max(STEP));
             if !matches!(step, Ok(Step::Moved)) {
                 return step;
@@ -135,8 +134,13 @@ impl Flow {
     }
 
     /// Sends what is buffered, or else moves one bufferful or pipeful of at most `size` bytes.
-    fn step(&mut self, ends: &mut Ends<'_>, size: usize) -> Result<Step, Fault> {
-        let Ends { source, sink, shared } = ends;
+    fn step(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        size: usize,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
         if !self.buffered.is_empty() {
             return self.send_buffered(sink, shared);
         }
@@ -147,8 +151,10 @@ impl Flow {
             return Ok(Step::Blocked);
         }
         match self.buffered {
-            Buffered::OwnPipe(_) => return self.splice(ends, size),
-            _ if !matches!(self.mode, Mode::Splice { .. }) => return self.copy(ends),
+            Buffered::OwnPipe(_) => return self.splice(source, sink, size, shared),
+            _ if !matches!(self.mode, Mode::Splice { .. }) => {
+                return self.copy(source, sink, shared);
+            }
             _ => {}
         }
         // A pipe may be filled beyond what the sink accepts now: fewer and larger steps, as long as
@@ -172,17 +178,21 @@ impl Flow {
                     if many_stalled && are_tcp { most.min(STEP_BESIDE_STALLED) } else { most };
                 if let Some(pipe) = shared.pipes.acquire() {
                     self.buffered = Buffered::Piped(pipe);
-                    return self.splice(ends, most.min(size));
+                    return self.splice(source, sink, most.min(size), shared);
                 }
             }
         }
-        self.copy(ends)
+        self.copy(source, sink, shared)
     }
 
     /// Receives into the shared buffer and sends from there. Only what the sink does not accept is
     /// allocated.
-    fn copy(&mut self, ends: &mut Ends<'_>) -> Result<Step, Fault> {
-        let Ends { source, sink, shared } = ends;
+    fn copy(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
         let mut buffer = shared.buffer.borrow_mut();
         let received = match source.socket.receive(&mut buffer) {
             Ok(received) => received,
@@ -217,8 +227,13 @@ impl Flow {
     }
 
     /// Fills the empty pipe in `buffered` from the source, and sends what is in it.
-    fn splice(&mut self, ends: &mut Ends<'_>, size: usize) -> Result<Step, Fault> {
-        let Ends { source, sink, shared } = ends;
+    fn splice(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        size: usize,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
         let filled = match &mut self.buffered {
             Buffered::Piped(pipe) => pipe.fill(&source.socket, size),
             Buffered::OwnPipe(pipe) => pipe.fill(&source.socket, size).inspect(|bytes| {

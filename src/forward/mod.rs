@@ -98,7 +98,7 @@ use rustix::io::Errno;
 
 use crate::counters::ByteCounters;
 use crate::forward::endpoint::Endpoint;
-use crate::forward::flow::{Ends, Fault, Flow, LoopBuffers, Step};
+use crate::forward::flow::{Fault, Flow, LoopBuffers, Step};
 use crate::forward::registry::{Call, Registration};
 use crate::forward::snapshot::{FlowState, Side, SnapshotStore};
 use crate::socket::{Family, Socket};
@@ -317,8 +317,7 @@ impl Forwarder {
                 Side::Client => (client, backend),
                 Side::Backend => (backend, client),
             };
-            let ends = Ends { source, sink, shared: &self.shared };
-            match self.flows[side as usize].drive(ends, &mut size) {
+            match self.flows[side as usize].drive(source, sink, &mut size, &self.shared) {
                 Ok(Step::Moved) => {
                     turn = Turn::Yield;
                     break;
