@@ -176,6 +176,30 @@ fn systemd_notify_says_busy() {
 }
 
 #[test]
+fn parent_that_waits_for_stopped_children_goes_on() {
+    if !is_root_for("runuser") {
+        return;
+    }
+    let script = "exec runuser -u root -- perl \"$@\"";
+    let program = ["sh", "-c", script, "sh", APP];
+    let options = ["--freeze-idle-time=100ms"];
+    let service = Service::start_as(Family::Tcp, &options, &program, &[], |launch| launch);
+    for _ in 0..10 {
+        let app = service.pid();
+        wait_until_frozen(app);
+        let mut client = service.connect();
+        assert_eq!(crate::application::pid(&mut client), app);
+        for guard in service.guards() {
+            let children = fs::read_to_string(format!("/proc/{guard}/task/{guard}/children"));
+            let parent: i32 = children.unwrap().trim().parse().unwrap();
+            // Its children go on before it does.
+            let runs = || (stat(Pid::from_raw(parent).unwrap()).0 != "T").then_some(());
+            poll_until(Instant::now() + TIMEOUT, runs).expect("the parent goes on");
+        }
+    }
+}
+
+#[test]
 fn busy_command_that_ends_is_not_busy() {
     let options = ["--busy=notify", "--exit-idle-time=500ms"];
     let mut service = Service::start(Family::Tcp, &options, &[]);

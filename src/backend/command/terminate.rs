@@ -61,6 +61,14 @@ impl Processes {
                 if signalled.insert(process) {
                     let _ = kill_process(process, Signal::STOP);
                     is_done = false;
+                    // A parent that sees its child stop (WUNTRACED) would stop itself after it is
+                    // thawed, as su(1) does: so the parent stops first.
+                    for _ in 0..STOP_CHECKS {
+                        if is_stopped(process) {
+                            break;
+                        }
+                        sleep(FREEZE_PAUSE).await;
+                    }
                 }
                 is_done &= is_stopped(process);
             }
@@ -81,7 +89,8 @@ impl Processes {
     pub fn thaw(&mut self) {
         if self.is_frozen {
             self.is_frozen = false;
-            for process in descendants() {
+            // Children first: a parent that waits for stopped children would stop itself again.
+            for process in descendants().into_iter().rev() {
                 let _ = kill_process(process, Signal::CONT);
             }
         }
@@ -227,6 +236,9 @@ pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// for a disk is stopped when that answers.
 const FREEZE_PASSES_MAX: u32 = 100;
 const FREEZE_PAUSE: Duration = Duration::from_millis(1);
+
+/// Looks at one process before its children are stopped.
+const STOP_CHECKS: u32 = 10;
 
 /// Attempts to kill the group. What is left of it then cannot be killed.
 const GROUP_KILLS_MAX: u32 = 10;
