@@ -28,7 +28,9 @@ struct ClockState {
 #[derive(Debug)]
 struct Reading {
     /// Connections in use.
-    in_use: usize,
+    connections: usize,
+    /// Whether COMMAND says that it is busy.
+    busy: usize,
     /// Since when nothing is in use, if nothing is.
     idle_since: Instant,
     /// No alarm is due before this, while COMMAND runs.
@@ -38,24 +40,40 @@ struct Reading {
 impl IdleClock {
     /// Creates a clock that runs from now on.
     pub fn new() -> Self {
-        let reading = Reading { in_use: 0, idle_since: Instant::now(), held_until: None };
+        let reading =
+            Reading { connections: 0, busy: 0, idle_since: Instant::now(), held_until: None };
         Self(Arc::new(ClockState {
             reading: watch::Sender::new(reading),
             expired: Notify::default(),
         }))
     }
 
-    /// Stops the clock until the guard is dropped.
+    /// Stops the clock for a connection until the guard is dropped.
     pub fn begin_use(&self) -> InUse {
+        self.begin(|reading| &mut reading.connections)
+    }
+
+    /// Stops the clock for work without a connection until the guard is dropped.
+    pub fn begin_work(&self) -> InUse {
+        self.begin(|reading| &mut reading.busy)
+    }
+
+    fn begin(&self, count: fn(&mut Reading) -> &mut usize) -> InUse {
         self.0.reading.send_if_modified(|reading| {
-            reading.in_use += 1;
-            reading.in_use == 1
+            let was_idle = reading.is_idle();
+            *count(reading) += 1;
+            was_idle
         });
-        InUse(Arc::clone(&self.0))
+        InUse { clock: Arc::clone(&self.0), count }
     }
 
     pub fn is_in_use(&self) -> bool {
-        self.0.reading.borrow().in_use > 0
+        !self.0.reading.borrow().is_idle()
+    }
+
+    /// Whether a connection is in use.
+    pub fn has_connections(&self) -> bool {
+        self.0.reading.borrow().connections > 0
     }
 
     /// Starts the clock again, because COMMAND is ready, and holds the alarms back for
@@ -84,12 +102,12 @@ impl IdleClock {
 
     /// Waits until something is in use.
     pub async fn used(&self) {
-        let _ = self.0.reading.subscribe().wait_for(|reading| reading.in_use > 0).await;
+        let _ = self.0.reading.subscribe().wait_for(|reading| !reading.is_idle()).await;
     }
 
-    /// Waits until nothing is in use.
+    /// Waits until no connection is in use.
     pub async fn unused(&self) {
-        let _ = self.0.reading.subscribe().wait_for(|reading| reading.in_use == 0).await;
+        let _ = self.0.reading.subscribe().wait_for(|reading| reading.connections == 0).await;
     }
 
     /// Waits until nothing has been in use for `time`.
@@ -118,26 +136,34 @@ impl IdleClock {
 }
 
 impl Reading {
+    fn is_idle(&self) -> bool {
+        self.connections == 0 && self.busy == 0
+    }
+
     /// Returns when an alarm is due, if nothing is in use.
     fn due(&self, time: TimeSpan) -> Option<Instant> {
         let due = time.after(self.idle_since);
-        (self.in_use == 0).then(|| self.held_until.map_or(due, |until| due.max(until)))
+        self.is_idle().then(|| self.held_until.map_or(due, |until| due.max(until)))
     }
 }
 
 /// One use, until this is dropped.
 #[derive(Debug)]
-pub struct InUse(Arc<ClockState>);
+pub struct InUse {
+    clock: Arc<ClockState>,
+    count: fn(&mut Reading) -> &mut usize,
+}
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        self.0.reading.send_if_modified(|reading| {
-            reading.in_use -= 1;
-            let is_idle = reading.in_use == 0;
-            if is_idle {
+        self.clock.reading.send_if_modified(|reading| {
+            *(self.count)(reading) -= 1;
+            // The end of the last connection, too: a drain waits for that.
+            let ends = reading.is_idle() || reading.connections == 0;
+            if reading.is_idle() {
                 reading.idle_since = Instant::now();
             }
-            is_idle
+            ends
         });
     }
 }

@@ -20,7 +20,7 @@ pub async fn drain(
     clock: &IdleClock,
     notifier: &Notifier,
 ) {
-    if time.is_zero() || !clock.is_in_use() {
+    if time.is_zero() || !clock.has_connections() {
         return;
     }
     let open = limit.counts().open;

@@ -176,6 +176,23 @@ fn systemd_notify_says_busy() {
 }
 
 #[test]
+fn each_message_of_a_busy_command_counts() {
+    let options = ["--busy=notify", "--freeze-idle-time=300ms"];
+    let service = Service::start(Family::Tcp, &options, &[]);
+    let app = service.pid();
+    let mut client = service.connect();
+    for round in 0..20 {
+        assert_eq!(ask(&mut client, &format!("busy {}", (round + 1) % 2)), "sent");
+    }
+    assert_eq!(ask(&mut client, "busy 1"), "sent");
+    drop(client);
+    pause(Duration::from_secs(1));
+    assert_ne!(stat(app).0, "T", "busy");
+    assert_eq!(ask(&mut service.connect(), "busy 0"), "sent");
+    wait_until_frozen(app);
+}
+
+#[test]
 fn parent_that_waits_for_stopped_children_goes_on() {
     if !is_root_for("runuser") {
         return;
@@ -197,6 +214,17 @@ fn parent_that_waits_for_stopped_children_goes_on() {
             poll_until(Instant::now() + TIMEOUT, runs).expect("the parent goes on");
         }
     }
+}
+
+#[test]
+fn drain_does_not_wait_for_a_busy_command() {
+    let options = ["--busy=notify", "--drain-time=1min"];
+    let mut service = Service::start(Family::Tcp, &options, &[]);
+    assert_eq!(ask(&mut service.connect(), "busy 1"), "sent");
+    let start = Instant::now();
+    service.proxy.signal(Signal::TERM);
+    assert_eq!(service.proxy.wait().code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(10));
 }
 
 #[test]

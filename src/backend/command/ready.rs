@@ -195,7 +195,7 @@ impl Receiver {
             self.ready.send_replace(true);
         }
         if let Some(is_busy) = busy {
-            self.busy = self.clock.as_ref().filter(|_| is_busy).map(IdleClock::begin_use);
+            self.busy = self.clock.as_ref().filter(|_| is_busy).map(IdleClock::begin_work);
         }
         Ok(())
     }
@@ -205,8 +205,8 @@ impl Receiver {
 /// [`ANCESTORS_MAX`](super::process_tree::ANCESTORS_MAX) reads of /proc.
 ///
 /// Any user may send messages at any rate. Within a second a known process is not looked up again,
-/// and each user has [`LOOKUPS_MAX`] lookups. So a flood costs little. COMMAND, which may
-/// have changed its user, is still heard during the flood.
+/// and each user has [`LOOKUPS_MAX`] lookups that find strangers. So a flood costs little. COMMAND,
+/// which may have changed its user, is still heard during the flood.
 #[derive(Debug, Default)]
 struct Lookups {
     since: Option<Instant>,
@@ -235,11 +235,12 @@ impl Lookups {
             true => self.users.entry(user).or_default(),
             false => &mut self.other_users,
         };
-        *lookups += 1;
-        if *lookups > LOOKUPS_MAX {
+        if *lookups == LOOKUPS_MAX {
             return false;
         }
         let is_ours = tree.has(process);
+        // COMMAND's own processes are not limited: each of its messages counts.
+        *lookups += usize::from(!is_ours);
         if self.known.len() < KNOWN_MAX {
             self.known.push((process, is_ours));
         }
@@ -247,7 +248,7 @@ impl Lookups {
             rate_limited!(
                 STRANGERS,
                 warn,
-                "Ignoring READY=1 of process {}, which does not belong to COMMAND.",
+                "Ignoring a notification of process {}, which does not belong to COMMAND.",
                 process.as_raw_nonzero()
             );
         }
