@@ -40,7 +40,7 @@ pub async fn probe(
     let (reader, writer) = stream.split();
     let reader = reader.take(ANSWER_MAX as u64);
     let mut http = http1::Builder::new();
-    http.max_buf_size(ANSWER_MAX).title_case_headers(true);
+    http.max_buf_size(ANSWER_MAX).max_headers(HEADERS_MAX).title_case_headers(true);
     let (mut sender, connection) =
         http.handshake(TokioIo::new(join(reader, writer))).await.map_err(reason)?;
     let mut answer = pin!(sender.send_request(request));
@@ -59,6 +59,9 @@ fn reason(error: hyper::Error) -> String {
     let io_error = error.source().and_then(|source| source.downcast_ref::<io::Error>());
     io_error.map_or_else(|| error.to_string(), os_message)
 }
+
+/// Headers of an answer: more do not fit into it.
+const HEADERS_MAX: usize = ANSWER_MAX / 4;
 
 /// Bytes of an answer that are read.
 const ANSWER_MAX: usize = 16 * 1024;
