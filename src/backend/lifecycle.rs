@@ -25,6 +25,10 @@ pub struct Lifecycle {
     last_error: watch::Sender<String>,
     /// The number of clients that wait for the backend.
     waiting: watch::Sender<usize>,
+    /// The number of clients that wait, passive ones included, which start nothing.
+    attending: watch::Sender<usize>,
+    /// Whether a start or stop command runs.
+    runs: watch::Sender<bool>,
     /// Whether the backend must not be started, and COMMAND is to stop.
     stop_requested: watch::Sender<bool>,
     /// A client found that the backend is gone.
@@ -40,6 +44,8 @@ impl Lifecycle {
             state: watch::Sender::default(),
             last_error: watch::Sender::default(),
             waiting: watch::Sender::default(),
+            attending: watch::Sender::default(),
+            runs: watch::Sender::default(),
             stop_requested: watch::Sender::default(),
             lost: Notify::default(),
             counters: Arc::default(),
@@ -79,7 +85,7 @@ impl Lifecycle {
         if *state.borrow_and_update() == BackendState::Ready {
             return Ok(state);
         }
-        let _waiting = Waiting::new(self);
+        let _waiting = Waiting::new([&self.attending, &self.waiting]);
         // The present state may be the Unreachable of an earlier run, so only changes count.
         loop {
             state.changed().await.expect("the lifecycle has the sender");
@@ -92,9 +98,33 @@ impl Lifecycle {
         }
     }
 
-    /// Returns a receiver of the number of clients that wait.
-    pub fn waiting(&self) -> watch::Receiver<usize> {
-        self.waiting.subscribe()
+    /// Returns a receiver of the number of clients that wait, passive ones included.
+    pub fn attending(&self) -> watch::Receiver<usize> {
+        self.attending.subscribe()
+    }
+
+    /// Waits for a passive client while another client has the backend start. Returns whether the
+    /// backend is ready, and its state from then on.
+    pub async fn started(&self) -> Option<watch::Receiver<BackendState>> {
+        let _attending = Waiting::new([&self.attending]);
+        let mut state = self.watch();
+        let started = state.wait_for(|state| *state != BackendState::Starting).await;
+        let is_ready = started.is_ok_and(|state| *state == BackendState::Ready);
+        is_ready.then_some(state)
+    }
+
+    pub fn is_stop_requested(&self) -> bool {
+        *self.stop_requested.borrow()
+    }
+
+    /// Notes whether a start or stop command runs.
+    pub fn set_runs(&self, runs: bool) {
+        self.runs.send_replace(runs);
+    }
+
+    /// Waits until no start or stop command runs.
+    pub async fn commands_returned(&self) {
+        let _ = self.runs.subscribe().wait_for(|runs| !*runs).await;
     }
 
     /// Waits until a client waits, and the backend may be started.
@@ -116,6 +146,11 @@ impl Lifecycle {
     /// Waits until a stop is requested.
     pub async fn stop_requested(&self) {
         let _ = self.stop_requested.subscribe().wait_for(|stop| *stop).await;
+    }
+
+    /// Waits until starts are allowed.
+    pub async fn start_allowed(&self) {
+        let _ = self.stop_requested.subscribe().wait_for(|stop| !*stop).await;
     }
 
     pub fn allow_start(&self) {
@@ -157,19 +192,19 @@ impl Lifecycle {
     }
 }
 
-/// A client that waits for the backend.
-struct Waiting<'a>(&'a Lifecycle);
+/// A client that waits for the backend, and the counts that it is in.
+struct Waiting<'a, const N: usize>([&'a watch::Sender<usize>; N]);
 
-impl<'a> Waiting<'a> {
-    fn new(lifecycle: &'a Lifecycle) -> Self {
-        lifecycle.waiting.send_modify(|waiting| *waiting += 1);
-        Self(lifecycle)
+impl<'a, const N: usize> Waiting<'a, N> {
+    fn new(counts: [&'a watch::Sender<usize>; N]) -> Self {
+        counts.iter().for_each(|count| count.send_modify(|waiting| *waiting += 1));
+        Self(counts)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl<const N: usize> Drop for Waiting<'_, N> {
     fn drop(&mut self) {
-        self.0.waiting.send_modify(|waiting| *waiting -= 1);
+        self.0.iter().for_each(|count| count.send_modify(|waiting| *waiting -= 1));
     }
 }
 

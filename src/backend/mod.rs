@@ -74,11 +74,7 @@ impl Backend {
         let Some(lifecycle) = &self.lifecycle else {
             return self.backend_wait.connect_passively().await.map_err(error);
         };
-        let mut state = lifecycle.watch();
-        let is_ready = state.wait_for(|state| *state != BackendState::Starting).await;
-        if !is_ready.is_ok_and(|state| *state == BackendState::Ready) {
-            return Err(None);
-        }
+        let Some(mut state) = lifecycle.started().await else { return Err(None) };
         tokio::select! {
             biased;
             _ = state.changed() => Err(None),

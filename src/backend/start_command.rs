@@ -5,6 +5,7 @@
 //! when the backend ends: a client that finds it gone says so.
 
 use std::convert::Infallible;
+use std::future::pending;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,40 +51,56 @@ impl StartCommand {
         let (lifecycle, mut failures) = (&self.lifecycle, 0_u32);
         // A backend that runs already is stopped when it is idle, whatever has started it.
         let mut is_up = wait.check().await.is_ok();
+        let mut min_run = TimeSpan::ZERO;
         loop {
             if !is_up {
                 lifecycle.needed().await;
                 let pause = match self.bring_up(&wait).await {
                     Ok(()) => {
                         failures = 0;
-                        Duration::ZERO
+                        min_run = self.times.min_run;
+                        None
+                    }
+                    Err(StartError::Stopped) => {
+                        lifecycle.set_state(BackendState::Stopped);
+                        Some(Duration::ZERO)
                     }
                     Err(StartError::Failed(error)) => {
                         failures = failures.saturating_add(1);
-                        lifecycle.fail(error, failures)
+                        Some(lifecycle.fail(error, failures))
                     }
-                    Err(StartError::Unreachable(error)) => lifecycle.obstruct(
+                    Err(StartError::Unreachable(error)) => Some(lifecycle.obstruct(
                         BackendState::Unreachable,
                         message_id::BACKEND_UNREACHABLE,
                         error.to_string(),
-                    ),
+                    )),
                 };
-                if !pause.is_zero() {
+                if let Some(pause) = pause {
                     sleep(pause).await;
                     continue;
                 }
             }
-            clock.begin_run(self.times.min_run);
+            clock.begin_run(min_run);
             lifecycle.set_state(BackendState::Ready);
-            is_up = tokio::select! {
-                () = lifecycle.lost() => {
-                    lifecycle.set_error(format!("{} does not answer any more", self.target));
-                    lifecycle.set_state(BackendState::Stopped);
-                    wait.check().await.is_ok()
+            is_up = loop {
+                tokio::select! {
+                    () = lifecycle.lost() => {
+                        lifecycle.set_error(format!("{} does not answer any more", self.target));
+                        lifecycle.set_state(BackendState::Starting);
+                        if wait.check().await.is_err() {
+                            lifecycle.set_state(BackendState::Stopped);
+                            break false;
+                        }
+                        lifecycle.set_state(BackendState::Ready);
+                    }
+                    () = clock.alarm(self.stop_idle_time()) => {
+                        break self.shut_down(&wait, &clock).await;
+                    }
                 }
-                () = clock.alarm(self.stop_idle_time()) => self.shut_down(&wait, &clock).await,
             };
             clock.end_run();
+            // For a backend that still answers the idle time starts again, and nothing else.
+            min_run = TimeSpan::ZERO;
         }
     }
 
@@ -110,11 +127,22 @@ impl StartCommand {
         lifecycle.counters.all.inc();
         let begin = Instant::now();
         lifecycle.set_error(format!("{start} has not returned"));
-        self.execute(start).await.map_err(StartError::Failed)?;
+        let returned = self.execute(start, lifecycle.stop_requested()).await;
+        if lifecycle.is_stop_requested() {
+            return Err(StartError::Stopped);
+        }
+        returned.map_err(StartError::Failed)?;
         let failed = |error: String| lifecycle.set_error(format!("{error}, after {start}"));
-        match timeout(READY_TIME, wait.wait_until_up(failed)).await {
-            Ok(Ok(Some(connection))) => wait.offer(connection),
-            Ok(Ok(None)) => {}
+        // A probe may say yes before the backend accepts connections.
+        let connected = async {
+            loop {
+                if let Some(connection) = wait.wait_until_up(failed).await? {
+                    return Ok(connection);
+                }
+            }
+        };
+        match timeout(READY_TIME, connected).await {
+            Ok(Ok(connection)) => wait.offer(connection),
             Ok(Err(error)) => return Err(StartError::Unreachable(error)),
             Err(_) => return Err(StartError::Failed(lifecycle.current_error())),
         }
@@ -131,6 +159,11 @@ impl StartCommand {
     /// Runs the stop command. Returns whether the backend still answers.
     async fn shut_down(&self, wait: &BackendWait, clock: &IdleClock) -> bool {
         let Self { stop: Some(stop), target, lifecycle, times, .. } = self else { return true };
+        if lifecycle.is_stop_requested() {
+            // The proxy exits, unless a client comes.
+            lifecycle.start_allowed().await;
+            return true;
+        }
         rate_limited!(
             LIFECYCLE,
             info,
@@ -141,7 +174,7 @@ impl StartCommand {
         lifecycle.set_error(format!("{stop} has not returned"));
         lifecycle.set_state(BackendState::Stopping);
         clock.expire();
-        let result = self.execute(stop).await;
+        let result = self.execute(stop, pending()).await;
         wait.reset_readiness();
         let is_up = match &result {
             Ok(()) => timeout(GONE_TIME, gone(wait)).await.is_err(),
@@ -164,12 +197,19 @@ impl StartCommand {
         is_up
     }
 
-    /// Runs a command until it returns.
+    /// Runs a command until it returns, or ends it when `cancelled` does.
     ///
     /// # Errors
     /// What to log, if it does not succeed in time.
-    async fn execute(&self, line: &CommandLine) -> Result<(), String> {
-        execute(line, &self.target).await
+    async fn execute(
+        &self,
+        line: &CommandLine,
+        cancelled: impl Future<Output = ()>,
+    ) -> Result<(), String> {
+        self.lifecycle.set_runs(true);
+        let result = execute(line, &self.target, cancelled).await;
+        self.lifecycle.set_runs(false);
+        result
     }
 }
 
@@ -180,22 +220,32 @@ async fn gone(wait: &BackendWait) {
     }
 }
 
-async fn execute(line: &CommandLine, target: &Target) -> Result<(), String> {
+async fn execute(
+    line: &CommandLine,
+    target: &Target,
+    cancelled: impl Future<Output = ()>,
+) -> Result<(), String> {
     let failed = |error| format!("Failed to run {line}: {}", os_message(&error));
     let mut group = ProcessGroup::start(line, target).map_err(failed)?;
-    match timeout(RUN_TIME, group.exited()).await {
-        Ok(Ok(status)) if status.success() => Ok(()),
-        Ok(Ok(status)) => Err(format!("{line} has failed ({status})")),
-        Ok(Err(error)) => Err(failed(error)),
-        Err(_) => {
-            group.terminate(GRACE).await;
-            Err(format!("{line} has not returned within {}", TimeSpan::new(RUN_TIME)))
+    let error = tokio::select! {
+        exited = group.exited() => return match exited {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(format!("{line} has failed ({status})")),
+            Err(error) => Err(failed(error)),
+        },
+        () = sleep(RUN_TIME) => {
+            format!("{line} has not returned within {}", TimeSpan::new(RUN_TIME))
         }
-    }
+        () = cancelled => format!("{line} was ended"),
+    };
+    group.terminate(GRACE).await;
+    Err(error)
 }
 
 /// Why the backend could not be started.
 enum StartError {
+    /// Nothing is to be started any more.
+    Stopped,
     Failed(String),
     /// The target cannot be reached because of a permanent error.
     Unreachable(ConnectError),
@@ -229,7 +279,7 @@ mod tests {
         // The second one ignores SIGTERM.
         for line in ["sleep 1000", "sh -c 'trap \"\" TERM; sleep 1000 & wait; sleep 1000'"] {
             let line = CommandLine::split(line).unwrap();
-            let error = execute(&line, &target).await.unwrap_err();
+            let error = execute(&line, &target, pending()).await.unwrap_err();
             assert!(error.ends_with("has not returned within 1min 30s"), "{error}");
         }
         let took = start.elapsed();
@@ -239,7 +289,8 @@ mod tests {
     #[tokio::test]
     async fn failures_are_named() {
         let target = Target::parse("/run/app".as_ref()).unwrap();
-        let run = async |line| execute(&CommandLine::split(line).unwrap(), &target).await;
+        let run =
+            async |line| execute(&CommandLine::split(line).unwrap(), &target, pending()).await;
         assert_eq!(run("sh -c 'test \"$TARGET\" = /run/app'").await, Ok(()));
         assert_eq!(run("sh -c 'exit 3'").await, Err("sh has failed (exit status: 3)".into()));
     }

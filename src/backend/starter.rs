@@ -4,6 +4,8 @@ use std::convert::Infallible;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use tokio::task::yield_now;
+
 use crate::backend::command::Supervisor;
 use crate::backend::lifecycle::Lifecycle;
 use crate::backend::start_command::StartCommand;
@@ -32,12 +34,18 @@ impl Starter {
         }
     }
 
-    /// Stops what does not outlive the proxy, which is COMMAND. Nothing is started again before
-    /// [`Lifecycle::allow_start`].
+    /// Stops what does not outlive the proxy: COMMAND, or a start command that runs. A stop command
+    /// that runs may end. Nothing is started again before [`Lifecycle::allow_start`].
     pub async fn stop(&self) {
         match self {
             Self::Command(supervisor) => supervisor.stop().await,
-            Self::StartCommand(commands) => commands.lifecycle.request_stop(),
+            Self::StartCommand(commands) => {
+                // An alarm of the same moment comes first.
+                yield_now().await;
+                yield_now().await;
+                commands.lifecycle.request_stop();
+                commands.lifecycle.commands_returned().await;
+            }
         }
     }
 }

@@ -26,7 +26,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, yield_now};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::backend::attempts::connect_when_up;
+use crate::backend::attempts::{connect_once, connect_when_up};
 use crate::backend::connect::{Connector, OnFullBacklog};
 use crate::backend::connect_error::{CheckError, ConnectError};
 use crate::backend::readiness::{OpenConnection, Readiness};
@@ -88,7 +88,12 @@ impl BackendWait {
     /// Permanent errors, and `None` if the backend cannot be reached for now.
     pub async fn connect_passively(&self) -> Result<Socket, Option<ConnectError>> {
         loop {
-            if self.unready().is_none() {
+            // A passive client may ask, but has nothing started.
+            let is_ready = match self.unready() {
+                Some(readiness) => readiness.probe_once().await.is_ok(),
+                None => true,
+            };
+            if is_ready {
                 match self.connector.connect(OnFullBacklog::Wait).await {
                     Err(error) if error.is_transient() => self.reset_readiness(),
                     connected => return connected.map_err(Some),
@@ -261,17 +266,19 @@ impl BackendWait {
         rate_limited!(WAITING, info, "{last_error}, holding clients for up to {}.", self.wait);
     }
 
-    /// Looks whether the backend can serve clients, by one probe or one attempt to connect.
+    /// Looks whether the backend can serve clients: whether it accepts connections, and what a
+    /// probe says.
     pub async fn check(&self) -> Result<(), CheckError> {
+        self.answers().await?;
         match &self.readiness {
             Some(readiness) => readiness.probe_once().await,
-            None => self.answers().await,
+            None => Ok(()),
         }
     }
 
     /// Looks whether the backend accepts connections.
     pub async fn answers(&self) -> Result<(), CheckError> {
-        match timeout(CHECK_TIMEOUT, self.connector.connect(OnFullBacklog::Fail)).await {
+        match timeout(CHECK_TIMEOUT, connect_once(&self.connector)).await {
             Ok(Ok(socket)) => {
                 socket.close();
                 Ok(())
@@ -287,19 +294,23 @@ impl BackendWait {
     ///
     /// # Errors
     /// Permanent errors.
-    pub async fn connect_if_up(&self) -> Result<Option<Socket>, ConnectError> {
+    pub async fn connect_if_up(self: &Rc<Self>) -> Result<Option<Socket>, ConnectError> {
         if let Some(socket) = self.take_connection() {
             return Ok(Some(socket));
         }
         if self.unready().is_some() {
             return Ok(None);
         }
-        match self.connector.connect(OnFullBacklog::WaitForever).await {
-            Err(error) if error.is_transient() => {
-                self.reset_readiness();
-                Ok(None)
-            }
-            connected => connected.map(Some),
+        tokio::select! {
+            biased;
+            connected = self.connect_in_turn() => match connected {
+                Err(error) if error.is_transient() => {
+                    self.reset_readiness();
+                    Ok(None)
+                }
+                connected => connected.map(Some),
+            },
+            socket = self.probe_beside() => Ok(Some(socket)),
         }
     }
 

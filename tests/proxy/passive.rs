@@ -85,6 +85,23 @@ fn passive_client_is_held_while_another_has_command_start() {
 }
 
 #[test]
+fn passive_client_is_served_after_the_client_that_started_command_has_left() {
+    let service = Service::start(Family::Tcp, &[OPTION, "--backend-wait=20s"], &["up=1"]);
+    let client = service.connect();
+    let app = service.wait_for_pid("started");
+    drop(client);
+    assert_eq!(served(&mut monitor(&service)), app);
+}
+
+#[test]
+fn passive_client_has_the_backend_probed() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let args = [OPTION, "--backend-wait=5s", "--ready=exec:true", &backend.target];
+    let _proxy = Launch::new(OURS).listener(&front).args(args).start();
+    assert_echoes(&mut connect_from(MONITOR, &front.address));
+}
+
+#[test]
 fn passive_client_does_not_postpone_the_idle_exit() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let args = [OPTION, "--exit-idle-time=1s", &backend.target];

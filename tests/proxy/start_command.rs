@@ -161,12 +161,15 @@ fn command_that_fails_is_run_again() {
 #[test]
 fn client_of_a_command_that_hangs_is_closed_in_time() {
     let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
-    external.write_start("sleep 600");
+    let ended = external.path("ended");
+    external
+        .write_start(&format!("trap 'echo > {}; exit' TERM; sleep 600 & wait", ended.display()));
     let mut proxy = external.proxy(&front, &["--backend-wait=1s"]);
     assert_eq!(read_all(&mut front.connect()).0, b"");
     proxy.lines.wait_for("sh has not returned (client ");
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.wait().code(), Some(0));
+    assert!(ended.exists(), "the command got SIGTERM");
 }
 
 #[test]
@@ -194,6 +197,33 @@ fn backend_that_runs_already_is_not_started() {
     let _proxy = external.proxy(&front, &[]);
     assert_echoes(&mut front.connect());
     assert_eq!(external.runs("start"), 0);
+}
+
+#[test]
+fn probe_that_says_yes_for_a_dead_backend_starts_it() {
+    let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
+    let proxy = external.proxy(&front, &["--ready=exec:true"]);
+    let before = proxy.cpu();
+    let first = pid(&mut front.connect());
+    kill_process(first, Signal::KILL).unwrap();
+    wait_for_end(first);
+    assert_ne!(pid(&mut front.connect()), first);
+    assert_eq!(external.runs("start"), 2);
+    let spent = proxy.cpu() - before;
+    assert!(spent < Duration::from_millis(500), "{spent:?} of CPU");
+}
+
+#[test]
+fn idle_exit_waits_for_the_stop_command() {
+    for exit in ["--exit-idle-time=700ms", "--exit-idle-time=500ms"] {
+        let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
+        external.write_stop("sleep 1");
+        let mut proxy = external.proxy(&front, &["--stop-idle-time=500ms", exit]);
+        let app = pid(&mut front.connect());
+        assert_eq!(proxy.wait().code(), Some(0));
+        wait_for_end(app);
+        assert_eq!(external.runs("stop"), 1, "{exit}");
+    }
 }
 
 #[test]

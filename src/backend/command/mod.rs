@@ -131,7 +131,9 @@ impl Supervisor {
             }
             self.lifecycle.set_error(format!("{name} is still stopping"));
             self.lifecycle.set_state(BackendState::Stopping);
-            clock.expire();
+            if !matches!(result, RunResult::Failed(_)) {
+                clock.expire();
+            }
             process.stop().await;
         }
         wait.reset_readiness();
@@ -267,7 +269,7 @@ impl Supervisor {
         let failed = |error: String| {
             self.lifecycle.set_error(format!("{error}, but {name} runs"));
         };
-        let mut waiting = self.lifecycle.waiting();
+        let mut waiting = self.lifecycle.attending();
         loop {
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
             tokio::select! {
