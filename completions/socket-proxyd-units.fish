@@ -6,6 +6,7 @@ complete -c socket-proxyd-units -l stop-command -d 'Stop it with LINE' -r -f -a 
 complete -c socket-proxyd-units -l ready -d 'Ready on connect (the default), notify, http:PATH or exec:LINE' -r
 complete -c socket-proxyd-units -l freeze-idle-time -d 'Freeze COMMAND when idle for TIME [default: infinity]' -r
 complete -c socket-proxyd-units -l idle -d 'Stop the backend when idle for TIME [default: infinity]' -r
+complete -c socket-proxyd-units -l busy -d 'Let COMMAND say that it is busy: no (the default) or notify' -r
 complete -c socket-proxyd-units -l min-run-time -d 'Neither freeze nor stop the backend in its first TIME [default: 0]' -r
 complete -c socket-proxyd-units -l user -d 'Run the proxy and COMMAND as USER [default: a transient user]' -r -f -a "(__fish_complete_users)"
 complete -c socket-proxyd-units -l group -d 'Add the proxy to GROUP, for the target\'s Unix socket or a command' -r

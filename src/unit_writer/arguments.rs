@@ -64,6 +64,9 @@ pub struct UnitArguments {
     /// Stop the backend when idle for TIME [default: infinity]
     #[arg(long, value_name = "TIME", value_parser = idle, help_heading = "The proxy")]
     pub idle: Option<String>,
+    /// Let COMMAND say that it is busy: no (the default) or notify
+    #[arg(long, value_name = "MODE", help_heading = "The proxy")]
+    pub busy: Option<String>,
     /// Neither freeze nor stop the backend in its first TIME [default: 0]
     #[arg(long, value_name = "TIME", help_heading = "The proxy")]
     pub min_run_time: Option<String>,
@@ -173,6 +176,7 @@ impl UnitArguments {
             ("stop-command", self.stop_command.as_deref()),
             ("ready", self.ready.as_deref()),
             ("freeze-idle-time", self.freeze_idle_time.as_deref()),
+            ("busy", self.busy.as_deref()),
             ("min-run-time", self.min_run_time.as_deref()),
             ("wake-on", self.wake_on.as_deref()),
             ("passive-from", self.passive_from.as_deref()),

@@ -411,6 +411,10 @@ mod tests {
                 "--freeze-idle-time= must be less than --stop-idle-time= and --exit-idle-time=, or COMMAND stops before it is frozen.",
             ),
             (
+                "--listen=1 --target=/a --busy=notify app",
+                "--busy=notify needs a COMMAND. (Write TARGET -- COMMAND [ARG...].)",
+            ),
+            (
                 "--listen=1 --target=/a --min-run-time=1 app",
                 "--min-run-time= needs a COMMAND or a --start-command=.",
             ),
