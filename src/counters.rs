@@ -156,6 +156,8 @@ pub struct CommandCounters {
 pub struct ConnectCounters {
     /// How long the successful attempts took.
     pub durations: Histogram,
+    /// Probes of `--ready=` that found the backend not ready.
+    pub probe_failures: Counter,
     errors: [Counter; ConnectErrorKind::NAMES.len()],
 }
 

@@ -186,6 +186,13 @@ impl Collector for Metrics {
         let errors = self.by_backend("kind", |backend| backend.connects.errors().collect());
         encode(encoder, Counter, "connect_errors", help, errors)?;
 
+        let help = "Probes of --ready= that failed.";
+        let failed = self.backends.iter().map(|([backend], members)| {
+            let sum = members.iter().map(|backend| backend.connects.probe_failures.get()).sum();
+            ([("backend", backend.as_str())], sum)
+        });
+        encode(encoder, Counter, "backend_probe_failures", help, failed)?;
+
         if let Some((starts, [backend])) = self.starts.as_ref().zip(self.backends.keys().next()) {
             let labels = [("backend", backend.as_str())];
             let all = [(labels, starts.all.get())];

@@ -185,6 +185,21 @@ fn counts_starts_of_command() {
 }
 
 #[test]
+fn counts_failed_probes() {
+    let (listener, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let launch = Launch::new(OURS).listener(&listener);
+    let options = ["--backend-wait=1min", "--ready=exec:false", &backend.target];
+    let scraped = Scraped::start(launch.args(options));
+    let name = "socket_proxyd_backend_probe_failures_total";
+    let series = format!("{name}{{backend=\"{}\"}}", backend.target);
+    assert_eq!(scraped.value(&series), 0.0, "a scrape probes nothing");
+    let _client = listener.connect();
+    let several =
+        poll_until(Instant::now() + TIMEOUT, || (scraped.value(&series) >= 3.0).then_some(()));
+    several.expect("one failure after another");
+}
+
+#[test]
 fn counts_thaws() {
     let options = ["--freeze-idle-time=100ms", "--metrics=127.0.0.1:0"];
     let service = Service::start(Family::Tcp, &options, &[]);

@@ -120,17 +120,19 @@ impl Readiness {
     pub async fn probe_once(&self) -> Result<(), CheckError> {
         let no_answer = format!("no answer within {}", TimeSpan::new(PROBE_TIME));
         let no_answer = Err(ProbeError::Answer(no_answer));
-        match timeout(PROBE_TIME, self.ask()).await.unwrap_or(no_answer) {
+        let error = match timeout(PROBE_TIME, self.ask()).await.unwrap_or(no_answer) {
             Ok(()) => {
                 self.set_ready();
-                Ok(())
+                return Ok(());
             }
             Err(ProbeError::Connect(error)) if !error.is_transient() => {
-                Err(CheckError::Permanent(error))
+                CheckError::Permanent(error)
             }
-            Err(ProbeError::Connect(error)) => Err(CheckError::NotYet(error.to_string())),
-            Err(ProbeError::Answer(answer)) => Err(CheckError::NotYet(self.describe(&answer))),
-        }
+            Err(ProbeError::Connect(error)) => CheckError::NotYet(error.to_string()),
+            Err(ProbeError::Answer(answer)) => CheckError::NotYet(self.describe(&answer)),
+        };
+        self.connector.counters.probe_failures.inc();
+        Err(error)
     }
 
     /// Returns the message for what a probe says.
