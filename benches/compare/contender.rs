@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::io::Read;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicBool;
 
 use command_fds::{CommandFdExt, FdMapping};
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -13,6 +15,7 @@ use tempfile::TempDir;
 
 use crate::clock;
 use crate::fake_systemd::FakeSystemd;
+use crate::load::{Load, Role};
 use crate::scrapers::Scrapers;
 
 /// The families on both sides of the proxy.
@@ -45,6 +48,8 @@ pub(crate) struct Contender {
     pub(crate) kind: Kind,
     /// The rows it takes part in; none is all.
     pub(crate) rows: &'static [&'static str],
+    /// What follows the target.
+    command: Vec<String>,
 }
 
 /// Where a second thread has something to do.
@@ -65,9 +70,13 @@ const METRICS: &str = "--metrics=";
 /// Where a connection's end is a large part of it.
 const ENDING: &[&str] = &["short"];
 
+/// The contender that is this project's program, with default options.
+pub(crate) const OURS: &str = "socket-proxyd";
+
 /// Returns the programs that are installed, ours first.
 pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
-    let new = |name: &str, kind| Contender { name: name.into(), kind, rows: &[] };
+    let new =
+        |name: &str, kind| Contender { name: name.into(), kind, rows: &[], command: Vec::new() };
     let ours = env!("CARGO_BIN_EXE_socket-proxyd");
     let with = |words: &str, option: &str, rows| Contender {
         rows,
@@ -77,7 +86,7 @@ pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
         )
     };
     let mut all = vec![
-        new("socket-proxyd", Kind::Activated(vec![ours.into()])),
+        new(OURS, Kind::Activated(vec![ours.into()])),
         with("2 threads", "--threads=2", THREADED),
         with("idle time", "--connection-idle-time=1s", WATCHED),
         with("restart", "--handover=restart", STORED),
@@ -186,7 +195,7 @@ impl Drop for Running {
 /// A listening socket of a family.
 pub(crate) fn listener(family: Family, directory: &Path) -> (Socket, SockAddr) {
     let (domain, address) = match family {
-        Family::Tcp => (Domain::IPV4, std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()),
+        Family::Tcp => (Domain::IPV4, SocketAddr::from(([127, 0, 0, 1], 0)).into()),
         Family::Unix => {
             let path = directory.join("socket");
             (Domain::UNIX, SockAddr::unix(path).expect("a short path"))
@@ -216,6 +225,23 @@ pub(crate) enum User {
 }
 
 impl Contender {
+    /// Returns one that starts an application of this program at `target`, and has this option.
+    pub(crate) fn with_application(&self, option: &str, target: &SockAddr) -> Self {
+        let mut contender = self.clone();
+        if let Kind::Activated(words) = &mut contender.kind {
+            words.push(option.into());
+        }
+        let program = std::env::current_exe().expect("this program").display().to_string();
+        contender.command =
+            ["--", &program, APPLICATION, &written(target)].map(String::from).into();
+        contender
+    }
+
+    /// Returns the words of the target and what follows it.
+    fn after(&self, target: &SockAddr) -> Vec<String> {
+        [vec![written(target)], self.command.clone()].concat()
+    }
+
     /// Starts it between a front of a family and a target.
     ///
     /// `queue` is called when the front can be connected to: for an activated one before it starts.
@@ -245,14 +271,15 @@ impl Contender {
                 queue(&front);
                 let mut words = words.clone();
                 let metrics = words.iter_mut().find(|word| *word == METRICS).map(|word| {
-                    let address = free_front(Family::Tcp, path);
+                    let address = free_address(Family::Tcp, path);
                     word.push_str(&written(&address));
                     address.as_socket().expect("a TCP address")
                 });
                 let is_stored = words.iter().any(|word| word.starts_with("--handover="));
                 let systemd = is_stored.then(|| FakeSystemd::with_fd_store(8));
                 let notify = systemd.as_ref().map(|systemd| &*systemd.path);
-                let (process, executed) = activate(&words, &socket, &written(target), user, notify);
+                let (process, executed) =
+                    activate(&words, &self.after(target), &socket, user, notify);
                 return Running {
                     front,
                     process: Some(process),
@@ -295,8 +322,8 @@ const LAUNCHER: &str = "bench-launcher";
 
 fn activate(
     words: &[String],
+    last_words: &[String],
     socket: &Socket,
-    target: &str,
     user: User,
     notify: Option<&Path>,
 ) -> (Child, Option<u64>) {
@@ -310,7 +337,7 @@ fn activate(
         let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
         command.arg("setpriv").args(nobody);
     }
-    command.args(words).args(["--connections-max=16384", target]);
+    command.args(words).arg("--connections-max=16384").args(last_words);
     command.env("LISTEN_FDS", "1").stdin(Stdio::null()).stdout(Stdio::piped());
     command.stderr(Stdio::null());
     let parent_fd = socket.as_fd().try_clone_to_owned().expect("a descriptor");
@@ -341,7 +368,34 @@ pub(crate) fn launch() -> Option<std::io::Error> {
     Some(command.exec())
 }
 
-fn free_front(family: Family, directory: &Path) -> SockAddr {
+/// This program's first argument, where it is COMMAND.
+const APPLICATION: &str = "bench-application";
+
+/// Echoes at the address of its argument until the process is ended, if this is COMMAND.
+pub(crate) fn serve_as_command() {
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_none_or(|word| word != APPLICATION) {
+        return;
+    }
+    let address = args.next().and_then(|word| word.into_string().ok()).expect("an address");
+    let address = match address.parse::<SocketAddr>() {
+        Ok(address) => address.into(),
+        Err(_) => {
+            let _ = fs::remove_file(&address);
+            SockAddr::unix(address).expect("a short path")
+        }
+    };
+    let socket = Socket::new(address.domain(), Type::STREAM, None).expect("a socket");
+    socket.set_reuse_address(true).expect("a socket");
+    socket.bind(&address).expect("a free address");
+    socket.listen(128).expect("a listener");
+    let mut load = Load::new(64);
+    load.listen(socket, Role::Echo);
+    load.run_until(&AtomicBool::new(false));
+}
+
+/// Returns an address that nothing has.
+pub(crate) fn free_address(family: Family, directory: &Path) -> SockAddr {
     let (socket, address) = listener(family, directory);
     drop(socket);
     if family == Family::Unix {
@@ -353,7 +407,7 @@ fn free_front(family: Family, directory: &Path) -> SockAddr {
 type Words = (Vec<String>, SockAddr);
 
 fn haproxy(front: Family, target: &SockAddr, directory: &Path) -> Words {
-    let front_address = free_front(front, directory);
+    let front_address = free_address(front, directory);
     let server = match target.as_socket() {
         Some(address) => address.to_string(),
         None => format!("unix@{}", written(target)),
@@ -373,7 +427,7 @@ fn haproxy(front: Family, target: &SockAddr, directory: &Path) -> Words {
 }
 
 fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -> Words {
-    let front_address = free_front(front, directory);
+    let front_address = free_address(front, directory);
     let prefix = |family: Family, address: &SockAddr| match family {
         Family::Tcp => written(address),
         Family::Unix => format!("unix:{}", written(address)),
@@ -398,7 +452,7 @@ fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -
 }
 
 fn socat(front: Family, target: &SockAddr, directory: &Path) -> Words {
-    let front_address = free_front(front, directory);
+    let front_address = free_address(front, directory);
     let listen = match front_address.as_socket() {
         Some(address) => {
             format!("TCP4-LISTEN:{},bind=127.0.0.1,fork,nodelay,backlog=4096", address.port())

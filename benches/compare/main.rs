@@ -85,6 +85,7 @@ fn main() -> ExitCode {
         eprintln!("bench-launcher: {error}");
         return ExitCode::FAILURE;
     }
+    contender::serve_as_command();
     let arguments = Arguments::parse();
     match compare(&arguments) {
         // Short samples of a busy machine may be poor, but socket-proxyd fails no client.

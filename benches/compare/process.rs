@@ -20,6 +20,14 @@ pub(crate) fn tree(pid: u32) -> Vec<u32> {
     pids
 }
 
+/// Whether a process that descends from this one is stopped.
+pub(crate) fn is_frozen(pid: u32) -> bool {
+    tree(pid).into_iter().any(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('T'))
+    })
+}
+
 /// On-CPU time so far, in seconds: exact for the living, in clock ticks for children that have
 /// ended.
 pub(crate) fn cpu(pid: u32) -> f64 {

@@ -86,7 +86,7 @@ impl Section {
     pub(crate) fn rate(&self, entry: &Entry) -> Option<String> {
         let rate = entry.rate()?.median;
         match self.unit {
-            Unit::Start => None,
+            Unit::Start | Unit::Answer => None,
             Unit::Gigabyte => Some(format!("{rate:.2} GB")),
             Unit::RoundTrip | Unit::Connection => Some(grouped(rate)),
         }

@@ -10,9 +10,9 @@ use socket2::SockAddr;
 use tempfile::TempDir;
 
 use crate::clock;
-use crate::contender::{Contender, Family, Kind, Running, User, listener};
+use crate::contender::{Contender, Family, Kind, OURS, Running, User, free_address, listener};
 use crate::load::{Load, Role, Stats};
-use crate::process::{Holdings, cpu, holdings};
+use crate::process::{Holdings, cpu, holdings, is_frozen, tree};
 
 /// A kind of work.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +33,10 @@ pub(crate) enum Work {
     Idle(usize),
     /// From exec(2) to the answer of a client that was queued.
     Activation,
+    /// From the connect to the answer of an application that is not running.
+    ColdStart,
+    /// From the connect to the answer of an application that is frozen.
+    Thaw,
 }
 
 /// A row of the comparison.
@@ -51,6 +55,7 @@ pub(crate) enum Unit {
     Connection,
     Gigabyte,
     Start,
+    Answer,
 }
 
 impl Unit {
@@ -61,6 +66,7 @@ impl Unit {
             Self::Connection => "CPU µs per connection",
             Self::Gigabyte => "CPU s per GB",
             Self::Start => "ms from exec to answer",
+            Self::Answer => "ms from connect to answer",
         }
     }
 
@@ -68,7 +74,7 @@ impl Unit {
         match self {
             Self::RoundTrip | Self::Connection => "µs",
             Self::Gigabyte => "s/GB",
-            Self::Start => "ms",
+            Self::Start | Self::Answer => "ms",
         }
     }
 
@@ -77,13 +83,13 @@ impl Unit {
         match self {
             Self::RoundTrip | Self::Connection => format!("{:.1}", seconds * 1e6),
             Self::Gigabyte => format!("{seconds:.2}"),
-            Self::Start => format!("{:.2}", seconds * 1e3),
+            Self::Start | Self::Answer => format!("{:.2}", seconds * 1e3),
         }
     }
 }
 
 /// All rows.
-pub(crate) const ROWS: [Row; 25] = {
+pub(crate) const ROWS: [Row; 27] = {
     use Work::*;
     const fn row(name: &'static str, about: &'static str, work: Work) -> Row {
         Row { name, about, work, user: User::Ourselves }
@@ -131,6 +137,8 @@ pub(crate) const ROWS: [Row; 25] = {
             user: User::Nobody,
         },
         row("activation", "exec to the answer of a queued client", Activation),
+        row("cold start", "connect to the answer of an application that is started", ColdStart),
+        row("thaw", "connect to the answer of an application that is frozen", Thaw),
     ]
 };
 
@@ -156,7 +164,7 @@ pub(crate) struct Sample {
 pub(crate) struct Effort {
     /// Seconds of work in a sample.
     pub(crate) seconds: f64,
-    /// Starts in a sample of activation.
+    /// Starts in a sample of activation, and clients in one of an application on demand.
     pub(crate) starts: usize,
     /// What large numbers of connections are divided by.
     pub(crate) divisor: usize,
@@ -168,6 +176,7 @@ impl Row {
             Work::RoundTrips(..) => Unit::RoundTrip,
             Work::Short | Work::Idle(_) => Unit::Connection,
             Work::Activation => Unit::Start,
+            Work::ColdStart | Work::Thaw => Unit::Answer,
             Work::BulkUp(_) | Work::BulkDown(_) | Work::Beside(_) | Work::BesideStalled(_) => {
                 Unit::Gigabyte
             }
@@ -182,6 +191,7 @@ impl Row {
         let activated = matches!(contender.kind, Kind::Activated(_));
         match self.work {
             Work::Activation => activated,
+            Work::ColdStart | Work::Thaw => contender.name == OURS,
             // The originals need more than 20,000 descriptors, for 4,000 connections under work, too;
             // HAProxy's and nginx's configurations allow less.
             Work::Idle(8000) => activated && !contender.name.starts_with("systemd"),
@@ -227,6 +237,11 @@ impl Row {
             Work::Short => stage.short(contender, effort),
             Work::Idle(connections) => stage.idle(contender, divide(connections)),
             Work::Activation => stage.activation(contender, effort),
+            Work::ColdStart => {
+                let has_ended = |proxy| tree(proxy).len() == 1;
+                stage.on_demand(contender, "--stop-idle-time=20ms", has_ended, effort)
+            }
+            Work::Thaw => stage.on_demand(contender, "--freeze-idle-time=20ms", is_frozen, effort),
         }
     }
 }
@@ -411,18 +426,55 @@ impl Stage {
                 _ => failures += 1,
             }
         }
-        times.sort_unstable();
-        let at = |share: f64| {
-            let index = (times.len() as f64 * share) as usize;
-            times.get(index.min(times.len().saturating_sub(1))).map_or(0.0, |it| *it as f64 / 1e9)
-        };
-        Sample {
-            rate: times.len() as f64,
-            cost: Some(at(0.5)),
-            latency: Some([at(0.5), at(0.99), at(0.999)]),
-            failures,
-            ..Sample::default()
+        durations(times, failures)
+    }
+
+    /// Each client but the first comes when the application rests.
+    fn on_demand(
+        &self,
+        contender: &Contender,
+        option: &str,
+        rests: impl Fn(u32) -> bool,
+        effort: Effort,
+    ) -> Sample {
+        let target = free_address(self.back, self.directory.path());
+        let contender = contender.with_application(option, &target);
+        let running = self.start(&contender, &target);
+        let proxy = running.pid().expect("a process");
+        let (mut times, mut failures) = (Vec::new(), 0);
+        for client in 0..=effort.starts {
+            let mut load = Load::new(64);
+            let begin = clock::now();
+            load.connect(&running.front, Role::Once);
+            load.run(clock::after(10.0), |stats| stats.done + stats.failures > 0);
+            match load.stats.done {
+                0 => failures += 1,
+                _ if client == 0 => {}
+                _ => times.push(clock::now() - begin),
+            }
+            drop(load);
+            let deadline = clock::after(10.0);
+            while !rests(proxy) && clock::now() < deadline {
+                Load::new(0).run(clock::after(0.001), |_| false);
+            }
         }
+        durations(times, failures)
+    }
+}
+
+/// Returns the sample of durations in nanoseconds.
+fn durations(mut times: Vec<u64>, failures: u64) -> Sample {
+    times.sort_unstable();
+    let at = |share: f64| {
+        let index = (times.len() as f64 * share) as usize;
+        times.get(index.min(times.len().saturating_sub(1))).map_or(0.0, |it| *it as f64 / 1e9)
+    };
+    Sample {
+        rate: times.len() as f64,
+        cost: Some(at(0.5)),
+        latency: Some([at(0.5), at(0.99), at(0.999)]),
+        failures,
+        ..Sample::default()
     }
 }
 
