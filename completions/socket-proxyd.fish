@@ -11,7 +11,7 @@ complete -c socket-proxyd -l drain-time -d 'When stopped, give open connections 
 complete -c socket-proxyd -l handover -d 'Keep connections over a restart or a crash' -r -f -a "never\t''
 restart\t'A stop'
 crash\t'Any end, SIGKILL included'"
-complete -c socket-proxyd -l backend-wait -d 'Hold clients until TARGET is up [default: 0; COMMAND: 90s]' -r
+complete -c socket-proxyd -l backend-wait -d 'Hold clients until TARGET is up [default: 0; on demand: 90s]' -r
 complete -c socket-proxyd -l connect-timeout -d 'Give up on one address of TARGET after TIME' -r
 complete -c socket-proxyd -l connection-idle-time -d 'Close connections idle for TIME' -r
 complete -c socket-proxyd -l keepalive -d 'Probe TCP peers silent for TIME' -r

@@ -76,7 +76,7 @@ pub struct Arguments {
     )]
     pub handover: HandoverMode,
 
-    /// Hold clients until TARGET is up [default: 0; COMMAND: 90s]
+    /// Hold clients until TARGET is up [default: 0; on demand: 90s]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
     pub backend_wait: Option<TimeSpan>,
     /// Give up on one address of TARGET after TIME

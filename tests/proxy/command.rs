@@ -736,7 +736,7 @@ fn fails_without_a_directory_for_the_notify_socket() {
         let mut proxy = launch.env(name, "/no/such/place").start();
         assert_eq!(proxy.wait().code(), Some(1), "{name}");
         let stderr = proxy.lines.all();
-        let line = "Failed to open a socket for --ready=notify in /no/such/place: No such";
+        let line = "Failed to open a socket for --ready=notify or --busy=notify in /no/such/place: No such";
         assert!(stderr.contains(line), "{name}: {stderr}");
     }
 }

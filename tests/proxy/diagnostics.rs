@@ -13,7 +13,7 @@ use tempfile::TempDir;
 type Cause = fn(check: &dyn Fn(&Lines));
 
 /// In the order of the manual.
-const CAUSES: [Cause; 16] = [
+const CAUSES: [Cause; 18] = [
     connection_limit,
     source_limit,
     passive_client,
@@ -24,6 +24,8 @@ const CAUSES: [Cause; 16] = [
     drain_over,
     out_of_descriptors,
     command_ended,
+    start_failed,
+    stopped_nothing,
     not_ready,
     command_without_ready,
     command_without_listener,
@@ -136,6 +138,19 @@ fn command_ended(check: &dyn Fn(&Lines)) {
     let pid = started.trim().strip_prefix("started ").unwrap().parse().unwrap();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
     let _ = read_all(&mut client);
+    check(&proxy.lines);
+}
+
+fn start_failed(check: &dyn Fn(&Lines)) {
+    let (proxy, _client) = serve_one(&["--start-command=false", &free_address()]);
+    check(&proxy.lines);
+}
+
+fn stopped_nothing(check: &dyn Fn(&Lines)) {
+    let backend = echo_backend(Family::Tcp);
+    let options = ["--start-command=true", "--stop-command=true", "--stop-idle-time=100ms"];
+    let (proxy, client) = serve_one(&[&options[..], &[&backend.target]].concat());
+    drop(client);
     check(&proxy.lines);
 }
 

@@ -65,7 +65,7 @@ impl NotifyPlace {
     pub fn open(&self) -> Result<NotifySocket, String> {
         NotifySocket::open_in(&self.0).map_err(|error| {
             format!(
-                "Failed to open a socket for --ready=notify in {}: {}; RuntimeDirectory= in the unit \
+                "Failed to open a socket for --ready=notify or --busy=notify in {}: {}; RuntimeDirectory= in the unit \
                  gives it a place.",
                 self.0.display(),
                 os_message(&error)
