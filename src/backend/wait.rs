@@ -90,7 +90,7 @@ impl BackendWait {
         loop {
             // A passive client may ask, but has nothing started.
             let is_ready = match self.unready() {
-                Some(readiness) => readiness.probe_once().await.is_ok(),
+                Some(readiness) => readiness.ask().await,
                 None => true,
             };
             if is_ready {

@@ -1,9 +1,11 @@
 //! --passive-from=: clients that are served while the backend is up, and start and postpone nothing.
 
+use std::fs;
 use std::time::Duration;
 
 use rustix::process::Pid;
 use socket2::Socket;
+use tempfile::TempDir;
 use tokio::time::Instant;
 
 use crate::application::{Service, pid, wait_for_end};
@@ -99,6 +101,20 @@ fn passive_client_has_the_backend_probed() {
     let args = [OPTION, "--backend-wait=5s", "--ready=exec:true", &backend.target];
     let _proxy = Launch::new(OURS).listener(&front).args(args).start();
     assert_echoes(&mut connect_from(MONITOR, &front.address));
+}
+
+#[test]
+fn passive_clients_cause_one_probe_at_a_time() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let directory = TempDir::new().unwrap();
+    let probes = directory.path().join("probes");
+    let probe = format!("--ready=exec:sh -c 'echo >> {}; exit 1'", probes.display());
+    let args = [OPTION, "--backend-wait=20s", &probe, &backend.target];
+    let _proxy = Launch::new(OURS).listener(&front).args(args).start();
+    let mut clients: Vec<_> = (0..50).map(|_| connect_from(MONITOR, &front.address)).collect();
+    assert!(clients.iter_mut().all(|client| read_all(client).0.is_empty()));
+    let probes = fs::read(&probes).unwrap().len();
+    assert!(probes <= 10, "{probes} probes for 50 clients");
 }
 
 #[test]

@@ -30,7 +30,7 @@ pub struct Readiness {
     probe: Probe,
     connector: Connector,
     state: Mutex<State>,
-    /// When the last probe began. Locked while a probe runs: there is one at a time.
+    /// When the last probe began, or ended. Locked while a probe runs: there is one at a time.
     last_probe: tokio::sync::Mutex<Option<Instant>>,
 }
 
@@ -116,11 +116,21 @@ impl Readiness {
         Ok(())
     }
 
+    /// Returns whether the backend is ready, by a probe if the last one is over for a while.
+    pub async fn ask(&self) -> bool {
+        let mut last_probe = self.last_probe.lock().await;
+        if !self.is_ready() && last_probe.is_none_or(|last| last.elapsed() >= PROBE_INTERVAL) {
+            let _ = self.probe_once().await;
+            *last_probe = Some(Instant::now());
+        }
+        self.is_ready()
+    }
+
     /// Probes once.
     pub async fn probe_once(&self) -> Result<(), CheckError> {
         let no_answer = format!("no answer within {}", TimeSpan::new(PROBE_TIME));
         let no_answer = Err(ProbeError::Answer(no_answer));
-        let error = match timeout(PROBE_TIME, self.ask()).await.unwrap_or(no_answer) {
+        let error = match timeout(PROBE_TIME, self.probe()).await.unwrap_or(no_answer) {
             Ok(()) => {
                 self.set_ready();
                 return Ok(());
@@ -144,7 +154,7 @@ impl Readiness {
         }
     }
 
-    async fn ask(&self) -> Result<(), ProbeError> {
+    async fn probe(&self) -> Result<(), ProbeError> {
         let target = &self.connector.target;
         let answer = match &self.probe {
             Probe::Http(path, header) => {
