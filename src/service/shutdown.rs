@@ -31,6 +31,12 @@ pub async fn stop(
     // After the idle exit there is no connection to hand over, but after a failure there may be.
     if let Some(handover) = server.handover.as_ref().filter(|_| *ended != Ok(StopReason::Idle)) {
         detach_all(&server, handover, notifier).await;
+        if let Some(starter) = &server.starter {
+            tokio::select! {
+                () = starter.stop() => {}
+                () = signals.second() => {}
+            }
+        }
         return server.listener_entries.into_iter().for_each(JournalEntry::detach);
     }
     drop(server.listeners);
