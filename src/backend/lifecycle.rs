@@ -107,10 +107,21 @@ impl Lifecycle {
     /// backend is ready, and its state from then on.
     pub async fn started(&self) -> Option<watch::Receiver<BackendState>> {
         let _attending = Waiting::new([&self.attending]);
-        let mut state = self.watch();
-        let started = state.wait_for(|state| *state != BackendState::Starting).await;
-        let is_ready = started.is_ok_and(|state| *state == BackendState::Ready);
-        is_ready.then_some(state)
+        let (mut state, mut waiting) = (self.watch(), self.waiting.subscribe());
+        loop {
+            let is_wanted = *waiting.borrow_and_update() > 0;
+            match *state.borrow_and_update() {
+                BackendState::Ready => break,
+                BackendState::Starting => {}
+                _ if is_wanted => {}
+                _ => return None,
+            }
+            tokio::select! {
+                _ = state.changed() => {}
+                _ = waiting.changed() => {}
+            }
+        }
+        Some(state)
     }
 
     pub fn is_stop_requested(&self) -> bool {

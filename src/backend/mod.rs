@@ -74,12 +74,16 @@ impl Backend {
         let Some(lifecycle) = &self.lifecycle else {
             return self.backend_wait.connect_passively().await.map_err(error);
         };
-        let Some(mut state) = lifecycle.started().await else { return Err(None) };
-        tokio::select! {
-            biased;
-            _ = state.changed() => Err(None),
-            connected = self.backend_wait.connect_passively() => connected.map_err(error),
+        while let Some(mut state) = lifecycle.started().await {
+            tokio::select! {
+                biased;
+                _ = state.changed() => {}
+                connected = self.backend_wait.connect_passively() => {
+                    return connected.map_err(error);
+                }
+            }
         }
+        Err(None)
     }
 
     async fn wait_and_connect(&self) -> Result<Socket, String> {
