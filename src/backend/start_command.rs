@@ -6,11 +6,12 @@
 
 use std::convert::Infallible;
 use std::future::pending;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::backend::connect_error::{CheckError, ConnectError};
 use crate::backend::lifecycle::Lifecycle;
@@ -43,6 +44,8 @@ impl StartCommand {
         times: CommandTimes,
     ) -> Self {
         let lifecycle = Lifecycle::new(target.to_string(), false);
+        // Until the first look at the target.
+        lifecycle.set_state(BackendState::Starting);
         Self { start, stop, target, times, lifecycle }
     }
 
@@ -51,14 +54,17 @@ impl StartCommand {
         let (lifecycle, mut failures) = (&self.lifecycle, 0_u32);
         // A backend that runs already is stopped when it is idle, whatever has started it.
         let mut is_up = wait.check().await.is_ok();
-        let mut min_run = TimeSpan::ZERO;
+        if !is_up {
+            lifecycle.set_state(BackendState::Stopped);
+        }
+        let mut stop_from = Instant::now();
         loop {
             if !is_up {
                 lifecycle.needed().await;
                 let pause = match self.bring_up(&wait).await {
                     Ok(()) => {
                         failures = 0;
-                        min_run = self.times.min_run;
+                        clock.begin_run(self.times.min_run);
                         None
                     }
                     Err(StartError::Stopped) => {
@@ -80,8 +86,13 @@ impl StartCommand {
                     continue;
                 }
             }
-            clock.begin_run(min_run);
             lifecycle.set_state(BackendState::Ready);
+            let begin = stop_from;
+            let idle = async {
+                sleep_until(begin).await;
+                clock.alarm(self.stop_idle_time()).await;
+            };
+            let mut idle = pin!(idle);
             is_up = loop {
                 tokio::select! {
                     () = lifecycle.lost() => {
@@ -93,14 +104,15 @@ impl StartCommand {
                         }
                         lifecycle.set_state(BackendState::Ready);
                     }
-                    () = clock.alarm(self.stop_idle_time()) => {
-                        break self.shut_down(&wait, &clock).await;
-                    }
+                    () = &mut idle => break self.shut_down(&wait, &clock).await,
                 }
             };
             clock.end_run();
-            // For a backend that still answers the idle time starts again, and nothing else.
-            min_run = TimeSpan::ZERO;
+            if is_up {
+                // For a backend that still answers this time starts again, and no other.
+                let now = Instant::now();
+                stop_from = self.times.stop_idle.after(now).max(now + STOP_AGAIN);
+            }
         }
     }
 
@@ -253,6 +265,9 @@ enum StartError {
 
 /// How long a command may run.
 const RUN_TIME: Duration = Duration::from_secs(90);
+
+/// The least pause after a stop command that failed.
+const STOP_AGAIN: Duration = Duration::from_secs(1);
 
 /// From SIGTERM to SIGKILL for a command that runs too long.
 const GRACE: Duration = Duration::from_secs(3);

@@ -65,9 +65,13 @@ impl External {
     }
 
     fn proxy(&self, front: &Endpoint, options: &[&str]) -> Running {
+        self.launch(front, options).start()
+    }
+
+    fn launch(&self, front: &Endpoint, options: &[&str]) -> Launch {
         let line = |name: &str| format!("--{name}-command=sh {}", self.path(name).display());
         let launch = Launch::new(OURS).listener(front).args([line("start"), line("stop")]);
-        launch.args(options).arg(&self.target).start()
+        launch.args(options).arg(&self.target)
     }
 
     fn started(&self) -> Vec<Pid> {
@@ -238,6 +242,47 @@ fn stop_command_that_fails_is_one_error() {
     assert_eq!(pid(&mut front.connect()), app, "it is still served");
     fs::write(&flag, "").unwrap();
     wait_for_end(app);
+}
+
+#[test]
+fn idle_exit_comes_after_a_stop_command_that_failed() {
+    let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
+    external.write_stop("exit 4");
+    let options = ["--stop-idle-time=100ms", "--exit-idle-time=1500ms"];
+    let mut proxy = external.proxy(&front, &options);
+    pid(&mut front.connect());
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert!((1..=3).contains(&external.runs("stop")), "{} runs", external.runs("stop"));
+}
+
+#[test]
+fn restart_waits_for_the_stop_command() {
+    let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
+    let done = external.path("done");
+    external.write_stop(&format!("sleep 1; echo > {}", done.display()));
+    let options = ["--handover=restart", "--stop-idle-time=100ms"];
+    let systemd = FakeSystemd::with_fd_store(4);
+    let mut proxy = external.launch(&front, &options).stored_by(&systemd).start();
+    pid(&mut front.connect());
+    proxy.lines.wait_for("Running sh, no connection for 100ms.");
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert!(done.exists());
+}
+
+#[test]
+fn passive_client_waits_with_one_whose_start_failed() {
+    let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
+    let flag = external.path("may_start");
+    external.write_start(&format!(
+        "sleep 0.5; test -e {0} || {{ echo > {0}; exit 1; }}",
+        flag.display()
+    ));
+    let _proxy = external.proxy(&front, &["--passive-from=127.0.0.9", "--backend-wait=30s"]);
+    let mut client = front.connect();
+    let mut monitor = connect_from("127.0.0.9", &front.address);
+    let app = pid(&mut client);
+    assert_eq!(pid(&mut monitor), app);
 }
 
 #[test]
