@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 use crate::backend::state::BackendState;
 use crate::config::timespan::TimeSpan;
@@ -27,8 +28,6 @@ pub struct Lifecycle {
     waiting: watch::Sender<usize>,
     /// The number of clients that wait, passive ones included, which start nothing.
     attending: watch::Sender<usize>,
-    /// Whether a start or stop command runs.
-    runs: watch::Sender<bool>,
     /// Whether the backend must not be started, and COMMAND is to stop.
     stop_requested: watch::Sender<bool>,
     /// A client found that the backend is gone.
@@ -45,7 +44,6 @@ impl Lifecycle {
             last_error: watch::Sender::default(),
             waiting: watch::Sender::default(),
             attending: watch::Sender::default(),
-            runs: watch::Sender::default(),
             stop_requested: watch::Sender::default(),
             lost: Notify::default(),
             counters: Arc::default(),
@@ -85,7 +83,8 @@ impl Lifecycle {
         if *state.borrow_and_update() == BackendState::Ready {
             return Ok(state);
         }
-        let _waiting = Waiting::new([&self.attending, &self.waiting]);
+        let _attending = Waiting::new(&self.attending);
+        let _waiting = Waiting::new(&self.waiting);
         // The present state may be the Unreachable of an earlier run, so only changes count.
         loop {
             state.changed().await.expect("the lifecycle has the sender");
@@ -103,15 +102,17 @@ impl Lifecycle {
         self.attending.subscribe()
     }
 
-    /// Waits for a passive client while another client has the backend start. Returns whether the
-    /// backend is ready, and its state from then on.
+    /// Waits for a passive client while another client has the backend start. Returns the state,
+    /// which changes when the backend is not ready any more, or `None` if no client starts the
+    /// backend.
     pub async fn started(&self) -> Option<watch::Receiver<BackendState>> {
-        let _attending = Waiting::new([&self.attending]);
+        let _attending = Waiting::new(&self.attending);
         let (mut state, mut waiting) = (self.watch(), self.waiting.subscribe());
         loop {
             let is_wanted = *waiting.borrow_and_update() > 0;
-            match *state.borrow_and_update() {
-                BackendState::Ready => break,
+            let now = *state.borrow_and_update();
+            match now {
+                BackendState::Ready => return Some(state),
                 BackendState::Starting => {}
                 _ if is_wanted => {}
                 _ => return None,
@@ -121,21 +122,10 @@ impl Lifecycle {
                 _ = waiting.changed() => {}
             }
         }
-        Some(state)
     }
 
     pub fn is_stop_requested(&self) -> bool {
         *self.stop_requested.borrow()
-    }
-
-    /// Notes whether a start or stop command runs.
-    pub fn set_runs(&self, runs: bool) {
-        self.runs.send_replace(runs);
-    }
-
-    /// Waits until no start or stop command runs.
-    pub async fn commands_returned(&self) {
-        let _ = self.runs.subscribe().wait_for(|runs| !*runs).await;
     }
 
     /// Waits until a client waits, and the backend may be started.
@@ -178,6 +168,18 @@ impl Lifecycle {
         self.lost.notified().await;
     }
 
+    /// Logs that the backend, whose start began at `begin`, is ready.
+    pub fn log_ready(&self, begin: Instant) {
+        rate_limited!(
+            READY,
+            info,
+            message_id = message_id::COMMAND_READY,
+            "{} is ready after {}.",
+            self.name,
+            TimeSpan::new(Duration::from_millis(begin.elapsed().as_millis() as u64))
+        );
+    }
+
     /// Logs a start that failed, the `failures`th in a row. Returns the pause before the next.
     pub fn fail(&self, error: String, failures: u32) -> Duration {
         self.counters.failed.inc();
@@ -203,19 +205,19 @@ impl Lifecycle {
     }
 }
 
-/// A client that waits for the backend, and the counts that it is in.
-struct Waiting<'a, const N: usize>([&'a watch::Sender<usize>; N]);
+/// A client that waits for the backend, in one of the counts.
+struct Waiting<'a>(&'a watch::Sender<usize>);
 
-impl<'a, const N: usize> Waiting<'a, N> {
-    fn new(counts: [&'a watch::Sender<usize>; N]) -> Self {
-        counts.iter().for_each(|count| count.send_modify(|waiting| *waiting += 1));
-        Self(counts)
+impl<'a> Waiting<'a> {
+    fn new(count: &'a watch::Sender<usize>) -> Self {
+        count.send_modify(|waiting| *waiting += 1);
+        Self(count)
     }
 }
 
-impl<const N: usize> Drop for Waiting<'_, N> {
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.iter().for_each(|count| count.send_modify(|waiting| *waiting -= 1));
+        self.0.send_modify(|waiting| *waiting -= 1);
     }
 }
 
@@ -237,6 +239,7 @@ const DOUBLINGS_MAX: u32 = 7;
 /// unreachable. That process may be COMMAND's last run, which stops after its proxy was killed.
 const CHECK_AGAIN: Duration = Duration::from_millis(100);
 
+static READY: RateLimit = RateLimit::new(20, Duration::from_secs(10));
 static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 static OBSTACLES: RateLimit = RateLimit::new(1, Duration::from_secs(10));
 

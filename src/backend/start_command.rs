@@ -6,11 +6,12 @@
 
 use std::convert::Infallible;
 use std::future::pending;
-use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::backend::connect_error::{CheckError, ConnectError};
@@ -33,6 +34,8 @@ pub struct StartCommand {
     stop: Option<CommandLine>,
     target: Target,
     times: CommandTimes,
+    /// Whether one of them runs.
+    runs: watch::Sender<bool>,
     pub lifecycle: Arc<Lifecycle>,
 }
 
@@ -46,7 +49,7 @@ impl StartCommand {
         let lifecycle = Lifecycle::new(target.to_string(), false);
         // Until the first look at the target.
         lifecycle.set_state(BackendState::Starting);
-        Self { start, stop, target, times, lifecycle }
+        Self { start, stop, target, times, runs: watch::Sender::default(), lifecycle }
     }
 
     /// Starts and stops the backend as clients need it, forever.
@@ -87,12 +90,6 @@ impl StartCommand {
                 }
             }
             lifecycle.set_state(BackendState::Ready);
-            let begin = stop_from;
-            let idle = async {
-                sleep_until(begin).await;
-                clock.alarm(self.stop_idle_time()).await;
-            };
-            let mut idle = pin!(idle);
             is_up = loop {
                 tokio::select! {
                     () = lifecycle.lost() => {
@@ -104,7 +101,7 @@ impl StartCommand {
                         }
                         lifecycle.set_state(BackendState::Ready);
                     }
-                    () = &mut idle => break self.shut_down(&wait, &clock).await,
+                    () = self.stop_due(&clock, stop_from) => break self.shut_down(&wait, &clock).await,
                 }
             };
             clock.end_run();
@@ -116,8 +113,21 @@ impl StartCommand {
         }
     }
 
-    fn stop_idle_time(&self) -> TimeSpan {
-        if self.stop.is_some() { self.times.stop_idle } else { TimeSpan::INFINITY }
+    /// Ends a start command that runs, and waits for a stop command. Nothing is started again
+    /// before [`Lifecycle::allow_start`].
+    pub async fn stop(&self) {
+        // An alarm of the same moment comes first.
+        yield_now().await;
+        yield_now().await;
+        self.lifecycle.request_stop();
+        let _ = self.runs.subscribe().wait_for(|runs| !*runs).await;
+    }
+
+    /// Waits until the stop command is due, at `from` or later.
+    async fn stop_due(&self, clock: &IdleClock, from: Instant) {
+        let time = if self.stop.is_some() { self.times.stop_idle } else { TimeSpan::INFINITY };
+        sleep_until(from).await;
+        clock.alarm(time).await;
     }
 
     /// Runs the start command and waits until the backend is ready, unless it is ready already.
@@ -158,13 +168,7 @@ impl StartCommand {
             Ok(Err(error)) => return Err(StartError::Unreachable(error)),
             Err(_) => return Err(StartError::Failed(lifecycle.current_error())),
         }
-        rate_limited!(
-            LIFECYCLE,
-            info,
-            message_id = message_id::COMMAND_READY,
-            "{target} is ready after {}.",
-            TimeSpan::new(Duration::from_millis(begin.elapsed().as_millis() as u64))
-        );
+        lifecycle.log_ready(begin);
         Ok(())
     }
 
@@ -218,9 +222,9 @@ impl StartCommand {
         line: &CommandLine,
         cancelled: impl Future<Output = ()>,
     ) -> Result<(), String> {
-        self.lifecycle.set_runs(true);
+        self.runs.send_replace(true);
         let result = execute(line, &self.target, cancelled).await;
-        self.lifecycle.set_runs(false);
+        self.runs.send_replace(false);
         result
     }
 }

@@ -4,8 +4,6 @@ use std::convert::Infallible;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use tokio::task::yield_now;
-
 use crate::backend::command::Supervisor;
 use crate::backend::lifecycle::Lifecycle;
 use crate::backend::start_command::StartCommand;
@@ -39,13 +37,7 @@ impl Starter {
     pub async fn stop(&self) {
         match self {
             Self::Command(supervisor) => supervisor.stop().await,
-            Self::StartCommand(commands) => {
-                // An alarm of the same moment comes first.
-                yield_now().await;
-                yield_now().await;
-                commands.lifecycle.request_stop();
-                commands.lifecycle.commands_returned().await;
-            }
+            Self::StartCommand(commands) => commands.stop().await,
         }
     }
 }

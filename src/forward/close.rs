@@ -16,6 +16,11 @@ use crate::runtime::backoff::Backoff;
 use crate::socket::{Family, Socket};
 
 impl Forwarder {
+    /// Whether the connection is to end because it is not in use.
+    pub(super) fn is_expired(&self) -> bool {
+        self.registration.as_ref().is_some_and(|it| it.activity().is_expired())
+    }
+
     /// Whether nothing can happen before a receiver accepts bytes.
     pub(super) fn is_stalled(&self) -> bool {
         let waits = self.flows.iter().any(Flow::waits_for_sink);
@@ -91,13 +96,8 @@ impl Forwarder {
     pub(super) fn close(self, is_idle: bool) -> Summary {
         let Progress { from_client, from_backend, .. } = self.delivered();
         let reason = match self.fault {
-            _ if is_idle => {
-                let registration = self.registration.as_ref();
-                match registration.is_some_and(|it| it.activity().is_expired()) {
-                    true => CloseReason::NotInUse,
-                    false => CloseReason::IdleTimeout,
-                }
-            }
+            _ if is_idle && self.is_expired() => CloseReason::NotInUse,
+            _ if is_idle => CloseReason::IdleTimeout,
             Some((side, errno)) => CloseReason::Fault(side, errno),
             None => CloseReason::Closed,
         };

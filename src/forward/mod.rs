@@ -344,8 +344,7 @@ impl Forwarder {
     /// Ends the flow from `side`, and passes its FIN on.
     fn end(&mut self, side: Side) {
         let (from, to) = (side as usize, side.other() as usize);
-        let is_expired = self.registration.as_ref().is_some_and(|it| it.activity().is_expired());
-        if self.endpoints[from].reset || is_expired {
+        if self.endpoints[from].reset || self.is_expired() {
             self.flows[from].state = FlowState::SourceReset;
             return;
         }

@@ -29,7 +29,7 @@ struct ClockState {
 struct Reading {
     /// Connections in use.
     connections: usize,
-    /// Whether COMMAND says that it is busy.
+    /// 1 while COMMAND says that it is busy.
     busy: usize,
     /// Since when nothing is in use, if nothing is.
     idle_since: Instant,
@@ -158,12 +158,11 @@ impl Drop for InUse {
     fn drop(&mut self) {
         self.clock.reading.send_if_modified(|reading| {
             *(self.count)(reading) -= 1;
-            // The end of the last connection, too: a drain waits for that.
-            let ends = reading.is_idle() || reading.connections == 0;
             if reading.is_idle() {
                 reading.idle_since = Instant::now();
             }
-            ends
+            // A drain waits for the last connection, however busy COMMAND is.
+            reading.connections == 0
         });
     }
 }

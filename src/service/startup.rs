@@ -142,7 +142,7 @@ fn build(
     })
 }
 
-/// Whether the proxy starts COMMAND, or the command of `--ready=exec:`.
+/// Whether the proxy starts programs: COMMAND, or those of `--start-command=` and `--ready=exec:`.
 fn starts_programs(config: &Config) -> bool {
     config.command.is_some()
         || config.start_command.is_some()

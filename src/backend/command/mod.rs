@@ -182,13 +182,7 @@ impl Supervisor {
             connected = self.wait_until_ready(notify, wait) => connected?,
             never = self.warn_if_slow() => match never {},
         };
-        rate_limited!(
-            LIFECYCLE,
-            info,
-            message_id = message_id::COMMAND_READY,
-            "{name} is ready after {}.",
-            TimeSpan::new(Duration::from_millis(start.elapsed().as_millis() as u64))
-        );
+        self.lifecycle.log_ready(start);
         let ready = Instant::now();
         // Offered before the state changes, so that the first client that wakes up finds it.
         if let Some(connection) = connection {
