@@ -16,7 +16,8 @@ use crate::config::values::{self, BusyMode, HandoverMode, Overflow, ReadyMode, W
 use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
 
-/// The command line, option by option, in the order of `--help`.
+/// The command line, option by option, in the order of `--help`. [`Config`](super::Config) has
+/// what is not public here, and `ready`, with their defaults.
 #[derive(Debug, Parser)]
 #[command(
     name = "socket-proxyd",
@@ -35,10 +36,10 @@ use crate::proxy_protocol::ProxyProtocol;
 pub struct Arguments {
     #[arg(help = "HOST[:PORT], /path, @abstract, vsock:CID:PORT; SELECTOR: a socket's name or address",
         value_name = "TARGET", value_hint = ValueHint::FilePath)]
-    pub targets: Vec<OsString>,
+    pub(super) targets: Vec<OsString>,
     /// Started for the first connection
     #[arg(last = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
-    pub command: Option<Vec<OsString>>,
+    pub(super) command: Option<Vec<OsString>>,
 
     /// Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT
     #[arg(long, value_parser = OsStringValueParser::new().try_map(ListenAddress::parse),
@@ -60,7 +61,7 @@ pub struct Arguments {
     pub wake_on: WakeOn,
     /// Clients that start and postpone nothing: 10.0.0.0/8, unix
     #[arg(long, value_name = "NET[,NET...]", help_heading = "Sockets")]
-    pub passive_from: Option<ClientSet>,
+    pub(super) passive_from: Option<ClientSet>,
     /// Exit after TIME without a connection
     #[arg(long, value_name = "TIME", default_value = "infinity", help_heading = "Sockets")]
     pub exit_idle_time: TimeSpan,
@@ -74,11 +75,11 @@ pub struct Arguments {
         default_value = "never",
         help_heading = "Sockets"
     )]
-    pub handover: HandoverMode,
+    pub(super) handover: HandoverMode,
 
     /// Hold clients until TARGET is up [default: 0; on demand: 90s]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
-    pub backend_wait: Option<TimeSpan>,
+    pub(super) backend_wait: Option<TimeSpan>,
     /// Give up on one address of TARGET after TIME
     #[arg(long, value_name = "TIME", value_parser = values::positive, default_value = "10s",
         help_heading = "Backend")]
@@ -90,7 +91,7 @@ pub struct Arguments {
     /// Probe TCP peers silent for TIME
     #[arg(long, value_name = "TIME", value_parser = values::keepalive, default_value = "infinity",
         help_heading = "Backend")]
-    pub keepalive: TimeSpan,
+    pub(super) keepalive: TimeSpan,
     /// Tell TARGET the client's address
     // In systemd-socket-proxyd `--p` is unambiguous.
     #[arg(long, value_name = "v1|v2", help_heading = "Backend", alias = "p")]
@@ -106,16 +107,16 @@ pub struct Arguments {
     pub stop_command: Option<CommandLine>,
     /// Freeze COMMAND when idle for TIME [default: infinity]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
-    pub freeze_idle_time: Option<TimeSpan>,
+    pub(super) freeze_idle_time: Option<TimeSpan>,
     /// Stop COMMAND when idle for TIME [default: infinity]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
-    pub stop_idle_time: Option<TimeSpan>,
+    pub(super) stop_idle_time: Option<TimeSpan>,
     /// Let COMMAND say that it is busy
     #[arg(long, value_name = "no|notify", default_value = "no", help_heading = "Backend")]
     pub busy: BusyMode,
     /// Keep COMMAND running for TIME once it is ready [default: 0]
     #[arg(long, value_name = "TIME", help_heading = "Backend")]
-    pub min_run_time: Option<TimeSpan>,
+    pub(super) min_run_time: Option<TimeSpan>,
 
     /// Serve with up to N threads, 1 to 256
     #[arg(long, value_name = "N", value_parser = values::threads, default_value = "1",
@@ -127,7 +128,7 @@ pub struct Arguments {
     pub metrics: Option<MetricsAddress>,
     /// Log err, warning, notice, info or debug [default: info]
     #[arg(long, value_name = "LEVEL", help_heading = "Other")]
-    pub log_level: Option<LogLevel>,
+    pub(super) log_level: Option<LogLevel>,
     #[command(flatten, next_help_heading = "Other")]
     info: InfoOptions,
 }

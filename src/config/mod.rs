@@ -13,57 +13,36 @@ pub mod command;
 pub mod timespan;
 
 use std::ffi::OsString;
-use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use crate::config::arguments::Arguments;
 use crate::config::client_set::ClientSet;
 use crate::config::command::{CommandLine, find_program};
-use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::Request;
 use crate::config::selector::Targets;
 use crate::config::timespan::TimeSpan;
-use crate::config::values::{BusyMode, HandoverMode, Overflow, ReadyMode, WakeOn};
+use crate::config::values::{BusyMode, HandoverMode, ReadyMode};
 use crate::logging::LogLevel;
-use crate::proxy_protocol::ProxyProtocol;
 use crate::socket::Keepalive;
 
-/// Everything the command line says, parsed and checked. Each field is the option of its name,
-/// unless said.
-#[derive(Clone, Debug)]
+/// Everything the command line says, parsed and checked.
+#[derive(Debug)]
 pub struct Config {
     /// TARGET, or each SELECTOR=TARGET.
     pub targets: Targets,
-    /// Empty when systemd passes the sockets.
-    pub listen: Vec<ListenAddress>,
-    /// Connections that are being connected to their backend count, too.
-    pub connections_max: NonZeroU32,
-    pub connections_max_per_source: Option<NonZeroU32>,
-    pub overflow: Overflow,
-    pub wake_on: WakeOn,
-    /// Clients that start nothing and postpone nothing.
-    pub passive_from: ClientSet,
-    pub exit_idle_time: TimeSpan,
-    pub drain_time: TimeSpan,
-    pub handover: Option<HandoverMode>,
     /// COMMAND.
     pub command: Option<CommandLine>,
-    pub start_command: Option<CommandLine>,
-    pub stop_command: Option<CommandLine>,
-    pub times: CommandTimes,
-    /// Whether COMMAND may say that it is busy.
-    pub busy: BusyMode,
-    pub ready: ReadyMode,
+    /// Clients that start nothing and postpone nothing.
+    pub passive_from: ClientSet,
+    pub handover: Option<HandoverMode>,
     pub backend_wait: TimeSpan,
-    /// For one attempt to reach one address.
-    pub connect_timeout: TimeSpan,
-    pub connection_idle_time: TimeSpan,
     pub keepalive: Option<Keepalive>,
-    pub proxy_protocol: Option<ProxyProtocol>,
-    pub threads: NonZeroUsize,
-    pub metrics: Option<MetricsAddress>,
+    pub ready: ReadyMode,
+    pub times: CommandTimes,
     /// `--log-level=`, or else `$SYSTEMD_LOG_LEVEL`.
     pub log_level: LogLevel,
+    /// The other options.
+    pub args: Arguments,
 }
 
 /// When a backend that the proxy starts is frozen and stopped.
@@ -83,46 +62,31 @@ impl Config {
     /// # Errors
     /// One line for standard error that names the option and the value.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request<Self>, String> {
-        let arguments = match Arguments::read(args)? {
-            Request::Run(arguments) => arguments,
+        let mut args = match Arguments::read(args)? {
+            Request::Run(args) => args,
             Request::Print(text) => return Ok(Request::Print(text)),
         };
-        let targets = check(&arguments)?;
-        find_programs(&arguments)?;
-        let command = arguments.command.map(|words| CommandLine { words });
+        let targets = check(&args)?;
+        find_programs(&args)?;
+        let command = args.command.take().map(|words| CommandLine { words });
         let times = CommandTimes {
-            freeze_idle: arguments.freeze_idle_time.unwrap_or(TimeSpan::INFINITY),
-            stop_idle: arguments.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
-            min_run: arguments.min_run_time.unwrap_or(TimeSpan::ZERO),
+            freeze_idle: args.freeze_idle_time.unwrap_or(TimeSpan::INFINITY),
+            stop_idle: args.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
+            min_run: args.min_run_time.unwrap_or(TimeSpan::ZERO),
         };
-        let starts = command.is_some() || arguments.start_command.is_some();
+        let starts = command.is_some() || args.start_command.is_some();
         let default_wait = if starts { START_WAIT } else { Duration::ZERO };
-        let handover = arguments.handover;
         Ok(Request::Run(Self {
             targets,
-            listen: arguments.listen,
-            connections_max: arguments.connections_max,
-            connections_max_per_source: arguments.connections_max_per_source,
-            overflow: arguments.overflow,
-            wake_on: arguments.wake_on,
-            passive_from: arguments.passive_from.unwrap_or_default(),
-            exit_idle_time: arguments.exit_idle_time,
-            drain_time: arguments.drain_time,
-            handover: (handover != HandoverMode::Never).then_some(handover),
             command,
-            start_command: arguments.start_command,
-            stop_command: arguments.stop_command,
+            passive_from: args.passive_from.take().unwrap_or_default(),
+            handover: (args.handover != HandoverMode::Never).then_some(args.handover),
+            backend_wait: args.backend_wait.unwrap_or_else(|| TimeSpan::new(default_wait)),
+            keepalive: args.keepalive.finite().map(Keepalive::after),
+            ready: args.ready.clone().unwrap_or(ReadyMode::Connect),
             times,
-            busy: arguments.busy,
-            ready: arguments.ready.unwrap_or(ReadyMode::Connect),
-            backend_wait: arguments.backend_wait.unwrap_or_else(|| TimeSpan::new(default_wait)),
-            connect_timeout: arguments.connect_timeout,
-            connection_idle_time: arguments.connection_idle_time,
-            keepalive: arguments.keepalive.finite().map(Keepalive::after),
-            proxy_protocol: arguments.proxy_protocol,
-            threads: arguments.threads,
-            metrics: arguments.metrics,
-            log_level: arguments.log_level.unwrap_or_else(LogLevel::from_environment),
+            log_level: args.log_level.unwrap_or_else(LogLevel::from_environment),
+            args,
         }))
     }
 }
@@ -242,6 +206,7 @@ const CONFLICTS: [Conflict; 14] = [
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::values::Overflow;
 
     fn parse(args: &[&str]) -> Result<Config, String> {
         let args = std::iter::once("socket-proxyd").chain(args.iter().copied());
@@ -252,7 +217,7 @@ mod tests {
     }
 
     fn connections_max(args: &[&str]) -> Result<u32, String> {
-        parse(args).map(|config| config.connections_max.get())
+        parse(args).map(|config| config.args.connections_max.get())
     }
 
     #[test]
@@ -312,27 +277,30 @@ mod tests {
             }
         }
         let config = parse(&["--connect-t=3", "x"]).unwrap();
-        assert_eq!(config.connect_timeout.to_string(), "3s");
+        assert_eq!(config.args.connect_timeout.to_string(), "3s");
         assert!(parse(&["--", "--conn"]).is_ok(), "a target after --");
     }
 
     #[test]
     fn the_last_of_a_repeated_option_wins() {
         assert_eq!(connections_max(&["-c", "5", "x", "--connections-max=7"]), Ok(7));
-        assert_eq!(parse(&["--listen=1", "--listen=2", "x"]).unwrap().listen.len(), 2);
+        assert_eq!(parse(&["--listen=1", "--listen=2", "x"]).unwrap().args.listen.len(), 2);
     }
 
     #[test]
     fn defaults_are_those_of_the_manual() {
         let config = parse(&["/a"]).unwrap();
-        assert_eq!((config.connections_max.get(), config.overflow), (256, Overflow::Refuse));
-        assert_eq!(config.exit_idle_time, TimeSpan::INFINITY);
-        assert!(config.drain_time.is_zero() && config.backend_wait.is_zero());
+        assert_eq!(
+            (config.args.connections_max.get(), config.args.overflow),
+            (256, Overflow::Refuse)
+        );
+        assert_eq!(config.args.exit_idle_time, TimeSpan::INFINITY);
+        assert!(config.args.drain_time.is_zero() && config.backend_wait.is_zero());
         assert_eq!(config.handover, None);
-        assert_eq!(config.connect_timeout, TimeSpan::new(Duration::from_secs(10)));
-        assert_eq!(config.connection_idle_time, TimeSpan::INFINITY);
-        assert_eq!((config.keepalive, config.proxy_protocol), (None, None));
-        assert_eq!((config.threads.get(), config.metrics), (1, None));
+        assert_eq!(config.args.connect_timeout, TimeSpan::new(Duration::from_secs(10)));
+        assert_eq!(config.args.connection_idle_time, TimeSpan::INFINITY);
+        assert_eq!((config.keepalive, config.args.proxy_protocol), (None, None));
+        assert_eq!((config.args.threads.get(), config.args.metrics), (1, None));
         assert_eq!(config.ready, ReadyMode::Connect);
         let config = parse(&["/a", "--", "ls"]).unwrap();
         assert_eq!(config.backend_wait, TimeSpan::new(Duration::from_secs(90)));

@@ -68,7 +68,7 @@ impl FdPlan {
             Some(_) => (PER_CONNECTION, FOR_HANDOVER),
             None => (PER_CONNECTION, 0),
         };
-        let for_command = if config.command.is_some() || config.start_command.is_some() {
+        let for_command = if config.command.is_some() || config.args.start_command.is_some() {
             FOR_COMMAND
         } else {
             0
@@ -77,10 +77,10 @@ impl FdPlan {
             ReadyMode::Connect | ReadyMode::Notify => 0,
             ReadyMode::Http(_) | ReadyMode::Exec(_) => config.targets.iter().count() * PER_PROBE,
         };
-        let for_metrics = if config.metrics.is_some() { FOR_METRICS } else { 0 };
-        let for_threads = (config.threads.get() - 1) * PER_THREAD;
+        let for_metrics = if config.args.metrics.is_some() { FOR_METRICS } else { 0 };
+        let for_threads = (config.args.threads.get() - 1) * PER_THREAD;
         let needs_lookups = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
-        let connections_max = config.connections_max.get() as usize;
+        let connections_max = config.args.connections_max.get() as usize;
         let [watch_places, beside_places] =
             if config.backend_wait.is_zero() { [0, 0] } else { [WATCH_PLACES, BESIDE_PLACES] };
         let reserved = RESERVE

@@ -45,12 +45,12 @@ impl Dispatcher {
         has_listeners: bool,
     ) -> Rc<Self> {
         let passive_from = has_listeners.then(|| config.passive_from.clone());
-        let wakes_on_data = has_listeners && config.wake_on == WakeOn::Data;
+        let wakes_on_data = has_listeners && config.args.wake_on == WakeOn::Data;
         Rc::new(Self {
-            limit: ConnectionLimit::new(config.connections_max),
+            limit: ConnectionLimit::new(config.args.connections_max),
             clock: IdleClock::new(),
             event_loops,
-            sources: config.connections_max_per_source.map(SourceLimit::new),
+            sources: config.args.connections_max_per_source.map(SourceLimit::new),
             passive_from: passive_from.unwrap_or_default(),
             silent: wakes_on_data.then(SilentClients::default),
             handover,

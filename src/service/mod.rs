@@ -38,7 +38,7 @@ async fn start_and_serve(config: Config, passed: Vec<PassedFd>) -> Result<(), St
     let mut signals = Signals::catch()?;
     let mut report_signal = signals::catch(SignalKind::user_defined1())?;
     let notifier = Notifier::from_environment();
-    let drain_time = config.drain_time;
+    let drain_time = config.args.drain_time;
 
     // systemd and the lookups of --listen= may be slow. A signal ends the wait for them.
     // The exporter removes its socket files when it is dropped, at the end of the process.

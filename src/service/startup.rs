@@ -61,19 +61,19 @@ pub async fn start(
     }
     // Before the listeners, because --metrics=fd:NAME takes its socket out of those that were
     // passed.
-    let mut exporter = match &config.metrics {
+    let mut exporter = match &config.args.metrics {
         Some(address) => {
             let opened = Exporter::open(address, &mut passed).await;
             Some(opened.map_err(|error| format!("--metrics={address}: {error}"))?)
         }
         None => None,
     };
-    let opens = !config.listen.is_empty();
+    let opens = !config.args.listen.is_empty();
     let (handover, mut leftovers) =
         Handover::open(config.handover, opens, &mut passed, notifier).await?;
     let has_connections = !leftovers.connections.is_empty();
     let stored = &mut leftovers.listeners;
-    let sources = Sources::open(&config.listen, passed, stored, has_connections).await?;
+    let sources = Sources::open(&config.args.listen, passed, stored, has_connections).await?;
     let server = build(config, sources, handover, &leftovers)?;
     if let Some(exporter) = &mut exporter {
         exporter.serve(server.metrics()).map_err(|error| {
@@ -100,18 +100,18 @@ fn build(
     }
     let backends = backend_setups(&config, fds);
     let starter = starter(&config, &listeners, fds.inherited)?;
-    let has_opened = !config.listen.is_empty();
+    let has_opened = !config.args.listen.is_empty();
     let opened = if has_opened { &*listeners } else { &[] };
     for (listener, backend) in opened {
         check_no_loop(listener, &backends[*backend].connector.target)?;
     }
-    let threads = config.threads.get();
+    let threads = config.args.threads.get();
     let settings = Settings {
         backends,
         backend_wait: config.backend_wait,
         lifecycle: starter.as_ref().map(|starter| Arc::clone(starter.lifecycle())),
-        proxy_protocol: config.proxy_protocol,
-        connection_idle_time: config.connection_idle_time,
+        proxy_protocol: config.args.proxy_protocol,
+        connection_idle_time: config.args.connection_idle_time,
         pipes: PipeLimits { max: fds.pipes / threads, held: (pipe::HELD_MAX / threads).max(1) },
         handover: handover.clone(),
         loops: Arc::new(Loops::default()),
@@ -119,13 +119,14 @@ fn build(
     log_routes(&config, &listeners, &settings);
     let keep = |(listener, _): &(Rc<Listener>, _)| handover.as_ref()?.keep_listener(listener);
     let listener_entries = opened.iter().filter_map(keep).collect();
-    let event_loops = EventLoops::new(settings, config.threads);
+    let event_loops = EventLoops::new(settings, config.args.threads);
     let dispatcher = Dispatcher::new(&config, event_loops, handover.clone(), !listeners.is_empty());
-    let descriptors = match config.overflow {
+    let descriptors = match config.args.overflow {
         Overflow::Refuse => FdBudget::new(fds.connections),
-        Overflow::Wait => {
-            FdBudget::with_connection_limit(fds.connections, config.connections_max.get() as usize)
-        }
+        Overflow::Wait => FdBudget::with_connection_limit(
+            fds.connections,
+            config.args.connections_max.get() as usize,
+        ),
     };
     Ok(Server {
         listeners,
@@ -133,7 +134,7 @@ fn build(
         descriptors: Rc::new(descriptors),
         dispatcher,
         starter,
-        exit_idle_time: config.exit_idle_time,
+        exit_idle_time: config.args.exit_idle_time,
         handover,
         restored: leftovers.connections.len(),
         has_opened,
@@ -145,7 +146,7 @@ fn build(
 /// Whether the proxy starts programs: COMMAND, or those of `--start-command=` and `--ready=exec:`.
 fn starts_programs(config: &Config) -> bool {
     config.command.is_some()
-        || config.start_command.is_some()
+        || config.args.start_command.is_some()
         || matches!(config.ready, ReadyMode::Exec(_))
 }
 
@@ -154,7 +155,7 @@ fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), Str
     if sources.connection.is_none() {
         return Ok(());
     }
-    let option = match (&config.command, &config.metrics) {
+    let option = match (&config.command, &config.args.metrics) {
         (Some(_), _) => "COMMAND",
         (_, Some(_)) => "--metrics=",
         _ => return Ok(()),
@@ -192,12 +193,12 @@ fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
     let setup = |target: &Target| {
         let connector = Connector::new(
             target.clone(),
-            config.connect_timeout,
+            config.args.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),
             [Arc::clone(&watched), Arc::clone(&beside)],
         );
-        let readiness = Readiness::new(&config.ready, config.proxy_protocol, &connector);
+        let readiness = Readiness::new(&config.ready, config.args.proxy_protocol, &connector);
         BackendSetup { connector, probe: SharedProbe::default(), readiness }
     };
     config.targets.iter().map(setup).collect()
@@ -212,21 +213,21 @@ fn starter(
 ) -> Result<Option<Starter>, String> {
     let Some(target) = config.targets.iter().next().cloned() else { return Ok(None) };
     if let Some(command) = &config.command {
-        if !config.listen.is_empty() {
+        if !config.args.listen.is_empty() {
             check_command_target(&target, listeners)?;
         }
         let supervisor = Supervisor::new(
             command.clone(),
             &config.ready,
-            config.busy,
+            config.args.busy,
             config.times,
             target,
             fd_limit,
         )?;
         return Ok(Some(Starter::Command(Arc::new(supervisor))));
     }
-    Ok(config.start_command.clone().map(|start| {
-        let stop = config.stop_command.clone();
+    Ok(config.args.start_command.clone().map(|start| {
+        let stop = config.args.stop_command.clone();
         Starter::StartCommand(Arc::new(StartCommand::new(start, stop, target, config.times)))
     }))
 }
