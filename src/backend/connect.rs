@@ -208,46 +208,35 @@ impl Connector {
         let waits = on_full_backlog != OnFullBacklog::Fail;
         let wait_for_turn = async || Box::pin(self.backlog_turns.acquire()).await.ok();
         let mut turn = if waits && self.has_queue() { wait_for_turn().await } else { None };
-        let (mut tries, mut backoff) = (0, BACKLOG_PAUSES);
+        let (mut tries, mut backlog_pauses) = (0, BACKLOG_PAUSES);
+        let mut resource_pauses = RESOURCE_PAUSES;
         loop {
-            match connect_with_resources(address, last_error).await {
+            match try_connect(address).await {
+                Err(error) if errno_kind(&error) == ConnectErrorKind::Resources => {
+                    rate_limited!(
+                        OUT_OF_RESOURCES,
+                        error,
+                        "Failed to open a socket to the backend, trying again: {}.",
+                        os_message(&error)
+                    );
+                    last_error.replace(Some(error));
+                    Box::pin(sleep(resource_pauses.next())).await;
+                }
                 Err(error) if waits && errno_kind(&error) == ConnectErrorKind::Backlog => {
                     last_error.replace(Some(error));
+                    resource_pauses = RESOURCE_PAUSES;
+                    if turn.is_none() {
+                        turn = wait_for_turn().await;
+                    } else if tries < BACKLOG_TRIES {
+                        tries += 1;
+                        yield_now().await;
+                    } else {
+                        Box::pin(sleep(backlog_pauses.next())).await;
+                    }
                 }
                 connected => return connected,
             }
-            if turn.is_none() {
-                turn = wait_for_turn().await;
-            } else if tries < BACKLOG_TRIES {
-                tries += 1;
-                yield_now().await;
-            } else {
-                Box::pin(sleep(backoff.next())).await;
-            }
         }
-    }
-}
-
-/// Connects to one address, and tries again while descriptors or memory are short.
-async fn connect_with_resources(
-    address: &Address,
-    last_error: &RefCell<Option<io::Error>>,
-) -> io::Result<Socket> {
-    let mut backoff = RESOURCE_PAUSES;
-    loop {
-        match try_connect(address).await {
-            Err(error) if errno_kind(&error) == ConnectErrorKind::Resources => {
-                rate_limited!(
-                    OUT_OF_RESOURCES,
-                    error,
-                    "Failed to open a socket to the backend, trying again: {}.",
-                    os_message(&error)
-                );
-                last_error.replace(Some(error));
-            }
-            connected => return connected,
-        }
-        Box::pin(sleep(backoff.next())).await;
     }
 }
 
