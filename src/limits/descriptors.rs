@@ -125,7 +125,8 @@ fn open_fds() -> usize {
 #[derive(Debug)]
 pub struct FdBudget {
     shared: Arc<BudgetState>,
-    is_connection_limit: bool,
+    /// Whether an empty budget means the connection limit, not a lack of descriptors.
+    pub is_connection_limit: bool,
 }
 
 #[derive(Debug)]
@@ -136,20 +137,11 @@ struct BudgetState {
 }
 
 impl FdBudget {
-    pub fn new(connections: usize) -> Self {
-        let free = Semaphore::new(connections.min(Semaphore::MAX_PERMITS));
+    /// There are descriptors for `connections`. At most `max` of them are to be open.
+    pub fn new(connections: usize, max: usize) -> Self {
+        let free = Semaphore::new(connections.min(max).min(Semaphore::MAX_PERMITS));
         let shared = Arc::new(BudgetState { free, overdrawn: AtomicUsize::default() });
-        Self { shared, is_connection_limit: false }
-    }
-
-    /// Limits the budget to `max` connections: further clients wait in the kernel's backlog.
-    pub fn with_connection_limit(connections: usize, max: usize) -> Self {
-        Self { is_connection_limit: max <= connections, ..Self::new(connections.min(max)) }
-    }
-
-    /// Returns whether an empty budget means the connection limit, not a lack of descriptors.
-    pub fn at_connection_limit(&self) -> bool {
-        self.is_connection_limit
+        Self { shared, is_connection_limit: max <= connections }
     }
 
     pub fn try_reserve(&self) -> Option<FdPermit> {
@@ -297,7 +289,7 @@ mod tests {
 
     #[test]
     fn unchecked_connections_end_before_new_ones_are_admitted() {
-        let budget = FdBudget::with_connection_limit(100, 2);
+        let budget = FdBudget::new(100, 2);
         let restored = [(); 3].map(|()| budget.reserve_unchecked());
         assert!(budget.try_reserve().is_none());
         let [first, second, _third] = restored;

@@ -164,7 +164,7 @@ impl Listener {
 
     /// Logs why clients wait in the kernel's backlog.
     fn warn_of_shortage(&self, descriptors: &FdBudget) {
-        let (limit, message_id, cause, remedy) = if descriptors.at_connection_limit() {
+        let (limit, message_id, cause, remedy) = if descriptors.is_connection_limit {
             (&AT_LIMIT, message_id::CONNECTION_LIMIT, "Hit connection limit", "")
         } else {
             let remedy = " (Raise LimitNOFILE=.)";

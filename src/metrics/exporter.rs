@@ -114,7 +114,7 @@ async fn run(sockets: Vec<OwnedFd>, registry: Registry) {
 async fn accept_loop(socket: OwnedFd, scrapers: Rc<Scrapers>) -> io::Result<Infallible> {
     let listener = Listener::from_fd(socket, None, None)?;
     // The limit on requests limits the descriptors as well.
-    let unlimited = FdBudget::new(usize::MAX);
+    let unlimited = FdBudget::new(usize::MAX, usize::MAX);
     loop {
         for _ in 0..BURST {
             match catch_panic(listener.accept(&unlimited, || false)).await {

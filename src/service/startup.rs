@@ -121,17 +121,15 @@ fn build(
     let listener_entries = opened.iter().filter_map(keep).collect();
     let event_loops = EventLoops::new(settings, config.args.threads);
     let dispatcher = Dispatcher::new(&config, event_loops, handover.clone(), !listeners.is_empty());
-    let descriptors = match config.args.overflow {
-        Overflow::Refuse => FdBudget::new(fds.connections),
-        Overflow::Wait => FdBudget::with_connection_limit(
-            fds.connections,
-            config.args.connections_max.get() as usize,
-        ),
+    // To refuse a client, the accept loop must accept it.
+    let accepted_max = match config.args.overflow {
+        Overflow::Refuse => usize::MAX,
+        Overflow::Wait => config.args.connections_max.get() as usize,
     };
     Ok(Server {
         listeners,
         connection,
-        descriptors: Rc::new(descriptors),
+        descriptors: Rc::new(FdBudget::new(fds.connections, accepted_max)),
         dispatcher,
         starter,
         exit_idle_time: config.args.exit_idle_time,
