@@ -14,6 +14,7 @@ use crate::backend::state::BackendState;
 use crate::config::timespan::TimeSpan;
 use crate::counters::CommandCounters;
 use crate::logging::{RateLimit, message_id, rate_limited};
+use crate::runtime::backoff::Backoff;
 
 #[derive(Debug)]
 pub struct Lifecycle {
@@ -183,7 +184,7 @@ impl Lifecycle {
     /// Logs a start that failed, the `failures`th in a row. Returns the pause before the next.
     pub fn fail(&self, error: String, failures: u32) -> Duration {
         self.counters.failed.inc();
-        let pause = pause_after(failures);
+        let pause = FAILURE_PAUSES.nth(failures - 1);
         rate_limited!(
             FAILURES,
             error,
@@ -221,19 +222,8 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// Returns the pause after so many failed starts in a row, at least one.
-fn pause_after(failures: u32) -> Duration {
-    (PAUSE_FIRST * 2_u32.pow((failures - 1).min(DOUBLINGS_MAX))).min(PAUSE_MAX)
-}
-
-/// The pause after the first failed start. It doubles with each further one.
-const PAUSE_FIRST: Duration = Duration::from_millis(100);
-
-/// The longest pause after a failed start.
-const PAUSE_MAX: Duration = Duration::from_secs(10);
-
-/// After so many doublings the pause is above its maximum. Further ones would overflow.
-const DOUBLINGS_MAX: u32 = 7;
+/// The pauses after failed starts in a row.
+const FAILURE_PAUSES: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
 
 /// The pause before the next check, if another process serves the target or the target is
 /// unreachable. That process may be COMMAND's last run, which stops after its proxy was killed.
@@ -249,7 +239,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_from_100_ms_to_10_s() {
-        let millis = [1, 2, 3, 7, 8, 9, u32::MAX].map(|failures| pause_after(failures).as_millis());
+        let millis = [0, 1, 2, 6, 7, 8, u32::MAX].map(|nth| FAILURE_PAUSES.nth(nth).as_millis());
         assert_eq!(millis, [100, 200, 400, 6400, 10_000, 10_000, 10_000]);
     }
 }

@@ -16,8 +16,13 @@ impl Backoff {
     /// Returns how long to wait before the next attempt.
     pub fn next(&mut self) -> Duration {
         let pause = self.next;
-        self.next = (pause * 2).min(self.max);
+        self.next = self.nth(1);
         pause
+    }
+
+    /// Returns the pause that `others` precede.
+    pub fn nth(&self, others: u32) -> Duration {
+        self.next.saturating_mul(2_u32.saturating_pow(others)).min(self.max)
     }
 }
 
