@@ -131,7 +131,6 @@ impl Guard {
                 () = sleep(POLL_INTERVAL), if self.processes.is_terminating() => {}
             }
         }
-        send(&self.control, Event::Gone);
         proxy_is_gone
     }
 }

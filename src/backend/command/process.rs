@@ -1,8 +1,8 @@
 //! One run of COMMAND, as the proxy sees it, through the guard's socket.
 //!
 //! The proxy sends COMMAND's words to the [guard process](crate::backend::command::guard_process),
-//! and later [`FREEZE`], [`THAW`] and [`STOP`]. The guard sends [`Event`]s. When the proxy is gone,
-//! the guard reads the end of the stream.
+//! and later [`FREEZE`], [`THAW`] and [`STOP`]. The guard sends [`Event`]s, and exits when no
+//! process of COMMAND is left. When the proxy is gone, the guard reads the end of the stream.
 
 use std::ffi::OsStr;
 use std::io;
@@ -108,21 +108,13 @@ impl CommandProcess {
         if self.is_launched {
             // EPIPE: the guard has ended, which the read below shows as well.
             let _ = self.control.write_all(&[STOP]).await;
-            loop {
-                match self.event().await {
-                    Ok(Event::Gone) => break,
-                    Ok(_) => {}
-                    Err(_) => {
-                        if let Some(group) = self.group {
-                            kill_group(group).await;
-                        }
-                        break;
-                    }
-                }
-            }
+            while self.event().await.is_ok() {}
         }
         drop(self.control);
-        let _ = self.guard.wait().await;
+        let has_stopped = self.guard.wait().await.is_ok_and(|status| status.success());
+        if let (false, Some(group)) = (has_stopped, self.group) {
+            kill_group(group).await;
+        }
     }
 
     /// Waits for the next event. Cancelling loses nothing: the guard writes an event at once, and a
@@ -147,8 +139,6 @@ pub enum Event {
     Exited(i32),
     /// The processes of COMMAND are stopped.
     Frozen,
-    /// No process of COMMAND is left.
-    Gone,
 }
 
 impl Event {
@@ -159,7 +149,6 @@ impl Event {
             Self::Started(pid) => (b'S', pid),
             Self::Exited(status) => (b'X', status),
             Self::Frozen => (b'F', 0),
-            Self::Gone => (b'G', 0),
         };
         let [a, b, c, d] = number.to_le_bytes();
         [letter, a, b, c, d]
@@ -171,7 +160,6 @@ impl Event {
             b'S' => Ok(Self::Started(number)),
             b'X' => Ok(Self::Exited(number)),
             b'F' => Ok(Self::Frozen),
-            b'G' => Ok(Self::Gone),
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
     }
