@@ -101,33 +101,26 @@ impl Sources {
     }
 }
 
-/// Refuses a TARGET of COMMAND whose address a listener of this process has taken.
+/// Refuses a target whose address an opened listener has taken: the listener would lead to itself,
+/// or COMMAND could not listen there.
 ///
-/// The check is for opened listeners: a passed socket may belong to another network namespace.
-pub fn check_command_target(
+/// The check is not for passed listeners, which may belong to another network namespace.
+pub fn check_no_loop(
+    listener: &Listener,
     target: &Target,
-    listeners: &[(Rc<Listener>, usize)],
+    has_command: bool,
 ) -> Result<(), String> {
-    match listeners.iter().find(|(listener, _)| accepts(listener, target)) {
-        Some((listener, _)) => Err(format!(
-            "--listen={listener} takes the address of TARGET {target}. (Let COMMAND listen on \
-             another.)"
-        )),
-        None => Ok(()),
+    match target {
+        Target::Address(address) if listener.label.address.accepts(address) => {}
+        _ => return Ok(()),
     }
-}
-
-/// Refuses a backend that is the listener itself.
-pub fn check_no_loop(listener: &Listener, target: &Target) -> Result<(), String> {
-    if !accepts(listener, target) {
-        return Ok(());
-    }
-    Err(format!(
-        "--listen={listener} leads to itself, TARGET {target}. (Let the backend listen on another \
-         address.)"
-    ))
-}
-
-fn accepts(listener: &Listener, target: &Target) -> bool {
-    matches!(target, Target::Address(address) if listener.label.address.accepts(address))
+    Err(match has_command {
+        true => format!(
+            "--listen={listener} takes the address of TARGET {target}. (Let COMMAND listen on another.)"
+        ),
+        false => format!(
+            "--listen={listener} leads to itself, TARGET {target}. (Let the backend listen on another \
+             address.)"
+        ),
+    })
 }

@@ -25,7 +25,7 @@ use crate::handover::replay::Leftovers;
 use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
 use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::listener::Listener;
-use crate::listen::{Sources, check_command_target, check_no_loop};
+use crate::listen::{Sources, check_no_loop};
 use crate::logging::os_message;
 use crate::metrics::exporter::Exporter;
 use crate::notify::Notifier;
@@ -99,12 +99,13 @@ fn build(
         set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
     }
     let backends = backend_setups(&config, fds);
-    let starter = starter(&config, &listeners, fds.inherited)?;
     let has_opened = !config.args.listen.is_empty();
     let opened = if has_opened { &*listeners } else { &[] };
     for (listener, backend) in opened {
-        check_no_loop(listener, &backends[*backend].connector.target)?;
+        let target = &backends[*backend].connector.target;
+        check_no_loop(listener, target, config.command.is_some())?;
     }
+    let starter = starter(&config, fds.inherited)?;
     let threads = config.args.threads.get();
     let settings = Settings {
         backends,
@@ -204,16 +205,9 @@ fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
 
 /// Returns what starts the backend, if the proxy does. `fd_limit` is COMMAND's soft limit on
 /// descriptors.
-fn starter(
-    config: &Config,
-    listeners: &[(Rc<Listener>, usize)],
-    fd_limit: Option<u64>,
-) -> Result<Option<Starter>, String> {
+fn starter(config: &Config, fd_limit: Option<u64>) -> Result<Option<Starter>, String> {
     let Some(target) = config.targets.iter().next().cloned() else { return Ok(None) };
     if let Some(command) = &config.command {
-        if !config.args.listen.is_empty() {
-            check_command_target(&target, listeners)?;
-        }
         let supervisor = Supervisor::new(
             command.clone(),
             &config.ready,
