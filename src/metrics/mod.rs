@@ -61,84 +61,78 @@ pub fn registry(sources: MetricsSources) -> Registry {
         "Connections restored from the previous process, --handover=",
         ConstCounter::new(sources.restored as u64),
     );
-    ours.register_collector(Box::new(Metrics::new(sources)));
+    ours.register_collector(Box::new(sources));
     registry
 }
 
 /// The metrics that change, read from the counters at each scrape.
-#[derive(Debug)]
-struct Metrics {
-    /// By listener and backend.
-    listeners: Groups<2, Arc<ListenerCounters>>,
-    backends: Groups<1, BackendSource>,
-    loops: Arc<Loops>,
-    starts: Option<Arc<CommandCounters>>,
+impl Collector for MetricsSources {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.encode_listeners(&mut encoder)?;
+        self.encode_backends(&mut encoder)?;
+        let pipes = [([("", ""); 0], self.loops.pipes() as u64)];
+        encode(&mut encoder, Gauge, "pipes", "Open pipes for splice(2).", pipes)
+    }
 }
 
-/// Counters by the values of their labels.
-type Groups<const LABELS: usize, T> = BTreeMap<[String; LABELS], Vec<T>>;
-
-#[derive(Debug)]
-struct BackendSource {
-    /// The index in [`Loops::delivered`].
-    index: usize,
-    connects: Arc<ConnectCounters>,
-}
-
-impl Metrics {
-    fn new(sources: MetricsSources) -> Self {
-        let MetricsSources { listeners, elsewhere, backends, loops, restored, starts, .. } =
-            sources;
-        let backend_name = |index: usize| backends[index].0.clone();
-        let mut listeners: Vec<_> = listeners
-            .into_iter()
-            .map(|(name, backend, counters)| ([name, backend_name(backend)], counters))
-            .collect();
-        let mut backends: Vec<_> = backends
-            .into_iter()
-            .enumerate()
-            .map(|(index, (name, connects))| ([name], BackendSource { index, connects }))
-            .collect();
-        if restored > 0 {
-            let (index, connects) = (backends.len(), Arc::default());
-            listeners.push(([OTHER; 2].map(String::from), elsewhere));
-            backends.push(([OTHER.into()], BackendSource { index, connects }));
-        }
-        Self { listeners: group(listeners), backends: group(backends), loops, starts }
+impl MetricsSources {
+    /// Writes the metrics that have a value for each listener.
+    fn encode_listeners(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let listeners = self.listeners.iter().map(|(name, backend, counters)| {
+            let (backend, _) = &self.backends[*backend];
+            ([name.as_str(), backend], counters)
+        });
+        let elsewhere = (self.restored > 0).then_some(([OTHER; 2], &self.elsewhere));
+        let groups = group(listeners.chain(elsewhere));
+        let sums = |value: &dyn Fn(&ListenerCounters) -> u64| {
+            let sums = groups.iter().map(|([listener, backend], members)| {
+                let labels = [("listener", listener.as_str()), ("backend", backend)];
+                (labels, members.iter().map(|counters| value(counters)).sum::<u64>())
+            });
+            sums.collect::<Vec<_>>()
+        };
+        let help = "Open connections, those that wait for their backend included.";
+        let open = sums(&|counters| counters.open.taken() as u64);
+        encode(encoder, Gauge, "connections_open", help, open)?;
+        let help = "Clients that wait until their backend is up.";
+        let waiting = sums(&|counters| counters.waiting.taken() as u64);
+        encode(encoder, Gauge, "connections_waiting", help, waiting)?;
+        let help = "Connections accepted and admitted.";
+        let admitted = sums(&|counters| counters.admitted.get());
+        encode(encoder, Counter, "connections", help, admitted)?;
+        let help = "Connections closed at a limit.";
+        let refused = RefusalReason::NAMES.into_iter().enumerate().flat_map(|(index, reason)| {
+            let sums = sums(&|counters| counters.refused[index].get()).into_iter();
+            sums.map(move |([listener, backend], sum)| {
+                ([listener, backend, ("reason", reason)], sum)
+            })
+        });
+        encode(encoder, Counter, "connections_refused", help, refused)?;
+        let help = "Connections closed because no backend was reached.";
+        let failed = sums(&|counters| counters.failed.get());
+        encode(encoder, Counter, "connections_failed", help, failed)
     }
 
-    /// Returns a value of each listener with its labels.
-    fn by_listener(
-        &self,
-        value: impl Fn(&ListenerCounters) -> u64,
-    ) -> impl Iterator<Item = ([(&str, &str); 2], u64)> {
-        self.listeners.iter().map(move |([listener, backend], members)| {
-            let labels = [("listener", listener.as_str()), ("backend", backend)];
-            (labels, members.iter().map(|counters| value(counters)).sum())
-        })
-    }
+    /// Writes the metrics that have a value for each backend.
+    fn encode_backends(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let elsewhere = (self.restored > 0).then(|| (OTHER.into(), Arc::default()));
+        let backends = self.backends.iter().chain(&elsewhere).enumerate();
+        // Each with its index in `Loops::delivered`.
+        let groups = group(backends.map(|(index, (name, it))| ([name.as_str()], (index, it))));
 
-    /// Returns the values of each backend, with its label and a second one for each value.
-    fn by_backend(
-        &self,
-        label: &'static str,
-        values: impl Fn(&BackendSource) -> Vec<(&'static str, u64)>,
-    ) -> impl Iterator<Item = ([(&str, &str); 2], u64)> {
-        self.backends.iter().flat_map(move |([backend], members)| {
-            let sums = add_up(members.iter().map(&values)).into_iter();
-            sums.map(move |(value, sum)| ([("backend", backend.as_str()), (label, value)], sum))
-        })
-    }
+        let help = "Bytes delivered, --proxy-protocol= headers included.";
+        let delivered = self.loops.delivered();
+        let bytes = by_backend(&groups, "direction", |(index, _)| {
+            let [client, backend] = delivered.get(*index).copied().unwrap_or_default();
+            vec![("from_client", client), ("from_backend", backend)]
+        });
+        encode(encoder, Counter, "bytes", help, bytes)?;
 
-    fn encode_connect_durations(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let mut family = encoder.encode_descriptor(
-            "connect_duration",
-            "Time to look a backend up and to connect to it.",
-            Some(&Unit::Seconds),
-            MetricType::Histogram,
-        )?;
-        for ([backend], members) in &self.backends {
-            let durations = members.iter().map(|backend| &backend.connects.durations);
+        let help = "Time to look a backend up and to connect to it.";
+        let (name, unit) = ("connect_duration", Some(&Unit::Seconds));
+        let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Histogram)?;
+        for ([backend], members) in &groups {
+            let durations = members.iter().map(|(_, connects)| &connects.durations);
             let sum = durations.clone().map(|durations| durations.sum().as_secs_f64()).sum();
             let buckets = add_up(durations.map(|durations| durations.buckets().collect()));
             let count = buckets.iter().map(|(_, count)| count).sum();
@@ -146,84 +140,48 @@ impl Metrics {
                 .encode_family(&[("backend", backend.as_str())])?
                 .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
         }
-        Ok(())
-    }
-}
-
-impl Collector for Metrics {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let encoder = &mut encoder;
-        let help = "Open connections, those that wait for their backend included.";
-        let open = self.by_listener(|counters| counters.open.taken() as u64);
-        encode(encoder, Gauge, "connections_open", help, open)?;
-        let help = "Clients that wait until their backend is up.";
-        let waiting = self.by_listener(|counters| counters.waiting.taken() as u64);
-        encode(encoder, Gauge, "connections_waiting", help, waiting)?;
-        let help = "Connections accepted and admitted.";
-        let admitted = self.by_listener(|counters| counters.admitted.get());
-        encode(encoder, Counter, "connections", help, admitted)?;
-        let help = "Connections closed at a limit.";
-        let refused = RefusalReason::NAMES.into_iter().enumerate().flat_map(|(index, reason)| {
-            let counts = self.by_listener(move |counters| counters.refused[index].get());
-            counts.map(move |([listener, backend], sum)| {
-                ([listener, backend, ("reason", reason)], sum)
-            })
-        });
-        encode(encoder, Counter, "connections_refused", help, refused)?;
-        let help = "Connections closed because no backend was reached.";
-        let failed = self.by_listener(|counters| counters.failed.get());
-        encode(encoder, Counter, "connections_failed", help, failed)?;
-
-        let help = "Bytes delivered, --proxy-protocol= headers included.";
-        let bytes = self.loops.delivered();
-        let bytes = self.by_backend("direction", |backend| {
-            let [client, backend] = bytes.get(backend.index).copied().unwrap_or_default();
-            vec![("from_client", client), ("from_backend", backend)]
-        });
-        encode(encoder, Counter, "bytes", help, bytes)?;
-        self.encode_connect_durations(encoder)?;
         let help = "Failed attempts to connect to a backend, probes for waiting clients included.";
-        let errors = self.by_backend("kind", |backend| backend.connects.errors().collect());
+        let errors = by_backend(&groups, "kind", |(_, connects)| connects.errors().collect());
         encode(encoder, Counter, "connect_errors", help, errors)?;
-
         let help = "Probes of --ready= that failed.";
-        let failed = self.backends.iter().map(|([backend], members)| {
-            let sum = members.iter().map(|backend| backend.connects.probe_failures.get()).sum();
+        let failed = groups.iter().map(|([backend], members)| {
+            let sum = members.iter().map(|(_, connects)| connects.probe_failures.get()).sum();
             ([("backend", backend.as_str())], sum)
         });
         encode(encoder, Counter, "backend_probe_failures", help, failed)?;
 
-        if let Some((starts, [backend])) = self.starts.as_ref().zip(self.backends.keys().next()) {
+        if let Some((starts, [backend])) = self.starts.as_ref().zip(groups.keys().next()) {
             let labels = [("backend", backend.as_str())];
-            let all = [(labels, starts.all.get())];
-            encode(
-                encoder,
-                Counter,
-                "backend_starts",
-                "Starts of COMMAND, or runs of the start command.",
-                all,
-            )?;
+            let mut encode =
+                |name, help, count| encode(encoder, Counter, name, help, [(labels, count)]);
+            let help = "Starts of COMMAND, or runs of the start command.";
+            encode("backend_starts", help, starts.all.get())?;
             let help = "Starts of COMMAND that failed, or after which it exited before it was ready or within 1s.";
-            let failed = [(labels, starts.failed.get())];
-            encode(encoder, Counter, "backend_start_failures", help, failed)?;
-            let stops = [(labels, starts.stops.get())];
+            encode("backend_start_failures", help, starts.failed.get())?;
             let help = "Stops of an idle COMMAND, or runs of the stop command.";
-            encode(encoder, Counter, "backend_stops", help, stops)?;
-            let failed = [(labels, starts.stop_failures.get())];
+            encode("backend_stops", help, starts.stops.get())?;
             let help = "Runs of the stop command that failed.";
-            encode(encoder, Counter, "backend_stop_failures", help, failed)?;
-            let thaws = [(labels, starts.thaws.get())];
-            encode(
-                encoder,
-                Counter,
-                "backend_thaws",
-                "Times that a frozen COMMAND was thawed.",
-                thaws,
-            )?;
+            encode("backend_stop_failures", help, starts.stop_failures.get())?;
+            let help = "Times that a frozen COMMAND was thawed.";
+            encode("backend_thaws", help, starts.thaws.get())?;
         }
-        let pipes = [([("", ""); 0], self.loops.pipes() as u64)];
-        encode(encoder, Gauge, "pipes", "Open pipes for splice(2).", pipes)
+        Ok(())
     }
+}
+
+/// Counters by the values of their labels.
+type Groups<const LABELS: usize, T> = BTreeMap<[String; LABELS], Vec<T>>;
+
+/// Returns the values of each backend, with its label and a second one for each value.
+fn by_backend<'a, T>(
+    groups: &'a Groups<1, T>,
+    label: &'static str,
+    values: impl Fn(&T) -> Vec<(&'static str, u64)>,
+) -> impl Iterator<Item = ([(&'static str, &'a str); 2], u64)> {
+    groups.iter().flat_map(move |([backend], members)| {
+        let sums = add_up(members.iter().map(&values)).into_iter();
+        sums.map(move |(value, sum)| ([("backend", backend.as_str()), (label, value)], sum))
+    })
 }
 
 /// Writes the values of a metric, each with its labels.
@@ -246,12 +204,12 @@ fn encode<L: EncodeLabelSet>(
 }
 
 /// Groups counters whose labels are equal, and those beyond the bound as [`OTHER`].
-fn group<const LABELS: usize, T>(
-    labelled: impl IntoIterator<Item = ([String; LABELS], T)>,
+fn group<'a, const LABELS: usize, T>(
+    labelled: impl IntoIterator<Item = ([&'a str; LABELS], T)>,
 ) -> Groups<LABELS, T> {
     let mut groups = Groups::new();
     for (labels, counters) in labelled {
-        let mut labels = labels.map(|label| bounded_line(&label, LABEL_MAX));
+        let mut labels = labels.map(|label| bounded_line(label, LABEL_MAX));
         if groups.len() >= SHOWN_MAX && !groups.contains_key(&labels) {
             labels = labels.map(|_| OTHER.into());
         }
