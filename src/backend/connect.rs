@@ -27,6 +27,8 @@ use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinlin
 #[derive(Clone, Debug)]
 pub struct Connector {
     pub target: Target,
+    /// Whether the name of the target may exist only while the backend runs.
+    name_may_appear: bool,
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
     lookups: Arc<Semaphore>,
@@ -58,6 +60,7 @@ impl Connector {
     /// lookups that run at a time. The places are those of the fields of these names.
     pub fn new(
         target: Target,
+        name_may_appear: bool,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
         lookups: Arc<Semaphore>,
@@ -65,6 +68,7 @@ impl Connector {
     ) -> Self {
         Self {
             target,
+            name_may_appear,
             connect_timeout,
             keepalive,
             lookups_max: lookups.available_permits(),
@@ -143,7 +147,8 @@ impl Connector {
             );
         }
         let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
-        let addresses = resolve(name, permit).await.map_err(ConnectError::Resolve)?;
+        let addresses = resolve(name, permit, self.name_may_appear).await;
+        let addresses = addresses.map_err(ConnectError::Resolve)?;
         Ok(addresses.into_iter().map(Address::Inet).collect())
     }
 

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::backend::state::BackendState;
@@ -31,8 +31,8 @@ pub struct Lifecycle {
     attending: watch::Sender<usize>,
     /// Whether the backend must not be started, and COMMAND is to stop.
     stop_requested: watch::Sender<bool>,
-    /// A client found that the backend is gone.
-    lost: Notify,
+    /// Marked by a client that found the backend gone.
+    lost: watch::Sender<()>,
     pub counters: Arc<CommandCounters>,
 }
 
@@ -46,7 +46,7 @@ impl Lifecycle {
             waiting: watch::Sender::default(),
             attending: watch::Sender::default(),
             stop_requested: watch::Sender::default(),
-            lost: Notify::default(),
+            lost: watch::Sender::default(),
             counters: Arc::default(),
         })
     }
@@ -161,12 +161,12 @@ impl Lifecycle {
 
     /// Notes that a client found the backend gone.
     pub fn report_lost(&self) {
-        self.lost.notify_one();
+        self.lost.send_replace(());
     }
 
-    /// Waits until [`Lifecycle::report_lost`] was called since the last call.
-    pub async fn lost(&self) {
-        self.lost.notified().await;
+    /// Returns a receiver that changes with each [`Lifecycle::report_lost`] from now on.
+    pub fn lost(&self) -> watch::Receiver<()> {
+        self.lost.subscribe()
     }
 
     /// Logs that the backend, whose start began at `begin`, is ready.

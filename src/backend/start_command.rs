@@ -89,16 +89,19 @@ impl StartCommand {
                     continue;
                 }
             }
+            // What clients found before does not count.
+            let mut lost = lifecycle.lost();
             lifecycle.set_state(BackendState::Ready);
             is_up = loop {
                 tokio::select! {
-                    () = lifecycle.lost() => {
+                    _ = lost.changed() => {
                         lifecycle.set_error(format!("{} does not answer any more", self.target));
                         lifecycle.set_state(BackendState::Starting);
                         if wait.check().await.is_err() {
                             lifecycle.set_state(BackendState::Stopped);
                             break false;
                         }
+                        lost.mark_unchanged();
                         lifecycle.set_state(BackendState::Ready);
                     }
                     () = self.stop_due(&clock, stop_from) => break self.shut_down(&wait, &clock).await,
@@ -121,6 +124,11 @@ impl StartCommand {
         yield_now().await;
         self.lifecycle.request_stop();
         let _ = self.runs.subscribe().wait_for(|runs| !*runs).await;
+    }
+
+    /// Returns how long a command that runs may still take, if one does.
+    pub fn time_left(&self) -> Option<Duration> {
+        self.runs.borrow().then_some(RUN_TIME + GRACE)
     }
 
     /// Waits until the stop command is due, at `from` or later.

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backend::command::Supervisor;
 use crate::backend::lifecycle::Lifecycle;
@@ -29,6 +30,14 @@ impl Starter {
         match self {
             Self::Command(supervisor) => supervisor.run(wait, clock).await,
             Self::StartCommand(commands) => commands.run(wait, clock).await,
+        }
+    }
+
+    /// Returns how long [`Starter::stop`] may take, if that may be longer than systemd waits.
+    pub fn stop_time(&self) -> Option<Duration> {
+        match self {
+            Self::Command(_) => None,
+            Self::StartCommand(commands) => commands.time_left(),
         }
     }
 

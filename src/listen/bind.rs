@@ -42,7 +42,7 @@ pub async fn open(
         ListenAddress::Host(host) => {
             let addresses = match host.literal() {
                 Some(address) => vec![address],
-                None => resolve(host, None)
+                None => resolve(host, None, false)
                     .await
                     .map_err(|error| format!("Failed to listen on {address}: {error}."))?,
             };

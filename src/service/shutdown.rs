@@ -5,6 +5,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::signal::unix::Signal;
 
+use crate::backend::starter::Starter;
 use crate::config::timespan::TimeSpan;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
@@ -33,7 +34,7 @@ pub async fn stop(
         detach_all(&server, handover, notifier).await;
         if let Some(starter) = &server.starter {
             tokio::select! {
-                () = starter.stop() => {}
+                () = stop_backend(starter, notifier) => {}
                 () = signals.second() => {}
             }
         }
@@ -54,7 +55,7 @@ pub async fn stop(
         if let Some(starter) = starter.filter(|_| !tasks.supervising.is_empty()) {
             // COMMAND may end its connections in its own way.
             tokio::select! {
-                () = starter.stop() => {}
+                () = stop_backend(starter, notifier) => {}
                 Some(_) = tasks.supervising.join_next() => {}
             }
         }
@@ -75,6 +76,15 @@ pub async fn stop(
     if open > 0 {
         tracing::info!("Stopping, resetting open connections: {open}.");
     }
+}
+
+/// Stops what the proxy has started, and asks systemd to wait for it.
+async fn stop_backend(starter: &Starter, notifier: &Notifier) {
+    if let Some(time) = starter.stop_time() {
+        let extension = NotifyState::ExtendTimeoutUsec(time.as_micros() as u32);
+        let _ = notifier.send_once(&[extension]);
+    }
+    starter.stop().await;
 }
 
 /// Stores all open connections for the next process.

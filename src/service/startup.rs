@@ -192,6 +192,7 @@ fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
     let setup = |target: &Target| {
         let connector = Connector::new(
             target.clone(),
+            config.args.start_command.is_some(),
             config.args.connect_timeout,
             config.keepalive,
             Arc::clone(&lookups),

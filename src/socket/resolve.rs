@@ -18,16 +18,18 @@ use crate::socket::host_port::HostPort;
 /// Returns every stream address of a name, at least one, in the resolver's order (gai.conf(5)).
 ///
 /// The lookup holds `permit` until the resolver has answered, even when the caller stops waiting.
+/// If the name `may_appear`, it is a temporary error that it does not exist.
 pub async fn resolve(
     name: &HostPort,
     permit: Option<OwnedSemaphorePermit>,
+    may_appear: bool,
 ) -> Result<Vec<SocketAddr>, ResolveError> {
     let HostPort { host, port } = name.clone();
     let (sender, answer) = oneshot::channel();
     let lookup = move || {
         let _permit = permit;
         // An error says that the caller has stopped waiting.
-        let _ = sender.send(look_up(&host, &port));
+        let _ = sender.send(look_up(&host, &port, may_appear));
     };
     let answer = match thread::Builder::new().name("resolve".into()).spawn(lookup) {
         Ok(_) => answer.await.unwrap_or_else(|_| Err(("the lookup failed".into(), false))),
@@ -55,9 +57,10 @@ impl fmt::Display for ResolveError {
 }
 
 /// Returns the addresses, or the reason why there are none and whether it is temporary.
-fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, (String, bool)> {
+fn look_up(host: &str, port: &str, may_appear: bool) -> Result<Vec<SocketAddr>, (String, bool)> {
     let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
-    let found = getaddrinfo(Some(host), Some(port), Some(hints)).map_err(describe)?;
+    let found = getaddrinfo(Some(host), Some(port), Some(hints));
+    let found = found.map_err(|error| describe(error, may_appear))?;
     let mut addresses = Vec::new();
     // `flatten` leaves out addresses of unknown families.
     for address in found.flatten().map(|found| found.sockaddr) {
@@ -71,11 +74,15 @@ fn look_up(host: &str, port: &str) -> Result<Vec<SocketAddr>, (String, bool)> {
 /// Returns the message of gai_strerror(3), except for EAI_SERVICE, whose message hides the cause,
 /// and whether a later lookup may succeed: the resolver says so, or it lacked descriptors or
 /// memory.
-fn describe(error: LookupError) -> (String, bool) {
+fn describe(error: LookupError, may_appear: bool) -> (String, bool) {
     if matches!(error.kind(), LookupErrorKind::Service) {
         return ("the port is not in services(5)".into(), false);
     }
-    let is_temporary = matches!(error.kind(), LookupErrorKind::Again | LookupErrorKind::Memory);
+    let is_temporary = match error.kind() {
+        LookupErrorKind::Again | LookupErrorKind::Memory => true,
+        LookupErrorKind::NoName | LookupErrorKind::NoData => may_appear,
+        _ => false,
+    };
     // EAI_SYSTEM has an errno.
     let error = io::Error::from(error);
     let lacks_resources = matches!(

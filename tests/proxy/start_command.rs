@@ -256,18 +256,49 @@ fn idle_exit_comes_after_a_stop_command_that_failed() {
 }
 
 #[test]
-fn restart_waits_for_the_stop_command() {
-    let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
-    let done = external.path("done");
-    external.write_stop(&format!("sleep 1; echo > {}", done.display()));
-    let options = ["--handover=restart", "--stop-idle-time=100ms"];
-    let systemd = FakeSystemd::with_fd_store(4);
-    let mut proxy = external.launch(&front, &options).stored_by(&systemd).start();
-    pid(&mut front.connect());
-    proxy.lines.wait_for("Running sh, no connection for 100ms.");
-    proxy.signal(Signal::TERM);
-    assert_eq!(proxy.wait().code(), Some(0));
-    assert!(done.exists());
+fn proxy_and_systemd_wait_for_the_stop_command() {
+    for handover in ["never", "restart"] {
+        let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
+        let done = external.path("done");
+        external.write_stop(&format!("sleep 1; echo > {}", done.display()));
+        let options = [&format!("--handover={handover}"), "--stop-idle-time=100ms"];
+        let systemd = FakeSystemd::with_fd_store(4);
+        let mut proxy = external.launch(&front, &options).stored_by(&systemd).start();
+        pid(&mut front.connect());
+        proxy.lines.wait_for("Running sh, no connection for 100ms.");
+        proxy.signal(Signal::TERM);
+        // 93 seconds: longer than a command may take to end.
+        systemd.wait_for("EXTEND_TIMEOUT_USEC=93000000");
+        assert_eq!(proxy.wait().code(), Some(0));
+        assert!(done.exists(), "--handover={handover}");
+    }
+}
+
+#[test]
+fn name_may_exist_only_while_the_backend_runs() {
+    if !is_root_for("a name that exists only while the backend runs") {
+        return;
+    }
+    let (mut external, front) = (External::new(), Endpoint::new(Family::Tcp));
+    external.target = format!("app.test:{}", external.port);
+    let hosts = external.path("hosts");
+    fs::write(&hosts, "\n").unwrap();
+    let set = |line: &str| format!("echo '{line}' > {}", hosts.display());
+    external.write_start(&set("127.0.0.1 app.test"));
+    external.write_stop(&set(""));
+    let launch = external.launch(&front, &["--stop-idle-time=200ms"]);
+    let _proxy = launch.hosts(hosts.clone()).start();
+    for _ in 0..2 {
+        let app = pid(&mut front.connect());
+        wait_for_end(app);
+    }
+    assert_eq!((external.runs("start"), external.runs("stop")), (2, 2));
+    // The name vanishes with the backend, unseen by the proxy.
+    let app = pid(&mut front.connect());
+    kill_process(app, Signal::KILL).unwrap();
+    fs::write(&hosts, "\n").unwrap();
+    wait_for_end(app);
+    assert_ne!(pid(&mut front.connect()), app);
 }
 
 #[test]

@@ -207,7 +207,7 @@ mod tests {
         let target = Target::parse("/run/app".as_ref()).unwrap();
         let [lookups, watched, beside] = [1; 3].map(|max| Arc::new(Semaphore::new(max)));
         let connector =
-            Connector::new(target, TimeSpan::INFINITY, None, lookups, [watched, beside]);
+            Connector::new(target, false, TimeSpan::INFINITY, None, lookups, [watched, beside]);
         Readiness::new(&mode.parse().unwrap(), None, &connector)
     }
 
