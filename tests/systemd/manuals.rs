@@ -355,8 +355,8 @@ fn examples(container: &Container) {
             // The user's application, where the example does not show it.
             container.write(app, &serve(3000));
         }
-        let is_ours =
-            |text: &str| text.contains("http.server") || text.contains("Wants=app.service");
+        let ours = ["http.server", "Wants=app.service", "start app.service"];
+        let is_ours = |text: &str| ours.iter().any(|words| text.contains(words));
         {
             let _reloading = container.not_reloading();
             for (name, text) in &files {
