@@ -1,7 +1,6 @@
 //! What is logged of a connection, and with which fields.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -18,8 +17,8 @@ use crate::socket::address::Address;
 /// The fields that the log lines of a connection share.
 pub struct LogContext<'a> {
     pub start: Instant,
-    pub client: Address,
-    pub listener: Arc<ListenerInfo>,
+    pub client: &'a Address,
+    pub listener: &'a ListenerInfo,
     pub backend: &'a dyn fmt::Display,
 }
 

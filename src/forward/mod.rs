@@ -112,7 +112,7 @@ pub struct Forwarder {
     counters: Arc<ByteCounters>,
     registration: Option<Registration>,
     /// Bytes of the PROXY header.
-    header_len: u64,
+    header_len: u16,
     /// The first error of a socket.
     fault: Option<(Side, Errno)>,
     /// The number of its last turn of bulk, among those of its event loop.
@@ -179,7 +179,7 @@ impl Forwarder {
         let mut forwarder = Self {
             fault: backend.was_reset().then_some((Side::Backend, Errno::CONNRESET)),
             endpoints: [Endpoint::new(client), Endpoint::new(backend)],
-            header_len: header.len() as u64,
+            header_len: header.len() as u16,
             flows: [Flow::with_header(header), Flow::default()],
             shared,
             counters,
@@ -288,7 +288,7 @@ impl Forwarder {
 
     fn delivered(&self) -> Progress {
         let [from_client, from_backend] = self.flows.each_ref().map(|flow| flow.delivered);
-        let from_client = from_client.saturating_sub(self.header_len);
+        let from_client = from_client.saturating_sub(self.header_len.into());
         Progress { from_client, from_backend, idle: None }
     }
 

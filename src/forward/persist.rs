@@ -64,7 +64,6 @@ impl Forwarder {
             Flow::restore(from_client, is_journaled, &shared)?,
             Flow::restore(from_backend, is_journaled, &shared)?,
         ];
-        let header_len = header_len.into();
         let errno = |raw| Errno::from_io_error(&io::Error::from_raw_os_error(raw));
         let fault = fault.and_then(|(side, raw)| Some((side, errno(raw)?)));
         let mut forwarder = Self {
@@ -102,7 +101,7 @@ impl Forwarder {
         Ok(Snapshot {
             endpoints: SIDES.map(endpoint),
             flows: [from_client.snapshot(&self.shared)?, from_backend.snapshot(&self.shared)?],
-            header_len: self.header_len as u16,
+            header_len: self.header_len,
             fault: self.fault.map(|(side, errno)| (side, errno.raw_os_error())),
         })
     }

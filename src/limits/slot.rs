@@ -15,7 +15,7 @@ pub struct Slot {
     /// Counts the connection towards the connection limit.
     // Dropped after the gauges: the tasks that it wakes read them next.
     pub permit: Option<Permit>,
-    /// Stops the idle clock.
+    /// Stops the idle clock, unless the client is passive.
     // Dropped after `permit`: at the end of the last use no connection is open.
     pub in_use: Option<InUse>,
     /// Counts the connection towards the limit of its source.
@@ -27,6 +27,11 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Whether the client is passive ([`ClientSet`](crate::config::client_set::ClientSet)).
+    pub fn is_passive(&self) -> bool {
+        self.in_use.is_none()
+    }
+
     pub fn new(listener: GaugeGuard, descriptors: FdPermit) -> Self {
         Self {
             _listener: listener,
