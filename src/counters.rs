@@ -53,6 +53,11 @@ pub struct ListenerCounters {
 }
 
 impl ListenerCounters {
+    /// Counts a connection closed at a limit.
+    pub fn refuse(&self, reason: RefusalReason) {
+        self.refused[reason as usize].inc();
+    }
+
     /// Returns the number of connections closed at a limit.
     pub fn refused(&self) -> u64 {
         self.refused.iter().map(Counter::get).sum()

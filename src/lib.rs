@@ -13,7 +13,8 @@
 //! backend         a Connector reaches TARGET, or a client waits    -> Socket
 //! proxy_protocol  the PROXY header                                 -> bytes
 //! forward         a Forwarder moves bytes until both sides end     -> closed, or Detached
-//! handover        a Detached connection becomes a record in the journal
+//! handover        a Detached connection becomes a record in the journal (what is stored:
+//!                 forward::snapshot; its bytes: handover::encoding)
 //! ```
 //!
 //! With `--handover=` the next process replays the journal, and each record becomes a forwarder
@@ -27,6 +28,7 @@
 //! - A backend that the proxy starts has a life of its own ([`backend::lifecycle`]); a connection
 //!   only waits for its states.
 //! - Parsing ends in [`config`]: once a [`config::Config`] exists, no string is interpreted again.
+//!   [`config::arguments`] has each option with its default.
 //! - Dropping a [`limits::slot::Slot`] decrements every count of a connection. It lives from accept
 //!   to close, and everything that waits for connections to end watches the count.
 //! - The main thread accepts and serves. With `--threads=` other threads serve as well. Once its

@@ -1,10 +1,10 @@
 //! Attempts to connect to a backend that cannot be reached yet, until one succeeds.
 //!
-//! One attempt follows another: a lookup, then each address in turn, each for as long as
-//! `--connect-timeout=` lets it. A dead address of a name would keep an attempt from the others for
-//! that long. So a few addresses of a name are *watched* as well: each is tried again and again on
-//! its own. All targets share the places for that, whose descriptors are set aside. An address
-//! without a place just takes its turn.
+//! An attempt looks the target up and then tries each address in turn, for at most
+//! `--connect-timeout=`. A dead address delays those behind it. So a few addresses of a name are
+//! also *watched*: a task of its own tries each again and again. Each needs a permit, which all
+//! targets share and for which a descriptor is reserved. An address without one takes its turn
+//! only.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ pub async fn connect_when_up(
             Err(error) if error.is_transient() => failed(&error),
             connected => return connected,
         }
-        if let Err(socket) = watched.beside(sleep(backoff.next())).await {
+        if let Err(socket) = watched.or_watched(sleep(backoff.next())).await {
             return Ok(socket);
         }
     }
@@ -60,10 +60,10 @@ impl<'a> Watched<'a> {
     /// Tries each address in turn, beside those that are watched.
     async fn attempt(&mut self) -> Result<Socket, ConnectError> {
         let (start, connector) = (Instant::now(), self.connector);
-        let attempt = match self.beside(connector.addresses()).await {
+        let attempt = match self.or_watched(connector.addresses()).await {
             Ok(Ok(addresses)) => {
-                self.follow(&addresses).await;
-                self.beside(connector.try_each(&addresses, OnFullBacklog::Fail)).await
+                self.watch(&addresses).await;
+                self.or_watched(connector.try_each(&addresses, OnFullBacklog::Fail)).await
             }
             Ok(Err(error)) => Ok(Err(error)),
             Err(socket) => Err(socket),
@@ -74,7 +74,7 @@ impl<'a> Watched<'a> {
     }
 
     /// Watches these addresses from now on, if there are several.
-    async fn follow(&mut self, addresses: &[Address]) {
+    async fn watch(&mut self, addresses: &[Address]) {
         if addresses == self.addresses {
             return;
         }
@@ -84,12 +84,12 @@ impl<'a> Watched<'a> {
             return;
         }
         for address in addresses.iter().take(WATCHED_MAX) {
-            let Ok(place) = Arc::clone(&self.connector.watch_places).try_acquire_owned() else {
+            let Ok(permit) = Arc::clone(&self.connector.permits.watched).try_acquire_owned() else {
                 break;
             };
             let (connector, address) = (self.connector.clone(), address.clone());
             self.running.spawn_local(async move {
-                let (_place, mut backoff) = (place, PROBE_PAUSES);
+                let (_permit, mut backoff) = (permit, PROBE_PAUSES);
                 loop {
                     match connector.try_address(&address, OnFullBacklog::Fail).await {
                         Ok(socket) => return socket,
@@ -100,8 +100,8 @@ impl<'a> Watched<'a> {
         }
     }
 
-    /// Waits for `other`, or for a connection to a watched address, which is the error.
-    async fn beside<T>(&mut self, other: impl Future<Output = T>) -> Result<T, Socket> {
+    /// Waits for `other`. A connection to a watched address ends the wait, as its error.
+    async fn or_watched<T>(&mut self, other: impl Future<Output = T>) -> Result<T, Socket> {
         tokio::select! {
             done = other => Ok(done),
             Some(Ok(socket)) = self.running.join_next() => Err(socket),

@@ -31,17 +31,39 @@ pub struct Connector {
     name_may_appear: bool,
     connect_timeout: TimeSpan,
     keepalive: Option<Keepalive>,
-    lookups: Arc<Semaphore>,
-    lookups_max: usize,
-    /// Places for addresses that are watched, of all targets.
-    pub watch_places: Arc<Semaphore>,
-    /// Places to connect beside a client's own attempt, of all targets.
-    pub beside_places: Arc<Semaphore>,
+    pub permits: ConnectPermits,
     /// Turns to try a backend whose backlog is full. The other clients, of all event loops, wait in
     /// the order in which they came.
     backlog_turns: Arc<Semaphore>,
     /// Counts every attempt.
     pub counters: Arc<ConnectCounters>,
+}
+
+/// What the connectors of all targets share. Each permit stands for descriptors that are reserved.
+#[derive(Clone, Debug)]
+pub struct ConnectPermits {
+    lookups: Arc<Semaphore>,
+    lookups_max: usize,
+    /// For addresses that are [watched](crate::backend::attempts).
+    pub watched: Arc<Semaphore>,
+    /// For a second connect while a client's own takes long.
+    pub beside: Arc<Semaphore>,
+}
+
+impl ConnectPermits {
+    pub fn new(lookups: usize, watched: usize, beside: usize) -> Self {
+        let permits = |max| Arc::new(Semaphore::new(max));
+        Self {
+            lookups: permits(lookups),
+            lookups_max: lookups,
+            watched: permits(watched),
+            beside: permits(beside),
+        }
+    }
+
+    fn has_spare_lookups(&self) -> bool {
+        self.lookups.available_permits() > self.lookups_max / 2
+    }
 }
 
 /// What to do while the backlog of a Unix backend is full.
@@ -56,25 +78,20 @@ pub enum OnFullBacklog {
 }
 
 impl Connector {
-    /// `connect_timeout` applies to each address, `keepalive` to TCP backends. `lookups` limits the
-    /// lookups that run at a time. The places are those of the fields of these names.
+    /// `connect_timeout` applies to each address, `keepalive` to TCP backends.
     pub fn new(
         target: Target,
         name_may_appear: bool,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
-        lookups: Arc<Semaphore>,
-        [watch_places, beside_places]: [Arc<Semaphore>; 2],
+        permits: ConnectPermits,
     ) -> Self {
         Self {
             target,
             name_may_appear,
             connect_timeout,
             keepalive,
-            lookups_max: lookups.available_permits(),
-            lookups,
-            watch_places,
-            beside_places,
+            permits,
             backlog_turns: Arc::new(Semaphore::new(BACKLOG_TURNS)),
             counters: Arc::default(),
         }
@@ -114,9 +131,9 @@ impl Connector {
         }
     }
 
-    /// Returns the addresses of the target. Beside a lookup that hangs another one starts, as long
-    /// as half of the places for lookups are free, and the first answer counts: the resolver may
-    /// have lost one, for which it waits for seconds.
+    /// Returns the addresses of the target. A lookup that takes longer than [`LOOKUP_HANGS`] gets
+    /// another beside it, while half of the permits are free. The first answer counts: a resolver
+    /// that has lost a packet sends it again only after seconds.
     pub async fn addresses(&self) -> Result<Vec<Address>, ConnectError> {
         let name = match &self.target {
             Target::Address(address) => return Ok(vec![address.clone()]),
@@ -131,7 +148,7 @@ impl Connector {
                     Ok(Some(Ok(Err(error)))) if error.is_transient() && !lookups.is_empty() => {}
                     Ok(Some(Ok(addresses))) => return addresses,
                     Ok(_) => break,
-                    Err(_) if self.lookups.available_permits() > self.lookups_max / 2 => break,
+                    Err(_) if self.permits.has_spare_lookups() => break,
                     Err(_) => {}
                 }
             }
@@ -139,20 +156,20 @@ impl Connector {
     }
 
     async fn look_up(&self, name: &HostPort) -> Result<Vec<Address>, ConnectError> {
-        if self.lookups.available_permits() == 0 {
+        if self.permits.lookups.available_permits() == 0 {
             rate_limited!(
                 LOOKUPS_BUSY,
                 warn,
                 "The resolver is slow, and further lookups wait for it."
             );
         }
-        let permit = Arc::clone(&self.lookups).acquire_owned().await.ok();
+        let permit = Arc::clone(&self.permits.lookups).acquire_owned().await.ok();
         let addresses = resolve(name, permit, self.name_may_appear).await;
         let addresses = addresses.map_err(ConnectError::Resolve)?;
         Ok(addresses.into_iter().map(Address::Inet).collect())
     }
 
-    /// Tries each of `addresses`, at least one, until one accepts.
+    /// Tries each of `addresses`, which are not empty, until one accepts.
     pub async fn try_each(
         &self,
         addresses: &[Address],
@@ -185,8 +202,8 @@ impl Connector {
         // The last error that caused a retry says more than ETIMEDOUT.
         let last_error = RefCell::new(None);
         let attempt = self.connect_when_possible(address, on_full_backlog, &last_error);
-        // connect(2) on a Unix socket does not wait. Only a full backlog takes longer, or a want of
-        // descriptors or memory.
+        // connect(2) on a Unix socket does not wait. Only a full backlog takes longer, or a
+        // shortage of descriptors or memory.
         let is_unix = matches!(address, Address::Path(_) | Address::Abstract(_));
         let has_no_timeout = is_unix && on_full_backlog == OnFullBacklog::WaitForever;
         let connected = match self.connect_timeout.finite().filter(|_| !has_no_timeout) {
@@ -251,7 +268,8 @@ async fn try_connect(address: &Address) -> io::Result<Socket> {
         socket.connected().await?;
     }
     if let Address::Inet(target) = address {
-        if matches!(socket.local_address()?, Address::Inet(local) if is_self(*target, local)) {
+        if matches!(socket.local_address()?, Address::Inet(local) if is_self_connect(*target, local))
+        {
             // Dropping the socket resets it, so that no TIME_WAIT blocks the backend's port.
             return Err(Errno::CONNREFUSED.into());
         }
@@ -283,10 +301,10 @@ fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
 
 /// Whether TCP connected a socket to itself.
 ///
-/// Repeated attempts to reach a port of the ephemeral range where no process listens end so: the
-/// kernel picks that port as the local one. To connect(2) the unspecified address is the loopback
-/// address.
-fn is_self(target: SocketAddr, local: SocketAddr) -> bool {
+/// Repeated attempts may end this way if the target is an ephemeral port on which nothing listens:
+/// the kernel picks that port as the local one. To connect(2) the unspecified address is the
+/// loopback address.
+fn is_self_connect(target: SocketAddr, local: SocketAddr) -> bool {
     let (to, from) = (target.ip().to_canonical(), local.ip().to_canonical());
     target.port() == local.port() && (to == from || to.is_unspecified())
 }

@@ -22,9 +22,18 @@ pub enum ConnectError {
 /// Why a backend does not answer.
 #[derive(Debug)]
 pub enum CheckError {
-    /// It may later.
+    /// It may answer later. The text says why it does not now.
     NotYet(String),
     Permanent(ConnectError),
+}
+
+impl From<ConnectError> for CheckError {
+    fn from(error: ConnectError) -> Self {
+        match error.is_transient() {
+            true => Self::NotYet(error.to_string()),
+            false => Self::Permanent(error),
+        }
+    }
 }
 
 impl ConnectError {
@@ -49,7 +58,8 @@ impl ConnectError {
     }
 
     /// Whether the backend may just not be up yet. A name that does not exist and what a sandbox
-    /// forbids (EPERM) are permanent.
+    /// forbids (EPERM) are permanent. EACCES is not: the mode of a Unix socket is often set only
+    /// after bind(2).
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Resolve(error) => error.is_temporary,
@@ -69,7 +79,7 @@ impl ConnectError {
                         | Errno::CONNRESET
                         // Over vsock: the virtual machine does not seem to run.
                         | Errno::NODEV
-                        // Until others are closed or freed.
+                        // The system is short of descriptors or memory.
                         | Errno::MFILE
                         | Errno::NFILE
                         | Errno::NOMEM

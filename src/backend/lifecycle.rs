@@ -1,8 +1,8 @@
 //! A backend that the proxy starts and stops, as everything else sees it: its state, why clients
 //! wait, and how many.
 //!
-//! A client that needs the backend counts as waiting until the backend is ready. That count alone
-//! starts the backend.
+//! A client that needs the backend counts as demand until the backend is ready. That count alone
+//! starts the backend. Passive clients wait without being counted as demand.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,11 +24,11 @@ pub struct Lifecycle {
     pub is_child: bool,
     state: watch::Sender<BackendState>,
     /// Why clients wait, while the backend is not ready.
-    last_error: watch::Sender<String>,
-    /// The number of clients that wait for the backend.
+    wait_reason: watch::Sender<String>,
+    /// The number of clients that wait and start the backend.
+    demand: watch::Sender<usize>,
+    /// The number of clients that wait, passive ones included.
     waiting: watch::Sender<usize>,
-    /// The number of clients that wait, passive ones included, which start nothing.
-    attending: watch::Sender<usize>,
     /// Whether the backend must not be started, and COMMAND is to stop.
     stop_requested: watch::Sender<bool>,
     /// Marked by a client that found the backend gone.
@@ -42,9 +42,9 @@ impl Lifecycle {
             name,
             is_child,
             state: watch::Sender::default(),
-            last_error: watch::Sender::default(),
+            wait_reason: watch::Sender::default(),
+            demand: watch::Sender::default(),
             waiting: watch::Sender::default(),
-            attending: watch::Sender::default(),
             stop_requested: watch::Sender::default(),
             lost: watch::Sender::default(),
             counters: Arc::default(),
@@ -61,21 +61,21 @@ impl Lifecycle {
     }
 
     /// Says why clients wait from now on.
-    pub fn set_error(&self, error: String) {
-        self.last_error.send_replace(error);
+    pub fn set_wait_reason(&self, error: String) {
+        self.wait_reason.send_replace(error);
     }
 
-    /// Returns why clients wait, or `None` if the backend is ready.
-    pub fn last_error(&self) -> Option<String> {
-        (*self.state.borrow() != BackendState::Ready).then(|| self.current_error())
+    /// Returns why clients wait; `None` if the backend is ready.
+    pub fn wait_reason_unless_ready(&self) -> Option<String> {
+        (*self.state.borrow() != BackendState::Ready).then(|| self.wait_reason())
     }
 
-    pub fn current_error(&self) -> String {
-        self.last_error.borrow().clone()
+    pub fn wait_reason(&self) -> String {
+        self.wait_reason.borrow().clone()
     }
 
-    /// Waits until the backend is ready. Waiting starts it. The state that is returned changes when
-    /// the backend is not ready any more.
+    /// Waits until the backend is ready, and counts as demand meanwhile, which starts it. Returns a
+    /// receiver of the state, which sees the next change.
     ///
     /// # Errors
     /// The message of a permanent error.
@@ -84,43 +84,41 @@ impl Lifecycle {
         if *state.borrow_and_update() == BackendState::Ready {
             return Ok(state);
         }
-        let _attending = Waiting::new(&self.attending);
-        let _waiting = Waiting::new(&self.waiting);
+        let _counted = [Counted::new(&self.waiting), Counted::new(&self.demand)];
         // The present state may be the Unreachable of an earlier run, so only changes count.
         loop {
             state.changed().await.expect("the lifecycle has the sender");
             let now = *state.borrow_and_update();
             match now {
                 BackendState::Ready => return Ok(state),
-                BackendState::Unreachable => return Err(self.current_error()),
+                BackendState::Unreachable => return Err(self.wait_reason()),
                 _ => {}
             }
         }
     }
 
     /// Returns a receiver of the number of clients that wait, passive ones included.
-    pub fn attending(&self) -> watch::Receiver<usize> {
-        self.attending.subscribe()
+    pub fn waiting(&self) -> watch::Receiver<usize> {
+        self.waiting.subscribe()
     }
 
-    /// Waits for a passive client while another client has the backend start. Returns the state,
-    /// which changes when the backend is not ready any more, or `None` if no client starts the
-    /// backend.
+    /// For a passive client: waits while the backend starts for another client. Returns a receiver
+    /// of the state, which sees the next change; `None` if no other client needs the backend.
     pub async fn started(&self) -> Option<watch::Receiver<BackendState>> {
-        let _attending = Waiting::new(&self.attending);
-        let (mut state, mut waiting) = (self.watch(), self.waiting.subscribe());
+        let _counted = Counted::new(&self.waiting);
+        let (mut state, mut demand) = (self.watch(), self.demand.subscribe());
         loop {
-            let is_wanted = *waiting.borrow_and_update() > 0;
+            let is_needed = *demand.borrow_and_update() > 0;
             let now = *state.borrow_and_update();
             match now {
                 BackendState::Ready => return Some(state),
                 BackendState::Starting => {}
-                _ if is_wanted => {}
+                _ if is_needed => {}
                 _ => return None,
             }
             tokio::select! {
                 _ = state.changed() => {}
-                _ = waiting.changed() => {}
+                _ = demand.changed() => {}
             }
         }
     }
@@ -129,12 +127,12 @@ impl Lifecycle {
         *self.stop_requested.borrow()
     }
 
-    /// Waits until a client waits, and the backend may be started.
+    /// Waits until a client needs the backend, and the backend may be started.
     pub async fn needed(&self) {
-        let (mut waiting, mut stop) = (self.waiting.subscribe(), self.stop_requested.subscribe());
-        while *waiting.borrow_and_update() == 0 || *stop.borrow_and_update() {
+        let (mut demand, mut stop) = (self.demand.subscribe(), self.stop_requested.subscribe());
+        while *demand.borrow_and_update() == 0 || *stop.borrow_and_update() {
             tokio::select! {
-                _ = waiting.changed() => {}
+                _ = demand.changed() => {}
                 _ = stop.changed() => {}
             }
         }
@@ -182,7 +180,7 @@ impl Lifecycle {
     }
 
     /// Logs a start that failed, the `failures`th in a row. Returns the pause before the next.
-    pub fn fail(&self, error: String, failures: u32) -> Duration {
+    pub fn record_failure(&self, error: String, failures: u32) -> Duration {
         self.counters.failed.inc();
         let pause = FAILURE_PAUSES.nth(failures - 1);
         rate_limited!(
@@ -192,33 +190,38 @@ impl Lifecycle {
             "{error}. (Failure {failures} in a row, next attempt in {}.)",
             TimeSpan::new(pause)
         );
-        self.set_error(error);
+        self.set_wait_reason(error);
         self.set_state(BackendState::Failed(failures));
         pause
     }
 
     /// Logs why the backend cannot be started. Returns the pause before the next look.
-    pub fn obstruct(&self, state: BackendState, message_id: &str, error: String) -> Duration {
+    pub fn record_obstacle(
+        &self,
+        state: BackendState,
+        message_id: &str,
+        error: String,
+    ) -> Duration {
         rate_limited!(OBSTACLES, error, message_id, "{error}.");
-        self.set_error(error);
+        self.set_wait_reason(error);
         self.set_state(state);
         CHECK_AGAIN
     }
 }
 
-/// A client that waits for the backend, in one of the counts.
-struct Waiting<'a>(&'a watch::Sender<usize>);
+/// A client that waits, counted until this is dropped.
+struct Counted<'a>(&'a watch::Sender<usize>);
 
-impl<'a> Waiting<'a> {
+impl<'a> Counted<'a> {
     fn new(count: &'a watch::Sender<usize>) -> Self {
-        count.send_modify(|waiting| *waiting += 1);
+        count.send_modify(|count| *count += 1);
         Self(count)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        self.0.send_modify(|waiting| *waiting -= 1);
+        self.0.send_modify(|count| *count -= 1);
     }
 }
 
@@ -226,7 +229,8 @@ impl Drop for Waiting<'_> {
 const FAILURE_PAUSES: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
 
 /// The pause before the next check, if another process serves the target or the target is
-/// unreachable. That process may be COMMAND's last run, which stops after its proxy was killed.
+/// unreachable. That process may belong to COMMAND's previous run, whose guard is still ending it
+/// after the proxy was killed.
 const CHECK_AGAIN: Duration = Duration::from_millis(100);
 
 static READY: RateLimit = RateLimit::new(20, Duration::from_secs(10));

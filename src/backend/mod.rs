@@ -30,7 +30,7 @@ use crate::socket::Socket;
 #[derive(Debug)]
 pub struct Backend {
     pub backend_wait: Rc<BackendWait>,
-    /// Of a backend that the proxy starts.
+    /// `Some` if the proxy starts the backend.
     pub lifecycle: Option<Arc<Lifecycle>>,
 }
 
@@ -40,7 +40,7 @@ impl Backend {
     }
 
     /// Connects, now or as soon as the backend can be reached. `waiting` counts the clients that
-    /// wait. A client that `is_passive` waits only while another client has the backend start.
+    /// wait. A client that `is_passive` waits only while the backend starts for another client.
     ///
     /// # Errors
     /// A message on a permanent error, or on the last error before the wait timed out. `None` for a
@@ -63,8 +63,9 @@ impl Backend {
             }
         };
         timeout_at(wait.deadline(), Box::pin(connecting)).await.unwrap_or_else(|_| {
-            let error = self.lifecycle.as_ref().and_then(|lifecycle| lifecycle.last_error());
-            let error = error.unwrap_or_else(|| self.backend_wait.timeout_error());
+            let error =
+                self.lifecycle.as_ref().and_then(|lifecycle| lifecycle.wait_reason_unless_ready());
+            let error = error.unwrap_or_else(|| self.backend_wait.record_timeout());
             Err(Some(format!("{error}. (--backend-wait={wait} is over.)")))
         })
     }
@@ -107,13 +108,14 @@ impl Backend {
                     }
                 }
             }
+            // The starter looks at the backend, and changes the state.
             lifecycle.report_lost();
             let _ = state.changed().await;
         }
     }
 
-    /// Connects to a backend that the proxy has started. Returns `None` if it is gone. (COMMAND
-    /// changes its state then.)
+    /// Connects to a backend that the proxy has started. Returns `None` if it is gone, though not
+    /// for COMMAND: its end is a change of the state.
     async fn connect_started(&self, lifecycle: &Lifecycle) -> Result<Option<Socket>, ConnectError> {
         match lifecycle.is_child {
             true => self.backend_wait.connect().await.map(Some),

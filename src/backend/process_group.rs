@@ -5,9 +5,9 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use tokio::process::Child;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
@@ -31,13 +31,19 @@ impl ProcessGroup {
         tokio::process::Command::from(command).spawn().map(Self)
     }
 
-    /// Asks the group to end, and kills it after `grace`.
-    pub async fn terminate(mut self, grace: Duration) {
-        let group = self.group();
-        let _ = group.map(|group| kill_process_group(group, Signal::TERM));
-        let _ = timeout(grace, self.0.wait()).await;
-        // What is left of the group when the program itself has ended.
-        let _ = group.map(|group| kill_process_group(group, Signal::KILL));
+    /// Asks the group to end. Kills what is left of it once the program itself has ended, or after
+    /// `grace`.
+    pub async fn terminate(self, grace: Duration) {
+        let Some(group) = self.group() else { return };
+        let _ = kill_process_group(group, Signal::TERM);
+        let _ = timeout(grace, async {
+            // Until it is reaped, no other group can have the program's number.
+            while let Ok(None) = waitid(WaitId::Pid(group), ENDED) {
+                sleep(POLL_INTERVAL).await;
+            }
+        })
+        .await;
+        // Dropping `self` kills the group.
     }
 
     /// Returns the group, unless the program was reaped: another group may have its number then.
@@ -58,8 +64,8 @@ impl Drop for ProcessGroup {
     }
 }
 
-/// Gives a program a group of its own, and takes from it what systemd set for the proxy: signals of
-/// a terminal reach the proxy alone.
+/// Gives a program a process group of its own, so that the signals of a terminal reach the proxy
+/// alone. Removes the variables that systemd has set for the proxy.
 pub fn isolate(command: &mut Command) {
     command.process_group(0);
     for name in SYSTEMD_VARIABLES {
@@ -67,6 +73,13 @@ pub fn isolate(command: &mut Command) {
     }
     restore_dispositions(command);
 }
+
+/// Asks whether a process has ended, without reaping it.
+const ENDED: WaitIdOptions =
+    WaitIdOptions::EXITED.union(WaitIdOptions::NOWAIT).union(WaitIdOptions::NOHANG);
+
+/// How often to look whether a program has ended.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What systemd set for the proxy and not for its children.
 const SYSTEMD_VARIABLES: [&str; 7] = [

@@ -1,7 +1,7 @@
 //! `--start-command=` and `--stop-command=`: a backend that is not a child of the proxy, such as a
 //! container, a unit or a machine.
 //!
-//! Both commands return. They run one at a time, each for a limited time. Nothing tells the proxy
+//! Each command runs to its end, within a limit, and one runs at a time. Nothing tells the proxy
 //! when the backend ends: a client that finds it gone says so.
 
 use std::convert::Infallible;
@@ -26,7 +26,7 @@ use crate::config::timespan::TimeSpan;
 use crate::limits::idle_clock::IdleClock;
 use crate::logging::{RateLimit, message_id, os_message, rate_limited};
 
-/// Runs the commands.
+/// Runs the two commands.
 #[derive(Debug)]
 pub struct StartCommand {
     start: CommandLine,
@@ -64,30 +64,12 @@ impl StartCommand {
         loop {
             if !is_up {
                 lifecycle.needed().await;
-                let pause = match self.bring_up(&wait).await {
-                    Ok(()) => {
-                        failures = 0;
-                        clock.begin_run(self.times.min_run);
-                        None
-                    }
-                    Err(StartError::Stopped) => {
-                        lifecycle.set_state(BackendState::Stopped);
-                        Some(Duration::ZERO)
-                    }
-                    Err(StartError::Failed(error)) => {
-                        failures = failures.saturating_add(1);
-                        Some(lifecycle.fail(error, failures))
-                    }
-                    Err(StartError::Unreachable(error)) => Some(lifecycle.obstruct(
-                        BackendState::Unreachable,
-                        message_id::BACKEND_UNREACHABLE,
-                        error.to_string(),
-                    )),
-                };
-                if let Some(pause) = pause {
-                    sleep(pause).await;
+                if let Err(error) = self.bring_up(&wait).await {
+                    sleep(self.record(error, &mut failures)).await;
                     continue;
                 }
+                failures = 0;
+                clock.begin_run(self.times.min_run);
             }
             // What clients found before does not count.
             let mut lost = lifecycle.lost();
@@ -95,7 +77,7 @@ impl StartCommand {
             is_up = loop {
                 tokio::select! {
                     _ = lost.changed() => {
-                        lifecycle.set_error(format!("{} does not answer any more", self.target));
+                        lifecycle.set_wait_reason(format!("{} does not answer any more", self.target));
                         lifecycle.set_state(BackendState::Starting);
                         if wait.check().await.is_err() {
                             lifecycle.set_state(BackendState::Stopped);
@@ -109,17 +91,39 @@ impl StartCommand {
             };
             clock.end_run();
             if is_up {
-                // For a backend that still answers this time starts again, and no other.
+                // The stop command has stopped nothing. It is due again after another
+                // --stop-idle-time=, but the other alarms are not put off.
                 let now = Instant::now();
                 stop_from = self.times.stop_idle.after(now).max(now + STOP_AGAIN);
             }
         }
     }
 
+    /// Logs and publishes why the backend was not started. Returns the pause before the next start.
+    fn record(&self, error: StartError, failures: &mut u32) -> Duration {
+        let lifecycle = &self.lifecycle;
+        match error {
+            StartError::Stopped => {
+                lifecycle.set_state(BackendState::Stopped);
+                Duration::ZERO
+            }
+            StartError::Failed(error) => {
+                *failures = failures.saturating_add(1);
+                lifecycle.record_failure(error, *failures)
+            }
+            StartError::Unreachable(error) => lifecycle.record_obstacle(
+                BackendState::Unreachable,
+                message_id::BACKEND_UNREACHABLE,
+                error.to_string(),
+            ),
+        }
+    }
+
     /// Ends a start command that runs, and waits for a stop command. Nothing is started again
     /// before [`Lifecycle::allow_start`].
     pub async fn stop(&self) {
-        // An alarm of the same moment comes first.
+        // If --stop-idle-time= and --exit-idle-time= end in the same moment, the stop command runs
+        // first. In the first turn its timer wakes `run`, in the second `run` starts it.
         yield_now().await;
         yield_now().await;
         self.lifecycle.request_stop();
@@ -141,7 +145,7 @@ impl StartCommand {
     /// Runs the start command and waits until the backend is ready, unless it is ready already.
     async fn bring_up(&self, wait: &BackendWait) -> Result<(), StartError> {
         let Self { start, target, lifecycle, .. } = self;
-        lifecycle.set_error(format!("{target} does not answer"));
+        lifecycle.set_wait_reason(format!("{target} does not answer"));
         lifecycle.set_state(BackendState::Starting);
         let reason = match wait.check().await {
             Ok(()) => return Ok(()),
@@ -156,14 +160,14 @@ impl StartCommand {
         );
         lifecycle.counters.all.inc();
         let begin = Instant::now();
-        lifecycle.set_error(format!("{start} has not returned"));
+        lifecycle.set_wait_reason(format!("{start} has not returned"));
         let returned = self.execute(start, lifecycle.stop_requested()).await;
         if lifecycle.is_stop_requested() {
             return Err(StartError::Stopped);
         }
         returned.map_err(StartError::Failed)?;
-        let failed = |error: String| lifecycle.set_error(format!("{error}, after {start}"));
-        // A probe may say yes before the backend accepts connections.
+        let failed = |error: String| lifecycle.set_wait_reason(format!("{error}, after {start}"));
+        // A successful probe leaves no connection. The second turn of the loop then connects.
         let connected = async {
             loop {
                 if let Some(connection) = wait.wait_until_up(failed).await? {
@@ -174,7 +178,7 @@ impl StartCommand {
         match timeout(READY_TIME, connected).await {
             Ok(Ok(connection)) => wait.offer(connection),
             Ok(Err(error)) => return Err(StartError::Unreachable(error)),
-            Err(_) => return Err(StartError::Failed(lifecycle.current_error())),
+            Err(_) => return Err(StartError::Failed(lifecycle.wait_reason())),
         }
         lifecycle.log_ready(begin);
         Ok(())
@@ -195,9 +199,9 @@ impl StartCommand {
             "Running {stop}, no connection for {}.",
             times.stop_idle
         );
-        lifecycle.set_error(format!("{stop} has not returned"));
+        lifecycle.set_wait_reason(format!("{stop} has not returned"));
         lifecycle.set_state(BackendState::Stopping);
-        clock.expire();
+        clock.request_reset();
         let result = self.execute(stop, pending()).await;
         wait.reset_readiness();
         let is_up = match &result {

@@ -41,8 +41,8 @@ impl Starter {
         }
     }
 
-    /// Stops what does not outlive the proxy: COMMAND, or a start command that runs. A stop command
-    /// that runs may end. Nothing is started again before [`Lifecycle::allow_start`].
+    /// Stops what does not outlive the proxy: COMMAND, or a running start command. Waits for a
+    /// running stop command. Nothing is started again before [`Lifecycle::allow_start`].
     pub async fn stop(&self) {
         match self {
             Self::Command(supervisor) => supervisor.stop().await,

@@ -70,11 +70,11 @@ impl BackendWait {
                 return Ok(socket);
             }
             let prober = lock(&self.probe).running();
-            if let Some(mut prober) = prober {
-                let _ = prober.changed().await;
+            if let Some(prober) = prober {
+                ended(prober).await;
             } else if let Some(readiness) = self.unready() {
                 let error = readiness.describe("no answer yet");
-                let _ = self.start_prober(Some(error)).changed().await;
+                ended(self.start_prober(Some(error))).await;
             } else if let Some(connected) = Box::pin(self.attempt()).await {
                 return connected;
             }
@@ -88,7 +88,7 @@ impl BackendWait {
     /// Permanent errors, and `None` if the backend cannot be reached for now.
     pub async fn connect_passively(&self) -> Result<Socket, Option<ConnectError>> {
         loop {
-            // A passive client may ask, but has nothing started.
+            // A passive client may cause a probe, but does not start the prober.
             let is_ready = match self.unready() {
                 Some(readiness) => readiness.ask().await,
                 None => true,
@@ -100,12 +100,12 @@ impl BackendWait {
                 }
             }
             let prober = lock(&self.probe).running();
-            let _ = prober.ok_or(None)?.changed().await;
+            ended(prober.ok_or(None)?).await;
         }
     }
 
-    /// Makes a client's own attempt. Returns `None` after an attempt that failed for now, once the
-    /// prober has ended.
+    /// Makes a client's own attempt. Returns `None` if the caller is to try again: the attempt
+    /// failed for now and the prober has ended, or the backend is not ready any more.
     async fn attempt(self: &Rc<Self>) -> Option<Result<Socket, ConnectError>> {
         tokio::select! {
             biased;
@@ -114,15 +114,15 @@ impl BackendWait {
                     // The attempt took long, and the backend may have been restarted.
                     Ok(_) if self.unready().is_some() => return None,
                     Ok(socket) => lock(&self.probe).end_prober(socket),
-                    Err(_) => self.reset_readiness(),
-                }
-                match connected {
-                    Err(error) if error.is_transient() => {
-                        let _ = self.start_prober(Some(error.to_string())).changed().await;
-                        None
+                    Err(error) => {
+                        self.reset_readiness();
+                        if error.is_transient() {
+                            ended(self.start_prober(Some(error.to_string()))).await;
+                            return None;
+                        }
                     }
-                    connected => Some(connected),
                 }
+                Some(connected)
             }
             socket = self.probe_beside() => Some(Ok(socket)),
         }
@@ -139,7 +139,7 @@ impl BackendWait {
         let mut pause = ATTEMPT_HANGS;
         loop {
             sleep(pause).await;
-            let _ = self.start_prober(None).changed().await;
+            ended(self.start_prober(None)).await;
             self.take_turn().await;
             if let Some(socket) = self.take_connection() {
                 return socket;
@@ -151,10 +151,10 @@ impl BackendWait {
         }
     }
 
-    /// Connects to the address that has answered, while the client's own attempt keeps the
-    /// descriptor of its connection.
+    /// Connects to the address that has answered. The client's own attempt uses the descriptor that
+    /// is reserved for it, so this needs a permit.
     async fn connect_to_answered(&self) -> Option<Socket> {
-        let _place = self.connector.beside_places.acquire().await;
+        let _permit = self.connector.permits.beside.acquire().await;
         let address = lock(&self.probe).answered.clone().filter(|_| self.unready().is_none())?;
         let start = Instant::now();
         let connected = self.connector.try_address(&address, OnFullBacklog::Fail).await;
@@ -173,8 +173,8 @@ impl BackendWait {
         yield_now().await;
     }
 
-    /// Connects, or waits for room in a full backlog. (A probe that succeeds would let all clients
-    /// go on, for room for one.)
+    /// Connects, or waits for room in a full backlog. A full backlog does not start the prober: its
+    /// success would let all clients go on, though there is room for one.
     async fn connect_in_turn(&self) -> Result<Socket, ConnectError> {
         if !self.connector.has_queue() {
             match self.connector.connect(OnFullBacklog::Fail).await {
@@ -189,8 +189,8 @@ impl BackendWait {
     }
 
     /// Returns why the backend could not be reached in time: the prober's last error, or else a
-    /// timeout of the client's own attempt, which is counted.
-    pub fn timeout_error(&self) -> String {
+    /// timeout of the client's own attempt, which this counts.
+    pub fn record_timeout(&self) -> String {
         let last_error = lock(&self.probe).last_error.clone();
         last_error.unwrap_or_else(|| {
             self.connector.counters.fail(ConnectErrorKind::Timeout);
@@ -200,11 +200,11 @@ impl BackendWait {
     }
 
     /// Counts a connection to the backend until the result is dropped.
-    pub fn open(&self) -> Option<OpenConnection> {
-        self.readiness.as_ref().map(Readiness::open)
+    pub fn count_open(&self) -> Option<OpenConnection> {
+        self.readiness.as_ref().map(Readiness::count_open)
     }
 
-    /// Has the next client cause a probe.
+    /// Makes the next client cause a probe.
     pub fn reset_readiness(&self) {
         if let Some(readiness) = &self.readiness {
             readiness.reset();
@@ -222,7 +222,7 @@ impl BackendWait {
     }
 
     /// Offers a fresh connection to the first caller of [`BackendWait::connect`], on any event
-    /// loop. After [`OFFER`] the connection is closed.
+    /// loop. After [`OFFER`] the connection is reset.
     pub fn offer(&self, socket: Socket) {
         let (family, answered) = (socket.family(), socket.peer_address().ok());
         let connection = socket.release().ok().map(|fd| (fd, family));
@@ -240,14 +240,14 @@ impl BackendWait {
         });
     }
 
-    /// Starts the prober, unless another client has started it meanwhile. Without a `last_error` an
-    /// attempt is in progress.
+    /// Starts the prober, unless another client has started it meanwhile. `last_error` is `None`
+    /// while the client's own attempt is in progress.
     fn start_prober(self: &Rc<Self>, last_error: Option<String>) -> watch::Receiver<()> {
         let mut state = lock(&self.probe);
         if let Some(running) = state.running() {
             return running;
         }
-        // The first probe of an unready backend may well succeed.
+        // For an unready backend the first failed probe logs this: it may well succeed.
         if self.unready().is_none() {
             self.log_waiting(&match &last_error {
                 Some(error) => error.clone(),
@@ -333,7 +333,8 @@ impl BackendWait {
         connect_when_up(&self.connector, failed).await.map(Some)
     }
 
-    /// Dropping `running` wakes all clients.
+    /// The prober: tries until the backend can serve clients, or no client waits. Dropping
+    /// `running` at the end wakes the clients.
     async fn probe(self: Rc<Self>, running: watch::Sender<()>) {
         let is_logged = Cell::new(self.unready().is_none());
         let failed = |error: String| {
@@ -351,7 +352,7 @@ impl BackendWait {
         tokio::select! {
             up = self.wait_until_up(failed) => match (up, &self.readiness) {
                 (Ok(Some(connection)), _) => self.offer(connection),
-                // Each waiting client meets a permanent error itself.
+                // Counted as ready, so that each waiting client meets the permanent error itself.
                 (Err(_), Some(readiness)) => readiness.set_ready(),
                 _ => {}
             },
@@ -359,6 +360,11 @@ impl BackendWait {
         }
         lock(&self.probe).last_error = None;
     }
+}
+
+/// Waits until the prober has ended.
+async fn ended(mut prober: watch::Receiver<()>) {
+    let _ = prober.changed().await;
 }
 
 /// The prober's state, common to all event loops.

@@ -1,6 +1,7 @@
 //! The command line, parsed and checked into a [`Config`].
 //!
-//! Parsing ends here: once a `Config` exists, no string is interpreted again.
+//! Parsing ends here: once a `Config` exists, no string is interpreted again. [`arguments`] has
+//! each option, its help and its default. A default that depends on other options is set here.
 
 pub mod arguments;
 pub mod parser;
@@ -68,14 +69,13 @@ impl Config {
         };
         let targets = check(&args)?;
         find_programs(&args)?;
+        let default_wait = if starts(&args) { START_WAIT } else { Duration::ZERO };
         let command = args.command.take().map(|words| CommandLine { words });
         let times = CommandTimes {
             freeze_idle: args.freeze_idle_time.unwrap_or(TimeSpan::INFINITY),
             stop_idle: args.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
             min_run: args.min_run_time.unwrap_or(TimeSpan::ZERO),
         };
-        let starts = command.is_some() || args.start_command.is_some();
-        let default_wait = if starts { START_WAIT } else { Duration::ZERO };
         Ok(Request::Run(Self {
             targets,
             command,
@@ -88,6 +88,11 @@ impl Config {
             log_level: args.log_level.unwrap_or_else(LogLevel::from_environment),
             args,
         }))
+    }
+
+    /// Whether the proxy starts the backend.
+    pub fn starts_backend(&self) -> bool {
+        self.command.is_some() || self.args.start_command.is_some()
     }
 }
 

@@ -23,7 +23,7 @@ pub struct Settings {
     pub backends: Vec<BackendSetup>,
     /// `--backend-wait=`: how long a client waits for its backend; zero means no wait.
     pub backend_wait: TimeSpan,
-    /// Of a backend that the proxy starts.
+    /// `Some` if the proxy starts its one backend.
     pub lifecycle: Option<Arc<Lifecycle>>,
     /// The PROXY header that the backends expect.
     pub proxy_protocol: Option<ProxyProtocol>,
@@ -82,7 +82,7 @@ impl LoopContext {
         }
     }
 
-    /// Returns the byte counters of a backend, or of all that are no longer configured.
+    /// Returns the byte counters of a backend; `None` stands for all that are no longer configured.
     pub fn byte_counters(&self, backend: Option<usize>) -> Arc<ByteCounters> {
         Arc::clone(&self.counters[backend.unwrap_or(self.backends.len())])
     }

@@ -24,7 +24,7 @@ use crate::connection::{LoopContext, Restored, Settings, resume, serve};
 use crate::counters::Gauge;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
-use crate::listen::listener::Accepted;
+use crate::listen::accepted::Accepted;
 use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::runtime::start_thread;
 
@@ -55,7 +55,8 @@ impl EventLoops {
         }
     }
 
-    /// Returns where clients of the main thread's loop wait for the only backend of a COMMAND.
+    /// Returns where clients of the main thread's loop wait for the first backend, the only one
+    /// that the proxy may start.
     pub fn backend_wait(&self) -> &Rc<BackendWait> {
         &self.main_loop.context.backends[0].backend_wait
     }
@@ -66,48 +67,49 @@ impl EventLoops {
     }
 
     /// Dispatches a connection that leads to `backend` of the settings.
-    pub fn serve(&self, accepted: Accepted, backend: usize, journal: Option<JournalEntry>) {
-        self.dispatch(Assignment::Accepted(accepted, backend, journal));
+    pub fn serve(&self, accepted: Accepted, backend: usize, entry: Option<JournalEntry>) {
+        self.dispatch(LoopMessage::Accepted(accepted, backend, entry));
     }
 
     /// Dispatches a stored connection.
     pub fn resume(&self, restored: Restored) {
-        self.dispatch(Assignment::Restored(Box::new(restored)));
+        self.dispatch(LoopMessage::Restored(Box::new(restored)));
     }
 
-    /// Sends an assignment to the event loop with the fewest connections.
-    fn dispatch(&self, mut assignment: Assignment) {
+    /// Sends a message to the event loop with the fewest connections.
+    fn dispatch(&self, mut message: LoopMessage) {
         let mut threads = self.threads.borrow_mut();
-        if let Some(index) = self.least_loaded(&mut threads) {
+        if let Some(index) = self.pick_thread(&mut threads) {
             let thread = &threads[index];
-            assignment.assign(&thread.load);
-            match thread.assignments.send(assignment) {
+            message.count_on(&thread.load);
+            match thread.messages.send(message) {
                 Ok(()) => return,
-                Err(unacked) => {
+                Err(unsent) => {
                     // The thread has panicked, which was logged.
                     threads.remove(index);
-                    assignment = unacked.0;
+                    message = unsent.0;
                 }
             }
         }
-        assignment.assign(&self.main_load);
-        self.main_loop.serve(assignment);
+        message.count_on(&self.main_load);
+        self.main_loop.serve(message);
     }
 
     /// Asks all connections to report their progress.
     pub fn request_reports(&self) {
-        self.main_loop.context.registry.request_reports();
-        for thread in self.threads.borrow().iter() {
-            // A thread that has ended has no connections.
-            let _ = thread.assignments.send(Assignment::Report);
-        }
+        self.send_to_all(|| LoopMessage::Report);
     }
 
     /// Resets all passive connections.
     pub fn reset_passive(&self) {
-        self.main_loop.context.registry.reset_passive();
+        self.send_to_all(|| LoopMessage::ResetPassive);
+    }
+
+    fn send_to_all(&self, message: fn() -> LoopMessage) {
+        self.main_loop.serve(message());
         for thread in self.threads.borrow().iter() {
-            let _ = thread.assignments.send(Assignment::ResetPassive);
+            // A thread that has ended has no connections.
+            let _ = thread.messages.send(message());
         }
     }
 
@@ -119,7 +121,7 @@ impl EventLoops {
 
     /// Returns the index of the thread for the next connection, or `None` for the main thread,
     /// which is preferred among equals.
-    fn least_loaded(&self, threads: &mut Vec<Thread>) -> Option<usize> {
+    fn pick_thread(&self, threads: &mut Vec<Thread>) -> Option<usize> {
         let main_loop = self.main_load.taken();
         let loads = threads.iter().map(|thread| thread.load.taken());
         let least = loads.enumerate().min_by_key(|(_, connections)| *connections);
@@ -163,7 +165,7 @@ impl Drop for EventLoops {
 
 /// What an event loop is sent.
 #[derive(Debug)]
-enum Assignment {
+enum LoopMessage {
     /// A connection, its backend, and its stored form.
     Accepted(Accepted, usize, Option<JournalEntry>),
     Restored(Box<Restored>),
@@ -173,8 +175,8 @@ enum Assignment {
     ResetPassive,
 }
 
-impl Assignment {
-    fn assign(&mut self, event_loop: &Gauge) {
+impl LoopMessage {
+    fn count_on(&mut self, event_loop: &Gauge) {
         let slot = match self {
             Self::Accepted(accepted, ..) => &mut accepted.slot,
             Self::Restored(restored) => &mut restored.slot,
@@ -195,22 +197,22 @@ struct EventLoop {
 impl EventLoop {
     fn start(settings: &Settings) -> Self {
         let arrived = Rc::new(Notify::new());
-        spawn_local(hold_guard_timer(Rc::clone(&arrived)));
+        spawn_local(keep_timer_armed(Rc::clone(&arrived)));
         let context = Rc::new(LoopContext::new(settings));
         spawn_local(Rc::clone(&context.registry).sweep());
         Self { context, arrived }
     }
 
-    fn serve(&self, assignment: Assignment) {
+    fn serve(&self, message: LoopMessage) {
         let context = Rc::clone(&self.context);
-        match assignment {
-            Assignment::Report => self.context.registry.request_reports(),
-            Assignment::ResetPassive => self.context.registry.reset_passive(),
-            Assignment::Restored(restored) => drop(spawn_local(resume(*restored, context))),
-            Assignment::Accepted(accepted, backend, journal) => {
+        match message {
+            LoopMessage::Report => self.context.registry.request_reports(),
+            LoopMessage::ResetPassive => self.context.registry.reset_passive(),
+            LoopMessage::Restored(restored) => drop(spawn_local(resume(*restored, context))),
+            LoopMessage::Accepted(accepted, backend, entry) => {
                 let Some(accepted) = accepted.register() else { return };
                 self.arrived.notify_one();
-                spawn_local(serve(accepted, backend, journal, context));
+                spawn_local(serve(accepted, backend, entry, context));
             }
         }
     }
@@ -223,10 +225,10 @@ impl EventLoop {
 
 /// Keeps a timer armed while clients are accepted.
 ///
-/// When a timer becomes the next to expire, tokio wakes its own event loop: a write to an eventfd
-/// and an event to read. A connect(2) in progress arms a timer. With this one ahead, it is never
-/// the next.
-async fn hold_guard_timer(arrived: Rc<Notify>) -> Infallible {
+/// When a new timer is the earliest, tokio wakes its own event loop: a write to an eventfd and an
+/// event to read. A connect(2) in progress has a timer. This timer is always earlier, so a connect
+/// costs no such write.
+async fn keep_timer_armed(arrived: Rc<Notify>) -> Infallible {
     loop {
         arrived.notified().await;
         sleep(TIMER_AHEAD).await;
@@ -237,7 +239,7 @@ async fn hold_guard_timer(arrived: Rc<Notify>) -> Infallible {
 #[derive(Debug)]
 struct Thread {
     /// Dropping this ends the thread.
-    assignments: UnboundedSender<Assignment>,
+    messages: UnboundedSender<LoopMessage>,
     /// Connections on the thread, and those sent to it.
     load: Gauge,
     handle: JoinHandle<()>,
@@ -246,7 +248,7 @@ struct Thread {
 impl Thread {
     /// Ends the thread. Without `--handover=` its connections are reset.
     fn end(self) {
-        drop(self.assignments);
+        drop(self.messages);
         // A panic was logged.
         let _ = self.handle.join();
     }
@@ -254,18 +256,18 @@ impl Thread {
     /// Starts a thread, and waits until it has its event loop.
     fn start(settings: Settings) -> io::Result<Self> {
         // Not bounded: the connection limit bounds what is sent.
-        let (assignments, receiver) = unbounded_channel();
+        let (messages, receiver) = unbounded_channel();
         let handle = start_thread("proxyd-worker", async move || run(&settings, receiver).await)?;
-        Ok(Self { assignments, load: Gauge::default(), handle })
+        Ok(Self { messages, load: Gauge::default(), handle })
     }
 }
 
 /// Runs on a thread until [`Thread::end`].
-async fn run(settings: &Settings, mut assignments: UnboundedReceiver<Assignment>) {
+async fn run(settings: &Settings, mut messages: UnboundedReceiver<LoopMessage>) {
     let event_loop = EventLoop::start(settings);
     let _abort = settings.handover.as_ref().and_then(|handover| handover.abort_on_panic());
-    while let Some(assignment) = assignments.recv().await {
-        event_loop.serve(assignment);
+    while let Some(message) = messages.recv().await {
+        event_loop.serve(message);
     }
     // After the idle exit, which hands nothing over, no connection is left.
     if let Some(handover) = &settings.handover {
@@ -273,7 +275,7 @@ async fn run(settings: &Settings, mut assignments: UnboundedReceiver<Assignment>
     }
 }
 
-/// When the guard timer expires: earlier than the default connect timeout.
+/// When the timer that is kept armed expires: before the default connect timeout.
 const TIMER_AHEAD: Duration = Duration::from_secs(5);
 
 /// How long the running threads serve alone, after the system refused one.

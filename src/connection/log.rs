@@ -8,10 +8,9 @@ use tokio::time::Instant;
 use crate::config::timespan::TimeSpan;
 use crate::forward::snapshot::Side;
 use crate::forward::{CloseReason, Progress, Summary};
-use crate::listen::listener::ListenerInfo;
+use crate::listen::accepted::ListenerInfo;
 use crate::logging::bytes::Bytes;
-use crate::logging::message_id;
-use crate::logging::{RateLimit, os_message, rate_limited};
+use crate::logging::{RateLimit, message_id, os_message, rate_limited};
 use crate::socket::address::Address;
 
 /// The fields that the log lines of a connection share.
@@ -69,7 +68,7 @@ impl LogContext<'_> {
         );
     }
 
-    /// Logs how a connection was.
+    /// Logs the end of a connection: how it ended, its time, and its bytes.
     pub fn closed(&self, summary: &Summary, idle_time: Option<Duration>) {
         let (outcome, reason) = match summary.reason {
             CloseReason::Closed => ("Connection closed", None),

@@ -21,9 +21,8 @@ use crate::forward::{Forwarder, Outcome};
 use crate::handover::journal::JournalEntry;
 use crate::handover::{Detached, DetachedState};
 use crate::limits::slot::Slot;
-use crate::listen::listener::{Accepted, ListenerInfo};
-use crate::logging::message_id;
-use crate::logging::os_message;
+use crate::listen::accepted::{Accepted, ListenerInfo};
+use crate::logging::{message_id, os_message};
 use crate::socket::address::Address;
 use crate::socket::{Socket, has_unread};
 
@@ -44,7 +43,7 @@ pub struct Restored {
     pub start: Instant,
     pub slot: Slot,
     /// Its stored form (crash mode).
-    pub journal: Option<JournalEntry>,
+    pub entry: Option<JournalEntry>,
 }
 
 /// Serves a client until the connection is over, and logs the outcome.
@@ -64,6 +63,7 @@ pub fn serve(
     // Registered before the task is polled for the first time, however late that is.
     let registration = context.registry.register(slot.is_passive());
     // An async fn would keep its arguments twice, in each of thousands of connections.
+    //
     // At most 664 bytes. With more, tokio's task is a large chunk for malloc(3): 600 instructions a
     // connection.
     async move {
@@ -83,7 +83,7 @@ pub fn serve(
                 return log.ended_unserved("Connection closed without a backend");
             }
             ConnectOutcome::NotReady => {
-                log.listener.counts.refused[RefusalReason::Passive as usize].inc();
+                log.listener.counts.refuse(RefusalReason::Passive);
                 log.refused_passive();
                 close_unserved(socket, entry);
                 return log.ended_unserved("Connection closed without a backend");
@@ -96,21 +96,11 @@ pub fn serve(
                     .ended_unserved("Connection ended by the client before it had a backend");
             }
             ConnectOutcome::Detach => {
-                match entry {
-                    Some(entry) => {
-                        entry.detach();
-                        socket.detach();
-                    }
-                    None => {
-                        let state = DetachedState::Client(socket);
-                        let detached = Detached { start, state, _slot: slot };
-                        context.detached.borrow_mut().push(detached);
-                    }
-                }
-                return;
+                let detached = Detached::client(start, socket, slot, entry);
+                return context.detached.borrow_mut().extend(detached);
             }
         };
-        let _open = setup.backend_wait.open();
+        let _open = setup.backend_wait.count_open();
         log.established();
         let header = context.proxy_protocol.map_or_else(Vec::new, |version| {
             let local = socket.local_address().unwrap_or(Address::Unnamed);
@@ -129,7 +119,8 @@ pub fn serve(
 
 /// Closes a client that got no backend.
 pub fn close_unserved(client: Socket, entry: Option<JournalEntry>) {
-    // First: the next process would serve the client with the bytes that it has sent.
+    // Forgotten before the close: otherwise the next process would restore the client, and serve
+    // the bytes that it has sent.
     if let Some(entry) = entry {
         Box::new(entry).forget();
     }
@@ -138,14 +129,14 @@ pub fn close_unserved(client: Socket, entry: Option<JournalEntry>) {
 
 /// Goes on with a connection that the previous process stored, until it is over.
 pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Output = ()> {
-    let Restored { snapshot, client, listener, backend, known_backend, start, slot, journal } =
+    let Restored { snapshot, client, listener, backend, known_backend, start, slot, entry } =
         restored;
     let registration = context.registry.register(slot.is_passive());
     async move {
         let known = known_backend.map(|backend| &context.backends[backend].backend_wait);
-        let _open = known.and_then(|backend| backend.open());
+        let _open = known.and_then(|backend| backend.count_open());
         let log = LogContext { start, client: &client, listener: &listener, backend: &backend };
-        let journal = journal.map(|entry| Box::new(entry.own()) as Box<dyn SnapshotStore>);
+        let journal = entry.map(|entry| Box::new(entry.own()) as Box<dyn SnapshotStore>);
         let (shared, counters) = (Rc::clone(&context.shared), context.byte_counters(known_backend));
         let restored = Forwarder::restore(*snapshot, shared, counters, Some(registration), journal);
         let forwarder = match restored {
@@ -165,10 +156,11 @@ pub fn resume(restored: Restored, context: Rc<LoopContext>) -> impl Future<Outpu
     }
 }
 
-/// Logs the outcome of a connection, or keeps it until it is stored.
+/// Logs a connection that has closed. Keeps a detached one until it is stored.
 fn finish(outcome: io::Result<Outcome>, log: &LogContext<'_>, slot: Slot, context: &LoopContext) {
     match outcome {
         Ok(Outcome::Closed(summary)) => {
+            // First: a reader of the log line finds that the connection is no longer counted.
             drop(slot);
             log.closed(&summary, context.registry.idle_time());
         }

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use crate::forward::Forwarder;
 use crate::forward::snapshot::FdRef;
 use crate::handover::encoding::RecordBody;
+use crate::handover::journal::JournalEntry;
 use crate::limits::slot::Slot;
 use crate::socket::Socket;
 
@@ -29,6 +30,22 @@ pub enum DetachedState {
 }
 
 impl Detached {
+    /// Detaches a client that waits for its backend, or for its own first byte. Returns `None` if
+    /// it is stored already.
+    pub fn client(
+        start: Instant,
+        socket: Socket,
+        slot: Slot,
+        entry: Option<JournalEntry>,
+    ) -> Option<Self> {
+        let Some(entry) = entry else {
+            return Some(Self { start, state: DetachedState::Client(socket), _slot: slot });
+        };
+        Box::new(entry).detach();
+        socket.detach();
+        None
+    }
+
     /// Returns what is to be stored of the connection.
     pub fn body(&self) -> io::Result<RecordBody<FdRef<'_>>> {
         Ok(match &self.state {

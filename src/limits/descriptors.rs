@@ -68,11 +68,7 @@ impl FdPlan {
             Some(_) => (PER_CONNECTION, FOR_HANDOVER),
             None => (PER_CONNECTION, 0),
         };
-        let for_command = if config.command.is_some() || config.args.start_command.is_some() {
-            FOR_COMMAND
-        } else {
-            0
-        };
+        let for_command = if config.starts_backend() { FOR_COMMAND } else { 0 };
         let for_probes = match config.ready {
             ReadyMode::Connect | ReadyMode::Notify => 0,
             ReadyMode::Http(_) | ReadyMode::Exec(_) => config.targets.iter().count() * PER_PROBE,
@@ -137,7 +133,7 @@ struct BudgetState {
 }
 
 impl FdBudget {
-    /// There are descriptors for `connections`. At most `max` of them are to be open.
+    /// Holds permits for the smaller of `connections`, for which there are descriptors, and `max`.
     pub fn new(connections: usize, max: usize) -> Self {
         let free = Semaphore::new(connections.min(max).min(Semaphore::MAX_PERMITS));
         let shared = Arc::new(BudgetState { free, overdrawn: AtomicUsize::default() });
@@ -194,8 +190,8 @@ const PER_STORED_CONNECTION: usize = 6;
 /// Descriptors that are open for a moment while the store is read.
 const FOR_STORE: usize = 200;
 
-/// What connections may not take with `--handover=restart`, so that the next process can open all
-/// of them, with the same limit: the descriptors of one more message, and those of a connection.
+/// Descriptors that connections leave free with `--handover=restart`. The next process has the same
+/// limit. While it restores connections, it also holds a message (28), and one more connection (6).
 pub const FOR_HANDOVER: usize = 34;
 
 /// Sockets to two name servers, a file such as /etc/hosts, and one for the name service modules.
@@ -206,11 +202,12 @@ const LOOKUPS_MAX: usize = 256;
 
 const PIPES_MAX: usize = 512;
 
-/// The notification socket, the journal's socket, and a connection that is accepted to be refused.
+/// The notification socket, the journal's socket, a client that is accepted to be refused, and
+/// three to spare.
 const RESERVE: usize = 6;
 
 /// Sockets of addresses that are tried on their own, and of connects beside a client's own attempt.
-/// Those of other attempts are their clients'.
+/// Other attempts use the descriptors that are reserved for their clients.
 const WATCH_PLACES: usize = 4;
 const BESIDE_PLACES: usize = 8;
 
@@ -220,10 +217,11 @@ const FOR_COMMAND: usize = 12;
 /// A socket to the backend, or a command and what is open during its start.
 const PER_PROBE: usize = 6;
 
-/// epoll, its wake-up and its end of the signals.
+/// epoll and its duplicate, an eventfd, and the thread's end of the signals.
 const PER_THREAD: usize = 4;
 
-/// For these requests, for those that give way while others are accepted, and for their event loop.
+/// [`SCRAPERS_MAX`] requests, those that give way while others are accepted (8), and their event
+/// loop.
 const FOR_METRICS: usize = SCRAPERS_MAX + 8 + PER_THREAD;
 
 /// An estimate for a process without /proc.

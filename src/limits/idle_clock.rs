@@ -22,7 +22,7 @@ pub struct IdleClock(Arc<ClockState>);
 struct ClockState {
     reading: watch::Sender<Reading>,
     /// Notified when connections that are not in use are to be reset.
-    expired: Notify,
+    reset: Notify,
 }
 
 #[derive(Debug)]
@@ -31,7 +31,7 @@ struct Reading {
     connections: usize,
     /// 1 while COMMAND says that it is busy.
     busy: usize,
-    /// Since when nothing is in use, if nothing is.
+    /// When the last use ended. Means nothing while something is in use.
     idle_since: Instant,
     /// No alarm is due before this, while COMMAND runs.
     held_until: Option<Instant>,
@@ -44,7 +44,7 @@ impl IdleClock {
             Reading { connections: 0, busy: 0, idle_since: Instant::now(), held_until: None };
         Self(Arc::new(ClockState {
             reading: watch::Sender::new(reading),
-            expired: Notify::default(),
+            reset: Notify::default(),
         }))
     }
 
@@ -91,13 +91,14 @@ impl IdleClock {
     }
 
     /// Asks for a reset of the connections that are not in use: COMMAND is frozen or stopped.
-    pub fn expire(&self) {
-        self.0.expired.notify_one();
+    pub fn request_reset(&self) {
+        self.0.reset.notify_one();
     }
 
-    /// Waits until [`IdleClock::expire`] was called since the last call. Supports one waiter.
-    pub async fn expired(&self) {
-        self.0.expired.notified().await;
+    /// Waits until [`IdleClock::request_reset`] was called since the last call. Supports one
+    /// waiter.
+    pub async fn reset_requested(&self) {
+        self.0.reset.notified().await;
     }
 
     /// Waits until something is in use.
@@ -161,7 +162,8 @@ impl Drop for InUse {
             if reading.is_idle() {
                 reading.idle_since = Instant::now();
             }
-            // A drain waits for the last connection, however busy COMMAND is.
+            // Wakes the waiters at the end of the last connection, even while COMMAND is busy: a
+            // drain waits for that.
             reading.connections == 0
         });
     }

@@ -1,8 +1,8 @@
 //! The connection limit, and the counts of connections.
 //!
-//! A [`Permit`] is part of a [`Slot`](slot::Slot), from accept to close. So a connection counts
-//! while its backend is still being connected. Dropping a permit costs a few atomic operations.
-//! Every change wakes the `STATUS=` line.
+//! A [`ConnectionPermit`] is part of a [`Slot`](slot::Slot), from accept to close. So a connection
+//! counts while its backend is still being connected. Dropping a permit costs a few atomic
+//! operations. Every change wakes the `STATUS=` line.
 
 pub mod slot;
 pub mod idle_clock;
@@ -47,20 +47,20 @@ impl ConnectionLimit {
     }
 
     /// Admits a connection, or returns `None` at the limit.
-    pub fn try_acquire(&self) -> Option<Permit> {
+    pub fn try_acquire(&self) -> Option<ConnectionPermit> {
         let Self(shared) = self;
         let below_max = |open: u32| (open < shared.max.get()).then_some(open + 1);
         let admitted = shared.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, below_max);
         shared.changed.notify_one();
-        admitted.is_ok().then(|| Permit(Arc::clone(shared)))
+        admitted.is_ok().then(|| ConnectionPermit(Arc::clone(shared)))
     }
 
     /// Admits a connection of the previous process, whatever the limit is now.
-    pub fn acquire_unchecked(&self) -> Permit {
+    pub fn acquire_unchecked(&self) -> ConnectionPermit {
         let Self(shared) = self;
         shared.open.fetch_add(1, Ordering::AcqRel);
         shared.changed.notify_one();
-        Permit(Arc::clone(shared))
+        ConnectionPermit(Arc::clone(shared))
     }
 
     pub fn max(&self) -> NonZeroU32 {
@@ -74,7 +74,7 @@ impl ConnectionLimit {
         }
     }
 
-    /// Ends a wait for a change: a client was refused.
+    /// Wakes [`ConnectionLimit::changed`]: a client was refused, which `STATUS=` shows.
     pub fn notify(&self) {
         self.0.changed.notify_one();
     }
@@ -87,9 +87,9 @@ impl ConnectionLimit {
 
 /// One connection, counted until this is dropped.
 #[derive(Debug)]
-pub struct Permit(Arc<LimitState>);
+pub struct ConnectionPermit(Arc<LimitState>);
 
-impl Drop for Permit {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let Self(shared) = self;
         shared.served.fetch_add(1, Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! Everything that counts a connection, from accept to close.
 
 use crate::counters::GaugeGuard;
-use crate::limits::Permit;
+use crate::limits::ConnectionPermit;
 use crate::limits::descriptors::FdPermit;
 use crate::limits::idle_clock::InUse;
 use crate::limits::source::SourcePermit;
@@ -14,7 +14,7 @@ pub struct Slot {
     pub event_loop: Option<GaugeGuard>,
     /// Counts the connection towards the connection limit.
     // Dropped after the gauges: the tasks that it wakes read them next.
-    pub permit: Option<Permit>,
+    pub permit: Option<ConnectionPermit>,
     /// Stops the idle clock, unless the client is passive.
     // Dropped after `permit`: at the end of the last use no connection is open.
     pub in_use: Option<InUse>,

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use crate::runtime::lock;
 use crate::socket::address::{Address, Source};
 
-/// The open connections of each source, which other threads decrement.
+/// The open connections of each source: an IPv4 address or an IPv6 /64. Other threads decrement the
+/// counts.
 #[derive(Debug)]
 pub struct SourceLimit {
     max: NonZeroU32,

@@ -1,72 +1,79 @@
-//! A connection that was accepted before the start: by systemd (`Accept=yes`) or by inetd.
+//! A connection between its accept(2) and its event loop.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
 
-use rustix::net::{SocketType, sockopt};
-use socket2::SockRef;
-
-use crate::limits::descriptors::FdPermit;
+use crate::counters::{GaugeGuard, ListenerCounters};
 use crate::limits::slot::Slot;
-use crate::listen::activation::{PassedFd, STDIN};
-use crate::listen::listener::{Accepted, ListenerInfo, configure, passed_error};
+use crate::logging::{RateLimit, os_message, rate_limited};
 use crate::socket::address::{Address, SocketLabel};
-use crate::socket::{Family, Keepalive};
+use crate::socket::{Family, Socket};
 
-/// A stream socket that is connected to a client.
+/// An accepted connection.
+///
+/// `S` is a descriptor, or the registered socket once the connection is on its event loop.
 #[derive(Debug)]
-pub struct AcceptedSocket {
-    fd: OwnedFd,
-    family: Family,
-    /// The client's address; `None` if the client has gone.
-    peer: Option<Address>,
-    pub label: SocketLabel,
+pub struct Accepted<S = OwnedFd> {
+    /// The socket, non-blocking.
+    pub socket: S,
+    pub family: Family,
+    pub client: Address,
+    pub listener: Arc<ListenerInfo>,
+    pub slot: Slot,
 }
 
-impl AcceptedSocket {
-    /// Returns whether a passed socket is a connection, and not a listener.
+impl Accepted {
+    /// Registers the socket with the event loop of this thread.
     ///
-    /// A client that has gone leaves a socket without a peer. Such a socket has an error, which
-    /// this call takes, or it is bound and has the name of a connection.
-    pub fn is_connected(passed: &PassedFd) -> bool {
-        let PassedFd { fd, name } = passed;
-        let is_stream = sockopt::socket_type(fd).is_ok_and(|found| found == SocketType::STREAM);
-        let listens = sockopt::socket_acceptconn(fd).unwrap_or(false);
-        let socket = SockRef::from(fd);
-        let is_bound = || {
-            let address = socket.local_addr().ok().and_then(|address| address.as_socket());
-            address.is_some_and(|address| address.port() != 0)
-        };
-        let had_peer = || {
-            sockopt::socket_error(fd).is_ok_and(|error| error.is_err())
-                || is_bound() && [CONNECTION, STDIN].contains(&&**name)
-        };
-        is_stream && !listens && (socket.peer_addr().is_ok() || had_peer())
-    }
-
-    /// # Errors
-    /// A line for the log on why the socket is not usable.
-    pub fn from_passed(passed: PassedFd) -> Result<Self, String> {
-        let PassedFd { fd, name } = passed;
-        let (family, address) = configure(&fd).map_err(|error| passed_error(&name, &error))?;
-        let peer = SockRef::from(&fd).peer_addr().ok();
-        let peer = peer.map(|address| Address::from_sockaddr(&address));
-        Ok(Self { fd, family, peer, label: SocketLabel { name: Some(name), address } })
-    }
-
-    pub fn set_keepalive(&self, keepalive: Keepalive) {
-        if self.family == Family::Tcp {
-            keepalive.set_or_warn(&self.fd);
+    /// If epoll_ctl(2) fails, this logs and closes the connection.
+    pub fn register(self) -> Option<Accepted<Socket>> {
+        let Self { socket, family, client, listener, slot } = self;
+        match Socket::register(socket, family) {
+            Ok(socket) => Some(Accepted { socket, family, client, listener, slot }),
+            Err(error) => {
+                rate_limited!(
+                    REGISTER_FAILED,
+                    error,
+                    client,
+                    listener,
+                    "Failed to register a connection with epoll, closing it: {}.",
+                    os_message(&error)
+                );
+                None
+            }
         }
     }
+}
 
-    /// Returns what a listener would have accepted, or `None` if the client has gone.
-    pub fn into_accepted(self, descriptors: FdPermit) -> Option<Accepted> {
-        let listener = ListenerInfo::new(&self.label);
-        let slot = Slot::new(listener.track(), descriptors);
-        let Self { fd, family, peer, .. } = self;
-        Some(Accepted { socket: fd, family, client: peer?, listener, slot })
+/// What connections of any thread know of their listener.
+#[derive(Debug)]
+pub struct ListenerInfo {
+    label: String,
+    pub counts: Arc<ListenerCounters>,
+}
+
+impl ListenerInfo {
+    pub fn new(label: &SocketLabel) -> Arc<Self> {
+        Self::with_counters(label, Arc::default())
+    }
+
+    /// Counts the connections together with those of other listeners.
+    pub fn with_counters(label: &SocketLabel, counts: Arc<ListenerCounters>) -> Arc<Self> {
+        Arc::new(Self { label: label.to_string(), counts })
+    }
+
+    /// Counts a connection as open until the guard is dropped.
+    pub fn count_open(&self) -> GaugeGuard {
+        self.counts.open.take()
     }
 }
 
-/// systemd's name for a connection (sd_listen_fds_with_names(3)).
-const CONNECTION: &str = "connection";
+impl fmt::Display for ListenerInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.label)
+    }
+}
+
+static REGISTER_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));

@@ -36,7 +36,7 @@ pub struct Stdin {
 
 /// Takes the sockets that systemd passed, and removes the variables from the environment.
 ///
-/// A child must not take the sockets for its own.
+/// Otherwise a child would take the sockets for its own.
 ///
 /// # Errors
 /// A line for the log on variables without sense, or on descriptors that are not open.
@@ -45,7 +45,7 @@ pub struct Stdin {
 /// To be called once, as the first thing in `main`: no other thread may use the environment, and
 /// nothing else may own the descriptors from 3 on.
 pub unsafe fn take_passed_fds() -> Result<Vec<PassedFd>, String> {
-    // Read apart from the descriptors: names for another process are not an error.
+    // Read separately: names that are meant for another process must not fail the start.
     let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
     let fds = sd_notify::listen_fds().map(Vec::from_iter);
     for name in ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
@@ -66,7 +66,7 @@ pub unsafe fn take_passed_fds() -> Result<Vec<PassedFd>, String> {
     Ok(passed.collect())
 }
 
-/// Takes the stream socket on standard input, if its own address is not unnamed.
+/// Takes the stream socket on standard input, if it has an address.
 ///
 /// Connections of clients and listeners have an address. The ends of a socketpair(2), by which many
 /// programs run others, have none. /dev/null replaces standard input, and standard output and error

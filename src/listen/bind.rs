@@ -46,7 +46,7 @@ pub async fn open(
                     .await
                     .map_err(|error| format!("Failed to listen on {address}: {error}."))?,
             };
-            // Each address would get another port of the kernel's choice.
+            // With port 0 the kernel would choose another port for each address.
             open_each(&addresses, host.port == "0", stored)
         }
     };
@@ -59,9 +59,11 @@ pub async fn open(
     })
 }
 
-/// Opens the first or each of `addresses` that this machine has, at least one.
+/// Opens a listener on each of `addresses`, or only on the first that this machine has. Skips those
+/// that it does not have: `localhost`, for example, may be `::1` where IPv6 is off.
 ///
-/// `localhost`, for example, may be `::1` where IPv6 is off.
+/// # Errors
+/// The machine has none of the addresses, or one cannot be used.
 fn open_each(
     addresses: &[SocketAddr],
     only_first: bool,
@@ -79,7 +81,10 @@ fn open_each(
             },
         }
     }
-    missing.filter(|_| listeners.is_empty()).map_or(Ok(listeners), Err)
+    match missing {
+        Some(error) if listeners.is_empty() => Err(error),
+        _ => Ok(listeners),
+    }
 }
 
 fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Result<Listener> {
@@ -101,7 +106,7 @@ fn open_inet(address: SocketAddr, stored: &mut Vec<StoredListener>) -> io::Resul
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
     bind(&socket, &address.into(), || {
-        // The previous process may hold the port by another address.
+        // The previous process may hold another address of the same port.
         while let Some(stored) = take_stored(stored, has_port) {
             stored.close();
         }
@@ -165,7 +170,7 @@ fn take_stored(
     Some(stored.swap_remove(index))
 }
 
-/// A start that fails leaves the socket file at its path.
+/// Makes a listener of a stored one. Its socket file stays until the start has succeeded.
 fn reuse(stored: StoredListener) -> io::Result<Listener> {
     let file = stored.socket_file();
     Listener::from_fd(stored.fd, None, file)

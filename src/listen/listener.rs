@@ -16,17 +16,16 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
-use crate::counters::{GaugeGuard, ListenerCounters};
 use crate::limits::descriptors::{FdBudget, FdPermit};
 use crate::limits::slot::Slot;
+use crate::listen::accepted::{Accepted, ListenerInfo};
 use crate::listen::activation::PassedFd;
 use crate::listen::stored::SocketFile;
-use crate::logging::message_id;
-use crate::logging::{RateLimit, os_message, rate_limited};
+use crate::logging::{RateLimit, message_id, os_message, rate_limited};
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::file_id::FileId;
 use crate::socket::sys::{accept, register};
-use crate::socket::{Family, Keepalive, Socket, polls, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::socket::{Family, Keepalive, polls, set_nodelay_or_warn, set_oobinline_or_warn};
 
 /// A listening stream socket.
 #[derive(Debug)]
@@ -89,8 +88,8 @@ impl Listener {
         }
     }
 
-    /// Waits for a client, and for descriptors for it and its backend, and accepts it. When there
-    /// are none, calls `make_room`, which returns whether that has freed some.
+    /// Waits for a client, and for descriptors for it and its backend, and accepts it. When no
+    /// descriptors are free, calls `make_room`, which returns whether that has freed some.
     ///
     /// # Errors
     /// The listener itself is broken. Transient errors are retried and logged once a minute.
@@ -119,7 +118,7 @@ impl Listener {
                 }
             };
             let error = match accept(&self.io) {
-                Ok((socket, address)) => return Ok(self.accepted(socket, &address, permit)),
+                Ok((socket, address)) => return Ok(self.make_accepted(socket, &address, permit)),
                 Err(error) => error,
             };
             match Errno::from_io_error(&error) {
@@ -148,7 +147,7 @@ impl Listener {
         }
     }
 
-    fn accepted(&self, socket: OwnedFd, address: &SockAddr, permit: FdPermit) -> Accepted {
+    fn make_accepted(&self, socket: OwnedFd, address: &SockAddr, permit: FdPermit) -> Accepted {
         self.accepted_since_yield.set(self.accepted_since_yield.get() + 1);
         if !self.options_inherited.get() || self.family == Family::Unix {
             set_options(&socket, self.family);
@@ -157,7 +156,7 @@ impl Listener {
             }
         }
         let listener = Arc::clone(&self.info);
-        let slot = Slot::new(listener.track(), permit);
+        let slot = Slot::new(listener.count_open(), permit);
         let client = Address::from_sockaddr(address);
         Accepted { socket, family: self.family, client, listener, slot }
     }
@@ -220,71 +219,6 @@ impl fmt::Display for Listener {
     }
 }
 
-/// What connections of any thread know of their listener.
-#[derive(Debug)]
-pub struct ListenerInfo {
-    label: String,
-    pub counts: Arc<ListenerCounters>,
-}
-
-impl ListenerInfo {
-    pub fn new(label: &SocketLabel) -> Arc<Self> {
-        Self::with_counters(label, Arc::default())
-    }
-
-    /// Counts the connections together with those of other listeners.
-    pub fn with_counters(label: &SocketLabel, counts: Arc<ListenerCounters>) -> Arc<Self> {
-        Arc::new(Self { label: label.to_string(), counts })
-    }
-
-    /// Counts a connection as open until the guard is dropped.
-    pub fn track(&self) -> GaugeGuard {
-        self.counts.open.take()
-    }
-}
-
-impl fmt::Display for ListenerInfo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.label)
-    }
-}
-
-/// An accepted connection.
-///
-/// `S` is a descriptor, or the registered socket once the connection is on its event loop.
-#[derive(Debug)]
-pub struct Accepted<S = OwnedFd> {
-    /// The socket, non-blocking.
-    pub socket: S,
-    pub family: Family,
-    pub client: Address,
-    pub listener: Arc<ListenerInfo>,
-    pub slot: Slot,
-}
-
-impl Accepted {
-    /// Registers the socket with the event loop of this thread.
-    ///
-    /// If epoll_ctl(2) fails, this logs and closes the connection.
-    pub fn register(self) -> Option<Accepted<Socket>> {
-        let Self { socket, family, client, listener, slot } = self;
-        match Socket::register(socket, family) {
-            Ok(socket) => Some(Accepted { socket, family, client, listener, slot }),
-            Err(error) => {
-                rate_limited!(
-                    REGISTER_FAILED,
-                    error,
-                    client,
-                    listener,
-                    "Failed to register a connection with epoll, closing it: {}.",
-                    os_message(&error)
-                );
-                None
-            }
-        }
-    }
-}
-
 /// Prepares a socket that was passed or opened. Returns its family and its own address.
 pub fn configure(fd: &OwnedFd) -> io::Result<(Family, Address)> {
     let family = Family::of(fd)?.ok_or(Errno::AFNOSUPPORT)?;
@@ -334,4 +268,3 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 static OUT_OF_DESCRIPTORS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static AT_LIMIT: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
-static REGISTER_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));

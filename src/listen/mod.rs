@@ -1,9 +1,10 @@
 //! The sockets at which clients arrive: listeners, passed by systemd or opened here, or the one
 //! connection that was passed instead of listeners.
 
-pub mod accepted;
+pub mod passed_connection;
 pub mod bind;
 pub mod listener;
+pub mod accepted;
 pub mod stored;
 #[expect(unsafe_code, reason = "it takes ownership of descriptors by number")]
 pub mod activation;
@@ -12,22 +13,22 @@ use std::rc::Rc;
 
 use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
-use crate::listen::accepted::AcceptedSocket;
 use crate::listen::activation::PassedFd;
 use crate::listen::listener::Listener;
+use crate::listen::passed_connection::PassedConnection;
 use crate::listen::stored::StoredListener;
 use crate::socket::Keepalive;
 use crate::socket::address::SocketLabel;
 
-/// The sources of connections. Without any, the process serves only the stored connections.
+/// The sockets at which clients arrive. Without any, the process serves only stored connections.
 #[derive(Debug, Default)]
-pub struct Sources {
+pub struct ClientSockets {
     pub listeners: Vec<Rc<Listener>>,
     /// The one connection that was accepted before the start, instead of listeners.
-    pub connection: Option<AcceptedSocket>,
+    pub connection: Option<PassedConnection>,
 }
 
-impl Sources {
+impl ClientSockets {
     /// Takes the passed sockets, or opens `addresses`, reusing listeners of the previous process.
     /// Those that are left in `stored` are no longer configured.
     ///
@@ -70,14 +71,14 @@ impl Sources {
     }
 
     fn from_passed(mut passed: Vec<PassedFd>) -> Result<Self, String> {
-        match passed.iter().position(AcceptedSocket::is_connected) {
+        match passed.iter().position(PassedConnection::is_connected) {
             None => {
                 let listeners = passed.into_iter().map(Listener::from_passed);
                 let listeners = listeners.map(|it| it.map(Rc::new)).collect::<Result<_, _>>()?;
                 Ok(Self { listeners, connection: None })
             }
             Some(index) if passed.len() == 1 => {
-                let connection = AcceptedSocket::from_passed(passed.remove(index))?;
+                let connection = PassedConnection::from_passed(passed.remove(index))?;
                 Ok(Self { listeners: Vec::new(), connection: Some(connection) })
             }
             Some(index) => Err(format!(

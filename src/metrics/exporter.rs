@@ -31,9 +31,10 @@ use tokio::time::{sleep, timeout};
 
 use crate::config::listen_address::MetricsAddress;
 use crate::limits::descriptors::{FdBudget, SCRAPERS_MAX};
+use crate::listen::accepted::Accepted;
 use crate::listen::activation::{PassedFd, take_matching};
 use crate::listen::bind;
-use crate::listen::listener::{ACCEPT_PAUSE, Accepted, Listener};
+use crate::listen::listener::{ACCEPT_PAUSE, Listener};
 use crate::listen::stored::SocketFile;
 use crate::logging::os_message;
 use crate::runtime::{catch_panic, start_thread};

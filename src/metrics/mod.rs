@@ -30,7 +30,7 @@ pub struct MetricsSources {
     /// The name of each listener, the index of its backend, and its counters.
     pub listeners: Vec<(String, usize, Arc<ListenerCounters>)>,
     /// Counters of restored connections whose listener no longer exists.
-    pub elsewhere: Arc<ListenerCounters>,
+    pub unconfigured: Arc<ListenerCounters>,
     /// The name of each backend, and its counters.
     pub backends: Vec<(String, Arc<ConnectCounters>)>,
     pub loops: Arc<Loops>,
@@ -82,7 +82,7 @@ impl MetricsSources {
             let (backend, _) = &self.backends[*backend];
             ([name.as_str(), backend], counters)
         });
-        let elsewhere = (self.restored > 0).then_some(([OTHER; 2], &self.elsewhere));
+        let elsewhere = (self.restored > 0).then_some(([OTHER; 2], &self.unconfigured));
         let groups = group(listeners.chain(elsewhere));
         let sums = |value: &dyn Fn(&ListenerCounters) -> u64| {
             let sums = groups.iter().map(|([listener, backend], members)| {
@@ -266,7 +266,7 @@ mod tests {
         registry(MetricsSources {
             connections_max: NonZeroU32::MIN,
             listeners,
-            elsewhere: Arc::default(),
+            unconfigured: Arc::default(),
             backends,
             loops,
             restored: 0,

@@ -1,4 +1,5 @@
-//! Which accepted clients are served, and as what they count.
+//! Admits clients under the limits, decides whether they count as in use, and sends them to an
+//! event loop.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::limits::ConnectionLimit;
 use crate::limits::idle_clock::{IdleClock, InUse};
 use crate::limits::slot::Slot;
 use crate::limits::source::SourceLimit;
-use crate::listen::listener::Accepted;
+use crate::listen::accepted::Accepted;
 use crate::logging::{RateLimit, message_id, rate_limited};
 use crate::service::silent::{Silent, SilentClients};
 use crate::socket::address::Address;
@@ -29,7 +30,7 @@ pub struct Dispatcher {
     pub limit: ConnectionLimit,
     pub clock: IdleClock,
     pub event_loops: EventLoops,
-    sources: Option<Arc<SourceLimit>>,
+    source_limit: Option<Arc<SourceLimit>>,
     passive_from: ClientSet,
     /// Clients without a byte, with `--wake-on=data`.
     silent: Option<SilentClients>,
@@ -37,7 +38,8 @@ pub struct Dispatcher {
 }
 
 impl Dispatcher {
-    /// A process that `has_listeners` has clients that come later, which may be passive or silent.
+    /// Clients of listeners may be passive or silent. The one client of a process without listeners
+    /// (Accept=yes) is neither.
     pub fn new(
         config: &Config,
         event_loops: EventLoops,
@@ -50,7 +52,7 @@ impl Dispatcher {
             limit: ConnectionLimit::new(config.args.connections_max),
             clock: IdleClock::new(),
             event_loops,
-            sources: config.args.connections_max_per_source.map(SourceLimit::new),
+            source_limit: config.args.connections_max_per_source.map(SourceLimit::new),
             passive_from: passive_from.unwrap_or_default(),
             silent: wakes_on_data.then(SilentClients::default),
             handover,
@@ -63,26 +65,19 @@ impl Dispatcher {
             return self.refuse(&accepted, reason);
         }
         accepted.listener.counts.admitted.inc();
-        let journal = self.keep(&accepted);
-        self.dispatch(accepted, backend, journal);
+        let entry = self.journal_client(&accepted);
+        self.dispatch(accepted, backend, entry);
     }
 
-    /// Serves a client whose connection existed before this process did, whatever the limits are.
-    pub fn serve_unchecked(self: &Rc<Self>, mut accepted: Accepted, backend: usize) {
-        let journal = self.keep(&accepted);
-        self.acquire_unchecked(&mut accepted.slot, &accepted.client);
-        self.dispatch(accepted, backend, journal);
-    }
-
-    /// Serves a client that a process before this one has accepted and stored.
-    pub fn serve_stored(
+    /// Serves a client that this process has not accepted, whatever the limits are.
+    pub fn serve_unchecked(
         self: &Rc<Self>,
         mut accepted: Accepted,
         backend: usize,
-        journal: Option<JournalEntry>,
+        entry: Option<JournalEntry>,
     ) {
         self.acquire_unchecked(&mut accepted.slot, &accepted.client);
-        self.dispatch(accepted, backend, journal);
+        self.dispatch(accepted, backend, entry);
     }
 
     /// Goes on with a connection that a process before this one has stored.
@@ -97,12 +92,12 @@ impl Dispatcher {
     fn acquire_unchecked(&self, slot: &mut Slot, client: &Address) {
         slot.permit = Some(self.limit.acquire_unchecked());
         slot.source =
-            self.sources.as_ref().and_then(|it| it.acquire_unchecked(client)).map(Box::new);
+            self.source_limit.as_ref().and_then(|it| it.acquire_unchecked(client)).map(Box::new);
     }
 
     fn acquire(self: &Rc<Self>, accepted: &mut Accepted) -> Result<(), RefusalReason> {
         let Accepted { slot, client, .. } = accepted;
-        if let Some(sources) = &self.sources {
+        if let Some(sources) = &self.source_limit {
             let permit = sources.try_acquire(client).ok_or(RefusalReason::Source)?;
             slot.source = Some(Box::new(permit));
         }
@@ -113,7 +108,8 @@ impl Dispatcher {
         Ok(())
     }
 
-    fn keep(&self, accepted: &Accepted) -> Option<JournalEntry> {
+    /// Stores a client, with `--handover=crash`.
+    pub fn journal_client(&self, accepted: &Accepted) -> Option<JournalEntry> {
         self.handover.as_ref()?.keep_client(&accepted.socket)
     }
 
@@ -122,15 +118,17 @@ impl Dispatcher {
         self: &Rc<Self>,
         mut accepted: Accepted,
         backend: usize,
-        journal: Option<JournalEntry>,
+        entry: Option<JournalEntry>,
     ) {
-        let waits = |_: &&_| first_byte(&accepted.socket) != FirstByte::There;
-        let Some(silent) = self.silent.as_ref().filter(waits) else {
-            accepted.slot.in_use = self.begin_use(&accepted.client);
-            return self.event_loops.serve(accepted, backend, journal);
+        let silent = match &self.silent {
+            Some(silent) if first_byte(&accepted.socket) != FirstByte::There => silent,
+            _ => {
+                accepted.slot.in_use = self.begin_use(&accepted.client);
+                return self.event_loops.serve(accepted, backend, entry);
+            }
         };
         let Some(accepted) = accepted.register() else { return };
-        let number = silent.hold(accepted, backend, journal);
+        let number = silent.hold(accepted, backend, entry);
         let this = Rc::clone(self);
         let task = spawn_local(async move {
             let Some(silent) = &this.silent else { return };
@@ -143,13 +141,13 @@ impl Dispatcher {
 
     /// Serves a client that has sent its first byte.
     fn wake(&self, silent: Silent) {
-        let Silent { accepted, backend, journal, .. } = silent;
+        let Silent { accepted, backend, entry, .. } = silent;
         let Accepted { socket, family, client, listener, mut slot } = accepted;
         slot.in_use = self.begin_use(&client);
         // Another event loop may serve it. If there is no descriptor left, the client is reset.
         if let Ok(socket) = socket.release() {
             let accepted = Accepted { socket, family, client, listener, slot };
-            self.event_loops.serve(accepted, backend, journal);
+            self.event_loops.serve(accepted, backend, entry);
         }
     }
 
@@ -202,7 +200,7 @@ impl Dispatcher {
 
     fn refuse(&self, accepted: &Accepted, reason: RefusalReason) {
         let Accepted { client, listener, .. } = accepted;
-        listener.counts.refused[reason as usize].inc();
+        listener.counts.refuse(reason);
         self.limit.notify();
         let limit = match reason {
             RefusalReason::Limit => "connection limit",

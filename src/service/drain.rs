@@ -1,5 +1,5 @@
-//! `--drain-time=`: open connections may end before the process does. New ones are not accepted any
-//! more.
+//! `--drain-time=`: open connections get time to end before the process exits. New ones are not
+//! accepted any more.
 
 use std::time::Duration;
 

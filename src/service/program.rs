@@ -4,7 +4,7 @@ use std::env;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use crate::backend::command::guard_process::helper;
+use crate::backend::command::guard::helper;
 use crate::config::Config;
 use crate::config::parser::Request;
 use crate::listen::activation::{Stdin, take_passed_fds, take_stdin};
@@ -31,8 +31,8 @@ pub unsafe fn run() -> ExitCode {
         Ok(Request::Run(config)) => config.log_level,
         _ => LogLevel::from_environment(),
     };
-    // Precedes any output: standard error may be the client's socket. --help and --version still
-    // print.
+    // Precedes any output: standard error may be the client's socket. Not for --help and --version,
+    // which print to standard output, whatever that is.
     let may_take_stdin = passed.as_ref().map_or(true, Vec::is_empty);
     let stdin = match request {
         Ok(Request::Print(_)) => None,

@@ -14,7 +14,8 @@ use crate::handover::encoding::{Record, RecordBody};
 use crate::handover::journal::{JournalEntry, monotonic_micros};
 use crate::handover::replay::Leftovers;
 use crate::limits::slot::Slot;
-use crate::listen::listener::{Accepted, Listener, ListenerInfo};
+use crate::listen::accepted::{Accepted, ListenerInfo};
+use crate::listen::listener::Listener;
 use crate::listen::stored::StoredListener;
 use crate::logging::message_id;
 use crate::service::server::Server;
@@ -35,8 +36,8 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
         );
     }
     server.listeners.iter().for_each(|(listener, _)| listener.unlink_on_drop(true));
-    // The others are no longer configured. Before this point a start that fails leaves them as they
-    // are.
+    // These listeners are no longer configured. They are closed only now, so that a start that
+    // fails leaves them open.
     leftovers.listeners.into_iter().for_each(StoredListener::close);
     // The listeners that are still used have new entries.
     leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
@@ -60,16 +61,16 @@ fn restore_connection(
     server: &Server,
     snapshot: Box<Snapshot<OwnedFd>>,
     start: u64,
-    journal: Option<JournalEntry>,
+    entry: Option<JournalEntry>,
 ) {
     let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
     let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
     let sockets = snapshot.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
     let (listener, known_backend) = find_listener(server, &sockets[0]);
     let [client, backend] = sockets.map(|socket| or_unnamed(socket.peer_addr()));
-    let slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
+    let slot = Slot::new(listener.count_open(), server.descriptors.reserve_unchecked());
     let restored =
-        Restored { snapshot, client, listener, backend, known_backend, start, slot, journal };
+        Restored { snapshot, client, listener, backend, known_backend, start, slot, entry };
     server.dispatcher.resume(restored);
 }
 
@@ -90,9 +91,9 @@ fn restore_client(server: &Server, socket: OwnedFd, entry: Option<JournalEntry>)
         );
         return abort(&socket);
     };
-    let slot = Slot::new(listener.track(), server.descriptors.reserve_unchecked());
+    let slot = Slot::new(listener.count_open(), server.descriptors.reserve_unchecked());
     let accepted = Accepted { socket, family, client, listener, slot };
-    server.dispatcher.serve_stored(accepted, backend, entry);
+    server.dispatcher.serve_unchecked(accepted, backend, entry);
 }
 
 /// Finds the listener that accepted a socket, by the socket's own address, and its backend.
@@ -123,7 +124,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
     // A single backend is the backend of all listeners.
     let backend = (server.dispatcher.event_loops.settings.backends.len() == 1).then_some(0);
     let label = SocketLabel { name: None, address: local };
-    (ListenerInfo::with_counters(&label, Arc::clone(&server.elsewhere)), backend)
+    (ListenerInfo::with_counters(&label, Arc::clone(&server.unconfigured)), backend)
 }
 
 fn or_unnamed(address: io::Result<SockAddr>) -> Address {

@@ -21,8 +21,8 @@ use crate::counters::ListenerCounters;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::limits::descriptors::FdBudget;
-use crate::listen::accepted::AcceptedSocket;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
+use crate::listen::passed_connection::PassedConnection;
 use crate::logging::os_message;
 use crate::metrics::{self, MetricsSources};
 use crate::notify::Notifier;
@@ -37,7 +37,7 @@ pub struct Server {
     pub listeners: Vec<(Rc<Listener>, usize)>,
     /// A connection that was accepted before the start, with the index of its backend, until it is
     /// served.
-    pub connection: Option<(AcceptedSocket, usize)>,
+    pub connection: Option<(PassedConnection, usize)>,
     pub descriptors: Rc<FdBudget>,
     pub dispatcher: Rc<Dispatcher>,
     pub starter: Option<Starter>,
@@ -51,7 +51,7 @@ pub struct Server {
     /// Journal entries that keep such listeners open after the exit (crash mode only).
     pub listener_entries: Vec<JournalEntry>,
     /// Counters of restored connections whose listener no longer exists.
-    pub elsewhere: Arc<ListenerCounters>,
+    pub unconfigured: Arc<ListenerCounters>,
 }
 
 impl Server {
@@ -67,7 +67,7 @@ impl Server {
         metrics::registry(MetricsSources {
             connections_max: self.dispatcher.limit.max(),
             listeners: self.listeners.iter().map(listener).collect(),
-            elsewhere: Arc::clone(&self.elsewhere),
+            unconfigured: Arc::clone(&self.unconfigured),
             backends: settings.backends.iter().map(backend).collect(),
             loops: Arc::clone(&settings.loops),
             restored: self.restored,
@@ -99,10 +99,13 @@ impl Server {
         Tasks { accepting, supervising }
     }
 
-    fn serve_passed(&self, connection: AcceptedSocket, backend: usize) {
+    fn serve_passed(&self, connection: PassedConnection, backend: usize) {
         // The connection exists already, so neither limit can refuse it.
         match connection.into_accepted(self.descriptors.reserve_unchecked()) {
-            Some(accepted) => self.dispatcher.serve_unchecked(accepted, backend),
+            Some(accepted) => {
+                let entry = self.dispatcher.journal_client(&accepted);
+                self.dispatcher.serve_unchecked(accepted, backend, entry);
+            }
             None => tracing::debug!("Connection ended by the client before it was served."),
         }
     }
@@ -127,6 +130,7 @@ impl Server {
             let states = [NotifyState::Ready, NotifyState::Status(PROCESSING)];
             notifier.send(&states).await;
             ready.send_replace(true);
+            // None of these ends. The second says so by its type.
             tokio::join!(
                 self.publish_status(notifier),
                 notifier.feed_watchdog(),
@@ -173,7 +177,7 @@ impl Server {
     /// Resets connections that are not in use whenever COMMAND is frozen or stopped.
     async fn reset_unused(&self) -> Infallible {
         loop {
-            self.dispatcher.clock.expired().await;
+            self.dispatcher.clock.reset_requested().await;
             self.dispatcher.reset_unused();
         }
     }

@@ -16,15 +16,15 @@ use tokio::time::Instant;
 use crate::config::timespan::TimeSpan;
 use crate::connection::close_unserved;
 use crate::handover::journal::JournalEntry;
-use crate::handover::{Detached, DetachedState, Handover};
-use crate::listen::listener::Accepted;
+use crate::handover::{Detached, Handover};
+use crate::listen::accepted::Accepted;
 use crate::socket::{FirstByte, Socket, first_byte};
 
 /// A client, its backend, and its stored form.
 pub struct Silent {
     pub accepted: Accepted<Socket>,
     pub backend: usize,
-    pub journal: Option<JournalEntry>,
+    pub entry: Option<JournalEntry>,
     start: Instant,
     /// The task that waits for its first byte.
     task: Option<AbortHandle>,
@@ -43,14 +43,14 @@ impl SilentClients {
         &self,
         accepted: Accepted<Socket>,
         backend: usize,
-        journal: Option<JournalEntry>,
+        entry: Option<JournalEntry>,
     ) -> u64 {
-        if journal.is_some() {
+        if entry.is_some() {
             accepted.socket.mark_shared();
         }
         let number = self.next.get();
         self.next.set(number + 1);
-        let silent = Silent { accepted, backend, journal, start: Instant::now(), task: None };
+        let silent = Silent { accepted, backend, entry, start: Instant::now(), task: None };
         self.clients.borrow_mut().insert(number, silent);
         number
     }
@@ -112,18 +112,8 @@ impl SilentClients {
     /// Stores all clients for the next process.
     pub fn detach_all(&self, handover: &Handover) {
         let detached = self.take_all().filter_map(|silent| {
-            let Silent { accepted: Accepted { socket, slot, .. }, journal, start, .. } = silent;
-            match journal {
-                Some(entry) => {
-                    entry.detach();
-                    socket.detach();
-                    None
-                }
-                None => {
-                    let state = DetachedState::Client(socket);
-                    Some(Detached { start, state, _slot: slot })
-                }
-            }
+            let Silent { accepted: Accepted { socket, slot, .. }, entry, start, .. } = silent;
+            Detached::client(start, socket, slot, entry)
         });
         handover.store(detached.collect());
     }
@@ -136,6 +126,6 @@ impl Silent {
 
     /// Closes the client, which gives way or has ended.
     pub fn close(self) {
-        close_unserved(self.accepted.socket, self.journal);
+        close_unserved(self.accepted.socket, self.entry);
     }
 }

@@ -4,10 +4,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use rustix::thread::set_no_new_privs;
-use tokio::sync::Semaphore;
 
 use crate::backend::command::Supervisor;
-use crate::backend::connect::Connector;
+use crate::backend::connect::{ConnectPermits, Connector};
 use crate::backend::readiness::Readiness;
 use crate::backend::start_command::StartCommand;
 use crate::backend::starter::Starter;
@@ -25,7 +24,7 @@ use crate::handover::replay::Leftovers;
 use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
 use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::listener::Listener;
-use crate::listen::{Sources, check_no_loop};
+use crate::listen::{ClientSockets, check_no_loop};
 use crate::logging::os_message;
 use crate::metrics::exporter::Exporter;
 use crate::notify::Notifier;
@@ -73,8 +72,8 @@ pub async fn start(
         Handover::open(config.handover, opens, &mut passed, notifier).await?;
     let has_connections = !leftovers.connections.is_empty();
     let stored = &mut leftovers.listeners;
-    let sources = Sources::open(&config.args.listen, passed, stored, has_connections).await?;
-    let server = build(config, sources, handover, &leftovers)?;
+    let sockets = ClientSockets::open(&config.args.listen, passed, stored, has_connections).await?;
+    let server = build(config, sockets, handover, &leftovers)?;
     if let Some(exporter) = &mut exporter {
         exporter.serve(server.metrics()).map_err(|error| {
             format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
@@ -85,14 +84,17 @@ pub async fn start(
 
 fn build(
     config: Config,
-    sources: Sources,
+    sockets: ClientSockets,
     handover: Option<Arc<Handover>>,
     leftovers: &Leftovers,
 ) -> Result<Server, String> {
-    check_single_connection(&config, &sources)?;
-    let backends = backends_of(&config, &sources)?;
-    let connection = sources.connection.zip(backends.first().copied());
-    let listeners: Vec<_> = sources.listeners.into_iter().zip(backends).collect();
+    check_single_connection(&config, &sockets)?;
+    let backends = backends_of(&config, &sockets)?;
+    if let Some(keepalive) = config.keepalive {
+        sockets.set_keepalive(keepalive);
+    }
+    let connection = sockets.connection.zip(backends.first().copied());
+    let listeners: Vec<_> = sockets.listeners.into_iter().zip(backends).collect();
     let is_journaled = handover.as_ref().is_some_and(|handover| handover.is_crash_mode());
     let fds = FdPlan::of_this_process(&config, is_journaled, leftovers.descriptors())?;
     if starts_programs(&config) {
@@ -138,20 +140,18 @@ fn build(
         restored: leftovers.connections.len(),
         has_opened,
         listener_entries,
-        elsewhere: Arc::default(),
+        unconfigured: Arc::default(),
     })
 }
 
 /// Whether the proxy starts programs: COMMAND, or those of `--start-command=` and `--ready=exec:`.
 fn starts_programs(config: &Config) -> bool {
-    config.command.is_some()
-        || config.args.start_command.is_some()
-        || matches!(config.ready, ReadyMode::Exec(_))
+    config.starts_backend() || matches!(config.ready, ReadyMode::Exec(_))
 }
 
 /// Refuses options that do not fit Accept=yes, where each connection has a process of its own.
-fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), String> {
-    if sources.connection.is_none() {
+fn check_single_connection(config: &Config, sockets: &ClientSockets) -> Result<(), String> {
+    if sockets.connection.is_none() {
         return Ok(());
     }
     let option = match (&config.command, &config.args.metrics) {
@@ -166,8 +166,8 @@ fn check_single_connection(config: &Config, sources: &Sources) -> Result<(), Str
 }
 
 /// Finds the backend of each source.
-fn backends_of(config: &Config, sources: &Sources) -> Result<Vec<usize>, String> {
-    let labels = sources.labels();
+fn backends_of(config: &Config, sockets: &ClientSockets) -> Result<Vec<usize>, String> {
+    let labels = sockets.labels();
     let backends = match &labels[..] {
         // No socket accepts.
         [] => Vec::new(),
@@ -179,24 +179,19 @@ fn backends_of(config: &Config, sources: &Sources) -> Result<Vec<usize>, String>
              selector.)"
         );
     }
-    if let Some(keepalive) = config.keepalive {
-        sources.set_keepalive(keepalive);
-    }
     Ok(backends)
 }
 
-/// Returns the setup of each target. All share the limits on lookups and on watched addresses.
+/// Returns the setup of each target. All share the permits.
 fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
-    let limits = [fds.lookups, fds.watch_places, fds.beside_places];
-    let [lookups, watched, beside] = limits.map(|max| Arc::new(Semaphore::new(max)));
+    let permits = ConnectPermits::new(fds.lookups, fds.watch_places, fds.beside_places);
     let setup = |target: &Target| {
         let connector = Connector::new(
             target.clone(),
             config.args.start_command.is_some(),
             config.args.connect_timeout,
             config.keepalive,
-            Arc::clone(&lookups),
-            [Arc::clone(&watched), Arc::clone(&beside)],
+            permits.clone(),
         );
         let readiness = Readiness::new(&config.ready, config.args.proxy_protocol, &connector);
         BackendSetup { connector, probe: SharedProbe::default(), readiness }

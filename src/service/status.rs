@@ -11,13 +11,13 @@ use crate::backend::lifecycle::Lifecycle;
 use crate::backend::state::BackendState;
 use crate::config::timespan::TimeSpan;
 use crate::limits::{ConnectionCounts, ConnectionLimit};
-use crate::listen::listener::ListenerInfo;
+use crate::listen::accepted::ListenerInfo;
 use crate::logging::bounded_line;
 use crate::logging::bytes::Bytes;
 use crate::notify::Notifier;
 
-/// Once the proxy serves, and until the first change; systemd-socket-proxyd's words, as is the
-/// next.
+/// Once the proxy serves, and until the first change; systemd-socket-proxyd's words, like
+/// [`SHUTTING_DOWN`].
 pub const PROCESSING: &str = "Processing requests...";
 
 /// While COMMAND stops and open connections are reset.
@@ -59,12 +59,12 @@ pub async fn publish_status(
     let mut sent = String::new();
     let mut next = Instant::now();
     let mut state = lifecycle.map(Lifecycle::watch);
-    let mut command: Option<(String, BackendState, Instant)> = None;
-    let mut starts = 0;
+    // The backend's state and its number of starts, and since when.
+    let mut backend: Option<((BackendState, u64), Instant)> = None;
     loop {
         let open = limit.counts().open;
-        let running = command.as_ref().filter(|(_, state, _)| *state == BackendState::Ready);
-        let next_age = running.map(|(_, _, since)| Age::new(since.elapsed()).next);
+        let running = backend.filter(|((state, _), _)| *state == BackendState::Ready);
+        let next_age = running.map(|(_, since)| Age::new(since.elapsed()).next);
         tokio::select! {
             () = limit.changed() => {}
             // Disabled if there is no COMMAND.
@@ -75,13 +75,10 @@ pub async fn publish_status(
         sleep_until(next).await;
         next = Instant::now() + INTERVAL;
         if let (Some(lifecycle), Some(state)) = (lifecycle, &mut state) {
-            let state = *state.borrow_and_update();
-            let is_same_run = starts == lifecycle.counters.all.get();
-            starts = lifecycle.counters.all.get();
-            let since = command.filter(|(_, before, _)| *before == state && is_same_run);
-            let since = since.map(|(_, _, since)| since);
-            let since = since.unwrap_or_else(Instant::now);
-            command = Some((lifecycle.name.clone(), state, since));
+            let now = (*state.borrow_and_update(), lifecycle.counters.all.get());
+            if backend.is_none_or(|(before, _)| before != now) {
+                backend = Some((now, Instant::now()));
+            }
         }
         let counts = limit.counts();
         let failed = listeners.iter().map(|info| info.counts.failed.get()).sum();
@@ -89,7 +86,8 @@ pub async fn publish_status(
         let waiting = listeners.iter().map(|info| info.counts.waiting.taken()).sum();
         let open = listeners.iter().map(|info| (info.to_string(), info.counts.open.taken()));
         let open = open.filter(|(_, open)| *open > 0 && listeners.len() > 1).collect();
-        let command = command.as_ref().map(|(name, state, since)| (name, *state, since.elapsed()));
+        let command = lifecycle.zip(backend);
+        let command = command.map(|(it, ((state, _), since))| (&it.name, state, since.elapsed()));
         let status = {
             let bytes = bytes();
             Status { counts, waiting, failed, refused, max, bytes, restored, open, command }

@@ -4,11 +4,11 @@
 //! One task runs the supervisor ([`Supervisor::run`]) from top to bottom. Everything else sees the
 //! [`Lifecycle`].
 
-pub mod guard_process;
-pub mod process;
+pub mod guard;
+pub mod guard_client;
 pub mod process_tree;
 mod terminate;
-pub mod ready;
+pub mod notify_socket;
 pub mod run_result;
 
 use std::convert::Infallible;
@@ -22,8 +22,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use crate::backend::command::process::CommandProcess;
-use crate::backend::command::ready::{NotifyPlace, NotifySocket};
+use crate::backend::command::guard_client::CommandProcess;
+use crate::backend::command::notify_socket::{NotifyDirectory, NotifySocket};
 use crate::backend::command::run_result::{RunResult, describe_status};
 use crate::backend::connect_error::CheckError;
 use crate::backend::lifecycle::Lifecycle;
@@ -35,8 +35,7 @@ use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{BusyMode, ReadyMode};
 use crate::limits::idle_clock::IdleClock;
-use crate::logging::message_id;
-use crate::logging::{RateLimit, os_message, rate_limited};
+use crate::logging::{RateLimit, message_id, os_message, rate_limited};
 use crate::socket::Socket;
 
 /// Starts and stops COMMAND.
@@ -46,7 +45,7 @@ pub struct Supervisor {
     /// The target that COMMAND serves.
     target: Target,
     /// Where COMMAND sends notifications, if it may.
-    notify: Option<NotifyPlace>,
+    notify: Option<NotifyDirectory>,
     notifies_ready: bool,
     notifies_busy: bool,
     times: CommandTimes,
@@ -74,7 +73,7 @@ impl Supervisor {
             lifecycle: Lifecycle::new(command.to_string(), true),
             command,
             target,
-            notify: notifies.then(NotifyPlace::find).transpose()?,
+            notify: notifies.then(NotifyDirectory::find).transpose()?,
             notifies_ready,
             notifies_busy,
             times,
@@ -102,14 +101,15 @@ impl Supervisor {
     /// Runs COMMAND once: from the decision to start it until no process of it is left.
     async fn run_once(&self, wait: &BackendWait, clock: &IdleClock) -> RunResult {
         self.lifecycle.set_state(BackendState::Starting);
-        // Both outlive `serve`: COMMAND needs its notification socket until it is stopped.
+        // `serve` fills both in. They outlive it: COMMAND needs its notification socket until it is
+        // stopped.
         let (mut notify, mut process) = (None, None);
         let result = tokio::select! {
             biased;
             () = self.lifecycle.stop_requested() => RunResult::StopRequested,
             () = clock.alarm(self.times.stop_idle) => RunResult::Idle,
             result = self.serve(wait, clock, &mut notify, &mut process) => {
-                result.map_or_else(|result| result, RunResult::Exited)
+                result.unwrap_or_else(|early| early)
             }
         };
         clock.end_run();
@@ -129,10 +129,10 @@ impl Supervisor {
                 }
                 _ => {}
             }
-            self.lifecycle.set_error(format!("{name} is still stopping"));
+            self.lifecycle.set_wait_reason(format!("{name} is still stopping"));
             self.lifecycle.set_state(BackendState::Stopping);
             if !matches!(result, RunResult::Failed(_)) {
-                clock.expire();
+                clock.request_reset();
             }
             process.stop().await;
         }
@@ -140,15 +140,17 @@ impl Supervisor {
         result
     }
 
-    /// Starts COMMAND, and waits until it is ready and until it exits. Returns the status of a
-    /// COMMAND that has served.
+    /// Starts COMMAND, and waits until it is ready and until it exits.
+    ///
+    /// # Errors
+    /// How the run ended, if COMMAND was not ready or only for a moment.
     async fn serve(
         &self,
         wait: &BackendWait,
         clock: &IdleClock,
         notify: &mut Option<NotifySocket>,
         process: &mut Option<CommandProcess>,
-    ) -> Result<Option<ExitStatus>, RunResult> {
+    ) -> Result<RunResult, RunResult> {
         let (name, target) = (&self.command, &self.target);
         let reason = self.check_target_free(wait).await?;
         rate_limited!(
@@ -158,7 +160,7 @@ impl Supervisor {
             "Starting {name}, {target} does not answer yet ({reason})."
         );
         self.lifecycle.counters.all.inc();
-        // Opened when the guard is about to start: it removes the file if the proxy is killed.
+        // The guard removes the file if the proxy is killed, so the socket is opened only now.
         if let Some(place) = &self.notify {
             *notify = Some(place.open().map_err(RunResult::Failed)?);
         }
@@ -194,7 +196,7 @@ impl Supervisor {
         if ready.elapsed() < STEADY {
             return Err(RunResult::early_exit(name, "as soon as", status));
         }
-        Ok(status)
+        Ok(RunResult::Exited(status))
     }
 
     /// Freezes COMMAND whenever it is idle, and thaws it for the next use, until it exits. Returns
@@ -218,9 +220,9 @@ impl Supervisor {
                 "Freezing {name}, no connection for {time}."
             );
             // From now on clients wait.
-            self.lifecycle.set_error(format!("{name} is frozen"));
+            self.lifecycle.set_wait_reason(format!("{name} is frozen"));
             self.lifecycle.set_state(BackendState::Frozen);
-            clock.expire();
+            clock.request_reset();
             if let Err(status) = process.freeze().await {
                 return status;
             }
@@ -239,7 +241,8 @@ impl Supervisor {
     /// Checks that no other process serves the target. Returns why the target does not answer.
     async fn check_target_free(&self, wait: &BackendWait) -> Result<String, RunResult> {
         let target = &self.target;
-        self.lifecycle.set_error(format!("Failed to connect to remote host: {target}: no answer"));
+        self.lifecycle
+            .set_wait_reason(format!("Failed to connect to remote host: {target}: no answer"));
         match wait.answers().await {
             Ok(()) => Err(RunResult::AddressInUse),
             Err(CheckError::Permanent(error)) => Err(RunResult::Unreachable(error)),
@@ -248,7 +251,9 @@ impl Supervisor {
     }
 
     /// Waits until COMMAND sends `READY=1`, or else until the target can serve clients. Returns the
-    /// connection that showed it, if there is one. The target is tried only while a client waits.
+    /// connection that showed it, if there is one.
+    ///
+    /// The target is tried only while a client waits: otherwise the connection would be wasted.
     async fn wait_until_ready(
         &self,
         notify: Option<&NotifySocket>,
@@ -256,14 +261,14 @@ impl Supervisor {
     ) -> Result<Option<Socket>, RunResult> {
         let name = &self.command;
         if let Some(notify) = notify {
-            self.lifecycle.set_error(format!("{name} runs, but has not sent READY=1"));
+            self.lifecycle.set_wait_reason(format!("{name} runs, but has not sent READY=1"));
             notify.ready().await;
             return Ok(None);
         }
         let failed = |error: String| {
-            self.lifecycle.set_error(format!("{error}, but {name} runs"));
+            self.lifecycle.set_wait_reason(format!("{error}, but {name} runs"));
         };
-        let mut waiting = self.lifecycle.attending();
+        let mut waiting = self.lifecycle.waiting();
         loop {
             let _ = waiting.wait_for(|waiting| *waiting > 0).await;
             tokio::select! {
@@ -283,7 +288,7 @@ impl Supervisor {
             "{} is not ready after {}: {}.",
             self.command,
             TimeSpan::new(SLOW),
-            self.lifecycle.current_error()
+            self.lifecycle.wait_reason()
         );
         pending().await
     }
@@ -304,17 +309,17 @@ impl Supervisor {
             ),
             RunResult::Failed(error) => {
                 *failures = before.saturating_add(1);
-                return lifecycle.fail(error, *failures);
+                return lifecycle.record_failure(error, *failures);
             }
             RunResult::AddressInUse => {
                 let error =
                     format!("Failed to start {name}: another process serves {target} already");
                 let message_id = message_id::COMMAND_FAILED;
-                return lifecycle.obstruct(BackendState::AddressInUse, message_id, error);
+                return lifecycle.record_obstacle(BackendState::AddressInUse, message_id, error);
             }
             RunResult::Unreachable(error) => {
                 let (message_id, error) = (message_id::BACKEND_UNREACHABLE, error.to_string());
-                return lifecycle.obstruct(BackendState::Unreachable, message_id, error);
+                return lifecycle.record_obstacle(BackendState::Unreachable, message_id, error);
             }
         }
         lifecycle.set_state(BackendState::Stopped);

@@ -8,7 +8,8 @@ use rustix::process::{Pid, Uid};
 
 /// The processes whose messages count as COMMAND's.
 ///
-/// A control group would not do: outside of a unit COMMAND shares its group with the whole session.
+/// A control group would not do: outside of a unit COMMAND shares its control group with the whole
+/// session.
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessTree {
     /// COMMAND's process group.

@@ -1,7 +1,8 @@
 //! How the processes of COMMAND end, and how they are frozen.
 //!
-//! They end by SIGTERM, and by SIGKILL when they take too long. COMMAND's process group comes
-//! first. When no process of it is left, the processes that had left the group get the same.
+//! All of this runs in the guard, except for [`kill_group`]. The processes end by SIGTERM, and by
+//! SIGKILL when they take too long. COMMAND's process group comes first. Once the group is empty,
+//! the processes that have moved to other groups get the same two signals.
 //!
 //! All processes below the guard are frozen by SIGSTOP, whatever their group, and thawed by
 //! SIGCONT. A stopped process acts on SIGTERM only once it goes on, so SIGCONT precedes every
@@ -20,7 +21,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::logging::{RateLimit, rate_limited};
 
-/// The processes of COMMAND, as the guard sees them: its children.
+/// The processes of COMMAND: all that descend from the guard.
 pub struct Processes {
     /// COMMAND's name, for messages.
     name: String,
@@ -101,10 +102,10 @@ impl Processes {
         self.deadline.is_some()
     }
 
-    /// Reaps the processes that have ended, passes COMMAND's own status (wait(2)) to `exited`, and
-    /// goes on to end those that COMMAND has left behind. Returns whether there is anything left to
-    /// wait for.
-    pub fn reap(&mut self, exited: impl Fn(i32)) -> bool {
+    /// Reaps the processes that have ended, and passes COMMAND's own status (wait(2)) to `exited`.
+    /// Sends SIGTERM once COMMAND has exited, and SIGKILL when that is due. Returns whether the
+    /// guard has anything left to wait for.
+    pub fn reap_and_signal(&mut self, exited: impl Fn(i32)) -> bool {
         let has_children = loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) if pid == self.command => {
@@ -146,7 +147,8 @@ impl Processes {
         }
     }
 
-    /// Sends SIGKILL, again and again. Returns `false` when that has not helped.
+    /// Sends SIGKILL once: the guard calls this again and again. Turns to the processes outside the
+    /// group after [`GROUP_KILLS_MAX`] calls. Returns `false` when that has not helped either.
     fn kill(&mut self) -> bool {
         if self.kills == GROUP_KILLS_MAX && !self.is_group_gone {
             // A zombie is left whose parent does not reap it: the parent may have left the group.
@@ -225,15 +227,15 @@ pub async fn kill_group(group: Pid) {
 /// From SIGTERM to SIGKILL when the proxy stops COMMAND.
 pub const GRACE: Duration = Duration::from_secs(10);
 
-/// From SIGTERM to SIGKILL when the proxy is gone, whose next instance may wait for the address,
-/// and for processes that have left the group.
+/// From SIGTERM to SIGKILL for processes outside the group, and for all when the proxy is gone: the
+/// next proxy may wait for the address.
 pub const SHORT_GRACE: Duration = Duration::from_secs(3);
 
 /// How often to check which processes are left.
 pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Searches for processes that are not frozen yet, and the pause between two. A process that waits
-/// for a disk is stopped when that answers.
+/// for a disk (state D) stops only when the disk has answered.
 const FREEZE_PASSES_MAX: u32 = 100;
 const FREEZE_PAUSE: Duration = Duration::from_millis(1);
 

@@ -47,7 +47,7 @@ pub async fn probe(
     let answer = tokio::select! {
         biased;
         answer = &mut answer => answer,
-        // The connection has passed its end on.
+        // The connection has ended, and with it `answer`.
         _ = connection => answer.await,
     };
     let status = answer.map_err(reason)?.status();

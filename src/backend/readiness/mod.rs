@@ -1,9 +1,9 @@
 //! `--ready=http:PATH` and `--ready=exec:LINE`: whether a backend that accepts connections can also
 //! serve them.
 //!
-//! A backend is not ready at the start. A probe that succeeds makes it ready. A connect that fails,
-//! the end of COMMAND, and [`UNUSED_MAX`] without an open connection end that: the backend may have
-//! been restarted.
+//! A backend is not ready at the start. A probe that succeeds makes it ready. It is no longer ready
+//! after a connect that fails, after the end of COMMAND, and after [`UNUSED_MAX`] without an open
+//! connection: it may have been restarted.
 
 mod exec;
 mod http;
@@ -30,8 +30,8 @@ pub struct Readiness {
     probe: Probe,
     connector: Connector,
     state: Mutex<State>,
-    /// When the last probe began, or ended. Locked while a probe runs: there is one at a time.
-    last_probe: tokio::sync::Mutex<Option<Instant>>,
+    /// No probe begins before this. Locked while a probe runs: there is one at a time.
+    next_probe: tokio::sync::Mutex<Option<Instant>>,
 }
 
 /// What to ask the backend.
@@ -70,7 +70,7 @@ impl Readiness {
             probe,
             connector: connector.clone(),
             state: Mutex::default(),
-            last_probe: tokio::sync::Mutex::default(),
+            next_probe: tokio::sync::Mutex::default(),
         }))
     }
 
@@ -85,13 +85,13 @@ impl Readiness {
         lock(&self.state).ready = Some(Instant::now());
     }
 
-    /// Has the next client cause a probe.
+    /// Makes the next client cause a probe.
     pub fn reset(&self) {
         lock(&self.state).ready = None;
     }
 
     /// Counts a connection until the result is dropped.
-    pub fn open(self: &Arc<Self>) -> OpenConnection {
+    pub fn count_open(self: &Arc<Self>) -> OpenConnection {
         lock(&self.state).open += 1;
         OpenConnection(Arc::clone(self))
     }
@@ -101,12 +101,12 @@ impl Readiness {
     /// # Errors
     /// A permanent error.
     pub async fn wait_until_ready(&self, failed: impl Fn(String)) -> Result<(), ConnectError> {
-        let mut last_probe = self.last_probe.lock().await;
+        let mut next_probe = self.next_probe.lock().await;
         while !self.is_ready() {
-            if let Some(last_probe) = *last_probe {
-                sleep_until(last_probe + PROBE_INTERVAL).await;
+            if let Some(next_probe) = *next_probe {
+                sleep_until(next_probe).await;
             }
-            *last_probe = Some(Instant::now());
+            *next_probe = Some(Instant::now() + PROBE_INTERVAL);
             match self.probe_once().await {
                 Ok(()) => {}
                 Err(CheckError::Permanent(error)) => return Err(error),
@@ -116,33 +116,40 @@ impl Readiness {
         Ok(())
     }
 
-    /// Returns whether the backend is ready, by a probe if the last one is over for a while.
+    /// Returns whether the backend is ready, by a probe if one is due. Clients that wait for this
+    /// probe cause none of their own.
     pub async fn ask(&self) -> bool {
-        let mut last_probe = self.last_probe.lock().await;
-        if !self.is_ready() && last_probe.is_none_or(|last| last.elapsed() >= PROBE_INTERVAL) {
+        let mut next_probe = self.next_probe.lock().await;
+        if !self.is_ready() && next_probe.is_none_or(|next| next <= Instant::now()) {
             let _ = self.probe_once().await;
-            *last_probe = Some(Instant::now());
+            *next_probe = Some(Instant::now() + PROBE_INTERVAL);
         }
         self.is_ready()
     }
 
     /// Probes once.
     pub async fn probe_once(&self) -> Result<(), CheckError> {
-        let no_answer = format!("no answer within {}", TimeSpan::new(PROBE_TIME));
-        let no_answer = Err(ProbeError::Answer(no_answer));
-        let error = match timeout(PROBE_TIME, self.probe()).await.unwrap_or(no_answer) {
-            Ok(()) => {
-                self.set_ready();
-                return Ok(());
+        let probed = timeout(PROBE_TIME, self.probe()).await.unwrap_or_else(|_| {
+            let no_answer = format!("no answer within {}", TimeSpan::new(PROBE_TIME));
+            Err(CheckError::NotYet(self.describe(&no_answer)))
+        });
+        match &probed {
+            Ok(()) => self.set_ready(),
+            Err(_) => drop(self.connector.counters.probe_failures.inc()),
+        }
+        probed
+    }
+
+    async fn probe(&self) -> Result<(), CheckError> {
+        let target = &self.connector.target;
+        let answer = match &self.probe {
+            Probe::Http(path, header) => {
+                let socket = connect_once(&self.connector).await?;
+                http::probe(socket, header, target, path).await
             }
-            Err(ProbeError::Connect(error)) if !error.is_transient() => {
-                CheckError::Permanent(error)
-            }
-            Err(ProbeError::Connect(error)) => CheckError::NotYet(error.to_string()),
-            Err(ProbeError::Answer(answer)) => CheckError::NotYet(self.describe(&answer)),
+            Probe::Exec(line) => exec::probe(line, target).await,
         };
-        self.connector.counters.probe_failures.inc();
-        Err(error)
+        answer.map_err(|answer| CheckError::NotYet(self.describe(&answer)))
     }
 
     /// Returns the message for what a probe says.
@@ -153,25 +160,6 @@ impl Readiness {
             Probe::Exec(line) => format!("{target} is not ready: {line}: {answer}"),
         }
     }
-
-    async fn probe(&self) -> Result<(), ProbeError> {
-        let target = &self.connector.target;
-        let answer = match &self.probe {
-            Probe::Http(path, header) => {
-                let connected = connect_once(&self.connector).await;
-                http::probe(connected.map_err(ProbeError::Connect)?, header, target, path).await
-            }
-            Probe::Exec(line) => exec::probe(line, target).await,
-        };
-        answer.map_err(ProbeError::Answer)
-    }
-}
-
-/// Why a probe failed.
-enum ProbeError {
-    Connect(ConnectError),
-    /// What the backend or the command says.
-    Answer(String),
 }
 
 /// A connection to the backend, counted until this is dropped.
@@ -197,17 +185,16 @@ const UNUSED_MAX: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::Semaphore;
     use tokio::time::advance;
 
     use super::*;
+    use crate::backend::connect::ConnectPermits;
     use crate::config::target::Target;
 
     fn readiness(mode: &str) -> Option<Arc<Readiness>> {
         let target = Target::parse("/run/app".as_ref()).unwrap();
-        let [lookups, watched, beside] = [1; 3].map(|max| Arc::new(Semaphore::new(max)));
-        let connector =
-            Connector::new(target, false, TimeSpan::INFINITY, None, lookups, [watched, beside]);
+        let permits = ConnectPermits::new(1, 1, 1);
+        let connector = Connector::new(target, false, TimeSpan::INFINITY, None, permits);
         Readiness::new(&mode.parse().unwrap(), None, &connector)
     }
 
@@ -222,7 +209,7 @@ mod tests {
         assert!(!readiness.is_ready());
 
         readiness.set_ready();
-        let connections = [readiness.open(), readiness.open()];
+        let connections = [readiness.count_open(), readiness.count_open()];
         advance(UNUSED_MAX * 2).await;
         assert!(readiness.is_ready(), "in use");
         let [first, second] = connections;
@@ -240,7 +227,7 @@ mod tests {
     async fn backend_that_failed_stays_unready_when_its_connections_end() {
         let readiness = readiness("http:/").unwrap();
         readiness.set_ready();
-        let connection = readiness.open();
+        let connection = readiness.count_open();
         readiness.reset();
         assert!(!readiness.is_ready());
         drop(connection);

@@ -1,6 +1,6 @@
 //! One run of COMMAND, as the proxy sees it, through the guard's socket.
 //!
-//! The proxy sends COMMAND's words to the [guard process](crate::backend::command::guard_process),
+//! The proxy sends COMMAND's words to the [guard process](crate::backend::command::guard),
 //! and later [`FREEZE`], [`THAW`] and [`STOP`]. The guard sends [`Event`]s, and exits when no
 //! process of COMMAND is left. When the proxy is gone, the guard reads the end of the stream.
 
@@ -51,7 +51,7 @@ impl CommandProcess {
         Ok(Self { control: UnixStream::from_std(control)?, guard, is_launched: false, group: None })
     }
 
-    /// Has the guard start COMMAND with this soft limit on descriptors. Returns COMMAND's
+    /// Asks the guard to start COMMAND with this soft limit on descriptors. Returns COMMAND's
     /// processes.
     ///
     /// # Errors
@@ -84,7 +84,7 @@ impl CommandProcess {
         }
     }
 
-    /// Has the guard stop COMMAND's processes where they are (SIGSTOP), and waits until it has.
+    /// Asks the guard to stop COMMAND's processes where they are (SIGSTOP), and waits for that.
     ///
     /// # Errors
     /// The status of a COMMAND that has exited, as from [`CommandProcess::exited`].
@@ -98,12 +98,12 @@ impl CommandProcess {
         }
     }
 
-    /// Has the guard let COMMAND's processes go on.
+    /// Asks the guard to let COMMAND's processes go on.
     pub async fn thaw(&mut self) {
         let _ = self.control.write_all(&[THAW]).await;
     }
 
-    /// Has the guard stop COMMAND, and waits until none of its processes is left.
+    /// Asks the guard to stop COMMAND, and waits until none of its processes is left.
     pub async fn stop(mut self) {
         if self.is_launched {
             // EPIPE: the guard has ended, which the read below shows as well.
@@ -117,8 +117,8 @@ impl CommandProcess {
         }
     }
 
-    /// Waits for the next event. Cancelling loses nothing: the guard writes an event at once, and a
-    /// read gets the whole of it.
+    /// Waits for the next event, and notes COMMAND's process group. Cancelling loses nothing: the
+    /// guard writes an event by one write(2), so a read gets the whole of it.
     async fn event(&mut self) -> io::Result<Event> {
         let mut bytes = [0; Event::SIZE];
         self.control.read_exact(&mut bytes).await?;

@@ -14,8 +14,8 @@
 //! needs no unsafe code then. It asks to be killed when the guard dies, which lasts beyond
 //! execve(2).
 //!
-//! [`process`](crate::backend::command::process) has the proxy's side of the socket, and the
-//! protocol.
+//! [`guard_client`](crate::backend::command::guard_client) has the proxy's side of the socket, and
+//! the protocol.
 
 use std::convert::Infallible;
 use std::env;
@@ -36,16 +36,16 @@ use tokio::net::UnixStream;
 use tokio::signal::unix::{self, SignalKind, signal};
 use tokio::time::sleep;
 
-use crate::backend::command::process::{Event, FREEZE, GUARD, STOP, THAW, THIS_PROGRAM};
-use crate::backend::command::ready::remove_left_behind;
+use crate::backend::command::guard_client::{Event, FREEZE, GUARD, STOP, THAW, THIS_PROGRAM};
+use crate::backend::command::notify_socket::remove_left_behind;
 use crate::backend::command::terminate::{GRACE, POLL_INTERVAL, Processes, SHORT_GRACE};
 use crate::config::command::CommandLine;
 use crate::logging::os_message;
 use crate::runtime::dispositions::restore_dispositions;
 use crate::runtime::event_loop;
 
-/// Returns what this process is to run instead of the proxy, told from `argv[0]`: the guard, or the
-/// moment before COMMAND. Both return one line on a failure.
+/// Returns what this process is to run instead of the proxy, if `argv[0]` names that: the guard, or
+/// the moment before COMMAND. Both return one line on a failure.
 pub fn helper() -> Option<fn() -> Result<(), String>> {
     match env::args_os().next()?.to_str()? {
         GUARD => Some(|| {
@@ -111,7 +111,7 @@ impl Guard {
     /// Waits until no process of COMMAND is left. Returns whether the proxy is gone, too.
     async fn watch(mut self, mut child_ended: unix::Signal) -> bool {
         let mut proxy_is_gone = false;
-        while self.processes.reap(|status| send(&self.control, Event::Exited(status))) {
+        while self.processes.reap_and_signal(|status| send(&self.control, Event::Exited(status))) {
             let mut byte = [0];
             tokio::select! {
                 _ = child_ended.recv() => {}

@@ -36,9 +36,9 @@ use crate::socket::sys::register;
 
 /// The directory that has a socket for each run of COMMAND.
 #[derive(Debug)]
-pub struct NotifyPlace(PathBuf);
+pub struct NotifyDirectory(PathBuf);
 
-impl NotifyPlace {
+impl NotifyDirectory {
     /// Finds the unit's runtime directory, the user's, or the one for temporary files, and checks
     /// that a socket can be made there.
     ///
@@ -86,9 +86,9 @@ pub fn remove_left_behind() {
 
 /// The socket that one run of COMMAND notifies. Dropping it removes the file.
 ///
-/// From [`NotifySocket::listen`] on a task reads the socket for as long as it exists, before and
-/// after `READY=1`: sd_notify(3) blocks when ten messages are queued, and systemd-notify(1) until
-/// the descriptor of its last message is closed.
+/// From [`NotifySocket::listen`] on a task reads the socket for as long as it exists, also after
+/// `READY=1`. Otherwise sd_notify(3) would block once ten messages are queued, and
+/// systemd-notify(1) until the descriptor of its last message is closed.
 #[derive(Debug)]
 pub struct NotifySocket {
     io: Rc<AsyncFd<OwnedFd>>,
@@ -118,9 +118,9 @@ impl NotifySocket {
         &self.path
     }
 
-    /// Listens to the processes of `tree` from now on. With a `clock`, COMMAND is in use while it
-    /// says that it is busy. Messages stay queued until then: COMMAND may send `READY=1` before the
-    /// guard's report of its start arrives.
+    /// Listens to the processes of `tree` from now on. Earlier messages are still queued: COMMAND
+    /// may send `READY=1` before the guard's report of its start arrives. With a `clock`, COMMAND
+    /// is in use while it says that it is busy.
     pub fn listen(&mut self, tree: ProcessTree, clock: Option<IdleClock>) {
         let (io, ready) = (Rc::clone(&self.io), self.ready.clone());
         self.receiver.spawn_local(Receiver { io, tree, ready, clock, busy: None }.run());
@@ -205,8 +205,8 @@ impl Receiver {
 /// [`ANCESTORS_MAX`](super::process_tree::ANCESTORS_MAX) reads of /proc.
 ///
 /// Any user may send messages at any rate. Within a second a known process is not looked up again,
-/// and each user has [`LOOKUPS_MAX`] lookups that find strangers. So a flood costs little. COMMAND,
-/// which may have changed its user, is still heard during the flood.
+/// and each user may cause [`LOOKUPS_MAX`] lookups of processes that are not COMMAND's. So a flood
+/// costs little. COMMAND, which may have changed its user, is still heard during the flood.
 #[derive(Debug, Default)]
 struct Lookups {
     since: Option<Instant>,
