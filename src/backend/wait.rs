@@ -4,7 +4,7 @@
 //! again and again, however many clients wait: 200 clients cost one connect(2) every 100 ms. When a
 //! probe succeeds, all clients go on. One of them gets the prober's connection, so that a backend
 //! that serves only one connection does not spend it on a probe. The prober ends when no client
-//! waits.
+//! waits, passive ones aside.
 //!
 //! A client's own attempt that takes long starts the prober beside it, and a client that succeeds
 //! ends the prober. The others then connect to the address that has answered.
@@ -70,11 +70,11 @@ impl BackendWait {
                 return Ok(socket);
             }
             let prober = lock(&self.probe).running();
-            if let Some(prober) = prober {
-                ended(prober).await;
+            if let Some(Prober { wanted, .. }) = prober {
+                closed(wanted).await;
             } else if let Some(readiness) = self.unready() {
                 let error = readiness.describe("no answer yet");
-                ended(self.start_prober(Some(error))).await;
+                closed(self.start_prober(Some(error))).await;
             } else if let Some(connected) = Box::pin(self.attempt()).await {
                 return connected;
             }
@@ -99,8 +99,8 @@ impl BackendWait {
                     connected => return connected.map_err(Some),
                 }
             }
-            let prober = lock(&self.probe).running();
-            ended(prober.ok_or(None)?).await;
+            let Prober { ended, .. } = lock(&self.probe).running().ok_or(None)?;
+            closed(ended).await;
         }
     }
 
@@ -117,7 +117,7 @@ impl BackendWait {
                     Err(error) => {
                         self.reset_readiness();
                         if error.is_transient() {
-                            ended(self.start_prober(Some(error.to_string()))).await;
+                            closed(self.start_prober(Some(error.to_string()))).await;
                             return None;
                         }
                     }
@@ -139,7 +139,7 @@ impl BackendWait {
         let mut pause = ATTEMPT_HANGS;
         loop {
             sleep(pause).await;
-            ended(self.start_prober(None)).await;
+            closed(self.start_prober(None)).await;
             self.take_turn().await;
             if let Some(socket) = self.take_connection() {
                 return socket;
@@ -244,8 +244,8 @@ impl BackendWait {
     /// while the client's own attempt is in progress.
     fn start_prober(self: &Rc<Self>, last_error: Option<String>) -> watch::Receiver<()> {
         let mut state = lock(&self.probe);
-        if let Some(running) = state.running() {
-            return running;
+        if let Some(Prober { wanted, .. }) = state.running() {
+            return wanted;
         }
         // For an unready backend the first failed probe logs this: it may well succeed.
         if self.unready().is_none() {
@@ -254,12 +254,14 @@ impl BackendWait {
                 None => format!("Connecting to {} takes long", self.connector.target),
             });
         }
-        let (running, receiver) = watch::channel(());
-        state.prober = Some(receiver.clone());
+        let ((wanted_sender, wanted), (ended_sender, ended)) =
+            (watch::channel(()), watch::channel(()));
+        state.prober = Some(Prober { wanted: wanted.clone(), ended });
         state.last_error = last_error;
         state.answered = None;
-        state.task = Some(tokio::task::spawn_local(Rc::clone(self).probe(running)).abort_handle());
-        receiver
+        let task = Rc::clone(self).probe(wanted_sender, ended_sender);
+        state.task = Some(tokio::task::spawn_local(task).abort_handle());
+        wanted
     }
 
     fn log_waiting(&self, last_error: &str) {
@@ -333,9 +335,9 @@ impl BackendWait {
         connect_when_up(&self.connector, failed).await.map(Some)
     }
 
-    /// The prober: tries until the backend can serve clients, or no client waits. Dropping
-    /// `running` at the end wakes the clients.
-    async fn probe(self: Rc<Self>, running: watch::Sender<()>) {
+    /// The prober: tries until the backend can serve clients, or no client waits that is not
+    /// passive. Dropping the senders at the end wakes all clients.
+    async fn probe(self: Rc<Self>, wanted: watch::Sender<()>, _ended: watch::Sender<()>) {
         let is_logged = Cell::new(self.unready().is_none());
         let failed = |error: String| {
             if !is_logged.replace(true) {
@@ -345,7 +347,7 @@ impl BackendWait {
         };
         let no_client_waits = async {
             // One receiver is the one in the shared state.
-            while running.receiver_count() > 1 {
+            while wanted.receiver_count() > 1 {
                 sleep(CLIENTS_CHECK).await;
             }
         };
@@ -363,8 +365,18 @@ impl BackendWait {
 }
 
 /// Waits until the prober has ended.
-async fn ended(mut prober: watch::Receiver<()>) {
+async fn closed(mut prober: watch::Receiver<()>) {
     let _ = prober.changed().await;
+}
+
+/// What clients hold while they wait for the prober. Both are closed when it ends. It never sends,
+/// so a failed probe wakes no client.
+#[derive(Clone, Debug)]
+struct Prober {
+    /// Keeps the prober running.
+    wanted: watch::Receiver<()>,
+    /// Of passive clients, for which the prober does not run.
+    ended: watch::Receiver<()>,
 }
 
 /// The prober's state, common to all event loops.
@@ -372,8 +384,7 @@ pub type SharedProbe = Arc<Mutex<ProbeState>>;
 
 #[derive(Debug, Default)]
 pub struct ProbeState {
-    /// Closed when the prober ends. The prober never sends, so a failed probe wakes no client.
-    prober: Option<watch::Receiver<()>>,
+    prober: Option<Prober>,
     task: Option<AbortHandle>,
     /// Why the backend cannot be reached, as far as that is known.
     last_error: Option<String>,
@@ -402,8 +413,8 @@ impl ProbeState {
     }
 
     /// Returns the prober, unless it has ended, in whatever way.
-    fn running(&self) -> Option<watch::Receiver<()>> {
-        self.prober.clone().filter(|prober| prober.has_changed().is_ok())
+    fn running(&self) -> Option<Prober> {
+        self.prober.clone().filter(|prober| prober.ended.has_changed().is_ok())
     }
 }
 

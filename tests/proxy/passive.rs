@@ -145,6 +145,22 @@ fn passive_client_of_a_backend_that_is_down_is_refused() {
 }
 
 #[test]
+fn passive_clients_do_not_keep_each_other_waiting() {
+    let (front, gone) = (Endpoint::new(Family::Tcp), format!("127.0.0.1:{}", free_port()));
+    let args = [OPTION, "--backend-wait=infinity", &gone];
+    let proxy = Launch::new(OURS).listener(&front).args(args).start();
+    let client = front.connect();
+    proxy.lines.wait_for("holding clients");
+    let mut monitors = [(); 2].map(|()| connect_from(MONITOR, &front.address));
+    // The client that kept the prober running leaves by a reset.
+    client.set_linger(Some(Duration::ZERO)).unwrap();
+    drop(client);
+    monitors.iter_mut().for_each(is_refused);
+    is_refused(&mut connect_from(MONITOR, &front.address));
+    proxy.lines.wait_for("Backend is not ready, refusing passive client");
+}
+
+#[test]
 fn unix_clients_can_be_passive_and_count_for_the_limit() {
     let (front, backend) = (Endpoint::new(Family::Unix), echo_backend(Family::Tcp));
     let args = ["--passive-from=unix", "--exit-idle-time=500ms", "-c1", &backend.target];
