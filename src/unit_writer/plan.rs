@@ -213,6 +213,14 @@ mod tests {
                 "invalid value 'localhost:80' for '--listen <ADDRESS>': ListenStream= takes no names, write IP:PORT",
             ),
             (
+                "--listen=[fe80::1%2]:80 --target=/a app",
+                "invalid value '[fe80::1%2]:80' for '--listen <ADDRESS>': it is of one interface; write [::]:PORT, and BindToDevice= in a drop-in",
+            ),
+            (
+                "--listen=1 --target=/a\u{1} app",
+                "invalid value '/a' for '--target <TARGET>': control characters are not allowed",
+            ),
+            (
                 "--listen=8080 --target=80 app",
                 "Invalid target \"80\": that is a port; for a port of this machine write 127.0.0.1:80.",
             ),

@@ -1,7 +1,7 @@
 //! Parsers for option values, and checks of what systemd and the hardened units allow.
 
 use std::ffi::OsString;
-use std::net::Ipv6Addr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -30,6 +30,14 @@ pub fn name(text: &str) -> Result<String, String> {
 pub fn listen(text: &str) -> Result<ListenAddress, String> {
     let mut listen = ListenAddress::parse(text)?;
     if let ListenAddress::Host(host) = &mut listen {
+        let is_link_local = |address: SocketAddr| match address {
+            SocketAddr::V6(address) => address.ip().is_unicast_link_local(),
+            SocketAddr::V4(_) => false,
+        };
+        refuse_if(&[(
+            host.host.contains('%') || host.literal().is_some_and(is_link_local),
+            "it is of one interface; write [::]:PORT, and BindToDevice= in a drop-in",
+        )])?;
         let literal = host.literal().ok_or("ListenStream= takes no names, write IP:PORT")?;
         host.host = literal.ip().to_string();
     }
@@ -59,7 +67,10 @@ pub fn metrics(text: &str) -> Result<ListenAddress, String> {
 
 /// Parses the part of `--target=` that matters before ExecStart= is written.
 pub fn target(text: &str) -> Result<String, String> {
-    refuse_if(&[(text.starts_with('-'), "it begins with a dash, as an option does")])?;
+    refuse_if(&[
+        (text.starts_with('-'), "it begins with a dash, as an option does"),
+        (text.chars().any(char::is_control), "control characters are not allowed"),
+    ])?;
     Ok(text.into())
 }
 
