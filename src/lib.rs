@@ -28,7 +28,7 @@
 //! - A backend that the proxy starts has a life of its own ([`backend::lifecycle`]); a connection
 //!   only waits for its states.
 //! - Parsing ends in [`config`]: once a [`config::Config`] exists, no string is interpreted again.
-//!   [`config::arguments`] has each option with its default.
+//!   [`config::options`] has each option with its default.
 //! - Dropping a [`limits::slot::Slot`] decrements every count of a connection. It lives from accept
 //!   to close, and everything that waits for connections to end watches the count.
 //! - The main thread accepts and serves. With `--threads=` other threads serve as well. Once its

@@ -1,9 +1,9 @@
 //! The command line, parsed and checked into a [`Config`].
 //!
-//! Parsing ends here: once a `Config` exists, no string is interpreted again. [`arguments`] has
+//! Parsing ends here: once a `Config` exists, no string is interpreted again. [`options`] has
 //! each option, its help and its default. A default that depends on other options is set here.
 
-pub mod arguments;
+pub mod options;
 pub mod parser;
 pub mod values;
 pub mod selector;
@@ -16,9 +16,9 @@ pub mod timespan;
 use std::ffi::OsString;
 use std::time::Duration;
 
-use crate::config::arguments::Arguments;
 use crate::config::client_set::ClientSet;
 use crate::config::command::{CommandLine, find_program};
+use crate::config::options::Arguments;
 use crate::config::parser::Request;
 use crate::config::selector::Targets;
 use crate::config::timespan::TimeSpan;

@@ -10,7 +10,7 @@
 //!                       stamp, escape
 //! ```
 
-mod arguments;
+mod options;
 mod escape;
 mod files;
 mod plan;
@@ -25,9 +25,9 @@ use std::path::{Path, PathBuf};
 
 use minijinja::context;
 
-use arguments::UnitArguments;
 use escape::{shell_word, shell_words};
 use files::{Change, remove_leftovers};
+use options::UnitArguments;
 use plan::Plan;
 use render::{UnitFile, render};
 use values::{UNIT_DIRECTORIES, is_hidden};

@@ -5,15 +5,15 @@ use std::ffi::OsString;
 use std::iter;
 use std::path::Path;
 
-use crate::config::arguments::Arguments;
 use crate::config::check;
 use crate::config::listen_address::ListenAddress;
+use crate::config::options::Arguments;
 use crate::config::parser::Request;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::socket::address::{Address, SocketLabel};
-use crate::unit_writer::arguments::UnitArguments;
 use crate::unit_writer::escape::unit_name;
+use crate::unit_writer::options::UnitArguments;
 use crate::unit_writer::values::{
     TEMPORARY, address, check_program, check_socket, is_below, refuse_if, socket_path,
 };
@@ -179,7 +179,7 @@ const MANY_NAMES: &str = "There is more than one NAME. (Put -- in front of a COM
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::unit_writer::arguments::tests::parse;
+    use crate::unit_writer::options::tests::parse;
 
     #[test]
     #[expect(clippy::too_many_lines, reason = "a table of command lines")]

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
-use crate::config::arguments::Arguments;
 use crate::config::listen_address::ListenAddress;
+use crate::config::options::Arguments;
 use crate::config::target::Target;
 use crate::socket::address::Address;
-use crate::unit_writer::arguments::UnitArguments;
 use crate::unit_writer::escape::{exec_word, exec_words, shell_word, value};
+use crate::unit_writer::options::UnitArguments;
 use crate::unit_writer::plan::Plan;
 use crate::unit_writer::stamp::stamp;
 use crate::unit_writer::values::{HOMES, TEMPORARY, is_below, socket_path};

@@ -198,7 +198,7 @@ pub mod tests {
     use clap::CommandFactory;
 
     use super::*;
-    use crate::config::arguments::tests::{check_completions, check_documents};
+    use crate::config::options::tests::{check_completions, check_documents};
 
     pub fn parse(line: &str) -> Result<UnitArguments, String> {
         let args = std::iter::once(PROGRAM).chain(line.split(' '));
