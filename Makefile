@@ -27,10 +27,12 @@ quick:
 	$(CARGO) test --locked --lib --test activation --test attacks --test documents --test forward --test layout --test packaging
 	$(CARGO) test --locked --test proxy -- accept_yes:: drain:: notifications:: selectors::
 
-# Installs what the tests need (as root, or by sudo) and runs them all, whichever fail.
+# Installs what the tests need (as root, or by sudo) and runs them all, whichever fail. Most tests
+# wait: four at a time take half a core.
 test:
 	tests/prepare $(NEWEST) $(YAQ) $(FRESH)
-	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd $(CARGO) test --locked --no-fail-fast
+	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd RUST_TEST_THREADS=4 \
+	    $(CARGO) test --locked --no-fail-fast
 
 check: fmt clippy doc man deny bench
 
