@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::backend::Backend;
 use crate::connection::log::LogContext;
 use crate::counters::RefusalReason;
-use crate::forward::registry::{Call, Registration};
+use crate::forward::registry::{EndRequest, Registration};
 use crate::forward::snapshot::{Snapshot, SnapshotStore};
 use crate::forward::{Forwarder, Outcome};
 use crate::handover::journal::JournalEntry;
@@ -199,9 +199,9 @@ async fn connect(
     let report = || log.report_state("There is no backend yet");
     tokio::select! {
         biased;
-        call = registration.called(report) => match call {
-            Call::Detach => ConnectOutcome::Detach,
-            Call::End => ConnectOutcome::NotInUse,
+        call = registration.end_requested(report) => match call {
+            EndRequest::Detach => ConnectOutcome::Detach,
+            EndRequest::End => ConnectOutcome::NotInUse,
         },
         connected = backend.connect(&log.listener.counts.waiting, is_passive) => match connected {
             Ok(socket) => ConnectOutcome::Connected(socket),

@@ -112,8 +112,8 @@ impl Forwarder {
         SIDES.map(|side| self.endpoints[side as usize].socket.unacked())
     }
 
-    /// Whether bytes are on their way to this side that its end would overtake: a reset would, and
-    /// so would bytes that arrive and are not read.
+    /// Whether closing this side now could discard bytes in flight to its peer. A reset discards
+    /// them. So does close(2) if unread bytes arrive: the kernel sends a reset then.
     fn is_delivering(&self, side: Side) -> bool {
         let Endpoint { socket, gone, .. } = &self.endpoints[side as usize];
         let states = SIDES.map(|side| self.flows[side as usize].state);

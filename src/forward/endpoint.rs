@@ -10,8 +10,7 @@ pub struct Endpoint {
     pub readable: bool,
     /// Sending may succeed: no send came short since the last edge.
     pub writable: bool,
-    /// The end of its bytes is a reset, not a FIN: the error that says so was taken from the
-    /// socket.
+    /// Its stream ended with a reset, not with a FIN: the kernel has reported that error already.
     pub reset: bool,
     /// The peer reset the connection, or the socket failed. What is left for the other side is
     /// waited for only as long as it moves.

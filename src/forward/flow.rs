@@ -50,7 +50,7 @@ pub struct Flow {
     pub unanswered: usize,
     buffered: Buffered,
     mode: Mode,
-    /// Held while nothing is taken from the source, because the sink has no room for it.
+    /// Held while the flow does not read because its sink has no room. Counts it as stalled.
     lacks_space: Option<GaugeGuard>,
 }
 
@@ -65,8 +65,8 @@ enum Buffered {
     },
     /// In a pipe of the pool, which returns there when it is empty.
     Piped(Pipe),
-    /// In the flow's own pipe, which is stored with systemd and may be empty (crash mode).
-    OwnPipe(Box<Pipe>),
+    /// In a pipe that is stored with systemd and may be empty (crash mode).
+    StoredPipe(Box<Pipe>),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -112,20 +112,19 @@ impl Flow {
         Self { buffered, ..Self::default() }
     }
 
-    /// Steps until `size` bytes are used up, then returns [`Step::Moved`], or until anything else
-    /// happens.
+    /// Steps until the budget is used up ([`Step::Moved`]), or until a step returns anything else.
     pub fn drive(
         &mut self,
         source: &mut Endpoint,
         sink: &mut Endpoint,
-        size: &mut usize,
+        budget: &mut usize,
         shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
-        while *size > 0 {
+        while *budget > 0 {
             let before = self.delivered;
             // What is left of a turn may be too little to be worth two system calls.
-            let step = self.step(source, sink, (*size).max(STEP), shared);
-            *size = size.saturating_sub(((self.delivered - before) as usize).max(STEP));
+            let step = self.step(source, sink, (*budget).max(STEP_MIN), shared);
+            *budget = budget.saturating_sub(((self.delivered - before) as usize).max(STEP_MIN));
             if !matches!(step, Ok(Step::Moved)) {
                 return step;
             }
@@ -150,12 +149,11 @@ impl Flow {
         if !source.readable || self.lacks_space.is_some() {
             return Ok(Step::Blocked);
         }
-        match self.buffered {
-            Buffered::OwnPipe(_) => return self.splice(source, sink, size, shared),
-            _ if !matches!(self.mode, Mode::Splice { .. }) => {
-                return self.copy(source, sink, shared);
-            }
-            _ => {}
+        if let Buffered::StoredPipe(_) = self.buffered {
+            return self.splice(source, sink, size, shared);
+        }
+        if !matches!(self.mode, Mode::Splice { .. }) {
+            return self.copy(source, sink, shared);
         }
         // A pipe may be filled beyond what the sink accepts now: fewer and larger steps, as long as
         // few flows do so.
@@ -226,7 +224,7 @@ impl Flow {
         Ok(Step::Moved)
     }
 
-    /// Fills the empty pipe in `buffered` from the source, and sends what is in it.
+    /// Fills the pipe in `buffered`, which the caller has put there, and sends what is in it.
     fn splice(
         &mut self,
         source: &mut Endpoint,
@@ -236,7 +234,7 @@ impl Flow {
     ) -> Result<Step, Fault> {
         let filled = match &mut self.buffered {
             Buffered::Piped(pipe) => pipe.fill(&source.socket, size),
-            Buffered::OwnPipe(pipe) => pipe.fill(&source.socket, size).inspect(|bytes| {
+            Buffered::StoredPipe(pipe) => pipe.fill(&source.socket, size).inspect(|bytes| {
                 if *bytes == pipe.size() {
                     pipe.grow();
                 }
@@ -290,7 +288,7 @@ impl Flow {
                 sink.socket.send(&bytes[*sent..]).inspect(|now| *sent += now)
             }
             Buffered::Piped(pipe) => pipe.drain(&sink.socket),
-            Buffered::OwnPipe(pipe) => pipe.drain(&sink.socket),
+            Buffered::StoredPipe(pipe) => pipe.drain(&sink.socket),
         };
         self.account(result, sink)?;
         self.release_if_sent(shared);
@@ -330,11 +328,11 @@ impl Flow {
         };
     }
 
-    /// Takes a pipe of its own, with the buffered bytes in it.
+    /// Moves the buffered bytes into a pipe that can be stored, and uses it from now on.
     ///
     /// # Errors
     /// When there is no pipe, or none with enough room. Then nothing has changed.
-    pub fn attach_own_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
+    pub fn use_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
         let pipe = match mem::take(&mut self.buffered) {
             Buffered::Piped(pipe) => pipe,
             buffered => {
@@ -347,15 +345,15 @@ impl Flow {
                 pipe.inspect_err(|_| self.buffered = buffered)?
             }
         };
-        self.buffered = Buffered::OwnPipe(Box::new(pipe));
+        self.buffered = Buffered::StoredPipe(Box::new(pipe));
         Ok(())
     }
 
-    /// Gives up the pipe of its own: sends what is in it, then works like any other flow.
-    pub fn detach_own_pipe(&mut self) {
+    /// Leaves the stored pipe: sends what is in it, then works like any other flow.
+    pub fn leave_stored_pipe(&mut self) {
         self.buffered = match mem::take(&mut self.buffered) {
-            Buffered::OwnPipe(pipe) if pipe.filled() > 0 => Buffered::Piped(*pipe),
-            Buffered::OwnPipe(_) => Buffered::Nothing,
+            Buffered::StoredPipe(pipe) if pipe.filled() > 0 => Buffered::Piped(*pipe),
+            Buffered::StoredPipe(_) => Buffered::Nothing,
             buffered => buffered,
         };
     }
@@ -369,12 +367,12 @@ impl Flow {
             Buffered::Nothing => BufferedSnapshot::Nothing,
             Buffered::Copied { bytes, sent } => copied_snapshot(&bytes[*sent..], shared)?,
             Buffered::Piped(pipe) => pipe.snapshot(),
-            Buffered::OwnPipe(pipe) => pipe.snapshot(),
+            Buffered::StoredPipe(pipe) => pipe.snapshot(),
         };
         Ok(FlowSnapshot { state: self.state, delivered: self.delivered, buffered })
     }
 
-    /// Restores a flow. If it `is_journaled`, its pipe stays its own.
+    /// Restores a flow. If it `is_journaled`, it goes on with its stored pipe.
     ///
     /// # Errors
     /// When its buffered bytes cannot be read.
@@ -395,12 +393,12 @@ impl Flow {
                 Buffered::Copied { bytes, sent: 0 }
             }
             BufferedSnapshot::Piped { read, write } => {
-                Buffered::OwnPipe(Box::new(shared.pipes.adopt(read, write)?))
+                Buffered::StoredPipe(Box::new(shared.pipes.adopt(read, write)?))
             }
         };
         let mut flow = Self { state, delivered, buffered, ..Self::default() };
         if !is_journaled {
-            flow.detach_own_pipe();
+            flow.leave_stored_pipe();
         }
         Ok(flow)
     }
@@ -413,14 +411,14 @@ impl Flow {
     /// Whether the flow has moved more at a time than a message.
     pub fn is_bulky(&self) -> bool {
         match &self.buffered {
-            Buffered::OwnPipe(pipe) => pipe.size() >= BULK_PIPE,
+            Buffered::StoredPipe(pipe) => pipe.size() >= BULK_PIPE,
             _ => !matches!(self.mode, Mode::Copy),
         }
     }
 
-    /// Whether no byte of the flow is in the memory of the process, now or later.
+    /// Whether all bytes of the flow stay out of the memory of the process from now on.
     pub fn is_storable(&self) -> bool {
-        !self.is_open() || matches!(self.buffered, Buffered::OwnPipe(_))
+        !self.is_open() || matches!(self.buffered, Buffered::StoredPipe(_))
     }
 
     /// Whether nothing can happen before the sink accepts bytes.
@@ -444,7 +442,7 @@ impl Buffered {
     fn is_empty(&self) -> bool {
         match self {
             Self::Nothing => true,
-            Self::OwnPipe(pipe) => pipe.filled() == 0,
+            Self::StoredPipe(pipe) => pipe.filled() == 0,
             // Between two steps these hold a byte at least.
             Self::Copied { .. } | Self::Piped(_) => false,
         }
@@ -467,8 +465,8 @@ fn copied_snapshot(
 }
 
 /// Whether a splice(2) moved nothing because urgent data is next: splice(2) stops at the urgent
-/// mark, and only recv(2) passes it. After `EAGAIN` epoll still has an edge pending. After 0 it has
-/// none, so the kernel is asked.
+/// mark, and only recv(2) passes it. After `EAGAIN` an edge of epoll (EPOLLPRI) tells. After 0 it
+/// may not have come yet, so the kernel is asked.
 fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
     match filled {
         Ok(0) => !source.has_ended(),
@@ -481,9 +479,8 @@ fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
 /// back to copying. (A message of 33 to 64 KiB may come in two parts.)
 const BULK_MIN: usize = 32 * 1024;
 
-/// A Unix source that sends more bytes than this without an answer is treated as bulk and copied.
-/// Its many small buffers cost more to splice than to copy, except for messages that fit into the
-/// socket.
+/// A Unix source that sends more bytes than this without an answer is copied: see "How bytes move"
+/// in `forward`.
 const UNIX_BULK: usize = 128 * 1024;
 
 /// The size of a stored pipe that has grown, which it does only for bulk.
@@ -498,6 +495,6 @@ const MANY_STALLED: usize = 64;
 /// is short, it drops what comes for a socket that holds more than the average one's share.
 const STEP_BESIDE_STALLED: usize = 24 * 1024;
 
-/// The least that a step counts for, in bytes: a turn is bounded in system calls too, whatever a
-/// peer sends. Less than the copy buffer, so that bulk is bounded by its bytes alone.
-const STEP: usize = 16 * 1024;
+/// The least that a step takes from the budget, in bytes. It bounds the system calls of a turn,
+/// whatever a peer sends. It is less than the copy buffer, so bulk is charged its true bytes.
+const STEP_MIN: usize = 16 * 1024;

@@ -34,7 +34,7 @@ impl Activity {
         self.visits.set(self.after_delivery.get());
     }
 
-    /// Has the connection count as idle from now on, whatever it delivers.
+    /// Makes the connection count as idle from now on, whatever it delivers.
     pub fn expire(&self) {
         self.after_delivery.set(EXPIRED);
         self.visits.set(EXPIRED);
@@ -59,10 +59,9 @@ impl Activity {
         }
         self.asked.set(false);
         let now = unacked_bytes().map(|bytes| u32::try_from(bytes).unwrap_or(u32::MAX));
-        if let Some(before) = self.unacked.replace(Some(now)) {
-            if now.iter().zip(before).any(|(now, before)| *now < before) {
-                self.touch();
-            }
+        let before = self.unacked.replace(Some(now)).unwrap_or_default();
+        if now.iter().zip(before).any(|(now, before)| *now < before) {
+            self.touch();
         }
     }
 
@@ -72,7 +71,7 @@ impl Activity {
         (idle_time / u32::from(VISITS)).max(Duration::from_millis(1))
     }
 
-    /// Counts a visit. Returns whether the connection has something to do.
+    /// Counts a visit. Returns whether the connection's task is to be woken.
     pub fn visit(&self) -> bool {
         if self.is_expired() {
             return true;

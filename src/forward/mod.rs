@@ -22,8 +22,9 @@
 //!   the CPU of copying. Its pipe comes from the event loop's pool and returns when it is empty.
 //!   Once it carries only small messages, it goes back to copying. So does a flow that finds no
 //!   pipe.
-//! - Bulk from a Unix socket is copied: its many small buffers cost more to splice, except for
-//!   messages that fit into the socket.
+//! - A Unix source is spliced until it has sent 128 KiB without an answer, and then copied. In bulk
+//!   its many small buffers cost more to splice than to copy. Messages that fit into its socket
+//!   cost less.
 //! - With `--handover=crash` each flow has a *stored* pipe, which systemd keeps as well. All of its
 //!   bytes are spliced through that pipe, so none is ever in the memory of the process.
 //!
@@ -61,14 +62,15 @@
 //!
 //! Each flow ends by itself. After a failed write the other direction drains. After a FIN the other
 //! direction lives on until it ends, too. When both flows are over, each socket is closed, or
-//! *reset* if the other socket was reset or this side's own bytes were lost. A reset overtakes
+//! *reset* if the other socket was reset or bytes received from it were not delivered. A reset
+//! overtakes
 //! bytes in flight, so it waits until the peer's kernel has acknowledged them all: an answer
 //! followed by a reset arrives whole. After a reset, a receiver that makes no progress for
 //! `LINGER`, or for the idle time if that is shorter, is given up.
 //!
 //! A socket that no flow reads from (its flow has ended, or waits for a stalled receiver) is
-//! watched for EPOLLHUP, so that the death of its peer is noticed. Where EPOLLHUP may also mean two
-//! FINs, the socket is checked every `LINGER` instead.
+//! watched for EPOLLHUP, so that the death of its peer is noticed. A socket that has sent its FIN
+//! also has EPOLLHUP after the peer's FIN. It is checked every `LINGER` instead.
 //!
 //! An *idle* connection, which delivered nothing for `--connection-idle-time=`, is reset on both
 //! sides.
@@ -99,7 +101,7 @@ use rustix::io::Errno;
 use crate::counters::ByteCounters;
 use crate::forward::endpoint::Endpoint;
 use crate::forward::flow::{Fault, Flow, LoopBuffers, Step};
-use crate::forward::registry::{Call, Registration};
+use crate::forward::registry::{EndRequest, Registration};
 use crate::forward::snapshot::{FlowState, Side, SnapshotStore};
 use crate::socket::{Family, Socket};
 
@@ -115,7 +117,7 @@ pub struct Forwarder {
     header_len: u16,
     /// The first error of a socket.
     fault: Option<(Side, Errno)>,
-    /// The number of its last turn of bulk, among those of its event loop.
+    /// The number of its last bulk turn, of those on its event loop.
     last_turn: u64,
     /// The stored form, kept current (crash mode).
     journal: Option<Box<dyn SnapshotStore>>,
@@ -217,7 +219,7 @@ impl Forwarder {
                 match self.drive_both() {
                     Turn::Blocked if self.is_over() || self.is_idle() => break,
                     _ if self.is_detach_requested() => return Ok(self.detached()),
-                    // Boxed, as below: what few connections need is not part of every future.
+                    // Boxed, here and below: what few connections need is not part of every future.
                     Turn::Blocked if self.is_stalled() => {
                         if !Box::pin(self.wait_while_stalled(&report)).await? {
                             break;
@@ -239,7 +241,7 @@ impl Forwarder {
             if !is_idle && self.has_unfinished_delivery() {
                 let called = async {
                     match &self.registration {
-                        Some(it) => it.called(|| report(self.progress())).await,
+                        Some(it) => it.end_requested(|| report(self.progress())).await,
                         None => pending().await,
                     }
                 };
@@ -247,8 +249,8 @@ impl Forwarder {
                     biased;
                     () = Box::pin(self.finish_delivery()) => {}
                     call = Box::pin(called) => match call {
-                        Call::Detach => return Ok(self.detached()),
-                        Call::End => {}
+                        EndRequest::Detach => return Ok(self.detached()),
+                        EndRequest::End => {}
                     },
                 }
             }
@@ -292,23 +294,23 @@ impl Forwarder {
         Progress { from_client, from_backend, idle: None }
     }
 
-    /// Inlined, as below: this runs twice for each message.
+    /// Inlined: this runs twice for each message.
     #[inline(always)]
     fn drive_both(&mut self) -> Turn {
-        let size = if self.flows.iter().any(Flow::is_bulky) {
+        let budget = if self.flows.iter().any(Flow::is_bulky) {
             self.shared.turns.begin_bulk(&mut self.last_turn)
         } else {
             self.shared.turns.begin_message()
         };
-        let from_client = self.drive(Side::Client, size);
-        match self.drive(Side::Backend, size) {
+        let from_client = self.drive(Side::Client, budget);
+        match self.drive(Side::Backend, budget) {
             Turn::Blocked => from_client,
             Turn::Yield => Turn::Yield,
         }
     }
 
-    /// Moves what the flow from `side` can move, up to a turn of `size` bytes.
-    fn drive(&mut self, side: Side, mut size: usize) -> Turn {
+    /// Moves what the flow from `side` can move, in a turn of `budget` bytes.
+    fn drive(&mut self, side: Side, mut budget: usize) -> Turn {
         let before = self.flows[side as usize].delivered;
         let mut turn = Turn::Blocked;
         while self.flows[side as usize].is_open() {
@@ -317,7 +319,7 @@ impl Forwarder {
                 Side::Client => (client, backend),
                 Side::Backend => (backend, client),
             };
-            match self.flows[side as usize].drive(source, sink, &mut size, &self.shared) {
+            match self.flows[side as usize].drive(source, sink, &mut budget, &self.shared) {
                 Ok(Step::Moved) => {
                     turn = Turn::Yield;
                     break;
@@ -370,8 +372,8 @@ impl Forwarder {
     /// Ends the flow from `side`, whose sink failed.
     ///
     /// EPIPE: a FIN was sent to the peer, or a Unix peer shut down reading. The sink's own bytes
-    /// can still be read. Any other error is consumed by this call, and a later recv(2) would look
-    /// like a FIN.
+    /// can still be read. The kernel has reported any other error for the last time: a later
+    /// recv(2) would see a FIN. So the endpoint notes the reset.
     fn fail_sink(&mut self, side: Side, errno: Errno) {
         self.fault.get_or_insert_with(|| (side.other(), errno));
         let sink = &mut self.endpoints[side.other() as usize];
@@ -385,7 +387,7 @@ impl Forwarder {
     /// `false` for a request.
     async fn wait(&mut self) -> io::Result<bool> {
         poll_fn(|cx| match &self.registration {
-            Some(registration) if registration.is_called() => Poll::Ready(Ok(false)),
+            Some(registration) if registration.has_request() => Poll::Ready(Ok(false)),
             _ => self.poll_edges(cx).map_ok(|()| true),
         })
         .await

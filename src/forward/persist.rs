@@ -46,7 +46,7 @@ impl Forwarder {
         let endpoint = |end: EndpointSnapshot<OwnedFd>, was_reset: bool| -> io::Result<Endpoint> {
             let family = Family::of(&end.socket)?.ok_or(Errno::AFNOSUPPORT)?;
             let socket = Socket::register(end.socket, family)?;
-            // A socket that was detached is reset by its close. From here on its drop decides that.
+            // The previous process made close(2) reset the socket. In crash mode that stays.
             if is_journaled {
                 socket.mark_shared();
             } else {
@@ -57,7 +57,8 @@ impl Forwarder {
             endpoint.gone = end.gone || was_reset;
             Ok(endpoint)
         };
-        // Both are registered before either error is returned: a socket that is dropped is reset.
+        // Both are registered before an error is returned: a Socket that is dropped is reset, and a
+        // bare descriptor is not.
         let (client, backend) = (endpoint(client, was_reset[0]), endpoint(backend, was_reset[1]));
         let endpoints = [client?, backend?];
         let flows = [
@@ -107,7 +108,7 @@ impl Forwarder {
     }
 
     /// Keeps the snapshot in `journal` current from now on: no byte is in the memory of the
-    /// process. Where that is impossible, the connection goes on without a journal.
+    /// process. Where that is impossible, the connection is no longer stored.
     pub fn set_journal(&mut self, journal: Box<dyn SnapshotStore>) {
         self.journal = Some(journal);
         // Also if the journal is dropped below: the copies that systemd has keep the sockets open.
@@ -117,7 +118,7 @@ impl Forwarder {
             return self.drop_journal(None);
         }
         let mut flows = self.flows.iter_mut();
-        if flows.all(|flow| flow.is_storable() || flow.attach_own_pipe(&self.shared).is_ok()) {
+        if flows.all(|flow| flow.is_storable() || flow.use_stored_pipe(&self.shared).is_ok()) {
             self.update_journal();
         } else {
             self.drop_journal(Some(
@@ -134,7 +135,7 @@ impl Forwarder {
         }
     }
 
-    /// Goes on without a journal. `why` is logged.
+    /// Stores the connection no longer. `why` is logged.
     pub(super) fn drop_journal(&mut self, why: Option<&str>) {
         let Some(journal) = self.journal.take() else { return };
         if let Some(why) = why {
@@ -144,7 +145,7 @@ impl Forwarder {
                 "Failed to store a connection, which would end with the proxy: {why}"
             );
         }
-        self.flows.iter_mut().for_each(Flow::detach_own_pipe);
+        self.flows.iter_mut().for_each(Flow::leave_stored_pipe);
         if !journal.forget() {
             // The next process would restore the stale snapshot and send its bytes a second time.
             self.flows.iter_mut().for_each(|flow| flow.close_sink(true));
@@ -170,11 +171,11 @@ impl Forwarder {
     }
 }
 
-/// Whether a peer reset its TCP connection, and the process before this one took the error from the
-/// socket without coming to store that: the kernel tells the error once.
+/// Whether the peer reset a TCP connection, and the previous process read that error but did not
+/// come to store it: the kernel reports it once.
 ///
-/// Nothing was sent after a FIN of ours, since the other side has not ended. So where a socket is
-/// not connected any more, it was a reset; an end by FINs takes both.
+/// Both flows are open, so this side has sent no FIN, and FINs alone cannot have closed the socket.
+/// If it is no longer connected, it was reset.
 fn was_reset(snapshot: &Snapshot<OwnedFd>, side: Side) -> bool {
     let (from, to) = (side as usize, 1 - side as usize);
     let socket = &snapshot.endpoints[from].socket;

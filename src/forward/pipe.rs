@@ -5,7 +5,8 @@
 //! - A pipe is filled only when it is empty. Then `EAGAIN` from [`Pipe::fill`] never means full
 //!   slots (small segments fill a pipe's slots long before its bytes), but an empty socket or
 //!   urgent data.
-//! - Only an empty pipe returns to the pool.
+//! - Only an empty pipe returns to the pool. Its flow offers it after each send, and when it has
+//!   read nothing ([`PipePool::release_if_empty`]).
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
@@ -93,7 +94,8 @@ impl Pipe {
 pub struct PipeLimits {
     /// Pipes in all.
     pub max: usize,
-    /// Pipes held for slow sinks before flows take only what their sinks have room for.
+    /// Filled pipes from which on flows take only what their sinks have room for. The pool keeps
+    /// one idle pipe more than this.
     pub held: usize,
 }
 
@@ -133,8 +135,8 @@ impl PipePool {
         self.open() - self.idle.borrow().len() < self.limits.held
     }
 
-    /// Takes a pipe back as soon as it is empty, and closes it if there are enough. Returns a pipe
-    /// that still has bytes in it.
+    /// Takes a pipe back if it is empty, and closes it if enough are idle or it is too small.
+    /// Returns a pipe that still has bytes in it.
     pub fn release_if_empty(&self, pipe: Pipe) -> Option<Pipe> {
         if pipe.filled > 0 {
             return Some(pipe);

@@ -19,7 +19,7 @@ pub struct Registry {
     idle_time: Option<Duration>,
     entries: RefCell<Vec<Rc<Entry>>>,
     detach: Cell<bool>,
-    /// How often reports were requested.
+    /// The number of requests for reports so far.
     reports: Cell<u32>,
     /// The first connection was registered.
     occupied: Notify,
@@ -40,7 +40,7 @@ struct Entry {
     index: Cell<usize>,
     /// The connection's task.
     waker: OnceCell<Waker>,
-    /// The last report it made, by number.
+    /// The number of requests when it last reported.
     reported: Cell<u32>,
     /// Whether the connection does not count as in use.
     is_passive: bool,
@@ -78,7 +78,7 @@ impl Registry {
     /// Asks all connections to detach, and waits until the last one is deregistered.
     pub async fn detach_all(&self) {
         self.detach.set(true);
-        self.wake_all();
+        self.wake_if(|_| true);
         while !self.is_empty() {
             self.vacated.notified().await;
         }
@@ -87,7 +87,7 @@ impl Registry {
     /// Asks all connections to report their progress.
     pub fn request_reports(&self) {
         self.reports.set(self.reports.get().wrapping_add(1));
-        self.wake_all();
+        self.wake_if(|_| true);
     }
 
     /// Asks the passive connections to end by a reset.
@@ -126,14 +126,10 @@ impl Registry {
             }
         }
     }
-
-    fn wake_all(&self) {
-        self.wake_if(|_| true);
-    }
 }
 
 impl Registration {
-    /// Names the task to wake. The first call counts: a connection stays with its task.
+    /// Stores the waker. Later calls change nothing: a connection stays with its task.
     pub fn set_waker(&self, waker: &Waker) {
         let _ = self.entry.waker.set(waker.clone());
     }
@@ -147,7 +143,7 @@ impl Registration {
     }
 
     /// Whether the connection is asked to detach or to report.
-    pub fn is_called(&self) -> bool {
+    pub fn has_request(&self) -> bool {
         self.is_detach_requested() || self.is_report_requested()
     }
 
@@ -161,14 +157,14 @@ impl Registration {
 
     /// Waits until the connection is asked to detach or, if it is passive, to end. Meanwhile it
     /// reports on request.
-    pub async fn called(&self, report: impl Fn()) -> Call {
+    pub async fn end_requested(&self, report: impl Fn()) -> EndRequest {
         poll_fn(|cx| {
             self.set_waker(cx.waker());
             self.report_if_requested(&report);
             if self.is_detach_requested() {
-                Poll::Ready(Call::Detach)
+                Poll::Ready(EndRequest::Detach)
             } else if self.entry.activity.is_expired() {
-                Poll::Ready(Call::End)
+                Poll::Ready(EndRequest::End)
             } else {
                 Poll::Pending
             }
@@ -187,7 +183,7 @@ impl Registration {
 
 /// What a connection is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
+pub enum EndRequest {
     Detach,
     /// To end by a reset.
     End,

@@ -1,16 +1,20 @@
 //! What is stored of a connection, as plain data. `persist` makes a snapshot and restores a
 //! forwarder from it; `handover::encoding` makes bytes of it.
 //!
-//! The forwarder knows neither systemd nor the form in which a snapshot is stored. In crash mode it
-//! keeps its snapshot current in a [`SnapshotStore`], which the handover implements.
+//! The order of fields and variants is the stored format: a change needs another `VERSION` in
+//! `handover::encoding`.
+//!
+//! The forwarder knows neither systemd nor the bytes that are stored. In crash mode it keeps its
+//! snapshot current in a [`SnapshotStore`], which the handover implements.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use serde::{Deserialize, Serialize};
 
-/// The size of the copy buffer. Larger than the 16 KiB most protocols write at once, so that such a
-/// message is a short receive.
+/// The size of the copy buffer, and the most bytes of a stored file. It is larger than the 16 KiB
+/// that most protocols write at once: such a message leaves the buffer unfilled, so no second
+/// receive follows.
 pub const COPY_SIZE: usize = 32 * 1024;
 
 /// A side of a connection. As the index of a flow: the side at which the flow starts.
@@ -55,7 +59,7 @@ pub enum FlowState {
 pub struct Snapshot<Fd> {
     /// The client's socket and the backend's.
     pub endpoints: [EndpointSnapshot<Fd>; 2],
-    /// The flows that start there.
+    /// The flow from the client, and the flow from the backend.
     pub flows: [FlowSnapshot<Fd>; 2],
     /// Length of the PROXY header in bytes, which counts as the client's.
     pub header_len: u16,
@@ -92,7 +96,7 @@ impl<Fd> Snapshot<Fd> {
 pub struct EndpointSnapshot<Fd> {
     /// The socket.
     pub socket: Fd,
-    /// The end of its bytes is a reset, not a FIN.
+    /// Its stream ended with a reset, not with a FIN.
     pub reset: bool,
     /// Its peer is gone.
     pub gone: bool,

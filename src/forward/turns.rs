@@ -27,7 +27,7 @@ impl Turns {
     /// directions may move.
     pub fn begin_message(&self) -> usize {
         self.in_a_row.set(0);
-        MOST
+        TURN_MAX
     }
 
     /// Begins a turn of a bulky connection whose last one had the number `last`, which it replaces.
@@ -42,8 +42,8 @@ impl Turns {
         *last = self.taken.get();
         match in_a_row {
             _ if in_a_row > ALONE_AFTER => BULK_ALONE,
-            _ if is_first => LEAST,
-            _ => (ROUND / connections).clamp(LEAST, MOST),
+            _ if is_first => TURN_MIN,
+            _ => (ROUND / connections).clamp(TURN_MIN, TURN_MAX),
         }
     }
 }
@@ -52,13 +52,15 @@ impl Turns {
 /// a tenth of their rate (BENCHMARKS.md).
 const BULK_ALONE: usize = 8 * 1024 * 1024;
 
-/// Bytes of all turns of a round together, while there are messages beside bulk, and of one turn.
+/// Bytes that the bulk turns of one round share while messages are carried as well.
 const ROUND: usize = 1024 * 1024;
-const MOST: usize = 256 * 1024;
-const LEAST: usize = 64 * 1024;
 
-/// Turns of bulk in a row after which there is only bulk. A client that sends a message now and
-/// then does not meet a large turn.
+/// The most and the fewest bytes of such a turn.
+const TURN_MAX: usize = 256 * 1024;
+const TURN_MIN: usize = 64 * 1024;
+
+/// Bulk turns in a row after which there is only bulk. So many that a message now and then does not
+/// meet a large turn.
 const ALONE_AFTER: u32 = 256;
 
 #[cfg(test)]
@@ -88,9 +90,9 @@ mod tests {
             }
         }
         turns.begin_message();
-        assert_eq!(turns.begin_bulk(&mut hundreds[0]), LEAST);
+        assert_eq!(turns.begin_bulk(&mut hundreds[0]), TURN_MIN);
         // One alone beside messages.
         turns.begin_message();
-        assert_eq!(turns.begin_bulk(&mut hundreds[0]), MOST);
+        assert_eq!(turns.begin_bulk(&mut hundreds[0]), TURN_MAX);
     }
 }

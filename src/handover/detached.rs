@@ -41,7 +41,7 @@ impl Detached {
         let Some(entry) = entry else {
             return Some(Self { start, state: DetachedState::Client(socket), _slot: slot });
         };
-        Box::new(entry).detach();
+        entry.detach();
         socket.detach();
         None
     }

@@ -2,11 +2,11 @@
 //! (`forward::snapshot`).
 //!
 //! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not
-//! written down. A message is a header of [`HEADER_LEN`] bytes, with a version and a count, and a
-//! form for each record: a [`SealedRecord`] without descriptors, in the wire format of `postcard`.
-//! Zeros make the forms of a message equally long. The descriptors are beside the bytes, in the
-//! order of the forms. A record is whole in one message, so records never share or exchange
-//! descriptors.
+//! written down. A message is a header of [`HEADER_LEN`] bytes, with a version and a count, and the
+//! *form* of each record: the bytes of a [`SealedRecord`] without descriptors, in the wire format
+//! of `postcard`, padded with zeros to the longest of the message. The descriptors are beside the
+//! bytes, in the order of the forms. A record is whole in one message, so records never share or
+//! exchange descriptors.
 //!
 //! Messages are read as hostile input: what is not exactly as this program writes it is refused.
 //! The checksum covers each descriptor's inode, which a socket or a pipe keeps wherever it is sent.
@@ -27,16 +27,17 @@ use crate::socket::file_id::FileId;
 /// Descriptors that a message can carry (`SCM_MAX_FD` in the kernel).
 pub const DESCRIPTORS_MAX: usize = 253;
 
-/// Records written into one message. 14 forms of 50 bytes fit into 1 KiB of kernel memory, and most
-/// have some 40 bytes.
+/// Records written into one message. With the header and the kernel's own 320 bytes, 14 forms of 50
+/// bytes fit into 1 KiB of kernel memory. Most have some 40 bytes.
 pub const RECORDS_MAX: usize = 14;
 
 /// Descriptors of a record at most: two sockets, and a pipe for each direction.
 pub const FDS_PER_RECORD: usize = 6;
 
+// While it restores, the next process holds the descriptors of one message and of one more record.
 const _: () = assert!(FOR_HANDOVER >= 2 * RECORDS_MAX + FDS_PER_RECORD);
 
-/// The length of the longest message that is read.
+/// The length of the longest message that is read: compaction writes up to twice as many records.
 pub const MESSAGE_MAX: usize = HEADER_LEN + 2 * RECORDS_MAX * FORM_MAX;
 
 const HEADER_LEN: usize = 4;
@@ -44,6 +45,8 @@ const HEADER_LEN: usize = 4;
 /// The length of a form whose numbers are as large as their types allow.
 const FORM_MAX: usize = 67;
 
+/// Raised with every change of a record, of a snapshot, or of a type in them: the bytes follow the
+/// order of the declarations.
 const VERSION: u8 = 2;
 
 /// Ids stay below this, so `id + 1` never overflows.
@@ -52,7 +55,7 @@ const ID_MAX: u64 = 1 << 63;
 /// A connection or a listener, with its descriptors, owned or borrowed.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Record<Fd> {
-    /// Of several records with one id the last counts.
+    /// Of several records with one id the last wins.
     #[serde(with = "postcard::fixint::le")]
     pub id: u64,
     /// When the connection began, CLOCK_MONOTONIC in microseconds.

@@ -44,7 +44,7 @@ pub async fn stored_queue(mut stored: Vec<PassedFd>, notifier: &Notifier) -> Opt
         Some(stored.remove(index).fd)
     };
     let ends = take(QUEUE).zip(take(SENDER));
-    let queue = ends.and_then(|(reader, writer)| Queue::from_pair(reader, writer));
+    let queue = ends.and_then(|(reader, writer)| Queue::from_ends(reader, writer));
     if queue.is_some() && stored.is_empty() {
         return queue;
     }
@@ -112,7 +112,7 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     if answers && is_kept {
         return Ok(());
     }
-    // systemd may have kept one of them, or may still get to them.
+    // systemd may have kept one of them, or may still be reading the messages.
     remove(QUEUE, notifier).await;
     remove(SENDER, notifier).await;
     Err(if answers {

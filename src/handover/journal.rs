@@ -6,8 +6,7 @@
 //! superseded, or the queue is half full, the live ones are appended again, many to a message, and
 //! the head is dropped. So the queue holds at most twice the live records, and a little more.
 //!
-//! The index says what is in the queue, message by message. It is compared with the queue whenever
-//! that is read.
+//! The index says what is in the queue, message by message. Compaction checks it against the queue.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::convert::Infallible;
@@ -39,7 +38,7 @@ pub struct Journal {
     next_id: AtomicU64,
     index: Mutex<Index>,
     /// A record was superseded and is still in the queue.
-    outdated: Notify,
+    superseded: Notify,
 }
 
 /// A record in the queue. An owned entry drops its record when it is dropped.
@@ -56,12 +55,12 @@ pub struct JournalEntry {
 struct Index {
     /// The messages of the queue.
     messages: VecDeque<MessageInfo>,
-    /// Messages that were dropped: the number of the first in the queue.
-    dropped: u64,
+    /// The number of the first message in the queue: so many were dropped.
+    first: u64,
     /// The number of the message that holds the live record of each id.
-    current: HashMap<u64, u64>,
+    live: HashMap<u64, u64>,
     /// Records in the queue. A message without records counts for one.
-    written: usize,
+    records: usize,
     /// Descriptors in the queue.
     descriptors: usize,
     descriptors_max: usize,
@@ -74,23 +73,24 @@ struct MessageInfo {
 }
 
 impl Journal {
-    /// Creates a journal over a queue with these messages, of whose records the `current` are live.
-    pub fn new(queue: Queue, messages: Vec<Vec<u64>>, current: &HashSet<u64>) -> Arc<Self> {
+    /// Creates a journal over a queue with these messages, of whose records these are `live`.
+    pub fn new(queue: Queue, messages: Vec<Vec<u64>>, live: &HashSet<u64>) -> Arc<Self> {
         let next_id = messages.iter().flatten().max().map_or(0, |last| last + 1);
         let limit = getrlimit(Resource::Nofile).current;
-        let descriptors_max = limit.map_or(usize::MAX / 100, |limit| limit as usize).max(1);
+        let descriptors_max = limit.map_or(usize::MAX, |limit| limit as usize).max(1);
         let mut index = Index { descriptors_max, ..Index::default() };
         for record_ids in messages {
             let number = index.next_number();
-            for id in record_ids.iter().filter(|id| current.contains(id)) {
-                index.current.insert(*id, number);
+            for id in record_ids.iter().filter(|id| live.contains(id)) {
+                index.live.insert(*id, number);
             }
+            // At most so many: only the ids of the records are known.
             index.push(MessageInfo { descriptors: record_ids.len() * FDS_PER_RECORD, record_ids });
         }
-        let outdated = Notify::new();
+        let superseded = Notify::new();
         // The messages may have superseded records.
-        outdated.notify_one();
-        Arc::new(Self { queue, next_id: next_id.into(), index: index.into(), outdated })
+        superseded.notify_one();
+        Arc::new(Self { queue, next_id: next_id.into(), index: index.into(), superseded })
     }
 
     /// Appends a record with a new id, if there is room. Connections leave some room for listeners,
@@ -136,22 +136,22 @@ impl Journal {
     /// keeps the kernel from closing it.
     pub async fn clean(&self) -> Infallible {
         loop {
-            self.outdated.notified().await;
+            self.superseded.notified().await;
             sleep(CLEANED_AFTER).await;
             // One round over the messages of this moment. The lock is released after each step.
             let end = lock(&self.index).next_number();
             while self.clean_step(end) {
                 yield_now().await;
             }
-            if lock(&self.index).is_outdated() {
-                self.outdated.notify_one();
+            if lock(&self.index).has_superseded() {
+                self.superseded.notify_one();
             }
         }
     }
 
     fn clean_step(&self, end: u64) -> bool {
         let mut index = lock(&self.index);
-        index.is_outdated() && index.dropped < end && index.compact(&self.queue)
+        index.has_superseded() && index.first < end && index.compact(&self.queue)
     }
 
     /// Drops everything.
@@ -163,13 +163,14 @@ impl Journal {
 
     /// Returns the number of live records.
     pub fn live(&self) -> usize {
-        lock(&self.index).current.len()
+        lock(&self.index).live.len()
     }
 
+    /// Drops superseded records at the head, and has `clean` drop those that are left.
     fn maintain(&self, index: &mut Index) {
         index.drop_superseded(&self.queue);
-        if index.is_outdated() {
-            self.outdated.notify_one();
+        if index.has_superseded() {
+            self.superseded.notify_one();
         }
     }
 }
@@ -192,10 +193,8 @@ impl JournalEntry {
         let queue = &self.journal.queue;
         let mut index = lock(&self.journal.index);
         for _ in 0..COMPACT_STEPS {
-            if index.fullness(queue) < COMPACT_AT || !index.is_worth_compacting() {
-                break;
-            }
-            if !index.compact(queue) {
+            let is_due = index.fullness(queue) >= COMPACT_AT && index.is_worth_compacting();
+            if !is_due || !index.compact(queue) {
                 break;
             }
         }
@@ -225,7 +224,7 @@ impl Drop for JournalEntry {
     fn drop(&mut self) {
         if !self.stays {
             let mut index = lock(&self.journal.index);
-            index.current.remove(&self.id);
+            index.live.remove(&self.id);
             self.journal.maintain(&mut index);
         }
     }
@@ -233,7 +232,7 @@ impl Drop for JournalEntry {
 
 impl Index {
     fn next_number(&self) -> u64 {
-        self.dropped + self.messages.len() as u64
+        self.first + self.messages.len() as u64
     }
 
     fn append<Fd: AsFd>(
@@ -245,13 +244,13 @@ impl Index {
         queue.append(&bytes, &fds)?;
         let number = self.next_number();
         let record_ids: Vec<_> = records.iter().map(SealedRecord::id).collect();
-        self.current.extend(record_ids.iter().map(|id| (*id, number)));
+        self.live.extend(record_ids.iter().map(|id| (*id, number)));
         self.push(MessageInfo { record_ids, descriptors: fds.len() });
         Ok(())
     }
 
     fn push(&mut self, message: MessageInfo) {
-        self.written += message.record_ids.len().max(1);
+        self.records += message.record_ids.len().max(1);
         self.descriptors += message.descriptors;
         self.messages.push_back(message);
     }
@@ -261,8 +260,8 @@ impl Index {
             return false;
         }
         if let Some(message) = self.messages.pop_front() {
-            self.dropped += 1;
-            self.written -= message.record_ids.len().max(1);
+            self.first += 1;
+            self.records -= message.record_ids.len().max(1);
             self.descriptors -= message.descriptors;
         }
         true
@@ -274,32 +273,31 @@ impl Index {
         queue.fullness().max(self.descriptors * 100 / self.descriptors_max)
     }
 
-    fn is_outdated(&self) -> bool {
-        self.written > self.current.len()
+    fn has_superseded(&self) -> bool {
+        self.records > self.live.len()
     }
 
     /// Whether compaction drops superseded records, or puts the live ones into fewer messages.
     fn is_worth_compacting(&self) -> bool {
-        let messages = self.current.len().div_ceil(RECORDS_MAX) * 2 + 1;
-        self.is_outdated() || self.messages.len() > messages
+        let messages = self.live.len().div_ceil(RECORDS_MAX) * 2 + 1;
+        self.has_superseded() || self.messages.len() > messages
     }
 
     /// Drops superseded messages at the head. Compacts where more than half of the records are
     /// superseded.
     fn drop_superseded(&mut self, queue: &Queue) {
-        if self.written > 2 * self.current.len() + SLACK {
+        if self.records > 2 * self.live.len() + SLACK {
             self.compact(queue);
         }
-        while self.messages.front().is_some_and(|first| self.is_superseded(first, self.dropped)) {
-            if !self.pop(queue) {
-                break;
-            }
-        }
+        let is_first_superseded = |index: &Self| {
+            index.messages.front().is_some_and(|message| index.is_superseded(message, index.first))
+        };
+        while is_first_superseded(self) && self.pop(queue) {}
     }
 
     /// Whether all records of the message with this number are superseded.
     fn is_superseded(&self, message: &MessageInfo, number: u64) -> bool {
-        !message.record_ids.iter().any(|id| self.current.get(id) == Some(&number))
+        !message.record_ids.iter().any(|id| self.live.get(id) == Some(&number))
     }
 
     /// Appends the live records of the first messages in one message, and drops those messages.
@@ -308,7 +306,7 @@ impl Index {
         let mut messages = queue.messages();
         let mut live = Vec::new();
         let mut seen = 0;
-        for (number, info) in (self.dropped..).zip(&self.messages) {
+        for (number, info) in (self.first..).zip(&self.messages) {
             let records = live.len() + info.record_ids.len();
             if live.len() >= RECORDS_MAX || records > 2 * RECORDS_MAX {
                 break;
@@ -325,8 +323,7 @@ impl Index {
             }
             match decode(&message.bytes, message.fds) {
                 Some(records) if message.is_whole => {
-                    let is_live =
-                        |it: &SealedRecord<_>| self.current.get(&it.id()) == Some(&number);
+                    let is_live = |it: &SealedRecord<_>| self.live.get(&it.id()) == Some(&number);
                     live.extend(records.into_iter().filter(is_live));
                 }
                 // There may be no descriptors left for a moment.
@@ -387,7 +384,7 @@ mod tests {
     fn second(queue: &Queue) -> Queue {
         let [inner, sender] =
             queue.ends().map(|fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap());
-        Queue::from_ends(inner, sender)
+        Queue::from_ends(inner, sender).unwrap()
     }
 
     /// Each live record, and when its connection began.
@@ -431,7 +428,7 @@ mod tests {
                 (_, Some(one)) => drop(live.remove(&one)),
                 (_, None) => {}
             }
-            let records = lock(&journal.index).written;
+            let records = lock(&journal.index).records;
             assert!(records <= 2 * live.len() + SLACK + 1, "{records} for {}", live.len());
             if round % 20 == 0 {
                 let messages = queue.payloads().unwrap();
@@ -448,7 +445,7 @@ mod tests {
         let entry: Vec<_> = current.iter().map(|id| next.entry(*id, 0).own()).collect();
         while next.clean_step(u64::MAX) {}
         assert_eq!(read(&queue).into_keys().collect::<Vec<_>>(), current);
-        assert_eq!(lock(&next.index).written, current.len());
+        assert_eq!(lock(&next.index).records, current.len());
         drop(entry);
         assert!(queue.payloads().unwrap().is_empty());
         assert_eq!(next.live(), 0);

@@ -18,7 +18,6 @@ use std::future::pending;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use rustix::net::{SocketType, sockopt};
 
@@ -53,8 +52,7 @@ pub struct Handover {
 
 impl Handover {
     /// Reads what the previous process stored, and opens the store for this one. Without a store,
-    /// logs why and returns `None`. A process that `opens` its sockets itself is passed no
-    /// listeners.
+    /// logs why and returns `None`. If the proxy `opens` its listeners itself, systemd passes none.
     ///
     /// # Errors
     /// One line when the stored connections cannot be read. They stay stored.
@@ -152,7 +150,8 @@ impl Handover {
                 match connection.body() {
                     Ok(body) if self.has_room(fds + body.fds().len()) => {
                         fds += body.fds().len();
-                        bodies.push((start_micros(connection.start.elapsed()), body));
+                        let age = connection.start.elapsed().as_micros() as u64;
+                        bodies.push((monotonic_micros().saturating_sub(age), body));
                     }
                     Ok(_) => break,
                     // Out of descriptors: storing the others first frees theirs.
@@ -181,8 +180,8 @@ impl Handover {
         }
     }
 
-    /// Whether the next process can open `fds` more descriptors, and those of the largest message
-    /// at once.
+    /// Whether the next process can open all that is stored, `fds` more descriptors, and once more
+    /// those of the largest message.
     fn has_room(&self, fds: usize) -> bool {
         let largest = self.largest_message.load(Ordering::Relaxed).max(fds);
         self.stored_fds.load(Ordering::Relaxed) + fds + largest <= self.fds_max
@@ -251,8 +250,8 @@ fn read(queue: &Queue, fds_max: usize) -> Result<Replay, String> {
 }
 
 /// Closes descriptors that are neither ours nor listening sockets, here and in the store. A process
-/// that neither `opens` listeners nor is passed any keeps what it was passed: that is its one
-/// connection.
+/// that neither `opens` listeners nor is passed any keeps what it was passed: its one connection
+/// (Accept=yes).
 async fn close_unknown_fds(passed: &mut Vec<PassedFd>, opens: bool, notifier: &Notifier) {
     let is_listener = |it: &PassedFd| {
         sockopt::socket_type(&it.fd).is_ok_and(|kind| kind == SocketType::STREAM)
@@ -273,8 +272,4 @@ async fn close_unknown_fds(passed: &mut Vec<PassedFd>, opens: bool, notifier: &N
     for unknown_fd in &unknown {
         fdstore::remove(&unknown_fd.name, notifier).await;
     }
-}
-
-fn start_micros(age: Duration) -> u64 {
-    monotonic_micros().saturating_sub(age.as_micros() as u64)
 }

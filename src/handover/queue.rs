@@ -51,24 +51,24 @@ impl Queue {
     pub fn new() -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (reader, writer) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        // The kernel gives the socket a unique name ("autobind" in unix(7)), by which from_pair()
+        // The kernel gives the socket a unique name ("autobind" in unix(7)), by which from_ends()
         // tells that the two belong together.
         bind(&reader, &SocketAddrUnix::new_unnamed())?;
         // With CAP_NET_ADMIN the limit does not apply.
         let _ = sockopt::set_socket_send_buffer_size_force(&writer, SIZE)
             .or_else(|_| sockopt::set_socket_send_buffer_size(&writer, SIZE));
-        Ok(Self::from_ends(reader, writer))
+        Ok(Self::from_ends_unchecked(reader, writer))
     }
 
     /// Wraps the two sockets of a queue.
-    pub fn from_ends(reader: OwnedFd, writer: OwnedFd) -> Self {
+    fn from_ends_unchecked(reader: OwnedFd, writer: OwnedFd) -> Self {
         let size = sockopt::socket_send_buffer_size(&writer).unwrap_or(0);
         Self { reader, writer, size }
     }
 
     /// Wraps two sockets if they are those of a queue: the writer's peer has the name of the
     /// reader.
-    pub fn from_pair(reader: OwnedFd, writer: OwnedFd) -> Option<Self> {
+    pub fn from_ends(reader: OwnedFd, writer: OwnedFd) -> Option<Self> {
         let is_seqpacket = |fd: &OwnedFd| {
             rustix::io::ioctl_fionbio(fd, true).is_ok()
                 && sockopt::socket_type(fd) == Ok(SocketType::SEQPACKET)
@@ -77,7 +77,7 @@ impl Queue {
         let peer = SockRef::from(&writer).peer_addr().ok()?;
         let is_named = name.as_abstract_namespace().is_some_and(|it| !it.is_empty());
         let is_pair = is_seqpacket(&reader) && is_seqpacket(&writer) && is_named && name == peer;
-        is_pair.then(|| Self::from_ends(reader, writer))
+        is_pair.then(|| Self::from_ends_unchecked(reader, writer))
     }
 
     /// Returns the reader and the writer.
@@ -156,7 +156,7 @@ impl Queue {
             Err(Errno::AGAIN) => return Ok(None),
             received => received?,
         };
-        // The end of the writer: the sockets are not those of a queue.
+        // The end of the stream: the writer is closed, so the sockets are not those of a queue.
         if received.bytes == 0 {
             return Ok(None);
         }
@@ -215,20 +215,20 @@ mod tests {
         let (one, other) = (Queue::new().unwrap(), Queue::new().unwrap());
         one.append(b"first", &[]).unwrap();
         let [reader, writer] = ends(&one);
-        assert_eq!(bytes(&Queue::from_pair(reader, writer).unwrap()), [b"first"]);
+        assert_eq!(bytes(&Queue::from_ends(reader, writer).unwrap()), [b"first"]);
         let [reader, writer] = ends(&one);
-        assert!(Queue::from_pair(writer, reader).is_none(), "the other way round");
+        assert!(Queue::from_ends(writer, reader).is_none(), "the other way round");
         let ([reader, _], [_, writer]) = (ends(&one), ends(&other));
-        assert!(Queue::from_pair(reader, writer).is_none());
+        assert!(Queue::from_ends(reader, writer).is_none());
         let file = || OwnedFd::from(tempfile::tempfile().unwrap());
-        assert!(Queue::from_pair(file(), file()).is_none());
+        assert!(Queue::from_ends(file(), file()).is_none());
     }
 
     #[test]
     fn a_full_queue_refuses_a_message() {
         let Queue { reader, writer, .. } = Queue::new().unwrap();
         sockopt::set_socket_send_buffer_size(&writer, 8192).unwrap();
-        let queue = Queue::from_ends(reader, writer);
+        let queue = Queue::from_ends_unchecked(reader, writer);
         assert!(queue.fullness() < 50);
         let full = std::iter::from_fn(|| queue.append(b"x", &[]).err()).next();
         let full = full.or_else(|| (0..100).find_map(|_| queue.append(b"x", &[]).err()));

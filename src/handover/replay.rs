@@ -72,7 +72,7 @@ pub struct Replay {
     pub refused: usize,
 }
 
-/// Returns each record as it was last stored, or not at all. A descriptor belongs to one record.
+/// Returns the last record of each id. Refuses a record that shares a file with another one.
 ///
 /// The payloads decide which records are live: a record whose descriptors are missing does not
 /// bring an older one back, and only the descriptors of live records are open at a time.
@@ -85,8 +85,8 @@ pub fn replay(
 ) -> io::Result<Replay> {
     let mut out = Replay::default();
     let mut last = HashMap::new();
-    for (number, text) in payloads.iter().enumerate() {
-        let record_ids = record_ids(text);
+    for (number, payload) in payloads.iter().enumerate() {
+        let record_ids = record_ids(payload);
         out.refused += usize::from(record_ids.is_none());
         let record_ids = record_ids.unwrap_or_default();
         last.extend(record_ids.iter().map(|id| (*id, number)));
@@ -176,7 +176,7 @@ fn check_pipe(read: &OwnedFd, write: &OwnedFd) -> Option<FileId> {
     (end(write, OFlags::WRONLY)? == file).then_some(file)
 }
 
-/// Whether the connection has ended, and only its record was not dropped yet.
+/// Whether the connection has ended, and its record is a leftover.
 fn is_over(body: &RecordBody<OwnedFd>) -> bool {
     match body {
         RecordBody::Nothing => true,
@@ -305,9 +305,8 @@ mod tests {
         let mut messages = Vec::new();
         let mut rest = sealed;
         while !rest.is_empty() {
-            let (monotonic_micros, later) =
-                rest.split_at(1 + dice.below(rest.len().min(RECORDS_MAX)));
-            let (bytes, fds) = encode_message(monotonic_micros);
+            let (batch, later) = rest.split_at(1 + dice.below(rest.len().min(RECORDS_MAX)));
+            let (bytes, fds) = encode_message(batch);
             let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
             messages.push(Message { bytes, fds, is_whole: true });
             rest = later;

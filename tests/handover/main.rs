@@ -130,7 +130,7 @@ fn stored(systemd: &FakeSystemd) -> usize {
 fn queue(systemd: &FakeSystemd) -> Queue {
     let [inner, sender] = ["queue", "sender"]
         .map(|end| systemd.fd_store.get(&format!("handover-of-socket-proxyd.{end}")));
-    Queue::from_ends(inner, sender)
+    Queue::from_ends(inner, sender).unwrap()
 }
 
 /// A connection that has transferred bytes. One that is still connecting would connect again.
