@@ -9,8 +9,8 @@ complete -c socket-proxyd -l passive-from -d 'Clients that start and postpone no
 complete -c socket-proxyd -l exit-idle-time -d 'Exit after TIME without a connection' -r
 complete -c socket-proxyd -l drain-time -d 'When stopped, give open connections TIME to end' -r
 complete -c socket-proxyd -l handover -d 'Keep connections over a restart or a crash' -r -f -a "never\t''
-restart\t'A stop'
-crash\t'Any end, SIGKILL included'"
+restart\t'A stop of the process'
+crash\t'Any end of the process, SIGKILL included'"
 complete -c socket-proxyd -l backend-wait -d 'Hold clients until TARGET is up [default: 0; on demand: 90s]' -r
 complete -c socket-proxyd -l connect-timeout -d 'Give up on one address of TARGET after TIME' -r
 complete -c socket-proxyd -l connection-idle-time -d 'Close connections idle for TIME' -r

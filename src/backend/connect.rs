@@ -21,7 +21,7 @@ use crate::runtime::backoff::Backoff;
 use crate::socket::address::Address;
 use crate::socket::host_port::HostPort;
 use crate::socket::resolve::resolve;
-use crate::socket::{Family, Keepalive, Socket, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::socket::{Family, Keepalive, Socket, set_nodelay, set_oobinline};
 
 /// Connects to one target. Clones share the limit on lookups and the queue for a full backlog.
 #[derive(Clone, Debug)]
@@ -214,7 +214,7 @@ impl Connector {
         };
         let socket = connected.map_err(|error| ConnectError::Connect(address.clone(), error))?;
         if let Some(keepalive) = self.keepalive.filter(|_| socket.family() == Family::Tcp) {
-            keepalive.set_or_warn(&socket);
+            keepalive.set(&socket);
         }
         Ok(socket)
     }
@@ -288,9 +288,9 @@ fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
     let domain = Domain::from(i32::from(sockaddr.family()));
     let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), None)?;
     if family == Family::Tcp {
-        set_nodelay_or_warn(&socket);
+        set_nodelay(&socket);
     }
-    set_oobinline_or_warn(&socket);
+    set_oobinline(&socket);
     let in_progress = match socket.connect(&sockaddr) {
         Ok(()) => false,
         Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => true,

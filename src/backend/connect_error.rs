@@ -15,7 +15,7 @@ use crate::socket::resolve::ResolveError;
 pub enum ConnectError {
     /// The name has no address.
     Resolve(ResolveError),
-    /// No address accepted. The last address with a transient error counts, or else the last one.
+    /// No address accepted. This is the last one with a transient error, or else the last one.
     Connect(Address, io::Error),
 }
 
@@ -58,8 +58,8 @@ impl ConnectError {
     }
 
     /// Whether the backend may just not be up yet. A name that does not exist and what a sandbox
-    /// forbids (EPERM) are permanent. EACCES is not: the mode of a Unix socket is often set only
-    /// after bind(2).
+    /// forbids (EPERM) are permanent. EACCES is transient: the mode of a Unix socket is often set
+    /// only after bind(2).
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Resolve(error) => error.is_temporary,

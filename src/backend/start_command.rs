@@ -132,7 +132,7 @@ impl StartCommand {
 
     /// Returns how long a command that runs may still take, if one does.
     pub fn time_left(&self) -> Option<Duration> {
-        self.runs.borrow().then_some(RUN_TIME + GRACE)
+        self.runs.borrow().then_some(RUN_TIME + COMMAND_GRACE)
     }
 
     /// Waits until the stop command is due, at `from` or later.
@@ -266,7 +266,7 @@ async fn execute(
         }
         () = cancelled => format!("{line} was ended"),
     };
-    group.terminate(GRACE).await;
+    group.terminate(COMMAND_GRACE).await;
     Err(error)
 }
 
@@ -286,7 +286,7 @@ const RUN_TIME: Duration = Duration::from_secs(90);
 const STOP_AGAIN: Duration = Duration::from_secs(1);
 
 /// From SIGTERM to SIGKILL for a command that runs too long.
-const GRACE: Duration = Duration::from_secs(3);
+const COMMAND_GRACE: Duration = Duration::from_secs(3);
 
 /// How long the backend may answer after the stop command has succeeded.
 const GONE_TIME: Duration = Duration::from_secs(10);
@@ -314,7 +314,7 @@ mod tests {
             assert!(error.ends_with("has not returned within 1min 30s"), "{error}");
         }
         let took = start.elapsed();
-        assert!(took >= RUN_TIME * 2 && took <= (RUN_TIME + GRACE) * 2, "{took:?}");
+        assert!(took >= RUN_TIME * 2 && took <= (RUN_TIME + COMMAND_GRACE) * 2, "{took:?}");
     }
 
     #[tokio::test]

@@ -26,7 +26,8 @@ impl CommandLine {
     /// # Errors
     /// The reason, which follows the option and its value.
     pub fn split(line: &str) -> Result<Self, String> {
-        let words = shlex::split(line).ok_or("a quote is not closed, or a backslash is the end")?;
+        let words =
+            shlex::split(line).ok_or("a quote is not closed, or the line ends in a backslash")?;
         let words: Vec<_> = words.into_iter().map(OsString::from).collect();
         let has_program = words.first().is_some_and(|program| !program.is_empty());
         if has_program { Ok(Self { words }) } else { Err("it names no program".into()) }
@@ -131,8 +132,8 @@ mod tests {
         assert_eq!(words, ["sh", "-c", "a \"$b\" %n", "c\"de", "f g"]);
         assert_eq!(split("sh a#b '#c' ~ *").unwrap(), ["sh", "a#b", "#c", "~", "*"]);
         for (line, why) in [
-            ("sh 'a", "a quote is not closed, or a backslash is the end"),
-            ("sh a\\", "a quote is not closed, or a backslash is the end"),
+            ("sh 'a", "a quote is not closed, or the line ends in a backslash"),
+            ("sh a\\", "a quote is not closed, or the line ends in a backslash"),
             (" # sh", "it names no program"),
             ("'' sh", "it names no program"),
         ] {

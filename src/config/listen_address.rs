@@ -41,9 +41,7 @@ impl ListenAddress {
         }
         HostPort::parse(text, None).map(Self::Host)
     }
-}
 
-impl ListenAddress {
     /// Whether the kernel picks the port.
     pub fn has_any_port(&self) -> bool {
         match self {

@@ -16,8 +16,8 @@ use crate::config::values::{self, BusyMode, HandoverMode, Overflow, ReadyMode, W
 use crate::logging::LogLevel;
 use crate::proxy_protocol::ProxyProtocol;
 
-/// The command line, option by option, in the order of `--help`. [`Config`](super::Config) has
-/// what is not public here, and `ready`, with their defaults.
+/// The command line, option by option, in the order of `--help`. Fields that are not public, and
+/// `ready`, are to be read in [`Config`](super::Config), which has their defaults.
 #[derive(Debug, Parser)]
 #[command(
     name = "socket-proxyd",

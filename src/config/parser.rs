@@ -49,8 +49,7 @@ fn one_line(text: &str) -> String {
     lines.collect::<Vec<_>>().join(" ")
 }
 
-/// Joins an option whose value is optional with the next word, if that is a path by its first
-/// letter.
+/// Joins an option whose value is optional with the next word, if that begins with `/` or `.`.
 pub fn join_path(args: &mut Vec<OsString>, option: &str) {
     let is_path = |word: &OsStr| matches!(word.as_bytes(), [b'/' | b'.', ..]);
     let end = args.iter().position(|arg| arg == "--").unwrap_or(args.len());

@@ -73,7 +73,8 @@ impl Targets {
         one.into_iter().chain(selected.iter().map(|selection| &selection.target))
     }
 
-    /// Returns the single TARGET if it begins with the address of a socket and a `=`.
+    /// Returns the single TARGET if it begins with the address of a socket and a `=`: perhaps
+    /// SELECTOR=TARGET was meant.
     pub fn resembles_selector(&self, sockets: &[&SocketLabel]) -> Option<&Target> {
         let Self::One(target) = self else { return None };
         let text = target.to_string();
@@ -86,7 +87,7 @@ impl Targets {
     /// Returns the index of each socket's target in [`Targets::iter`].
     ///
     /// # Errors
-    /// One line that lists the sockets, when not exactly one selector selects a socket, or when a
+    /// One line that lists the sockets, when no selector or several select a socket, or when a
     /// selector selects none.
     pub fn assign(&self, sockets: &[&SocketLabel]) -> Result<Vec<usize>, String> {
         let Self::Selected(selections) = self else {

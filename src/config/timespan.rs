@@ -1,7 +1,7 @@
 //! Time spans as in systemd.time(7): `5min 20s`, `1.5`, `infinity`.
 //!
 //! No library parses them exactly as systemd does, which truncates each decimal of a fraction by
-//! itself, and refuses `3.s` and `+.5`. A unit must mean the same to the microsecond.
+//! itself, and refuses `3.s` and `+.5`. A text must mean the same time to both, to the microsecond.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -24,7 +24,7 @@ const DAY: u64 = 24 * HOUR;
 const YEAR: u64 = 31_557_600 * SECOND;
 const MONTH: u64 = YEAR / 12;
 
-/// The deadline of an infinite span is so far away.
+/// The deadline of an infinite span: so far in the future.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// The names of each unit, the printed name first. When parsed, the longest name that matches
@@ -173,7 +173,7 @@ fn parse_part(text: &str) -> Option<(u64, &str)> {
     if behind.len() == rest.len() && !rest.is_empty() {
         return None;
     }
-    // systemd parses a signed number.
+    // systemd parses the number as a signed one of 64 bits, and refuses more.
     let whole = if whole.is_empty() { 0 } else { whole.parse::<i64>().ok()?.unsigned_abs() };
     if whole >= u64::MAX / unit {
         return None;

@@ -72,7 +72,7 @@ pub enum Overflow {
     Wait,
 }
 
-/// From when on a connection is in use.
+/// When a connection starts to count as in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum WakeOn {
     /// From accept on.
@@ -81,13 +81,13 @@ pub enum WakeOn {
     Data,
 }
 
-/// Which ends of the process open connections survive.
+/// What open connections survive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum HandoverMode {
     Never,
-    /// A stop.
+    /// A stop of the process.
     Restart,
-    /// Any end, SIGKILL included.
+    /// Any end of the process, SIGKILL included.
     Crash,
 }
 
@@ -170,7 +170,7 @@ mod tests {
             ("http:", "PATH must begin with /"),
             ("http:/a b", "PATH is not valid: invalid uri character"),
             ("exec:", "it names no program"),
-            ("exec:sh '", "a quote is not closed, or a backslash is the end"),
+            ("exec:sh '", "a quote is not closed, or the line ends in a backslash"),
             ("maybe", "it is not connect, notify, http:PATH or exec:LINE"),
             ("connect:", "it is not connect, notify, http:PATH or exec:LINE"),
         ] {

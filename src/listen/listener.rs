@@ -25,7 +25,7 @@ use crate::logging::{RateLimit, message_id, os_message, rate_limited};
 use crate::socket::address::{Address, SocketLabel};
 use crate::socket::file_id::FileId;
 use crate::socket::sys::{accept, register};
-use crate::socket::{Family, Keepalive, polls, set_nodelay_or_warn, set_oobinline_or_warn};
+use crate::socket::{Family, Keepalive, polls, set_nodelay, set_oobinline};
 
 /// A listening stream socket.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ impl Listener {
     /// Sends keepalive probes to TCP clients that are accepted from now on.
     pub fn set_keepalive(&self, keepalive: Keepalive) {
         if self.family == Family::Tcp {
-            keepalive.set_or_warn(&self.io);
+            keepalive.set(&self.io);
             self.keepalive.set(Some(keepalive));
         }
     }
@@ -152,7 +152,7 @@ impl Listener {
         if !self.options_inherited.get() || self.family == Family::Unix {
             set_options(&socket, self.family);
             if let Some(keepalive) = self.keepalive.get() {
-                keepalive.set_or_warn(&socket);
+                keepalive.set(&socket);
             }
         }
         let listener = Arc::clone(&self.info);
@@ -230,9 +230,9 @@ pub fn configure(fd: &OwnedFd) -> io::Result<(Family, Address)> {
 /// Sets the options of a listener or of an accepted socket.
 fn set_options(fd: &OwnedFd, family: Family) {
     if family == Family::Tcp {
-        set_nodelay_or_warn(fd);
+        set_nodelay(fd);
     }
-    set_oobinline_or_warn(fd);
+    set_oobinline(fd);
 }
 
 pub fn passed_error(name: &str, error: &io::Error) -> String {

@@ -56,7 +56,7 @@ impl PassedConnection {
 
     pub fn set_keepalive(&self, keepalive: Keepalive) {
         if self.family == Family::Tcp {
-            keepalive.set_or_warn(&self.fd);
+            keepalive.set(&self.fd);
         }
     }
 

@@ -74,8 +74,8 @@ impl Line {
         line.into_bytes()
     }
 
-    /// Returns the text with the client and the backend, or the listener, unless the text names
-    /// them.
+    /// Returns the text, with the client and the backend, or the listener, in parentheses where the
+    /// text does not name them.
     fn message(&self) -> String {
         // The names belong to the sentence, and not to the hint in parentheses after it.
         let end = match self.text.strip_suffix(".)") {
@@ -84,15 +84,12 @@ impl Line {
         };
         let (sentence, rest) = self.text.split_at(end.unwrap_or(self.text.len()));
         let mut message = sentence.to_string();
-        let mut separator = " (";
-        for (name, value) in
-            self.names().filter(|(name, value)| *name == "client" || !has_word(sentence, value))
-        {
-            let _ = write!(message, "{separator}{name} {}", quoted(value));
-            separator = ", ";
-        }
-        if separator == ", " {
-            message.push(')');
+        let unnamed =
+            self.names().filter(|(name, value)| *name == "client" || !has_word(sentence, value));
+        let unnamed = unnamed.map(|(name, value)| format!("{name} {}", quoted(value)));
+        let unnamed: Vec<_> = unnamed.collect();
+        if !unnamed.is_empty() {
+            let _ = write!(message, " ({})", unnamed.join(", "));
         }
         message.push_str(rest);
         if self.suppressed > 0 {
@@ -101,7 +98,7 @@ impl Line {
         message
     }
 
-    /// Returns the fields that a message names.
+    /// Returns the fields that belong into a message: client and backend, or else the listener.
     fn names(&self) -> impl Iterator<Item = &(&'static str, String)> {
         let is_peer = |name: &str| ["client", "backend"].contains(&name);
         let has_peer = self.fields.iter().any(|(name, _)| is_peer(name));

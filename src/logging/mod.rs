@@ -61,8 +61,8 @@ pub enum LogLevel {
 }
 
 impl LogLevel {
-    /// Returns `$SYSTEMD_LOG_LEVEL`, or info. Like systemd, ignores what it can't read. Of a list,
-    /// the word counts that is not for one destination only.
+    /// Returns `$SYSTEMD_LOG_LEVEL`, or info. Like systemd, ignores what it can't read. In a list,
+    /// takes the first level without a `DESTINATION:` before it.
     pub fn from_environment() -> Self {
         let levels = env::var("SYSTEMD_LOG_LEVEL").unwrap_or_default();
         let mut levels = levels.split(',').filter(|level| !level.contains(':'));

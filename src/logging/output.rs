@@ -14,7 +14,7 @@ use crate::logging::line::Format;
 #[derive(Debug)]
 pub enum Output {
     Stderr(Format),
-    /// Opened at the start, when there are descriptors.
+    /// Opened at the start, while descriptors are free.
     Journal(UnixDatagram),
 }
 
@@ -32,7 +32,7 @@ impl Output {
     /// Returns the journal, if there is one that accepts entries.
     pub fn journal() -> Option<Self> {
         UnixDatagram::unbound().and_then(|socket| socket.connect(JOURNAL_SOCKET)).ok()?;
-        // Not connected: a journal that is restarted is another socket of the same name.
+        // Not connected: a journal that was restarted has a new socket at the same path.
         UnixDatagram::unbound().ok().map(Self::Journal)
     }
 

@@ -65,7 +65,7 @@ impl Exporter {
             }
         };
         if listeners.is_empty() {
-            // Clients are served all the same.
+            // The proxy works without metrics.
             tracing::warn!(
                 "Failed to serve --metrics={address}: systemd passed no socket of that name. (Its \
                  .socket unit must be active and set FileDescriptorName=.)"
@@ -159,8 +159,8 @@ impl Scrapers {
     async fn serve(&self, socket: OwnedFd) -> io::Result<()> {
         let options = SockRef::from(&socket);
         let _ = options.set_send_buffer_size(SEND_BUFFER);
-        // Dropped early, the socket is reset. Not set on the listener, which other processes may
-        // share.
+        // A request that is given up is reset. Set here and not on the listener, which other
+        // processes may share.
         let _ = options.set_linger(Some(Duration::ZERO));
         // tokio's TcpStream makes the same system calls for a Unix socket.
         let mut stream = TcpStream::from_std(socket.into())?;
@@ -242,7 +242,7 @@ const SEND_BUFFER: usize = 32 * 1024;
 const BURST: usize = 4;
 const BURST_PAUSE: Duration = Duration::from_millis(1);
 
-/// Between two looks at what the scraper has acknowledged. No scraper waits for them.
+/// How often to look whether the scraper has acknowledged everything. It has its response by then.
 const ACK_INTERVAL: Duration = Duration::from_millis(50);
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";

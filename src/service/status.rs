@@ -16,8 +16,8 @@ use crate::logging::bounded_line;
 use crate::logging::bytes::Bytes;
 use crate::notify::Notifier;
 
-/// Once the proxy serves, and until the first change; systemd-socket-proxyd's words, like
-/// [`SHUTTING_DOWN`].
+/// The status from readiness to the first change. systemd-socket-proxyd has the same words, also
+/// those of [`SHUTTING_DOWN`].
 pub const PROCESSING: &str = "Processing requests...";
 
 /// While COMMAND stops and open connections are reset.
@@ -38,9 +38,9 @@ pub fn handed_over(stored: usize) -> String {
     format!("Left open connections with systemd: {stored}.")
 }
 
-/// Sends `STATUS=` whenever it changes, forever and at most once a second: after a change of the
-/// counts or of COMMAND's state, every few seconds while connections are open, and as COMMAND's age
-/// grows.
+/// Sends `STATUS=` whenever its text has changed, at most once a second, forever. Looks at it when
+/// the counts or COMMAND's state change, every few seconds while connections are open, and when
+/// COMMAND's age shows another value.
 ///
 /// `bytes` returns the bytes transferred. With several listeners the status names those that have
 /// connections. `restored` is the number of connections restored from the previous process.
@@ -59,7 +59,7 @@ pub async fn publish_status(
     let mut sent = String::new();
     let mut next = Instant::now();
     let mut state = lifecycle.map(Lifecycle::watch);
-    // The backend's state and its number of starts, and since when.
+    // The backend's state and number of starts, and when they last changed.
     let mut backend: Option<((BackendState, u64), Instant)> = None;
     loop {
         let open = limit.counts().open;
@@ -154,8 +154,8 @@ impl fmt::Display for Status<'_> {
     }
 }
 
-/// For how long COMMAND has been running, in one unit from a minute on: it changes rarely, and a
-/// `STATUS=` that was sent stays true until the next.
+/// For how long COMMAND has been running. From one minute on it is shown in one unit, so that
+/// `STATUS=` is sent seldom.
 struct Age {
     shown: TimeSpan,
     /// The time until another age is shown.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use socket2::SockAddr;
 
-/// One end of a stream socket.
+/// The address of one end of a stream connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
     Inet(SocketAddr),
@@ -68,7 +68,7 @@ impl Address {
         }
     }
 
-    /// Converts an address of another family to an unnamed Unix socket.
+    /// Converts an address of the kernel. One of an unknown family becomes `Unnamed`.
     pub fn from_sockaddr(address: &SockAddr) -> Self {
         if let Some(inet) = address.as_socket() {
             Self::Inet(inet)
@@ -153,19 +153,19 @@ impl Address {
     /// Returns where a TCP client comes from, as far as limits tell clients apart.
     pub fn source(&self) -> Option<Source> {
         let Self::Inet(address) = self else { return None };
-        Some(match canonical(*address) {
-            SocketAddr::V4(address) => Source { ip: (*address.ip()).into(), scope: 0 },
+        let (ip, scope) = match canonical(*address) {
             SocketAddr::V6(address) if address.ip().is_unicast_link_local() => {
-                Source { ip: (*address.ip()).into(), scope: address.scope_id() }
+                ((*address.ip()).into(), address.scope_id())
             }
             SocketAddr::V6(address) => {
-                let network = Ipv6Addr::from_bits(address.ip().to_bits() >> 64 << 64);
-                Source { ip: network.into(), scope: 0 }
+                (Ipv6Addr::from_bits(address.ip().to_bits() >> 64 << 64).into(), 0)
             }
-        })
+            SocketAddr::V4(address) => ((*address.ip()).into(), 0),
+        };
+        Some(Source { ip, scope })
     }
 
-    /// Returns whether the address is unspecified and stands for `address` as well.
+    /// Returns whether this is the unspecified address of the family of `address`, with its port.
     ///
     /// An IPv4 client of a dual-stack listener has an IPv6 address, `::ffff:a.b.c.d`.
     pub fn covers(&self, address: &Self) -> bool {
@@ -212,8 +212,8 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// An IPv4 address, the /64 of an IPv6 address, in which one machine may have any number of
-/// addresses, or a link-local address and its interface.
+/// An IPv4 address, the /64 of an IPv6 address, or a link-local address and its interface. One
+/// machine may have any number of addresses in a /64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
     ip: IpAddr,

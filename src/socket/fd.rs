@@ -37,12 +37,12 @@ pub fn polls(fd: impl AsFd, events: PollFlags) -> bool {
     poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(events)
 }
 
-/// Returns whether nothing can be sent on a socket any more.
+/// Returns whether a socket has failed, or both of its directions are shut down.
 pub fn has_hung_up(fd: impl AsFd) -> bool {
     polls(fd, PollFlags::ERR | PollFlags::HUP)
 }
 
-/// Returns whether the peer has ended its bytes, received or not.
+/// Returns whether the peer has sent its FIN, even if bytes before it were not received.
 pub fn has_hung_up_reading(fd: impl AsFd) -> bool {
     polls(fd, PollFlags::RDHUP | PollFlags::HUP)
 }

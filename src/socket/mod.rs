@@ -38,9 +38,7 @@ use crate::socket::sys::register;
 pub use crate::socket::fd::{
     Family, FirstByte, abort, first_byte, has_hung_up, has_hung_up_reading, has_unread, polls,
 };
-pub use crate::socket::options::{
-    Keepalive, set_nodelay_or_warn, set_oobinline_or_warn, set_reset_on_close,
-};
+pub use crate::socket::options::{Keepalive, set_nodelay, set_oobinline, set_reset_on_close};
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -93,9 +91,10 @@ impl Socket {
         }
         let Some(error) = SockRef::from(&self.io).take_error()? else { return Ok(()) };
         // A reset that answers the SYN is ECONNREFUSED. Before ECONNRESET and EPIPE the connection
-        // was made, and the backend may have sent an answer before the reset.
-        let was_made = matches!(Errno::from_io_error(&error), Some(Errno::CONNRESET | Errno::PIPE));
-        if self.family != Family::Tcp || !was_made {
+        // was established, and the backend may have sent an answer before the reset.
+        let was_established =
+            matches!(Errno::from_io_error(&error), Some(Errno::CONNRESET | Errno::PIPE));
+        if self.family != Family::Tcp || !was_established {
             return Err(error);
         }
         self.was_reset.set(true);
@@ -165,9 +164,9 @@ impl Socket {
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
         let len = buffer.len();
         let (bytes, ended_early) = if self.family == Family::Unix {
-            // On a Unix socket a receive ends early after a message with descriptors or
-            // credentials, even with more bytes behind. They can't be handed on, but MSG_CTRUNC
-            // shows their loss.
+            // On a Unix socket a receive ends after a message with descriptors or credentials,
+            // even if more bytes follow. The proxy discards them, and MSG_CTRUNC tells: the
+            // receive was short, but the socket is not empty.
             let received = rustix::net::recvmsg(
                 &self.io,
                 &mut [io::IoSliceMut::new(buffer)],
@@ -186,19 +185,19 @@ impl Socket {
     ///
     /// Receiving stops in front of urgent data as if the socket were empty. splice(2) never gets
     /// past it, not even to a FIN. So from then on only receiving works, and a short receive says
-    /// nothing. The urgent byte itself is an ordinary byte ([`set_oobinline_or_warn`]).
+    /// nothing. The urgent byte itself is an ordinary byte ([`set_oobinline`]).
     pub fn has_urgent_data(&self) -> bool {
         // try_io costs one load, but takes the end of the stream for urgent data.
         if !self.has_urgent_data.get()
             && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
-            && self.is_priority()
+            && self.has_priority_event()
         {
             self.has_urgent_data.set(true);
         }
         self.has_urgent_data.get()
     }
 
-    /// Returns whether a splice(2) that moved nothing has reached the end of the peer's bytes.
+    /// Returns whether a splice(2) that moved nothing has reached the end of the stream.
     ///
     /// splice(2) also returns 0 in front of urgent data when the peer's FIN is already there. The
     /// event loop may not have seen that EPOLLPRI yet, so this asks poll(2).
@@ -209,7 +208,7 @@ impl Socket {
         !self.has_urgent_data.get()
     }
 
-    fn is_priority(&self) -> bool {
+    fn has_priority_event(&self) -> bool {
         let mut cx = Context::from_waker(Waker::noop());
         let guard = pin!(self.io.ready(Interest::PRIORITY)).poll(&mut cx);
         matches!(guard, Poll::Ready(Ok(guard)) if guard.ready().is_priority())
@@ -220,7 +219,7 @@ impl Socket {
         rustix::net::send(&self.io, bytes, SendFlags::NOSIGNAL)
     }
 
-    /// Returns about how many bytes the kernel accepts, or `None` if it is not ready for many.
+    /// Returns about how many bytes the kernel accepts; `None` if poll(2) does not report POLLOUT.
     ///
     /// poll(2) applies all of the kernel's criteria, and after a `None` an edge reports readiness:
     /// the kernel makes edges only after poll(2) found the socket not ready. The number comes from
@@ -234,7 +233,7 @@ impl Socket {
         };
         let used = match self.family {
             Family::Unix => memory.allocated,
-            Family::Tcp | Family::Vsock => memory.outq_len,
+            Family::Tcp | Family::Vsock => memory.queued,
         };
         let free = memory.limit.saturating_sub(used);
         // The kernel's own headers take a part.
@@ -282,11 +281,7 @@ impl Socket {
     /// The kernel still delivers what was sent. On TCP, bytes that were not read make it a reset.
     pub fn shutdown_both(&self) {
         // Not FIONREAD, which counts the FIN of an MPTCP peer as a byte.
-        let has_unread = || {
-            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-            rustix::net::recv(&self.io, &mut [0; 1][..], flags).is_ok_and(|(bytes, _)| bytes > 0)
-        };
-        if self.family == Family::Tcp && has_unread() {
+        if self.family == Family::Tcp && first_byte(&self.io) == FirstByte::There {
             return self.abort();
         }
         if self.is_shared.get() && self.family == Family::Tcp {

@@ -1,4 +1,5 @@
-//! Socket options. A failure to set one never ends a connection: it is logged at debug level.
+//! Socket options. A failure to set one never ends a connection: at most it is logged at debug
+//! level.
 
 use std::fmt::Display;
 use std::os::fd::AsFd;
@@ -9,16 +10,16 @@ use rustix::net::sockopt;
 
 /// Sends small segments at once. With Nagle's algorithm, some patterns of requests wait 40 ms for a
 /// delayed acknowledgement. An accepted socket inherits the option from its listener.
-pub fn set_nodelay_or_warn(fd: impl AsFd) {
-    warn_of(sockopt::set_tcp_nodelay(fd, true), "TCP_NODELAY");
+pub fn set_nodelay(fd: impl AsFd) {
+    log_failure(sockopt::set_tcp_nodelay(fd, true), "TCP_NODELAY");
 }
 
 /// Turns urgent data into ordinary data: the kernel would drop the out-of-band byte.
 ///
 /// On TCP an accepted socket inherits the option from its listener. On a Unix socket it does not;
 /// there each socket needs the option before it is read.
-pub fn set_oobinline_or_warn(fd: impl AsFd) {
-    warn_of(sockopt::set_socket_oobinline(fd, true), "SO_OOBINLINE");
+pub fn set_oobinline(fd: impl AsFd) {
+    log_failure(sockopt::set_socket_oobinline(fd, true), "SO_OOBINLINE");
 }
 
 /// Decides whether close(2) resets a TCP connection instead of ending it.
@@ -52,18 +53,18 @@ impl Keepalive {
     }
 
     /// Sets the options. An accepted socket inherits them from its listener.
-    pub fn set_or_warn(self, fd: impl AsFd) {
+    pub fn set(self, fd: impl AsFd) {
         let set = || -> Result<(), Errno> {
             sockopt::set_tcp_keepidle(&fd, self.first)?;
             sockopt::set_tcp_keepintvl(&fd, self.interval)?;
             sockopt::set_tcp_keepcnt(&fd, PROBES)?;
             sockopt::set_socket_keepalive(&fd, true)
         };
-        warn_of(set(), "SO_KEEPALIVE");
+        log_failure(set(), "SO_KEEPALIVE");
     }
 }
 
-fn warn_of(result: Result<(), impl Display>, option: &str) {
+fn log_failure(result: Result<(), impl Display>, option: &str) {
     if let Err(error) = result {
         tracing::debug!("Failed to set {option}, ignoring: {error}.");
     }

@@ -18,7 +18,7 @@ use crate::socket::host_port::HostPort;
 /// Returns every stream address of a name, at least one, in the resolver's order (gai.conf(5)).
 ///
 /// The lookup holds `permit` until the resolver has answered, even when the caller stops waiting.
-/// If the name `may_appear`, it is a temporary error that it does not exist.
+/// If the name `may_appear`, a name that does not exist is a temporary error.
 pub async fn resolve(
     name: &HostPort,
     permit: Option<OwnedSemaphorePermit>,

@@ -52,8 +52,8 @@ pub struct SendMemory {
     /// Memory of the bytes that a Unix peer has not received.
     pub allocated: usize,
     /// Memory of the bytes that a TCP or vsock peer has not acknowledged.
-    pub outq_len: usize,
-    /// The most memory that the socket may use.
+    pub queued: usize,
+    /// The most memory that the socket may use (SO_SNDBUF).
     pub limit: usize,
 }
 
@@ -64,7 +64,7 @@ pub fn send_memory(fd: impl AsFd) -> io::Result<SendMemory> {
     let value = |index: i32| info[index as usize] as usize;
     Ok(SendMemory {
         allocated: value(libc::SK_MEMINFO_WMEM_ALLOC),
-        outq_len: value(libc::SK_MEMINFO_WMEM_QUEUED),
+        queued: value(libc::SK_MEMINFO_WMEM_QUEUED),
         limit: value(libc::SK_MEMINFO_SNDBUF),
     })
 }

@@ -376,7 +376,7 @@ mod tests {
             ),
             (
                 "--listen=1 --target=/a --start-command=' app",
-                "invalid value ''' for '--start-command <LINE>': a quote is not closed, or a backslash is the end",
+                "invalid value ''' for '--start-command <LINE>': a quote is not closed, or the line ends in a backslash",
             ),
             (
                 "--listen=1 --target=/a --start-command=./x app",

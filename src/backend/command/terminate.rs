@@ -29,7 +29,7 @@ pub struct Processes {
     command: Pid,
     /// Whether COMMAND itself has exited.
     has_exited: bool,
-    /// Whether no process of the group is left. Another group may have its number then.
+    /// Whether no process of the group is left. From then on another group may have its number.
     is_group_gone: bool,
     /// When SIGKILL is due, once SIGTERM was sent.
     deadline: Option<Instant>,
@@ -147,11 +147,13 @@ impl Processes {
         }
     }
 
-    /// Sends SIGKILL once: the guard calls this again and again. Turns to the processes outside the
-    /// group after [`GROUP_KILLS_MAX`] calls. Returns `false` when that has not helped either.
+    /// Sends one SIGKILL a call; the guard calls this every [`POLL_INTERVAL`]. Turns to the
+    /// processes outside the group after [`GROUP_KILLS_MAX`] calls. Returns `false` when that has
+    /// not helped either.
     fn kill(&mut self) -> bool {
         if self.kills == GROUP_KILLS_MAX && !self.is_group_gone {
-            // A zombie is left whose parent does not reap it: the parent may have left the group.
+            // What is left is a zombie whose parent does not reap it. The parent may be outside the
+            // group.
             self.is_group_gone = true;
             self.deadline = None;
             self.kills = 0;
@@ -210,8 +212,8 @@ fn is_stopped(process: Pid) -> bool {
     state.is_none_or(|state| ['T', 't', 'Z', 'X'].contains(&state))
 }
 
-/// Kills COMMAND's process group after its guard was killed. COMMAND itself was killed by the
-/// kernel then.
+/// Kills COMMAND's process group after its guard was killed. The kernel has killed COMMAND itself
+/// (PR_SET_PDEATHSIG).
 pub async fn kill_group(group: Pid) {
     tracing::error!(
         "The guard of COMMAND was killed, and the proxy kills the process group of COMMAND."
@@ -234,12 +236,12 @@ pub const SHORT_GRACE: Duration = Duration::from_secs(3);
 /// How often to check which processes are left.
 pub const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Searches for processes that are not frozen yet, and the pause between two. A process that waits
-/// for a disk (state D) stops only when the disk has answered.
+/// The most searches for processes that are not frozen yet, and the pause between two. A process
+/// that waits for a disk (state D) stops only when the disk has answered.
 const FREEZE_PASSES_MAX: u32 = 100;
 const FREEZE_PAUSE: Duration = Duration::from_millis(1);
 
-/// Looks at one process before its children are stopped.
+/// How often to look whether a process is stopped before its children are stopped.
 const STOP_CHECKS: u32 = 10;
 
 /// Attempts to kill the group. What is left of it then cannot be killed.
