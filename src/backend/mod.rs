@@ -4,6 +4,7 @@ pub mod command;
 pub mod lifecycle;
 pub mod state;
 pub mod wait;
+pub mod prober;
 pub mod readiness;
 mod attempts;
 pub mod connect;

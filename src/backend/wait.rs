@@ -13,29 +13,27 @@
 //! ([`Readiness`]). Otherwise the prober probes until it is, and hands no connection on.
 //!
 //! With several event loops there is still one prober for each target. It runs on the loop that
-//! started it, and the clients of all loops wait for it ([`SharedProbe`]).
+//! started it, and the clients of all loops wait for it ([`SharedProber`]).
 
 use std::cell::Cell;
 use std::future::pending;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::{AbortHandle, yield_now};
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::backend::attempts::{connect_once, connect_when_up};
 use crate::backend::connect::{Connector, OnFullBacklog};
 use crate::backend::connect_error::{CheckError, ConnectError};
+use crate::backend::prober::{ProberRun, SharedProber, closed};
 use crate::backend::readiness::{OpenConnection, Readiness};
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::{RateLimit, rate_limited};
-use crate::runtime::lock;
-use crate::socket::address::Address;
-use crate::socket::{Family, Socket, has_hung_up};
+use crate::socket::Socket;
 
 /// The wait for one backend, for the clients of one event loop.
 #[derive(Debug)]
@@ -43,7 +41,7 @@ pub struct BackendWait {
     pub connector: Connector,
     /// `--backend-wait=`. With zero clients do not wait, and there is no COMMAND.
     pub wait: TimeSpan,
-    probe: SharedProbe,
+    prober: SharedProber,
     /// Without it a backend that accepts connections is ready.
     readiness: Option<Arc<Readiness>>,
     /// Turns of the clients that go on after the wait.
@@ -54,10 +52,10 @@ impl BackendWait {
     pub fn new(
         connector: Connector,
         wait: TimeSpan,
-        probe: SharedProbe,
+        prober: SharedProber,
         readiness: Option<Arc<Readiness>>,
     ) -> Self {
-        Self { connector, wait, probe, readiness, turns: Semaphore::new(RELEASES_PER_TURN) }
+        Self { connector, wait, prober, readiness, turns: Semaphore::new(RELEASES_PER_TURN) }
     }
 
     /// Connects, now or as soon as the backend can be reached, however long that takes.
@@ -69,8 +67,8 @@ impl BackendWait {
             if let Some(socket) = self.take_connection() {
                 return Ok(socket);
             }
-            let prober = lock(&self.probe).running();
-            if let Some(Prober { wanted, .. }) = prober {
+            let prober = self.prober.state().running();
+            if let Some(ProberRun { wanted, .. }) = prober {
                 closed(wanted).await;
             } else if let Some(readiness) = self.unready() {
                 let error = readiness.describe("no answer yet");
@@ -99,7 +97,7 @@ impl BackendWait {
                     connected => return connected.map_err(Some),
                 }
             }
-            let Prober { ended, .. } = lock(&self.probe).running().ok_or(None)?;
+            let ProberRun { ended, .. } = self.prober.state().running().ok_or(None)?;
             closed(ended).await;
         }
     }
@@ -113,7 +111,7 @@ impl BackendWait {
                 match &connected {
                     // The attempt took long, and the backend may have been restarted.
                     Ok(_) if self.unready().is_some() => return None,
-                    Ok(socket) => lock(&self.probe).end_prober(socket),
+                    Ok(socket) => self.prober.state().end(socket),
                     Err(error) => {
                         self.reset_readiness();
                         if error.is_transient() {
@@ -155,13 +153,13 @@ impl BackendWait {
     /// is reserved for it, so this needs a permit.
     async fn connect_to_answered(&self) -> Option<Socket> {
         let _permit = self.connector.permits.beside.acquire().await;
-        let address = lock(&self.probe).answered.clone().filter(|_| self.unready().is_none())?;
+        let address = self.prober.state().answered.clone().filter(|_| self.unready().is_none())?;
         let start = Instant::now();
         let connected = self.connector.try_address(&address, OnFullBacklog::Fail).await;
         self.connector.count(start, &connected);
         if connected.is_err() {
             // The others need not try it, too.
-            lock(&self.probe).answered.take_if(|answered| *answered == address);
+            self.prober.state().answered.take_if(|answered| *answered == address);
         }
         connected.ok()
     }
@@ -180,7 +178,7 @@ impl BackendWait {
             match self.connector.connect(OnFullBacklog::Fail).await {
                 Err(error) if error.is_full_backlog() => {
                     self.log_waiting(&error.to_string());
-                    lock(&self.probe).last_error = Some(error.to_string());
+                    self.prober.state().last_error = Some(error.to_string());
                 }
                 connected => return connected,
             }
@@ -191,7 +189,7 @@ impl BackendWait {
     /// Returns why the backend could not be reached in time: the prober's last error, or else a
     /// timeout of the client's own attempt, which this counts.
     pub fn record_timeout(&self) -> String {
-        let last_error = lock(&self.probe).last_error.clone();
+        let last_error = self.prober.state().last_error.clone();
         last_error.unwrap_or_else(|| {
             self.connector.counters.fail(ConnectErrorKind::Timeout);
             let target = &self.connector.target;
@@ -218,33 +216,20 @@ impl BackendWait {
 
     /// Takes the connection on offer, if the backend is ready.
     fn take_connection(&self) -> Option<Socket> {
-        take_connection(&self.probe).filter(|_| self.unready().is_none())
+        self.prober.take_connection().filter(|_| self.unready().is_none())
     }
 
     /// Offers a fresh connection to the first caller of [`BackendWait::connect`], on any event
-    /// loop. After [`OFFER`] the connection is reset.
+    /// loop. After a moment the connection is reset.
     pub fn offer(&self, socket: Socket) {
-        let (family, answered) = (socket.family(), socket.peer_address().ok());
-        let connection = socket.release().ok().map(|fd| (fd, family));
-        let mut state = lock(&self.probe);
-        state.last_error = None;
-        state.answered = answered;
-        state.connection = connection;
-        state.generation += 1;
-        let (generation, probe) = (state.generation, self.probe.clone());
-        tokio::task::spawn_local(async move {
-            sleep(OFFER).await;
-            if lock(&probe).generation == generation {
-                drop(take_connection(&probe));
-            }
-        });
+        self.prober.offer(socket);
     }
 
     /// Starts the prober, unless another client has started it meanwhile. `last_error` is `None`
     /// while the client's own attempt is in progress.
     fn start_prober(self: &Rc<Self>, last_error: Option<String>) -> watch::Receiver<()> {
-        let mut state = lock(&self.probe);
-        if let Some(Prober { wanted, .. }) = state.running() {
+        let mut state = self.prober.state();
+        if let Some(ProberRun { wanted, .. }) = state.running() {
             return wanted;
         }
         // For an unready backend the first failed probe logs this: it may well succeed.
@@ -256,7 +241,7 @@ impl BackendWait {
         }
         let ((wanted_sender, wanted), (ended_sender, ended)) =
             (watch::channel(()), watch::channel(()));
-        state.prober = Some(Prober { wanted: wanted.clone(), ended });
+        state.run = Some(ProberRun { wanted: wanted.clone(), ended });
         state.last_error = last_error;
         state.answered = None;
         let task = Rc::clone(self).probe(wanted_sender, ended_sender);
@@ -343,7 +328,7 @@ impl BackendWait {
             if !is_logged.replace(true) {
                 self.log_waiting(&error);
             }
-            lock(&self.probe).last_error = Some(error);
+            self.prober.state().last_error = Some(error);
         };
         let no_client_waits = async {
             // One receiver is the one in the shared state.
@@ -360,61 +345,7 @@ impl BackendWait {
             },
             () = no_client_waits => {}
         }
-        lock(&self.probe).last_error = None;
-    }
-}
-
-/// Waits until the prober has ended.
-async fn closed(mut prober: watch::Receiver<()>) {
-    let _ = prober.changed().await;
-}
-
-/// What clients hold while they wait for the prober. Both are closed when it ends. It never sends,
-/// so a failed probe wakes no client.
-#[derive(Clone, Debug)]
-struct Prober {
-    /// Keeps the prober running.
-    wanted: watch::Receiver<()>,
-    /// Of passive clients, for which the prober does not run.
-    ended: watch::Receiver<()>,
-}
-
-/// The prober's state, common to all event loops.
-pub type SharedProbe = Arc<Mutex<ProbeState>>;
-
-#[derive(Debug, Default)]
-pub struct ProbeState {
-    prober: Option<Prober>,
-    task: Option<AbortHandle>,
-    /// Why the backend cannot be reached, as far as that is known.
-    last_error: Option<String>,
-    /// The address that has answered, when the prober has ended for that.
-    answered: Option<Address>,
-    /// A connection that a probe made, for the first client that takes it.
-    connection: Option<(OwnedFd, Family)>,
-    /// The number of connections offered so far.
-    generation: u64,
-}
-
-/// Takes the connection on offer, unless the backend has closed it meanwhile.
-fn take_connection(probe: &SharedProbe) -> Option<Socket> {
-    let (fd, family) = lock(probe).connection.take()?;
-    Socket::register(fd, family).ok().filter(|socket| !has_hung_up(socket))
-}
-
-impl ProbeState {
-    /// Ends the prober, since the backend can be reached by this connection.
-    fn end_prober(&mut self, connected: &Socket) {
-        if let Some(task) = self.task.take() {
-            self.last_error = None;
-            self.answered = connected.peer_address().ok();
-            task.abort();
-        }
-    }
-
-    /// Returns the prober, unless it has ended, in whatever way.
-    fn running(&self) -> Option<Prober> {
-        self.prober.clone().filter(|prober| prober.ended.has_changed().is_ok())
+        self.prober.state().last_error = None;
     }
 }
 
@@ -432,9 +363,6 @@ const CLIENTS_CHECK: Duration = Duration::from_millis(100);
 
 /// Clients that go on after a wait before the event loop looks at its other connections.
 const RELEASES_PER_TURN: usize = 8;
-
-/// How long the prober's connection is on offer.
-const OFFER: Duration = Duration::from_millis(100);
 
 /// Waits often begin in quick succession.
 static WAITING: RateLimit = RateLimit::new(3, Duration::from_secs(10));

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use crate::backend::Backend;
 use crate::backend::connect::Connector;
 use crate::backend::lifecycle::Lifecycle;
+use crate::backend::prober::SharedProber;
 use crate::backend::readiness::Readiness;
-use crate::backend::wait::{BackendWait, SharedProbe};
+use crate::backend::wait::BackendWait;
 use crate::config::timespan::TimeSpan;
 use crate::counters::{ByteCounters, LoopCounters, Loops};
 use crate::forward::flow::LoopBuffers;
@@ -43,7 +44,7 @@ pub struct BackendSetup {
     /// Connects to a backend that is up.
     pub connector: Connector,
     /// The prober of `--backend-wait=`, common to all event loops.
-    pub probe: SharedProbe,
+    pub prober: SharedProber,
     /// Whether the backend is ready, with `--ready=http:` or `--ready=exec:`.
     pub readiness: Option<Arc<Readiness>>,
 }
@@ -68,8 +69,8 @@ impl LoopContext {
         let LoopCounters { bytes, pipes } = settings.loops.add(settings.backends.len());
         let wait = settings.backend_wait;
         let backend = |setup: &BackendSetup| {
-            let BackendSetup { connector, probe, readiness } = setup.clone();
-            let backend_wait = Rc::new(BackendWait::new(connector, wait, probe, readiness));
+            let BackendSetup { connector, prober, readiness } = setup.clone();
+            let backend_wait = Rc::new(BackendWait::new(connector, wait, prober, readiness));
             Backend { backend_wait, lifecycle: settings.lifecycle.clone() }
         };
         Self {

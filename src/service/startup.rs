@@ -7,10 +7,10 @@ use rustix::thread::set_no_new_privs;
 
 use crate::backend::command::Supervisor;
 use crate::backend::connect::{ConnectPermits, Connector};
+use crate::backend::prober::SharedProber;
 use crate::backend::readiness::Readiness;
 use crate::backend::start_command::StartCommand;
 use crate::backend::starter::Starter;
-use crate::backend::wait::SharedProbe;
 use crate::config::Config;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
@@ -194,7 +194,7 @@ fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
             permits.clone(),
         );
         let readiness = Readiness::new(&config.ready, config.args.proxy_protocol, &connector);
-        BackendSetup { connector, probe: SharedProbe::default(), readiness }
+        BackendSetup { connector, prober: SharedProber::default(), readiness }
     };
     config.targets.iter().map(setup).collect()
 }
