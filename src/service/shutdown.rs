@@ -1,7 +1,5 @@
 //! The end of the process: connections are handed over, drained, or reset, and COMMAND stops.
 
-use std::time::Duration;
-
 use sd_notify::NotifyState;
 use tokio::signal::unix::Signal;
 
@@ -30,20 +28,13 @@ pub async fn stop(
     // the socket, the kernel refuses them.
     tasks.accepting.shutdown().await;
     // After the idle exit there is no connection to hand over, but after a failure there may be.
-    if let Some(handover) = server.handover.as_ref().filter(|_| *ended != Ok(StopReason::Idle)) {
-        detach_all(&server, handover, notifier).await;
-        if let Some(starter) = &server.starter {
-            tokio::select! {
-                () = stop_backend(starter, notifier) => {}
-                () = signals.second() => {}
-            }
-        }
-        return server.listener_entries.into_iter().for_each(JournalEntry::detach);
+    if server.handover.is_some() && *ended != Ok(StopReason::Idle) {
+        return hand_over(server, signals, notifier).await;
     }
     drop(server.listeners);
     let _ = notifier.send_once(&[NotifyState::Stopping]);
     let is_signal = *ended == Ok(StopReason::Signal);
-    let drain_time = if is_signal { drain_time } else { TimeSpan::new(Duration::ZERO) };
+    let drain_time = if is_signal { drain_time } else { TimeSpan::ZERO };
     let starter = server.starter.as_ref();
     let drain_and_stop = async {
         // The idle exit may have stopped COMMAND, and a connection that is drained may need it.
@@ -76,6 +67,20 @@ pub async fn stop(
     if open > 0 {
         tracing::info!("Stopping, resetting open connections: {open}.");
     }
+}
+
+/// Leaves the connections and the listeners to the next process.
+async fn hand_over(server: Server, signals: &mut Signals, notifier: &Notifier) {
+    if let Some(handover) = &server.handover {
+        detach_all(&server, handover, notifier).await;
+    }
+    if let Some(starter) = &server.starter {
+        tokio::select! {
+            () = stop_backend(starter, notifier) => {}
+            () = signals.second() => {}
+        }
+    }
+    server.listener_entries.into_iter().for_each(JournalEntry::detach);
 }
 
 /// Stops what the proxy has started, and asks systemd to wait for it.

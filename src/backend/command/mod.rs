@@ -160,21 +160,8 @@ impl Supervisor {
             "Starting {name}, {target} does not answer yet ({reason})."
         );
         self.lifecycle.counters.all.inc();
-        // The guard removes the file if the proxy is killed, so the socket is opened only now.
-        if let Some(place) = &self.notify {
-            *notify = Some(place.open().map_err(RunResult::Failed)?);
-        }
         let start = Instant::now();
-        let failed = |error: io::Error| {
-            RunResult::Failed(format!("Failed to start {name}: {}", os_message(&error)))
-        };
-        let started =
-            CommandProcess::start(notify.as_ref().map(NotifySocket::path)).map_err(failed)?;
-        let process = process.insert(started);
-        let tree = process.launch(name, self.fd_limit).await.map_err(failed)?;
-        if let Some(notify) = notify {
-            notify.listen(tree, self.notifies_busy.then(|| clock.clone()));
-        }
+        let process = self.launch(clock, notify, process).await?;
         let notify = notify.as_ref().filter(|_| self.notifies_ready);
         let connection = tokio::select! {
             biased;
@@ -197,6 +184,30 @@ impl Supervisor {
             return Err(RunResult::early_exit(name, "as soon as", status));
         }
         Ok(RunResult::Exited(status))
+    }
+
+    /// Starts the guard and COMMAND, with the notification socket of this run.
+    async fn launch<'a>(
+        &self,
+        clock: &IdleClock,
+        notify: &mut Option<NotifySocket>,
+        process: &'a mut Option<CommandProcess>,
+    ) -> Result<&'a mut CommandProcess, RunResult> {
+        let name = &self.command;
+        let failed = |error: io::Error| {
+            RunResult::Failed(format!("Failed to start {name}: {}", os_message(&error)))
+        };
+        // The guard removes the file if the proxy is killed, so the socket is opened only now.
+        if let Some(directory) = &self.notify {
+            *notify = Some(directory.open().map_err(RunResult::Failed)?);
+        }
+        let started = CommandProcess::start(notify.as_ref().map(NotifySocket::path));
+        let process = process.insert(started.map_err(failed)?);
+        let tree = process.launch(name, self.fd_limit).await.map_err(failed)?;
+        if let Some(notify) = notify {
+            notify.listen(tree, self.notifies_busy.then(|| clock.clone()));
+        }
+        Ok(process)
     }
 
     /// Freezes COMMAND whenever it is idle, and thaws it for the next use, until it exits. Returns
