@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use tokio::process::Child;
-use tokio::time::{sleep, timeout};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
 
 use crate::config::command::CommandLine;
 use crate::config::target::Target;
@@ -34,16 +35,32 @@ impl ProcessGroup {
     /// Asks the group to end. Kills what is left of it once the program itself has ended, or after
     /// `grace`.
     pub async fn terminate(self, grace: Duration) {
-        let Some(group) = self.group() else { return };
-        let _ = kill_process_group(group, Signal::TERM);
-        let _ = timeout(grace, async {
-            // Until it is reaped, no other group can have the program's number.
-            while let Ok(None) = waitid(WaitId::Pid(group), ENDED) {
-                sleep(POLL_INTERVAL).await;
-            }
-        })
-        .await;
+        self.signal(Signal::TERM);
+        let _ = timeout(grace, self.ended()).await;
         // Dropping `self` kills the group.
+    }
+
+    /// Waits until the program itself has ended, kills what is left of the group, and returns the
+    /// program's status.
+    pub async fn exited_alone(mut self) -> io::Result<ExitStatus> {
+        self.ended().await?;
+        self.signal(Signal::KILL);
+        self.exited().await
+    }
+
+    /// Waits until the program itself has ended, and leaves it unreaped: until then no other group
+    /// can have its number.
+    async fn ended(&self) -> io::Result<()> {
+        let mut child_ended = signal(SignalKind::child())?;
+        while self.group().is_some_and(|pid| matches!(waitid(WaitId::Pid(pid), ENDED), Ok(None))) {
+            child_ended.recv().await;
+        }
+        Ok(())
+    }
+
+    fn signal(&self, signal: Signal) {
+        // ESRCH: the group has ended.
+        let _ = self.group().map(|group| kill_process_group(group, signal));
     }
 
     /// Returns the group, unless the program was reaped: another group may have its number then.
@@ -59,8 +76,7 @@ impl ProcessGroup {
 
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
-        // ESRCH: the group has ended.
-        let _ = self.group().map(|group| kill_process_group(group, Signal::KILL));
+        self.signal(Signal::KILL);
     }
 }
 
@@ -77,9 +93,6 @@ pub fn isolate(command: &mut Command) {
 /// Asks whether a process has ended, without reaping it.
 const ENDED: WaitIdOptions =
     WaitIdOptions::EXITED.union(WaitIdOptions::NOWAIT).union(WaitIdOptions::NOHANG);
-
-/// How often to look whether a program has ended.
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What systemd set for the proxy and not for its children.
 const SYSTEMD_VARIABLES: [&str; 7] = [

@@ -327,6 +327,15 @@ fn probe_command_that_hangs_is_killed_with_its_children() {
 }
 
 #[test]
+fn probe_command_leaves_no_children() {
+    let (_proxy, front, directory) = exec("sleep 60 & echo $! >>$0", |launch| launch);
+    assert_echoes(&mut front.connect());
+    let text = fs::read_to_string(directory.path().join("file")).unwrap();
+    let ended = || (!is_alive(text.trim())).then_some(());
+    poll_until(Instant::now() + Duration::from_secs(1), ended).expect("it is killed");
+}
+
+#[test]
 fn probe_command_ends_with_the_last_client() {
     let (_proxy, front, directory) = exec("echo $$ >>$0; sleep 60", |launch| launch);
     let client = front.connect();

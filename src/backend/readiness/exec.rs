@@ -5,12 +5,13 @@ use crate::config::command::CommandLine;
 use crate::config::target::Target;
 use crate::logging::os_message;
 
-/// Runs the command once. Dropping the future kills the command and its process group.
+/// Runs the command once, and kills what it leaves behind in its process group. Dropping the future
+/// kills the command as well.
 ///
 /// # Errors
 /// The status of the command, or why it did not start.
 pub async fn probe(line: &CommandLine, target: &Target) -> Result<(), String> {
-    let run = async || ProcessGroup::start(line, target)?.exited().await;
+    let run = async || ProcessGroup::start(line, target)?.exited_alone().await;
     match run().await {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(status.to_string()),
