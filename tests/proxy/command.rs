@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use crate::application::{Service, ask, is_running, pid, wait_for_end};
 use crate::support::*;
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -375,6 +375,40 @@ fn ignores_ready_from_other_processes() {
     let mut service = service;
     service.proxy.wait();
     assert_eq!(fs::read_dir(runtime.path()).unwrap().count(), 0, "nothing is left of the socket");
+}
+
+#[test]
+fn accepts_ready_from_a_process_that_has_exited() {
+    let script = r#"perl "$@" &
+        while ! test -e "$3.go"; do sleep 0.05; done
+        perl -MSocket -e 'socket my $s, AF_UNIX, SOCK_DGRAM, 0; send $s, "READY=1", 0,
+            pack_sockaddr_un($ENV{NOTIFY_SOCKET}) or die' && echo "sent $$" >>"$3"
+        wait"#;
+    let options = ["--ready=notify", "--backend-wait=10s"];
+    let program = ["sh", "-c", script, "sh", APP];
+    let service = Service::start_as(Family::Tcp, &options, &program, &[], |launch| launch);
+    let mut client = service.connect();
+    client.write_all(b"pid\n").unwrap();
+    let app = service.wait_for_pid("started");
+    // The proxy reads the message long after its sender was reaped.
+    service.proxy.signal(Signal::STOP);
+    fs::write(service.directory.path().join("log.go"), "").unwrap();
+    service.wait_for_pid("sent");
+    service.proxy.signal(Signal::CONT);
+    let mut answer = [0; 20];
+    let bytes = client.read(&mut answer).expect("READY=1 is heard");
+    assert_eq!(std::str::from_utf8(&answer[..bytes]).unwrap().trim(), app.to_string());
+}
+
+#[test]
+fn starts_after_the_hard_limit_on_descriptors_was_lowered() {
+    let service = Service::start(Family::Tcp, &["--stop-idle-time=100ms"], &[]);
+    let first = service.pid();
+    wait_for_end(first);
+    let limit = Rlimit { current: Some(300), maximum: Some(300) };
+    let proxy = Pid::from_raw(service.proxy.pid().try_into().unwrap());
+    prlimit(proxy, Resource::Nofile, limit).unwrap();
+    assert_ne!(service.pid(), first);
 }
 
 /// A process of another user that sends READY=1 as often as it can.

@@ -63,8 +63,10 @@ impl CommandProcess {
     ) -> io::Result<ProcessTree> {
         let guard = self.guard.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
         if let (Some(_), Some(limit)) = (guard, fd_limit) {
+            // The hard limit may have been lowered since the start.
             let maximum = getrlimit(Resource::Nofile).maximum;
-            prlimit(guard, Resource::Nofile, Rlimit { current: Some(limit), maximum })?;
+            let current = Some(maximum.map_or(limit, |maximum| limit.min(maximum)));
+            prlimit(guard, Resource::Nofile, Rlimit { current, maximum })?;
         }
         let text = command.words.join(OsStr::new("\0"));
         let length = u32::try_from(text.len()).map_err(|_| Errno::TOOBIG)?;

@@ -4,7 +4,7 @@
 //! The socket is a file and not an abstract name, so that COMMAND finds it from another network
 //! namespace and can pass it into a container. Every process may send to it. The kernel tells the
 //! sender (`SO_PASSCRED`), and only messages of COMMAND's processes count. File modes could not
-//! tell: COMMAND may change its user.
+//! tell: COMMAND may change its user. A sender that has exited is judged by its user.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -238,7 +238,7 @@ impl Lookups {
         if *lookups == LOOKUPS_MAX {
             return false;
         }
-        let is_ours = tree.has(process);
+        let is_ours = tree.has(process) || tree.may_have_had(process, user);
         // COMMAND's own processes are not limited: each of its messages counts.
         *lookups += usize::from(!is_ours);
         if self.known.len() < KNOWN_MAX {

@@ -28,6 +28,12 @@ impl ProcessTree {
         })
     }
 
+    /// Whether a process that has ended may have been COMMAND's: it was of the same user. Nothing
+    /// else is known of a process that was reaped.
+    pub fn may_have_had(self, process: Pid, user: Uid) -> bool {
+        proc_stat(process).is_none() && self.has_user(user)
+    }
+
     /// Whether the process is in the group or descends from the guard.
     pub fn has(self, process: Pid) -> bool {
         proc_stat(process).is_some_and(|[_, group]| group == Some(self.group))
