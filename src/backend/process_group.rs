@@ -28,7 +28,7 @@ impl ProcessGroup {
         let mut command = Command::new(&line.words[0]);
         command.args(&line.words[1..]).stdin(Stdio::null());
         isolate(&mut command);
-        command.env("TARGET", target.to_string());
+        command.env("TARGET", target.to_os_string());
         tokio::process::Command::from(command).spawn().map(Self)
     }
 

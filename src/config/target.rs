@@ -3,7 +3,7 @@
 //! What is certain to fail is refused here, at start. Names are looked up for each connection, in
 //! `socket/resolve.rs`.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 
 use crate::socket::address::Address;
@@ -50,6 +50,14 @@ impl Target {
             None => Self::Name(host_port),
         })
     }
+
+    /// Returns the text of the target, with the bytes of a path as they are.
+    pub fn to_os_string(&self) -> OsString {
+        match self {
+            Self::Address(Address::Path(path)) => path.clone().into(),
+            other => other.to_string().into(),
+        }
+    }
 }
 
 impl fmt::Display for Target {
@@ -63,10 +71,19 @@ impl fmt::Display for Target {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Target, String> {
         Target::parse(OsStr::new(text))
+    }
+
+    #[test]
+    fn text_keeps_the_bytes_of_a_path() {
+        let path = OsStr::from_bytes(b"/run/\xff.sock");
+        assert_eq!(Target::parse(path).unwrap().to_os_string(), path);
+        assert_eq!(parse("LocalHost:http").unwrap().to_os_string(), "LocalHost:http");
     }
 
     #[test]

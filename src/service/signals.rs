@@ -25,6 +25,8 @@ impl Signals {
         // With `LimitFSIZE=` a write that is too large then fails with EFBIG, and ends one
         // connection at most.
         let _ = catch(SignalKind::from_raw(libc::SIGXFSZ))?;
+        // Where SIGCHLD is ignored, the kernel reaps children, and their status is lost.
+        let _ = catch(SignalKind::child())?;
         Ok(Self {
             terminate: catch(SignalKind::terminate())?,
             interrupt: catch_unless_ignored(SignalKind::interrupt())?,

@@ -115,6 +115,15 @@ fn commands_start_and_stop_the_backend() {
 }
 
 #[test]
+fn ignored_sigchld_hides_no_exit() {
+    let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
+    let launch = external.launch(&front, &["--ready=exec:true"]);
+    let _proxy = launch.signals("--ignore-signal=CHLD").start();
+    pid(&mut front.connect());
+    assert_eq!(external.runs("start"), 1);
+}
+
+#[test]
 fn backend_outlives_the_proxy_and_is_stopped_by_the_next() {
     let (external, front) = (External::new(), Endpoint::new(Family::Tcp));
     for signal in [Signal::TERM, Signal::KILL] {
