@@ -56,6 +56,19 @@ fn frozen_command_costs_nothing_and_answers_at_once() {
 }
 
 #[test]
+fn process_that_was_stopped_before_stays_stopped() {
+    let script = "sleep 600 & kill -STOP $!; echo held $! >>\"$3\"; exec perl \"$@\"";
+    let program = ["sh", "-c", script, "sh", APP];
+    let options = ["--freeze-idle-time=100ms"];
+    let service = Service::start_as(Family::Tcp, &options, &program, &[], |launch| launch);
+    let app = service.pid();
+    let held = service.wait_for_pid("held");
+    wait_until_frozen(app);
+    assert_eq!(service.pid(), app, "thawed");
+    assert_eq!(stat(held).0, "T");
+}
+
+#[test]
 fn thawed_command_answers_as_soon_as_a_running_one() {
     let _turn = measuring();
     let service = Service::start(Family::Tcp, &["--freeze-idle-time=50ms"], &[]);

@@ -10,6 +10,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::mem;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -34,7 +35,8 @@ pub struct Processes {
     /// When SIGKILL is due, once SIGTERM was sent.
     deadline: Option<Instant>,
     kills: u32,
-    is_frozen: bool,
+    /// The processes that are frozen. Those that were stopped before are not among them.
+    frozen: HashSet<Pid>,
 }
 
 impl Processes {
@@ -46,21 +48,22 @@ impl Processes {
             is_group_gone: false,
             deadline: None,
             kills: 0,
-            is_frozen: false,
+            frozen: HashSet::new(),
         }
     }
 
     /// Stops every process where it is, until no process runs and no further one is found: a
-    /// process may fork until its own signal arrives.
+    /// process may fork until its own signal arrives. A process that is stopped already stays so
+    /// after the thaw.
     pub async fn freeze(&mut self) {
-        self.is_frozen = true;
-        let mut signalled = HashSet::new();
+        let mut seen = HashSet::new();
         for _ in 0..FREEZE_PASSES_MAX {
             let descendants = descendants();
             let mut is_done = true;
             for process in descendants {
-                if signalled.insert(process) {
+                if seen.insert(process) && !is_stopped(process) {
                     let _ = kill_process(process, Signal::STOP);
+                    self.frozen.insert(process);
                     is_done = false;
                     // A parent that sees its child stop (WUNTRACED) would stop itself after it is
                     // thawed, as su(1) does: so the parent stops first.
@@ -88,12 +91,11 @@ impl Processes {
 
     /// Lets frozen processes go on.
     pub fn thaw(&mut self) {
-        if self.is_frozen {
-            self.is_frozen = false;
-            // Children first: a parent that waits for stopped children would stop itself again.
-            for process in descendants().into_iter().rev() {
-                let _ = kill_process(process, Signal::CONT);
-            }
+        // Children first: a parent that waits for stopped children would stop itself again.
+        let frozen = mem::take(&mut self.frozen);
+        let descendants = if frozen.is_empty() { Vec::new() } else { descendants() };
+        for process in descendants.into_iter().rev().filter(|process| frozen.contains(process)) {
+            let _ = kill_process(process, Signal::CONT);
         }
     }
 
