@@ -179,19 +179,20 @@ impl Logger {
 
 /// Runs on the thread that may wait.
 fn write_items(output: &Output, items: &Receiver<Item>, dropped: &AtomicU64) {
-    let write = |line: &[u8]| {
-        if output.write(line).is_err() {
-            dropped.fetch_add(1, Ordering::Relaxed);
+    // A text that cannot be written stands for so many lines.
+    let write = |text: &[u8], lines: u64| {
+        if output.write(text).is_err() {
+            dropped.fetch_add(lines, Ordering::Relaxed);
         }
     };
     for item in items {
         if let Item::Line(line) = &item {
-            write(line);
+            write(line, 1);
         }
         // Lines are dropped only while this thread waits for the reader.
         let count = dropped.swap(0, Ordering::Relaxed);
         if count > 0 {
-            write(&dropped_message(count, output.format()));
+            write(&dropped_message(count, output.format()), count);
         }
         if let Item::Flush(written) = item {
             let _ = written.send(());

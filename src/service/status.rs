@@ -56,7 +56,7 @@ pub async fn publish_status(
         return pending().await;
     }
     let max = limit.max().get();
-    let mut sent = String::new();
+    let (mut sent, mut is_unsent) = (String::new(), false);
     let mut next = Instant::now();
     let mut state = lifecycle.map(Lifecycle::watch);
     // The backend's state and number of starts, and when they last changed.
@@ -69,7 +69,7 @@ pub async fn publish_status(
             () = limit.changed() => {}
             // Disabled if there is no COMMAND.
             Some(_) = async { Some(state.as_mut()?.changed().await) } => {}
-            () = sleep(BYTES_INTERVAL), if open > 0 => {}
+            () = sleep(BYTES_INTERVAL), if open > 0 || is_unsent => {}
             () = sleep(next_age.unwrap_or_default()), if next_age.is_some() => {}
         }
         sleep_until(next).await;
@@ -95,7 +95,9 @@ pub async fn publish_status(
         };
         // The name of a socket may have any length and any characters.
         let status = bounded_line(&status, STATUS_MAX);
-        if status != sent && notifier.send_once(&[NotifyState::Status(&status)]).is_ok() {
+        // systemd's queue may be full.
+        is_unsent = status != sent && notifier.send_once(&[NotifyState::Status(&status)]).is_err();
+        if !is_unsent {
             sent = status;
         }
     }

@@ -82,6 +82,21 @@ fn stop_that_waits_for_ready_accepts_no_client() {
 }
 
 #[test]
+fn status_is_sent_once_the_queue_has_room() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let systemd = FakeSystemd::new();
+    let _proxy = start(&front, &systemd, &[&backend.target]);
+    let mut client = front.connect();
+    assert_echoes(&mut client);
+    systemd.wait_for("STATUS=1 of 256 connections");
+    fill(&systemd);
+    drop(client);
+    // The status is due within a second, and cannot be sent.
+    pause(Duration::from_secs(2));
+    systemd.wait_for("STATUS=0 of 256 connections, 1 served");
+}
+
+#[test]
 fn stop_does_not_wait_for_the_queue() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let systemd = FakeSystemd::new();
