@@ -55,6 +55,35 @@ fn frozen_command_costs_nothing_and_answers_at_once() {
     wait_until_frozen(first);
 }
 
+/// The number of exit(2), which ends one thread.
+const EXIT: u32 = if cfg!(target_arch = "x86_64") { 60 } else { 93 };
+
+#[test]
+fn process_without_its_main_thread_is_frozen() {
+    let script = format!(
+        "perl -Mthreads -e 'threads->create(sub {{ 1 while 1 }}); syscall {EXIT}, 0' &
+        echo busy $! >>\"$3\"; exec perl \"$@\""
+    );
+    let program = ["sh", "-c", &script, "sh", APP];
+    let options = ["--freeze-idle-time=300ms"];
+    let service = Service::start_as(Family::Tcp, &options, &program, &[], |launch| launch);
+    let app = service.pid();
+    let busy = service.wait_for_pid("busy");
+    let has_ended = || (stat(busy).0 == "Z").then_some(());
+    poll_until(Instant::now() + TIMEOUT, has_ended).expect("the main thread has ended");
+    wait_until_frozen(app);
+    // Children are stopped after their parents.
+    let used = || {
+        let before = stat(busy);
+        pause(Duration::from_secs(1));
+        (stat(busy) == before).then_some(before)
+    };
+    let before = poll_until(Instant::now() + TIMEOUT, used).expect("no CPU time in a second");
+    assert_eq!(service.pid(), app);
+    let runs = || (stat(busy).1 > before.1).then_some(());
+    poll_until(Instant::now() + TIMEOUT, runs).expect("it goes on");
+}
+
 #[test]
 fn process_that_was_stopped_before_stays_stopped() {
     let script = "sleep 600 & kill -STOP $!; echo held $! >>\"$3\"; exec perl \"$@\"";

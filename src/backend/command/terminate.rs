@@ -20,6 +20,7 @@ use rustix::process::{
 };
 use tokio::time::{Instant, sleep};
 
+use crate::backend::command::process_tree::ProcessTree;
 use crate::logging::{RateLimit, rate_limited};
 
 /// The processes of COMMAND: all that descend from the guard.
@@ -56,25 +57,25 @@ impl Processes {
     /// process may fork until its own signal arrives. A process that is stopped already stays so
     /// after the thaw.
     pub async fn freeze(&mut self) {
-        let mut seen = HashSet::new();
         for _ in 0..FREEZE_PASSES_MAX {
-            let descendants = descendants();
             let mut is_done = true;
-            for process in descendants {
-                if seen.insert(process) && !is_stopped(process) {
+            for process in descendants() {
+                let states = thread_states(process);
+                // A traced process rests only while its tracer looks at it.
+                let is_traced = states.contains('t') && !self.frozen.contains(&process);
+                if is_traced || !are_stopped(&states) {
                     let _ = kill_process(process, Signal::STOP);
                     self.frozen.insert(process);
                     is_done = false;
                     // A parent that sees its child stop (WUNTRACED) would stop itself after it is
                     // thawed, as su(1) does: so the parent stops first.
                     for _ in 0..STOP_CHECKS {
-                        if is_stopped(process) {
+                        if are_stopped(&thread_states(process)) {
                             break;
                         }
                         sleep(FREEZE_PAUSE).await;
                     }
                 }
-                is_done &= is_stopped(process);
             }
             if is_done {
                 return;
@@ -91,10 +92,17 @@ impl Processes {
 
     /// Lets frozen processes go on.
     pub fn thaw(&mut self) {
+        let mut frozen = mem::take(&mut self.frozen);
+        if frozen.is_empty() {
+            return;
+        }
         // Children first: a parent that waits for stopped children would stop itself again.
-        let frozen = mem::take(&mut self.frozen);
-        let descendants = if frozen.is_empty() { Vec::new() } else { descendants() };
-        for process in descendants.into_iter().rev().filter(|process| frozen.contains(process)) {
+        for process in descendants().into_iter().rev().filter(|process| frozen.remove(process)) {
+            let _ = kill_process(process, Signal::CONT);
+        }
+        // While siblings end, the list of children may lack some (proc_tid_children(5)).
+        let tree = ProcessTree { group: self.command, guard: getpid() };
+        for process in frozen.into_iter().filter(|process| tree.has(*process)) {
             let _ = kill_process(process, Signal::CONT);
         }
     }
@@ -206,12 +214,18 @@ fn descendants() -> Vec<Pid> {
     all
 }
 
-/// Whether a process is stopped or has ended: its state in proc_pid_stat(5), behind its name in
-/// parentheses.
-fn is_stopped(process: Pid) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_nonzero()));
-    let state = stat.ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
-    state.is_none_or(|state| ['T', 't', 'Z', 'X'].contains(&state))
+/// Returns the state of each thread of a process: in proc_pid_stat(5), behind the name in
+/// parentheses. The main thread may have ended before the others.
+fn thread_states(process: Pid) -> String {
+    let tasks = fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero()));
+    let stats = tasks.into_iter().flatten().flatten().map(|task| task.path().join("stat"));
+    let stats = stats.filter_map(|stat| fs::read_to_string(stat).ok());
+    stats.filter_map(|stat| stat.rsplit_once(") ")?.1.chars().next()).collect()
+}
+
+/// Whether all threads are stopped, by a signal or a tracer, or have ended.
+fn are_stopped(states: &str) -> bool {
+    states.chars().all(|state| ['T', 't', 'Z', 'X'].contains(&state))
 }
 
 /// Kills COMMAND's process group after its guard was killed. The kernel has killed COMMAND itself
