@@ -168,8 +168,8 @@ fn main() -> ExitCode {
             trials.add_fallible(name, move || judge(subject, &path, expected, &*test));
         }
     }
-    // Most cases wait: four at a time take half a core.
-    trials.run_on(4)
+    // Beside more cases the original of systemd 262 sometimes loses bytes that it carries alone.
+    trials.run_on(2)
 }
 
 fn judge(subject: Subject, path: &Path, expected: Expected, test: &Test) -> Result<(), Failed> {
