@@ -31,6 +31,7 @@
 //!   [`config::options`] has each option with its default.
 //! - Dropping a [`limits::slot::Slot`] decrements every count of a connection. It lives from accept
 //!   to close, and everything that waits for connections to end watches the count.
+//! - [`metrics`] has the names of all metrics; `metrics::exporter` is the HTTP server.
 //! - The main thread accepts and serves. With `--threads=` other threads serve as well. Once its
 //!   task is spawned, a connection stays on its event loop.
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a

@@ -1,4 +1,5 @@
-//! `--connection-idle-time=`: which connections are idle and are reset.
+//! `--connection-idle-time=`: which connections are idle and are reset. The timer is in
+//! `forward::registry`, the reset in `forward::close`.
 //!
 //! A connection that delivers bytes stores that in a cell of its own. On each event loop one timer
 //! visits all connections, four times in the idle time, and counts the visits since bytes were

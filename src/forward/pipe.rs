@@ -5,8 +5,8 @@
 //! - A pipe is filled only when it is empty. Then `EAGAIN` from [`Pipe::fill`] never means full
 //!   slots (small segments fill a pipe's slots long before its bytes), but an empty socket or
 //!   urgent data.
-//! - Only an empty pipe returns to the pool. Its flow offers it after each send, and when it has
-//!   read nothing ([`PipePool::release_if_empty`]).
+//! - Only an empty pipe returns to the pool. Its flow (`forward::flow`) offers it after each send,
+//!   and when it has read nothing ([`PipePool::release_if_empty`]).
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};

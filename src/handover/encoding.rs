@@ -1,5 +1,6 @@
 //! The bytes of a message in the queue. What is stored of a connection is a [`Snapshot`]
-//! (`forward::snapshot`).
+//! (`forward::snapshot`), and with it the id and the start of the connection ([`Record`]). A client
+//! without a backend and a listener are stored here, too ([`RecordBody`]).
 //!
 //! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not
 //! written down. A message is a header of [`HEADER_LEN`] bytes, with a version and a count, and the
