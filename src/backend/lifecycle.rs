@@ -61,8 +61,8 @@ impl Lifecycle {
     }
 
     /// Says why clients wait from now on.
-    pub fn set_wait_reason(&self, error: String) {
-        self.wait_reason.send_replace(error);
+    pub fn set_wait_reason(&self, reason: String) {
+        self.wait_reason.send_replace(reason);
     }
 
     /// Returns why clients wait; `None` if the backend is ready.

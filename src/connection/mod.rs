@@ -199,7 +199,7 @@ async fn connect(
     let report = || log.report_state("There is no backend yet");
     tokio::select! {
         biased;
-        call = registration.end_requested(report) => match call {
+        request = registration.end_requested(report) => match request {
             EndRequest::Detach => ConnectOutcome::Detach,
             EndRequest::End => ConnectOutcome::NotInUse,
         },

@@ -239,7 +239,7 @@ impl Forwarder {
             // A connection that has ended is not idle, even if it ended late.
             let is_idle = !self.is_over() && self.is_idle();
             if !is_idle && self.has_unfinished_delivery() {
-                let called = async {
+                let request = async {
                     match &self.registration {
                         Some(it) => it.end_requested(|| report(self.progress())).await,
                         None => pending().await,
@@ -248,7 +248,7 @@ impl Forwarder {
                 tokio::select! {
                     biased;
                     () = Box::pin(self.finish_delivery()) => {}
-                    call = Box::pin(called) => match call {
+                    request = Box::pin(request) => match request {
                         EndRequest::Detach => return Ok(self.detached()),
                         EndRequest::End => {}
                     },

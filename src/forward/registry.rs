@@ -181,7 +181,7 @@ impl Registration {
     }
 }
 
-/// What a connection is asked for.
+/// How a connection is asked to end on this event loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndRequest {
     Detach,

@@ -1,4 +1,5 @@
-//! Which processes may send COMMAND's `READY=1`: its own, as far as /proc tells.
+//! Which processes are COMMAND's, as far as /proc tells: their notifications count, and a thaw
+//! continues them.
 
 use std::fs;
 use std::iter;
@@ -6,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 
 use rustix::process::{Pid, Uid};
 
-/// The processes whose messages count as COMMAND's.
+/// COMMAND's processes.
 ///
 /// A control group would not do: outside of a unit COMMAND shares its control group with the whole
 /// session.
