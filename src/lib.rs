@@ -11,7 +11,7 @@
 //! limits          the client gets a Slot, which counts it
 //! connection      an event loop serves it: connect, header, forward, log
 //! backend         a Connector reaches TARGET, or a client waits    -> Socket
-//! proxy_protocol  the PROXY header                                 -> bytes
+//! socket          the PROXY header (socket::proxy_protocol)        -> bytes
 //! forward         a Forwarder moves bytes until both sides end     -> closed, or Detached
 //! handover        a Detached connection becomes a record in the journal (what is stored:
 //!                 forward::snapshot; its bytes: handover::encoding)
@@ -60,7 +60,6 @@ mod limits;
 // Shared foundations.
 mod notify;
 mod config;
-mod proxy_protocol;
 mod counters;
 mod runtime;
 mod socket;

@@ -14,7 +14,7 @@ use crate::config::parser::{InfoOptions, Request, parse};
 use crate::config::timespan::TimeSpan;
 use crate::config::values::{self, BusyMode, HandoverMode, Overflow, ReadyMode, WakeOn};
 use crate::logging::LogLevel;
-use crate::proxy_protocol::ProxyProtocol;
+use crate::socket::proxy_protocol::ProxyProtocol;
 
 /// The command line, option by option, in the order of `--help`. Fields that are not public, and
 /// `ready`, are to be read in [`Config`](super::Config), which has their defaults.

@@ -16,7 +16,7 @@ use crate::forward::flow::LoopBuffers;
 use crate::forward::pipe::PipeLimits;
 use crate::forward::registry::Registry;
 use crate::handover::{Detached, Handover};
-use crate::proxy_protocol::ProxyProtocol;
+use crate::socket::proxy_protocol::ProxyProtocol;
 
 /// What all connections share, on whatever event loop.
 #[derive(Clone, Debug)]

@@ -6,6 +6,7 @@
 //! **A socket that is dropped without [`Socket::close`] is reset.** A connection cut short by a
 //! signal, a panic or an error must not look complete to its peers.
 
+pub mod proxy_protocol;
 pub mod file_id;
 pub mod resolve;
 pub mod host_port;

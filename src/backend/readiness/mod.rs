@@ -20,9 +20,9 @@ use crate::backend::connect_error::{CheckError, ConnectError};
 use crate::config::command::CommandLine;
 use crate::config::timespan::TimeSpan;
 use crate::config::values::ReadyMode;
-use crate::proxy_protocol::ProxyProtocol;
 use crate::runtime::lock;
 use crate::socket::address::Address;
+use crate::socket::proxy_protocol::ProxyProtocol;
 
 /// The state of one backend, common to all event loops, and its probe.
 #[derive(Debug)]
