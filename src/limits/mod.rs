@@ -4,6 +4,7 @@
 //! counts while its backend is still being connected. Dropping a permit costs a few atomic
 //! operations. Every change wakes the `STATUS=` line.
 
+pub mod client_limits;
 pub mod slot;
 pub mod idle_clock;
 pub mod source;

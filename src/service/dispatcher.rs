@@ -8,52 +8,41 @@ use std::time::Duration;
 use tokio::task::spawn_local;
 
 use crate::config::Config;
-use crate::config::client_set::ClientSet;
 use crate::config::values::WakeOn;
 use crate::connection::Restored;
 use crate::connection::event_loop::EventLoops;
 use crate::counters::RefusalReason;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
-use crate::limits::ConnectionLimit;
-use crate::limits::idle_clock::{IdleClock, InUse};
-use crate::limits::slot::Slot;
-use crate::limits::source::SourceLimit;
+use crate::limits::client_limits::ClientLimits;
 use crate::listen::accepted::Accepted;
 use crate::logging::{RateLimit, message_id, rate_limited};
 use crate::service::silent::{Silent, SilentClients};
-use crate::socket::address::Address;
 use crate::socket::{FirstByte, first_byte};
 
 /// The limits on connections, and the event loops that serve them.
 pub struct Dispatcher {
-    pub limit: ConnectionLimit,
-    pub clock: IdleClock,
+    pub limits: ClientLimits,
     pub event_loops: EventLoops,
-    source_limit: Option<Arc<SourceLimit>>,
-    passive_from: ClientSet,
     /// Clients without a byte, with `--wake-on=data`.
     silent: Option<SilentClients>,
     handover: Option<Arc<Handover>>,
 }
 
 impl Dispatcher {
-    /// Clients of listeners may be passive or silent. The one client of a process without listeners
-    /// (Accept=yes) is neither.
+    /// Clients of listeners may be silent. The one client of a process without listeners
+    /// (Accept=yes) is not.
     pub fn new(
         config: &Config,
+        limits: ClientLimits,
         event_loops: EventLoops,
         handover: Option<Arc<Handover>>,
         has_listeners: bool,
     ) -> Rc<Self> {
-        let passive_from = has_listeners.then(|| config.passive_from.clone());
         let wakes_on_data = has_listeners && config.args.wake_on == WakeOn::Data;
         Rc::new(Self {
-            limit: ConnectionLimit::new(config.args.connections_max),
-            clock: IdleClock::new(),
+            limits,
             event_loops,
-            source_limit: config.args.connections_max_per_source.map(SourceLimit::new),
-            passive_from: passive_from.unwrap_or_default(),
             silent: wakes_on_data.then(SilentClients::default),
             handover,
         })
@@ -61,7 +50,8 @@ impl Dispatcher {
 
     /// Serves a client of `backend`, or closes it at a limit.
     pub fn serve(self: &Rc<Self>, mut accepted: Accepted, backend: usize) {
-        if let Err(reason) = self.acquire(&mut accepted) {
+        let Accepted { slot, client, .. } = &mut accepted;
+        if let Err(reason) = self.limits.acquire(slot, client, || self.make_room()) {
             return self.refuse(&accepted, reason);
         }
         accepted.listener.counts.admitted.inc();
@@ -76,36 +66,16 @@ impl Dispatcher {
         backend: usize,
         entry: Option<JournalEntry>,
     ) {
-        self.acquire_unchecked(&mut accepted.slot, &accepted.client);
+        self.limits.acquire_unchecked(&mut accepted.slot, &accepted.client);
         self.dispatch(accepted, backend, entry);
     }
 
     /// Goes on with a connection that a process before this one has stored.
     pub fn resume(&self, mut restored: Restored) {
         let Restored { slot, client, .. } = &mut restored;
-        self.acquire_unchecked(slot, client);
-        slot.in_use = self.begin_use(client);
+        self.limits.acquire_unchecked(slot, client);
+        slot.in_use = self.limits.begin_use(client);
         self.event_loops.resume(restored);
-    }
-
-    /// Counts a connection that exists, whatever the limits are.
-    fn acquire_unchecked(&self, slot: &mut Slot, client: &Address) {
-        slot.permit = Some(self.limit.acquire_unchecked());
-        slot.source =
-            self.source_limit.as_ref().and_then(|it| it.acquire_unchecked(client)).map(Box::new);
-    }
-
-    fn acquire(self: &Rc<Self>, accepted: &mut Accepted) -> Result<(), RefusalReason> {
-        let Accepted { slot, client, .. } = accepted;
-        if let Some(sources) = &self.source_limit {
-            let permit = sources.try_acquire(client).ok_or(RefusalReason::Source)?;
-            slot.source = Some(Box::new(permit));
-        }
-        let permit = self.limit.try_acquire();
-        let permit =
-            permit.or_else(|| self.make_room().then(|| self.limit.try_acquire()).flatten());
-        slot.permit = Some(permit.ok_or(RefusalReason::Limit)?);
-        Ok(())
     }
 
     /// Stores a client, with `--handover=crash`.
@@ -123,7 +93,7 @@ impl Dispatcher {
         let silent = match &self.silent {
             Some(silent) if first_byte(&accepted.socket) != FirstByte::There => silent,
             _ => {
-                accepted.slot.in_use = self.begin_use(&accepted.client);
+                accepted.slot.in_use = self.limits.begin_use(&accepted.client);
                 return self.event_loops.serve(accepted, backend, entry);
             }
         };
@@ -143,7 +113,7 @@ impl Dispatcher {
     fn wake(&self, silent: Silent) {
         let Silent { accepted, backend, entry, .. } = silent;
         let Accepted { socket, family, client, listener, mut slot } = accepted;
-        slot.in_use = self.begin_use(&client);
+        slot.in_use = self.limits.begin_use(&client);
         // Another event loop may serve it. If there is no descriptor left, the client is reset.
         if let Ok(socket) = socket.release() {
             let accepted = Accepted { socket, family, client, listener, slot };
@@ -167,7 +137,7 @@ impl Dispatcher {
     /// Whether a client is in use, or about to be.
     pub fn is_in_use(&self) -> bool {
         let has_sent = self.silent.as_ref().is_some_and(SilentClients::any_has_sent);
-        has_sent || self.clock.is_in_use()
+        has_sent || self.limits.clock.is_in_use()
     }
 
     /// Resets the connections that are not in use.
@@ -193,15 +163,10 @@ impl Dispatcher {
         self.event_loops.detach_all(handover).await;
     }
 
-    /// Counts a connection as in use, unless its client is passive.
-    fn begin_use(&self, client: &Address) -> Option<InUse> {
-        (!self.passive_from.contains(client)).then(|| self.clock.begin_use())
-    }
-
     fn refuse(&self, accepted: &Accepted, reason: RefusalReason) {
         let Accepted { client, listener, .. } = accepted;
         listener.counts.refuse(reason);
-        self.limit.notify();
+        self.limits.limit.notify();
         let limit = match reason {
             RefusalReason::Limit => "connection limit",
             _ => "connection limit for one source",

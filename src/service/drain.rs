@@ -7,19 +7,14 @@ use sd_notify::NotifyState;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::config::timespan::TimeSpan;
-use crate::limits::ConnectionLimit;
-use crate::limits::idle_clock::IdleClock;
+use crate::limits::client_limits::ClientLimits;
 use crate::notify::Notifier;
 use crate::service::status::draining;
 
 /// Waits until the last connection has ended, or `time` has passed. Meanwhile systemd is asked to
 /// wait.
-pub async fn drain(
-    time: TimeSpan,
-    limit: &ConnectionLimit,
-    clock: &IdleClock,
-    notifier: &Notifier,
-) {
+pub async fn drain(time: TimeSpan, limits: &ClientLimits, notifier: &Notifier) {
+    let ClientLimits { limit, clock, .. } = limits;
     if time.is_zero() || !clock.has_connections() {
         return;
     }

@@ -20,6 +20,7 @@ use crate::connection::BackendSetup;
 use crate::counters::ListenerCounters;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
+use crate::limits::client_limits::ClientLimits;
 use crate::limits::descriptors::FdBudget;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
 use crate::listen::passed_connection::PassedConnection;
@@ -65,7 +66,7 @@ impl Server {
             (setup.connector.target.to_string(), Arc::clone(&setup.connector.counters))
         };
         metrics::registry(MetricsSources {
-            connections_max: self.dispatcher.limit.max(),
+            connections_max: self.dispatcher.limits.limit.max(),
             listeners: self.listeners.iter().map(listener).collect(),
             unconfigured: Arc::clone(&self.unconfigured),
             backends: settings.backends.iter().map(backend).collect(),
@@ -92,9 +93,9 @@ impl Server {
         }
         let mut supervising = JoinSet::new();
         if let Some(starter) = &self.starter {
-            let Dispatcher { event_loops, clock, .. } = &*self.dispatcher;
+            let Dispatcher { event_loops, limits, .. } = &*self.dispatcher;
             let backend_wait = Rc::clone(event_loops.backend_wait());
-            supervising.spawn_local(starter.clone().run(backend_wait, clock.clone()));
+            supervising.spawn_local(starter.clone().run(backend_wait, limits.clock.clone()));
         }
         Tasks { accepting, supervising }
     }
@@ -168,7 +169,7 @@ impl Server {
     async fn publish_status(&self, notifier: &Notifier) {
         let listeners: Vec<_> =
             self.listeners.iter().map(|(listener, _)| &*listener.info).collect();
-        let Dispatcher { limit, event_loops, .. } = &*self.dispatcher;
+        let Dispatcher { limits: ClientLimits { limit, .. }, event_loops, .. } = &*self.dispatcher;
         let bytes = || event_loops.delivered();
         let lifecycle = self.starter.as_ref().map(|starter| &**starter.lifecycle());
         publish_status(notifier, limit, self.restored, &listeners, bytes, lifecycle).await;
@@ -177,7 +178,7 @@ impl Server {
     /// Resets connections that are not in use whenever COMMAND is frozen or stopped.
     async fn reset_unused(&self) -> Infallible {
         loop {
-            self.dispatcher.clock.reset_requested().await;
+            self.dispatcher.limits.clock.reset_requested().await;
             self.dispatcher.reset_unused();
         }
     }
@@ -197,7 +198,7 @@ impl Server {
     /// Waits until there was no connection for `--exit-idle-time=`, none is queued, COMMAND has
     /// stopped, and `READY=1` was sent. A client that arrives meanwhile cancels the exit.
     async fn wait_idle(&self, ready: &watch::Sender<bool>) {
-        let clock = &self.dispatcher.clock;
+        let clock = &self.dispatcher.limits.clock;
         if self.listeners.is_empty() {
             clock.unused().await;
             return wait_until_ready_sent(ready).await;
@@ -240,7 +241,7 @@ pub enum StopReason {
 pub async fn report_connections(report_signal: &mut Signal, dispatcher: &Dispatcher) -> Infallible {
     loop {
         report_signal.recv().await;
-        tracing::info!("Open connections: {}.", dispatcher.limit.counts().open);
+        tracing::info!("Open connections: {}.", dispatcher.limits.limit.counts().open);
         dispatcher.request_reports();
     }
 }

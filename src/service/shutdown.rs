@@ -41,7 +41,7 @@ pub async fn stop(
         if let Some(starter) = starter.filter(|_| !drain_time.is_zero()) {
             starter.lifecycle().allow_start();
         }
-        drain(drain_time, &server.dispatcher.limit, &server.dispatcher.clock, notifier).await;
+        drain(drain_time, &server.dispatcher.limits, notifier).await;
         let _ = notifier.send_once(&[NotifyState::Status(SHUTTING_DOWN)]);
         if let Some(starter) = starter.filter(|_| !tasks.supervising.is_empty()) {
             // COMMAND may end its connections in its own way.
@@ -63,7 +63,7 @@ pub async fn stop(
         () = second_signal => {}
         never = report_connections(report_signal, &server.dispatcher) => match never {},
     }
-    let open = server.dispatcher.limit.counts().open;
+    let open = server.dispatcher.limits.limit.counts().open;
     if open > 0 {
         tracing::info!("Stopping, resetting open connections: {open}.");
     }

@@ -21,6 +21,7 @@ use crate::counters::Loops;
 use crate::forward::pipe::{self, PipeLimits};
 use crate::handover::Handover;
 use crate::handover::replay::Leftovers;
+use crate::limits::client_limits::ClientLimits;
 use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
 use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::listener::Listener;
@@ -123,7 +124,9 @@ fn build(
     let keep = |(listener, _): &(Rc<Listener>, _)| handover.as_ref()?.keep_listener(listener);
     let listener_entries = opened.iter().filter_map(keep).collect();
     let event_loops = EventLoops::new(settings, config.args.threads);
-    let dispatcher = Dispatcher::new(&config, event_loops, handover.clone(), !listeners.is_empty());
+    let has_listeners = !listeners.is_empty();
+    let limits = ClientLimits::new(&config, has_listeners);
+    let dispatcher = Dispatcher::new(&config, limits, event_loops, handover.clone(), has_listeners);
     // To refuse a client, the accept loop must accept it.
     let accepted_max = match config.args.overflow {
         Overflow::Refuse => usize::MAX,
