@@ -1,4 +1,4 @@
-complete -c socket-proxyd -l listen -d 'Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT' -r -F
+complete -c socket-proxyd -l listen -d 'Open [udp:][HOST:]PORT, [dgram:]/path, @name, vsock:CID:PORT' -r -F
 complete -c socket-proxyd -s c -l connections-max -d 'Serve up to N connections at a time' -r
 complete -c socket-proxyd -l connections-max-per-source -d 'Serve up to N of them from one IPv4 address or IPv6 /64' -r
 complete -c socket-proxyd -l overflow -d 'Refuse others, or let them wait' -r -f -a "refuse\t'Accept and close them'
@@ -14,6 +14,7 @@ crash\t'Any end of the process, SIGKILL included'"
 complete -c socket-proxyd -l backend-wait -d 'Hold clients until TARGET is up [default: 0; on demand: 90s]' -r
 complete -c socket-proxyd -l connect-timeout -d 'Give up on one address of TARGET after TIME' -r
 complete -c socket-proxyd -l connection-idle-time -d 'Close connections idle for TIME' -r
+complete -c socket-proxyd -l session-idle-time -d 'End datagram sessions idle for TIME' -r
 complete -c socket-proxyd -l keepalive -d 'Probe TCP peers silent for TIME' -r
 complete -c socket-proxyd -l proxy-protocol -d 'Tell TARGET the client\'s address' -r -f -a "v1\t'One line of text, at most 107 bytes'
 v2\t'Binary, at most 232 bytes here'"

@@ -50,6 +50,8 @@ pub struct ListenerCounters {
     pub refused: [Counter; RefusalReason::NAMES.len()],
     /// Connections closed because no backend was reached.
     pub failed: Counter,
+    /// Those of a datagram socket, whose sessions count as connections.
+    pub datagrams: DatagramCounters,
 }
 
 impl ListenerCounters {
@@ -78,6 +80,75 @@ pub enum RefusalReason {
 impl RefusalReason {
     /// The names of all reasons, in their order.
     pub const NAMES: [&str; 3] = ["limit", "source", "passive"];
+}
+
+/// Datagrams of one listener. The arrays are indexed by direction: 0 from clients, 1 from backends.
+///
+/// What was received was delivered, was dropped, or is held.
+#[derive(Debug, Default)]
+pub struct DatagramCounters {
+    pub received: [Counter; 2],
+    pub delivered: [Counter; 2],
+    /// Bytes delivered.
+    pub bytes: [Counter; 2],
+    /// Sessions that gave way at the connection limit.
+    pub evicted: Counter,
+    dropped: [[Counter; DropReason::NAMES.len()]; 2],
+}
+
+impl DatagramCounters {
+    pub fn drop(&self, direction: usize, reason: DropReason, datagrams: usize) {
+        self.dropped[direction][reason as usize].inc_by(datagrams as u64);
+    }
+
+    /// Returns the number of datagrams dropped in a direction, for the name of each reason.
+    pub fn dropped(&self, direction: usize) -> impl Iterator<Item = (&'static str, u64)> {
+        DropReason::NAMES.into_iter().zip(self.dropped[direction].iter().map(Counter::get))
+    }
+}
+
+/// Why a datagram was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DropReason {
+    /// A source that has no answer: port 0, multicast, broadcast.
+    Source,
+    /// Longer than the buffer for it.
+    Truncated,
+    /// `--connections-max=` or the limit on descriptors is reached.
+    Limit,
+    /// `--connections-max-per-source=` is reached.
+    SourceLimit,
+    /// The client is passive, and the backend is not ready.
+    Passive,
+    /// A newer one took its place, while the session waited for its backend.
+    Held,
+    /// No backend was reached, or the client is gone.
+    Unreachable,
+    /// The queue of the receiver is full.
+    Full,
+    /// Longer than the receiver or the path takes.
+    TooLong,
+    /// A new client, while the proxy is stopping.
+    Draining,
+    /// Any other error of the system.
+    Error,
+}
+
+impl DropReason {
+    /// The names of all reasons, in their order.
+    const NAMES: [&str; 11] = [
+        "source",
+        "truncated",
+        "limit",
+        "source_limit",
+        "passive",
+        "held",
+        "unreachable",
+        "full",
+        "too_long",
+        "draining",
+        "error",
+    ];
 }
 
 /// Bytes delivered between one backend and its clients, counted by one thread and read by any.

@@ -17,14 +17,24 @@
 //!                 forward::snapshot; its bytes: handover::encoding)
 //! ```
 //!
+//! Datagrams have no connections. The relay of [`datagram`] makes sessions up, with the same
+//! limits, backends and handover:
+//!
+//! ```text
+//! listen::datagram   a bound socket
+//! datagram::begin    a datagram belongs to a session, or begins one with a Slot
+//! datagram::opening  the session gets a socket to its backend, or holds datagrams
+//! datagram           to_backends and to_clients carry datagrams, in batches (socket::mmsg)
+//! ```
+//!
 //! With `--handover=` the next process replays the journal, and each record becomes a forwarder
 //! again.
 //!
 //! The list of modules below has the order of imports: a module imports only modules that stand
 //! below it.
 //!
-//! - Two modules define the order of things: the life of the process ([`service`]) and the life of
-//!   a connection ([`connection`]).
+//! - Three modules define the order of things: the life of the process ([`service`]), the life of
+//!   a connection ([`connection`]) and that of a session ([`datagram`]).
 //! - A backend that the proxy starts has a life of its own ([`backend::lifecycle`]); a connection
 //!   only waits for its states.
 //! - Parsing ends in [`config`]: once a [`config::Config`] exists, no string is interpreted again.
@@ -36,7 +46,7 @@
 //!   task is spawned, a connection stays on its event loop.
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a
 //!   signal or a panic must not look complete to its peers.
-//! - Unsafe code is confined to [`socket::sys`], [`listen::activation`] and
+//! - Unsafe code is confined to [`socket::sys`], [`socket::mmsg`], [`listen::activation`] and
 //!   [`runtime::dispositions`], and to one call in `main`, which [`service::program`] passes on.
 
 #![deny(unsafe_code)]
@@ -48,8 +58,9 @@ compile_error!("socket-proxyd needs Linux: splice(2), epoll(7) and systemd");
 mod service;
 mod unit_writer;
 
-// The life of a connection.
+// The life of a connection, and of a session.
 mod metrics;
+mod datagram;
 mod connection;
 mod handover;
 mod backend;

@@ -56,6 +56,11 @@ impl Lifecycle {
         self.state.subscribe()
     }
 
+    /// Whether clients can be served.
+    pub fn is_ready(&self) -> bool {
+        *self.state.borrow() == BackendState::Ready
+    }
+
     pub fn set_state(&self, state: BackendState) {
         self.state.send_replace(state);
     }

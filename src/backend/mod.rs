@@ -8,7 +8,7 @@ pub mod prober;
 pub mod readiness;
 mod attempts;
 pub mod connect;
-mod connect_error;
+pub mod connect_error;
 pub mod start_command;
 pub mod starter;
 mod process_group;

@@ -169,14 +169,16 @@ impl StartCommand {
         let failed = |error: String| lifecycle.set_wait_reason(format!("{error}, after {start}"));
         // A successful probe leaves no connection. The second turn of the loop then connects.
         let connected = async {
-            loop {
+            // Where only datagrams go, each session looks for itself.
+            while wait.has_streams() {
                 if let Some(connection) = wait.wait_until_up(failed).await? {
-                    return Ok(connection);
+                    return Ok(Some(connection));
                 }
             }
+            wait.wait_until_probed(failed).await.map(|()| None)
         };
         match timeout(READY_TIME, connected).await {
-            Ok(Ok(connection)) => wait.offer(connection),
+            Ok(Ok(connection)) => connection.into_iter().for_each(|it| wait.offer(it)),
             Ok(Err(error)) => return Err(StartError::Unreachable(error)),
             Err(_) => return Err(StartError::Failed(lifecycle.wait_reason())),
         }

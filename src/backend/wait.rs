@@ -21,7 +21,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -44,6 +44,9 @@ pub struct BackendWait {
     prober: SharedProber,
     /// Without it a backend that accepts connections is ready.
     readiness: Option<Arc<Readiness>>,
+    /// What sessions of datagrams notify when they find the backend up; `None` if connections lead
+    /// to the backend as well, which show that themselves.
+    datagrams_only: Option<Arc<Notify>>,
     /// Turns of the clients that go on after the wait.
     turns: Semaphore,
 }
@@ -54,8 +57,15 @@ impl BackendWait {
         wait: TimeSpan,
         prober: SharedProber,
         readiness: Option<Arc<Readiness>>,
+        datagrams_only: Option<Arc<Notify>>,
     ) -> Self {
-        Self { connector, wait, prober, readiness, turns: Semaphore::new(RELEASES_PER_TURN) }
+        let turns = Semaphore::new(RELEASES_PER_TURN);
+        Self { connector, wait, prober, readiness, datagrams_only, turns }
+    }
+
+    /// Whether connections lead to the backend, by which it can be asked.
+    pub fn has_streams(&self) -> bool {
+        self.datagrams_only.is_none()
     }
 
     /// Connects, now or as soon as the backend can be reached, however long that takes.
@@ -256,7 +266,9 @@ impl BackendWait {
     /// Looks whether the backend can serve clients: whether it accepts connections, and what a
     /// probe says.
     pub async fn check(&self) -> Result<(), CheckError> {
-        self.answers().await?;
+        if self.has_streams() || self.readiness.is_none() {
+            self.answers().await?;
+        }
         match &self.readiness {
             Some(readiness) => readiness.probe_once().await,
             None => Ok(()),
@@ -265,6 +277,9 @@ impl BackendWait {
 
     /// Looks whether the backend accepts connections.
     pub async fn answers(&self) -> Result<(), CheckError> {
+        if !self.has_streams() {
+            return Err(CheckError::NotYet("only datagrams go there".into()));
+        }
         match timeout(CHECK_TIMEOUT, connect_once(&self.connector)).await {
             Ok(Ok(socket)) => {
                 socket.close();
@@ -313,11 +328,27 @@ impl BackendWait {
         if let Some(readiness) = self.unready() {
             return readiness.wait_until_ready(failed).await.map(|()| None);
         }
+        if let Some(found_up) = &self.datagrams_only {
+            found_up.notified().await;
+            return Ok(None);
+        }
         let failed = |error: &ConnectError| {
             self.reset_readiness();
             failed(error.to_string());
         };
         connect_when_up(&self.connector, failed).await.map(Some)
+    }
+
+    /// Waits until a probe of `--ready=` succeeds, if there is one. Passes what each failed probe
+    /// says to `failed`.
+    ///
+    /// # Errors
+    /// A permanent error.
+    pub async fn wait_until_probed(&self, failed: impl Fn(String)) -> Result<(), ConnectError> {
+        match self.unready() {
+            Some(readiness) => readiness.wait_until_ready(failed).await,
+            None => Ok(()),
+        }
     }
 
     /// The prober: tries until the backend can serve clients, or no client waits that is not

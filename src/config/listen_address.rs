@@ -4,12 +4,19 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 
-use crate::socket::address::Address;
+use crate::socket::address::{Address, DatagramKind, SocketKind};
 use crate::socket::host_port::HostPort;
 
 /// The value of `--listen=`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ListenAddress {
+pub struct ListenAddress {
+    pub kind: SocketKind,
+    pub place: ListenPlace,
+}
+
+/// Where a socket listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenPlace {
     /// A port on every address of the machine, IPv6 and IPv4, as `ListenStream=PORT` has it.
     Any(u16),
     /// A port on each address of a host.
@@ -20,12 +27,41 @@ pub enum ListenAddress {
 
 impl ListenAddress {
     /// Parses `PORT`, `HOST:PORT`, `[V6]:PORT`, `/path`, `@abstract`, `vsock:CID:PORT` or
-    /// `vsock::PORT`.
+    /// `vsock::PORT`. For datagrams `udp:` stands before the first three, and `dgram:` before a
+    /// Unix socket.
     ///
     /// # Errors
     /// The reason.
     pub fn parse(text: impl AsRef<OsStr>) -> Result<Self, String> {
-        let text = text.as_ref();
+        let (kind, text) = SocketKind::split(text.as_ref());
+        let place = ListenPlace::parse(text)?;
+        let is_unix =
+            matches!(place, ListenPlace::Address(Address::Path(_) | Address::Abstract(_)));
+        match (kind, &place) {
+            (Some(DatagramKind::Udp), ListenPlace::Address(_)) => {
+                Err("udp: stands before PORT or HOST:PORT; a Unix socket is dgram:/path".into())
+            }
+            (Some(DatagramKind::Unix), _) if !is_unix => {
+                Err("dgram: stands before /path or @abstract; UDP is udp:PORT".into())
+            }
+            (kind, _) => {
+                Ok(Self { kind: kind.map_or(SocketKind::Stream, |_| SocketKind::Datagram), place })
+            }
+        }
+    }
+
+    /// Whether the kernel picks the port.
+    pub fn has_any_port(&self) -> bool {
+        match &self.place {
+            ListenPlace::Any(port) => *port == 0,
+            ListenPlace::Host(host_port) => host_port.port == "0",
+            ListenPlace::Address(_) => false,
+        }
+    }
+}
+
+impl ListenPlace {
+    fn parse(text: &OsStr) -> Result<Self, String> {
         if let Some(address) = Address::parse(text)? {
             return Ok(Self::Address(address));
         }
@@ -41,23 +77,16 @@ impl ListenAddress {
         }
         HostPort::parse(text, None).map(Self::Host)
     }
-
-    /// Whether the kernel picks the port.
-    pub fn has_any_port(&self) -> bool {
-        match self {
-            Self::Any(port) => *port == 0,
-            Self::Host(host_port) => host_port.port == "0",
-            Self::Address(_) => false,
-        }
-    }
 }
 
 impl fmt::Display for ListenAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Any(port) => port.fmt(f),
-            Self::Host(host_port) => host_port.fmt(f),
-            Self::Address(address) => address.fmt(f),
+        let is_unix = matches!(self.place, ListenPlace::Address(_));
+        f.write_str(self.kind.prefix(is_unix))?;
+        match &self.place {
+            ListenPlace::Any(port) => port.fmt(f),
+            ListenPlace::Host(host_port) => host_port.fmt(f),
+            ListenPlace::Address(address) => address.fmt(f),
         }
     }
 }
@@ -72,8 +101,8 @@ pub enum MetricsAddress {
 }
 
 impl MetricsAddress {
-    /// Parses `fd:NAME`, or an address as `--listen=` takes it. vsock is refused: no scraper speaks
-    /// it.
+    /// Parses `fd:NAME`, or an address as `--listen=` takes it. Datagrams and vsock are refused: no
+    /// scraper speaks them.
     ///
     /// # Errors
     /// The reason.
@@ -82,12 +111,14 @@ impl MetricsAddress {
         match text.as_bytes().strip_prefix(b"fd:") {
             Some(b"") => Err("fd: stands before the FileDescriptorName= of a passed socket".into()),
             Some(name) => Ok(Self::Passed(String::from_utf8_lossy(name).into())),
-            None => match ListenAddress::parse(text)? {
-                ListenAddress::Address(Address::Vsock { .. }) => {
-                    Err("it must be a TCP or Unix socket".into())
+            None => {
+                let address = ListenAddress::parse(text)?;
+                let is_vsock = matches!(address.place, ListenPlace::Address(Address::Vsock { .. }));
+                match is_vsock || address.kind == SocketKind::Datagram {
+                    true => Err("it must be a TCP or Unix socket".into()),
+                    false => Ok(Self::Open(address)),
                 }
-                address => Ok(Self::Open(address)),
-            },
+            }
         }
     }
 }

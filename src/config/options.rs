@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Arg, Parser, ValueHint};
@@ -41,8 +42,9 @@ pub struct Arguments {
     #[arg(last = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
     pub(super) command: Option<Vec<OsString>>,
 
-    /// Open PORT, HOST:PORT, /path, @abstract or vsock:CID:PORT
+    // As `help`: rustdoc would read the brackets as links.
     #[arg(long, value_parser = OsStringValueParser::new().try_map(ListenAddress::parse),
+        help = "Open [udp:][HOST:]PORT, [dgram:]/path, @name, vsock:CID:PORT",
         value_name = "ADDRESS", help_heading = "Sockets", value_hint = ValueHint::FilePath)]
     pub listen: Vec<ListenAddress>,
     /// Serve up to N connections at a time
@@ -88,6 +90,10 @@ pub struct Arguments {
     #[arg(long, value_name = "TIME", value_parser = values::positive, default_value = "infinity",
         help_heading = "Backend")]
     pub connection_idle_time: TimeSpan,
+    /// End datagram sessions idle for TIME
+    #[arg(long, value_name = "TIME", value_parser = values::session_idle_time,
+        default_value = "2min", help_heading = "Backend")]
+    pub session_idle_time: Duration,
     /// Probe TCP peers silent for TIME
     #[arg(long, value_name = "TIME", value_parser = values::keepalive, default_value = "infinity",
         help_heading = "Backend")]

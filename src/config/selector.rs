@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::config::target::Target;
-use crate::socket::address::{Address, SocketLabel, canonical};
+use crate::socket::address::{Address, DatagramKind, SocketKind, SocketLabel, canonical};
 
 /// The longest `FileDescriptorName=`, systemd.socket(5).
 const NAME_MAX: usize = 255;
@@ -32,7 +32,14 @@ pub struct Selection {
 
 /// Which sockets are selected.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Selector {
+struct Selector {
+    /// `udp:` or `dgram:`, if only such sockets are selected.
+    kind: Option<DatagramKind>,
+    by: Criterion,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Criterion {
     /// `FileDescriptorName=`, or by default the socket unit's name.
     Name(String),
     /// `:PORT`, on any address.
@@ -106,14 +113,18 @@ impl Targets {
                 return Err(refused(format!("Selector {selector}= is given twice.")));
             }
             if !sockets.iter().any(|socket| selector.selects(socket)) {
-                let hint = selector.hint();
+                let hint = selector.by.hint();
                 return Err(refused(format!("Selector {selector}= selects no socket{hint}.")));
             }
         }
         let assign = |socket: &&SocketLabel| {
+            let selects = |selection: &Selection| selection.selector.selects(socket);
+            // `udp::443=` is more particular than `:443=`.
+            let has_kind = |selection: &Selection| selection.selector.kind.is_some();
+            let by_kind = selections.iter().any(|it| has_kind(it) && selects(it));
             let mut all = selections.iter().enumerate();
-            let mut selects = || all.find(|(_, selection)| selection.selector.selects(socket));
-            match (selects(), selects()) {
+            let mut next = || all.find(|(_, it)| selects(it) && (has_kind(it) || !by_kind));
+            match (next(), next()) {
                 (Some((index, _)), None) => Ok(index),
                 (Some((_, first)), Some((_, second))) => Err(refused(format!(
                     "Both {}= and {}= select the socket {socket}.",
@@ -162,6 +173,45 @@ impl Selection {
 
 impl Selector {
     fn parse(text: &OsStr) -> Result<Self, String> {
+        let (kind, text) = SocketKind::split(text);
+        let by = Criterion::parse(text)?;
+        let is_inet = matches!(by, Criterion::Port(_) | Criterion::Address(Address::Inet(_)));
+        match (kind, &by) {
+            (Some(DatagramKind::Unix), _) if is_inet => {
+                Err("dgram: stands before a Unix socket; UDP is udp:".into())
+            }
+            (Some(DatagramKind::Udp), Criterion::Address(_)) if !is_inet => {
+                Err("udp: stands before a port or an address; a Unix socket is dgram:".into())
+            }
+            _ => Ok(Self { kind, by }),
+        }
+    }
+
+    fn selects(&self, socket: &SocketLabel) -> bool {
+        let is_inet = matches!(socket.address, Address::Inet(_));
+        let is_kind = match self.kind {
+            None => true,
+            Some(DatagramKind::Udp) => socket.kind == SocketKind::Datagram && is_inet,
+            Some(DatagramKind::Unix) => socket.kind == SocketKind::Datagram && !is_inet,
+        };
+        is_kind && self.by.selects(socket)
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = self.kind.map_or(SocketKind::Stream, |_| SocketKind::Datagram);
+        f.write_str(kind.prefix(self.kind == Some(DatagramKind::Unix)))?;
+        match &self.by {
+            Criterion::Name(name) => f.write_str(name),
+            Criterion::Port(port) => write!(f, ":{port}"),
+            Criterion::Address(address) => address.fmt(f),
+        }
+    }
+}
+
+impl Criterion {
+    fn parse(text: &OsStr) -> Result<Self, String> {
         if let Some(address) = Address::parse(text)? {
             return Ok(Self::Address(address));
         }
@@ -208,16 +258,6 @@ impl Selector {
                 *wanted == address || *wanted == SocketAddr::new(address.ip(), address.port())
             }
             (Self::Address(wanted), address) => wanted == address,
-        }
-    }
-}
-
-impl fmt::Display for Selector {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Name(name) => f.write_str(name),
-            Self::Port(port) => write!(f, ":{port}"),
-            Self::Address(address) => address.fmt(f),
         }
     }
 }
@@ -305,7 +345,11 @@ mod tests {
             (None, inet("[fe80::1%2]:80")),
             (Some("vm"), Address::Vsock { cid: u32::MAX, port: 7 }),
         ]
-        .map(|(name, address)| SocketLabel { name: name.map(String::from), address })
+        .map(|(name, address)| SocketLabel {
+            name: name.map(String::from),
+            kind: SocketKind::Stream,
+            address,
+        })
         .into()
     }
 

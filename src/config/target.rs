@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 
-use crate::socket::address::Address;
+use crate::socket::address::{Address, SocketKind};
 use crate::socket::host_port::HostPort;
 
 /// The port of a `HOST` without one, as in systemd-socket-proxyd(8).
@@ -34,6 +34,11 @@ impl Target {
             return Ok(Self::Address(address));
         }
         let text = text.to_str().ok_or("only a path can have other bytes than UTF-8")?;
+        if SocketKind::split(text.as_ref()).0.is_some() {
+            return Err(
+                "a TARGET is reached as its sockets are, write it without udp: or dgram:".into()
+            );
+        }
         let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
         if is_number && text.parse::<u16>().is_ok_and(|port| port != 0) {
             // As a host it would be an address in 0.0.0.0/8, which no machine has.

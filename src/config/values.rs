@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Command, Error, ValueEnum};
@@ -24,6 +25,11 @@ pub fn connections_max(text: &str) -> Result<NonZeroU32, String> {
 pub fn positive(text: &str) -> Result<TimeSpan, String> {
     let span: TimeSpan = text.parse()?;
     if span.is_zero() { Err("it must be more than 0, or infinity".into()) } else { Ok(span) }
+}
+
+/// Parses how long a session may be idle. It has no other end.
+pub fn session_idle_time(text: &str) -> Result<Duration, String> {
+    positive(text)?.finite().ok_or_else(|| "it must be a time, not infinity".into())
 }
 
 pub fn keepalive(text: &str) -> Result<TimeSpan, String> {

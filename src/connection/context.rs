@@ -4,6 +4,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use tokio::sync::Notify;
+
 use crate::backend::Backend;
 use crate::backend::connect::Connector;
 use crate::backend::lifecycle::Lifecycle;
@@ -47,6 +49,8 @@ pub struct BackendSetup {
     pub prober: SharedProber,
     /// Whether the backend is ready, with `--ready=http:` or `--ready=exec:`.
     pub readiness: Option<Arc<Readiness>>,
+    /// What sessions notify when they find the backend up, if only datagrams lead to it.
+    pub datagrams_only: Option<Arc<Notify>>,
 }
 
 /// What the connections of one event loop share.
@@ -69,8 +73,9 @@ impl LoopContext {
         let LoopCounters { bytes, pipes } = settings.loops.add(settings.backends.len());
         let wait = settings.backend_wait;
         let backend = |setup: &BackendSetup| {
-            let BackendSetup { connector, prober, readiness } = setup.clone();
-            let backend_wait = Rc::new(BackendWait::new(connector, wait, prober, readiness));
+            let BackendSetup { connector, prober, readiness, datagrams_only } = setup.clone();
+            let backend_wait = BackendWait::new(connector, wait, prober, readiness, datagrams_only);
+            let backend_wait = Rc::new(backend_wait);
             Backend { backend_wait, lifecycle: settings.lifecycle.clone() }
         };
         Self {

@@ -35,7 +35,7 @@ pub struct EventLoops {
     /// The main thread's event loop.
     main_loop: EventLoop,
     /// Connections on the main thread's event loop.
-    main_load: Gauge,
+    pub main_load: Gauge,
     threads: RefCell<Vec<Thread>>,
     threads_max: usize,
     /// When to start a thread again, after the system refused one.

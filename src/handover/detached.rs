@@ -1,13 +1,13 @@
 //! Connections that are taken off their event loop, to be stored.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use tokio::time::Instant;
 
 use crate::forward::Forwarder;
 use crate::forward::snapshot::FdRef;
-use crate::handover::encoding::RecordBody;
+use crate::handover::encoding::{RecordBody, SessionRecord};
 use crate::handover::journal::JournalEntry;
 use crate::limits::slot::Slot;
 use crate::socket::Socket;
@@ -27,6 +27,7 @@ pub enum DetachedState {
     Client(Socket),
     /// A connection with its buffered bytes.
     Forwarder(Box<Forwarder>),
+    Session(SessionRecord<OwnedFd>),
 }
 
 impl Detached {
@@ -51,6 +52,10 @@ impl Detached {
         Ok(match &self.state {
             DetachedState::Client(socket) => RecordBody::Client(FdRef::Borrowed(socket.as_fd())),
             DetachedState::Forwarder(it) => RecordBody::Forwarder(Box::new(it.snapshot()?)),
+            DetachedState::Session(session) => {
+                let session = session.map_fd(|fd| FdRef::Borrowed(fd.as_fd()));
+                RecordBody::Session(Box::new(session))
+            }
         })
     }
 
@@ -59,6 +64,8 @@ impl Detached {
         match self.state {
             DetachedState::Client(socket) => socket.detach(),
             DetachedState::Forwarder(forwarder) => forwarder.detach(),
+            // Closing a datagram socket tells its peer nothing.
+            DetachedState::Session(_) => {}
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The bytes of a message in the queue. What is stored of a connection is a [`Snapshot`]
 //! (`forward::snapshot`), and with it the id and the start of the connection ([`Record`]). A client
-//! without a backend and a listener are stored here, too ([`RecordBody`]).
+//! without a backend, a session of datagrams and a listener are stored here, too ([`RecordBody`]).
 //!
 //! What the sockets themselves tell (addresses, options, bytes in their queues, FINs) is not
 //! written down. A message is a header of [`HEADER_LEN`] bytes, with a version and a count, and the
@@ -15,6 +15,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{Hash, Hasher};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::slice::ChunksExact;
 
@@ -43,12 +44,13 @@ pub const MESSAGE_MAX: usize = HEADER_LEN + 2 * RECORDS_MAX * FORM_MAX;
 
 const HEADER_LEN: usize = 4;
 
-/// The length of a form whose numbers are as large as their types allow.
-const FORM_MAX: usize = 67;
+/// The length of the longest form: a session whose client has the longest Unix name. That of a
+/// connection has at most 67 bytes.
+const FORM_MAX: usize = 185;
 
 /// Raised with every change of a record, of a snapshot, or of a type in them: the bytes follow the
 /// order of the declarations.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 
 /// Ids stay below this, so `id + 1` never overflows.
 const ID_MAX: u64 = 1 << 63;
@@ -74,6 +76,39 @@ pub enum RecordBody<Fd> {
     /// A client without a backend yet.
     Client(Fd),
     Forwarder(Box<Snapshot<Fd>>),
+    Session(Box<SessionRecord<Fd>>),
+}
+
+/// A session of datagrams.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SessionRecord<Fd> {
+    /// The socket to the backend.
+    pub socket: Fd,
+    /// The listener. It is the same socket in the next process.
+    pub listener: FileId,
+    /// The client's address as the kernel writes it.
+    pub client: Vec<u8>,
+    /// The address that the client sends to, and its interface, if the listener has several.
+    pub local: Option<(IpAddr, u32)>,
+    /// The backend has sent, the client has sent after that, and both go on.
+    pub is_answered: bool,
+    pub is_confirmed: bool,
+    pub is_stream: bool,
+}
+
+impl<Fd> SessionRecord<Fd> {
+    /// Returns the record with the result of `map` in place of its descriptor.
+    pub fn map_fd<'a, T>(&'a self, map: impl FnOnce(&'a Fd) -> T) -> SessionRecord<T> {
+        SessionRecord {
+            socket: map(&self.socket),
+            listener: self.listener,
+            client: self.client.clone(),
+            local: self.local,
+            is_answered: self.is_answered,
+            is_confirmed: self.is_confirmed,
+            is_stream: self.is_stream,
+        }
+    }
 }
 
 impl<Fd> RecordBody<Fd> {
@@ -91,6 +126,7 @@ impl<Fd> RecordBody<Fd> {
             Self::Listener(fd, file) => RecordBody::Listener(map(fd), *file),
             Self::Client(fd) => RecordBody::Client(map(fd)),
             Self::Forwarder(snapshot) => RecordBody::Forwarder(Box::new(snapshot.map_fds(map))),
+            Self::Session(session) => RecordBody::Session(Box::new(session.map_fd(map))),
         }
     }
 }
@@ -319,11 +355,24 @@ mod tests {
         }
         let (bytes, fds) = message([longest]);
         assert!(opens(&bytes, &fds));
-        assert_eq!(bytes.len(), HEADER_LEN + FORM_MAX);
+        assert_eq!(bytes.len(), HEADER_LEN + 67);
         let file_id = FileId { device: u64::MAX, inode: u64::MAX };
         let listener = RecordBody::Listener(file(), Some(file_id));
         let (bytes, _) = message([Record { id: 0, start: u64::MAX, body: listener }]);
         assert!(bytes.len() <= HEADER_LEN + FORM_MAX);
+        let session = SessionRecord {
+            socket: file(),
+            listener: file_id,
+            client: vec![7; 111],
+            local: Some(([u16::MAX; 8].into(), u32::MAX)),
+            is_answered: true,
+            is_confirmed: true,
+            is_stream: true,
+        };
+        let session = RecordBody::Session(Box::new(session));
+        let (bytes, fds) = message([Record { id: 0, start: u64::MAX, body: session }]);
+        assert!(opens(&bytes, &fds));
+        assert_eq!(bytes.len(), HEADER_LEN + FORM_MAX);
     }
 
     #[test]

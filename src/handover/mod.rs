@@ -15,20 +15,20 @@ pub mod encoding;
 
 use std::collections::HashSet;
 use std::future::pending;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::net::{SocketType, sockopt};
+use tokio::time::Instant;
 
 use crate::config::values::HandoverMode;
-use crate::handover::encoding::{RECORDS_MAX, RecordBody, descriptors_of};
+use crate::handover::encoding::{RECORDS_MAX, RecordBody, SessionRecord, descriptors_of};
 use crate::handover::journal::{Journal, JournalEntry, monotonic_micros};
 use crate::handover::queue::Queue;
 use crate::handover::replay::{Leftovers, Replay, replay};
 use crate::limits::descriptors::{raise_limit, spare_fds};
 use crate::listen::activation::{PassedFd, take_matching};
-use crate::listen::listener::Listener;
 use crate::logging::os_message;
 use crate::notify::Notifier;
 use crate::socket::file_id::FileId;
@@ -124,9 +124,23 @@ impl Handover {
         self.keep(RecordBody::Client(client))
     }
 
-    /// Keeps a listener that the proxy opened in the store from now on (crash mode).
-    pub fn keep_listener(&self, listener: &Listener) -> Option<JournalEntry> {
-        self.keep(RecordBody::Listener(listener.as_fd(), listener.file_id()))
+    /// Keeps a session in the store from now on (crash mode). It has begun at `start`.
+    pub fn keep_session<Fd: AsFd>(
+        &self,
+        start: Instant,
+        session: SessionRecord<Fd>,
+    ) -> Option<JournalEntry> {
+        let (start, body) = (micros_at(start), RecordBody::Session(Box::new(session)));
+        self.is_crash_mode().then(|| self.journal.keep(start, body)).flatten()
+    }
+
+    /// Keeps a socket that the proxy opened in the store from now on (crash mode).
+    pub fn keep_listener(
+        &self,
+        socket: BorrowedFd<'_>,
+        file: Option<FileId>,
+    ) -> Option<JournalEntry> {
+        self.keep(RecordBody::Listener(socket, file))
     }
 
     fn keep<Fd: AsFd>(&self, body: RecordBody<Fd>) -> Option<JournalEntry> {
@@ -150,8 +164,7 @@ impl Handover {
                 match connection.body() {
                     Ok(body) if self.has_room(fds + body.fds().len()) => {
                         fds += body.fds().len();
-                        let age = connection.start.elapsed().as_micros() as u64;
-                        bodies.push((monotonic_micros().saturating_sub(age), body));
+                        bodies.push((micros_at(connection.start), body));
                     }
                     Ok(_) => break,
                     // Out of descriptors: storing the others first frees theirs.
@@ -188,8 +201,8 @@ impl Handover {
     }
 
     /// Stores a socket that the proxy opened. Returns whether there was room.
-    pub fn store_listener(&self, listener: &Listener) -> bool {
-        let body = RecordBody::Listener(listener.as_fd(), listener.file_id());
+    pub fn store_listener(&self, socket: BorrowedFd<'_>, file: Option<FileId>) -> bool {
+        let body = RecordBody::Listener(socket, file);
         let is_stored = self.journal.append(vec![(monotonic_micros(), body)]).is_ok();
         self.stored_fds.fetch_add(usize::from(is_stored), Ordering::Relaxed);
         is_stored
@@ -200,6 +213,11 @@ impl Handover {
     pub fn stored_and_lost(&self) -> [usize; 2] {
         [self.journal.live(), self.lost.load(Ordering::Relaxed)]
     }
+}
+
+/// Returns a moment as records have it.
+fn micros_at(start: Instant) -> u64 {
+    monotonic_micros().saturating_sub(start.elapsed().as_micros() as u64)
 }
 
 /// Ends the process when it is dropped by a panic.
@@ -253,9 +271,9 @@ fn read(queue: &Queue, fds_max: usize) -> Result<Replay, String> {
 /// that neither `opens` listeners nor is passed any keeps what it was passed: its one connection
 /// (Accept=yes).
 async fn close_unknown_fds(passed: &mut Vec<PassedFd>, opens: bool, notifier: &Notifier) {
-    let is_listener = |it: &PassedFd| {
-        sockopt::socket_type(&it.fd).is_ok_and(|kind| kind == SocketType::STREAM)
-            && sockopt::socket_acceptconn(&it.fd).unwrap_or(false)
+    let is_listener = |it: &PassedFd| match sockopt::socket_type(&it.fd) {
+        Ok(SocketType::STREAM) => sockopt::socket_acceptconn(&it.fd).unwrap_or(false),
+        kind => kind == Ok(SocketType::DGRAM),
     };
     if !opens && !passed.iter().any(is_listener) {
         return;

@@ -120,8 +120,11 @@ fn verified(record: SealedRecord<OwnedFd>) -> Option<(Record<OwnedFd>, HashSet<F
     let mut files = Vec::new();
     match &record.body {
         RecordBody::Nothing => {}
-        RecordBody::Listener(fd, _) => files.push(check_socket(fd, true)?),
+        RecordBody::Listener(fd, _) => {
+            files.push(check_datagram_socket(fd).or_else(|| check_socket(fd, true))?);
+        }
         RecordBody::Client(fd) => files.push(check_socket(fd, false)?),
+        RecordBody::Session(session) => files.push(check_datagram_socket(&session.socket)?),
         RecordBody::Forwarder(snapshot) => {
             for end in &snapshot.endpoints {
                 files.push(check_socket(&end.socket, false)?);
@@ -155,6 +158,14 @@ fn check_socket(fd: &OwnedFd, listens: bool) -> Option<FileId> {
     is_valid.then(|| FileId::of(fd).ok())?
 }
 
+/// Requires a datagram socket of a known family, and makes it never block.
+fn check_datagram_socket(fd: &OwnedFd) -> Option<FileId> {
+    ioctl_fionbio(fd, true).ok()?;
+    let is_known = matches!(Family::of(fd), Ok(Some(Family::Tcp | Family::Unix)));
+    let is_datagram = sockopt::socket_type(fd).ok()? == SocketType::DGRAM;
+    (is_datagram && is_known).then(|| FileId::of(fd).ok())?
+}
+
 /// Requires a file that has at most as many bytes as a flow copies at a time.
 fn check_file(fd: &OwnedFd) -> Option<FileId> {
     let stat = fstat(fd).ok()?;
@@ -180,7 +191,7 @@ fn check_pipe(read: &OwnedFd, write: &OwnedFd) -> Option<FileId> {
 fn is_over(body: &RecordBody<OwnedFd>) -> bool {
     match body {
         RecordBody::Nothing => true,
-        RecordBody::Listener(..) => false,
+        RecordBody::Listener(..) | RecordBody::Session(_) => false,
         // What a Unix client sent before it closed is still to be delivered.
         RecordBody::Client(socket) => has_hung_up(socket) && !has_unread(socket),
         RecordBody::Forwarder(snapshot) => {

@@ -22,7 +22,7 @@ use crate::listen::accepted::{Accepted, ListenerInfo};
 use crate::listen::activation::PassedFd;
 use crate::listen::stored::SocketFile;
 use crate::logging::{RateLimit, message_id, os_message, rate_limited};
-use crate::socket::address::{Address, SocketLabel};
+use crate::socket::address::{Address, SocketKind, SocketLabel};
 use crate::socket::file_id::FileId;
 use crate::socket::sys::{accept, register};
 use crate::socket::{Family, Keepalive, polls, set_nodelay, set_oobinline};
@@ -67,7 +67,7 @@ impl Listener {
     ) -> io::Result<Self> {
         // Accepted sockets inherit the options, which saves setting them for each connection.
         let (family, address) = configure(&fd)?;
-        let label = SocketLabel { name, address };
+        let label = SocketLabel { name, kind: SocketKind::Stream, address };
         Ok(Self {
             io: register(fd, Interest::READABLE)?,
             family,
@@ -193,11 +193,9 @@ impl Listener {
         self.file.as_ref().map(|file| file.id)
     }
 
-    /// Decides whether the socket file is removed with the listener, or left to the next process.
-    pub fn unlink_on_drop(&self, unlinks: bool) {
-        if let Some(file) = &self.file {
-            file.unlinks_on_drop.set(unlinks);
-        }
+    /// Returns the socket file that this program created.
+    pub fn file(&self) -> Option<&SocketFile> {
+        self.file.as_ref()
     }
 
     /// Returns the socket, for another event loop, and its socket file. Dropping that removes the

@@ -1,29 +1,35 @@
 //! The sockets at which clients arrive: listeners, passed by systemd or opened here, or the one
-//! connection that was passed instead of listeners.
+//! connection that was passed instead of listeners. For datagrams a listener is a bound socket.
 
 pub mod passed_connection;
 pub mod bind;
 pub mod listener;
+pub mod datagram;
 pub mod accepted;
 pub mod stored;
 #[expect(unsafe_code, reason = "it takes ownership of descriptors by number")]
 pub mod activation;
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use crate::config::listen_address::ListenAddress;
 use crate::config::target::Target;
 use crate::listen::activation::PassedFd;
+use crate::listen::datagram::DatagramListener;
 use crate::listen::listener::Listener;
 use crate::listen::passed_connection::PassedConnection;
-use crate::listen::stored::StoredListener;
+use crate::listen::stored::{SocketFile, StoredListener};
+use crate::logging::os_message;
 use crate::socket::Keepalive;
-use crate::socket::address::SocketLabel;
+use crate::socket::address::{SocketKind, SocketLabel};
 
 /// The sockets at which clients arrive. Without any, the process serves only stored connections.
 #[derive(Debug, Default)]
 pub struct ClientSockets {
     pub listeners: Vec<Rc<Listener>>,
+    pub datagrams: Vec<DatagramListener>,
     /// The one connection that was accepted before the start, instead of listeners.
     pub connection: Option<PassedConnection>,
 }
@@ -58,28 +64,55 @@ impl ClientSockets {
                 in_turn.sort_by_key(|(_, address)| address.has_any_port());
                 let mut opened = Vec::new();
                 for (index, address) in in_turn {
-                    for listener in bind::open(address, stored).await? {
-                        tracing::info!("Listening on {listener}.");
-                        opened.push((index, Rc::new(listener)));
+                    for socket in bind::open(address, stored).await? {
+                        opened.push((index, address, socket));
                     }
                 }
-                opened.sort_by_key(|(index, _)| *index);
-                let listeners = opened.into_iter().map(|(_, listener)| listener).collect();
-                Ok(Self { listeners, connection: None })
+                opened.sort_by_key(|(index, ..)| *index);
+                let mut sockets = Self::default();
+                for (_, address, (fd, file)) in opened {
+                    sockets.add(address.kind, fd, file).map_err(|error| {
+                        format!("Failed to listen on {address}: {}.", os_message(&error))
+                    })?;
+                }
+                Ok(sockets)
             }
         }
+    }
+
+    /// Adds a socket that was opened.
+    fn add(&mut self, kind: SocketKind, fd: OwnedFd, file: Option<SocketFile>) -> io::Result<()> {
+        match kind {
+            SocketKind::Stream => {
+                let listener = Listener::from_fd(fd, None, file)?;
+                tracing::info!("Listening on {listener}.");
+                self.listeners.push(Rc::new(listener));
+            }
+            SocketKind::Datagram => {
+                let listener = DatagramListener::from_fd(fd, None, file)?;
+                tracing::info!("Listening on {listener}.");
+                self.datagrams.push(listener);
+            }
+        }
+        Ok(())
     }
 
     fn from_passed(mut passed: Vec<PassedFd>) -> Result<Self, String> {
         match passed.iter().position(PassedConnection::is_connected) {
             None => {
-                let listeners = passed.into_iter().map(Listener::from_passed);
-                let listeners = listeners.map(|it| it.map(Rc::new)).collect::<Result<_, _>>()?;
-                Ok(Self { listeners, connection: None })
+                let (datagrams, streams): (Vec<_>, Vec<_>) =
+                    passed.into_iter().partition(DatagramListener::is_datagram);
+                let streams = streams.into_iter().map(|it| Listener::from_passed(it).map(Rc::new));
+                let datagrams = datagrams.into_iter().map(DatagramListener::from_passed);
+                Ok(Self {
+                    listeners: streams.collect::<Result<_, _>>()?,
+                    datagrams: datagrams.collect::<Result<_, _>>()?,
+                    connection: None,
+                })
             }
             Some(index) if passed.len() == 1 => {
                 let connection = PassedConnection::from_passed(passed.remove(index))?;
-                Ok(Self { listeners: Vec::new(), connection: Some(connection) })
+                Ok(Self { connection: Some(connection), ..Self::default() })
             }
             Some(index) => Err(format!(
                 "Passed in socket {} is connected, and must be the only one. (It serves one \
@@ -89,10 +122,13 @@ impl ClientSockets {
         }
     }
 
-    /// Returns the labels by which selectors find the sockets.
+    /// Returns the labels by which selectors find the sockets: of the listeners, of the connection,
+    /// and of the datagram sockets.
     pub fn labels(&self) -> Vec<&SocketLabel> {
         let listeners = self.listeners.iter().map(|listener| &listener.label);
-        listeners.chain(self.connection.iter().map(|connection| &connection.label)).collect()
+        let connection = self.connection.iter().map(|connection| &connection.label);
+        let datagrams = self.datagrams.iter().map(|listener| &listener.label);
+        listeners.chain(connection).chain(datagrams).collect()
     }
 
     /// Sends keepalive probes to TCP clients.
@@ -107,12 +143,12 @@ impl ClientSockets {
 ///
 /// The check is not for passed listeners, which may belong to another network namespace.
 pub fn check_no_loop(
-    listener: &Listener,
+    listener: &SocketLabel,
     target: &Target,
     has_command: bool,
 ) -> Result<(), String> {
     match target {
-        Target::Address(address) if listener.label.address.accepts(address) => {}
+        Target::Address(address) if listener.address.accepts(address) => {}
         _ => return Ok(()),
     }
     Err(match has_command {

@@ -10,7 +10,7 @@ use crate::limits::slot::Slot;
 use crate::listen::accepted::{Accepted, ListenerInfo};
 use crate::listen::activation::{PassedFd, STDIN};
 use crate::listen::listener::{configure, passed_error};
-use crate::socket::address::{Address, SocketLabel};
+use crate::socket::address::{Address, SocketKind, SocketLabel};
 use crate::socket::{Family, Keepalive};
 
 /// A stream socket that is connected to a client.
@@ -51,7 +51,8 @@ impl PassedConnection {
         let (family, address) = configure(&fd).map_err(|error| passed_error(&name, &error))?;
         let peer = SockRef::from(&fd).peer_addr().ok();
         let peer = peer.map(|address| Address::from_sockaddr(&address));
-        Ok(Self { fd, family, peer, label: SocketLabel { name: Some(name), address } })
+        let label = SocketLabel { name: Some(name), kind: SocketKind::Stream, address };
+        Ok(Self { fd, family, peer, label })
     }
 
     pub fn set_keepalive(&self, keepalive: Keepalive) {

@@ -57,8 +57,12 @@ impl Exporter {
         address: &MetricsAddress,
         passed: &mut Vec<PassedFd>,
     ) -> Result<Self, String> {
-        let listeners = match address {
-            MetricsAddress::Open(address) => bind::open(address, &mut Vec::new()).await?,
+        let listeners: Vec<Listener> = match address {
+            MetricsAddress::Open(address) => {
+                let opened = bind::open(address, &mut Vec::new()).await?.into_iter();
+                let listeners = opened.map(|(fd, file)| Listener::from_fd(fd, None, file));
+                listeners.collect::<Result<_, _>>().map_err(|error| os_message(&error))?
+            }
             MetricsAddress::Passed(name) => {
                 let sockets = take_matching(passed, |fd| fd.name == *name).into_iter();
                 sockets.map(Listener::from_passed).collect::<Result<_, _>>()?

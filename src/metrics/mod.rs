@@ -20,15 +20,18 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::counters::{CommandCounters, ConnectCounters, ListenerCounters, Loops, RefusalReason};
+use crate::counters::{
+    CommandCounters, ConnectCounters, DatagramCounters, ListenerCounters, Loops, RefusalReason,
+};
 use crate::logging::bounded_line;
 
 /// The counters to export.
 #[derive(Debug)]
 pub struct MetricsSources {
     pub connections_max: NonZeroU32,
-    /// The name of each listener, the index of its backend, and its counters.
-    pub listeners: Vec<(String, usize, Arc<ListenerCounters>)>,
+    pub listeners: Vec<ListenerSource>,
+    /// The datagram sockets.
+    pub datagrams: Vec<ListenerSource>,
     /// Counters of restored connections whose listener no longer exists.
     pub unconfigured: Arc<ListenerCounters>,
     /// The name of each backend, and its counters.
@@ -38,6 +41,9 @@ pub struct MetricsSources {
     pub restored: usize,
     pub starts: Option<Arc<CommandCounters>>,
 }
+
+/// The name of a listener, the index of its backend, and its counters.
+type ListenerSource = (String, usize, Arc<ListenerCounters>);
 
 /// Returns the registry that encodes the metrics.
 pub fn registry(sources: MetricsSources) -> Registry {
@@ -69,6 +75,7 @@ pub fn registry(sources: MetricsSources) -> Registry {
 impl Collector for MetricsSources {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.encode_listeners(&mut encoder)?;
+        self.encode_datagrams(&mut encoder)?;
         self.encode_backends(&mut encoder)?;
         let pipes = [([("", ""); 0], self.loops.pipes() as u64)];
         encode(&mut encoder, Gauge, "pipes", "Open pipes for splice(2).", pipes)
@@ -76,41 +83,76 @@ impl Collector for MetricsSources {
 }
 
 impl MetricsSources {
-    /// Writes the metrics that have a value for each listener.
+    /// Writes the metrics of connections, with a value for each listener.
     fn encode_listeners(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let listeners = self.listeners.iter().map(|(name, backend, counters)| {
-            let (backend, _) = &self.backends[*backend];
-            ([name.as_str(), backend], counters)
-        });
         let elsewhere = (self.restored > 0).then_some(([OTHER; 2], &self.unconfigured));
-        let groups = group(listeners.chain(elsewhere));
-        let sums = |value: &dyn Fn(&ListenerCounters) -> u64| {
-            let sums = groups.iter().map(|([listener, backend], members)| {
-                let labels = [("listener", listener.as_str()), ("backend", backend)];
-                (labels, members.iter().map(|counters| value(counters)).sum::<u64>())
-            });
-            sums.collect::<Vec<_>>()
-        };
+        let groups = group(self.labelled(&self.listeners).chain(elsewhere));
         let help = "Open connections, those that wait for their backend included.";
-        let open = sums(&|counters| counters.open.taken() as u64);
+        let open = sums(&groups, |counters| counters.open.taken() as u64);
         encode(encoder, Gauge, "connections_open", help, open)?;
         let help = "Clients that wait until their backend is up.";
-        let waiting = sums(&|counters| counters.waiting.taken() as u64);
+        let waiting = sums(&groups, |counters| counters.waiting.taken() as u64);
         encode(encoder, Gauge, "connections_waiting", help, waiting)?;
         let help = "Connections accepted and admitted.";
-        let admitted = sums(&|counters| counters.admitted.get());
+        let admitted = sums(&groups, |counters| counters.admitted.get());
         encode(encoder, Counter, "connections", help, admitted)?;
         let help = "Connections closed at a limit.";
         let refused = RefusalReason::NAMES.into_iter().enumerate().flat_map(|(index, reason)| {
-            let sums = sums(&|counters| counters.refused[index].get()).into_iter();
+            let sums = sums(&groups, |counters| counters.refused[index].get()).into_iter();
             sums.map(move |([listener, backend], sum)| {
                 ([listener, backend, ("reason", reason)], sum)
             })
         });
         encode(encoder, Counter, "connections_refused", help, refused)?;
         let help = "Connections closed because no backend was reached.";
-        let failed = sums(&|counters| counters.failed.get());
+        let failed = sums(&groups, |counters| counters.failed.get());
         encode(encoder, Counter, "connections_failed", help, failed)
+    }
+
+    /// Writes the metrics of datagrams, with a value for each listener, if there is one.
+    fn encode_datagrams(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        if self.datagrams.is_empty() {
+            return Ok(());
+        }
+        let groups = group(self.labelled(&self.datagrams));
+        let help = "Open sessions of datagrams, those that wait for their backend included.";
+        let open = sums(&groups, |counters| counters.open.taken() as u64);
+        encode(encoder, Gauge, "sessions_open", help, open)?;
+        let help = "Sessions that wait until their backend is up.";
+        let waiting = sums(&groups, |counters| counters.waiting.taken() as u64);
+        encode(encoder, Gauge, "sessions_waiting", help, waiting)?;
+        let help = "Sessions begun.";
+        let begun = sums(&groups, |counters| counters.admitted.get());
+        encode(encoder, Counter, "sessions", help, begun)?;
+        let help = "Sessions that gave way at the connection limit.";
+        let evicted = sums(&groups, |counters| counters.datagrams.evicted.get());
+        encode(encoder, Counter, "sessions_evicted", help, evicted)?;
+        let help = "Sessions ended because no backend was reached.";
+        let failed = sums(&groups, |counters| counters.failed.get());
+        encode(encoder, Counter, "sessions_failed", help, failed)?;
+        let help = "Datagrams received.";
+        let received = by_direction(&groups, |it, at| vec![("", it.received[at].get())]);
+        encode(encoder, Counter, "datagrams_received", help, received.map(without_reason))?;
+        let help = "Datagrams delivered.";
+        let delivered = by_direction(&groups, |it, at| vec![("", it.delivered[at].get())]);
+        encode(encoder, Counter, "datagrams_delivered", help, delivered.map(without_reason))?;
+        let help = "Bytes of the datagrams delivered, --proxy-protocol= headers included.";
+        let bytes = by_direction(&groups, |it, at| vec![("", it.bytes[at].get())]);
+        encode(encoder, Counter, "datagram_bytes", help, bytes.map(without_reason))?;
+        let help = "Datagrams dropped.";
+        let dropped = by_direction(&groups, |it, at| it.dropped(at).collect());
+        encode(encoder, Counter, "datagrams_dropped", help, dropped)
+    }
+
+    /// Returns counters with the labels of their listener and its backend.
+    fn labelled<'a>(
+        &'a self,
+        listeners: &'a [ListenerSource],
+    ) -> impl Iterator<Item = ([&'a str; 2], &'a Arc<ListenerCounters>)> {
+        listeners.iter().map(|(name, backend, counters)| {
+            let (backend, _) = &self.backends[*backend];
+            ([name.as_str(), backend], counters)
+        })
     }
 
     /// Writes the metrics that have a value for each backend.
@@ -171,6 +213,49 @@ impl MetricsSources {
 
 /// Counters by the values of their labels.
 type Groups<const LABELS: usize, T> = BTreeMap<[String; LABELS], Vec<T>>;
+
+type ListenerGroups<'a> = Groups<2, &'a Arc<ListenerCounters>>;
+
+/// The labels of a listener and of its backend.
+type ListenerLabels<'a> = [(&'static str, &'a str); 2];
+
+/// Returns a value of each group of listeners, with its labels.
+fn sums<'a>(
+    groups: &'a ListenerGroups<'_>,
+    value: impl Fn(&ListenerCounters) -> u64,
+) -> Vec<(ListenerLabels<'a>, u64)> {
+    let sums = groups.iter().map(|([listener, backend], members)| {
+        let labels = [("listener", listener.as_str()), ("backend", backend)];
+        (labels, members.iter().map(|counters| value(counters)).sum())
+    });
+    sums.collect()
+}
+
+/// Returns the values of each group of listeners for both directions, with its labels, the
+/// direction and the reason.
+fn by_direction<'a>(
+    groups: &'a ListenerGroups<'_>,
+    values: impl Fn(&DatagramCounters, usize) -> Vec<(&'static str, u64)>,
+) -> impl Iterator<Item = ([(&'static str, &'a str); 4], u64)> {
+    groups.iter().flat_map(move |([listener, backend], members)| {
+        let rows = ["from_client", "from_backend"].into_iter().enumerate();
+        let rows = rows.flat_map(|(index, direction)| {
+            let sums = add_up(members.iter().map(|it| values(&it.datagrams, index)));
+            let labels = [("listener", listener.as_str()), ("backend", backend)];
+            sums.into_iter().map(move |(reason, sum)| {
+                let [listener, backend] = labels;
+                ([listener, backend, ("direction", direction), ("reason", reason)], sum)
+            })
+        });
+        rows.collect::<Vec<_>>()
+    })
+}
+
+fn without_reason<'a>(
+    ([listener, backend, direction, _], sum): ([(&'static str, &'a str); 4], u64),
+) -> ([(&'static str, &'a str); 3], u64) {
+    ([listener, backend, direction], sum)
+}
 
 /// Returns the values of each backend, with its label and a second one for each value.
 fn by_backend<'a, T>(
@@ -266,6 +351,7 @@ mod tests {
         registry(MetricsSources {
             connections_max: NonZeroU32::MIN,
             listeners,
+            datagrams: Vec::new(),
             unconfigured: Arc::default(),
             backends,
             loops,

@@ -12,6 +12,7 @@ use crate::config::values::WakeOn;
 use crate::connection::Restored;
 use crate::connection::event_loop::EventLoops;
 use crate::counters::RefusalReason;
+use crate::datagram::relay::Relay;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::limits::client_limits::ClientLimits;
@@ -24,6 +25,8 @@ use crate::socket::{FirstByte, first_byte};
 pub struct Dispatcher {
     pub limits: ClientLimits,
     pub event_loops: EventLoops,
+    /// Sessions of datagrams, which share the limits.
+    relay: Option<Rc<Relay>>,
     /// Clients without a byte, with `--wake-on=data`.
     silent: Option<SilentClients>,
     handover: Option<Arc<Handover>>,
@@ -36,6 +39,7 @@ impl Dispatcher {
         config: &Config,
         limits: ClientLimits,
         event_loops: EventLoops,
+        relay: Option<Rc<Relay>>,
         handover: Option<Arc<Handover>>,
         has_listeners: bool,
     ) -> Rc<Self> {
@@ -43,6 +47,7 @@ impl Dispatcher {
         Rc::new(Self {
             limits,
             event_loops,
+            relay,
             silent: wakes_on_data.then(SilentClients::default),
             handover,
         })
@@ -121,8 +126,12 @@ impl Dispatcher {
         }
     }
 
-    /// Closes the oldest silent client. Returns `false` if there is none.
+    /// Ends the oldest session that is not confirmed, or else closes the oldest silent client.
+    /// Returns `false` if there is none.
     pub fn make_room(&self) -> bool {
+        if self.relay.as_ref().is_some_and(|relay| relay.make_room()) {
+            return true;
+        }
         let Some(silent) = &self.silent else { return false };
         while let Some(oldest) = silent.take_oldest() {
             if !oldest.has_sent() {
@@ -143,6 +152,7 @@ impl Dispatcher {
     /// Resets the connections that are not in use.
     pub fn reset_unused(&self) {
         self.event_loops.reset_passive();
+        self.relay.iter().for_each(|relay| relay.end_unused());
         for silent in self.silent.iter().flat_map(SilentClients::take_all) {
             // Dropping the others resets them.
             if silent.has_sent() {
@@ -154,12 +164,14 @@ impl Dispatcher {
     /// Asks all connections to report their progress.
     pub fn request_reports(&self) {
         self.event_loops.request_reports();
+        self.relay.iter().for_each(|relay| relay.report());
         self.silent.iter().for_each(SilentClients::report);
     }
 
     /// Stores all connections for the next process.
     pub async fn detach_all(&self, handover: &Handover) {
         self.silent.iter().for_each(|silent| silent.detach_all(handover));
+        self.relay.iter().for_each(|relay| relay.detach_all(handover));
         self.event_loops.detach_all(handover).await;
     }
 

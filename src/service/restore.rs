@@ -19,7 +19,7 @@ use crate::listen::listener::Listener;
 use crate::listen::stored::StoredListener;
 use crate::logging::message_id;
 use crate::service::server::Server;
-use crate::socket::address::{Address, SocketLabel};
+use crate::socket::address::{Address, SocketKind, SocketLabel};
 use crate::socket::{Family, abort, set_reset_on_close};
 
 /// Restores the connections of the previous process.
@@ -35,7 +35,11 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
             leftovers.refused
         );
     }
-    server.listeners.iter().for_each(|(listener, _)| listener.unlink_on_drop(true));
+    let files = server.listeners.iter().filter_map(|(listener, _)| listener.file());
+    let routes = server.relay.iter().flat_map(|relay| &relay.routes);
+    files
+        .chain(routes.filter_map(|it| it.listener.file()))
+        .for_each(|file| file.unlinks_on_drop.set(true));
     // These listeners are no longer configured. They are closed only now, so that a start that
     // fails leaves them open.
     leftovers.listeners.into_iter().for_each(StoredListener::close);
@@ -45,6 +49,12 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
         match body {
             RecordBody::Forwarder(snapshot) => restore_connection(server, snapshot, start, entry),
             RecordBody::Client(socket) => restore_client(server, socket, entry),
+            RecordBody::Session(session) => match &server.relay {
+                Some(relay) => {
+                    relay.restore(*session, begin_of(start), entry.map(JournalEntry::own))
+                }
+                None => drop(entry.map(JournalEntry::own)),
+            },
             RecordBody::Nothing | RecordBody::Listener(..) => {}
         }
     }
@@ -63,8 +73,7 @@ fn restore_connection(
     start: u64,
     entry: Option<JournalEntry>,
 ) {
-    let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
-    let start = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
+    let start = begin_of(start);
     let sockets = snapshot.endpoints.each_ref().map(|end| SockRef::from(&end.socket));
     let (listener, known_backend) = find_listener(server, &sockets[0]);
     let [client, backend] = sockets.map(|socket| or_unnamed(socket.peer_addr()));
@@ -72,6 +81,12 @@ fn restore_connection(
     let restored =
         Restored { snapshot, client, listener, backend, known_backend, start, slot, entry };
     server.dispatcher.resume(restored);
+}
+
+/// Returns the moment that a record has as CLOCK_MONOTONIC.
+fn begin_of(start: u64) -> Instant {
+    let age = Duration::from_micros(monotonic_micros().saturating_sub(start));
+    Instant::now().checked_sub(age).unwrap_or_else(Instant::now)
 }
 
 /// Serves a client that waited for its backend when the previous process ended.
@@ -123,7 +138,7 @@ fn find_listener(server: &Server, client: &socket2::Socket) -> (Arc<ListenerInfo
     }
     // A single backend is the backend of all listeners.
     let backend = (server.dispatcher.event_loops.settings.backends.len() == 1).then_some(0);
-    let label = SocketLabel { name: None, address: local };
+    let label = SocketLabel { name: None, kind: SocketKind::Stream, address: local };
     (ListenerInfo::with_counters(&label, Arc::clone(&server.unconfigured)), backend)
 }
 

@@ -18,6 +18,7 @@ use crate::backend::starter::Starter;
 use crate::config::timespan::TimeSpan;
 use crate::connection::BackendSetup;
 use crate::counters::ListenerCounters;
+use crate::datagram::relay::{Relay, Route};
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
 use crate::limits::client_limits::ClientLimits;
@@ -39,6 +40,8 @@ pub struct Server {
     /// A connection that was accepted before the start, with the index of its backend, until it is
     /// served.
     pub connection: Option<(PassedConnection, usize)>,
+    /// What carries datagrams, if a socket is for them.
+    pub relay: Option<Rc<Relay>>,
     pub descriptors: Rc<FdBudget>,
     pub dispatcher: Rc<Dispatcher>,
     pub starter: Option<Starter>,
@@ -62,12 +65,17 @@ impl Server {
         let listener = |(listener, backend): &(Rc<Listener>, usize)| {
             (listener.to_string(), *backend, Arc::clone(&listener.info.counts))
         };
+        let route = |route: &Route| {
+            let Route { listener, backend, .. } = route;
+            (listener.to_string(), *backend, Arc::clone(&listener.info.counts))
+        };
         let backend = |setup: &BackendSetup| {
             (setup.connector.target.to_string(), Arc::clone(&setup.connector.counters))
         };
         metrics::registry(MetricsSources {
             connections_max: self.dispatcher.limits.limit.max(),
             listeners: self.listeners.iter().map(listener).collect(),
+            datagrams: self.relay.iter().flat_map(|relay| &relay.routes).map(route).collect(),
             unconfigured: Arc::clone(&self.unconfigured),
             backends: settings.backends.iter().map(backend).collect(),
             loops: Arc::clone(&settings.loops),
@@ -91,13 +99,17 @@ impl Server {
                 Rc::clone(&self.dispatcher),
             ));
         }
+        let mut relaying = JoinSet::new();
+        if let Some(relay) = &self.relay {
+            relaying.spawn_local(carry_datagrams(Rc::clone(relay)));
+        }
         let mut supervising = JoinSet::new();
         if let Some(starter) = &self.starter {
             let Dispatcher { event_loops, limits, .. } = &*self.dispatcher;
             let backend_wait = Rc::clone(event_loops.backend_wait());
             supervising.spawn_local(starter.clone().run(backend_wait, limits.clock.clone()));
         }
-        Tasks { accepting, supervising }
+        Tasks { accepting, relaying, supervising }
     }
 
     fn serve_passed(&self, connection: PassedConnection, backend: usize) {
@@ -147,6 +159,9 @@ impl Server {
             Some(ended) = tasks.accepting.join_next() => {
                 return Err(ended.unwrap_or_else(internal));
             }
+            Some(ended) = tasks.relaying.join_next() => {
+                return Err(ended.unwrap_or_else(internal));
+            }
             Some(Err(panic)) = tasks.supervising.join_next() => return Err(internal(panic)),
             never = &mut maintain => match never {},
         };
@@ -160,17 +175,19 @@ impl Server {
             }
         }
         // Without a listener the process ends with its connections.
-        if reason == StopReason::Idle && !self.listeners.is_empty() {
+        if reason == StopReason::Idle && self.has_listeners() {
             tracing::info!("No connection for {}, exiting.", self.exit_idle_time);
         }
         Ok(reason)
     }
 
     async fn publish_status(&self, notifier: &Notifier) {
-        let listeners: Vec<_> =
-            self.listeners.iter().map(|(listener, _)| &*listener.info).collect();
+        let listeners = self.listeners.iter().map(|(listener, _)| &*listener.info);
+        let routes = self.relay.iter().flat_map(|relay| &relay.routes);
+        let listeners: Vec<_> = listeners.chain(routes.map(|it| &*it.listener.info)).collect();
         let Dispatcher { limits: ClientLimits { limit, .. }, event_loops, .. } = &*self.dispatcher;
-        let bytes = || event_loops.delivered();
+        let relay = self.relay.as_ref();
+        let bytes = || event_loops.delivered() + relay.map_or(0, |relay| relay.delivered());
         let lifecycle = self.starter.as_ref().map(|starter| &**starter.lifecycle());
         publish_status(notifier, limit, self.restored, &listeners, bytes, lifecycle).await;
     }
@@ -189,17 +206,23 @@ impl Server {
         }
     }
 
+    /// Whether clients can come, so that the process does not end with its connections.
+    fn has_listeners(&self) -> bool {
+        !self.listeners.is_empty() || self.relay.is_some()
+    }
+
     /// Whether no connection is in use or queued.
     fn is_unused(&self) -> bool {
         !self.dispatcher.is_in_use()
             && !self.listeners.iter().any(|(listener, _)| listener.has_queued())
+            && !self.relay.as_ref().is_some_and(|relay| relay.has_queued())
     }
 
     /// Waits until there was no connection for `--exit-idle-time=`, none is queued, COMMAND has
     /// stopped, and `READY=1` was sent. A client that arrives meanwhile cancels the exit.
     async fn wait_idle(&self, ready: &watch::Sender<bool>) {
         let clock = &self.dispatcher.limits.clock;
-        if self.listeners.is_empty() {
+        if !self.has_listeners() {
             clock.unused().await;
             return wait_until_ready_sent(ready).await;
         }
@@ -226,6 +249,8 @@ impl Server {
 pub struct Tasks {
     /// The accept loops. Each ends only when its socket breaks.
     pub accepting: JoinSet<String>,
+    /// What carries datagrams. It ends only when it breaks.
+    pub relaying: JoinSet<String>,
     /// What starts and stops the backend, which never ends.
     pub supervising: JoinSet<Infallible>,
 }
@@ -267,6 +292,15 @@ async fn accept_loop(
             None => sleep(ACCEPT_PAUSE).await,
         }
     }
+}
+
+/// Carries datagrams until the relay breaks.
+async fn carry_datagrams(relay: Rc<Relay>) -> String {
+    let error = tokio::select! {
+        never = Rc::clone(&relay).end_idle() => match never {},
+        Err(error) = relay.run() => error,
+    };
+    format!("Failed to wait for datagrams: {}.", os_message(&error))
 }
 
 /// Waits until `READY=1` was sent. For systemd a Type=notify unit that ends before has failed.

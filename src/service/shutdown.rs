@@ -1,5 +1,7 @@
 //! The end of the process: connections are handed over, drained, or reset, and COMMAND stops.
 
+use std::os::fd::AsFd;
+
 use sd_notify::NotifyState;
 use tokio::signal::unix::Signal;
 
@@ -7,6 +9,7 @@ use crate::backend::starter::Starter;
 use crate::config::timespan::TimeSpan;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
+use crate::listen::stored::SocketFile;
 use crate::logging::message_id;
 use crate::notify::Notifier;
 use crate::service::drain::drain;
@@ -29,12 +32,19 @@ pub async fn stop(
     tasks.accepting.shutdown().await;
     // After the idle exit there is no connection to hand over, but after a failure there may be.
     if server.handover.is_some() && *ended != Ok(StopReason::Idle) {
+        tasks.relaying.shutdown().await;
         return hand_over(server, signals, notifier).await;
     }
     drop(server.listeners);
     let _ = notifier.send_once(&[NotifyState::Stopping]);
     let is_signal = *ended == Ok(StopReason::Signal);
     let drain_time = if is_signal { drain_time } else { TimeSpan::ZERO };
+    match &server.relay {
+        // Clients without a session are not served any more. Others send to the same socket.
+        Some(relay) if !drain_time.is_zero() => relay.begin_drain(),
+        // From now on datagrams wait in the kernel, too.
+        _ => tasks.relaying.shutdown().await,
+    }
     let starter = server.starter.as_ref();
     let drain_and_stop = async {
         // The idle exit may have stopped COMMAND, and a connection that is drained may need it.
@@ -96,13 +106,19 @@ async fn stop_backend(starter: &Starter, notifier: &Notifier) {
 async fn detach_all(server: &Server, handover: &Handover, notifier: &Notifier) {
     // In crash mode the journal has the listeners already.
     let mut stored_listeners = server.listener_entries.len();
-    for (listener, _) in server.listeners.iter().filter(|_| server.has_opened) {
-        if handover.is_crash_mode() {
-            listener.unlink_on_drop(false);
-        } else if handover.store_listener(listener) {
-            listener.unlink_on_drop(false);
-            stored_listeners += 1;
+    let mut keep = |socket, file: Option<&SocketFile>| {
+        let is_stored =
+            handover.is_crash_mode() || handover.store_listener(socket, file.map(|file| file.id));
+        stored_listeners += usize::from(is_stored && !handover.is_crash_mode());
+        if let Some(file) = file.filter(|_| is_stored) {
+            file.unlinks_on_drop.set(false);
         }
+    };
+    if server.has_opened {
+        let streams = server.listeners.iter().map(|(it, _)| (it.as_fd(), it.file()));
+        streams.for_each(|(socket, file)| keep(socket, file));
+        let datagrams = server.relay.iter().flat_map(|relay| &relay.routes);
+        datagrams.for_each(|it| keep(it.listener.as_fd(), it.listener.file()));
     }
     server.dispatcher.detach_all(handover).await;
     let [stored, lost] = handover.stored_and_lost();

@@ -1,5 +1,6 @@
 //! From the configuration and the sockets to a [`Server`], before the first client is accepted.
 
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -18,19 +19,24 @@ use crate::config::values::{Overflow, ReadyMode};
 use crate::connection::event_loop::EventLoops;
 use crate::connection::{BackendSetup, Settings};
 use crate::counters::Loops;
+use crate::datagram::relay::Relay;
 use crate::forward::pipe::{self, PipeLimits};
 use crate::handover::Handover;
 use crate::handover::replay::Leftovers;
 use crate::limits::client_limits::ClientLimits;
 use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
 use crate::listen::activation::{PassedFd, set_cloexec_all};
+use crate::listen::datagram::DatagramListener;
 use crate::listen::listener::Listener;
+use crate::listen::passed_connection::PassedConnection;
 use crate::listen::{ClientSockets, check_no_loop};
 use crate::logging::os_message;
 use crate::metrics::exporter::Exporter;
 use crate::notify::Notifier;
 use crate::service::dispatcher::Dispatcher;
 use crate::service::server::Server;
+use crate::socket::address::{Address, SocketLabel};
+use crate::socket::proxy_protocol::ProxyProtocol;
 
 /// Sets `PR_SET_NO_NEW_PRIVS`, unless the proxy starts programs: they would inherit the flag, and
 /// may need set-user-ID programs.
@@ -89,24 +95,25 @@ fn build(
     handover: Option<Arc<Handover>>,
     leftovers: &Leftovers,
 ) -> Result<Server, String> {
-    check_single_connection(&config, &sockets)?;
-    let backends = backends_of(&config, &sockets)?;
-    if let Some(keepalive) = config.keepalive {
-        sockets.set_keepalive(keepalive);
-    }
-    let connection = sockets.connection.zip(backends.first().copied());
-    let listeners: Vec<_> = sockets.listeners.into_iter().zip(backends).collect();
+    let Routes { listeners, connection, datagrams } = routes(&config, sockets)?;
     let is_journaled = handover.as_ref().is_some_and(|handover| handover.is_crash_mode());
     let fds = FdPlan::of_this_process(&config, is_journaled, leftovers.descriptors())?;
     if starts_programs(&config) {
         set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
     }
-    let backends = backend_setups(&config, fds);
+    let has_streams = |index| {
+        let leads_there = listeners.iter().any(|(_, backend)| *backend == index);
+        leads_there || connection.is_some() || datagrams.is_empty()
+    };
+    let backends = backend_setups(&config, fds, has_streams);
     let has_opened = !config.args.listen.is_empty();
-    let opened = if has_opened { &*listeners } else { &[] };
-    for (listener, backend) in opened {
-        let target = &backends[*backend].connector.target;
-        check_no_loop(listener, target, config.command.is_some())?;
+    let routes = || {
+        let streams = listeners.iter().map(|(it, backend)| (&it.label, *backend));
+        streams.chain(datagrams.iter().map(|(it, backend)| (&it.label, *backend)))
+    };
+    for (label, backend) in routes().filter(|_| has_opened) {
+        let target = &backends[backend].connector.target;
+        check_no_loop(label, target, config.command.is_some())?;
     }
     let starter = starter(&config, fds.inherited)?;
     let threads = config.args.threads.get();
@@ -120,22 +127,40 @@ fn build(
         handover: handover.clone(),
         loops: Arc::new(Loops::default()),
     };
-    log_routes(&config, &listeners, &settings);
-    let keep = |(listener, _): &(Rc<Listener>, _)| handover.as_ref()?.keep_listener(listener);
-    let listener_entries = opened.iter().filter_map(keep).collect();
+    log_routes(&config, routes(), &settings);
+    let streams = listeners.iter().map(|(it, _)| (it.as_fd(), it.file_id()));
+    let opened = streams.chain(datagrams.iter().map(|(it, _)| (it.as_fd(), it.file_id())));
+    let keep = |(socket, file)| handover.as_ref()?.keep_listener(socket, file);
+    let listener_entries = opened.filter(|_| has_opened).filter_map(keep).collect();
     let event_loops = EventLoops::new(settings, config.args.threads);
-    let has_listeners = !listeners.is_empty();
+    let has_listeners = !listeners.is_empty() || !datagrams.is_empty();
     let limits = ClientLimits::new(&config, has_listeners);
-    let dispatcher = Dispatcher::new(&config, limits, event_loops, handover.clone(), has_listeners);
     // To refuse a client, the accept loop must accept it.
     let accepted_max = match config.args.overflow {
         Overflow::Refuse => usize::MAX,
         Overflow::Wait => config.args.connections_max.get() as usize,
     };
+    let descriptors = Rc::new(FdBudget::new(fds.connections, accepted_max));
+    let relay = match datagrams.is_empty() {
+        true => None,
+        false => {
+            let handover = handover.clone();
+            Some(relay(&config, datagrams, &event_loops, &limits, &descriptors, handover)?)
+        }
+    };
+    let dispatcher = Dispatcher::new(
+        &config,
+        limits,
+        event_loops,
+        relay.clone(),
+        handover.clone(),
+        has_listeners,
+    );
     Ok(Server {
         listeners,
         connection,
-        descriptors: Rc::new(FdBudget::new(fds.connections, accepted_max)),
+        relay,
+        descriptors,
         dispatcher,
         starter,
         exit_idle_time: config.args.exit_idle_time,
@@ -145,6 +170,33 @@ fn build(
         listener_entries,
         unconfigured: Arc::default(),
     })
+}
+
+/// The sockets, each with the index of its backend.
+struct Routes {
+    listeners: Vec<(Rc<Listener>, usize)>,
+    connection: Option<(PassedConnection, usize)>,
+    datagrams: Vec<(DatagramListener, usize)>,
+}
+
+/// Finds the backend of each socket, and refuses options that do not fit the sockets.
+fn routes(config: &Config, sockets: ClientSockets) -> Result<Routes, String> {
+    check_single_connection(config, &sockets)?;
+    let backends = backends_of(config, &sockets)?;
+    if let Some(keepalive) = config.keepalive {
+        sockets.set_keepalive(keepalive);
+    }
+    let ClientSockets { listeners, datagrams, connection } = sockets;
+    // In the order of the labels. A connection is the only socket.
+    let of_datagrams = backends[listeners.len()..].to_vec();
+    let connection = connection.zip(backends.first().copied());
+    let routes = Routes {
+        listeners: listeners.into_iter().zip(backends).collect(),
+        connection,
+        datagrams: datagrams.into_iter().zip(of_datagrams).collect(),
+    };
+    check_datagrams(config, &routes.datagrams)?;
+    Ok(routes)
 }
 
 /// Whether the proxy starts programs: COMMAND, or those of `--start-command=` and `--ready=exec:`.
@@ -185,10 +237,53 @@ fn backends_of(config: &Config, sockets: &ClientSockets) -> Result<Vec<usize>, S
     Ok(backends)
 }
 
-/// Returns the setup of each target. All share the permits.
-fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
+/// Returns what carries the datagrams of these listeners.
+fn relay(
+    config: &Config,
+    datagrams: Vec<(DatagramListener, usize)>,
+    event_loops: &EventLoops,
+    limits: &ClientLimits,
+    descriptors: &Rc<FdBudget>,
+    handover: Option<Arc<Handover>>,
+) -> Result<Rc<Relay>, String> {
+    let idle_time = config.args.session_idle_time;
+    let (limits, descriptors) = (limits.clone(), Rc::clone(descriptors));
+    let load = event_loops.main_load.clone();
+    Relay::new(datagrams, &event_loops.settings, idle_time, limits, descriptors, load, handover)
+        .map_err(|error| format!("Failed to watch the datagram sockets: {}.", os_message(&error)))
+}
+
+/// Refuses what datagrams cannot have.
+fn check_datagrams(config: &Config, datagrams: &[(DatagramListener, usize)]) -> Result<(), String> {
+    let Some((listener, _)) = datagrams.first() else { return Ok(()) };
+    if config.args.proxy_protocol == Some(ProxyProtocol::V1) {
+        return Err(format!(
+            "--proxy-protocol=v1 cannot be combined with the datagram socket {listener}: version 1 knows \
+             TCP only. (Write --proxy-protocol=v2.)"
+        ));
+    }
+    let targets: Vec<_> = config.targets.iter().collect();
+    for (listener, backend) in datagrams {
+        if let Target::Address(Address::Vsock { .. }) = targets[*backend] {
+            return Err(format!(
+                "TARGET {} cannot be reached from the datagram socket {listener}: vsock has streams \
+                 only.",
+                targets[*backend]
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Returns the setup of each target. All share the permits. `has_streams` tells whether connections
+/// lead to a target.
+fn backend_setups(
+    config: &Config,
+    fds: FdPlan,
+    has_streams: impl Fn(usize) -> bool,
+) -> Vec<BackendSetup> {
     let permits = ConnectPermits::new(fds.lookups, fds.watch_places, fds.beside_places);
-    let setup = |target: &Target| {
+    let setup = |(index, target): (usize, &Target)| {
         let connector = Connector::new(
             target.clone(),
             config.args.start_command.is_some(),
@@ -197,9 +292,10 @@ fn backend_setups(config: &Config, fds: FdPlan) -> Vec<BackendSetup> {
             permits.clone(),
         );
         let readiness = Readiness::new(&config.ready, config.args.proxy_protocol, &connector);
-        BackendSetup { connector, prober: SharedProber::default(), readiness }
+        let datagrams_only = (!has_streams(index)).then(Arc::default);
+        BackendSetup { connector, prober: SharedProber::default(), readiness, datagrams_only }
     };
-    config.targets.iter().map(setup).collect()
+    config.targets.iter().enumerate().map(setup).collect()
 }
 
 /// Returns what starts the backend, if the proxy does. `fd_limit` is COMMAND's soft limit on
@@ -223,13 +319,17 @@ fn starter(config: &Config, fd_limit: Option<u64>) -> Result<Option<Starter>, St
     }))
 }
 
-fn log_routes(config: &Config, listeners: &[(Rc<Listener>, usize)], settings: &Settings) {
-    for (listener, backend) in listeners {
+fn log_routes<'a>(
+    config: &Config,
+    routes: impl Iterator<Item = (&'a SocketLabel, usize)>,
+    settings: &Settings,
+) {
+    for (listener, backend) in routes {
         match &config.targets {
             Targets::One(_) => tracing::debug!("Serving {listener}."),
             // At info, because a wrong selector shows here.
             Targets::Selected(_) => {
-                let target = &settings.backends[*backend].connector.target;
+                let target = &settings.backends[backend].connector.target;
                 tracing::info!("Serving {listener}, connections go to {target}.");
             }
         }

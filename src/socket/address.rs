@@ -1,4 +1,4 @@
-//! Socket addresses of TCP, Unix and vsock streams, parsed and printed.
+//! Socket addresses of IP, Unix and vsock, parsed and printed.
 //!
 //! A connection keeps its peer's address for its whole life. The kernel's `sockaddr_storage` takes
 //! 128 bytes, so [`Address`] is smaller.
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use socket2::SockAddr;
 
-/// The address of one end of a stream connection.
+/// The address of a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
     Inet(SocketAddr),
@@ -220,20 +220,64 @@ pub struct Source {
     scope: u32,
 }
 
+/// What a socket carries (socket(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketKind {
+    Stream,
+    Datagram,
+}
+
+/// The sockets for datagrams, by the word that stands before their addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DatagramKind {
+    /// `udp:`
+    Udp,
+    /// `dgram:`
+    Unix,
+}
+
+impl SocketKind {
+    /// Splits `udp:` or `dgram:` off.
+    pub fn split(text: &OsStr) -> (Option<DatagramKind>, &OsStr) {
+        let bytes = text.as_bytes();
+        let rest = |prefix: &str| bytes.strip_prefix(prefix.as_bytes()).map(OsStr::from_bytes);
+        match (rest(UDP), rest(DGRAM)) {
+            (Some(rest), _) => (Some(DatagramKind::Udp), rest),
+            (_, Some(rest)) => (Some(DatagramKind::Unix), rest),
+            _ => (None, text),
+        }
+    }
+
+    /// Returns what stands before the address of a socket.
+    pub fn prefix(self, is_unix: bool) -> &'static str {
+        match (self, is_unix) {
+            (Self::Stream, _) => "",
+            (Self::Datagram, false) => UDP,
+            (Self::Datagram, true) => DGRAM,
+        }
+    }
+}
+
+const UDP: &str = "udp:";
+const DGRAM: &str = "dgram:";
+
 /// What selectors and messages call a socket.
 #[derive(Clone, Debug)]
 pub struct SocketLabel {
     /// The `FileDescriptorName=` of a passed socket.
     pub name: Option<String>,
+    pub kind: SocketKind,
     pub address: Address,
 }
 
 /// `name (address)` for a passed socket, the address for a socket opened by `--listen=`.
 impl fmt::Display for SocketLabel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.name {
-            Some(name) => write!(f, "{name} ({})", self.address),
-            None => self.address.fmt(f),
+        let Self { name, kind, address } = self;
+        let prefix = kind.prefix(!matches!(address, Address::Inet(_)));
+        match name {
+            Some(name) => write!(f, "{name} ({prefix}{address})"),
+            None => write!(f, "{prefix}{address}"),
         }
     }
 }

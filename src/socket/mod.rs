@@ -15,6 +15,8 @@ mod options;
 mod fd;
 #[expect(unsafe_code, reason = "system calls that the safe crates do not have")]
 pub mod sys;
+#[expect(unsafe_code, reason = "recvmmsg(2) and sendmmsg(2)")]
+pub mod mmsg;
 
 use std::cell::Cell;
 use std::fs;

@@ -32,19 +32,26 @@ impl ProxyProtocol {
                 let addresses = inet(client, listener).map(v1::Addresses::from);
                 addresses.unwrap_or_default().to_string().into_bytes()
             }
-            Self::V2 => v2_header(client, listener),
+            Self::V2 => v2_header(v2::Protocol::Stream, client, listener),
         }
     }
 }
 
-/// Returns the TCP addresses of both sides. An IPv4 client of a dual-stack listener is an IPv4
+/// Returns the version 2 header that stands in front of each datagram.
+///
+/// `listener` is the address that the client has sent to.
+pub fn datagram_header(client: &Address, listener: &Address) -> Vec<u8> {
+    v2_header(v2::Protocol::Datagram, client, listener)
+}
+
+/// Returns the IP addresses of both sides. An IPv4 client of a dual-stack listener is an IPv4
 /// client.
 fn inet(client: &Address, listener: &Address) -> Option<(SocketAddr, SocketAddr)> {
     let (Address::Inet(client), Address::Inet(listener)) = (client, listener) else { return None };
     Some((canonical(*client), canonical(*listener)))
 }
 
-fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
+fn v2_header(protocol: v2::Protocol, client: &Address, listener: &Address) -> Vec<u8> {
     use v2::{Addresses, Command, Protocol, Unix, Version};
     let addresses = match (client, listener) {
         (Address::Path(_) | Address::Abstract(_), _) => {
@@ -55,7 +62,7 @@ fn v2_header(client: &Address, listener: &Address) -> Vec<u8> {
     // LOCAL: the receiver takes the connection's own addresses.
     let (command, protocol) = match addresses {
         Addresses::Unspecified => (Command::Local, Protocol::Unspecified),
-        _ => (Command::Proxy, Protocol::Stream),
+        _ => (Command::Proxy, protocol),
     };
     let header = v2::Builder::with_addresses(Version::Two | command, protocol, addresses).build();
     header.expect("the length of addresses fits into two bytes")

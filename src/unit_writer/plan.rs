@@ -142,7 +142,11 @@ fn check_addresses(arguments: &UnitArguments, targets: &Targets, unit: &str) -> 
         }
     }
     let name = Some(format!("{unit}.socket"));
-    let label = |listen| SocketLabel { name: name.clone(), address: address(listen) };
+    let label = |listen: &ListenAddress| SocketLabel {
+        name: name.clone(),
+        kind: listen.kind,
+        address: address(listen),
+    };
     let labels: Vec<_> = arguments.listen.iter().map(label).collect();
     // The proxy checks this at its start, in the same words.
     let assigned = targets.assign(&labels.iter().collect::<Vec<_>>())?;

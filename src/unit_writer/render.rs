@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
-use crate::config::listen_address::ListenAddress;
+use crate::config::listen_address::{ListenAddress, ListenPlace};
 use crate::config::options::Arguments;
 use crate::config::target::Target;
 use crate::socket::address::Address;
@@ -71,7 +71,7 @@ fn context(plan: &Plan, program: &Path) -> Value {
     let address = |listen: &ListenAddress| {
         context! {
             text => value(&listen.to_string()),
-            is_path => matches!(listen, ListenAddress::Address(Address::Path(_))),
+            is_path => matches!(listen.place, ListenPlace::Address(Address::Path(_))),
             may_be_absent => may_be_absent(listen),
         }
     };
@@ -120,8 +120,8 @@ fn context(plan: &Plan, program: &Path) -> Value {
 
 /// Whether this machine may not have the address yet when systemd opens the socket.
 fn may_be_absent(listen: &ListenAddress) -> bool {
-    match listen {
-        ListenAddress::Host(host) => host.literal().is_some_and(|it| !is_local(it.ip())),
+    match &listen.place {
+        ListenPlace::Host(host) => host.literal().is_some_and(|it| !is_local(it.ip())),
         _ => false,
     }
 }

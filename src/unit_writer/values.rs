@@ -5,7 +5,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::config::listen_address::ListenAddress;
+use crate::config::listen_address::{ListenAddress, ListenPlace};
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::socket::address::Address;
@@ -29,7 +29,7 @@ pub fn name(text: &str) -> Result<String, String> {
 /// Parses an address for `ListenStream=`, in the forms that mean the same to systemd.
 pub fn listen(text: &str) -> Result<ListenAddress, String> {
     let mut listen = ListenAddress::parse(text)?;
-    if let ListenAddress::Host(host) = &mut listen {
+    if let ListenPlace::Host(host) = &mut listen.place {
         let is_link_local = |address: SocketAddr| match address {
             SocketAddr::V6(address) => address.ip().is_unicast_link_local(),
             SocketAddr::V4(_) => false,
@@ -60,7 +60,7 @@ pub fn listen(text: &str) -> Result<ListenAddress, String> {
 /// Parses a [`listen`] address at which Prometheus can connect.
 pub fn metrics(text: &str) -> Result<ListenAddress, String> {
     let listen = listen(text)?;
-    let is_vsock = matches!(listen, ListenAddress::Address(Address::Vsock { .. }));
+    let is_vsock = matches!(listen.place, ListenPlace::Address(Address::Vsock { .. }));
     refuse_if(&[(is_vsock, "it must be a TCP or Unix socket")])?;
     Ok(listen)
 }
@@ -160,10 +160,10 @@ pub fn refuse_if(reasons: &[(bool, &str)]) -> Result<(), String> {
 
 /// Returns the address of the socket that systemd opens.
 pub fn address(listen: &ListenAddress) -> Address {
-    match listen {
-        ListenAddress::Any(port) => Address::Inet((Ipv6Addr::UNSPECIFIED, *port).into()),
-        ListenAddress::Host(host) => host.literal().map_or(Address::Unnamed, Address::Inet),
-        ListenAddress::Address(address) => address.clone(),
+    match &listen.place {
+        ListenPlace::Any(port) => Address::Inet((Ipv6Addr::UNSPECIFIED, *port).into()),
+        ListenPlace::Host(host) => host.literal().map_or(Address::Unnamed, Address::Inet),
+        ListenPlace::Address(address) => address.clone(),
     }
 }
 

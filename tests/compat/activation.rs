@@ -1,10 +1,13 @@
 //! Listeners: passed, or opened by `--listen=`.
 
+use std::net::UdpSocket;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::process::Signal;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
+use tokio::time::Instant;
 
 use crate::Cases;
 use crate::Expected::{OnlyOurs, Shared};
@@ -13,7 +16,11 @@ use crate::unique_name;
 
 pub(crate) fn register(cases: &mut Cases) {
     cases.add("ignores sockets meant for another process", Shared, other_pid);
-    cases.add("refuses a datagram socket", Shared, datagram_socket);
+    cases.add(
+        "serves a datagram socket",
+        OnlyOurs("Passed in socket is not a stream socket."),
+        datagram_socket,
+    );
     cases.add("serves several sockets with one target", Shared, several_sockets);
     cases.add("serves a vsock listener", OnlyOurs("a notification comes"), vsock_listener);
     cases.add("listens where --listen= says", OnlyOurs("no line with \"Listening"), own_listeners);
@@ -34,11 +41,17 @@ fn other_pid(program: &Path) {
 }
 
 fn datagram_socket(program: &Path) {
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let mut proxy = Launch::new(program).arg("127.0.0.1:80").socket(&socket).start();
-    assert_eq!(proxy.wait().code(), Some(1));
-    let stderr = proxy.lines.all();
-    assert!(stderr.contains("Passed in socket is not a stream socket."), "{stderr}");
+    let [front, backend, client] = [(); 3].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+    let target = backend.local_addr().unwrap();
+    let mut proxy = Launch::new(program).arg(target).socket(&front).start();
+    client.send_to(b"a datagram", front.local_addr().unwrap()).unwrap();
+    backend.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+    let mut buffer = [0; 100];
+    let received = poll_until(Instant::now() + TIMEOUT, || {
+        assert!(proxy.is_running(), "{}", proxy.lines.all());
+        backend.recv(&mut buffer).ok()
+    });
+    assert_eq!(&buffer[..received.expect("a datagram comes")], b"a datagram");
 }
 
 fn several_sockets(program: &Path) {

@@ -1,0 +1,111 @@
+//! What the sessions of one target share.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use tokio::sync::{Mutex, Notify};
+
+use crate::backend::connect::Connector;
+use crate::backend::lifecycle::Lifecycle;
+use crate::backend::readiness::Readiness;
+use crate::config::target::Target;
+use crate::config::timespan::TimeSpan;
+use crate::connection::{BackendSetup, Settings};
+use crate::socket::address::Address;
+
+/// One target.
+#[derive(Debug)]
+pub struct DatagramBackend {
+    pub connector: Connector,
+    /// `--backend-wait=`; zero means no wait.
+    pub wait: TimeSpan,
+    /// `Some` if the proxy starts the backend.
+    pub lifecycle: Option<Arc<Lifecycle>>,
+    pub readiness: Option<Arc<Readiness>>,
+    /// Notified when a session finds the backend up, if COMMAND is ready then.
+    pub found_up: Option<Arc<Notify>>,
+    /// The address at which the backend is up, as far as sessions have found.
+    pub up_at: RefCell<Option<Address>>,
+    /// Held by the session that looks whether the backend is up. The others wait for it.
+    pub probing: Mutex<()>,
+    /// Why sessions wait.
+    wait_reason: RefCell<Option<String>>,
+}
+
+impl DatagramBackend {
+    pub fn new(setup: &BackendSetup, settings: &Settings) -> Self {
+        let BackendSetup { connector, readiness, datagrams_only, .. } = setup.clone();
+        let is_child = settings.lifecycle.as_ref().is_some_and(|it| it.is_child);
+        let shows_ready = is_child && readiness.is_none();
+        Self {
+            connector,
+            wait: settings.backend_wait,
+            lifecycle: settings.lifecycle.clone(),
+            readiness,
+            found_up: datagrams_only.filter(|_| shows_ready),
+            up_at: RefCell::default(),
+            probing: Mutex::default(),
+            wait_reason: RefCell::default(),
+        }
+    }
+
+    /// Returns the address to which a new session can connect at once.
+    pub fn address_now(&self) -> Option<Address> {
+        if !self.is_ready() {
+            return None;
+        }
+        match &self.connector.target {
+            Target::Address(address) if self.wait.is_zero() || self.up_at.borrow().is_some() => {
+                Some(address.clone())
+            }
+            // A name is looked up for each session.
+            _ => None,
+        }
+    }
+
+    pub fn set_wait_reason(&self, reason: String) {
+        self.wait_reason.replace(Some(reason));
+    }
+
+    /// Returns why the wait of sessions was not long enough.
+    pub fn wait_reason(&self) -> String {
+        let lifecycle = self.lifecycle.as_ref();
+        let of_lifecycle = lifecycle.and_then(|lifecycle| lifecycle.wait_reason_unless_ready());
+        of_lifecycle.or_else(|| self.wait_reason.borrow().clone()).unwrap_or_else(|| {
+            format!(
+                "Failed to connect to remote host: {}: Connection timed out",
+                self.connector.target
+            )
+        })
+    }
+
+    /// Notes that the backend is up at an address.
+    pub fn set_up(&self, address: &Address) {
+        let mut up_at = self.up_at.borrow_mut();
+        if up_at.is_none() {
+            *up_at = Some(address.clone());
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.lifecycle.as_ref().is_none_or(|lifecycle| lifecycle.is_ready())
+            && self.readiness.as_ref().is_none_or(|readiness| readiness.is_ready())
+    }
+
+    /// Whether a passive client can be served.
+    pub fn is_up(&self) -> bool {
+        self.wait.is_zero() || self.up_at.borrow().is_some() && self.is_ready()
+    }
+
+    /// Notes that the backend has refused a datagram.
+    pub fn set_down(&self) {
+        let was_up = self.up_at.take().is_some();
+        if let Some(readiness) = &self.readiness {
+            readiness.reset();
+        }
+        // Once for each time that it was up: what has just been started may refuse for a while.
+        if let (true, Some(lifecycle)) = (was_up, &self.lifecycle) {
+            lifecycle.report_lost();
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! How a session that holds datagrams gets a backend.
+//!
+//! UDP has no connect(2) that tells whether a process listens. The kernel answers a datagram for
+//! which there is no socket with an ICMP error, on this machine at once. So where a session has to
+//! know, it sends the first datagram that it holds. The backend is up if it answers, or if it has
+//! not refused the datagram for [`NOT_REFUSED`]. Then the others follow. Of several sessions one
+//! does this.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::event::epoll;
+use tokio::io::Interest;
+use tokio::task::spawn_local;
+use tokio::time::{sleep, timeout, timeout_at};
+
+use crate::backend::connect_error::ConnectError;
+use crate::backend::lifecycle::Lifecycle;
+use crate::counters::DropReason;
+use crate::datagram::backend::DatagramBackend;
+use crate::datagram::relay::{Relay, RelayState, Token};
+use crate::datagram::session::{BackendSocket, ProbedSocket, SessionBackend, WaitingTask};
+use crate::datagram::table::SessionId;
+use crate::datagram::to_backends::outgoing;
+use crate::logging::{RateLimit, message_id, rate_limited};
+use crate::runtime::backoff::Backoff;
+use crate::socket::address::Address;
+
+impl Relay {
+    /// Starts to look for the backend of a session.
+    pub fn look_for_backend(self: &Rc<Self>, state: &mut RelayState, id: SessionId) {
+        let Some(session) = state.table.get_mut(id) else { return };
+        let (route, client) = (&self.routes[session.listener], session.client());
+        let backend = &self.backends[route.backend];
+        if self.limits.is_passive(&client) && !backend.is_up() {
+            let dropped = state.held[session.listener].clear(id);
+            route.tally(0).drop(DropReason::Passive, dropped);
+            return self.end(state, id, "its client is passive, and the backend is not ready");
+        }
+        if session.slot.in_use.is_none() && backend.lifecycle.is_some() {
+            // The client needs the backend until it has received what the session holds.
+            session.slot.in_use = self.limits.begin_use(&client);
+        }
+        let _waiting = route.listener.info.counts.waiting.take();
+        let task = spawn_local(Rc::clone(self).find_backend(id, route.backend));
+        let task = task.abort_handle();
+        session.backend = SessionBackend::Waiting { _task: WaitingTask { task, _waiting } };
+    }
+
+    /// Opens the backend's socket of a session, or ends the session.
+    async fn find_backend(self: Rc<Self>, id: SessionId, index: usize) {
+        let backend = &self.backends[index];
+        let found = match backend.wait.is_zero() {
+            true => self.connect(id, backend).await.map_err(|error| error.to_string()),
+            false => {
+                let waited = timeout_at(backend.wait.deadline(), self.wait_for(id, backend)).await;
+                waited.unwrap_or_else(|_| {
+                    let error = backend.wait_reason();
+                    Err(format!("{error}. (--backend-wait={} is over.)", backend.wait))
+                })
+            }
+        };
+        let state = &mut *self.state.borrow_mut();
+        match found {
+            Ok(socket) => {
+                self.open(state, id, socket);
+                self.send_held(state, id);
+            }
+            Err(error) => self.fail(state, id, &error),
+        }
+    }
+
+    /// Connects as soon as the backend is up.
+    async fn wait_for(
+        &self,
+        id: SessionId,
+        backend: &DatagramBackend,
+    ) -> Result<BackendSocket, String> {
+        let mut pauses = PAUSES;
+        loop {
+            if let Some(lifecycle) = &backend.lifecycle {
+                if !lifecycle.is_ready() {
+                    // What sessions found before was another run.
+                    backend.up_at.take();
+                    if let Some(socket) = self.wait_for_start(id, backend, lifecycle).await? {
+                        return Ok(socket);
+                    }
+                }
+            } else if let Some(readiness) = &backend.readiness {
+                let failed = |error| backend.set_wait_reason(error);
+                readiness.wait_until_ready(failed).await.map_err(|error| error.to_string())?;
+            }
+            match self.connect(id, backend).await {
+                Ok(socket) => return Ok(socket),
+                Err(error) if error.is_transient() => backend.set_wait_reason(error.to_string()),
+                Err(error) => return Err(error.to_string()),
+            }
+            sleep(pauses.next()).await;
+        }
+    }
+
+    /// Waits until the backend that the proxy starts is ready. For a COMMAND to which only
+    /// datagrams go, the sessions find that out, and one returns its socket.
+    async fn wait_for_start(
+        &self,
+        id: SessionId,
+        backend: &DatagramBackend,
+        lifecycle: &Lifecycle,
+    ) -> Result<Option<BackendSocket>, String> {
+        let Some(found_up) = &backend.found_up else {
+            return lifecycle.ready().await.map(|_| None);
+        };
+        let find_up = async {
+            let mut pauses = PAUSES;
+            loop {
+                match self.connect(id, backend).await {
+                    Ok(socket) => return socket,
+                    Err(error) => lifecycle.set_wait_reason(error.to_string()),
+                }
+                sleep(pauses.next()).await;
+            }
+        };
+        let mut ready = pin!(lifecycle.ready());
+        tokio::select! {
+            biased;
+            ready = &mut ready => ready.map(|_| None),
+            socket = find_up => {
+                // COMMAND may not have been started yet, and then nothing listens to this.
+                let notify = async || -> Infallible {
+                    loop {
+                        found_up.notify_waiters();
+                        sleep(NOTIFY_AGAIN).await;
+                    }
+                };
+                tokio::select! {
+                    ready = ready => ready.map(|_| Some(socket)),
+                    never = notify() => match never {},
+                }
+            }
+        }
+    }
+
+    /// Connects to the first address of the target at which the backend is up.
+    async fn connect(
+        &self,
+        id: SessionId,
+        backend: &DatagramBackend,
+    ) -> Result<BackendSocket, ConnectError> {
+        let addresses = backend.connector.addresses().await?;
+        let needs_probe = addresses.len() > 1 || !backend.wait.is_zero();
+        // Held until it is known: the others need not look.
+        let _probing = if needs_probe { Some(backend.probing.lock().await) } else { None };
+        let up_at = backend.up_at.borrow().clone().filter(|address| addresses.contains(address));
+        let mut failed = None;
+        for address in up_at.as_ref().map_or(&addresses[..], std::slice::from_ref) {
+            let connected = match needs_probe && up_at.is_none() {
+                true => self.probe(id, address).await,
+                false => BackendSocket::connect(address, self.is_one_way(id)),
+            };
+            match connected {
+                Ok(socket) => {
+                    backend.set_up(address);
+                    return Ok(socket);
+                }
+                Err(error) => {
+                    let error = ConnectError::Connect(address.clone(), error);
+                    backend.connector.counters.fail(error.kind());
+                    failed = Some(error);
+                }
+            }
+        }
+        backend.set_down();
+        Err(failed.expect("a target has an address"))
+    }
+
+    /// Connects to an address, and sends the session's first datagram. Waits until the backend
+    /// answers or has not refused it in time.
+    async fn probe(&self, id: SessionId, address: &Address) -> io::Result<BackendSocket> {
+        let mut socket = BackendSocket::connect(address, self.is_one_way(id))?;
+        let Some(number) = self.send_first(id, &mut socket)? else { return Ok(socket) };
+        let socket = ProbedSocket::new(socket)?;
+        let wait = socket.io.ready(Interest::READABLE | Interest::ERROR);
+        if let Ok(ready) = timeout(NOT_REFUSED, wait).await {
+            drop(ready?);
+            if let Some(error) = socket2::SockRef::from(&socket.io).take_error()? {
+                return Err(error);
+            }
+        }
+        self.delivered_first(id, number);
+        Ok(socket.into_socket())
+    }
+
+    /// Sends the first datagram that a session holds, which stays held. Returns its number, or
+    /// `None` if that need not be: the session holds none, or a Unix socket has said that a process
+    /// listens.
+    fn send_first(&self, id: SessionId, socket: &mut BackendSocket) -> io::Result<Option<u64>> {
+        let RelayState { table, held, output, .. } = &mut *self.state.borrow_mut();
+        let Some(session) = table.get(id).filter(|_| !socket.is_unix()) else { return Ok(None) };
+        let Some((number, datagram)) = held[session.listener].first(id) else { return Ok(None) };
+        output.send(&*socket, 1, |_| outgoing(&session.header, datagram, socket.is_ipv4()))?;
+        Ok(Some(number))
+    }
+
+    /// Counts the datagram of [`Relay::send_first`] as delivered, unless it has given way to
+    /// another meanwhile.
+    fn delivered_first(&self, id: SessionId, number: u64) {
+        let RelayState { table, held, .. } = &mut *self.state.borrow_mut();
+        let Some(session) = table.get_mut(id) else { return };
+        let held = &mut held[session.listener];
+        if let Some((_, datagram)) = held.first(id).filter(|(first, _)| *first == number) {
+            let message = outgoing(&session.header, datagram, false);
+            let tally = self.routes[session.listener].tally(0);
+            session.datagrams[0] += tally.deliver([message].into_iter());
+            held.pop(id);
+        }
+    }
+
+    fn is_one_way(&self, id: SessionId) -> bool {
+        self.state.borrow().table.get(id).is_some_and(|session| session.is_one_way())
+    }
+
+    /// Gives a session its backend's socket.
+    pub fn open(&self, state: &mut RelayState, id: SessionId, socket: BackendSocket) {
+        self.add(state, id, socket);
+        let is_confirmed = state.table.life(id).is_some_and(|life| life.is_confirmed);
+        match state.table.get_mut(id) {
+            Some(_) if is_confirmed => self.keep_confirmed(state, id),
+            Some(session) => session.slot.in_use = None,
+            None => {}
+        }
+    }
+
+    /// Has the epoll set watch the socket of a session.
+    pub fn add(&self, state: &mut RelayState, id: SessionId, socket: BackendSocket) {
+        let Some(session) = state.table.get_mut(id) else { return };
+        let added = epoll::add(&self.poller, &socket, Token::Session(id).data(), socket.interest());
+        if let Err(errno) = added {
+            return self.fail(state, id, &format!("Failed to watch a socket: {errno}"));
+        }
+        session.backend = SessionBackend::Open(socket);
+        let readiness = &self.backends[self.routes[session.listener].backend].readiness;
+        session.open = readiness.as_ref().map(|readiness| readiness.count_open());
+    }
+
+    /// Ends a session that gets no backend.
+    fn fail(&self, state: &mut RelayState, id: SessionId, error: &str) {
+        let Some(session) = state.table.get(id) else { return };
+        let route = &self.routes[session.listener];
+        route.listener.info.counts.failed.inc();
+        rate_limited!(
+            UNREACHABLE,
+            warn,
+            client = session.client(),
+            listener = route.listener,
+            backend = self.backends[route.backend].connector.target,
+            message_id = message_id::BACKEND_UNREACHABLE,
+            "{error}"
+        );
+        self.end(state, id, "it had no backend");
+    }
+}
+
+/// How long a backend that has not refused a datagram may still do so.
+const NOT_REFUSED: Duration = Duration::from_millis(100);
+
+/// The pause before COMMAND's supervisor is told again that it is ready.
+const NOTIFY_AGAIN: Duration = Duration::from_millis(20);
+
+/// The pauses between attempts.
+const PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(100));
+
+static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));

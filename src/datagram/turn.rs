@@ -1,0 +1,76 @@
+//! The relay's task, turn by turn.
+
+use std::convert::Infallible;
+use std::io;
+use std::rc::Rc;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep_until};
+
+use crate::datagram::relay::{EVENTS, Relay, Token};
+use crate::datagram::session::SessionBackend;
+use crate::runtime::catch_panic;
+
+impl Relay {
+    /// Carries datagrams, forever. A panic ends at most the turn that caused it.
+    ///
+    /// # Errors
+    /// The epoll set is broken.
+    pub async fn run(self: Rc<Self>) -> io::Result<Infallible> {
+        loop {
+            // Cleared before the set is asked: what comes later makes a new edge.
+            self.poller.readable().await?.clear_ready();
+            while catch_panic(async { self.turn() }).await.unwrap_or(true) {
+                yield_now().await;
+            }
+        }
+    }
+
+    /// Ends sessions without datagrams, forever.
+    pub async fn end_idle(self: Rc<Self>) -> Infallible {
+        loop {
+            let visit = self.state.borrow().table.next_visit();
+            let Some(visit) = visit else {
+                self.begun.notified().await;
+                continue;
+            };
+            sleep_until(visit).await;
+            let (state, now) = (&mut *self.state.borrow_mut(), Instant::now());
+            while let Some(id) = state.table.ended(now) {
+                match state.table.get(id).map(|session| &session.backend) {
+                    // `--backend-wait=` ends it.
+                    Some(SessionBackend::Waiting { .. }) => state.table.touch(id, now),
+                    _ => self.end(state, id, "it was idle"),
+                }
+            }
+        }
+    }
+
+    /// Handles what the sockets have. Returns whether there may be more.
+    fn turn(self: &Rc<Self>) -> bool {
+        let state = &mut *self.state.borrow_mut();
+        state.ready.clear();
+        state.ready.extend(state.unfinished.drain(..).map(|it| (it, epoll::EventFlags::IN)));
+        state.events.clear();
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let asked = epoll::wait(&self.poller, spare_capacity(&mut state.events), Some(&now));
+        let is_full = asked.is_ok_and(|events| events == EVENTS);
+        let events = state.events.iter();
+        state.ready.extend(events.map(|it| (Token::of(it, self.routes.len()), it.flags)));
+        // The answers first: clients' datagrams come into the same slots.
+        for index in 0..state.ready.len() {
+            if let (Token::Session(id), flags) = state.ready[index] {
+                self.serve_session(state, id, flags);
+            }
+        }
+        self.send_answers(state);
+        for index in 0..state.ready.len() {
+            if let (Token::Listener(listener), _) = state.ready[index] {
+                self.serve_listener(state, listener);
+            }
+        }
+        is_full || !state.unfinished.is_empty()
+    }
+}

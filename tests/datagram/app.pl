@@ -1,0 +1,34 @@
+# A datagram application that knows nothing of activation, for the tests of COMMAND.
+#
+# app.pl TARGET LOG [NAME=VALUE ...]: writes "started PID" to LOG at once, and binds TARGET (a port or
+# a path) after `up` seconds. It writes each datagram to LOG and answers with its pid, a space, and the
+# datagram. `exit`: it exits at once. `ready` seconds after it is bound it sends READY=1, if given.
+use strict;
+use warnings;
+use IO::Socket::INET;
+use IO::Socket::UNIX;
+use Socket;
+
+my ($target, $log, %set) = (shift, shift, map { split /=/, $_, 2 } @ARGV);
+sub note { open my $file, '>>', $log or die "$log: $!"; syswrite $file, "$_[0]\n"; close $file }
+
+note("started $$");
+$SIG{TERM} = sub { note("asked $$"); exit };
+exit 1 if $set{exit};
+select undef, undef, undef, $set{up} if $set{up};
+unlink $target if $target =~ m{^/};
+my $socket = $target =~ m{^/}
+    ? IO::Socket::UNIX->new(Local => $target, Type => SOCK_DGRAM)
+    : IO::Socket::INET->new(LocalAddr => "127.0.0.1:$target", Proto => 'udp');
+$socket or die "bind $target: $!";
+if (defined $set{ready}) {
+    select undef, undef, undef, $set{ready} if $set{ready};
+    socket my $notify, AF_UNIX, SOCK_DGRAM, 0 or die;
+    send $notify, 'READY=1', 0, pack_sockaddr_un($ENV{NOTIFY_SOCKET}) or die "notify: $!";
+}
+while (1) {
+    my $from = recv $socket, my $datagram, 65536, 0;
+    defined $from or next;
+    note("got $datagram");
+    send $socket, "$$ $datagram", 0, $from if length $from;
+}

@@ -1,0 +1,290 @@
+//! A backend on demand: COMMAND, `--start-command=`, `--backend-wait=`.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, test_kill_process};
+use socket2::Socket;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use crate::peers::*;
+use crate::support::*;
+
+/// The application of app.pl.
+const APP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/datagram/app.pl");
+
+/// The proxy with an application that it starts.
+struct Service {
+    proxy: Proxy,
+    directory: TempDir,
+}
+
+impl Service {
+    /// As COMMAND.
+    fn start(front: Kind, back: Kind, options: &[&str], settings: &[&str]) -> Self {
+        let (directory, target, place) = Self::place(back);
+        let log = directory.path().join("log");
+        let words = [options, &[&target, "--", "perl", APP, &place, log.to_str().unwrap()]];
+        let words = [&words.concat()[..], settings].concat();
+        let proxy = Proxy::start_at(Peer::new(front), &words, |launch| launch);
+        Self { proxy, directory }
+    }
+
+    fn place(back: Kind) -> (TempDir, String, String) {
+        let directory = TempDir::new().unwrap();
+        fs::write(directory.path().join("log"), "").unwrap();
+        let (target, place) = match back {
+            Kind::Unix => {
+                let path = directory.path().join("app").to_str().unwrap().to_string();
+                (path.clone(), path)
+            }
+            _ => {
+                let port = Peer::new(Kind::Udp).port().to_string();
+                (format!("127.0.0.1:{port}"), port)
+            }
+        };
+        (directory, target, place)
+    }
+
+    /// What the application has logged behind a word.
+    fn logged(&self, word: &str) -> Vec<String> {
+        let log = fs::read_to_string(self.directory.path().join("log")).unwrap();
+        let lines = log.lines().filter_map(|line| line.strip_prefix(word));
+        lines.map(|rest| rest.trim().to_string()).collect()
+    }
+
+    fn wait_for(&self, word: &str, count: usize) {
+        let reached = || (self.logged(word).len() >= count).then_some(());
+        let reached = poll_until(Instant::now() + TIMEOUT, reached);
+        assert!(reached.is_some(), "not {count} {word}: {:?}", self.logged(""));
+    }
+
+    /// The PID of the application that answers.
+    fn ask(&self, client: &Socket, question: &str) -> Pid {
+        client.send(question.as_bytes()).unwrap();
+        answered(client, question)
+    }
+}
+
+/// The PID in the next answer, which is to this question.
+fn answered(client: &Socket, question: &str) -> Pid {
+    let answer = String::from_utf8(receive(client)).unwrap();
+    let (pid, rest) = answer.split_once(' ').unwrap();
+    assert_eq!(rest, question);
+    Pid::from_raw(pid.parse().unwrap()).unwrap()
+}
+
+fn wait_for_end(pid: Pid) {
+    let ended = || test_kill_process(pid).is_err().then_some(());
+    poll_until(Instant::now() + TIMEOUT, ended).expect("the process ends");
+}
+
+/// The datagrams that a client sends while the application starts.
+fn burst(client: &Socket, count: usize) -> Vec<String> {
+    let questions: Vec<_> = (0..count).map(|number| format!("question {number}")).collect();
+    for question in &questions {
+        client.send(question.as_bytes()).unwrap();
+    }
+    questions
+}
+
+#[test]
+fn a_datagram_starts_command_and_nothing_is_lost() {
+    for (front, back) in [(Kind::Udp, Kind::Udp), (Kind::Udp6, Kind::Unix), (Kind::Unix, Kind::Udp)]
+    {
+        for (option, settings) in [
+            ("--ready=connect", &["up=0.4"][..]),
+            ("--ready=notify", &["up=0.1", "ready=0.4"]),
+            ("--ready=exec:sh -c 'sleep 0.3'", &[]),
+        ] {
+            let service = Service::start(front, back, &[option], settings);
+            assert_eq!(service.logged("started"), [""; 0], "nothing is started before");
+            let clients: Vec<_> = (0..5).map(|_| service.proxy.client()).collect();
+            // As many as a Unix queue has room for.
+            let questions: Vec<_> = clients.iter().map(|client| burst(client, 2)).collect();
+            for (client, questions) in clients.iter().zip(questions) {
+                for question in questions {
+                    answered(client, &question);
+                }
+            }
+            assert_eq!(service.logged("got").len(), 10, "{front} {back} {option}: once each");
+            assert_eq!(service.logged("started").len(), 1);
+            service.proxy.assert_adds_up();
+            assert_eq!(service.proxy.value("datagrams_dropped_total", &[]), 0);
+        }
+    }
+}
+
+#[test]
+fn a_session_holds_sixteen_datagrams_the_newest() {
+    let service = Service::start(Kind::Udp, Kind::Udp, &[], &["up=0.5"]);
+    let client = service.proxy.client();
+    let questions = burst(&client, 20);
+    for question in &questions[4..] {
+        answered(&client, question);
+    }
+    assert_eq!(service.proxy.dropped("held"), 4);
+    service.proxy.assert_adds_up();
+}
+
+#[test]
+fn an_idle_command_stops_and_only_confirmed_sessions_are_in_use() {
+    let service = Service::start(Kind::Udp, Kind::Udp, &["--stop-idle-time=700ms"], &[]);
+    let client = service.proxy.client();
+    let first = service.ask(&client, "is anybody there?");
+    // One question and its answer are no use.
+    wait_for_end(first);
+    service.proxy.wait_for_sessions(0);
+    let second = service.ask(&client, "again");
+    assert_ne!(first, second);
+    // The second datagram confirms the session, which is in use from then on.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_millis(1800) {
+        assert_eq!(service.ask(&client, "still there?"), second);
+        pause(Duration::from_millis(900));
+    }
+    assert_eq!(service.ask(&client, "still there?"), second);
+}
+
+#[test]
+fn command_that_dies_is_started_again_for_the_next_datagram() {
+    let service = Service::start(Kind::Udp, Kind::Udp, &[], &["up=0.2"]);
+    let client = service.proxy.client();
+    let first = service.ask(&client, "one");
+    pause(Duration::from_millis(1100));
+    rustix::process::kill_process(first, rustix::process::Signal::KILL).unwrap();
+    wait_for_end(first);
+    service.proxy.running.lines.wait_for("The next client starts it again.");
+    // The first meets nobody, and is held from its error on.
+    let mut second = None;
+    while second.is_none() {
+        client.send(b"two").unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
+        second = receive_from(&client).ok();
+    }
+    assert_ne!(first.as_raw_nonzero().to_string(), String::from_utf8_lossy(&second.unwrap().0));
+    assert_eq!(service.logged("started").len(), 2);
+}
+
+#[test]
+fn a_frozen_command_thaws_for_a_datagram() {
+    let service = Service::start(Kind::Udp, Kind::Udp, &["--freeze-idle-time=500ms"], &[]);
+    let client = service.proxy.client();
+    let first = service.ask(&client, "one");
+    service.proxy.running.lines.wait_for("Freezing perl, no connection for 500ms.");
+    service.proxy.wait_for_sessions(0);
+    assert_eq!(service.ask(&client, "two"), first);
+    service.proxy.running.lines.wait_for("Thawing perl for a client.");
+}
+
+#[test]
+fn a_passive_client_starts_nothing() {
+    let options = ["--passive-from=127.0.0.0/8", "--stop-idle-time=700ms"];
+    let front = Peer::udp("[::]:0");
+    let (directory, target, place) = Service::place(Kind::Udp);
+    let log = directory.path().join("log");
+    let words = [&target, "--", "perl", APP, &place, log.to_str().unwrap()];
+    let words = [&options[..], &words].concat();
+    let port = front.port();
+    let proxy = Proxy::start_at(front, &words, |launch| launch);
+    let service = Service { proxy, directory };
+    let passive = client_of(format!("127.0.0.1:{port}").parse().unwrap());
+    passive.send(b"is anybody there?").unwrap();
+    service.proxy.wait_for_dropped("passive", 1);
+    assert!(service.logged("started").is_empty());
+    let client = client_of(format!("[::1]:{port}").parse().unwrap());
+    let app = service.ask(&client, "wake up");
+    for _ in 0..3 {
+        assert_eq!(service.ask(&passive, "me too"), app);
+    }
+    // It keeps nothing running.
+    wait_for_end(app);
+    passive.send(b"and now?").unwrap();
+    service.proxy.wait_for_dropped("passive", 2);
+    assert_eq!(service.logged("started").len(), 1);
+}
+
+#[test]
+fn a_start_command_runs_for_the_first_datagram() {
+    let (directory, target, place) = Service::place(Kind::Udp);
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_string();
+    let (log, pid) = (path("log"), path("pid"));
+    let start = format!(
+        "--start-command=sh -c 'perl {APP} {place} {log} up=0.3 >/dev/null 2>&1 & echo $! >{pid}'"
+    );
+    let stop = format!("--stop-command=sh -c 'kill $(cat {pid})'");
+    let words = [&start, &stop, "--stop-idle-time=1s", &target];
+    let proxy = Proxy::start_at(Peer::new(Kind::Udp), &words, |launch| launch);
+    let service = Service { proxy, directory };
+    let client = service.proxy.client();
+    let questions = burst(&client, 5);
+    let pids: Vec<_> = questions.iter().map(|question| answered(&client, question)).collect();
+    service.wait_for("asked", 1);
+    wait_for_end(pids[0]);
+    assert_ne!(service.ask(&client, "again"), pids[0]);
+    service.wait_for("asked", 2);
+}
+
+#[test]
+fn a_session_waits_for_a_backend_that_something_else_starts() {
+    for back in KINDS {
+        let backend = Peer::new(back);
+        let gone = backend.address.clone();
+        let target = backend.target.clone();
+        let proxy = Proxy::start(Kind::Udp, &target, &["--backend-wait=10s"]);
+        let directory = backend.close();
+        let client = proxy.client();
+        let questions = burst(&client, 5);
+        proxy.wait_until("waiting", || proxy.value("sessions_waiting", &[]) == 1);
+        let socket = datagram_socket(&gone);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                pause(Duration::from_millis(300));
+                socket.bind(&gone).unwrap();
+            });
+        });
+        for question in questions {
+            assert_eq!(receive(&socket), question.as_bytes(), "{back}");
+        }
+        proxy.assert_adds_up();
+        drop(directory);
+    }
+}
+
+#[test]
+fn a_wait_that_ends_drops_what_is_held() {
+    let backend = Peer::new(Kind::Udp);
+    let target = backend.target.clone();
+    drop(backend);
+    let proxy = Proxy::start(Kind::Udp, &target, &["--backend-wait=500ms"]);
+    let client = proxy.client();
+    burst(&client, 3);
+    let line = proxy.running.lines.wait_for("(--backend-wait=500ms is over.)");
+    assert!(line.contains("Connection refused"), "{line}");
+    proxy.wait_for_sessions(0);
+    assert_eq!(proxy.dropped("unreachable"), 3);
+    proxy.assert_adds_up();
+}
+
+#[test]
+fn the_other_address_of_a_name_is_tried() {
+    if !is_root_for("the_other_address_of_a_name_is_tried") {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let hosts = directory.path().join("hosts");
+    let backend = Peer::udp("127.0.0.7:0");
+    fs::write(&hosts, "127.0.0.6 two.test\n127.0.0.7 two.test\n").unwrap();
+    let target = format!("two.test:{}", backend.port());
+    for options in [&[][..], &["--backend-wait=5s"]] {
+        let words = [options, &[&target]].concat();
+        let proxy =
+            Proxy::start_at(Peer::new(Kind::Udp), &words, |launch| launch.hosts(hosts.clone()));
+        let client = proxy.client();
+        for question in burst(&client, 3) {
+            assert_eq!(receive(&backend.socket), question.as_bytes());
+        }
+    }
+}

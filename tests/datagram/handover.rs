@@ -1,0 +1,126 @@
+//! `--handover=`: sessions that outlive the process.
+
+use rustix::process::Signal;
+
+use crate::peers::*;
+use crate::support::*;
+
+struct Restarts {
+    systemd: FakeSystemd,
+    front: Peer,
+    words: Vec<String>,
+}
+
+impl Restarts {
+    fn new(front: Kind, target: &str, mode: &str) -> Self {
+        let words = [format!("--handover={mode}"), target.into()].into();
+        Self { systemd: FakeSystemd::with_fd_store(4), front: Peer::new(front), words }
+    }
+
+    fn start(&self) -> Running {
+        let launch = Launch::new(OURS).socket(&self.front.socket);
+        let proxy = launch.args(&self.words).stored_by(&self.systemd).start();
+        self.systemd.wait_for("READY=1");
+        proxy
+    }
+}
+
+#[test]
+fn sessions_go_on_after_a_restart() {
+    for (front, back) in
+        [(Kind::Udp, Kind::Udp), (Kind::Unix, Kind::Unix), (Kind::Udp6, Kind::Unix)]
+    {
+        for mode in ["restart", "crash"] {
+            let backend = Peer::new(back);
+            let restarts = Restarts::new(front, &backend.target, mode);
+            let mut proxy = restarts.start();
+            let clients: Vec<_> = (0..20).map(|_| restarts.front.client()).collect();
+            let mut sessions = Vec::new();
+            for client in &clients {
+                client.send(b"one").unwrap();
+                let (_, session) = receive_from(&backend.socket).unwrap();
+                backend.socket.send_to(b"two", &session).unwrap();
+                assert_eq!(receive(client), b"two");
+                client.send(b"three").unwrap();
+                assert_eq!(receive(&backend.socket), b"three");
+                sessions.push(session);
+            }
+            for round in 0..3_u8 {
+                if mode == "restart" {
+                    proxy.signal(Signal::TERM);
+                    assert_eq!(proxy.wait().code(), Some(0));
+                } else {
+                    proxy.signal(Signal::KILL);
+                    proxy.wait();
+                }
+                // Both ways while there is no proxy.
+                let (client, session) = (&clients[0], &sessions[0]);
+                client.send(&[round, 1]).unwrap();
+                backend.socket.send_to(&[round, 2], session).unwrap();
+                proxy = restarts.start();
+                proxy.lines.wait_for("Recovered connections: 20.");
+                let (datagram, from) = receive_from(&backend.socket).unwrap();
+                assert_eq!((datagram, &from), (vec![round, 1], session), "{front} {back} {mode}");
+                assert_eq!(receive(client), [round, 2]);
+                for (client, session) in clients.iter().zip(&sessions) {
+                    client.send(b"again").unwrap();
+                    let (datagram, from) = receive_from(&backend.socket).unwrap();
+                    assert_eq!((&datagram[..], &from), (&b"again"[..], session));
+                    backend.socket.send_to(b"answer", session).unwrap();
+                    assert_eq!(receive(client), b"answer");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_crash_keeps_confirmed_sessions_only() {
+    let backend = Peer::new(Kind::Udp);
+    let restarts = Restarts::new(Kind::Udp, &backend.target, "crash");
+    let mut proxy = restarts.start();
+    let [confirmed, other] = [restarts.front.client(), restarts.front.client()];
+    let ask = |client: &socket2::Socket| {
+        client.send(b"one").unwrap();
+        let (_, session) = receive_from(&backend.socket).unwrap();
+        backend.socket.send_to(b"two", &session).unwrap();
+        assert_eq!(receive(client), b"two");
+        session
+    };
+    ask(&confirmed);
+    let (first, second) = (ask(&confirmed), ask(&other));
+    proxy.signal(Signal::KILL);
+    proxy.wait();
+    let proxy = restarts.start();
+    proxy.lines.wait_for("Recovered connections: 1.");
+    assert_eq!(ask(&confirmed), first);
+    assert_ne!(ask(&other), second);
+}
+
+#[test]
+fn sockets_that_the_proxy_opened_outlive_it() {
+    for mode in ["restart", "crash"] {
+        let systemd = FakeSystemd::with_fd_store(4);
+        let backend = echo_peer(Kind::Udp);
+        let port = Peer::new(Kind::Udp).port();
+        let start = || {
+            let listen = format!("--listen=udp:127.0.0.1:{port}");
+            let launch = Launch::new(OURS).arg(listen).arg(format!("--handover={mode}"));
+            let proxy = launch.arg(&backend.target).stored_by(&systemd).start();
+            systemd.wait_for("READY=1");
+            proxy
+        };
+        let mut proxy = start();
+        let client = client_of(([127, 0, 0, 1], port).into());
+        for _ in 0..3 {
+            echoes(&client, b"one");
+            echoes(&client, b"two");
+            proxy.signal(if mode == "restart" { Signal::TERM } else { Signal::KILL });
+            proxy.wait();
+            // The kernel keeps it.
+            client.send(b"three").unwrap();
+            proxy = start();
+            assert_eq!(receive(&client), b"three", "{mode}");
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! Datagrams: sessions, their ends and limits, and a backend on demand.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod peers;
+
+mod demand;
+mod end;
+mod handover;
+mod limits;
+mod sessions;
+mod start;
+mod traffic;
