@@ -9,6 +9,7 @@ mod demand;
 mod end;
 mod handover;
 mod limits;
+mod programs;
 mod sessions;
 mod start;
 mod traffic;
