@@ -18,7 +18,7 @@ pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
     if let Some(missing) = Container::missing().or_else(missing) {
         return trials.skip("systemd: the shipped units", missing);
     }
-    let tests: [Test; 12] = [
+    let tests: [Test; 13] = [
         ("systemd-analyze security finds the shipped proxies hardened", hardened),
         ("aptly runs on demand", aptly),
         ("webhook runs on demand", webhook),
@@ -29,6 +29,7 @@ pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
         ("a program that a script starts runs on demand", script),
         ("the example on-demand-command works", on_demand_command),
         ("the example on-demand-service works", on_demand_service),
+        ("the example dns serves UDP and TCP on demand", dns),
         ("the example isolated has a network of its own", isolated),
         ("connections of the example steady outlive the proxy", steady),
     ];
@@ -48,6 +49,8 @@ pub(crate) fn missing() -> Option<&'static str> {
         ("/usr/bin/aptly", "aptly"),
         ("/usr/bin/webhook", "webhook"),
         ("/usr/bin/radicale", "radicale"),
+        ("/usr/sbin/dnsmasq", "dnsmasq-base"),
+        ("/usr/bin/dig", "bind9-dnsutils"),
         (
             concat!(env!("CARGO_MANIFEST_DIR"), "/target/yaq/bin/yaqc"),
             "yaqd-core, yaqd-fakes, yaqc",
@@ -61,7 +64,7 @@ pub(crate) fn prepare(container: &Container) {
     container.run(&["useradd", "--system", "aptly"]);
     let shorter = "cd /etc/systemd/system && grep -l idle-time=10min *.service | wc -l && \
         sed -i s/idle-time=10min/idle-time=2s/ *.service";
-    assert_eq!(container.run(&["sh", "-c", shorter]).trim(), "9", "units with an idle time");
+    assert_eq!(container.run(&["sh", "-c", shorter]).trim(), "10", "units with an idle time");
     // The virtual environment was made at another path.
     let shebang = "sed -i '1s|^#!.*/bin/python.*|#!/opt/yaq/bin/python3|' /opt/yaq/bin/yaq*";
     container.run(&["sh", "-c", shebang]);
@@ -457,6 +460,26 @@ fn on_demand_service(container: &Container) {
     container.run(&["rm", broken]);
     container.reload();
     request();
+}
+
+fn dns(container: &Container) {
+    let system = System {
+        container,
+        socket: "dns.socket",
+        proxy: "dns.service",
+        application: "/usr/sbin/dnsmasq --keep-in-foreground",
+    };
+    // dnsmasq answers this itself. The first datagram is the only one.
+    let ask = |over: &str| {
+        let dig = ["dig", "@127.0.0.153", "+tries=1", "+time=10", "+short", over];
+        let version = container.run(&[&dig[..], &["chaos", "txt", "version.bind"]].concat());
+        assert!(version.contains("dnsmasq"), "{over}: {version}");
+    };
+    system.lives(|| ask("+notcp"));
+    system.answers_in_the_stop_window(|| ask("+notcp"));
+    ask("+tcp");
+    let journal = container.run(&["journalctl", "-u", "dns.service", "--no-pager"]);
+    assert!(journal.contains("Starting dnsmasq, "), "{journal}");
 }
 
 fn isolated(container: &Container) {
