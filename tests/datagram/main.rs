@@ -10,6 +10,7 @@ mod end;
 mod handover;
 mod limits;
 mod programs;
+mod quic;
 mod sessions;
 mod start;
 mod traffic;
