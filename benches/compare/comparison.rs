@@ -130,5 +130,6 @@ pub(crate) fn pair((front, back): (Family, Family)) -> &'static str {
         (Family::Tcp, Family::Unix) => "tcp-unix",
         (Family::Unix, Family::Tcp) => "unix-tcp",
         (Family::Unix, Family::Unix) => "unix-unix",
+        (Family::Udp, _) | (_, Family::Udp) => "udp-udp",
     }
 }

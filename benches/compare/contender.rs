@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Read;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
 use crate::clock;
+use crate::datagrams;
 use crate::fake_systemd::FakeSystemd;
 use crate::load::{Load, Role};
 use crate::scrapers::Scrapers;
@@ -23,6 +24,13 @@ use crate::scrapers::Scrapers;
 pub(crate) enum Family {
     Tcp,
     Unix,
+    Udp,
+}
+
+impl Family {
+    fn socket_type(self) -> Type {
+        if self == Self::Udp { Type::DGRAM } else { Type::STREAM }
+    }
 }
 
 /// How a contender gets its listening socket.
@@ -195,15 +203,17 @@ impl Drop for Running {
 /// A listening socket of a family.
 pub(crate) fn listener(family: Family, directory: &Path) -> (Socket, SockAddr) {
     let (domain, address) = match family {
-        Family::Tcp => (Domain::IPV4, SocketAddr::from(([127, 0, 0, 1], 0)).into()),
+        Family::Tcp | Family::Udp => (Domain::IPV4, SocketAddr::from(([127, 0, 0, 1], 0)).into()),
         Family::Unix => {
             let path = directory.join("socket");
             (Domain::UNIX, SockAddr::unix(path).expect("a short path"))
         }
     };
-    let socket = Socket::new(domain, Type::STREAM, None).expect("a socket");
+    let socket = Socket::new(domain, family.socket_type(), None).expect("a socket");
     socket.bind(&address).expect("a free address");
-    socket.listen(4096).expect("a listener");
+    if family != Family::Udp {
+        socket.listen(4096).expect("a listener");
+    }
     let address = socket.local_addr().expect("an address");
     (socket, address)
 }
@@ -226,14 +236,14 @@ pub(crate) enum User {
 
 impl Contender {
     /// Returns one that starts an application of this program at `target`, and has this option.
-    pub(crate) fn with_application(&self, option: &str, target: &SockAddr) -> Self {
+    pub(crate) fn with_application(&self, option: &str, family: Family, target: &SockAddr) -> Self {
         let mut contender = self.clone();
         if let Kind::Activated(words) = &mut contender.kind {
             words.push(option.into());
         }
         let program = std::env::current_exe().expect("this program").display().to_string();
-        contender.command =
-            ["--", &program, APPLICATION, &written(target)].map(String::from).into();
+        let name = if family == Family::Udp { DATAGRAM_APPLICATION } else { APPLICATION };
+        contender.command = ["--", &program, name, &written(target)].map(String::from).into();
         contender
     }
 
@@ -293,14 +303,12 @@ impl Contender {
             Kind::Nginx { half_close } => nginx(front, target, path, *half_close),
             Kind::Socat => socat(front, target, path),
         };
-        let (words, front) = words;
+        let ((words, front), front_family) = (words, front);
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = command.spawn().expect("an installed program");
         let deadline = clock::after(10.0);
-        while !Socket::new(front.domain(), Type::STREAM, None)
-            .is_ok_and(|socket| socket.connect(&front).is_ok())
-        {
+        while !is_open(front_family, &front) {
             let ended = process.try_wait().expect("a child");
             assert!(ended.is_none() && clock::now() < deadline, "{}: {words:?}", self.name);
             std::thread::yield_now();
@@ -314,6 +322,18 @@ impl Contender {
             scrapers: None,
             _directory: directory,
         }
+    }
+}
+
+/// Whether a program has opened its socket. A UDP socket shows in the kernel's table only.
+fn is_open(family: Family, front: &SockAddr) -> bool {
+    match (family, front.as_socket()) {
+        (Family::Udp, Some(address)) => {
+            let table = fs::read_to_string("/proc/net/udp").unwrap_or_default();
+            table.contains(&format!(":{:04X} 00000000:0000", address.port()))
+        }
+        _ => Socket::new(front.domain(), Type::STREAM, None)
+            .is_ok_and(|socket| socket.connect(front).is_ok()),
     }
 }
 
@@ -370,14 +390,21 @@ pub(crate) fn launch() -> Option<std::io::Error> {
 
 /// This program's first argument, where it is COMMAND.
 const APPLICATION: &str = "bench-application";
+const DATAGRAM_APPLICATION: &str = "bench-datagram-application";
 
 /// Echoes at the address of its argument until the process is ended, if this is COMMAND.
 pub(crate) fn serve_as_command() {
     let mut args = std::env::args_os().skip(1);
-    if args.next().is_none_or(|word| word != APPLICATION) {
-        return;
-    }
+    let is_datagram = match args.next() {
+        Some(word) if word == DATAGRAM_APPLICATION => true,
+        Some(word) if word == APPLICATION => false,
+        _ => return,
+    };
     let address = args.next().and_then(|word| word.into_string().ok()).expect("an address");
+    if is_datagram {
+        let socket = UdpSocket::bind(address).expect("a free address");
+        return datagrams::echo(&socket, &AtomicBool::new(false));
+    }
     let address = match address.parse::<SocketAddr>() {
         Ok(address) => address.into(),
         Err(_) => {
@@ -418,7 +445,7 @@ fn haproxy(front: Family, target: &SockAddr, directory: &Path) -> Words {
          timeout server 1h\n\
          listen bench\n  bind {}\n  maxconn 4500\n  server target {server} maxconn 4500\n",
         match front {
-            Family::Tcp => written(&front_address),
+            Family::Tcp | Family::Udp => written(&front_address),
             Family::Unix => format!("unix@{}", written(&front_address)),
         }
     );
@@ -429,8 +456,15 @@ fn haproxy(front: Family, target: &SockAddr, directory: &Path) -> Words {
 fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -> Words {
     let front_address = free_address(front, directory);
     let prefix = |family: Family, address: &SockAddr| match family {
-        Family::Tcp => written(address),
+        Family::Tcp | Family::Udp => written(address),
         Family::Unix => format!("unix:{}", written(address)),
+    };
+    let options = match front {
+        Family::Udp => "udp".into(),
+        _ => {
+            let half_close = if half_close { "on" } else { "off" };
+            format!("backlog=4096; tcp_nodelay on; proxy_half_close {half_close}")
+        }
     };
     let target_family = if target.as_socket().is_some() { Family::Tcp } else { Family::Unix };
     let user = if rustix::process::geteuid().is_root() { "user root;\n" } else { "" };
@@ -438,11 +472,10 @@ fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -
         "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n{user}\
          daemon off;\nworker_processes 1;\nworker_rlimit_nofile 20000;\n\
          pid {directory}/pid;\nerror_log /dev/null crit;\n\
-         events {{ worker_connections 10000; }}\n\
-         stream {{ server {{ listen {} backlog=4096; tcp_nodelay on; proxy_timeout 1h; \
-         proxy_half_close {}; proxy_pass {}; }} }}\n",
+         events {{ worker_connections {}; }}\n\
+         stream {{ server {{ listen {} {options}; proxy_timeout 1h; proxy_pass {}; }} }}\n",
+        if front == Family::Udp { 19_000 } else { 10_000 },
         prefix(front, &front_address),
-        if half_close { "on" } else { "off" },
         prefix(target_family, target),
         directory = directory.display(),
     );
@@ -454,12 +487,16 @@ fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -
 fn socat(front: Family, target: &SockAddr, directory: &Path) -> Words {
     let front_address = free_address(front, directory);
     let listen = match front_address.as_socket() {
+        Some(address) if front == Family::Udp => {
+            format!("UDP4-LISTEN:{},bind=127.0.0.1,fork,reuseaddr", address.port())
+        }
         Some(address) => {
             format!("TCP4-LISTEN:{},bind=127.0.0.1,fork,nodelay,backlog=4096", address.port())
         }
         None => format!("UNIX-LISTEN:{},fork,backlog=4096", written(&front_address)),
     };
     let connect = match target.as_socket() {
+        Some(address) if front == Family::Udp => format!("UDP4:{address}"),
         Some(address) => format!("TCP4:{address},nodelay"),
         None => format!("UNIX-CONNECT:{}", written(target)),
     };

@@ -64,7 +64,7 @@ pub(crate) struct Stats {
 }
 
 impl Stats {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let latency = Histogram::new_with_bounds(1_000, 100_000_000_000, 3).expect("valid bounds");
         Self { done: 0, bytes: Arc::default(), failures: 0, latency }
     }

@@ -9,6 +9,7 @@
 mod clock;
 mod comparison;
 mod contender;
+mod datagrams;
 #[path = "../../tests/support/fake_systemd.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the tests use the rest")]
 mod fake_systemd;
@@ -30,11 +31,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use comparison::Comparison;
-use contender::{Contender, Family};
+use contender::Contender;
 use work::{Effort, ROWS};
-
-const PAIRS: [(Family, Family); 3] =
-    [(Family::Tcp, Family::Tcp), (Family::Tcp, Family::Unix), (Family::Unix, Family::Tcp)];
 
 /// The command line of the benchmark.
 #[derive(Debug, Parser)]
@@ -143,7 +141,7 @@ fn run(arguments: &Arguments) -> Comparison {
     let is_root = rustix::process::geteuid().is_root();
     let mut plan = Vec::new();
     for row in ROWS.into_iter().filter(|row| is_root || row.user == contender::User::Ourselves) {
-        for pair in PAIRS {
+        for &pair in row.pairs() {
             let is_wanted = |contender: &Contender| {
                 let name = format!("{} {} {}", row.name, comparison::pair(pair), contender.name);
                 let filters = &arguments.filters;

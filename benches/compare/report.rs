@@ -88,7 +88,7 @@ impl Section {
         match self.unit {
             Unit::Start | Unit::Answer => None,
             Unit::Gigabyte => Some(format!("{rate:.2} GB")),
-            Unit::RoundTrip | Unit::Connection => Some(grouped(rate)),
+            Unit::RoundTrip | Unit::Connection | Unit::Datagram => Some(grouped(rate)),
         }
     }
 }

@@ -11,6 +11,7 @@ pub(crate) fn tables(comparison: &Comparison) -> Vec<Table> {
     let mut tables = vec![machine(comparison)];
     tables.extend(PAIRS.map(|pair| costs(comparison, pair)));
     tables.extend([
+        datagrams(comparison),
         rates(comparison),
         beside_bulk(comparison),
         idle(comparison),
@@ -49,6 +50,20 @@ fn costs(comparison: &Comparison, (pair, words): (&str, &str)) -> Table {
                 cells.extend(section.cost(nginx).map(|cost| (name, cost)));
                 table.add(format!("{row}, half-close, {symbol}"), cells);
             }
+        }
+    }
+    table
+}
+
+/// CPU and rate of datagrams.
+fn datagrams(comparison: &Comparison) -> Table {
+    let mut table = Table::new("UDP to UDP");
+    for section in comparison.sections.iter().filter(|section| section.pair == "udp-udp") {
+        let (row, symbol) = (&section.row, section.unit.symbol());
+        let cells = |cell: &dyn Fn(&Entry) -> Option<String>| section.cells(is_compared, cell);
+        table.add(format!("{row}, {symbol}"), cells(&|entry| section.cost(entry)));
+        if !row.ends_with("start") {
+            table.add(format!("{row}, per second"), cells(&|entry| section.rate(entry)));
         }
     }
     table

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::clock;
 use crate::contender::{Contender, Family, Kind, OURS, Running, User, free_address, listener};
+use crate::datagrams::{self, Askers, Filler};
 use crate::load::{Load, Role, Stats};
 use crate::process::{Holdings, cpu, holdings, is_frozen, tree};
 
@@ -37,6 +38,13 @@ pub(crate) enum Work {
     ColdStart,
     /// From the connect to the answer of an application that is frozen.
     Thaw,
+    /// Datagrams of so many bytes, each answered, on so many sessions.
+    Datagrams(usize, usize),
+    /// Datagrams of 1,200 bytes from one client to the backend, so many in a buffer, as many as are
+    /// not lost.
+    DatagramsUp(usize),
+    /// From the first datagram to the answer of an application that is not running.
+    DatagramColdStart,
 }
 
 /// A row of the comparison.
@@ -54,6 +62,7 @@ pub(crate) enum Unit {
     RoundTrip,
     Connection,
     Gigabyte,
+    Datagram,
     Start,
     Answer,
 }
@@ -65,6 +74,7 @@ impl Unit {
             Self::RoundTrip => "CPU µs per round trip",
             Self::Connection => "CPU µs per connection",
             Self::Gigabyte => "CPU s per GB",
+            Self::Datagram => "CPU µs per datagram",
             Self::Start => "ms from exec to answer",
             Self::Answer => "ms from connect to answer",
         }
@@ -72,7 +82,7 @@ impl Unit {
 
     pub(crate) fn symbol(self) -> &'static str {
         match self {
-            Self::RoundTrip | Self::Connection => "µs",
+            Self::RoundTrip | Self::Connection | Self::Datagram => "µs",
             Self::Gigabyte => "s/GB",
             Self::Start | Self::Answer => "ms",
         }
@@ -82,6 +92,7 @@ impl Unit {
     pub(crate) fn number(self, seconds: f64) -> String {
         match self {
             Self::RoundTrip | Self::Connection => format!("{:.1}", seconds * 1e6),
+            Self::Datagram => format!("{:.2}", seconds * 1e6),
             Self::Gigabyte => format!("{seconds:.2}"),
             Self::Start | Self::Answer => format!("{:.2}", seconds * 1e3),
         }
@@ -89,7 +100,7 @@ impl Unit {
 }
 
 /// All rows.
-pub(crate) const ROWS: [Row; 27] = {
+pub(crate) const ROWS: [Row; 33] = {
     use Work::*;
     const fn row(name: &'static str, about: &'static str, work: Work) -> Row {
         Row { name, about, work, user: User::Ourselves }
@@ -139,6 +150,16 @@ pub(crate) const ROWS: [Row; 27] = {
         row("activation", "exec to the answer of a queued client", Activation),
         row("cold start", "connect to the answer of an application that is started", ColdStart),
         row("thaw", "connect to the answer of an application that is frozen", Thaw),
+        row("datagrams-1", "64 B datagrams and answers, 1 session", Datagrams(64, 1)),
+        row("datagrams-100", "64 B datagrams and answers, 100 sessions", Datagrams(64, 100)),
+        row("datagrams-8000", "64 B datagrams and answers, 8,000 sessions", Datagrams(64, 8000)),
+        row("datagrams-up", "1,200 B datagrams, client to backend, none lost", DatagramsUp(1)),
+        row("datagrams-up-16", "the same, 16 in a buffer (UDP_SEGMENT)", DatagramsUp(16)),
+        row(
+            "datagram cold start",
+            "first datagram to the answer of an application that is started",
+            DatagramColdStart,
+        ),
     ]
 };
 
@@ -176,11 +197,23 @@ impl Row {
             Work::RoundTrips(..) => Unit::RoundTrip,
             Work::Short | Work::Idle(_) => Unit::Connection,
             Work::Activation => Unit::Start,
-            Work::ColdStart | Work::Thaw => Unit::Answer,
+            Work::ColdStart | Work::Thaw | Work::DatagramColdStart => Unit::Answer,
+            Work::Datagrams(..) => Unit::RoundTrip,
+            Work::DatagramsUp(_) => Unit::Datagram,
             Work::BulkUp(_) | Work::BulkDown(_) | Work::Beside(_) | Work::BesideStalled(_) => {
                 Unit::Gigabyte
             }
         }
+    }
+
+    /// The pairs of families that it runs on.
+    pub(crate) fn pairs(&self) -> &'static [(Family, Family)] {
+        use Family::{Tcp, Udp, Unix};
+        if self.is_datagrams() { &[(Udp, Udp)] } else { &[(Tcp, Tcp), (Tcp, Unix), (Unix, Tcp)] }
+    }
+
+    fn is_datagrams(&self) -> bool {
+        matches!(self.work, Work::Datagrams(..) | Work::DatagramsUp(_) | Work::DatagramColdStart)
     }
 
     /// Whether a contender takes part.
@@ -189,6 +222,17 @@ impl Row {
             return false;
         }
         let activated = matches!(contender.kind, Kind::Activated(_));
+        if self.is_datagrams() {
+            let carries_datagrams = contender.kind != Kind::Haproxy
+                && !contender.name.starts_with("systemd")
+                && !contender.name.ends_with("(half-close)");
+            return match self.work {
+                Work::DatagramColdStart => contender.name == OURS,
+                // Socat has a process for each session.
+                Work::Datagrams(_, 8000) => carries_datagrams && contender.kind != Kind::Socat,
+                _ => carries_datagrams,
+            };
+        }
         match self.work {
             Work::Activation => activated,
             Work::ColdStart | Work::Thaw => contender.name == OURS,
@@ -242,6 +286,11 @@ impl Row {
                 stage.on_demand(contender, "--stop-idle-time=20ms", has_ended, effort)
             }
             Work::Thaw => stage.on_demand(contender, "--freeze-idle-time=20ms", is_frozen, effort),
+            Work::Datagrams(size, sessions) => {
+                stage.datagrams(contender, size, divide(sessions), effort)
+            }
+            Work::DatagramsUp(segments) => stage.datagrams_up(contender, segments, effort),
+            Work::DatagramColdStart => stage.datagram_cold_start(contender, effort),
         }
     }
 }
@@ -438,7 +487,7 @@ impl Stage {
         effort: Effort,
     ) -> Sample {
         let target = free_address(self.back, self.directory.path());
-        let contender = contender.with_application(option, &target);
+        let contender = contender.with_application(option, self.back, &target);
         let running = self.start(&contender, &target);
         let proxy = running.pid().expect("a process");
         let (mut times, mut failures) = (Vec::new(), 0);
@@ -460,6 +509,113 @@ impl Stage {
         }
         durations(times, failures)
     }
+}
+
+/// The rows for datagrams.
+impl Stage {
+    fn datagrams(
+        &self,
+        contender: &Contender,
+        size: usize,
+        sessions: usize,
+        effort: Effort,
+    ) -> Sample {
+        let backend = datagrams::backend();
+        let running = self.start(contender, &address_of(&backend).into());
+        let front = running.front.as_socket().expect("an address");
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| datagrams::echo(&backend, &is_over));
+            let mut askers = Askers::new(front, sessions, size);
+            askers.begin();
+            askers.run(clock::after(effort.seconds * 0.3));
+            askers.stats = Stats::new();
+            let meter = Meter::start(&running);
+            askers.run(clock::after(effort.seconds));
+            let sample = meter.sample(askers.stats.done as f64, askers.stats.failures);
+            is_over.store(true, Ordering::Relaxed);
+            Sample { latency: latency(&askers.stats), ..sample }
+        })
+    }
+
+    fn datagrams_up(&self, contender: &Contender, segments: usize, effort: Effort) -> Sample {
+        let backend = datagrams::backend();
+        let running = self.start(contender, &address_of(&backend).into());
+        let front = running.front.as_socket().expect("an address");
+        let (counted, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| datagrams::count(&backend, &counted, &is_over));
+            let mut filler = Filler::new(front, segments, &counted);
+            filler.run(clock::after(effort.seconds * 0.3));
+            let (before, early) = (counted.load(Ordering::Acquire), filler.failures);
+            let meter = Meter::start(&running);
+            filler.run(clock::after(effort.seconds));
+            let datagrams = counted.load(Ordering::Acquire) - before;
+            let sample = meter.sample(datagrams as f64, filler.failures - early);
+            is_over.store(true, Ordering::Relaxed);
+            sample
+        })
+    }
+
+    /// Each client but the first comes when the application has ended.
+    fn datagram_cold_start(&self, contender: &Contender, effort: Effort) -> Sample {
+        let target = address_of(&datagrams::backend()).into();
+        let contender = contender.with_application("--stop-idle-time=20ms", self.back, &target);
+        let running = self.start(&contender, &target);
+        let front = running.front.as_socket().expect("an address");
+        let proxy = running.pid().expect("a process");
+        let (mut times, mut failures) = (Vec::new(), 0);
+        for client in 0..=effort.starts {
+            let begin = clock::now();
+            let mut asker = Askers::new(front, 1, 64);
+            match asker.ask_once(10.0) {
+                false => failures += 1,
+                true if client == 0 => {}
+                true => times.push(clock::now() - begin),
+            }
+            let deadline = clock::after(10.0);
+            while tree(proxy).len() > 1 && clock::now() < deadline {
+                thread::yield_now();
+            }
+        }
+        durations(times, failures)
+    }
+}
+
+fn address_of(socket: &std::net::UdpSocket) -> std::net::SocketAddr {
+    socket.local_addr().expect("an address")
+}
+
+/// The proxy's CPU time, and the time, from a moment on.
+struct Meter<'a> {
+    running: &'a Running,
+    before: Option<f64>,
+    start: u64,
+}
+
+impl<'a> Meter<'a> {
+    fn start(running: &'a Running) -> Self {
+        Self { running, before: running.pid().map(cpu), start: clock::now() }
+    }
+
+    /// Returns what so much work since then came to.
+    fn sample(self, amount: f64, failures: u64) -> Sample {
+        let took = (clock::now() - self.start) as f64 / 1e9;
+        let used = self.before.zip(self.running.pid().map(cpu));
+        let used = used.map(|(before, after)| after - before);
+        Sample {
+            rate: amount / took,
+            cost: used.filter(|_| amount > 0.0).map(|used| used / amount),
+            failures: failures + self.running.failures(),
+            ..Sample::default()
+        }
+    }
+}
+
+fn latency(stats: &Stats) -> Option<[f64; 3]> {
+    let latency = &stats.latency;
+    let at = |quantile| latency.value_at_quantile(quantile) as f64 / 1e9;
+    (!latency.is_empty()).then(|| [at(0.5), at(0.99), at(0.999)])
 }
 
 /// Returns the sample of durations in nanoseconds.
@@ -491,21 +647,10 @@ fn measure(
     load.reset();
     // What has come so far is not counted.
     amount(&load.stats);
-    let before = running.pid().map(cpu);
-    let start = clock::now();
+    let meter = Meter::start(running);
     load.run(clock::after(seconds), |_| false);
-    let took = (clock::now() - start) as f64 / 1e9;
-    let used = before.zip(running.pid().map(cpu)).map(|(before, after)| after - before);
-    let amount = amount(&load.stats);
-    let latency = &load.stats.latency;
-    let at = |quantile| latency.value_at_quantile(quantile) as f64 / 1e9;
-    Sample {
-        rate: amount / took,
-        cost: used.filter(|_| amount > 0.0).map(|used| used / amount),
-        latency: (!latency.is_empty()).then(|| [at(0.5), at(0.99), at(0.999)]),
-        failures: load.stats.failures + early + missing + running.failures(),
-        held: None,
-    }
+    let sample = meter.sample(amount(&load.stats), load.stats.failures + early + missing);
+    Sample { latency: latency(&load.stats), ..sample }
 }
 
 fn open_to_all(path: &Path) {

@@ -1,17 +1,31 @@
 //! What the sessions of one target share.
 
 use std::cell::RefCell;
+use std::io;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use tokio::sync::{Mutex, Notify};
+use tokio::time::Instant;
 
 use crate::backend::connect::Connector;
+use crate::backend::connect_error::errno_kind;
 use crate::backend::lifecycle::Lifecycle;
 use crate::backend::readiness::Readiness;
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::connection::{BackendSetup, Settings};
+use crate::counters::ConnectErrorKind;
+use crate::datagram::table::SessionId;
 use crate::socket::address::Address;
+
+/// What a session has found: when, which session, and why the backend is not up.
+#[derive(Clone, Copy, Debug)]
+pub struct FailedProbe {
+    pub at: Instant,
+    pub id: SessionId,
+    pub errno: Errno,
+}
 
 /// One target.
 #[derive(Debug)]
@@ -26,8 +40,10 @@ pub struct DatagramBackend {
     pub found_up: Option<Arc<Notify>>,
     /// The address at which the backend is up, as far as sessions have found.
     pub up_at: RefCell<Option<Address>>,
-    /// Held by the session that looks whether the backend is up. The others wait for it.
-    pub probing: Mutex<()>,
+    /// Held by the session that looks whether the backend is up. The others wait for it, and then
+    /// know what it has found.
+    pub probing: Mutex<Option<FailedProbe>>,
+    has_only_datagrams: bool,
     /// Why sessions wait.
     wait_reason: RefCell<Option<String>>,
 }
@@ -42,9 +58,10 @@ impl DatagramBackend {
             wait: settings.backend_wait,
             lifecycle: settings.lifecycle.clone(),
             readiness,
-            found_up: datagrams_only.filter(|_| shows_ready),
+            found_up: datagrams_only.clone().filter(|_| shows_ready),
             up_at: RefCell::default(),
             probing: Mutex::default(),
+            has_only_datagrams: datagrams_only.is_some(),
             wait_reason: RefCell::default(),
         }
     }
@@ -87,6 +104,14 @@ impl DatagramBackend {
         }
     }
 
+    /// Notes that the backend has answered from an address, which a restored session may have from
+    /// another command line.
+    pub fn set_answered(&self, address: &Address) {
+        if matches!(&self.connector.target, Target::Address(target) if target == address) {
+            self.set_up(address);
+        }
+    }
+
     fn is_ready(&self) -> bool {
         self.lifecycle.as_ref().is_none_or(|lifecycle| lifecycle.is_ready())
             && self.readiness.as_ref().is_none_or(|readiness| readiness.is_ready())
@@ -94,13 +119,15 @@ impl DatagramBackend {
 
     /// Whether a passive client can be served.
     pub fn is_up(&self) -> bool {
-        self.wait.is_zero() || self.up_at.borrow().is_some() && self.is_ready()
+        let tells = self.lifecycle.is_some() || self.readiness.is_some();
+        self.wait.is_zero() || if tells { self.is_ready() } else { self.up_at.borrow().is_some() }
     }
 
     /// Notes that the backend has refused a datagram.
     pub fn set_down(&self) {
         let was_up = self.up_at.take().is_some();
-        if let Some(readiness) = &self.readiness {
+        // Connections may lead to the backend as well, and to them it may well be ready.
+        if let Some(readiness) = self.readiness.as_ref().filter(|_| self.has_only_datagrams) {
             readiness.reset();
         }
         // Once for each time that it was up: what has just been started may refuse for a while.
@@ -108,4 +135,13 @@ impl DatagramBackend {
             lifecycle.report_lost();
         }
     }
+}
+
+/// Whether an error of connect(2) or send(2) says that nothing listens, and not that this process
+/// lacks something.
+pub fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        errno_kind(error),
+        ConnectErrorKind::Refused | ConnectErrorKind::NotFound | ConnectErrorKind::Unreachable
+    )
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::counters::{DropReason, RefusalReason};
+use crate::datagram::backend::is_refusal;
 use crate::datagram::relay::{Relay, RelayState};
 use crate::datagram::session::{BackendSocket, Session, SessionBackend, address_of, is_ipv4};
 use crate::datagram::table::{Life, SessionId};
@@ -88,18 +89,34 @@ impl Relay {
         tracing::debug!(client = %address, listener = %route.listener, "Session begun.");
         let session = self.session(listener, name, local, slot);
         let is_one_way = session.is_one_way();
-        let id = state.table.insert(key, session, Life::new(now));
-        self.begun.notify_one();
+        let id = self.insert(state, key, session, Life::new(now));
         let address = backend.address_now();
         match address.map(|address| BackendSocket::connect(&address, is_one_way)) {
             Some(Ok(socket)) => self.open(state, id, socket),
+            Some(Err(error)) if is_refusal(&error) => backend.set_down(),
             Some(Err(error)) => {
-                tracing::debug!("Failed to connect a session: {}.", os_message(&error));
-                backend.set_down();
+                self.fail(state, id, &format!("Failed to open a socket: {}.", os_message(&error)));
+                return Err(DropReason::Error);
             }
             None => {}
         }
         Ok(id)
+    }
+
+    /// Adds a session to the table.
+    pub fn insert(
+        &self,
+        state: &mut RelayState,
+        key: &[u8],
+        session: Session,
+        life: Life,
+    ) -> SessionId {
+        let before = state.table.next_visit();
+        let id = state.table.insert(key, session, life);
+        if state.table.next_visit() != before {
+            self.begun.notify_one();
+        }
+        id
     }
 
     /// Counts a client, for which a session that is not confirmed may give way.
@@ -145,6 +162,7 @@ impl Relay {
             backend: SessionBackend::Lost,
             open: None,
             slot,
+            is_unfinished: false,
             entry: None,
             is_ipv4: is_ipv4(&client),
             datagrams: [0, 0],

@@ -13,14 +13,15 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::event::epoll;
+use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::task::spawn_local;
-use tokio::time::{sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::backend::connect_error::ConnectError;
 use crate::backend::lifecycle::Lifecycle;
 use crate::counters::DropReason;
-use crate::datagram::backend::DatagramBackend;
+use crate::datagram::backend::{DatagramBackend, FailedProbe, is_refusal};
 use crate::datagram::relay::{Relay, RelayState, Token};
 use crate::datagram::session::{BackendSocket, ProbedSocket, SessionBackend, WaitingTask};
 use crate::datagram::table::SessionId;
@@ -149,38 +150,85 @@ impl Relay {
         id: SessionId,
         backend: &DatagramBackend,
     ) -> Result<BackendSocket, ConnectError> {
-        let addresses = backend.connector.addresses().await?;
+        let addresses = self.addresses(id, backend).await?;
         let needs_probe = addresses.len() > 1 || !backend.wait.is_zero();
-        // Held until it is known: the others need not look.
-        let _probing = if needs_probe { Some(backend.probing.lock().await) } else { None };
+        if !needs_probe {
+            let address = &addresses[0];
+            let connected = BackendSocket::connect(address, self.is_one_way(id));
+            return connected.map_err(|error| self.failed(backend, address, error));
+        }
+        let mut last = backend.probing.lock().await;
         let up_at = backend.up_at.borrow().clone().filter(|address| addresses.contains(address));
+        if let Some(address) = up_at {
+            let connected = BackendSocket::connect(&address, self.is_one_way(id));
+            return connected.map_err(|error| self.failed(backend, &address, error));
+        }
+        if let Some(FailedProbe { at, id: other, errno }) = *last {
+            if other != id && at.elapsed() < SHARED {
+                return Err(ConnectError::Connect(addresses[0].clone(), errno.into()));
+            }
+        }
         let mut failed = None;
-        for address in up_at.as_ref().map_or(&addresses[..], std::slice::from_ref) {
-            let connected = match needs_probe && up_at.is_none() {
-                true => self.probe(id, address).await,
-                false => BackendSocket::connect(address, self.is_one_way(id)),
-            };
-            match connected {
+        for address in &addresses {
+            match self.probe(id, address).await {
                 Ok(socket) => {
                     backend.set_up(address);
+                    *last = None;
                     return Ok(socket);
                 }
                 Err(error) => {
-                    let error = ConnectError::Connect(address.clone(), error);
-                    backend.connector.counters.fail(error.kind());
-                    failed = Some(error);
+                    let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+                    *last = Some(FailedProbe { at: Instant::now(), id, errno });
+                    failed = Some(self.failed(backend, address, error));
                 }
             }
         }
-        backend.set_down();
         Err(failed.expect("a target has an address"))
+    }
+
+    /// Returns the addresses of a target, without those of the session's own listener.
+    async fn addresses(
+        &self,
+        id: SessionId,
+        backend: &DatagramBackend,
+    ) -> Result<Vec<Address>, ConnectError> {
+        let mut addresses = backend.connector.addresses().await?;
+        let first = addresses[0].clone();
+        let state = &*self.state.borrow();
+        if let Some(session) = state.table.get(id) {
+            let listener = &self.routes[session.listener].listener.label.address;
+            addresses.retain(|address| !listener.accepts(address));
+        }
+        match addresses.is_empty() {
+            true => Err(ConnectError::Connect(first, io::Error::other("it is the listener's own"))),
+            false => Ok(addresses),
+        }
+    }
+
+    /// Counts an error, which may say that the backend is down.
+    fn failed(
+        &self,
+        backend: &DatagramBackend,
+        address: &Address,
+        error: io::Error,
+    ) -> ConnectError {
+        if is_refusal(&error) {
+            backend.set_down();
+        }
+        let error = ConnectError::Connect(address.clone(), error);
+        backend.connector.counters.fail(error.kind());
+        error
     }
 
     /// Connects to an address, and sends the session's first datagram. Waits until the backend
     /// answers or has not refused it in time.
     async fn probe(&self, id: SessionId, address: &Address) -> io::Result<BackendSocket> {
         let mut socket = BackendSocket::connect(address, self.is_one_way(id))?;
-        let Some(number) = self.send_first(id, &mut socket)? else { return Ok(socket) };
+        if socket.is_unix() {
+            // connect(2) has said that a process listens.
+            return Ok(socket);
+        }
+        let number = self.send_first(id, &mut socket)?;
         let socket = ProbedSocket::new(socket)?;
         let wait = socket.io.ready(Interest::READABLE | Interest::ERROR);
         if let Ok(ready) = timeout(NOT_REFUSED, wait).await {
@@ -193,15 +241,16 @@ impl Relay {
         Ok(socket.into_socket())
     }
 
-    /// Sends the first datagram that a session holds, which stays held. Returns its number, or
-    /// `None` if that need not be: the session holds none, or a Unix socket has said that a process
-    /// listens.
-    fn send_first(&self, id: SessionId, socket: &mut BackendSocket) -> io::Result<Option<u64>> {
+    /// Sends the first datagram that a session holds, which stays held. Returns its number.
+    ///
+    /// # Errors
+    /// Those of send(2), or EAGAIN if the session holds none: it gave way to those of others.
+    fn send_first(&self, id: SessionId, socket: &mut BackendSocket) -> io::Result<u64> {
         let RelayState { table, held, output, .. } = &mut *self.state.borrow_mut();
-        let Some(session) = table.get(id).filter(|_| !socket.is_unix()) else { return Ok(None) };
-        let Some((number, datagram)) = held[session.listener].first(id) else { return Ok(None) };
+        let first = table.get(id).and_then(|it| Some((it, held[it.listener].first(id)?)));
+        let (session, (number, datagram)) = first.ok_or(Errno::AGAIN)?;
         output.send(&*socket, 1, |_| outgoing(&session.header, datagram, socket.is_ipv4()))?;
-        Ok(Some(number))
+        Ok(number)
     }
 
     /// Counts the datagram of [`Relay::send_first`] as delivered, unless it has given way to
@@ -246,7 +295,7 @@ impl Relay {
     }
 
     /// Ends a session that gets no backend.
-    fn fail(&self, state: &mut RelayState, id: SessionId, error: &str) {
+    pub fn fail(&self, state: &mut RelayState, id: SessionId, error: &str) {
         let Some(session) = state.table.get(id) else { return };
         let route = &self.routes[session.listener];
         route.listener.info.counts.failed.inc();
@@ -268,6 +317,9 @@ const NOT_REFUSED: Duration = Duration::from_millis(100);
 
 /// The pause before COMMAND's supervisor is told again that it is ready.
 const NOTIFY_AGAIN: Duration = Duration::from_millis(20);
+
+/// How long what one session has found counts for the others.
+const SHARED: Duration = Duration::from_millis(50);
 
 /// The pauses between attempts.
 const PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(100));

@@ -1,6 +1,8 @@
 //! The relay's state: its listeners and their sessions, and how sessions end.
 
 use std::cell::{Cell, RefCell};
+use std::convert::Infallible;
+use std::future::pending;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -12,6 +14,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
+use crate::backend::state::BackendState;
 use crate::config::timespan::TimeSpan;
 use crate::connection::Settings;
 use crate::counters::{DropReason, Gauge};
@@ -54,6 +57,8 @@ pub struct Route {
     pub listener: DatagramListener,
     pub backend: usize,
     pub can_segment: Cell<bool>,
+    /// Whether the listener is among the unfinished sockets.
+    pub is_unfinished: Cell<bool>,
 }
 
 /// What changes with each datagram.
@@ -63,12 +68,20 @@ pub struct RelayState {
     pub held: Vec<HeldDatagrams>,
     pub input: ReceiveBuffer,
     pub output: SendBuffer,
-    /// The sessions of the answers in the first slots of `input`; `None` for what is dropped.
-    pub answers: Vec<Option<SessionId>>,
+    /// The answers in the first slots of `input`.
+    pub answers: Vec<Answer>,
     pub events: Vec<epoll::Event>,
     /// The sockets of this turn, and those of which the turn before has left datagrams behind.
     pub ready: Vec<(Token, epoll::EventFlags)>,
     pub unfinished: Vec<Token>,
+}
+
+/// An answer that was received and not sent yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer {
+    /// Its session, or `None` if it is dropped.
+    pub id: Option<SessionId>,
+    pub listener: usize,
 }
 
 /// What the epoll set calls a socket.
@@ -131,7 +144,7 @@ impl Relay {
         let held = listeners.iter().map(|_| HeldDatagrams::default()).collect();
         let route = |(listener, backend): (DatagramListener, usize)| {
             let can_segment = Cell::new(!listener.is_unix);
-            Route { listener, backend, can_segment }
+            Route { listener, backend, can_segment, is_unfinished: Cell::new(false) }
         };
         Ok(Rc::new(Self {
             poller: register(poller, Interest::READABLE)?,
@@ -187,6 +200,32 @@ impl Relay {
         self.is_draining.set(true);
     }
 
+    /// Has the next datagram of each session wait for the backend, for as long as the proxy's
+    /// backend is not ready. It never returns.
+    pub async fn follow_backend(self: Rc<Self>) -> Infallible {
+        let lifecycle = self.backends.iter().find_map(|backend| backend.lifecycle.clone());
+        let Some(lifecycle) = lifecycle else { return pending().await };
+        let mut state = lifecycle.watch();
+        loop {
+            // The lifecycle lives as long as the relay.
+            let _ = state.changed().await;
+            if *state.borrow_and_update() != BackendState::Ready {
+                self.lose_backends();
+            }
+        }
+    }
+
+    fn lose_backends(&self) {
+        let state = &mut *self.state.borrow_mut();
+        for session in state.table.values_mut() {
+            if let SessionBackend::Open(_) = session.backend {
+                session.backend = SessionBackend::Lost;
+                session.open = None;
+            }
+        }
+        self.backends.iter().for_each(|backend| drop(backend.up_at.take()));
+    }
+
     /// Logs a line for each session.
     pub fn report(&self) {
         let state = &*self.state.borrow();
@@ -219,6 +258,28 @@ impl Relay {
         }
         self.end(state, id, "it gave way to another client");
         true
+    }
+
+    /// Has the next turn go on with a socket, of which this one has left datagrams behind.
+    pub fn leave_unfinished(&self, state: &mut RelayState, token: Token) {
+        match token {
+            Token::Listener(index) => self.routes[index].is_unfinished.set(true),
+            Token::Session(id) => match state.table.get_mut(id) {
+                Some(session) => session.is_unfinished = true,
+                None => return,
+            },
+        }
+        state.unfinished.push(token);
+    }
+
+    /// Notes that a socket has its turn.
+    pub fn begin_turn(&self, state: &mut RelayState, token: Token) {
+        match token {
+            Token::Listener(index) => self.routes[index].is_unfinished.set(false),
+            Token::Session(id) => {
+                state.table.get_mut(id).into_iter().for_each(|it| it.is_unfinished = false);
+            }
+        }
     }
 
     /// Ends a session, and drops what it holds.

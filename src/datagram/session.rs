@@ -36,6 +36,8 @@ pub struct Session {
     /// Counts the session as open, where that keeps the backend ready.
     pub open: Option<OpenConnection>,
     pub slot: Slot,
+    /// Whether its socket is among the unfinished ones.
+    pub is_unfinished: bool,
     /// Its stored form, once it is confirmed (crash mode).
     pub entry: Option<JournalEntry>,
     /// Whether the client has an IPv4 address.

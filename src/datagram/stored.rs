@@ -96,8 +96,7 @@ impl Relay {
         let state = &mut *self.state.borrow_mut();
         let key = session_key(&mut space, listener, &session.name, local);
         if state.table.find(key).is_none() {
-            let id = state.table.insert(key, session, life);
-            self.begun.notify_one();
+            let id = self.insert(state, key, session, life);
             self.add(state, id, BackendSocket::new(socket, address));
         }
     }

@@ -21,6 +21,7 @@ impl Relay {
     /// Receives from a listener, and sends to the backends of the sessions.
     pub fn serve_listener(self: &Rc<Self>, state: &mut RelayState, index: usize) {
         let listener = &self.routes[index].listener;
+        self.begin_turn(state, Token::Listener(index));
         for _ in 0..BATCHES_PER_TURN {
             let received = match state.input.receive(listener, 0, !listener.is_unix) {
                 Ok(received) => received,
@@ -29,7 +30,7 @@ impl Relay {
                     // An error of a datagram that was sent, or a lack of memory.
                     let error = os_message(&errno.into());
                     rate_limited!(RECEIVE, warn, listener, "Failed to receive: {error}.");
-                    return state.unfinished.push(Token::Listener(index));
+                    return self.leave_unfinished(state, Token::Listener(index));
                 }
             };
             let now = Instant::now();
@@ -51,7 +52,7 @@ impl Relay {
                 return;
             }
         }
-        state.unfinished.push(Token::Listener(index));
+        self.leave_unfinished(state, Token::Listener(index));
     }
 
     /// Sends datagrams of one session to its backend, or holds them.

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use tokio::time::Instant;
 
 use crate::counters::DropReason;
-use crate::datagram::relay::{Relay, RelayState, Token};
+use crate::datagram::relay::{Answer, Relay, RelayState, Token};
 use crate::datagram::sender::{RunEnd, Sink, send_run};
 use crate::datagram::session::SessionBackend;
 use crate::datagram::table::SessionId;
@@ -26,6 +26,10 @@ impl Relay {
         if flags.contains(EventFlags::OUT) {
             self.send_held(state, id);
         }
+        if flags == EventFlags::OUT {
+            return;
+        }
+        self.begin_turn(state, Token::Session(id));
         for _ in 0..BATCHES_PER_TURN {
             if state.answers.len() == BATCH {
                 self.send_answers(state);
@@ -56,17 +60,18 @@ impl Relay {
                     false => session.is_one_way().then_some(DropReason::Unreachable),
                 };
                 dropped.iter().for_each(|reason| route.tally(1).drop(*reason, message.count()));
-                answers.push(dropped.is_none().then_some(id));
+                let id = dropped.is_none().then_some(id);
+                answers.push(Answer { id, listener: session.listener });
             }
             if received > 0 {
-                self.backends[route.backend].set_up(&socket.address);
+                self.backends[route.backend].set_answered(&socket.address);
                 table.backend_has_sent(id, Instant::now());
             }
             if first + received < BATCH {
                 return;
             }
         }
-        state.unfinished.push(Token::Session(id));
+        self.leave_unfinished(state, Token::Session(id));
     }
 
     /// Has the next datagram of a session look for the backend again. If the session holds some,
@@ -82,11 +87,16 @@ impl Relay {
     /// Sends the answers in `input` to their clients, those of one listener in one call.
     pub fn send_answers(&self, state: &mut RelayState) {
         let RelayState { table, input, output, answers, .. } = state;
-        let session = |slot: usize| table.get(answers[slot]?);
+        let session = |slot: usize| table.get(answers[slot].id?);
         let listener = |slot: usize| session(slot).map(|session| session.listener);
         let mut next = 0;
         while next < answers.len() {
             let Some(index) = listener(next) else {
+                if answers[next].id.is_some() {
+                    // The session has ended in this turn.
+                    let route = &self.routes[answers[next].listener];
+                    route.tally(1).drop(DropReason::Unreachable, input.message(next).count());
+                }
                 next += 1;
                 continue;
             };

@@ -1,6 +1,7 @@
 //! The relay's task, turn by turn.
 
 use std::convert::Infallible;
+use std::future::pending;
 use std::io;
 use std::rc::Rc;
 
@@ -32,11 +33,17 @@ impl Relay {
     pub async fn end_idle(self: Rc<Self>) -> Infallible {
         loop {
             let visit = self.state.borrow().table.next_visit();
-            let Some(visit) = visit else {
-                self.begun.notified().await;
-                continue;
+            let due = async {
+                match visit {
+                    Some(visit) => sleep_until(visit).await,
+                    None => pending().await,
+                }
             };
-            sleep_until(visit).await;
+            tokio::select! {
+                () = due => {}
+                // A session that ends before all others has begun.
+                () = self.begun.notified() => continue,
+            }
             let (state, now) = (&mut *self.state.borrow_mut(), Instant::now());
             while let Some(id) = state.table.ended(now) {
                 match state.table.get(id).map(|session| &session.backend) {
@@ -52,13 +59,26 @@ impl Relay {
     fn turn(self: &Rc<Self>) -> bool {
         let state = &mut *self.state.borrow_mut();
         state.ready.clear();
-        state.ready.extend(state.unfinished.drain(..).map(|it| (it, epoll::EventFlags::IN)));
+        for token in state.unfinished.drain(..) {
+            state.ready.push((token, epoll::EventFlags::IN));
+        }
         state.events.clear();
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let asked = epoll::wait(&self.poller, spare_capacity(&mut state.events), Some(&now));
         let is_full = asked.is_ok_and(|events| events == EVENTS);
-        let events = state.events.iter();
-        state.ready.extend(events.map(|it| (Token::of(it, self.routes.len()), it.flags)));
+        for event in &state.events {
+            let token = Token::of(event, self.routes.len());
+            // A socket has one turn, however many edges it has.
+            let is_unfinished = match token {
+                Token::Listener(index) => self.routes[index].is_unfinished.get(),
+                Token::Session(id) => state.table.get(id).is_some_and(|it| it.is_unfinished),
+            };
+            let flags =
+                if is_unfinished { event.flags & epoll::EventFlags::OUT } else { event.flags };
+            if !flags.is_empty() {
+                state.ready.push((token, flags));
+            }
+        }
         // The answers first: clients' datagrams come into the same slots.
         for index in 0..state.ready.len() {
             if let (Token::Session(id), flags) = state.ready[index] {

@@ -64,7 +64,9 @@ impl DatagramListener {
         ioctl_fionbio(&fd, true)?;
         let socket = SockRef::from(&fd);
         let address = Address::from_sockaddr(&socket.local_addr()?);
-        if !is_unix {
+        if is_unix {
+            raise_send_buffer(&fd);
+        } else {
             mmsg::set_options(&fd, socket.domain()? == Domain::IPV6, address.is_unspecified());
         }
         let label = SocketLabel { name, kind: SocketKind::Datagram, address };
@@ -82,6 +84,20 @@ impl DatagramListener {
         self.file.as_ref()
     }
 }
+
+/// Lets a Unix socket have many answers under way. Those that a client has not read count for the
+/// sender, which is one for all clients.
+fn raise_send_buffer(fd: &OwnedFd) {
+    let current = sockopt::socket_send_buffer_size(fd).unwrap_or(usize::MAX);
+    if current < ANSWERS_MAX && sockopt::set_socket_send_buffer_size_force(fd, ANSWERS_MAX).is_err()
+    {
+        // Without CAP_NET_ADMIN net.core.wmem_max is the limit.
+        let _ = sockopt::set_socket_send_buffer_size(fd, ANSWERS_MAX);
+    }
+}
+
+/// Bytes of answers that Unix clients have not read, and the kernel's memory for them.
+const ANSWERS_MAX: usize = 8 << 20;
 
 impl Drop for DatagramListener {
     /// Another program may get the socket next, and not expect several datagrams in one buffer.

@@ -298,6 +298,7 @@ async fn accept_loop(
 async fn carry_datagrams(relay: Rc<Relay>) -> String {
     let error = tokio::select! {
         never = Rc::clone(&relay).end_idle() => match never {},
+        never = Rc::clone(&relay).follow_backend() => match never {},
         Err(error) = relay.run() => error,
     };
     format!("Failed to wait for datagrams: {}.", os_message(&error))

@@ -171,7 +171,8 @@ impl ReceiveBuffer {
         let headers = &mut self.headers[first..];
         for header in headers.iter_mut() {
             header.msg_hdr.msg_namelen = size_of::<Name>() as libc::socklen_t;
-            header.msg_hdr.msg_controllen = if wants_control { CONTROL_MAX } else { 0 };
+            // The type of the length differs between C libraries, here and below.
+            header.msg_hdr.msg_controllen = if wants_control { CONTROL_MAX as _ } else { 0 };
         }
         let (fd, count) = (fd.as_fd().as_raw_fd(), headers.len() as u32);
         let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
@@ -199,7 +200,9 @@ impl ReceiveBuffer {
             tos: 0,
             local: None,
         };
-        let mut control = &self.controls[slot].0[..header.msg_hdr.msg_controllen.min(CONTROL_MAX)];
+        #[allow(clippy::unnecessary_cast, reason = "the type differs between C libraries")]
+        let control_len = (header.msg_hdr.msg_controllen as usize).min(CONTROL_MAX);
+        let mut control = &self.controls[slot].0[..control_len];
         while let Some((kind, data, rest)) = next_control(control) {
             received.read_control(kind, data);
             control = rest;
@@ -304,12 +307,12 @@ impl SendBuffer {
         let control_len = message.write_control(control);
         let header = &mut self.headers[slot].msg_hdr;
         let has_second = !message.parts[1].is_empty();
-        (header.msg_iov, header.msg_iovlen) = (iovecs.as_mut_ptr(), 1 + usize::from(has_second));
+        (header.msg_iov, header.msg_iovlen) = (iovecs.as_mut_ptr(), if has_second { 2 } else { 1 });
         let name = message.name;
         header.msg_namelen = name.len() as libc::socklen_t;
         header.msg_name =
             if name.is_empty() { ptr::null_mut() } else { name.as_ptr().cast_mut().cast() };
-        header.msg_controllen = control_len;
+        header.msg_controllen = control_len as _;
         header.msg_control =
             if control_len == 0 { ptr::null_mut() } else { control.0.as_mut_ptr().cast() };
     }
@@ -394,7 +397,6 @@ fn next_control(control: &[u8]) -> Option<(ControlKind, &[u8], &[u8])> {
         ptr::copy_nonoverlapping(bytes.as_ptr(), header.as_mut_ptr().cast(), HEADER);
         header.assume_init()
     };
-    // The type of the length differs between C libraries.
     let len = header.cmsg_len as usize;
     let data = control.get(align(HEADER)..len)?;
     Some(((header.cmsg_level, header.cmsg_type), data, control.get(align(len)..).unwrap_or(&[])))

@@ -2,7 +2,7 @@
 #
 # app.pl TARGET LOG [NAME=VALUE ...]: writes "started PID" to LOG at once, and binds TARGET (a port or
 # a path) after `up` seconds. It writes each datagram to LOG and answers with its pid, a space, and the
-# datagram. `exit`: it exits at once. `ready` seconds after it is bound it sends READY=1, if given.
+# datagram. `exit`: it exits at once. `tcp`: it greets connections to the port as well. `ready` seconds after it is bound it sends READY=1, if given.
 use strict;
 use warnings;
 use IO::Socket::INET;
@@ -21,6 +21,19 @@ my $socket = $target =~ m{^/}
     ? IO::Socket::UNIX->new(Local => $target, Type => SOCK_DGRAM)
     : IO::Socket::INET->new(LocalAddr => "127.0.0.1:$target", Proto => 'udp');
 $socket or die "bind $target: $!";
+if ($set{tcp}) {
+    my $listener = IO::Socket::INET->new(LocalAddr => "127.0.0.1:$target", Listen => 16, ReuseAddr => 1)
+        or die "listen on $target: $!";
+    if (!fork) {
+        $SIG{TERM} = 'DEFAULT';
+        my @clients;
+        while (my $client = $listener->accept) {
+            syswrite $client, "hello";
+            push @clients, $client;
+        }
+        exit;
+    }
+}
 if (defined $set{ready}) {
     select undef, undef, undef, $set{ready} if $set{ready};
     socket my $notify, AF_UNIX, SOCK_DGRAM, 0 or die;

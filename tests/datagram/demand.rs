@@ -157,14 +157,8 @@ fn command_that_dies_is_started_again_for_the_next_datagram() {
     rustix::process::kill_process(first, rustix::process::Signal::KILL).unwrap();
     wait_for_end(first);
     service.proxy.running.lines.wait_for("The next client starts it again.");
-    // The first meets nobody, and is held from its error on.
-    let mut second = None;
-    while second.is_none() {
-        client.send(b"two").unwrap();
-        client.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
-        second = receive_from(&client).ok();
-    }
-    assert_ne!(first.as_raw_nonzero().to_string(), String::from_utf8_lossy(&second.unwrap().0));
+    // The proxy knows that it has ended, and holds what comes.
+    assert_ne!(service.ask(&client, "two"), first);
     assert_eq!(service.logged("started").len(), 2);
 }
 
@@ -287,4 +281,83 @@ fn the_other_address_of_a_name_is_tried() {
             assert_eq!(receive(&backend.socket), question.as_bytes());
         }
     }
+}
+
+#[test]
+fn a_passive_client_is_served_while_a_connection_uses_command() {
+    let (directory, target, place) = Service::place(Kind::Udp);
+    let log = directory.path().join("log");
+    let front = Peer::udp("127.0.0.1:0");
+    let stream = Endpoint::tcp(&format!("127.0.0.1:{}", front.port()), 16);
+    let words = [
+        "--passive-from=127.0.0.9",
+        "--ready=exec:sleep 0.1",
+        &target,
+        "--",
+        "perl",
+        APP,
+        &place,
+        log.to_str().unwrap(),
+        "tcp=1",
+    ];
+    let passive = Peer::udp("127.0.0.9:0").socket;
+    passive.connect(&front.address).unwrap();
+    let proxy = Proxy::start_at(front, &words, |launch| launch.listener(&stream));
+    let service = Service { proxy, directory };
+    passive.send(b"too early").unwrap();
+    service.proxy.wait_for_dropped("passive", 1);
+    let mut connection = stream.connect();
+    let mut greeting = [0; 5];
+    std::io::Read::read_exact(&mut connection, &mut greeting).unwrap();
+    service.ask(&passive, "is anybody there?");
+    assert_eq!(service.logged("started").len(), 1);
+}
+
+#[test]
+fn a_refused_datagram_delays_no_connection() {
+    let backend = Endpoint::new(Family::Tcp);
+    serve(&backend, |mut socket| {
+        let mut request = [0; 1024];
+        if std::io::Read::read(&mut socket, &mut request).is_ok() {
+            let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            let _ = std::io::Write::write_all(&mut socket, answer);
+        }
+    });
+    let stream = Endpoint::new(Family::Tcp);
+    let words = ["--backend-wait=15s", "--ready=http:/", &backend.target];
+    let proxy = Proxy::start_at(Peer::new(Kind::Udp), &words, |launch| launch.listener(&stream));
+    let request = || {
+        let since = Instant::now();
+        let mut client = stream.connect();
+        std::io::Write::write_all(&mut client, b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        assert!(read_all(&mut client).0.starts_with(b"HTTP/1.1 200"));
+        since.elapsed()
+    };
+    request();
+    proxy.client().send(b"nothing listens here").unwrap();
+    proxy.wait_until("waiting", || proxy.value("sessions_waiting", &[]) == 1);
+    for _ in 0..5 {
+        let took = request();
+        assert!(took < Duration::from_secs(3), "{took:?}");
+        pause(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn a_session_that_holds_nothing_does_not_find_the_backend_up() {
+    let backend = Peer::new(Kind::Udp);
+    let (target, address) = (backend.target.clone(), backend.address.clone());
+    drop(backend);
+    let proxy = Proxy::start(Kind::Unix, &target, &["--backend-wait=20s"]);
+    let client = proxy.client();
+    // Longer than what a session may hold.
+    client.send(&[1; 70_000]).unwrap();
+    proxy.wait_for_dropped("held", 1);
+    pause(Duration::from_millis(500));
+    assert_eq!(proxy.value("sessions_waiting", &[]), 1);
+    let socket = datagram_socket(&address);
+    socket.bind(&address).unwrap();
+    client.send(b"now").unwrap();
+    assert_eq!(receive(&socket), b"now");
+    proxy.assert_adds_up();
 }

@@ -111,3 +111,24 @@ fn an_idle_proxy_exits_beside_sessions_that_are_not_confirmed() {
     assert_eq!(running.wait().code(), Some(0));
     running.lines.wait_for("No connection for 700ms, exiting.");
 }
+
+#[test]
+fn a_session_ends_in_time_beside_older_ones_that_go_on() {
+    let backend = echo_peer(Kind::Udp);
+    let proxy = Proxy::start(Kind::Udp, &backend.target, &[]);
+    let stream = proxy.client();
+    echoes(&stream, b"one");
+    pause(Duration::from_millis(2100));
+    // From now on it is a stream, which ends after 2 minutes.
+    echoes(&stream, b"two");
+    pause(Duration::from_millis(100));
+    echoes(&proxy.client(), b"once");
+    let since = Instant::now();
+    assert_eq!(proxy.sessions(), 2);
+    let ended = poll_until(since + Duration::from_secs(60), || {
+        pause(Duration::from_millis(200));
+        (proxy.sessions() == 1).then(|| since.elapsed())
+    });
+    let ended = ended.expect("the session ends");
+    assert!(ended > Duration::from_secs(29) && ended < Duration::from_secs(36), "{ended:?}");
+}

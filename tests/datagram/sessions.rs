@@ -1,6 +1,7 @@
 //! What a session carries, and between which sockets.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use rustix::net::sockopt;
 use socket2::{SockRef, Socket};
@@ -289,4 +290,39 @@ fn a_backend_that_is_down_costs_no_session() {
     client.send(b"now").unwrap();
     assert_eq!(receive(&backend), b"now");
     assert_eq!(proxy.sessions(), 1);
+}
+
+#[test]
+fn a_unix_client_that_does_not_read_delays_no_other() {
+    if !is_root_for("a_unix_client_that_does_not_read_delays_no_other") {
+        return;
+    }
+    let backend = Peer::new(Kind::Unix);
+    answer(&backend.socket, |datagram| datagram.repeat(60_000));
+    let proxy = Proxy::start(Kind::Unix, &backend.target, &[]);
+    let (deaf, client) = (proxy.client(), proxy.client());
+    for _ in 0..20 {
+        deaf.send(b"x").unwrap();
+        pause(Duration::from_millis(10));
+    }
+    for _ in 0..10 {
+        client.send(b"y").unwrap();
+        assert_eq!(receive(&client).len(), 60_000);
+    }
+}
+
+#[test]
+fn a_name_of_the_listener_makes_no_loop() {
+    let port = free_port();
+    let proxy = Launch::new(OURS)
+        .arg(format!("--listen=udp:127.0.0.1:{port}"))
+        .arg("--log-level=debug")
+        .arg(format!("localhost:{port}"))
+        .start();
+    proxy.lines.wait_for("Listening on");
+    let client = client_of(([127, 0, 0, 1], port).into());
+    client.send(b"round and round").unwrap();
+    proxy.lines.wait_for("Session begun");
+    pause(Duration::from_millis(300));
+    assert_eq!(proxy.lines.count("Session begun"), 1);
 }
