@@ -1,4 +1,4 @@
-complete -c socket-proxyd-units -l listen -d 'PORT, IP:PORT, /path, @abstract or vsock:CID:PORT; repeatable' -r -F
+complete -c socket-proxyd-units -l listen -d 'PORT, IP:PORT, /path, @name, vsock:CID:PORT, udp:PORT, dgram:/path' -r -F
 complete -c socket-proxyd-units -l target -d 'Where connections go; repeatable as SELECTOR=TARGET' -r -F
 complete -c socket-proxyd-units -l service -d 'Start this service for the first connection' -r
 complete -c socket-proxyd-units -l start-command -d 'Start the backend with LINE, such as docker start web' -r -f -a "(__fish_complete_command)"

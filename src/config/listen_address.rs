@@ -82,11 +82,16 @@ impl ListenPlace {
 impl fmt::Display for ListenAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let is_unix = matches!(self.place, ListenPlace::Address(_));
-        f.write_str(self.kind.prefix(is_unix))?;
-        match &self.place {
-            ListenPlace::Any(port) => port.fmt(f),
-            ListenPlace::Host(host_port) => host_port.fmt(f),
-            ListenPlace::Address(address) => address.fmt(f),
+        write!(f, "{}{}", self.kind.prefix(is_unix), self.place)
+    }
+}
+
+impl fmt::Display for ListenPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any(port) => port.fmt(f),
+            Self::Host(host_port) => host_port.fmt(f),
+            Self::Address(address) => address.fmt(f),
         }
     }
 }

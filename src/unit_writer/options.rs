@@ -36,7 +36,7 @@ pub struct UnitArguments {
     #[arg(last = true, value_hint = ValueHint::CommandWithArguments, conflicts_with = "service")]
     pub command: Option<Vec<OsString>>,
 
-    /// PORT, IP:PORT, /path, @abstract or vsock:CID:PORT; repeatable
+    /// PORT, IP:PORT, /path, @name, vsock:CID:PORT, udp:PORT, dgram:/path
     #[arg(long, value_name = "ADDRESS", value_parser = listen, help_heading = "The proxy",
         value_hint = ValueHint::FilePath, required = true)]
     pub listen: Vec<ListenAddress>,

@@ -11,7 +11,7 @@ use crate::config::options::Arguments;
 use crate::config::parser::Request;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
-use crate::socket::address::{Address, SocketLabel};
+use crate::socket::address::{Address, SocketKind, SocketLabel};
 use crate::unit_writer::escape::unit_name;
 use crate::unit_writer::options::UnitArguments;
 use crate::unit_writer::values::{
@@ -136,7 +136,9 @@ fn check_addresses(arguments: &UnitArguments, targets: &Targets, unit: &str) -> 
         return Err(format!("The address {} is given twice.", all[at]));
     }
     for (at, listen) in arguments.listen.iter().enumerate() {
-        let overlaps = |other: &&ListenAddress| overlap(&address(listen), &address(other));
+        let overlaps = |other: &&ListenAddress| {
+            other.kind == listen.kind && overlap(&address(listen), &address(other))
+        };
         if let Some(other) = arguments.listen[..at].iter().find(overlaps) {
             return Err(format!("--listen={listen} overlaps with --listen={other}."));
         }
@@ -162,10 +164,16 @@ fn check_addresses(arguments: &UnitArguments, targets: &Targets, unit: &str) -> 
                  another address."
             ));
         }
+        let is_vsock = matches!(target, Target::Address(Address::Vsock { .. }));
+        if is_vsock && listen.kind == SocketKind::Datagram {
+            return Err(format!(
+                "--{option}={listen} cannot lead to {target}: vsock has streams only."
+            ));
+        }
     }
     if let Some(metrics) = &arguments.metrics {
-        let (at, mut listeners) = (address(metrics), labels.iter().map(|label| &label.address));
-        if listeners.any(|listener| overlap(listener, &at)) {
+        let (at, mut listeners) = (address(metrics), labels.iter());
+        if listeners.any(|it| it.kind == SocketKind::Stream && overlap(&it.address, &at)) {
             return Err(format!("--metrics={metrics} overlaps with a --listen= address."));
         }
     }
@@ -214,7 +222,7 @@ mod tests {
             ),
             (
                 "--listen=localhost:80 --target=/a app",
-                "invalid value 'localhost:80' for '--listen <ADDRESS>': ListenStream= takes no names, write IP:PORT",
+                "invalid value 'localhost:80' for '--listen <ADDRESS>': a socket unit takes no names, write IP:PORT",
             ),
             (
                 "--listen=[fe80::1%2]:80 --target=/a app",

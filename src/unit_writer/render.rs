@@ -13,7 +13,7 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use crate::config::listen_address::{ListenAddress, ListenPlace};
 use crate::config::options::Arguments;
 use crate::config::target::Target;
-use crate::socket::address::Address;
+use crate::socket::address::{Address, SocketKind};
 use crate::unit_writer::escape::{exec_word, exec_words, shell_word, value};
 use crate::unit_writer::options::UnitArguments;
 use crate::unit_writer::plan::Plan;
@@ -70,7 +70,8 @@ fn context(plan: &Plan, program: &Path) -> Value {
     let directory = plan.runtime_directory().and_then(Path::file_name);
     let address = |listen: &ListenAddress| {
         context! {
-            text => value(&listen.to_string()),
+            text => value(&listen.place.to_string()),
+            setting => if is_datagram(listen) { "ListenDatagram" } else { "ListenStream" },
             is_path => matches!(listen.place, ListenPlace::Address(Address::Path(_))),
             may_be_absent => may_be_absent(listen),
         }
@@ -88,6 +89,7 @@ fn context(plan: &Plan, program: &Path) -> Value {
         sockets => plan.sockets().join(" "),
         listen => listen.iter().map(address).collect::<Vec<_>>(),
         has_several => listen.len() > 1,
+        has_datagrams => listen.iter().any(is_datagram),
         may_be_absent => listen.iter().any(may_be_absent),
         metrics => metrics.as_ref().map(address),
         service => service,
@@ -116,6 +118,10 @@ fn context(plan: &Plan, program: &Path) -> Value {
         in_home => is_proxy_below(&HOMES),
         in_tmp => is_proxy_below(&TEMPORARY),
     }
+}
+
+fn is_datagram(listen: &ListenAddress) -> bool {
+    listen.kind == SocketKind::Datagram
 }
 
 /// Whether this machine may not have the address yet when systemd opens the socket.

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::config::listen_address::{ListenAddress, ListenPlace};
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
-use crate::socket::address::Address;
+use crate::socket::address::{Address, SocketKind};
 use crate::unit_writer::escape::unit_name;
 
 /// Parses NAME.
@@ -26,9 +26,11 @@ pub fn name(text: &str) -> Result<String, String> {
     Ok(text.into())
 }
 
-/// Parses an address for `ListenStream=`, in the forms that mean the same to systemd.
+/// Parses an address for `ListenStream=` or `ListenDatagram=`, in the forms that mean the same to
+/// systemd.
 pub fn listen(text: &str) -> Result<ListenAddress, String> {
     let mut listen = ListenAddress::parse(text)?;
+    let text = &*listen.place.to_string();
     if let ListenPlace::Host(host) = &mut listen.place {
         let is_link_local = |address: SocketAddr| match address {
             SocketAddr::V6(address) => address.ip().is_unicast_link_local(),
@@ -38,7 +40,7 @@ pub fn listen(text: &str) -> Result<ListenAddress, String> {
             host.host.contains('%') || host.literal().is_some_and(is_link_local),
             "it is of one interface; write [::]:PORT, and BindToDevice= in a drop-in",
         )])?;
-        let literal = host.literal().ok_or("ListenStream= takes no names, write IP:PORT")?;
+        let literal = host.literal().ok_or("a socket unit takes no names, write IP:PORT")?;
         host.host = literal.ip().to_string();
     }
     refuse_if(&[
@@ -61,7 +63,8 @@ pub fn listen(text: &str) -> Result<ListenAddress, String> {
 pub fn metrics(text: &str) -> Result<ListenAddress, String> {
     let listen = listen(text)?;
     let is_vsock = matches!(listen.place, ListenPlace::Address(Address::Vsock { .. }));
-    refuse_if(&[(is_vsock, "it must be a TCP or Unix socket")])?;
+    let is_datagram = listen.kind == SocketKind::Datagram;
+    refuse_if(&[(is_vsock || is_datagram, "it must be a TCP or Unix socket")])?;
     Ok(listen)
 }
 
