@@ -176,6 +176,10 @@ impl Relay {
                     *last = None;
                     return Ok(socket);
                 }
+                // Nothing was asked, so nothing is counted.
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NODATA) => {
+                    failed = Some(ConnectError::Connect(address.clone(), Errno::AGAIN.into()));
+                }
                 Err(error) => {
                     let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
                     *last = Some(FailedProbe { at: Instant::now(), id, errno });
@@ -244,11 +248,11 @@ impl Relay {
     /// Sends the first datagram that a session holds, which stays held. Returns its number.
     ///
     /// # Errors
-    /// Those of send(2), or EAGAIN if the session holds none: it gave way to those of others.
+    /// Those of send(2), or ENODATA if the session holds none: it gave way to those of others.
     fn send_first(&self, id: SessionId, socket: &mut BackendSocket) -> io::Result<u64> {
         let RelayState { table, held, output, .. } = &mut *self.state.borrow_mut();
         let first = table.get(id).and_then(|it| Some((it, held[it.listener].first(id)?)));
-        let (session, (number, datagram)) = first.ok_or(Errno::AGAIN)?;
+        let (session, (number, datagram)) = first.ok_or(Errno::NODATA)?;
         output.send(&*socket, 1, |_| outgoing(&session.header, datagram, socket.is_ipv4()))?;
         Ok(number)
     }
