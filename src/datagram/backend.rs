@@ -19,7 +19,7 @@ use crate::counters::ConnectErrorKind;
 use crate::datagram::table::SessionId;
 use crate::socket::address::Address;
 
-/// What a session has found: when, which session, and why the backend is not up.
+/// The last probe that failed: when, of which session, and its error.
 #[derive(Clone, Copy, Debug)]
 pub struct FailedProbe {
     pub at: Instant,

@@ -119,7 +119,7 @@ impl Relay {
         id
     }
 
-    /// Counts a client, for which a session that is not confirmed may give way.
+    /// Counts a client. At a limit, ends the oldest session that is not confirmed.
     fn acquire(
         &self,
         state: &mut RelayState,
@@ -208,7 +208,7 @@ pub fn session_key<'a>(
         }
         push(&interface.to_ne_bytes());
     }
-    // Last, since it is as long as it is. Of one socket all names have the same family.
+    // Last, because its length varies.
     push(name);
     &space[..len]
 }

@@ -1,7 +1,7 @@
 //! The datagrams of one listener that wait for their backend.
 //!
 //! A pure structure. A session holds at most [`SESSION_DATAGRAMS`] and [`SESSION_BYTES`], all
-//! sessions of a listener [`LISTENER_BYTES`]. The oldest datagrams give way.
+//! sessions of a listener [`LISTENER_BYTES`]. The oldest datagrams are dropped.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -30,7 +30,7 @@ pub struct HeldDatagram {
 }
 
 impl HeldDatagrams {
-    /// Adds a datagram of a session. Returns how many gave way.
+    /// Adds a datagram of a session. Returns how many were dropped for it.
     pub fn push(&mut self, id: SessionId, datagram: HeldDatagram) -> usize {
         let (number, len) = (self.next, datagram.bytes.len());
         self.next += 1;

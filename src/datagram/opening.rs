@@ -1,10 +1,10 @@
 //! How a session that holds datagrams gets a backend.
 //!
-//! UDP has no connect(2) that tells whether a process listens. The kernel answers a datagram for
-//! which there is no socket with an ICMP error, on this machine at once. So where a session has to
-//! know, it sends the first datagram that it holds. The backend is up if it answers, or if it has
-//! not refused the datagram for [`NOT_REFUSED`]. Then the others follow. Of several sessions one
-//! does this.
+//! connect(2) on UDP does not tell whether a process listens. A datagram to a port without a socket
+//! causes an ICMP error; on this machine the error comes at once. So a session that waits for its
+//! backend sends the first datagram that it holds: the *probe*. The backend is up if it answers, or
+//! if no error has come for [`NOT_REFUSED`]. Then the other datagrams follow. If several sessions
+//! wait, one sends the probe, and the others use its result.
 
 use std::convert::Infallible;
 use std::io;

@@ -200,8 +200,8 @@ impl Relay {
         self.is_draining.set(true);
     }
 
-    /// Has the next datagram of each session wait for the backend, for as long as the proxy's
-    /// backend is not ready. It never returns.
+    /// Whenever the backend that the proxy starts is no longer ready, has all sessions look for it
+    /// again with their next datagram. Never returns.
     pub async fn follow_backend(self: Rc<Self>) -> Infallible {
         let lifecycle = self.backends.iter().find_map(|backend| backend.lifecycle.clone());
         let Some(lifecycle) = lifecycle else { return pending().await };

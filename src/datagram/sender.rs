@@ -1,4 +1,5 @@
-//! Sending a run of datagrams over one socket: what each error means, and what was delivered.
+//! Sending a run, messages that go over one socket in one call: what each error means, and what was
+//! delivered.
 
 use std::os::fd::BorrowedFd;
 
@@ -28,7 +29,7 @@ pub enum RunEnd {
     Refused(Position),
 }
 
-/// Which datagram of a run was not sent, nor were those after it.
+/// The first datagram of a run that was not sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Position {
     pub message: usize,

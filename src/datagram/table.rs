@@ -3,8 +3,8 @@
 //! A pure structure: it knows neither sockets nor a clock. It follows conntrack's rules for UDP. A
 //! session ends [`SHORT_TIME`] after its last datagram, or after `--session-idle-time=` once it is
 //! a *stream*: both sides have sent, and the last datagram came [`STREAM_AGE`] after the first or
-//! later. A session is *confirmed* when the client has sent again after an answer. That is a
-//! hurdle for senders that make up an address for each datagram, not a proof: they may send twice.
+//! later. A session is *confirmed* when the client has sent again after an answer. Senders with
+//! forged addresses see no answer, so they seldom confirm a session.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -19,8 +19,8 @@ pub struct SessionTable<T> {
     free: Vec<u32>,
     /// The sessions that are not confirmed, oldest first.
     unconfirmed: BTreeSet<(u64, u32)>,
-    /// When to look at each session. A datagram does not move it: at that moment the session may
-    /// turn out to end later.
+    /// When to look at each session. A later datagram does not change this moment. The look finds
+    /// that the session ends later, and moves it.
     visits: BTreeSet<(Instant, u32)>,
     begun: u64,
     idle_time: Duration,

@@ -85,8 +85,8 @@ impl DatagramListener {
     }
 }
 
-/// Lets a Unix socket have many answers under way. Those that a client has not read count for the
-/// sender, which is one for all clients.
+/// Raises the send buffer of a Unix listener. Answers that a client has not read stay in the buffer
+/// of the socket that has sent them, and all clients share this one.
 fn raise_send_buffer(fd: &OwnedFd) {
     let current = sockopt::socket_send_buffer_size(fd).unwrap_or(usize::MAX);
     if current < ANSWERS_MAX && sockopt::set_socket_send_buffer_size_force(fd, ANSWERS_MAX).is_err()
@@ -96,7 +96,7 @@ fn raise_send_buffer(fd: &OwnedFd) {
     }
 }
 
-/// Bytes of answers that Unix clients have not read, and the kernel's memory for them.
+/// Memory for answers that Unix clients have not read.
 const ANSWERS_MAX: usize = 8 << 20;
 
 impl Drop for DatagramListener {

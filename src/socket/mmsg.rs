@@ -1,7 +1,7 @@
 //! Datagrams in batches: recvmmsg(2), sendmmsg(2), and the control messages of ip(7), ipv6(7) and
 //! udp(7).
 //!
-//! A leaf: it knows nothing of the product. What the kernel received as one buffer of equal
+//! This module imports no other of the proxy. What the kernel received as one buffer of equal
 //! segments (UDP_GRO) stays one buffer, and can be sent as one (UDP_SEGMENT).
 
 use std::io;
