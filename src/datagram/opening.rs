@@ -6,9 +6,7 @@
 //! if no error has come for [`NOT_REFUSED`]. Then the other datagrams follow. If several sessions
 //! wait, one sends the probe, and the others use its result.
 
-use std::convert::Infallible;
 use std::io;
-use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -20,6 +18,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::backend::connect_error::ConnectError;
 use crate::backend::lifecycle::Lifecycle;
+use crate::backend::state::BackendState;
 use crate::counters::DropReason;
 use crate::datagram::backend::{DatagramBackend, FailedProbe, is_refusal};
 use crate::datagram::relay::{Relay, RelayState, Token};
@@ -41,8 +40,8 @@ impl Relay {
             route.tally(0).drop(DropReason::Passive, dropped);
             return self.end(state, id, "its client is passive, and the backend is not ready");
         }
-        if session.slot.in_use.is_none() && backend.lifecycle.is_some() {
-            // The client needs the backend until it has received what the session holds.
+        if session.slot.in_use.is_none() {
+            // The client needs the backend until the backend has what the session holds.
             session.slot.in_use = self.limits.begin_use(&client);
         }
         let _waiting = route.listener.info.counts.waiting.take();
@@ -84,8 +83,6 @@ impl Relay {
         loop {
             if let Some(lifecycle) = &backend.lifecycle {
                 if !lifecycle.is_ready() {
-                    // What sessions found before was another run.
-                    backend.up_at.take();
                     if let Some(socket) = self.wait_for_start(id, backend, lifecycle).await? {
                         return Ok(socket);
                     }
@@ -115,32 +112,42 @@ impl Relay {
             return lifecycle.ready().await.map(|_| None);
         };
         let find_up = async {
-            let mut pauses = PAUSES;
+            let (mut state, mut pauses) = (lifecycle.watch(), PAUSES);
             loop {
-                match self.connect(id, backend).await {
-                    Ok(socket) => return socket,
-                    Err(error) => lifecycle.set_wait_reason(error.to_string()),
+                // Before that, processes of the previous run may still have their sockets.
+                let _ = state.wait_for(|state| *state == BackendState::Starting).await;
+                let connected = tokio::select! {
+                    biased;
+                    _ = state.changed() => continue,
+                    connected = self.connect(id, backend) => connected,
+                };
+                match connected {
+                    Ok(socket) => {
+                        // Again and again: COMMAND's supervisor may not listen yet.
+                        while !state.has_changed().unwrap_or(true) {
+                            found_up.notify_waiters();
+                            let _ = timeout(NOTIFY_AGAIN, state.changed()).await;
+                            state.mark_unchanged();
+                            if *state.borrow() != BackendState::Starting {
+                                break;
+                            }
+                        }
+                        if *state.borrow_and_update() == BackendState::Ready {
+                            return socket;
+                        }
+                        backend.up_at.take();
+                    }
+                    Err(error) => {
+                        lifecycle.set_wait_reason(error.to_string());
+                        sleep(pauses.next()).await;
+                    }
                 }
-                sleep(pauses.next()).await;
             }
         };
-        let mut ready = pin!(lifecycle.ready());
         tokio::select! {
             biased;
-            ready = &mut ready => ready.map(|_| None),
-            socket = find_up => {
-                // COMMAND may not have been started yet, and then nothing listens to this.
-                let notify = async || -> Infallible {
-                    loop {
-                        found_up.notify_waiters();
-                        sleep(NOTIFY_AGAIN).await;
-                    }
-                };
-                tokio::select! {
-                    ready = ready => ready.map(|_| Some(socket)),
-                    never = notify() => match never {},
-                }
-            }
+            socket = find_up => Ok(Some(socket)),
+            ready = lifecycle.ready() => ready.map(|_| None),
         }
     }
 
@@ -172,7 +179,7 @@ impl Relay {
         for address in &addresses {
             match self.probe(id, address).await {
                 Ok(socket) => {
-                    backend.set_up(address);
+                    backend.up_at.replace(Some(address.clone()));
                     *last = None;
                     return Ok(socket);
                 }
@@ -181,8 +188,10 @@ impl Relay {
                     failed = Some(ConnectError::Connect(address.clone(), Errno::AGAIN.into()));
                 }
                 Err(error) => {
-                    let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
-                    *last = Some(FailedProbe { at: Instant::now(), id, errno });
+                    if let Some(errno) = Errno::from_io_error(&error).filter(|_| is_refusal(&error))
+                    {
+                        *last = Some(FailedProbe { at: Instant::now(), id, errno });
+                    }
                     failed = Some(self.failed(backend, address, error));
                 }
             }
@@ -245,16 +254,28 @@ impl Relay {
         Ok(socket.into_socket())
     }
 
-    /// Sends the first datagram that a session holds, which stays held. Returns its number.
+    /// Sends the first datagram that a session holds, which stays held. Returns its number. A
+    /// datagram that cannot be sent is dropped.
     ///
     /// # Errors
-    /// Those of send(2), or ENODATA if the session holds none: it gave way to those of others.
+    /// Those of send(2) that concern the backend or the socket, or ENODATA if the session holds no
+    /// datagram: it gave way to those of others.
     fn send_first(&self, id: SessionId, socket: &mut BackendSocket) -> io::Result<u64> {
         let RelayState { table, held, output, .. } = &mut *self.state.borrow_mut();
-        let first = table.get(id).and_then(|it| Some((it, held[it.listener].first(id)?)));
-        let (session, (number, datagram)) = first.ok_or(Errno::NODATA)?;
-        output.send(&*socket, 1, |_| outgoing(&session.header, datagram, socket.is_ipv4()))?;
-        Ok(number)
+        let session = table.get(id).ok_or(Errno::NODATA)?;
+        let (held, tally) = (&mut held[session.listener], self.routes[session.listener].tally(0));
+        loop {
+            let (number, datagram) = held.first(id).ok_or(Errno::NODATA)?;
+            let message = outgoing(&session.header, datagram, socket.is_ipv4());
+            let reason = match output.send(&*socket, 1, |_| message) {
+                Ok(_) => return Ok(number),
+                Err(Errno::MSGSIZE) => DropReason::TooLong,
+                Err(Errno::INVAL | Errno::PERM | Errno::ACCESS) => DropReason::Error,
+                Err(errno) => return Err(errno.into()),
+            };
+            held.pop(id);
+            tally.drop(reason, 1);
+        }
     }
 
     /// Counts the datagram of [`Relay::send_first`] as delivered, unless it has given way to

@@ -23,6 +23,7 @@ use crate::datagram::held::HeldDatagrams;
 use crate::datagram::sender::Tally;
 use crate::datagram::session::{Session, SessionBackend};
 use crate::datagram::table::{SessionId, SessionTable};
+use crate::forward::snapshot::SnapshotStore;
 use crate::handover::Handover;
 use crate::limits::client_limits::ClientLimits;
 use crate::limits::descriptors::FdBudget;
@@ -48,8 +49,11 @@ pub struct Relay {
     /// Whether datagrams of clients without a session are dropped, because the proxy stops.
     pub is_draining: Cell<bool>,
     pub state: RefCell<RelayState>,
-    /// A session has begun.
+    /// A session has begun that ends before all others.
     pub begun: Notify,
+    /// Whether no socket is served, before an idle exit.
+    pub is_paused: Cell<bool>,
+    pub resumed: Notify,
 }
 
 /// A listener, and the index of its backend.
@@ -167,6 +171,8 @@ impl Relay {
                 unfinished: Vec::new(),
             }),
             begun: Notify::new(),
+            is_paused: Cell::new(false),
+            resumed: Notify::new(),
         }))
     }
 
@@ -195,6 +201,12 @@ impl Relay {
         self.routes.iter().any(|route| polls(&route.listener, PollFlags::IN))
     }
 
+    /// Stops to receive, or goes on. What comes meanwhile stays in the kernel.
+    pub fn pause(&self, is_paused: bool) {
+        self.is_paused.set(is_paused);
+        self.resumed.notify_one();
+    }
+
     /// From now on drops datagrams of clients without a session.
     pub fn begin_drain(&self) {
         self.is_draining.set(true);
@@ -215,15 +227,16 @@ impl Relay {
         }
     }
 
-    fn lose_backends(&self) {
+    fn lose_backends(self: &Rc<Self>) {
         let state = &mut *self.state.borrow_mut();
-        for session in state.table.values_mut() {
-            if let SessionBackend::Open(_) = session.backend {
-                session.backend = SessionBackend::Lost;
-                session.open = None;
-            }
-        }
         self.backends.iter().for_each(|backend| drop(backend.up_at.take()));
+        let open = state
+            .table
+            .iter()
+            .filter(|(_, session)| matches!(session.backend, SessionBackend::Open(_)));
+        for id in open.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.lose_backend(state, id);
+        }
     }
 
     /// Logs a line for each session.
@@ -272,6 +285,16 @@ impl Relay {
         state.unfinished.push(token);
     }
 
+    /// Has all listeners served, after a turn that was not finished.
+    pub fn recover(&self) {
+        let state = &mut *self.state.borrow_mut();
+        state.unfinished.clear();
+        state.answers.clear();
+        let ids: Vec<_> = state.table.iter().map(|(id, _)| Token::Session(id)).collect();
+        let listeners = (0..self.routes.len()).map(Token::Listener);
+        listeners.chain(ids).for_each(|token| self.leave_unfinished(state, token));
+    }
+
     /// Notes that a socket has its turn.
     pub fn begin_turn(&self, state: &mut RelayState, token: Token) {
         match token {
@@ -285,7 +308,11 @@ impl Relay {
     /// Ends a session, and drops what it holds.
     pub fn end(&self, state: &mut RelayState, id: SessionId, why: &str) {
         let life = state.table.life(id);
-        let (Some(session), Some(life)) = (state.table.remove(id), life) else { return };
+        let (Some(mut session), Some(life)) = (state.table.remove(id), life) else { return };
+        if let Some(entry) = session.entry.take() {
+            // Otherwise the next process could restore it, until the record is cleaned away.
+            Box::new(entry).forget();
+        }
         let route = &self.routes[session.listener];
         let dropped = state.held[session.listener].clear(id);
         route.tally(0).drop(DropReason::Unreachable, dropped);

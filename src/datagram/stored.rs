@@ -9,6 +9,7 @@ use crate::datagram::begin::{KEY_MAX, session_key};
 use crate::datagram::relay::{Relay, RelayState};
 use crate::datagram::session::{BackendSocket, Session, SessionBackend};
 use crate::datagram::table::{Life, SessionId};
+use crate::forward::snapshot::SnapshotStore;
 use crate::handover::encoding::SessionRecord;
 use crate::handover::journal::JournalEntry;
 use crate::handover::{Detached, DetachedState, Handover};
@@ -56,7 +57,11 @@ impl Relay {
         let SessionBackend::Open(socket) = &session.backend else { return };
         let Ok(listener) = FileId::of(&self.routes[session.listener].listener) else { return };
         let record = record(&session.name, session.local, listener, life, socket.as_fd());
+        let replaced = session.entry.take();
         session.entry = handover.keep_session(life.begin, record);
+        if let Some(replaced) = replaced {
+            Box::new(replaced).forget();
+        }
     }
 
     /// Goes on with a session of the previous process, if its listener is still there.
@@ -95,10 +100,11 @@ impl Relay {
         let mut space = [0; KEY_MAX];
         let state = &mut *self.state.borrow_mut();
         let key = session_key(&mut space, listener, &session.name, local);
-        if state.table.find(key).is_none() {
-            let id = self.insert(state, key, session, life);
-            self.add(state, id, BackendSocket::new(socket, address));
+        if let Some(earlier) = state.table.find(key) {
+            self.end(state, earlier, "a later record of it was restored");
         }
+        let id = self.insert(state, key, session, life);
+        self.add(state, id, BackendSocket::new(socket, address));
     }
 }
 

@@ -160,11 +160,6 @@ impl<T> SessionTable<T> {
         })
     }
 
-    pub fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        let sessions = self.places.iter_mut().filter_map(|place| place.session.as_mut());
-        sessions.map(|entry| &mut entry.value)
-    }
-
     /// Notes a datagram of the client. Returns whether it has confirmed the session.
     pub fn client_has_sent(&mut self, id: SessionId, now: Instant) -> bool {
         let Some(TableEntry { life, number, .. }) = self.entry_mut(id) else { return false };

@@ -159,8 +159,10 @@ impl Relay {
     /// does not wait for the backend. A Unix backend that was restarted is another socket.
     pub fn keeps_refused(&self, backend: usize, socket: &BackendSocket) -> bool {
         let backend = &self.backends[backend];
-        let is_address = matches!(backend.connector.target, Target::Address(_));
-        is_address && backend.wait.is_zero() && !socket.is_unix()
+        // A restored session may have the address of another command line.
+        let is_target =
+            matches!(&backend.connector.target, Target::Address(it) if *it == socket.address);
+        is_target && backend.wait.is_zero() && !socket.is_unix()
     }
 
     fn sink<'a>(&self, backend: usize, socket: &'a mut BackendSocket) -> Sink<'a> {

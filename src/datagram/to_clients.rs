@@ -76,9 +76,10 @@ impl Relay {
 
     /// Has the next datagram of a session look for the backend again. If the session holds some,
     /// they do so at once.
-    fn lose_backend(self: &Rc<Self>, state: &mut RelayState, id: SessionId) {
+    pub fn lose_backend(self: &Rc<Self>, state: &mut RelayState, id: SessionId) {
         let Some(session) = state.table.get_mut(id) else { return };
         session.backend = SessionBackend::Lost;
+        session.open = None;
         if state.held[session.listener].has(id) {
             self.look_for_backend(state, id);
         }

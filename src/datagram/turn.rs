@@ -8,10 +8,11 @@ use std::rc::Rc;
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
 use tokio::task::yield_now;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::datagram::relay::{EVENTS, Relay, Token};
 use crate::datagram::session::SessionBackend;
+use crate::listen::listener::ACCEPT_PAUSE;
 use crate::runtime::catch_panic;
 
 impl Relay {
@@ -21,10 +22,20 @@ impl Relay {
     /// The epoll set is broken.
     pub async fn run(self: Rc<Self>) -> io::Result<Infallible> {
         loop {
-            // Cleared before the set is asked: what comes later makes a new edge.
-            self.poller.readable().await?.clear_ready();
-            while catch_panic(async { self.turn() }).await.unwrap_or(true) {
-                yield_now().await;
+            tokio::select! {
+                // Cleared before the set is asked: what comes later makes a new edge.
+                ready = self.poller.readable() => ready?.clear_ready(),
+                () = self.resumed.notified() => {}
+            }
+            loop {
+                match catch_panic(async { self.turn() }).await {
+                    Some(true) => yield_now().await,
+                    Some(false) => break,
+                    None => {
+                        self.recover();
+                        sleep(ACCEPT_PAUSE).await;
+                    }
+                }
             }
         }
     }
@@ -57,6 +68,9 @@ impl Relay {
 
     /// Handles what the sockets have. Returns whether there may be more.
     fn turn(self: &Rc<Self>) -> bool {
+        if self.is_paused.get() {
+            return false;
+        }
         let state = &mut *self.state.borrow_mut();
         state.ready.clear();
         for token in state.unfinished.drain(..) {

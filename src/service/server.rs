@@ -233,9 +233,12 @@ impl Server {
                     starter.stop().await;
                 }
                 wait_until_ready_sent(ready).await;
+                // What comes from now on is for the next process.
+                self.relay.iter().for_each(|relay| relay.pause(true));
                 if self.is_unused() {
                     return;
                 }
+                self.relay.iter().for_each(|relay| relay.pause(false));
                 if let Some(starter) = &self.starter {
                     starter.lifecycle().allow_start();
                 }

@@ -2,7 +2,7 @@
 #
 # app.pl TARGET LOG [NAME=VALUE ...]: writes "started PID" to LOG at once, and binds TARGET (a port or
 # a path) after `up` seconds. It writes each datagram to LOG and answers with its pid, a space, and the
-# datagram. `exit`: it exits at once. `tcp`: it greets connections to the port as well. `ready` seconds after it is bound it sends READY=1, if given.
+# datagram. `down`: it keeps its socket for so long after SIGTERM, and reads no more. `exit`: it exits at once. `tcp`: it greets connections to the port as well. `ready` seconds after it is bound it sends READY=1, if given.
 use strict;
 use warnings;
 use IO::Socket::INET;
@@ -13,7 +13,11 @@ my ($target, $log, %set) = (shift, shift, map { split /=/, $_, 2 } @ARGV);
 sub note { open my $file, '>>', $log or die "$log: $!"; syswrite $file, "$_[0]\n"; close $file }
 
 note("started $$");
-$SIG{TERM} = sub { note("asked $$"); exit };
+$SIG{TERM} = sub {
+    note("asked $$");
+    select undef, undef, undef, $set{down} if $set{down};
+    exit;
+};
 exit 1 if $set{exit};
 select undef, undef, undef, $set{up} if $set{up};
 unlink $target if $target =~ m{^/};

@@ -361,3 +361,77 @@ fn a_session_that_holds_nothing_does_not_find_the_backend_up() {
     assert_eq!(receive(&socket), b"now");
     proxy.assert_adds_up();
 }
+
+#[test]
+fn datagrams_that_come_while_command_stops_are_for_the_next_run() {
+    let options = ["--stop-idle-time=300ms"];
+    let service = Service::start(Kind::Udp, Kind::Udp, &options, &["down=1", "up=0.3"]);
+    let first = service.ask(&service.proxy.client(), "first");
+    service.wait_for("asked", 1);
+    let clients: Vec<_> = (0..5).map(|_| service.proxy.client()).collect();
+    for client in &clients {
+        client.send(b"second").unwrap();
+    }
+    for client in &clients {
+        assert_ne!(answered(client, "second"), first);
+    }
+    assert_eq!(service.logged("got second").len(), 5);
+}
+
+#[test]
+fn a_datagram_that_cannot_be_sent_fails_no_other_client() {
+    let backend = Peer::new(Kind::Udp);
+    let (target, address) = (backend.target.clone(), backend.address.clone());
+    drop(backend);
+    let front = Peer::udp("[::]:0");
+    let port = front.port();
+    let words = ["--backend-wait=20s", &target];
+    let proxy = Proxy::start_at(front, &words, |launch| launch);
+    // It fits into a datagram of IPv6, and into none of IPv4.
+    let long = client_of(format!("[::1]:{port}").parse().unwrap());
+    long.send(&[1; 65_520]).unwrap();
+    let clients: Vec<_> = (0..5)
+        .map(|_| {
+            let client = client_of(format!("127.0.0.1:{port}").parse().unwrap());
+            client.send(b"short").unwrap();
+            client
+        })
+        .collect();
+    proxy.wait_until("too long", || proxy.dropped("too_long") == 1);
+    let socket = datagram_socket(&address);
+    socket.bind(&address).unwrap();
+    answer(&socket, |datagram| datagram);
+    for client in &clients {
+        assert_eq!(receive(client), b"short");
+    }
+}
+
+#[test]
+fn sessions_without_room_for_what_they_hold_starve_no_other() {
+    let options = ["--ready=connect"];
+    let service = Service::start(Kind::Udp, Kind::Udp, &options, &["up=0.5"]);
+    let clients: Vec<_> = (0..40).map(|_| service.proxy.client()).collect();
+    for client in &clients {
+        // 40 of them are more than a listener holds.
+        client.send(&[b'x'; 50_000]).unwrap();
+        pause(Duration::from_millis(2));
+    }
+    let last = service.proxy.client();
+    last.send(b"the last").unwrap();
+    answered(&last, "the last");
+}
+
+#[test]
+fn a_proxy_that_exits_when_idle_waits_with_its_clients() {
+    let backend = Peer::new(Kind::Udp);
+    let (target, address) = (backend.target.clone(), backend.address.clone());
+    drop(backend);
+    let options = ["--backend-wait=20s", "--exit-idle-time=500ms"];
+    let proxy = Proxy::start(Kind::Udp, &target, &options);
+    let client = proxy.client();
+    client.send(b"held").unwrap();
+    pause(Duration::from_millis(1500));
+    let socket = datagram_socket(&address);
+    socket.bind(&address).unwrap();
+    assert_eq!(receive(&socket), b"held");
+}

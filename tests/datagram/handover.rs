@@ -124,3 +124,23 @@ fn sockets_that_the_proxy_opened_outlive_it() {
         }
     }
 }
+
+#[test]
+fn a_restored_session_leaves_a_target_that_is_gone() {
+    let (old, new) = (echo_peer(Kind::Udp), echo_peer(Kind::Udp));
+    let gone = Peer::new(Kind::Udp);
+    let mut restarts = Restarts::new(Kind::Udp, &gone.target, "restart");
+    let mut proxy = restarts.start();
+    let client = restarts.front.client();
+    client.send(b"one").unwrap();
+    receive(&gone.socket);
+    proxy.signal(Signal::TERM);
+    proxy.wait();
+    drop((gone, old));
+    restarts.words[1] = new.target.clone();
+    let proxy = restarts.start();
+    proxy.lines.wait_for("Recovered connections: 1.");
+    client.send(b"lost with its error").unwrap();
+    proxy.lines.wait_for("Connection refused");
+    echoes(&client, b"two");
+}
