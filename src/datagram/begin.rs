@@ -126,6 +126,9 @@ impl Relay {
         listener: usize,
         client: &Address,
     ) -> Result<Slot, DropReason> {
+        if self.limits.is_source_limit_reached(client) {
+            return Err(DropReason::SourceLimit);
+        }
         let info = &self.routes[listener].listener.info;
         let permit = self.descriptors.try_reserve();
         let permit =

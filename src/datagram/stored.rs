@@ -64,21 +64,21 @@ impl Relay {
         }
     }
 
-    /// Goes on with a session of the previous process, if its listener is still there.
+    /// Goes on with a session of the previous process. Returns whether its listener is still there.
     pub fn restore(
         &self,
         record: SessionRecord<OwnedFd>,
         begin: Instant,
         entry: Option<JournalEntry>,
-    ) {
+    ) -> bool {
         let SessionRecord { socket, listener, client, local, .. } = record;
         let is_listener = |at: &usize| {
             FileId::of(&self.routes[*at].listener).is_ok_and(|found| found == listener)
         };
-        let Some(listener) = (0..self.routes.len()).find(is_listener) else { return };
+        let Some(listener) = (0..self.routes.len()).find(is_listener) else { return false };
         let route = &self.routes[listener];
         let peer = socket2::SockRef::from(&socket).peer_addr();
-        let Ok(address) = peer.map(|peer| Address::from_sockaddr(&peer)) else { return };
+        let Ok(address) = peer.map(|peer| Address::from_sockaddr(&peer)) else { return false };
         let local = local.map(|(ip, interface)| LocalAddress { ip, interface });
         let permit = self.descriptors.reserve_unchecked();
         let slot = Slot::new(route.listener.info.count_open(), permit);
@@ -105,6 +105,7 @@ impl Relay {
         }
         let id = self.insert(state, key, session, life);
         self.add(state, id, BackendSocket::new(socket, address));
+        true
     }
 }
 

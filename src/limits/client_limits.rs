@@ -54,6 +54,11 @@ impl ClientLimits {
         Ok(())
     }
 
+    /// Whether the limit of the client's source is reached, so that no other has to make room.
+    pub fn is_source_limit_reached(&self, client: &Address) -> bool {
+        self.source_limit.as_ref().is_some_and(|limit| limit.is_reached(client))
+    }
+
     /// Counts a client that this process has not accepted, whatever the limits are.
     pub fn acquire_unchecked(&self, slot: &mut Slot, client: &Address) {
         slot.permit = Some(self.limit.acquire_unchecked());

@@ -20,6 +20,12 @@ impl SourceLimit {
         Arc::new(Self { max, open: Mutex::default() })
     }
 
+    /// Whether the source of `client` has as many connections as it may have.
+    pub fn is_reached(&self, client: &Address) -> bool {
+        let open = client.source().and_then(|source| lock(&self.open).get(&source).copied());
+        open.is_some_and(|open| open >= self.max.get())
+    }
+
     /// Counts a connection of `client`. Returns `None` if its source has as many as it may have.
     /// Unix and vsock clients have no source, and no limit.
     pub fn try_acquire(self: &Arc<Self>, client: &Address) -> Option<SourcePermit> {

@@ -45,24 +45,31 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
     leftovers.listeners.into_iter().for_each(StoredListener::close);
     // The listeners that are still used have new entries.
     leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
+    let mut lost_sessions = 0;
     for (Record { start, body, .. }, entry) in leftovers.connections {
         match body {
             RecordBody::Forwarder(snapshot) => restore_connection(server, snapshot, start, entry),
             RecordBody::Client(socket) => restore_client(server, socket, entry),
-            RecordBody::Session(session) => match &server.relay {
-                Some(relay) => {
-                    relay.restore(*session, begin_of(start), entry.map(JournalEntry::own))
-                }
-                None => drop(entry.map(JournalEntry::own)),
-            },
+            RecordBody::Session(session) => {
+                let (begin, entry) = (begin_of(start), entry.map(JournalEntry::own));
+                let relay = server.relay.as_ref();
+                let is_restored = relay.is_some_and(|it| it.restore(*session, begin, entry));
+                lost_sessions += usize::from(!is_restored);
+            }
             RecordBody::Nothing | RecordBody::Listener(..) => {}
         }
     }
-    if server.restored > 0 {
+    if lost_sessions > 0 {
+        tracing::warn!(
+            message_id = message_id::HANDOVER_LOST,
+            "Failed to restore sessions of datagrams: {lost_sessions}. (Their sockets are gone.)"
+        );
+    }
+    let recovered = server.restored - lost_sessions;
+    if recovered > 0 {
         tracing::info!(
             message_id = message_id::HANDOVER_RECOVERED,
-            "Recovered connections: {}.",
-            server.restored
+            "Recovered connections: {recovered}."
         );
     }
 }

@@ -144,3 +144,18 @@ fn a_restored_session_leaves_a_target_that_is_gone() {
     proxy.lines.wait_for("Connection refused");
     echoes(&client, b"two");
 }
+
+#[test]
+fn sessions_of_a_socket_that_is_gone_are_counted_as_lost() {
+    let backend = echo_peer(Kind::Udp);
+    let mut restarts = Restarts::new(Kind::Udp, &backend.target, "restart");
+    let mut proxy = restarts.start();
+    let client = restarts.front.client();
+    echoes(&client, b"one");
+    proxy.signal(Signal::TERM);
+    proxy.wait();
+    restarts.front = Peer::new(Kind::Udp);
+    let proxy = restarts.start();
+    proxy.lines.wait_for("Failed to restore sessions of datagrams: 1.");
+    echoes(&restarts.front.client(), b"two");
+}

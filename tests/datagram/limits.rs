@@ -92,6 +92,30 @@ fn a_source_has_a_limit_of_its_own() {
 }
 
 #[test]
+fn a_source_at_its_limit_ends_no_session_of_others() {
+    let backend = echo_peer(Kind::Udp);
+    let front = Peer::udp("0.0.0.0:0");
+    let port = front.port();
+    let words = [
+        "--connections-max=2",
+        "--overflow=wait",
+        "--connections-max-per-source=1",
+        &backend.target,
+    ];
+    let proxy = Proxy::start_at(front, &words, |launch| launch);
+    let from = |ip: &str| {
+        let client = Peer::udp(&format!("{ip}:0")).socket;
+        client.connect(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).into()).unwrap();
+        client
+    };
+    let clients = [from("127.0.0.5"), from("127.0.0.6")];
+    clients.iter().for_each(|client| echoes(client, b"served"));
+    from("127.0.0.6").send(b"one too many").unwrap();
+    proxy.wait_for_dropped("source_limit", 1);
+    assert_eq!((proxy.sessions(), proxy.value("sessions_evicted_total", &[])), (2, 0));
+}
+
+#[test]
 fn descriptors_bound_the_sessions() {
     let backend = echo_peer(Kind::Udp);
     let words = ["--connections-max=100000", &backend.target];
