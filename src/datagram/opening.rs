@@ -124,15 +124,11 @@ impl Relay {
                 match connected {
                     Ok(socket) => {
                         // Again and again: COMMAND's supervisor may not listen yet.
-                        while !state.has_changed().unwrap_or(true) {
+                        while *state.borrow_and_update() == BackendState::Starting {
                             found_up.notify_waiters();
                             let _ = timeout(NOTIFY_AGAIN, state.changed()).await;
-                            state.mark_unchanged();
-                            if *state.borrow() != BackendState::Starting {
-                                break;
-                            }
                         }
-                        if *state.borrow_and_update() == BackendState::Ready {
+                        if *state.borrow() == BackendState::Ready {
                             return socket;
                         }
                         backend.up_at.take();
