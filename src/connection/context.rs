@@ -51,6 +51,8 @@ pub struct BackendSetup {
     pub readiness: Option<Arc<Readiness>>,
     /// What sessions notify when they find the backend up, if only datagrams lead to it.
     pub datagrams_only: Option<Arc<Notify>>,
+    /// The same, if COMMAND is ready then.
+    pub found_up: Option<Arc<Notify>>,
 }
 
 /// What the connections of one event loop share.
@@ -73,7 +75,7 @@ impl LoopContext {
         let LoopCounters { bytes, pipes } = settings.loops.add(settings.backends.len());
         let wait = settings.backend_wait;
         let backend = |setup: &BackendSetup| {
-            let BackendSetup { connector, prober, readiness, datagrams_only } = setup.clone();
+            let BackendSetup { connector, prober, readiness, datagrams_only, .. } = setup.clone();
             let backend_wait = BackendWait::new(connector, wait, prober, readiness, datagrams_only);
             let backend_wait = Rc::new(backend_wait);
             Backend { backend_wait, lifecycle: settings.lifecycle.clone() }

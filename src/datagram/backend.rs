@@ -50,15 +50,13 @@ pub struct DatagramBackend {
 
 impl DatagramBackend {
     pub fn new(setup: &BackendSetup, settings: &Settings) -> Self {
-        let BackendSetup { connector, readiness, datagrams_only, .. } = setup.clone();
-        let is_child = settings.lifecycle.as_ref().is_some_and(|it| it.is_child);
-        let shows_ready = is_child && readiness.is_none();
+        let BackendSetup { connector, readiness, datagrams_only, found_up, .. } = setup.clone();
         Self {
             connector,
             wait: settings.backend_wait,
             lifecycle: settings.lifecycle.clone(),
             readiness,
-            found_up: datagrams_only.clone().filter(|_| shows_ready),
+            found_up,
             up_at: RefCell::default(),
             probing: Mutex::default(),
             has_only_datagrams: datagrams_only.is_some(),

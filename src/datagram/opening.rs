@@ -54,12 +54,15 @@ impl Relay {
     async fn find_backend(self: Rc<Self>, id: SessionId, index: usize) {
         let backend = &self.backends[index];
         let found = match backend.wait.is_zero() {
-            true => self.connect(id, backend).await.map_err(|error| error.to_string()),
+            true => {
+                let connected = self.connect(id, backend).await;
+                connected.map_err(|error| self.holds(id).then(|| error.to_string()))
+            }
             false => {
                 let waited = timeout_at(backend.wait.deadline(), self.wait_for(id, backend)).await;
                 waited.unwrap_or_else(|_| {
                     let error = backend.wait_reason();
-                    Err(format!("{error}. (--backend-wait={} is over.)", backend.wait))
+                    Err(Some(format!("{error}. (--backend-wait={} is over.)", backend.wait)))
                 })
             }
         };
@@ -69,18 +72,26 @@ impl Relay {
                 self.open(state, id, socket);
                 self.send_held(state, id);
             }
-            Err(error) => self.fail(state, id, &error),
+            Err(Some(error)) => self.fail(state, id, &error),
+            // The next datagram looks again.
+            Err(None) => {
+                self.lose_backend(state, id);
+                self.end_wait(state, id);
+            }
         }
     }
 
     /// Connects as soon as the backend is up.
+    ///
+    /// # Errors
+    /// A permanent error, or `None` if the session holds nothing any more.
     async fn wait_for(
         &self,
         id: SessionId,
         backend: &DatagramBackend,
-    ) -> Result<BackendSocket, String> {
+    ) -> Result<BackendSocket, Option<String>> {
         let mut pauses = PAUSES;
-        loop {
+        while self.holds(id) {
             if let Some(lifecycle) = &backend.lifecycle {
                 if !lifecycle.is_ready() {
                     if let Some(socket) = self.wait_for_start(id, backend, lifecycle).await? {
@@ -89,15 +100,22 @@ impl Relay {
                 }
             } else if let Some(readiness) = &backend.readiness {
                 let failed = |error| backend.set_wait_reason(error);
-                readiness.wait_until_ready(failed).await.map_err(|error| error.to_string())?;
+                let ready = readiness.wait_until_ready(failed).await;
+                ready.map_err(|error| Some(error.to_string()))?;
             }
             match self.connect(id, backend).await {
                 Ok(socket) => return Ok(socket),
                 Err(error) if error.is_transient() => backend.set_wait_reason(error.to_string()),
-                Err(error) => return Err(error.to_string()),
+                Err(error) => return Err(Some(error.to_string())),
             }
             sleep(pauses.next()).await;
         }
+        Err(None)
+    }
+
+    fn holds(&self, id: SessionId) -> bool {
+        let state = &*self.state.borrow();
+        state.table.get(id).is_some_and(|session| state.held[session.listener].has(id))
     }
 
     /// Waits until the backend that the proxy starts is ready. For a COMMAND to which only
@@ -107,9 +125,9 @@ impl Relay {
         id: SessionId,
         backend: &DatagramBackend,
         lifecycle: &Lifecycle,
-    ) -> Result<Option<BackendSocket>, String> {
+    ) -> Result<Option<BackendSocket>, Option<String>> {
         let Some(found_up) = &backend.found_up else {
-            return lifecycle.ready().await.map(|_| None);
+            return lifecycle.ready().await.map(|_| None).map_err(Some);
         };
         let find_up = async {
             let (mut state, mut pauses) = (lifecycle.watch(), PAUSES);
@@ -129,10 +147,11 @@ impl Relay {
                             let _ = timeout(NOTIFY_AGAIN, state.changed()).await;
                         }
                         if *state.borrow() == BackendState::Ready {
-                            return socket;
+                            return Ok(Some(socket));
                         }
                         backend.up_at.take();
                     }
+                    Err(_) if !self.holds(id) => return Err(None),
                     Err(error) => {
                         lifecycle.set_wait_reason(error.to_string());
                         sleep(pauses.next()).await;
@@ -142,8 +161,8 @@ impl Relay {
         };
         tokio::select! {
             biased;
-            socket = find_up => Ok(Some(socket)),
-            ready = lifecycle.ready() => ready.map(|_| None),
+            found = find_up => found,
+            ready = lifecycle.ready() => ready.map(|_| None).map_err(Some),
         }
     }
 
@@ -171,7 +190,7 @@ impl Relay {
                 return Err(ConnectError::Connect(addresses[0].clone(), errno.into()));
             }
         }
-        let mut failed = None;
+        let (mut failed, mut unsendable) = (None, None);
         for address in &addresses {
             match self.probe(id, address).await {
                 Ok(socket) => {
@@ -180,10 +199,9 @@ impl Relay {
                     return Ok(socket);
                 }
                 // Nothing was asked, so nothing is counted.
-                Err(error) if Errno::from_io_error(&error) == Some(Errno::NODATA) => {
-                    failed = Some(ConnectError::Connect(address.clone(), Errno::AGAIN.into()));
-                }
-                Err(error) => {
+                Err(ProbeError::NothingHeld) => {}
+                Err(ProbeError::Unsendable(reason)) => unsendable = Some(reason),
+                Err(ProbeError::Failed(error)) => {
                     if let Some(errno) = Errno::from_io_error(&error).filter(|_| is_refusal(&error))
                     {
                         *last = Some(FailedProbe { at: Instant::now(), id, errno });
@@ -192,7 +210,12 @@ impl Relay {
                 }
             }
         }
-        Err(failed.expect("a target has an address"))
+        if let (None, Some(reason)) = (&failed, unsendable) {
+            // No address takes it. The next datagram is tried.
+            self.drop_first(id, reason);
+        }
+        let again = || ConnectError::Connect(addresses[0].clone(), Errno::AGAIN.into());
+        Err(failed.unwrap_or_else(again))
     }
 
     /// Returns the addresses of a target, without those of the session's own listener.
@@ -231,7 +254,7 @@ impl Relay {
 
     /// Connects to an address, and sends the session's first datagram. Waits until the backend
     /// answers or has not refused it in time.
-    async fn probe(&self, id: SessionId, address: &Address) -> io::Result<BackendSocket> {
+    async fn probe(&self, id: SessionId, address: &Address) -> Result<BackendSocket, ProbeError> {
         let mut socket = BackendSocket::connect(address, self.is_one_way(id))?;
         if socket.is_unix() {
             // connect(2) has said that a process listens.
@@ -243,34 +266,35 @@ impl Relay {
         if let Ok(ready) = timeout(NOT_REFUSED, wait).await {
             drop(ready?);
             if let Some(error) = socket2::SockRef::from(&socket.io).take_error()? {
-                return Err(error);
+                return Err(error.into());
             }
         }
         self.delivered_first(id, number);
         Ok(socket.into_socket())
     }
 
-    /// Sends the first datagram that a session holds, which stays held. Returns its number. A
-    /// datagram that cannot be sent is dropped.
-    ///
-    /// # Errors
-    /// Those of send(2) that concern the backend or the socket, or ENODATA if the session holds no
-    /// datagram: it gave way to those of others.
-    fn send_first(&self, id: SessionId, socket: &mut BackendSocket) -> io::Result<u64> {
+    /// Sends the first datagram that a session holds, which stays held. Returns its number.
+    fn send_first(&self, id: SessionId, socket: &mut BackendSocket) -> Result<u64, ProbeError> {
         let RelayState { table, held, output, .. } = &mut *self.state.borrow_mut();
-        let session = table.get(id).ok_or(Errno::NODATA)?;
-        let (held, tally) = (&mut held[session.listener], self.routes[session.listener].tally(0));
-        loop {
-            let (number, datagram) = held.first(id).ok_or(Errno::NODATA)?;
-            let message = outgoing(&session.header, datagram, socket.is_ipv4());
-            let reason = match output.send(&*socket, 1, |_| message) {
-                Ok(_) => return Ok(number),
-                Err(Errno::MSGSIZE) => DropReason::TooLong,
-                Err(Errno::INVAL | Errno::PERM | Errno::ACCESS) => DropReason::Error,
-                Err(errno) => return Err(errno.into()),
-            };
-            held.pop(id);
-            tally.drop(reason, 1);
+        let first = table.get(id).and_then(|it| Some((it, held[it.listener].first(id)?)));
+        let (session, (number, datagram)) = first.ok_or(ProbeError::NothingHeld)?;
+        let message = outgoing(&session.header, datagram, socket.is_ipv4());
+        match output.send(&*socket, 1, |_| message) {
+            Ok(_) => Ok(number),
+            Err(Errno::MSGSIZE) => Err(ProbeError::Unsendable(DropReason::TooLong)),
+            Err(Errno::INVAL | Errno::PERM | Errno::ACCESS) => {
+                Err(ProbeError::Unsendable(DropReason::Error))
+            }
+            Err(errno) => Err(ProbeError::Failed(errno.into())),
+        }
+    }
+
+    /// Drops the first datagram that a session holds.
+    fn drop_first(&self, id: SessionId, reason: DropReason) {
+        let RelayState { table, held, .. } = &mut *self.state.borrow_mut();
+        let Some(session) = table.get(id) else { return };
+        if held[session.listener].pop(id).is_some() {
+            self.routes[session.listener].tally(0).drop(reason, 1);
         }
     }
 
@@ -295,11 +319,16 @@ impl Relay {
     /// Gives a session its backend's socket.
     pub fn open(&self, state: &mut RelayState, id: SessionId, socket: BackendSocket) {
         self.add(state, id, socket);
+        if state.table.life(id).is_some_and(|life| life.is_confirmed) {
+            self.keep_confirmed(state, id);
+        }
+    }
+
+    /// Notes that a session holds nothing: unless it is confirmed, it is not in use.
+    pub fn end_wait(&self, state: &mut RelayState, id: SessionId) {
         let is_confirmed = state.table.life(id).is_some_and(|life| life.is_confirmed);
-        match state.table.get_mut(id) {
-            Some(_) if is_confirmed => self.keep_confirmed(state, id),
-            Some(session) => session.slot.in_use = None,
-            None => {}
+        if let Some(session) = state.table.get_mut(id).filter(|_| !is_confirmed) {
+            session.slot.in_use = None;
         }
     }
 
@@ -330,6 +359,22 @@ impl Relay {
             "{error}"
         );
         self.end(state, id, "it had no backend");
+    }
+}
+
+/// Why a probe found no backend.
+#[derive(Debug)]
+enum ProbeError {
+    /// The session holds no datagram: they gave way to those of others.
+    NothingHeld,
+    /// The datagram cannot be sent to this address.
+    Unsendable(DropReason),
+    Failed(io::Error),
+}
+
+impl From<io::Error> for ProbeError {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
     }
 }
 

@@ -221,7 +221,12 @@ impl Relay {
         loop {
             // The lifecycle lives as long as the relay.
             let _ = state.changed().await;
-            if *state.borrow_and_update() != BackendState::Ready {
+            if *state.borrow_and_update() == BackendState::Ready {
+                continue;
+            }
+            self.backends.iter().for_each(|backend| drop(backend.up_at.take()));
+            // A backend that is not a child may run all the same. It refuses datagrams if not.
+            if lifecycle.is_child {
                 self.lose_backends();
             }
         }
@@ -229,7 +234,6 @@ impl Relay {
 
     fn lose_backends(self: &Rc<Self>) {
         let state = &mut *self.state.borrow_mut();
-        self.backends.iter().for_each(|backend| drop(backend.up_at.take()));
         let open = state
             .table
             .iter()

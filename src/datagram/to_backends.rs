@@ -116,6 +116,7 @@ impl Relay {
             socket.waits_for_room = false;
             self.watch(id, socket);
         }
+        self.end_wait(state, id);
     }
 
     /// Decides what becomes of a session that holds datagrams.
@@ -126,11 +127,14 @@ impl Relay {
                 if !std::mem::replace(&mut socket.waits_for_room, true) {
                     self.watch(id, socket);
                 }
+                if session.slot.in_use.is_none() {
+                    // Until the backend has what the session holds.
+                    session.slot.in_use = self.limits.begin_use(&session.client());
+                }
             }
             (SessionBackend::Open(_), _) => {
                 self.set_refused(session);
-                session.backend = SessionBackend::Lost;
-                self.look_for_backend(state, id);
+                self.lose_backend(state, id);
             }
             (SessionBackend::Lost, _) => self.look_for_backend(state, id),
             (SessionBackend::Waiting { .. }, _) => {}

@@ -74,7 +74,8 @@ impl Relay {
         let state = &mut *self.state.borrow_mut();
         state.ready.clear();
         for token in state.unfinished.drain(..) {
-            state.ready.push((token, epoll::EventFlags::IN));
+            // The turn that has left it may have missed that it has room.
+            state.ready.push((token, epoll::EventFlags::IN | epoll::EventFlags::OUT));
         }
         state.events.clear();
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };

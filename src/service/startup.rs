@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use rustix::thread::set_no_new_privs;
+use tokio::sync::Notify;
 
 use crate::backend::command::Supervisor;
 use crate::backend::connect::{ConnectPermits, Connector};
@@ -292,8 +293,11 @@ fn backend_setups(
             permits.clone(),
         );
         let readiness = Readiness::new(&config.ready, config.args.proxy_protocol, &connector);
-        let datagrams_only = (!has_streams(index)).then(Arc::default);
-        BackendSetup { connector, prober: SharedProber::default(), readiness, datagrams_only }
+        let datagrams_only: Option<Arc<Notify>> = (!has_streams(index)).then(Arc::default);
+        let shows_ready = config.command.is_some() && config.ready == ReadyMode::Connect;
+        let found_up = datagrams_only.clone().filter(|_| shows_ready);
+        let prober = SharedProber::default();
+        BackendSetup { connector, prober, readiness, datagrams_only, found_up }
     };
     config.targets.iter().enumerate().map(setup).collect()
 }

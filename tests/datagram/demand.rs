@@ -354,10 +354,11 @@ fn a_session_that_holds_nothing_does_not_find_the_backend_up() {
     client.send(&[1; 70_000]).unwrap();
     proxy.wait_for_dropped("held", 1);
     pause(Duration::from_millis(500));
-    assert_eq!(proxy.value("sessions_waiting", &[]), 1);
+    assert_eq!(proxy.value("datagrams_delivered_total", &[]), 0);
+    client.send(b"now").unwrap();
+    proxy.wait_until("waiting", || proxy.value("sessions_waiting", &[]) == 1);
     let socket = datagram_socket(&address);
     socket.bind(&address).unwrap();
-    client.send(b"now").unwrap();
     assert_eq!(receive(&socket), b"now");
     proxy.assert_adds_up();
 }
@@ -434,4 +435,26 @@ fn a_proxy_that_exits_when_idle_waits_with_its_clients() {
     let socket = datagram_socket(&address);
     socket.bind(&address).unwrap();
     assert_eq!(receive(&socket), b"held");
+}
+
+#[test]
+fn a_session_with_nothing_to_hold_keeps_nothing_running() {
+    let backend = Peer::new(Kind::Udp);
+    let options = ["--backend-wait=infinity", "--exit-idle-time=500ms", "--proxy-protocol=v2"];
+    let proxy = Proxy::start(Kind::Udp, &backend.target, &options);
+    let Proxy { mut running, front, .. } = proxy;
+    // With its header it is too long.
+    front.client().send(&[1; 65_500]).unwrap();
+    assert_eq!(running.wait().code(), Some(0));
+}
+
+#[test]
+fn a_datagram_comes_once_after_ready_by_notification() {
+    for settings in [["up=0.1", "ready=0"], ["up=0.1", "ready=0.05"], ["up=0.1", "ready=0.15"]] {
+        let service = Service::start(Kind::Udp, Kind::Udp, &["--ready=notify"], &settings);
+        let client = service.proxy.client();
+        service.ask(&client, "once");
+        assert!(is_silent(&client), "{settings:?}");
+        assert_eq!(service.logged("got"), ["once"]);
+    }
 }
