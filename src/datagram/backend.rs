@@ -94,19 +94,11 @@ impl DatagramBackend {
         })
     }
 
-    /// Notes that the backend is up at an address.
-    pub fn set_up(&self, address: &Address) {
-        let mut up_at = self.up_at.borrow_mut();
-        if up_at.is_none() {
-            *up_at = Some(address.clone());
-        }
-    }
-
     /// Notes that the backend has answered from an address, which a restored session may have from
     /// another command line.
     pub fn set_answered(&self, address: &Address) {
         if matches!(&self.connector.target, Target::Address(target) if target == address) {
-            self.set_up(address);
+            self.up_at.borrow_mut().get_or_insert_with(|| address.clone());
         }
     }
 

@@ -44,12 +44,7 @@ impl Relay {
             }
             return Some(id);
         }
-        let client = NewClient {
-            address: address_of(message.name),
-            name: message.name.into(),
-            local: message.local,
-            listener,
-        };
+        let client = NewClient { name: message.name.into(), local: message.local, listener };
         let begun = self.begin(state, client, key, now);
         begun.inspect_err(|reason| tally.drop(*reason, count)).ok()
     }
@@ -62,7 +57,8 @@ impl Relay {
         key: &[u8],
         now: Instant,
     ) -> Result<SessionId, DropReason> {
-        let NewClient { address, name, local, listener } = client;
+        let NewClient { name, local, listener } = client;
+        let address = address_of(&name);
         let route = &self.routes[listener];
         let backend = &self.backends[route.backend];
         if !can_be_answered(&address) {
@@ -184,7 +180,6 @@ impl Relay {
 
 /// A client without a session.
 struct NewClient {
-    address: Address,
     name: Box<[u8]>,
     local: Option<LocalAddress>,
     listener: usize,

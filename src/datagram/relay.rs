@@ -22,7 +22,7 @@ use crate::datagram::backend::DatagramBackend;
 use crate::datagram::held::HeldDatagrams;
 use crate::datagram::sender::Tally;
 use crate::datagram::session::{Session, SessionBackend};
-use crate::datagram::table::{SessionId, SessionTable};
+use crate::datagram::table::{Life, SessionId, SessionTable};
 use crate::forward::snapshot::SnapshotStore;
 use crate::handover::Handover;
 use crate::limits::client_limits::ClientLimits;
@@ -311,15 +311,12 @@ impl Relay {
 
     /// Ends a session, and drops what it holds.
     pub fn end(&self, state: &mut RelayState, id: SessionId, why: &str) {
-        let life = state.table.life(id);
-        let (Some(mut session), Some(life)) = (state.table.remove(id), life) else { return };
+        let Some((mut session, life)) = self.remove(state, id) else { return };
         if let Some(entry) = session.entry.take() {
             // Otherwise the next process could restore it, until the record is cleaned away.
             Box::new(entry).forget();
         }
         let route = &self.routes[session.listener];
-        let dropped = state.held[session.listener].clear(id);
-        route.tally(0).drop(DropReason::Unreachable, dropped);
         let [there, back] = session.datagrams;
         let time = TimeSpan::rounded(life.begin.elapsed());
         tracing::debug!(
@@ -327,6 +324,15 @@ impl Relay {
             listener = %route.listener,
             "Session ended after {time}, {there} datagrams to the backend, {back} back: {why}."
         );
+    }
+
+    /// Takes a session out of the table, and drops what it holds.
+    pub fn remove(&self, state: &mut RelayState, id: SessionId) -> Option<(Session, Life)> {
+        let life = state.table.life(id)?;
+        let session = state.table.remove(id)?;
+        let dropped = state.held[session.listener].clear(id);
+        self.routes[session.listener].tally(0).drop(DropReason::Unreachable, dropped);
+        Some((session, life))
     }
 }
 

@@ -4,7 +4,6 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use tokio::time::Instant;
 
-use crate::counters::DropReason;
 use crate::datagram::begin::{KEY_MAX, session_key};
 use crate::datagram::relay::{Relay, RelayState};
 use crate::datagram::session::{BackendSocket, Session, SessionBackend};
@@ -26,11 +25,7 @@ impl Relay {
         let ids: Vec<_> = state.table.iter().map(|(id, _)| id).collect();
         let mut detached = Vec::new();
         for id in ids {
-            let life = state.table.life(id);
-            let (Some(session), Some(life)) = (state.table.remove(id), life) else { continue };
-            let route = &self.routes[session.listener];
-            let dropped = state.held[session.listener].clear(id);
-            route.tally(0).drop(DropReason::Unreachable, dropped);
+            let Some((session, life)) = self.remove(state, id) else { continue };
             detached.extend(self.detach(session, life));
         }
         handover.store(detached);

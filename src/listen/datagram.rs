@@ -14,7 +14,6 @@ use crate::listen::activation::PassedFd;
 use crate::listen::listener::passed_error;
 use crate::listen::stored::SocketFile;
 use crate::socket::address::{Address, SocketKind, SocketLabel};
-use crate::socket::file_id::FileId;
 use crate::socket::{Family, mmsg};
 
 /// A bound datagram socket.
@@ -72,11 +71,6 @@ impl DatagramListener {
         let label = SocketLabel { name, kind: SocketKind::Datagram, address };
         let info = ListenerInfo::new(&label);
         Ok(Self { fd, info, label, is_unix, file })
-    }
-
-    /// Returns the identity of the socket file.
-    pub fn file_id(&self) -> Option<FileId> {
-        self.file.as_ref().map(|file| file.id)
     }
 
     /// Returns the socket file that this program created.

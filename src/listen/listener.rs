@@ -23,7 +23,6 @@ use crate::listen::activation::PassedFd;
 use crate::listen::stored::SocketFile;
 use crate::logging::{RateLimit, message_id, os_message, rate_limited};
 use crate::socket::address::{Address, SocketKind, SocketLabel};
-use crate::socket::file_id::FileId;
 use crate::socket::sys::{accept, register};
 use crate::socket::{Family, Keepalive, polls, set_nodelay, set_oobinline};
 
@@ -186,11 +185,6 @@ impl Listener {
     /// Returns whether an IPv6 listener refuses IPv4 clients (`IPV6_V6ONLY` in ipv6(7)).
     pub fn is_ipv6_only(&self) -> bool {
         sockopt::ipv6_v6only(&self.io).unwrap_or(false)
-    }
-
-    /// Returns the identity of the socket file.
-    pub fn file_id(&self) -> Option<FileId> {
-        self.file.as_ref().map(|file| file.id)
     }
 
     /// Returns the socket file that this program created.

@@ -30,6 +30,7 @@ use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::datagram::DatagramListener;
 use crate::listen::listener::Listener;
 use crate::listen::passed_connection::PassedConnection;
+use crate::listen::stored::SocketFile;
 use crate::listen::{ClientSockets, check_no_loop};
 use crate::logging::os_message;
 use crate::metrics::exporter::Exporter;
@@ -129,9 +130,11 @@ fn build(
         loops: Arc::new(Loops::default()),
     };
     log_routes(&config, routes(), &settings);
-    let streams = listeners.iter().map(|(it, _)| (it.as_fd(), it.file_id()));
-    let opened = streams.chain(datagrams.iter().map(|(it, _)| (it.as_fd(), it.file_id())));
-    let keep = |(socket, file)| handover.as_ref()?.keep_listener(socket, file);
+    let streams = listeners.iter().map(|(it, _)| (it.as_fd(), it.file()));
+    let opened = streams.chain(datagrams.iter().map(|(it, _)| (it.as_fd(), it.file())));
+    let keep = |(socket, file): (_, Option<&SocketFile>)| {
+        handover.as_ref()?.keep_listener(socket, file.map(|file| file.id))
+    };
     let listener_entries = opened.filter(|_| has_opened).filter_map(keep).collect();
     let event_loops = EventLoops::new(settings, config.args.threads);
     let has_listeners = !listeners.is_empty() || !datagrams.is_empty();
