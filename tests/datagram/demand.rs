@@ -289,9 +289,11 @@ fn a_passive_client_is_served_while_a_connection_uses_command() {
     let log = directory.path().join("log");
     let front = Peer::udp("127.0.0.1:0");
     let stream = Endpoint::tcp(&format!("127.0.0.1:{}", front.port()), 16);
+    // The application listens on TCP last.
+    let ready = format!("--ready=exec:bash -c 'exec 3<>/dev/tcp/127.0.0.1/{place}'");
     let words = [
         "--passive-from=127.0.0.9",
-        "--ready=exec:sleep 0.1",
+        &ready,
         &target,
         "--",
         "perl",
