@@ -1,8 +1,10 @@
 # A datagram application that knows nothing of activation, for the tests of COMMAND.
 #
-# app.pl TARGET LOG [NAME=VALUE ...]: writes "started PID" to LOG at once, and binds TARGET (a port or
-# a path) after `up` seconds. It writes each datagram to LOG and answers with its pid, a space, and the
-# datagram. `down`: it keeps its socket for so long after SIGTERM, and reads no more. `exit`: it exits at once. `tcp`: it greets connections to the port as well. `ready` seconds after it is bound it sends READY=1, if given.
+# app.pl TARGET LOG [NAME=VALUE ...]: writes "started PID" to LOG at once, and binds TARGET (ADDRESS:PORT
+# or a path) after `up` seconds. It writes each datagram to LOG and answers with its pid, a space, and
+# the datagram. `down`: it keeps its socket for so long after SIGTERM, and reads no more. `exit`: it
+# exits at once. `tcp`: it greets connections to TARGET as well. `ready`: so many seconds after it is
+# bound it sends READY=1.
 use strict;
 use warnings;
 use IO::Socket::INET;
@@ -23,10 +25,10 @@ select undef, undef, undef, $set{up} if $set{up};
 unlink $target if $target =~ m{^/};
 my $socket = $target =~ m{^/}
     ? IO::Socket::UNIX->new(Local => $target, Type => SOCK_DGRAM)
-    : IO::Socket::INET->new(LocalAddr => "127.0.0.1:$target", Proto => 'udp');
+    : IO::Socket::INET->new(LocalAddr => $target, Proto => 'udp');
 $socket or die "bind $target: $!";
 if ($set{tcp}) {
-    my $listener = IO::Socket::INET->new(LocalAddr => "127.0.0.1:$target", Listen => 16, ReuseAddr => 1)
+    my $listener = IO::Socket::INET->new(LocalAddr => $target, Listen => 16, ReuseAddr => 1)
         or die "listen on $target: $!";
     if (!fork) {
         $SIG{TERM} = 'DEFAULT';

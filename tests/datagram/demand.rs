@@ -1,6 +1,7 @@
 //! A backend on demand: COMMAND, `--start-command=`, `--backend-wait=`.
 
 use std::fs;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -24,28 +25,25 @@ struct Service {
 impl Service {
     /// As COMMAND.
     fn start(front: Kind, back: Kind, options: &[&str], settings: &[&str]) -> Self {
-        let (directory, target, place) = Self::place(back);
+        let (directory, target) = Self::place(back);
         let log = directory.path().join("log");
-        let words = [options, &[&target, "--", "perl", APP, &place, log.to_str().unwrap()]];
+        let words = [options, &[&target, "--", "perl", APP, &target, log.to_str().unwrap()]];
         let words = [&words.concat()[..], settings].concat();
         let proxy = Proxy::start_at(Peer::new(front), &words, |launch| launch);
         Self { proxy, directory }
     }
 
-    fn place(back: Kind) -> (TempDir, String, String) {
+    /// A directory for the application, and an address that no other test has.
+    fn place(back: Kind) -> (TempDir, String) {
+        static PLACES: AtomicU8 = AtomicU8::new(1);
         let directory = TempDir::new().unwrap();
         fs::write(directory.path().join("log"), "").unwrap();
-        let (target, place) = match back {
-            Kind::Unix => {
-                let path = directory.path().join("app").to_str().unwrap().to_string();
-                (path.clone(), path)
-            }
-            _ => {
-                let port = Peer::new(Kind::Udp).port().to_string();
-                (format!("127.0.0.1:{port}"), port)
-            }
+        let target = match back {
+            Kind::Unix => directory.path().join("app").to_str().unwrap().to_string(),
+            // Below the ports that the kernel gives out.
+            _ => format!("127.0.1.{}:5300", PLACES.fetch_add(1, Ordering::Relaxed)),
         };
-        (directory, target, place)
+        (directory, target)
     }
 
     /// What the application has logged behind a word.
@@ -177,9 +175,9 @@ fn a_frozen_command_thaws_for_a_datagram() {
 fn a_passive_client_starts_nothing() {
     let options = ["--passive-from=127.0.0.0/8", "--stop-idle-time=700ms"];
     let front = Peer::udp("[::]:0");
-    let (directory, target, place) = Service::place(Kind::Udp);
+    let (directory, target) = Service::place(Kind::Udp);
     let log = directory.path().join("log");
-    let words = [&target, "--", "perl", APP, &place, log.to_str().unwrap()];
+    let words = [&target, "--", "perl", APP, &target, log.to_str().unwrap()];
     let words = [&options[..], &words].concat();
     let port = front.port();
     let proxy = Proxy::start_at(front, &words, |launch| launch);
@@ -202,11 +200,11 @@ fn a_passive_client_starts_nothing() {
 
 #[test]
 fn a_start_command_runs_for_the_first_datagram() {
-    let (directory, target, place) = Service::place(Kind::Udp);
+    let (directory, target) = Service::place(Kind::Udp);
     let path = |name: &str| directory.path().join(name).to_str().unwrap().to_string();
     let (log, pid) = (path("log"), path("pid"));
     let start = format!(
-        "--start-command=sh -c 'perl {APP} {place} {log} up=0.3 >/dev/null 2>&1 & echo $! >{pid}'"
+        "--start-command=sh -c 'perl {APP} {target} {log} up=0.3 >/dev/null 2>&1 & echo $! >{pid}'"
     );
     let stop = format!("--stop-command=sh -c 'kill $(cat {pid})'");
     let words = [&start, &stop, "--stop-idle-time=1s", &target];
@@ -285,12 +283,12 @@ fn the_other_address_of_a_name_is_tried() {
 
 #[test]
 fn a_passive_client_is_served_while_a_connection_uses_command() {
-    let (directory, target, place) = Service::place(Kind::Udp);
+    let (directory, target) = Service::place(Kind::Udp);
     let log = directory.path().join("log");
-    let front = Peer::udp("127.0.0.1:0");
-    let stream = Endpoint::tcp(&format!("127.0.0.1:{}", front.port()), 16);
+    let (front, stream) = (Peer::new(Kind::Udp), Endpoint::new(Family::Tcp));
     // The application listens on TCP last.
-    let ready = format!("--ready=exec:bash -c 'exec 3<>/dev/tcp/127.0.0.1/{place}'");
+    let place = target.replace(':', "/");
+    let ready = format!("--ready=exec:bash -c 'exec 3<>/dev/tcp/{place}'");
     let words = [
         "--passive-from=127.0.0.9",
         &ready,
@@ -298,7 +296,7 @@ fn a_passive_client_is_served_while_a_connection_uses_command() {
         "--",
         "perl",
         APP,
-        &place,
+        &target,
         log.to_str().unwrap(),
         "tcp=1",
     ];
