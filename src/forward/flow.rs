@@ -3,18 +3,14 @@
 //! The theory of operation is at the top of `forward`.
 
 use std::cell::RefCell;
-use std::fs::File;
-use std::io::{self, Read, Seek, Write};
 use std::mem;
-use std::os::fd::OwnedFd;
 
-use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 
 use crate::counters::{Gauge, GaugeGuard};
 use crate::forward::endpoint::Endpoint;
 use crate::forward::pipe::{Pipe, PipeLimits, PipePool};
-use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef, FlowSnapshot, FlowState};
+use crate::forward::snapshot::{COPY_SIZE, FlowState};
 use crate::forward::turns::Turns;
 use crate::socket::{Family, Socket};
 
@@ -22,7 +18,7 @@ use crate::socket::{Family, Socket};
 #[derive(Debug)]
 pub struct LoopBuffers {
     buffer: RefCell<Box<[u8]>>,
-    pipes: PipePool,
+    pub(super) pipes: PipePool,
     /// Flows that wait for room in their sinks.
     stalled: Gauge,
     pub turns: Turns,
@@ -48,7 +44,7 @@ pub struct Flow {
     pub delivered: u64,
     /// Bytes that were spliced since the other direction moved any.
     pub unanswered: usize,
-    buffered: Buffered,
+    pub(super) buffered: Buffered,
     mode: Mode,
     /// Held while the flow does not read because its sink has no room. Counts it as stalled.
     lacks_space: Option<GaugeGuard>,
@@ -56,7 +52,7 @@ pub struct Flow {
 
 /// Bytes received from the source that the sink has not accepted yet.
 #[derive(Debug, Default)]
-enum Buffered {
+pub(super) enum Buffered {
     #[default]
     Nothing,
     Copied {
@@ -328,81 +324,6 @@ impl Flow {
         };
     }
 
-    /// Moves the buffered bytes into a pipe that can be stored, and uses it from now on.
-    ///
-    /// # Errors
-    /// When there is no pipe, or none with enough room. Then nothing has changed.
-    pub fn use_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
-        let pipe = match mem::take(&mut self.buffered) {
-            Buffered::Piped(pipe) => pipe,
-            buffered => {
-                let pipe = shared.pipes.create_unpooled().and_then(|mut pipe| {
-                    if let Buffered::Copied { bytes, sent } = &buffered {
-                        pipe.put(&bytes[*sent..])?;
-                    }
-                    Ok(pipe)
-                });
-                pipe.inspect_err(|_| self.buffered = buffered)?
-            }
-        };
-        self.buffered = Buffered::StoredPipe(Box::new(pipe));
-        Ok(())
-    }
-
-    /// Leaves the stored pipe: sends what is in it, then works like any other flow.
-    pub fn leave_stored_pipe(&mut self) {
-        self.buffered = match mem::take(&mut self.buffered) {
-            Buffered::StoredPipe(pipe) if pipe.filled() > 0 => Buffered::Piped(*pipe),
-            Buffered::StoredPipe(_) => Buffered::Nothing,
-            buffered => buffered,
-        };
-    }
-
-    /// Returns the flow as it is to be stored.
-    ///
-    /// # Errors
-    /// When copied bytes fit neither into a pipe nor into a file: memfd_create(2)'s and write(2)'s.
-    pub fn snapshot(&self, shared: &LoopBuffers) -> io::Result<FlowSnapshot<FdRef<'_>>> {
-        let buffered = match &self.buffered {
-            Buffered::Nothing => BufferedSnapshot::Nothing,
-            Buffered::Copied { bytes, sent } => copied_snapshot(&bytes[*sent..], shared)?,
-            Buffered::Piped(pipe) => pipe.snapshot(),
-            Buffered::StoredPipe(pipe) => pipe.snapshot(),
-        };
-        Ok(FlowSnapshot { state: self.state, delivered: self.delivered, buffered })
-    }
-
-    /// Restores a flow. If it `is_journaled`, it goes on with its stored pipe.
-    ///
-    /// # Errors
-    /// When its buffered bytes cannot be read.
-    pub fn restore(
-        stored: FlowSnapshot<OwnedFd>,
-        is_journaled: bool,
-        shared: &LoopBuffers,
-    ) -> io::Result<Self> {
-        let FlowSnapshot { state, delivered, buffered } = stored;
-        let buffered = match buffered {
-            _ if state != FlowState::Open => Buffered::Nothing,
-            BufferedSnapshot::Nothing => Buffered::Nothing,
-            BufferedSnapshot::Copied(file) => {
-                let mut bytes = Vec::new();
-                let mut file = File::from(file);
-                file.rewind()?;
-                file.take(COPY_SIZE as u64).read_to_end(&mut bytes)?;
-                Buffered::Copied { bytes, sent: 0 }
-            }
-            BufferedSnapshot::Piped { read, write } => {
-                Buffered::StoredPipe(Box::new(shared.pipes.adopt(read, write)?))
-            }
-        };
-        let mut flow = Self { state, delivered, buffered, ..Self::default() };
-        if !is_journaled {
-            flow.leave_stored_pipe();
-        }
-        Ok(flow)
-    }
-
     /// Whether bytes may come.
     pub fn is_open(&self) -> bool {
         matches!(self.state, FlowState::Open)
@@ -414,11 +335,6 @@ impl Flow {
             Buffered::StoredPipe(pipe) => pipe.size() >= BULK_PIPE,
             _ => !matches!(self.mode, Mode::Copy),
         }
-    }
-
-    /// Whether all bytes of the flow stay out of the memory of the process from now on.
-    pub fn is_storable(&self) -> bool {
-        !self.is_open() || matches!(self.buffered, Buffered::StoredPipe(_))
     }
 
     /// Whether nothing can happen before the sink accepts bytes.
@@ -447,21 +363,6 @@ impl Buffered {
             Self::Copied { .. } | Self::Piped(_) => false,
         }
     }
-}
-
-/// Writes copied bytes to a pipe or, once the user's quota leaves pipes too small for them, to a
-/// file without a name. (`LimitFSIZE=` applies to such a file.)
-fn copied_snapshot(
-    bytes: &[u8],
-    shared: &LoopBuffers,
-) -> io::Result<BufferedSnapshot<FdRef<'static>>> {
-    let pipe = shared.pipes.create_unpooled();
-    if let Ok(pipe) = pipe.and_then(|mut pipe| pipe.put(bytes).map(|()| pipe)) {
-        return Ok(pipe.into_snapshot());
-    }
-    let file = memfd_create(c"socket-proxyd", MemfdFlags::CLOEXEC)?;
-    File::from(file.try_clone()?).write_all(bytes)?;
-    Ok(BufferedSnapshot::Copied(FdRef::Owned(file)))
 }
 
 /// Whether a splice(2) moved nothing because urgent data is next: splice(2) stops at the urgent

@@ -1,21 +1,25 @@
-//! A forwarder to and from its [`Snapshot`], and the moments at which crash mode stores one.
+//! A forwarder and its flows to and from a [`Snapshot`], and the moments at which crash mode stores one.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use socket2::SockRef;
 
 use crate::counters::ByteCounters;
 use crate::forward::Forwarder;
 use crate::forward::endpoint::Endpoint;
-use crate::forward::flow::{Flow, LoopBuffers};
+use crate::forward::flow::{Buffered, Flow, LoopBuffers};
 use crate::forward::registry::Registration;
 use crate::forward::snapshot::{
-    EndpointSnapshot, FdRef, FlowState, SIDES, Side, Snapshot, SnapshotStore,
+    BufferedSnapshot, COPY_SIZE, EndpointSnapshot, FdRef, FlowSnapshot, FlowState, SIDES, Side,
+    Snapshot, SnapshotStore,
 };
 use crate::logging::{RateLimit, rate_limited};
 use crate::socket::{Family, Socket, has_hung_up_reading, set_reset_on_close};
@@ -169,6 +173,104 @@ impl Forwarder {
         client.socket.detach();
         backend.socket.detach();
     }
+}
+
+impl Flow {
+    /// Moves the buffered bytes into a pipe that can be stored, and uses it from now on.
+    ///
+    /// # Errors
+    /// When there is no pipe, or none with enough room. Then nothing has changed.
+    pub fn use_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
+        let pipe = match mem::take(&mut self.buffered) {
+            Buffered::Piped(pipe) => pipe,
+            buffered => {
+                let pipe = shared.pipes.create_unpooled().and_then(|mut pipe| {
+                    if let Buffered::Copied { bytes, sent } = &buffered {
+                        pipe.put(&bytes[*sent..])?;
+                    }
+                    Ok(pipe)
+                });
+                pipe.inspect_err(|_| self.buffered = buffered)?
+            }
+        };
+        self.buffered = Buffered::StoredPipe(Box::new(pipe));
+        Ok(())
+    }
+
+    /// Leaves the stored pipe: sends what is in it, then works like any other flow.
+    pub fn leave_stored_pipe(&mut self) {
+        self.buffered = match mem::take(&mut self.buffered) {
+            Buffered::StoredPipe(pipe) if pipe.filled() > 0 => Buffered::Piped(*pipe),
+            Buffered::StoredPipe(_) => Buffered::Nothing,
+            buffered => buffered,
+        };
+    }
+
+    /// Returns the flow as it is to be stored.
+    ///
+    /// # Errors
+    /// When copied bytes fit neither into a pipe nor into a file: memfd_create(2)'s and write(2)'s.
+    pub fn snapshot(&self, shared: &LoopBuffers) -> io::Result<FlowSnapshot<FdRef<'_>>> {
+        let buffered = match &self.buffered {
+            Buffered::Nothing => BufferedSnapshot::Nothing,
+            Buffered::Copied { bytes, sent } => copied_snapshot(&bytes[*sent..], shared)?,
+            Buffered::Piped(pipe) => pipe.snapshot(),
+            Buffered::StoredPipe(pipe) => pipe.snapshot(),
+        };
+        Ok(FlowSnapshot { state: self.state, delivered: self.delivered, buffered })
+    }
+
+    /// Restores a flow. If it `is_journaled`, it goes on with its stored pipe.
+    ///
+    /// # Errors
+    /// When its buffered bytes cannot be read.
+    pub fn restore(
+        stored: FlowSnapshot<OwnedFd>,
+        is_journaled: bool,
+        shared: &LoopBuffers,
+    ) -> io::Result<Self> {
+        let FlowSnapshot { state, delivered, buffered } = stored;
+        let buffered = match buffered {
+            _ if state != FlowState::Open => Buffered::Nothing,
+            BufferedSnapshot::Nothing => Buffered::Nothing,
+            BufferedSnapshot::Copied(file) => {
+                let mut bytes = Vec::new();
+                let mut file = File::from(file);
+                file.rewind()?;
+                file.take(COPY_SIZE as u64).read_to_end(&mut bytes)?;
+                Buffered::Copied { bytes, sent: 0 }
+            }
+            BufferedSnapshot::Piped { read, write } => {
+                Buffered::StoredPipe(Box::new(shared.pipes.adopt(read, write)?))
+            }
+        };
+        let mut flow = Self::default();
+        (flow.state, flow.delivered, flow.buffered) = (state, delivered, buffered);
+        if !is_journaled {
+            flow.leave_stored_pipe();
+        }
+        Ok(flow)
+    }
+
+    /// Whether all bytes of the flow stay out of the memory of the process from now on.
+    pub fn is_storable(&self) -> bool {
+        !self.is_open() || matches!(self.buffered, Buffered::StoredPipe(_))
+    }
+}
+
+/// Writes copied bytes to a pipe or, once the user's quota leaves pipes too small for them, to a
+/// file without a name. (`LimitFSIZE=` applies to such a file.)
+fn copied_snapshot(
+    bytes: &[u8],
+    shared: &LoopBuffers,
+) -> io::Result<BufferedSnapshot<FdRef<'static>>> {
+    let pipe = shared.pipes.create_unpooled();
+    if let Ok(pipe) = pipe.and_then(|mut pipe| pipe.put(bytes).map(|()| pipe)) {
+        return Ok(pipe.into_snapshot());
+    }
+    let file = memfd_create(c"socket-proxyd", MemfdFlags::CLOEXEC)?;
+    File::from(file.try_clone()?).write_all(bytes)?;
+    Ok(BufferedSnapshot::Copied(FdRef::Owned(file)))
 }
 
 /// Whether the peer reset a TCP connection, and the previous process read that error but did not
