@@ -1,7 +1,6 @@
 //! A backend on demand: COMMAND, `--start-command=`, `--backend-wait=`.
 
 use std::fs;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -35,13 +34,11 @@ impl Service {
 
     /// A directory for the application, and an address that no other test has.
     fn place(back: Kind) -> (TempDir, String) {
-        static PLACES: AtomicU8 = AtomicU8::new(1);
         let directory = TempDir::new().unwrap();
         fs::write(directory.path().join("log"), "").unwrap();
         let target = match back {
             Kind::Unix => directory.path().join("app").to_str().unwrap().to_string(),
-            // Below the ports that the kernel gives out.
-            _ => format!("127.0.1.{}:5300", PLACES.fetch_add(1, Ordering::Relaxed)),
+            _ => unused_address().to_string(),
         };
         (directory, target)
     }

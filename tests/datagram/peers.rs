@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -67,6 +68,22 @@ impl Peer {
         Self { socket, target, address, _directory: None }
     }
 
+    /// A UDP socket, and a TCP listener on the same address and port.
+    pub fn udp_and_tcp(ip: &str) -> (Self, Endpoint) {
+        loop {
+            let stream = Endpoint::tcp(&format!("{ip}:0"), 64);
+            // The port may be that of another test's UDP socket.
+            let socket = datagram_socket(&stream.address);
+            if ip.starts_with('[') {
+                socket.set_only_v6(false).unwrap();
+            }
+            if socket.bind(&stream.address).is_ok() {
+                let (target, address) = (stream.target.clone(), stream.address.clone());
+                return (Self { socket, target, address, _directory: None }, stream);
+            }
+        }
+    }
+
     /// Closes the socket. Returns the directory of its file.
     pub fn close(self) -> Option<TempDir> {
         if let Some(path) = self.address.as_pathname() {
@@ -100,6 +117,18 @@ impl Peer {
         socket.connect(&self.address).unwrap();
         socket
     }
+}
+
+/// An address that no other test has. Its port is below those that the kernel gives out.
+pub fn unused_address() -> SocketAddr {
+    static USED: AtomicU8 = AtomicU8::new(0);
+    SocketAddr::from(([127, 0, 1, USED.fetch_add(1, Ordering::Relaxed)], 5300))
+}
+
+/// A port that no other test has, like those of [`unused_address`].
+pub fn unused_port() -> u16 {
+    static USED: AtomicU16 = AtomicU16::new(5301);
+    USED.fetch_add(1, Ordering::Relaxed)
 }
 
 /// A socket of the family of an address.

@@ -52,14 +52,14 @@ fn dnsmasq_starts_for_the_first_query_and_answers_over_udp_and_tcp() {
     if !has(TEST, &[DNSMASQ, DIG, DNSPERF]) {
         return;
     }
-    let front = Peer::udp("127.0.0.1:0");
-    let (port, own) = (front.port(), free_port());
-    let stream = Endpoint::tcp(&format!("127.0.0.1:{port}"), 64);
+    let (front, stream) = Peer::udp_and_tcp("127.0.0.1");
+    let (port, own) = (front.port(), unused_address());
+    let (own_ip, own_port) = (own.ip(), own.port());
     let options = format!(
         "--keep-in-foreground --conf-file=/dev/null --pid-file= --user=root --no-resolv --no-hosts \
-         --address=/example.test/192.0.2.7 --listen-address=127.0.0.1 --bind-interfaces --port={own}"
+         --address=/example.test/192.0.2.7 --listen-address={own_ip} --bind-interfaces --port={own_port}"
     );
-    let target = format!("127.0.0.1:{own}");
+    let target = own.to_string();
     let words = ["--stop-idle-time=2s", "--connections-max=2000", &target, "--", DNSMASQ];
     let words: Vec<_> = words.into_iter().chain(options.split_whitespace()).collect();
     let proxy = Proxy::start_at(front, &words, |launch| launch.listener(&stream));
@@ -94,10 +94,11 @@ fn unbound_sees_the_client_by_the_proxy_protocol() {
     if !has("unbound_sees_the_client_by_the_proxy_protocol", &[UNBOUND, DIG]) {
         return;
     }
-    let (directory, own) = (TempDir::new().unwrap(), free_port());
+    let (directory, own) = (TempDir::new().unwrap(), unused_address());
+    let (own_ip, own_port) = (own.ip(), own.port());
     let (config, log) = (directory.path().join("conf"), directory.path().join("log"));
     let text = format!(
-        "server:\n interface: 127.0.0.1@{own}\n proxy-protocol-port: {own}\n username: \"\"\n \
+        "server:\n interface: {own_ip}@{own_port}\n proxy-protocol-port: {own_port}\n username: \"\"\n \
          chroot: \"\"\n pidfile: \"\"\n use-syslog: no\n logfile: \"{}\"\n log-queries: yes\n \
          do-daemonize: no\n directory: \"{}\"\n local-zone: \"test.\" static\n \
          local-data: \"example.test. A 192.0.2.8\"\n access-control: 127.0.0.10/32 refuse\n\
@@ -107,9 +108,8 @@ fn unbound_sees_the_client_by_the_proxy_protocol() {
     );
     fs::write(&config, text).unwrap();
     let _server = Server::start(&[UNBOUND, "-c", config.to_str().unwrap(), "-d"]);
-    let front = Peer::udp("[::]:0");
-    let (port, target) = (front.port(), format!("127.0.0.1:{own}"));
-    let stream = Endpoint::tcp(&format!("[::]:{port}"), 16);
+    let (front, stream) = Peer::udp_and_tcp("[::]");
+    let (port, target) = (front.port(), own.to_string());
     let words = ["--proxy-protocol=v2", "--backend-wait=20s", &target];
     let proxy = Proxy::start_at(front, &words, |launch| launch.listener(&stream));
     let port = port.to_string();

@@ -313,7 +313,7 @@ fn a_unix_client_that_does_not_read_delays_no_other() {
 
 #[test]
 fn a_name_of_the_listener_makes_no_loop() {
-    let port = free_port();
+    let port = unused_port();
     let proxy = Launch::new(OURS)
         .arg(format!("--listen=udp:127.0.0.1:{port}"))
         .arg("--log-level=debug")

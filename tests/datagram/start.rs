@@ -32,8 +32,7 @@ fn streams_and_datagrams_share_a_process_and_a_target() {
 #[test]
 fn a_selector_with_a_kind_goes_before_one_without() {
     let streams = echo_backend(Family::Tcp);
-    let stream = Endpoint::new(Family::Tcp);
-    let front = Peer::udp(&format!("127.0.0.1:{}", stream.port()));
+    let (front, stream) = Peer::udp_and_tcp("127.0.0.1");
     let backend = echo_peer(Kind::Unix);
     let [all, udp] = [
         format!(":{}={}", stream.port(), streams.target),
@@ -49,13 +48,13 @@ fn the_proxy_opens_datagram_sockets() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("socket");
     let (udp, unix) = (echo_peer(Kind::Udp), echo_peer(Kind::Unix));
-    let port = free_port();
+    let port = unused_port();
     let name = format!("@socket-proxyd-test-{}", std::process::id());
     let mut proxy = Launch::new(OURS)
         .arg(format!("--listen=udp:{port}"))
         .arg(format!("--listen=dgram:{}", path.display()))
         .arg(format!("--listen=dgram:{name}"))
-        .arg(format!("--listen=udp:localhost:{}", free_port()))
+        .arg(format!("--listen=udp:localhost:{}", unused_port()))
         .arg(format!("udp::{port}={}", udp.target))
         .arg(format!("dgram:{}={}", path.display(), unix.target))
         .arg(format!("dgram:{name}={}", udp.target))
