@@ -90,6 +90,7 @@ pub mod testing {
     pub use crate::handover::encoding::{Record, RecordBody, encode_message, record_ids};
     pub use crate::handover::queue::Queue;
     pub use crate::handover::replay::replay;
+    pub use crate::limits::passed::{PassedLimits, PassedRoom};
     pub use crate::listen::activation::take_passed_fds;
     pub use crate::socket::{Family, Socket};
 }

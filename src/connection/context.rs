@@ -18,6 +18,7 @@ use crate::forward::flow::LoopBuffers;
 use crate::forward::pipe::PipeLimits;
 use crate::forward::registry::Registry;
 use crate::handover::{Detached, Handover};
+use crate::limits::passed::PassedRoom;
 use crate::socket::proxy_protocol::ProxyProtocol;
 
 /// What all connections share, on whatever event loop.
@@ -34,6 +35,8 @@ pub struct Settings {
     pub connection_idle_time: TimeSpan,
     /// Pipes for each event loop.
     pub pipes: PipeLimits,
+    /// Room for descriptors that Unix peers pass to each other.
+    pub passed: PassedRoom,
     /// Where connections are stored, with `--handover=`.
     pub handover: Option<Arc<Handover>>,
     /// Counters of all event loops.
@@ -83,7 +86,7 @@ impl LoopContext {
         Self {
             backends: settings.backends.iter().map(backend).collect(),
             proxy_protocol: settings.proxy_protocol,
-            shared: Rc::new(LoopBuffers::new(settings.pipes, pipes)),
+            shared: Rc::new(LoopBuffers::new(settings.pipes, pipes, settings.passed.clone())),
             registry: Rc::new(Registry::new(settings.connection_idle_time.finite())),
             detached: RefCell::default(),
             counters: bytes,

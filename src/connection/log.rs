@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::config::timespan::TimeSpan;
 use crate::forward::snapshot::Side;
-use crate::forward::{CloseReason, Progress, Summary};
+use crate::forward::{CloseReason, PassingError, Progress, Summary};
 use crate::listen::accepted::ListenerInfo;
 use crate::logging::bytes::Bytes;
 use crate::logging::{RateLimit, message_id, os_message, rate_limited};
@@ -77,6 +77,10 @@ impl LogContext<'_> {
                 ("Idle connection closed", None)
             }
             CloseReason::NotInUse => ("Connection reset, it was not in use,", None),
+            CloseReason::Passing(side, error) => {
+                self.not_passed(side, error);
+                ("Connection reset, descriptors could not be passed on,", None)
+            }
             CloseReason::Fault(Side::Client, errno) => {
                 ("Connection ended by the client", Some(errno))
             }
@@ -110,6 +114,22 @@ impl LogContext<'_> {
         );
     }
 
+    fn not_passed(&self, side: Side, error: PassingError) {
+        let Self { client, listener, backend, .. } = self;
+        let side = match side {
+            Side::Client => "client",
+            Side::Backend => "backend",
+        };
+        rate_limited!(
+            NOT_PASSED,
+            warn,
+            client,
+            listener,
+            backend,
+            "Failed to pass on descriptors of the {side}, resetting the connection: {error}"
+        );
+    }
+
     fn idle_timeout(&self, idle_time: Option<Duration>) {
         let idle_time = idle_time.map_or(TimeSpan::INFINITY, TimeSpan::new);
         let Self { client, listener, backend, .. } = self;
@@ -127,4 +147,5 @@ impl LogContext<'_> {
 
 static UNREACHABLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 static PASSIVE: RateLimit = RateLimit::new(5, Duration::from_secs(10));
+static NOT_PASSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));
 static IDLE: RateLimit = RateLimit::new(10, Duration::from_secs(10));

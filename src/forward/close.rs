@@ -95,11 +95,12 @@ impl Forwarder {
     /// Closes both sockets, or resets those whose peer must not take its bytes for complete.
     pub(super) fn close(self, is_idle: bool) -> Summary {
         let Progress { from_client, from_backend, .. } = self.delivered();
-        let reason = match self.fault {
+        let reason = match (self.passing_error, self.fault) {
             _ if is_idle && self.is_expired() => CloseReason::NotInUse,
             _ if is_idle => CloseReason::IdleTimeout,
-            Some((side, errno)) => CloseReason::Fault(side, errno),
-            None => CloseReason::Closed,
+            (Some((side, error)), _) => CloseReason::Passing(side, error),
+            (None, Some((side, errno))) => CloseReason::Fault(side, errno),
+            (None, None) => CloseReason::Closed,
         };
         let resets = SIDES.map(|side| is_idle || self.is_to_be_reset(side));
         for (end, reset) in self.endpoints.into_iter().zip(resets) {

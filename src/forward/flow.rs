@@ -4,33 +4,40 @@
 
 use std::cell::RefCell;
 use std::mem;
+use std::ops::ControlFlow;
+use std::time::Duration;
 
 use rustix::io::Errno;
+use tokio::time::Instant;
 
 use crate::counters::{Gauge, GaugeGuard};
 use crate::forward::endpoint::Endpoint;
+use crate::forward::passing::{Passing, PassingError, Pause};
 use crate::forward::pipe::{Pipe, PipeLimits, PipePool};
 use crate::forward::snapshot::{COPY_SIZE, FlowState};
 use crate::forward::turns::Turns;
-use crate::socket::{Family, Socket};
+use crate::limits::passed::PassedRoom;
+use crate::socket::{Family, Received, Socket};
 
 /// What the connections of one event loop share.
 #[derive(Debug)]
 pub struct LoopBuffers {
-    buffer: RefCell<Box<[u8]>>,
+    pub(super) buffer: RefCell<Box<[u8]>>,
     pub(super) pipes: PipePool,
     /// Flows that wait for room in their sinks.
     stalled: Gauge,
+    pub(super) passed: PassedRoom,
     pub turns: Turns,
 }
 
 impl LoopBuffers {
-    /// `limits` bounds the pipes, which are counted in `pipes`.
-    pub fn new(limits: PipeLimits, pipes: Gauge) -> Self {
+    /// `limits` bounds the pipes, which are counted in `pipes`. `passed` is common to all loops.
+    pub fn new(limits: PipeLimits, pipes: Gauge, passed: PassedRoom) -> Self {
         Self {
             buffer: RefCell::new(vec![0; COPY_SIZE].into()),
             pipes: PipePool::new(limits, pipes),
             stalled: Gauge::default(),
+            passed,
             turns: Turns::default(),
         }
     }
@@ -43,11 +50,13 @@ pub struct Flow {
     /// Bytes the sink accepted.
     pub delivered: u64,
     /// Bytes that were spliced since the other direction moved any.
-    pub unanswered: usize,
+    pub unanswered: u32,
     pub(super) buffered: Buffered,
     mode: Mode,
     /// Held while the flow does not read because its sink has no room. Counts it as stalled.
     lacks_space: Option<GaugeGuard>,
+    /// While other descriptors are in the way of those that this flow passes on.
+    pub(super) pause: Pause,
 }
 
 /// Bytes received from the source that the sink has not accepted yet.
@@ -63,6 +72,8 @@ pub(super) enum Buffered {
     Piped(Pipe),
     /// In a pipe that is stored with systemd and may be empty (crash mode).
     StoredPipe(Box<Pipe>),
+    /// Copied bytes, with descriptors.
+    Passing(Box<Passing>),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,7 +82,7 @@ enum Mode {
     Copy,
     Splice {
         /// Bytes received since the source was last empty.
-        bytes: usize,
+        bytes: u32,
         /// Whether the previous burst was smaller than [`BULK_MIN`].
         was_little: bool,
     },
@@ -92,10 +103,11 @@ pub enum Step {
     End,
 }
 
-/// The socket that failed, and how.
+/// What failed, and how.
 pub enum Fault {
     Source(Errno),
     Sink(Errno),
+    Passing(PassingError),
 }
 
 impl Flow {
@@ -145,22 +157,35 @@ impl Flow {
         if !source.readable || self.lacks_space.is_some() {
             return Ok(Step::Blocked);
         }
-        if let Buffered::StoredPipe(_) = self.buffered {
-            return self.splice(source, sink, size, shared);
+        let are_unix = [&source, &sink].map(|end| end.socket.family()) == [Family::Unix; 2];
+        match (&self.buffered, &self.mode) {
+            (Buffered::StoredPipe(_), _) if are_unix => {
+                self.splice_between_unix(source, sink, size, shared)
+            }
+            (Buffered::StoredPipe(_), _) => self.splice(source, sink, size, shared),
+            _ if are_unix => self.pass(source, sink, shared),
+            (_, Mode::Splice { .. }) => self.splice_bulk(source, sink, size, shared),
+            _ => self.copy(source, sink, shared),
         }
-        if !matches!(self.mode, Mode::Splice { .. }) {
-            return self.copy(source, sink, shared);
-        }
+    }
+
+    /// Splices through a pipe of the pool, or copies where there is little room or no pipe.
+    ///
+    /// Not inlined, as the next three are not: the way of a message stays short.
+    #[inline(never)]
+    fn splice_bulk(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        size: usize,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
         // A pipe may be filled beyond what the sink accepts now: fewer and larger steps, as long as
         // few flows do so.
         let is_careful = !shared.pipes.below_hold_limit();
         let most = if is_careful { sink.socket.send_space() } else { Some(usize::MAX) };
         match most {
-            None => {
-                sink.writable = false;
-                self.lacks_space = Some(shared.stalled.take());
-                return Ok(Step::Blocked);
-            }
+            None => return Ok(self.wait_for_space(sink, shared)),
             // With little room, copy: at most one copy buffer is left over, and no pipe is held for
             // it. The room may be understated, above all while the kernel is short of memory for
             // TCP and has cut the send buffer to a page (tcp_mem in tcp(7)).
@@ -179,8 +204,15 @@ impl Flow {
         self.copy(source, sink, shared)
     }
 
-    /// Receives into the shared buffer and sends from there. Only what the sink does not accept is
-    /// allocated.
+    /// Stops reading until the sink has room.
+    #[inline(never)]
+    pub(super) fn wait_for_space(&mut self, sink: &mut Endpoint, shared: &LoopBuffers) -> Step {
+        sink.writable = false;
+        self.lacks_space = Some(shared.stalled.take());
+        Step::Blocked
+    }
+
+    /// Receives into the shared buffer and sends from there.
     fn copy(
         &mut self,
         source: &mut Endpoint,
@@ -188,23 +220,44 @@ impl Flow {
         shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
         let mut buffer = shared.buffer.borrow_mut();
-        let received = match source.socket.receive(&mut buffer) {
+        let received = source.socket.receive(&mut buffer);
+        let received = match self.account_received(received, buffer.len(), source) {
+            ControlFlow::Continue(received) => received,
+            ControlFlow::Break(result) => return result,
+        };
+        if received.lost_descriptors {
+            shared.passed.drop_message();
+        }
+        self.send_received(&buffer[..received.bytes], sink)
+    }
+
+    /// Accounts for a receive of at most `most` bytes. Breaks if there is nothing to send.
+    ///
+    /// Inlined, as is the next: these run for each message.
+    #[inline(always)]
+    pub(super) fn account_received(
+        &mut self,
+        received: Result<Received, Errno>,
+        most: usize,
+        source: &mut Endpoint,
+    ) -> ControlFlow<Result<Step, Fault>, Received> {
+        let received = match received {
             Ok(received) => received,
             Err(Errno::AGAIN) => {
                 source.readable = false;
-                return Ok(Step::Blocked);
+                return ControlFlow::Break(Ok(Step::Blocked));
             }
-            Err(Errno::INTR) => return Ok(Step::Moved),
-            Err(errno) => return Err(Fault::Source(errno)),
+            Err(Errno::INTR) => return ControlFlow::Break(Ok(Step::Moved)),
+            Err(errno) => return ControlFlow::Break(Err(Fault::Source(errno))),
         };
         if received.bytes == 0 {
-            return Ok(Step::End);
+            return ControlFlow::Break(Ok(Step::End));
         }
         source.readable = !received.drained;
         match self.mode {
             // A full buffer: more than a message is coming.
-            Mode::Copy if received.bytes == buffer.len() => {
-                self.mode = Mode::Splice { bytes: received.bytes, was_little: false };
+            Mode::Copy if received.bytes == most => {
+                self.mode = Mode::Splice { bytes: received.bytes as u32, was_little: false };
             }
             // It was copied for want of a pipe, and the bulk is over.
             Mode::Splice { .. } if received.drained && received.bytes < BULK_MIN => {
@@ -212,7 +265,16 @@ impl Flow {
             }
             _ => {}
         }
-        let bytes = &buffer[..received.bytes];
+        ControlFlow::Continue(received)
+    }
+
+    /// Sends what was just received. Only what the sink does not accept is allocated.
+    #[inline(always)]
+    pub(super) fn send_received(
+        &mut self,
+        bytes: &[u8],
+        sink: &mut Endpoint,
+    ) -> Result<Step, Fault> {
         let sent = self.account(sink.socket.send(bytes), sink)?;
         if sent < bytes.len() {
             self.buffered = Buffered::Copied { bytes: bytes[sent..].to_vec(), sent: 0 };
@@ -221,7 +283,8 @@ impl Flow {
     }
 
     /// Fills the pipe in `buffered`, which the caller has put there, and sends what is in it.
-    fn splice(
+    #[inline(never)]
+    pub(super) fn splice(
         &mut self,
         source: &mut Endpoint,
         sink: &mut Endpoint,
@@ -235,9 +298,13 @@ impl Flow {
                     pipe.grow();
                 }
             }),
-            Buffered::Nothing | Buffered::Copied { .. } => return Ok(Step::Moved),
+            Buffered::Nothing | Buffered::Copied { .. } | Buffered::Passing(_) => {
+                return Ok(Step::Moved);
+            }
         };
         if let Ok(bytes @ 1..) = filled {
+            // A pipe has at most 1 MiB.
+            let bytes = bytes as u32;
             self.unanswered = self.unanswered.saturating_add(bytes);
             if let Mode::Splice { bytes: sum, .. } = &mut self.mode {
                 *sum = sum.saturating_add(bytes);
@@ -257,7 +324,7 @@ impl Flow {
             Err(Errno::AGAIN) => {
                 source.readable = false;
                 if let Mode::Splice { bytes, was_little } = self.mode {
-                    let is_little = bytes < BULK_MIN;
+                    let is_little = (bytes as usize) < BULK_MIN;
                     self.mode = match is_little && was_little {
                         true => Mode::Copy,
                         false => Mode::Splice { bytes: 0, was_little: is_little },
@@ -274,7 +341,12 @@ impl Flow {
         }
     }
 
-    fn send_buffered(&mut self, sink: &mut Endpoint, shared: &LoopBuffers) -> Result<Step, Fault> {
+    #[inline(never)]
+    pub(super) fn send_buffered(
+        &mut self,
+        sink: &mut Endpoint,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
         if !sink.writable {
             return Ok(Step::Blocked);
         }
@@ -285,6 +357,24 @@ impl Flow {
             }
             Buffered::Piped(pipe) => pipe.drain(&sink.socket),
             Buffered::StoredPipe(pipe) => pipe.drain(&sink.socket),
+            Buffered::Passing(passing) => {
+                if self.pause.is_running() {
+                    return Ok(Step::Blocked);
+                }
+                match passing.send(&sink.socket) {
+                    Err(Errno::TOOMANYREFS) if self.pause.has_lasted(REFUSED_MAX) => {
+                        return Err(Fault::Passing(PassingError::TooManyInFlight));
+                    }
+                    Err(Errno::TOOMANYREFS) => {
+                        self.pause.begin();
+                        return Ok(Step::Blocked);
+                    }
+                    sent => {
+                        self.pause = Pause::default();
+                        sent
+                    }
+                }
+            }
         };
         self.account(result, sink)?;
         self.release_if_sent(shared);
@@ -292,7 +382,7 @@ impl Flow {
     }
 
     /// Accounts for a write to the sink. A full sink accepted nothing.
-    fn account(
+    pub(super) fn account(
         &mut self,
         result: Result<usize, Errno>,
         sink: &mut Endpoint,
@@ -317,6 +407,7 @@ impl Flow {
     fn release_if_sent(&mut self, shared: &LoopBuffers) {
         self.buffered = match mem::take(&mut self.buffered) {
             Buffered::Copied { bytes, sent } if sent == bytes.len() => Buffered::Nothing,
+            Buffered::Passing(passing) if passing.is_sent() => Buffered::Nothing,
             Buffered::Piped(pipe) => {
                 shared.pipes.release_if_empty(pipe).map_or(Buffered::Nothing, Buffered::Piped)
             }
@@ -337,6 +428,11 @@ impl Flow {
         }
     }
 
+    /// Returns when to try again, though no edge may come until then.
+    pub fn retry_at(&self) -> Option<Instant> {
+        self.pause.until()
+    }
+
     /// Whether nothing can happen before the sink accepts bytes.
     pub fn waits_for_sink(&self) -> bool {
         self.lacks_space.is_some() || !self.buffered.is_empty()
@@ -350,6 +446,7 @@ impl Flow {
             self.state = FlowState::SinkClosed { lost };
             self.buffered = Buffered::Nothing;
             self.lacks_space = None;
+            self.pause = Pause::default();
         }
     }
 }
@@ -360,7 +457,7 @@ impl Buffered {
             Self::Nothing => true,
             Self::StoredPipe(pipe) => pipe.filled() == 0,
             // Between two steps these hold a byte at least.
-            Self::Copied { .. } | Self::Piped(_) => false,
+            Self::Copied { .. } | Self::Piped(_) | Self::Passing(_) => false,
         }
     }
 }
@@ -376,13 +473,16 @@ fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
     }
 }
 
+/// How long the kernel may refuse descriptors in flight.
+const REFUSED_MAX: Duration = Duration::from_secs(1);
+
 /// A splicing flow that moves fewer bytes than this between two empty reads, twice in a row, goes
 /// back to copying. (A message of 33 to 64 KiB may come in two parts.)
 const BULK_MIN: usize = 32 * 1024;
 
 /// A Unix source that sends more bytes than this without an answer is copied: see "How bytes move"
 /// in `forward`.
-const UNIX_BULK: usize = 128 * 1024;
+const UNIX_BULK: u32 = 128 * 1024;
 
 /// The size of a stored pipe that has grown, which it does only for bulk.
 const BULK_PIPE: usize = 128 * 1024;

@@ -22,9 +22,9 @@
 //!   the CPU of copying. Its pipe comes from the event loop's pool and returns when it is empty.
 //!   Once it carries only small messages, it goes back to copying. So does a flow that finds no
 //!   pipe.
-//! - A Unix source is spliced until it has sent 128 KiB without an answer, and then copied. In bulk
-//!   its many small buffers cost more to splice than to copy. Messages that fit into its socket
-//!   cost less.
+//! - A Unix source is spliced to a TCP sink until it has sent 128 KiB without an answer, and then
+//!   copied. In bulk its many small buffers cost more to splice than to copy. Messages that fit
+//!   into its socket cost less.
 //! - With `--handover=crash` each flow has a *stored* pipe, which systemd keeps as well. All of its
 //!   bytes are spliced through that pipe, so none is ever in the memory of the process.
 //!
@@ -50,6 +50,21 @@
 //!   KiB to a TCP sink. With many stalled flows a `poll` and a `getsockopt` more.
 //!
 //! `tests/proxy/syscalls.rs` counts them, except those that stalled flows add.
+//!
+//! ## Descriptors
+//!
+//! A Unix peer can pass descriptors (`SCM_RIGHTS` in unix(7)). Between two Unix sockets they go on
+//! with the first byte of the receive that returned them: never later than their own byte, perhaps
+//! with bytes that were sent before it. So a flow between Unix sockets always copies. Descriptors
+//! that the sink does not accept at once are buffered with their bytes, and nothing behind them is
+//! read.
+//!
+//! `limits::passed` bounds the descriptors that are open here. While more than half of that room is
+//! taken, a flow reads only if its sink has room, so the descriptors of a slow peer do not take the
+//! rest. When all of it is taken, a flow looks first, and leaves descriptors in the kernel. The
+//! kernel refuses to send them while too many of the user are in flight. Then the flow tries again,
+//! for a second. Descriptors that cannot be passed on end the connection by a reset. On the way
+//! from a Unix socket to any other they are closed.
 //!
 //! ## How a flow ends
 //!
@@ -81,7 +96,9 @@
 
 mod close;
 mod persist;
+mod between_unix;
 pub mod flow;
+mod passing;
 mod endpoint;
 pub mod pipe;
 mod turns;
@@ -97,6 +114,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use tokio::time::timeout_at;
 
 use crate::counters::ByteCounters;
 use crate::forward::endpoint::Endpoint;
@@ -104,6 +122,8 @@ use crate::forward::flow::{Fault, Flow, LoopBuffers, Step};
 use crate::forward::registry::{EndRequest, Registration};
 use crate::forward::snapshot::{FlowState, Side, SnapshotStore};
 use crate::socket::{Family, Socket};
+
+pub use crate::forward::passing::PassingError;
 
 /// Two connected sockets and the bytes between them. The arrays are indexed by [`Side`].
 #[derive(Debug)]
@@ -117,6 +137,8 @@ pub struct Forwarder {
     header_len: u16,
     /// The first error of a socket.
     fault: Option<(Side, Errno)>,
+    /// Descriptors of this side could not be passed on.
+    passing_error: Option<(Side, PassingError)>,
     /// The number of its last bulk turn, of those on its event loop.
     last_turn: u64,
     /// The stored form, kept current (crash mode).
@@ -149,6 +171,8 @@ pub enum CloseReason {
     Closed,
     /// The socket of this side failed.
     Fault(Side, Errno),
+    /// The descriptors that this side has passed could not be passed on.
+    Passing(Side, PassingError),
     /// `--connection-idle-time=`.
     IdleTimeout,
     /// The connection was not in use (`--passive-from=`) when its backend was frozen or stopped.
@@ -186,6 +210,7 @@ impl Forwarder {
             shared,
             counters,
             registration,
+            passing_error: None,
             last_turn: 0,
             journal: None,
         };
@@ -220,6 +245,11 @@ impl Forwarder {
                     Turn::Blocked if self.is_over() || self.is_idle() => break,
                     _ if self.is_detach_requested() => return Ok(self.detached()),
                     // Boxed, here and below: what few connections need is not part of every future.
+                    Turn::Blocked if self.flows.iter().any(|flow| flow.retry_at().is_some()) => {
+                        if !Box::pin(self.wait_until_retry()).await? {
+                            self.report_if_requested(&report);
+                        }
+                    }
                     Turn::Blocked if self.is_stalled() => {
                         if !Box::pin(self.wait_while_stalled(&report)).await? {
                             break;
@@ -330,6 +360,7 @@ impl Forwarder {
                 Ok(Step::End) => self.end(side),
                 Err(Fault::Source(errno)) => self.fail_source(side, errno),
                 Err(Fault::Sink(errno)) => self.fail_sink(side, errno),
+                Err(Fault::Passing(error)) => self.fail_passing(side, error),
             }
         }
         let delivered = self.flows[side as usize].delivered - before;
@@ -369,6 +400,15 @@ impl Forwarder {
         self.update_journal();
     }
 
+    /// Ends both flows: descriptors from `side` cannot be passed on, and without them its bytes are
+    /// not complete.
+    fn fail_passing(&mut self, side: Side, error: PassingError) {
+        self.passing_error = Some((side, error));
+        self.flows[side as usize].state = FlowState::SourceReset;
+        self.flows[side.other() as usize].close_sink(true);
+        self.update_journal();
+    }
+
     /// Ends the flow from `side`, whose sink failed.
     ///
     /// EPIPE: a FIN was sent to the peer, or a Unix peer shut down reading. The sink's own bytes
@@ -391,6 +431,14 @@ impl Forwarder {
             _ => self.poll_edges(cx).map_ok(|()| true),
         })
         .await
+    }
+
+    /// Waits as [`Forwarder::wait`] does, but at most until a flow is to try again.
+    async fn wait_until_retry(&mut self) -> io::Result<bool> {
+        match self.flows.iter().filter_map(Flow::retry_at).min() {
+            Some(at) => timeout_at(at, self.wait()).await.unwrap_or(Ok(true)),
+            None => self.wait().await,
+        }
     }
 
     fn poll_edges(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

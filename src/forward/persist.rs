@@ -1,4 +1,5 @@
-//! A forwarder and its flows to and from a [`Snapshot`], and the moments at which crash mode stores one.
+//! A forwarder and its flows to and from a [`Snapshot`], and the moments at which crash mode stores
+//! one.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
@@ -16,6 +17,7 @@ use crate::counters::ByteCounters;
 use crate::forward::Forwarder;
 use crate::forward::endpoint::Endpoint;
 use crate::forward::flow::{Buffered, Flow, LoopBuffers};
+use crate::forward::passing::Passing;
 use crate::forward::registry::Registration;
 use crate::forward::snapshot::{
     BufferedSnapshot, COPY_SIZE, EndpointSnapshot, FdRef, FlowSnapshot, FlowState, SIDES, Side,
@@ -79,6 +81,7 @@ impl Forwarder {
             registration,
             header_len,
             fault,
+            passing_error: None,
             last_turn: 0,
             journal: None,
         };
@@ -183,6 +186,10 @@ impl Flow {
     pub fn use_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
         let pipe = match mem::take(&mut self.buffered) {
             Buffered::Piped(pipe) => pipe,
+            passing @ Buffered::Passing(_) => {
+                self.buffered = passing;
+                return Err(Errno::INVAL);
+            }
             buffered => {
                 let pipe = shared.pipes.create_unpooled().and_then(|mut pipe| {
                     if let Buffered::Copied { bytes, sent } = &buffered {
@@ -216,6 +223,7 @@ impl Flow {
             Buffered::Copied { bytes, sent } => copied_snapshot(&bytes[*sent..], shared)?,
             Buffered::Piped(pipe) => pipe.snapshot(),
             Buffered::StoredPipe(pipe) => pipe.snapshot(),
+            Buffered::Passing(passing) => passing.snapshot()?,
         };
         Ok(FlowSnapshot { state: self.state, delivered: self.delivered, buffered })
     }
@@ -242,6 +250,9 @@ impl Flow {
             }
             BufferedSnapshot::Piped { read, write } => {
                 Buffered::StoredPipe(Box::new(shared.pipes.adopt(read, write)?))
+            }
+            BufferedSnapshot::Passing(socket) => {
+                Buffered::Passing(Passing::restore(&socket, &shared.passed)?)
             }
         };
         let mut flow = Self::default();

@@ -85,6 +85,7 @@ impl<Fd> Snapshot<Fd> {
                 BufferedSnapshot::Piped { read, write } => {
                     BufferedSnapshot::Piped { read: map(read), write: map(write) }
                 }
+                BufferedSnapshot::Passing(socket) => BufferedSnapshot::Passing(map(socket)),
             },
         });
         Snapshot { endpoints, flows, header_len: self.header_len, fault: self.fault }
@@ -127,6 +128,8 @@ pub enum BufferedSnapshot<Fd> {
         /// The pipe's write end.
         write: Fd,
     },
+    /// In the queue of a Unix socket, with the descriptors that the source has passed.
+    Passing(Fd),
 }
 
 /// A descriptor of a snapshot that is to be stored.

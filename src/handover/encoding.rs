@@ -26,9 +26,6 @@ use crate::forward::snapshot::Snapshot;
 use crate::limits::descriptors::FOR_HANDOVER;
 use crate::socket::file_id::FileId;
 
-/// Descriptors that a message can carry (`SCM_MAX_FD` in the kernel).
-pub const DESCRIPTORS_MAX: usize = 253;
-
 /// Records written into one message. With the header and the kernel's own 320 bytes, 14 forms of 50
 /// bytes fit into 1 KiB of kernel memory. Most have some 40 bytes.
 pub const RECORDS_MAX: usize = 14;
@@ -50,7 +47,7 @@ const FORM_MAX: usize = 185;
 
 /// Raised with every change of a record, of a snapshot, or of a type in them: the bytes follow the
 /// order of the declarations.
-const VERSION: u8 = 3;
+const VERSION: u8 = 4;
 
 /// Ids stay below this, so `id + 1` never overflows.
 const ID_MAX: u64 = 1 << 63;
@@ -343,7 +340,7 @@ mod tests {
         let (bytes, fds) = message((0..RECORDS_MAX).map(|_| usual()));
         // The kernel adds 320 bytes (struct skb_shared_info).
         assert!(bytes.len() <= 1024 - 320, "{} bytes", bytes.len());
-        assert!(fds.len() <= DESCRIPTORS_MAX);
+        assert!(fds.len() <= crate::socket::PASSED_MAX);
 
         let mut longest = forwarder(u64::MAX, u64::MAX);
         if let RecordBody::Forwarder(snapshot) = &mut longest.body {

@@ -5,20 +5,20 @@
 //! descriptors (`SCM_RIGHTS` in unix(7)) included. Messages are read with `MSG_PEEK`, so that
 //! reading takes nothing out.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    bind, recvmsg, sendmsg, socketpair, sockopt,
+    SocketAddrUnix, SocketFlags, SocketType, bind, recvmsg, socketpair, sockopt,
 };
 use socket2::SockRef;
 
-use crate::handover::encoding::{DESCRIPTORS_MAX, MESSAGE_MAX};
+use crate::handover::encoding::MESSAGE_MAX;
 use crate::socket::sys::{outq_len, set_peek_offset};
+use crate::socket::{PASSED_MAX, send_passed};
 
 /// The size in bytes to ask for: some 10,000 messages. Without privileges the kernel grants what
 /// `net.core.wmem_max` allows.
@@ -96,20 +96,14 @@ impl Queue {
     /// `EAGAIN` when the queue is full, `ETOOMANYREFS` when the user has more descriptors in flight
     /// than `RLIMIT_NOFILE` (unix(7)).
     pub fn append(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(Errno::INVAL);
-        }
-        sendmsg(&self.writer, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).map(drop)
+        send_passed(&self.writer, bytes, fds).map(drop)
     }
 
     /// Reads the messages from the first on. They stay in the queue.
     pub fn messages(&self) -> impl Iterator<Item = io::Result<Message>> {
         let mut offset = 0;
         std::iter::from_fn(move || {
-            let mut space =
-                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSED_MAX))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let (bytes, is_whole, flags) = match self.peek(&mut offset, &mut control).transpose()? {
                 Ok(read) => read,

@@ -135,6 +135,8 @@ fn verified(record: SealedRecord<OwnedFd>) -> Option<(Record<OwnedFd>, HashSet<F
                     BufferedSnapshot::Copied(_) if flow.state != FlowState::Open => return None,
                     BufferedSnapshot::Copied(file) => files.push(check_file(file)?),
                     BufferedSnapshot::Piped { read, write } => files.push(check_pipe(read, write)?),
+                    BufferedSnapshot::Passing(_) if flow.state != FlowState::Open => return None,
+                    BufferedSnapshot::Passing(socket) => files.push(check_socket(socket, false)?),
                 }
             }
             if snapshot.fault.is_some_and(|(_, errno)| !(1..4096).contains(&errno)) {
@@ -205,7 +207,7 @@ fn is_over(body: &RecordBody<OwnedFd>) -> bool {
 fn is_empty(buffered: &BufferedSnapshot<OwnedFd>) -> bool {
     match buffered {
         BufferedSnapshot::Nothing => true,
-        BufferedSnapshot::Copied(_) => false,
+        BufferedSnapshot::Copied(_) | BufferedSnapshot::Passing(_) => false,
         BufferedSnapshot::Piped { read, .. } => ioctl_fionread(read) == Ok(0),
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use crate::config::Config;
 use crate::config::target::Target;
 use crate::config::values::ReadyMode;
+use crate::limits::passed::PassedLimits;
 
 /// The descriptors that a process may have, divided among their uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,26 +30,30 @@ pub struct FdPlan {
     pub beside_places: usize,
     /// Pipes at a time.
     pub pipes: usize,
+    /// Those that Unix peers pass to each other.
+    pub passed: PassedLimits,
     /// The soft limit at the start, for COMMAND: select(2) breaks above 1024.
     pub inherited: Option<u64>,
 }
 
 impl FdPlan {
     /// Divides the descriptors of this process, after raising its soft limit to the hard limit.
-    /// `is_journaled` tells whether connections are stored from accept on. The `restored`
-    /// descriptors are open already, and count as those of connections.
+    /// `is_journaled` tells whether connections are stored from accept on, `passes` whether Unix
+    /// peers may pass descriptors to each other. The `restored` descriptors are open already, and
+    /// count as those of connections.
     ///
     /// # Errors
     /// A line for the log when there is no room for a single connection.
     pub fn of_this_process(
         config: &Config,
         is_journaled: bool,
+        passes: bool,
         restored: usize,
     ) -> Result<Self, String> {
         let inherited = getrlimit(Resource::Nofile).current;
         let limit = raise_limit();
         let open = open_fds().saturating_sub(restored);
-        let plan = Self { inherited, ..Self::new(limit, open, config, is_journaled) };
+        let plan = Self { inherited, ..Self::new(limit, open, config, is_journaled, passes) };
         if plan.connections == 0 {
             return Err(format!(
                 "RLIMIT_NOFILE={limit} leaves no room for a connection; raise LimitNOFILE= \
@@ -62,7 +67,7 @@ impl FdPlan {
     ///
     /// Connections come first: `--connections-max=`, and one more that is accepted to be refused.
     /// Pipes get the rest, but at least a small part.
-    fn new(limit: usize, open: usize, config: &Config, is_journaled: bool) -> Self {
+    fn new(limit: usize, open: usize, config: &Config, is_journaled: bool, passes: bool) -> Self {
         let (per_connection, for_store) = match config.handover {
             _ if is_journaled => (PER_STORED_CONNECTION, FOR_STORE),
             Some(_) => (PER_CONNECTION, FOR_HANDOVER),
@@ -74,6 +79,8 @@ impl FdPlan {
             ReadyMode::Http(_) | ReadyMode::Exec(_) => config.targets.iter().count() * PER_PROBE,
         };
         let for_metrics = if config.args.metrics.is_some() { FOR_METRICS } else { 0 };
+        let passed = PassedLimits::new(limit, config.args.threads.get());
+        let for_passed = if passes { passed.all } else { 0 };
         let for_threads = (config.args.threads.get() - 1) * PER_THREAD;
         let needs_lookups = config.targets.iter().any(|target| matches!(target, Target::Name(_)));
         let connections_max = config.args.connections_max.get() as usize;
@@ -81,14 +88,14 @@ impl FdPlan {
             if config.backend_wait.is_zero() { [0, 0] } else { [WATCH_PLACES, BESIDE_PLACES] };
         let reserved = RESERVE
             + (watch_places + beside_places + for_command + for_probes + for_threads)
-            + (for_store + for_metrics);
+            + (for_store + for_metrics + for_passed);
         let free = limit.saturating_sub(open + reserved);
         let lookups = if needs_lookups { (free / 32).clamp(1, LOOKUPS_MAX) } else { 0 };
         let free = free.saturating_sub(lookups * PER_LOOKUP);
         let for_connections = connections_max.saturating_add(1).saturating_mul(per_connection);
         let pipes = (free.saturating_sub(for_connections) / 2).max(free / 16).min(PIPES_MAX);
         let connections = free.saturating_sub(pipes * 2) / per_connection;
-        Self { connections, lookups, watch_places, beside_places, pipes, inherited: None }
+        Self { connections, lookups, watch_places, beside_places, pipes, passed, inherited: None }
     }
 }
 
@@ -252,8 +259,10 @@ mod tests {
                     ] {
                         let connections = format!("--connections-max={connections_max}");
                         let config = config(&[&["--threads=4", &*connections], args].concat());
-                        let plan = FdPlan::new(limit, open, &config, false);
-                        let beside = 3 * PER_THREAD + for_others;
+                        let passes = for_others == 0;
+                        let plan = FdPlan::new(limit, open, &config, false, passes);
+                        let for_passed = if passes { plan.passed.all } else { 0 };
+                        let beside = 3 * PER_THREAD + for_others + for_passed;
                         let sum = plan.connections * 2
                             + plan.pipes * 2
                             + plan.lookups * PER_LOOKUP
@@ -271,14 +280,20 @@ mod tests {
             }
         }
         let plan = |limit, open, connections_max: &str, is_journaled| {
-            FdPlan::new(limit, open, &config(&[connections_max, "127.0.0.1:2"]), is_journaled)
+            FdPlan::new(
+                limit,
+                open,
+                &config(&[connections_max, "127.0.0.1:2"]),
+                is_journaled,
+                false,
+            )
         };
         let small = plan(40, 10, "--connections-max=256", false);
         assert_eq!((small.connections, small.pipes), (11, 1));
         let roomy = plan(20_000, 16, "--connections-max=4096", false);
         assert!(roomy.connections >= 4096);
         assert_eq!(roomy.pipes, PIPES_MAX);
-        let lookups = |limit| FdPlan::new(limit, 16, &config(&["name:2"]), false).lookups;
+        let lookups = |limit| FdPlan::new(limit, 16, &config(&["name:2"]), false, false).lookups;
         assert_eq!([40, 1024, 20_000, 524_288].map(lookups), [1, 31, LOOKUPS_MAX, LOOKUPS_MAX]);
         let journaled = plan(20_000, 16, "--connections-max=3000", true);
         assert!(journaled.connections > 3000);

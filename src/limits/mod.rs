@@ -8,6 +8,7 @@ pub mod client_limits;
 pub mod slot;
 pub mod idle_clock;
 pub mod source;
+pub mod passed;
 pub mod descriptors;
 
 use std::num::NonZeroU32;

@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, NoLabelSet};
 use prometheus_client::metrics::MetricType::{self, Counter, Gauge};
-use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::counter::{self, ConstCounter};
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
@@ -37,6 +37,8 @@ pub struct MetricsSources {
     /// The name of each backend, and its counters.
     pub backends: Vec<(String, Arc<ConnectCounters>)>,
     pub loops: Arc<Loops>,
+    /// Messages whose descriptors were closed.
+    pub descriptors_dropped: counter::Counter,
     /// Connections restored from the previous process.
     pub restored: usize,
     pub starts: Option<Arc<CommandCounters>>,
@@ -78,7 +80,11 @@ impl Collector for MetricsSources {
         self.encode_datagrams(&mut encoder)?;
         self.encode_backends(&mut encoder)?;
         let pipes = [([("", ""); 0], self.loops.pipes() as u64)];
-        encode(&mut encoder, Gauge, "pipes", "Open pipes for splice(2).", pipes)
+        encode(&mut encoder, Gauge, "pipes", "Open pipes for splice(2).", pipes)?;
+        let help =
+            "Messages whose descriptors were closed, on the way from a Unix socket to another.";
+        let dropped = [([("", ""); 0], self.descriptors_dropped.get())];
+        encode(&mut encoder, Counter, "descriptors_dropped", help, dropped)
     }
 }
 
@@ -355,6 +361,7 @@ mod tests {
             unconfigured: Arc::default(),
             backends,
             loops,
+            descriptors_dropped: counter::Counter::default(),
             restored: 0,
             starts: Some(Arc::default()),
         })

@@ -79,6 +79,7 @@ impl Server {
             unconfigured: Arc::clone(&self.unconfigured),
             backends: settings.backends.iter().map(backend).collect(),
             loops: Arc::clone(&settings.loops),
+            descriptors_dropped: settings.passed.dropped.clone(),
             restored: self.restored,
             starts: self.starter.as_ref().map(|it| Arc::clone(&it.lifecycle().counters)),
         })

@@ -26,6 +26,7 @@ use crate::handover::Handover;
 use crate::handover::replay::Leftovers;
 use crate::limits::client_limits::ClientLimits;
 use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
+use crate::limits::passed::PassedRoom;
 use crate::listen::activation::{PassedFd, set_cloexec_all};
 use crate::listen::datagram::DatagramListener;
 use crate::listen::listener::Listener;
@@ -99,7 +100,8 @@ fn build(
 ) -> Result<Server, String> {
     let Routes { listeners, connection, datagrams } = routes(&config, sockets)?;
     let is_journaled = handover.as_ref().is_some_and(|handover| handover.is_crash_mode());
-    let fds = FdPlan::of_this_process(&config, is_journaled, leftovers.descriptors())?;
+    let passes = !is_journaled && passes_descriptors(&config, &listeners, &connection);
+    let fds = FdPlan::of_this_process(&config, is_journaled, passes, leftovers.descriptors())?;
     if starts_programs(&config) {
         set_cloexec_all().map_err(|error| format!("Failed to list /proc/self/fd: {error}."))?;
     }
@@ -126,6 +128,7 @@ fn build(
         proxy_protocol: config.args.proxy_protocol,
         connection_idle_time: config.args.connection_idle_time,
         pipes: PipeLimits { max: fds.pipes / threads, held: (pipe::HELD_MAX / threads).max(1) },
+        passed: PassedRoom::new(fds.passed),
         handover: handover.clone(),
         loops: Arc::new(Loops::default()),
     };
@@ -201,6 +204,21 @@ fn routes(config: &Config, sockets: ClientSockets) -> Result<Routes, String> {
     };
     check_datagrams(config, &routes.datagrams)?;
     Ok(routes)
+}
+
+/// Whether connections lead from Unix sockets to Unix sockets, which can pass descriptors.
+fn passes_descriptors(
+    config: &Config,
+    listeners: &[(Rc<Listener>, usize)],
+    connection: &Option<(PassedConnection, usize)>,
+) -> bool {
+    let connection = connection.iter().map(|(it, backend)| (&it.label, *backend));
+    let mut routes = listeners.iter().map(|(it, backend)| (&it.label, *backend)).chain(connection);
+    routes.any(|(label, backend)| {
+        let target = config.targets.iter().nth(backend);
+        let is_unix = matches!(target, Some(Target::Address(address)) if address.is_unix());
+        is_unix && label.address.is_unix()
+    })
 }
 
 /// Whether the proxy starts programs: COMMAND, or those of `--start-command=` and `--ready=exec:`.

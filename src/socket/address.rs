@@ -57,6 +57,11 @@ impl Address {
         }
     }
 
+    /// Whether it is the address of a Unix socket.
+    pub fn is_unix(&self) -> bool {
+        matches!(self, Self::Path(_) | Self::Abstract(_) | Self::Unnamed)
+    }
+
     /// Fails for an unnamed Unix socket, which bind(2) and connect(2) cannot take.
     pub fn to_sockaddr(&self) -> io::Result<SockAddr> {
         match self {

@@ -1,11 +1,11 @@
 //! Datagrams in batches: recvmmsg(2), sendmmsg(2), and the control messages of ip(7), ipv6(7) and
 //! udp(7).
 //!
-//! This module imports no other of the proxy. What the kernel received as one buffer of equal
+//! What the kernel received as one buffer of equal
 //! segments (UDP_GRO) stays one buffer, and can be sent as one (UDP_SEGMENT).
 
 use std::io;
-use std::mem::{self, MaybeUninit};
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
@@ -13,6 +13,8 @@ use std::slice;
 
 use rustix::io::Errno;
 use socket2::SockAddr;
+
+use crate::socket::control::{self, Control, ControlKind};
 
 /// Messages of one system call.
 pub const BATCH: usize = 32;
@@ -114,11 +116,6 @@ pub fn to_sockaddr(name: &[u8]) -> SockAddr {
 /// A name of up to 111 bytes: see [`accept`](super::sys::accept).
 type Name = libc::sockaddr_storage;
 
-/// Control messages need the alignment of their header.
-#[derive(Clone, Copy)]
-#[repr(align(8))]
-struct Control([u8; CONTROL_MAX]);
-
 /// Memory for a batch of received messages.
 ///
 /// Pages that no datagram has reached take no memory.
@@ -126,7 +123,7 @@ pub struct ReceiveBuffer {
     memory: Box<[u8]>,
     slot_len: usize,
     names: Box<[Name]>,
-    controls: Box<[Control]>,
+    controls: Box<[Control<CONTROL_MAX>]>,
     /// Point into the three above, which never move.
     _iovecs: Box<[libc::iovec]>,
     headers: Box<[libc::mmsghdr]>,
@@ -203,7 +200,7 @@ impl ReceiveBuffer {
         #[allow(clippy::unnecessary_cast, reason = "the type differs between C libraries")]
         let control_len = (header.msg_hdr.msg_controllen as usize).min(CONTROL_MAX);
         let mut control = &self.controls[slot].0[..control_len];
-        while let Some((kind, data, rest)) = next_control(control) {
+        while let Some((kind, data, rest)) = control::next(control) {
             received.read_control(kind, data);
             control = rest;
         }
@@ -258,7 +255,7 @@ impl ReceivedMessage<'_> {
 
 /// Memory for the headers of a batch that is sent.
 pub struct SendBuffer {
-    controls: Box<[Control]>,
+    controls: Box<[Control<CONTROL_MAX>]>,
     iovecs: Box<[[libc::iovec; 2]]>,
     headers: Box<[libc::mmsghdr]>,
 }
@@ -345,75 +342,42 @@ impl Outgoing<'_> {
     }
 
     /// Writes the control messages. Returns their length.
-    fn write_control(&self, control: &mut Control) -> usize {
+    fn write_control(&self, control: &mut Control<CONTROL_MAX>) -> usize {
         let mut len = 0;
         if self.tos != 0 {
             let kind = match self.is_ipv4 {
                 true => (libc::IPPROTO_IP, libc::IP_TOS),
                 false => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
             };
-            push_control(control, &mut len, kind, &i32::from(self.tos).to_ne_bytes());
+            control::push(&mut control.0, &mut len, kind, &i32::from(self.tos).to_ne_bytes());
         }
         if let Some(segment) = self.segment {
             let kind = (libc::SOL_UDP, libc::UDP_SEGMENT);
-            push_control(control, &mut len, kind, &(segment as u16).to_ne_bytes());
+            control::push(&mut control.0, &mut len, kind, &(segment as u16).to_ne_bytes());
         }
         if let Some(LocalAddress { ip, interface }) = self.source {
             match ip {
                 IpAddr::V4(ip) => {
                     let mut info = [0; 12];
                     info[4..8].copy_from_slice(&ip.octets());
-                    push_control(control, &mut len, (libc::IPPROTO_IP, libc::IP_PKTINFO), &info);
+                    control::push(
+                        &mut control.0,
+                        &mut len,
+                        (libc::IPPROTO_IP, libc::IP_PKTINFO),
+                        &info,
+                    );
                 }
                 IpAddr::V6(ip) => {
                     let mut info = [0; 20];
                     info[..16].copy_from_slice(&ip.octets());
                     info[16..].copy_from_slice(&interface.to_ne_bytes());
                     let kind = (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO);
-                    push_control(control, &mut len, kind, &info);
+                    control::push(&mut control.0, &mut len, kind, &info);
                 }
             }
         }
         len
     }
-}
-
-/// The length of a control message's header: cmsg(3), `CMSG_LEN(0)`.
-const HEADER: usize = size_of::<libc::cmsghdr>();
-
-fn align(len: usize) -> usize {
-    len.next_multiple_of(size_of::<usize>())
-}
-
-/// The level and the type of a control message.
-type ControlKind = (i32, i32);
-
-/// Returns the kind of the first control message, its data, and what follows it.
-fn next_control(control: &[u8]) -> Option<(ControlKind, &[u8], &[u8])> {
-    let mut header = MaybeUninit::<libc::cmsghdr>::uninit();
-    let bytes = control.get(..HEADER)?;
-    // SAFETY: the bytes are as many as a header has, and any bytes are a valid header.
-    let header = unsafe {
-        ptr::copy_nonoverlapping(bytes.as_ptr(), header.as_mut_ptr().cast(), HEADER);
-        header.assume_init()
-    };
-    let len = header.cmsg_len as usize;
-    let data = control.get(align(HEADER)..len)?;
-    Some(((header.cmsg_level, header.cmsg_type), data, control.get(align(len)..).unwrap_or(&[])))
-}
-
-fn push_control(control: &mut Control, at: &mut usize, (level, kind): ControlKind, data: &[u8]) {
-    let len = align(HEADER) + data.len();
-    // SAFETY: all-zero is a valid header. Of some C libraries it has padding.
-    let mut header: libc::cmsghdr = unsafe { mem::zeroed() };
-    header.cmsg_len = len as _;
-    (header.cmsg_level, header.cmsg_type) = (level, kind);
-    let room = &mut control.0[*at..*at + align(len)];
-    room.fill(0);
-    // SAFETY: `room` has at least the length of a header.
-    unsafe { ptr::copy_nonoverlapping((&raw const header).cast(), room.as_mut_ptr(), HEADER) };
-    room[align(HEADER)..len].copy_from_slice(data);
-    *at += align(len);
 }
 
 fn last_errno() -> Errno {

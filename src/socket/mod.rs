@@ -17,6 +17,10 @@ mod fd;
 pub mod sys;
 #[expect(unsafe_code, reason = "recvmmsg(2) and sendmmsg(2)")]
 pub mod mmsg;
+#[expect(unsafe_code, reason = "recvmsg(2) with descriptors")]
+mod passed_fds;
+#[expect(unsafe_code, reason = "it copies headers of control messages")]
+mod control;
 
 use std::cell::Cell;
 use std::fs;
@@ -30,18 +34,20 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags};
+use rustix::net::{RecvFlags, SendFlags};
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::socket::address::Address;
+use crate::socket::passed_fds::PassedMessage;
 use crate::socket::sys::register;
 
 pub use crate::socket::fd::{
     Family, FirstByte, abort, first_byte, has_hung_up, has_hung_up_reading, has_unread, polls,
 };
 pub use crate::socket::options::{Keepalive, set_nodelay, set_oobinline, set_reset_on_close};
+pub use crate::socket::passed_fds::{PASSED_MAX, RoomFor, receive as receive_passed, send_passed};
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -65,6 +71,8 @@ pub struct Received {
     pub bytes: usize,
     /// Whether the socket is empty, so that the next readiness comes with an edge.
     pub drained: bool,
+    /// Descriptors that a Unix peer has passed were closed, or some of them.
+    pub lost_descriptors: bool,
 }
 
 impl Socket {
@@ -163,25 +171,52 @@ impl Socket {
         }
     }
 
-    /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet.
+    /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet. Closes descriptors
+    /// that a Unix peer passes.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
+        if self.family == Family::Unix {
+            let mut descriptors = Vec::new();
+            let received = self.receive_message(buffer, RoomFor::Credentials, &mut descriptors)?;
+            let lost_descriptors = received.lost_descriptors || !descriptors.is_empty();
+            return Ok(Received { lost_descriptors, ..received });
+        }
         let len = buffer.len();
-        let (bytes, ended_early) = if self.family == Family::Unix {
-            // On a Unix socket a receive ends after a message with descriptors or credentials,
-            // even if more bytes follow. The proxy discards them, and MSG_CTRUNC tells: the
-            // receive was short, but the socket is not empty.
-            let received = rustix::net::recvmsg(
-                &self.io,
-                &mut [io::IoSliceMut::new(buffer)],
-                &mut RecvAncillaryBuffer::default(),
-                RecvFlags::empty(),
-            )?;
-            (received.bytes, received.flags.contains(ReturnFlags::CTRUNC))
-        } else {
-            (rustix::net::recv(&self.io, buffer, RecvFlags::empty())?.0, false)
-        };
-        let drained = bytes < len && !ended_early && !self.has_urgent_data();
-        Ok(Received { bytes, drained })
+        let bytes = rustix::net::recv(&self.io, buffer, RecvFlags::empty())?.0;
+        let drained = bytes < len && !self.has_urgent_data();
+        Ok(Received { bytes, drained, lost_descriptors: false })
+    }
+
+    /// Receives from a Unix socket. Adds the descriptors that come with the bytes to `descriptors`.
+    pub fn receive_passed(
+        &self,
+        buffer: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+    ) -> Result<Received, Errno> {
+        self.receive_message(buffer, RoomFor::Descriptors, descriptors)
+    }
+
+    fn receive_message(
+        &self,
+        buffer: &mut [u8],
+        room: RoomFor,
+        descriptors: &mut Vec<OwnedFd>,
+    ) -> Result<Received, Errno> {
+        let len = buffer.len();
+        let message = passed_fds::receive(&self.io, buffer, room, false, descriptors)?;
+        let PassedMessage { bytes, is_truncated, has_control } = message;
+        // A receive ends after a message with descriptors or credentials, even if more bytes
+        // follow.
+        let drained = bytes < len && !has_control && !self.has_urgent_data();
+        Ok(Received { bytes, drained, lost_descriptors: is_truncated })
+    }
+
+    /// Returns how many bytes there are on a Unix socket, up to `buffer.len()` or to the end of the
+    /// first message with descriptors, and whether there is such a message. All stays unread.
+    pub fn peek_passed(&self, buffer: &mut [u8]) -> Result<(usize, bool), Errno> {
+        let mut descriptors = Vec::new();
+        let message =
+            passed_fds::receive(&self.io, buffer, RoomFor::Credentials, true, &mut descriptors)?;
+        Ok((message.bytes, message.is_truncated || !descriptors.is_empty()))
     }
 
     /// Returns whether the peer ever sent urgent data (EPOLLPRI; tcp(7), "Sockets API").

@@ -173,7 +173,9 @@ fn too_few_descriptors(Mode { handover, end }: Mode) {
 /// Buffered bytes are stored in descriptors of their own, more than the process had open.
 fn stores_no_more_than_can_be_opened() {
     const CONNECTIONS: usize = 100;
-    let (front, backend) = (Endpoint::new(Family::Unix), Endpoint::new(Family::Unix));
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    front.socket.set_recv_buffer_size(8192).unwrap();
+    front.socket.set_send_buffer_size(8192).unwrap();
     let arguments = ["--handover=restart".into(), "-c150".into(), backend.target.clone()];
     let systemd = FakeSystemd::with_fd_store(4);
     let launch = || {

@@ -3,6 +3,7 @@
 
 mod crash;
 mod damage;
+mod descriptors;
 mod limits;
 mod listeners;
 mod restart;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
     listeners::register(&mut trials);
     damage::register(&mut trials);
     limits::register(&mut trials);
+    descriptors::register(&mut trials);
     trials.run()
 }
 

@@ -8,6 +8,7 @@ mod application;
 mod accept_yes;
 mod attempts;
 mod command;
+mod descriptors;
 mod diagnostics;
 mod drain;
 mod freeze;

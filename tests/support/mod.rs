@@ -1,6 +1,7 @@
 //! What the test crates share: sockets, the program under test, a fake systemd.
 #![allow(dead_code, unreachable_pub, unused_imports, reason = "each test crate uses its own part")]
 
+pub mod descriptors;
 mod fake_systemd;
 pub mod floods;
 mod network;

@@ -23,7 +23,7 @@ pub struct Launch {
     env: Vec<(&'static str, String)>,
     before_exec: String,
     hosts: Option<PathBuf>,
-    exec: &'static str,
+    exec: String,
     signals: Vec<&'static str>,
     read_stderr: bool,
 }
@@ -37,7 +37,7 @@ impl Launch {
             env: Vec::new(),
             before_exec: "export LISTEN_PID=$$".into(),
             hosts: None,
-            exec: "exec",
+            exec: "exec".into(),
             signals: Vec::new(),
             read_stderr: true,
         }
@@ -108,8 +108,13 @@ impl Launch {
     }
 
     /// Runs the program as nobody; needs root.
-    pub fn unprivileged(mut self) -> Self {
-        self.exec = "exec setpriv --reuid 65534 --regid 65534 --clear-groups";
+    pub fn unprivileged(self) -> Self {
+        self.user(65_534)
+    }
+
+    /// Runs the program as a user without privileges, and without a name; needs root.
+    pub fn user(mut self, id: u32) -> Self {
+        self.exec = format!("exec setpriv --reuid {id} --regid {id} --clear-groups");
         self
     }
 

@@ -1,0 +1,111 @@
+//! How a flow moves bytes and descriptors from one Unix socket to another: "Descriptors" in
+//! `forward`.
+
+use std::ops::ControlFlow;
+
+use rustix::io::Errno;
+
+use crate::forward::endpoint::Endpoint;
+use crate::forward::flow::{Buffered, Fault, Flow, LoopBuffers, Step};
+use crate::forward::passing::{Passing, PassingError, Pause};
+use crate::limits::passed::MessageRoom;
+
+impl Flow {
+    /// Receives into the shared buffer and sends from there, the descriptors with the first byte.
+    ///
+    /// Not inlined: flows between other sockets need none of it.
+    #[inline(never)]
+    pub fn pass(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
+        let mut buffer = shared.buffer.borrow_mut();
+        let (mut most, mut _room) = (buffer.len(), None);
+        if shared.passed.is_scarce() {
+            match self.take_room(source, sink, shared, &mut buffer) {
+                ControlFlow::Continue((bytes, room)) => (most, _room) = (bytes, room),
+                ControlFlow::Break(step) => return Ok(step),
+            }
+        }
+        let mut descriptors = Vec::new();
+        let received = source.socket.receive_passed(&mut buffer[..most], &mut descriptors);
+        let received = match self.account_received(received, buffer.len(), source) {
+            ControlFlow::Continue(received) => received,
+            ControlFlow::Break(result) => return result,
+        };
+        let bytes = &buffer[..received.bytes];
+        if descriptors.is_empty() && !received.lost_descriptors {
+            return self.send_received(bytes, sink);
+        }
+        if received.lost_descriptors {
+            return Err(Fault::Passing(PassingError::TableFull));
+        }
+        if descriptors.len() > shared.passed.limits.message {
+            return Err(Fault::Passing(PassingError::TooMany));
+        }
+        let passing = Passing::new(bytes.to_vec(), descriptors, &shared.passed);
+        self.buffered = Buffered::Passing(passing);
+        self.send_buffered(sink, shared)
+    }
+
+    /// Takes room for the descriptors of a message, or none if no descriptors come. Returns how
+    /// many bytes may be received. Breaks if the flow has to wait.
+    #[inline(never)]
+    fn take_room<'a>(
+        &mut self,
+        source: &Endpoint,
+        sink: &mut Endpoint,
+        shared: &'a LoopBuffers,
+        buffer: &mut [u8],
+    ) -> ControlFlow<Step, (usize, Option<MessageRoom<'a>>)> {
+        if self.pause.is_running() {
+            return ControlFlow::Break(Step::Blocked);
+        }
+        // Descriptors that are received now must not wait for a slow peer.
+        if sink.socket.send_space().is_none() {
+            self.pause = Pause::default();
+            return ControlFlow::Break(self.wait_for_space(sink, shared));
+        }
+        let room = shared.passed.take();
+        let mut most = buffer.len();
+        if room.is_none() {
+            match source.socket.peek_passed(buffer) {
+                Ok((_, true)) => {
+                    self.pause.begin();
+                    return ControlFlow::Break(Step::Blocked);
+                }
+                Ok((bytes, false)) => most = bytes.max(1),
+                // The receive returns it again.
+                Err(_) => {}
+            }
+        }
+        self.pause = Pause::default();
+        ControlFlow::Continue((most, room))
+    }
+
+    /// Splices from a Unix source to a Unix sink (crash mode). Looks first whether the source has
+    /// passed descriptors, which splice(2) would close.
+    #[inline(never)]
+    pub fn splice_between_unix(
+        &mut self,
+        source: &mut Endpoint,
+        sink: &mut Endpoint,
+        size: usize,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
+        let peeked = source.socket.peek_passed(&mut shared.buffer.borrow_mut());
+        let most = match peeked {
+            Ok((_, true)) => return Err(Fault::Passing(PassingError::Stored)),
+            Ok((bytes @ 1.., false)) => bytes,
+            Err(Errno::AGAIN) => {
+                source.readable = false;
+                return Ok(Step::Blocked);
+            }
+            // splice(2) returns the end or the error.
+            Ok(_) | Err(_) => usize::MAX,
+        };
+        self.splice(source, sink, size.min(most), shared)
+    }
+}

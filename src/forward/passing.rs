@@ -1,0 +1,164 @@
+//! Descriptors that wait for their receiver, and why they could not be passed on.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::time::Instant;
+
+use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef};
+use crate::limits::passed::{PassedRoom, RoomGuard};
+use crate::runtime::backoff::Backoff;
+use crate::socket::{RoomFor, receive_passed, send_passed};
+
+/// Bytes and descriptors that the sink has not accepted.
+#[derive(Debug)]
+pub struct Passing {
+    bytes: Vec<u8>,
+    /// Of the bytes.
+    sent: usize,
+    /// They go with the first byte.
+    descriptors: Vec<OwnedFd>,
+    room: Option<RoomGuard>,
+}
+
+/// Why descriptors could not be passed on. The connection is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PassingError {
+    /// A message had more than the proxy passes on.
+    TooMany,
+    /// The table of descriptors is full.
+    TableFull,
+    /// `ETOOMANYREFS` for too long.
+    TooManyInFlight,
+    /// The connection is stored (crash mode), and its bytes never leave the kernel.
+    Stored,
+}
+
+impl fmt::Display for PassingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TooMany => {
+                "there are more of them in a message than a quarter of RLIMIT_NOFILE. (Raise \
+                 LimitNOFILE=.)"
+            }
+            Self::TableFull => "Too many open files. (Raise LimitNOFILE=.)",
+            Self::TooManyInFlight => {
+                "too many descriptors of this user are in flight. (See ETOOMANYREFS in unix(7), \
+                 and raise LimitNOFILE=.)"
+            }
+            Self::Stored => {
+                "stored connections carry none. (Write --handover=restart instead of \
+                 --handover=crash.)"
+            }
+        })
+    }
+}
+
+/// A wait for the clock, now and then.
+#[derive(Debug, Default)]
+pub struct Pause(Option<Box<PauseState>>);
+
+#[derive(Debug)]
+struct PauseState {
+    since: Instant,
+    until: Instant,
+    next: Backoff,
+}
+
+impl Pause {
+    /// Begins to wait, or to wait longer.
+    pub fn begin(&mut self) {
+        let now = Instant::now();
+        let begin = || Box::new(PauseState { since: now, until: now, next: PAUSES });
+        let state = self.0.get_or_insert_with(begin);
+        state.until = now + state.next.next();
+    }
+
+    /// Returns when the wait is over, unless there is none.
+    pub fn until(&self) -> Option<Instant> {
+        self.0.as_ref().map(|state| state.until)
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.until().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Whether this wait, with those that it goes on from, has lasted for `time`.
+    pub fn has_lasted(&self, time: Duration) -> bool {
+        self.0.as_ref().is_some_and(|state| state.since.elapsed() >= time)
+    }
+}
+
+impl Passing {
+    pub fn new(bytes: Vec<u8>, descriptors: Vec<OwnedFd>, room: &PassedRoom) -> Box<Self> {
+        let room = Some(room.take_unchecked(descriptors.len()));
+        Box::new(Self { bytes, sent: 0, descriptors, room })
+    }
+
+    /// Sends what the sink accepts, and closes the descriptors that were sent.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2): `ETOOMANYREFS` while too many descriptors are in flight.
+    pub fn send(&mut self, to: impl AsFd) -> Result<usize, Errno> {
+        let sent = self.send_rest(to)?;
+        self.sent += sent;
+        self.descriptors.clear();
+        self.room = None;
+        Ok(sent)
+    }
+
+    fn send_rest(&self, to: impl AsFd) -> Result<usize, Errno> {
+        let descriptors: Vec<BorrowedFd<'_>> = self.descriptors.iter().map(AsFd::as_fd).collect();
+        send_passed(to, &self.bytes[self.sent..], &descriptors)
+    }
+
+    /// Whether the sink has accepted everything.
+    pub fn is_sent(&self) -> bool {
+        self.sent == self.bytes.len()
+    }
+
+    /// Returns a socket that has the bytes and the descriptors in its queue.
+    ///
+    /// # Errors
+    /// socketpair(2)'s and sendmsg(2)'s.
+    pub fn snapshot(&self) -> io::Result<BufferedSnapshot<FdRef<'static>>> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (reader, writer) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        if self.send_rest(&writer)? < self.bytes.len() - self.sent {
+            return Err(Errno::NOSPC.into());
+        }
+        Ok(BufferedSnapshot::Passing(FdRef::Owned(reader)))
+    }
+
+    /// Takes the bytes and the descriptors out of the socket of a snapshot.
+    ///
+    /// # Errors
+    /// recvmsg(2)'s, and when something is missing.
+    pub fn restore(socket: &OwnedFd, room: &PassedRoom) -> io::Result<Box<Self>> {
+        let (mut bytes, mut filled, mut descriptors) = (vec![0; COPY_SIZE], 0, Vec::new());
+        while filled < COPY_SIZE {
+            let rest = &mut bytes[filled..];
+            let message =
+                receive_passed(socket, rest, RoomFor::Descriptors, false, &mut descriptors)?;
+            if message.is_truncated {
+                return Err(Errno::MFILE.into());
+            }
+            if message.bytes == 0 {
+                break;
+            }
+            filled += message.bytes;
+        }
+        bytes.truncate(filled);
+        if bytes.is_empty() {
+            return Err(Errno::INVAL.into());
+        }
+        Ok(Self::new(bytes, descriptors, room))
+    }
+}
+
+/// The pauses between attempts. Nothing reports that other descriptors have arrived.
+const PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(50));

@@ -1,0 +1,137 @@
+//! Room for the descriptors that Unix peers pass to each other through the proxy.
+//!
+//! Most are sent on and closed in the turn in which they were received. Those that their receiver
+//! does not take at once wait in the proxy, and take room until they are sent. The room is reserved
+//! beside that of connections ([`descriptors`](crate::limits::descriptors)), so no new connection
+//! uses it up.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use prometheus_client::metrics::counter::Counter;
+
+use crate::socket::PASSED_MAX;
+
+/// How many descriptors may be open to be passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassedLimits {
+    /// Of one message.
+    pub message: usize,
+    /// Of all messages together.
+    pub all: usize,
+}
+
+impl PassedLimits {
+    /// Returns the limits of a process with `limit` descriptors and so many event loops: a quarter
+    /// of the descriptors, if that is not more than any use.
+    pub fn new(limit: usize, threads: usize) -> Self {
+        let quarter = limit / 4;
+        Self { message: quarter.min(PASSED_MAX), all: quarter.min(4 * PASSED_MAX * threads) }
+    }
+}
+
+/// The room, shared by its clones.
+#[derive(Clone, Debug)]
+pub struct PassedRoom {
+    pub limits: PassedLimits,
+    taken: Arc<AtomicUsize>,
+    /// From so many taken on, one message more takes more than half of the room.
+    scarce_from: usize,
+    /// Messages whose descriptors were closed, because their receiver is no Unix socket.
+    pub dropped: Counter,
+}
+
+impl PassedRoom {
+    pub fn new(limits: PassedLimits) -> Self {
+        let scarce_from = (limits.all / 2 + 1).saturating_sub(limits.message);
+        Self { limits, taken: Arc::default(), scarce_from, dropped: Counter::default() }
+    }
+
+    /// Whether one message more could take more than half of the room. Otherwise each event loop
+    /// can receive one without taking room for it first.
+    pub fn is_scarce(&self) -> bool {
+        self.taken.load(Ordering::Relaxed) >= self.scarce_from
+    }
+
+    /// Takes room for one message, if there is so much.
+    pub fn take(&self) -> Option<MessageRoom<'_>> {
+        let message = self.limits.message;
+        let before = self.taken.fetch_add(message, Ordering::Relaxed);
+        // Otherwise dropping it returns the room.
+        let room = MessageRoom(self);
+        (before + message <= self.limits.all).then_some(room)
+    }
+
+    /// Counts a message whose descriptors were closed.
+    pub fn drop_message(&self) {
+        if self.dropped.inc() == 0 {
+            tracing::warn!(
+                "A Unix peer has passed descriptors, and the other side is no Unix socket, closing \
+                 them. (This is logged once.)"
+            );
+        }
+    }
+
+    /// Counts descriptors that are open already.
+    pub fn take_unchecked(&self, descriptors: usize) -> RoomGuard {
+        self.taken.fetch_add(descriptors, Ordering::Relaxed);
+        RoomGuard { taken: Arc::clone(&self.taken), descriptors }
+    }
+}
+
+/// Room for the descriptors of one message, until this is dropped.
+#[derive(Debug)]
+pub struct MessageRoom<'a>(&'a PassedRoom);
+
+impl Drop for MessageRoom<'_> {
+    fn drop(&mut self) {
+        let Self(room) = self;
+        room.taken.fetch_sub(room.limits.message, Ordering::Relaxed);
+    }
+}
+
+/// Room for descriptors that wait, until this is dropped.
+#[derive(Debug)]
+pub struct RoomGuard {
+    taken: Arc<AtomicUsize>,
+    descriptors: usize,
+}
+
+impl Drop for RoomGuard {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(self.descriptors, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarter_of_the_descriptors_can_be_passed_on() {
+        let limits = |limit, threads| {
+            let PassedLimits { message, all } = PassedLimits::new(limit, threads);
+            (message, all)
+        };
+        assert_eq!(limits(64, 1), (16, 16));
+        assert_eq!(limits(20_000, 1), (253, 1012));
+        assert_eq!(limits(20_000, 4), (253, 4048));
+    }
+
+    #[test]
+    fn what_waits_takes_room_until_it_is_sent() {
+        let room = PassedRoom::new(PassedLimits { message: 16, all: 40 });
+        assert!(!room.is_scarce());
+        let first = room.take().unwrap();
+        let waiting = room.take_unchecked(10);
+        assert_eq!(room.taken.load(Ordering::Relaxed), 26);
+        drop(first);
+        assert!(room.is_scarce());
+        drop(room.take().unwrap());
+        let more = room.take_unchecked(15);
+        assert!(room.take().is_none());
+        assert_eq!(room.taken.load(Ordering::Relaxed), 25);
+        drop((waiting, more));
+        assert_eq!(room.taken.load(Ordering::Relaxed), 0);
+    }
+}

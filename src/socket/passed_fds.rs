@@ -1,0 +1,142 @@
+//! Descriptors in the messages of a Unix stream socket: `SCM_RIGHTS` in unix(7).
+//!
+//! Kernel facts this rests on:
+//!
+//! - Descriptors belong to the bytes of their sendmsg(2). A receive that reaches such a message
+//!   returns its descriptors, after the bytes of earlier messages if those are still queued, and
+//!   ends in or behind the message. Further receives of the same message return bytes only.
+//! - Without room for them the kernel closes descriptors, and sets MSG_CTRUNC. In a full table of
+//!   descriptors it opens as many as fit, and sets MSG_CTRUNC, too.
+//! - MSG_PEEK reads until the first message with descriptors, too, and opens them a second time.
+//! - A send that accepts at least one byte has sent the descriptors.
+//!
+//! A Unix listener that was passed may have SO_PASSCRED, SO_PASSSEC or SO_PASSPIDFD, which its
+//! connections inherit. Then each receive has control messages, and the last is a descriptor.
+
+use std::io::{self, IoSlice};
+use std::mem::{self, MaybeUninit};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use crate::socket::control;
+
+/// Descriptors of one message at most: `SCM_MAX_FD` in the kernel.
+pub const PASSED_MAX: usize = 253;
+
+/// RoomFor for the other control messages: credentials, a label, a descriptor of a process.
+const FOR_OTHERS: usize = 768;
+
+/// The longest control messages that are received.
+const CONTROL_MAX: usize = control::space(PASSED_MAX * size_of::<i32>()) + FOR_OTHERS;
+
+/// The result of a receive.
+#[derive(Clone, Copy, Debug)]
+pub struct PassedMessage {
+    /// The number of bytes; 0 is the end of the peer's bytes.
+    pub bytes: usize,
+    /// Descriptors, or other control messages, were lost.
+    pub is_truncated: bool,
+    /// There were control messages. More bytes may be queued, though the receive was short.
+    pub has_control: bool,
+}
+
+/// Whether a receive leaves room for descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RoomFor {
+    /// For as many as a message can have.
+    Descriptors,
+    /// Only for the credentials that SO_PASSCRED adds. The kernel closes descriptors, but for those
+    /// that fit into the place of the credentials.
+    Credentials,
+}
+
+/// Receives without waiting. Adds the descriptors, close-on-exec, to `descriptors`.
+///
+/// Not inlined: other sockets need no room for control messages.
+///
+/// # Errors
+/// Those of recvmsg(2).
+#[inline(never)]
+pub fn receive(
+    fd: impl AsFd,
+    buffer: &mut [u8],
+    room: RoomFor,
+    is_peek: bool,
+    descriptors: &mut Vec<OwnedFd>,
+) -> Result<PassedMessage, Errno> {
+    // As the header of a control message is aligned.
+    let mut control = [MaybeUninit::<usize>::uninit(); CONTROL_MAX / size_of::<usize>()];
+    let mut iovec = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: the structure consists of integers and pointers, for which all-zero is valid.
+    let mut header: libc::msghdr = unsafe { mem::zeroed() };
+    (header.msg_iov, header.msg_iovlen) = (&raw mut iovec, 1);
+    header.msg_control = control.as_mut_ptr().cast();
+    // The type of the length differs between C libraries.
+    header.msg_controllen = match room {
+        RoomFor::Descriptors => size_of_val(&control) as _,
+        RoomFor::Credentials => control::space(size_of::<libc::ucred>()) as _,
+    };
+    let peek = if is_peek { libc::MSG_PEEK } else { 0 };
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC | peek;
+    // Not by the C library's function: as a cancellation point it costs 50 instructions more.
+    //
+    // SAFETY: the header points to memory of the given lengths, which lives until the call returns.
+    let bytes =
+        unsafe { libc::syscall(libc::SYS_recvmsg, fd.as_fd().as_raw_fd(), &raw mut header, flags) };
+    let bytes = usize::try_from(bytes)
+        .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))?;
+    let is_truncated = header.msg_flags & libc::MSG_CTRUNC != 0;
+    #[allow(clippy::unnecessary_cast, reason = "the type differs between C libraries")]
+    let len = (header.msg_controllen as usize).min(size_of_val(&control));
+    let has_control = len > 0 || is_truncated;
+    if len > 0 {
+        // SAFETY: the kernel has written `len` bytes of control messages.
+        let control = unsafe { std::slice::from_raw_parts(control.as_ptr().cast(), len) };
+        take_descriptors(control, descriptors);
+    }
+    Ok(PassedMessage { bytes, is_truncated, has_control })
+}
+
+/// Takes the descriptors out of control messages that were just received. Closes that of a process.
+fn take_descriptors(mut control: &[u8], descriptors: &mut Vec<OwnedFd>) {
+    while let Some((kind, data, rest)) = control::next(control) {
+        if matches!(kind, (libc::SOL_SOCKET, libc::SCM_RIGHTS | SCM_PIDFD)) {
+            let numbers = data.chunks_exact(size_of::<i32>()).filter_map(<[u8]>::first_chunk);
+            let numbers = numbers.map(|number| i32::from_ne_bytes(*number));
+            // In the place of the descriptor of a process there may be an error.
+            let opened = numbers.filter(|number| *number >= 0);
+            // SAFETY: the kernel has opened these descriptors for this receive. Nothing else owns
+            // them.
+            let opened = opened.map(|number| unsafe { OwnedFd::from_raw_fd(number) });
+            match kind {
+                (_, libc::SCM_RIGHTS) => descriptors.extend(opened),
+                _ => opened.for_each(drop),
+            }
+        }
+        control = rest;
+    }
+}
+
+/// Sends bytes, of which there is at least one, and descriptors with the first of them.
+///
+/// # Errors
+/// Those of sendmsg(2): `ETOOMANYREFS` when the user has more descriptors in flight than
+/// `RLIMIT_NOFILE` (unix(7)).
+pub fn send_passed(
+    fd: impl AsFd,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSED_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(Errno::INVAL);
+    }
+    let bytes = &[IoSlice::new(bytes)];
+    rustix::net::sendmsg(fd, bytes, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+}
+
+/// The type of a control message with a descriptor of the sender's process (Linux 6.5).
+const SCM_PIDFD: i32 = 4;

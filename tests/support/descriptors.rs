@@ -1,0 +1,49 @@
+//! Descriptors that Unix peers pass to each other.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{MemfdFlags, fstat, memfd_create};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+/// New files.
+pub fn files(count: usize) -> Vec<OwnedFd> {
+    (0..count).map(|_| memfd_create(c"passed", MemfdFlags::CLOEXEC).unwrap()).collect()
+}
+
+pub fn inodes(files: &[OwnedFd]) -> Vec<u64> {
+    files.iter().map(|file| fstat(file).unwrap().st_ino).collect()
+}
+
+/// Sends bytes, and descriptors with the first of them. Returns how many bytes were sent.
+pub fn pass(socket: impl AsFd, bytes: &[u8], files: &[OwnedFd]) -> Result<usize, Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    if !files.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+    }
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
+}
+
+/// Receives at most so many bytes, and the descriptors that come with them.
+pub fn receive_passed(socket: impl AsFd, most: usize) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = vec![0; most];
+    let iov = &mut [IoSliceMut::new(&mut bytes)];
+    let received = recvmsg(socket, iov, &mut control, RecvFlags::CMSG_CLOEXEC)?.bytes;
+    bytes.truncate(received);
+    let mut files = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            files.extend(fds);
+        }
+    }
+    Ok((bytes, files))
+}
