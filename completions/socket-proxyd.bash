@@ -23,7 +23,7 @@ _socket__proxyd() {
 
     case "${cmd}" in
         socket__proxyd)
-            opts="-c -h --listen --connections-max --connections-max-per-source --overflow --wake-on --passive-from --exit-idle-time --drain-time --handover --backend-wait --connect-timeout --connection-idle-time --session-idle-time --keepalive --proxy-protocol --ready --start-command --stop-command --freeze-idle-time --stop-idle-time --busy --min-run-time --threads --metrics --log-level --help --version"
+            opts="-c -h --listen --connections-max --connections-max-per-source --overflow --wake-on --passive-from --exit-idle-time --drain-time --handover --backend-wait --connect-timeout --connection-idle-time --session-idle-time --keepalive --proxy-protocol --source --ready --start-command --stop-command --freeze-idle-time --stop-idle-time --busy --min-run-time --threads --metrics --log-level --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -102,6 +102,10 @@ _socket__proxyd() {
                     ;;
                 --proxy-protocol)
                     COMPREPLY=($(compgen -W "v1 v2" -- "${cur}"))
+                    return 0
+                    ;;
+                --source)
+                    COMPREPLY=($(compgen -W "proxy client" -- "${cur}"))
                     return 0
                     ;;
                 --ready)

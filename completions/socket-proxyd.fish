@@ -18,6 +18,8 @@ complete -c socket-proxyd -l session-idle-time -d 'End datagram sessions idle fo
 complete -c socket-proxyd -l keepalive -d 'Probe TCP peers silent for TIME' -r
 complete -c socket-proxyd -l proxy-protocol -d 'Tell TARGET the client\'s address' -r -f -a "v1\t'One line of text, at most 107 bytes'
 v2\t'Binary, at most 232 bytes here'"
+complete -c socket-proxyd -l source -d 'Choose whose IP address TARGET sees' -r -f -a "proxy\t'The proxy\'s'
+client\t'The client\'s IP address'"
 complete -c socket-proxyd -l ready -d 'Ready on connect (the default), notify, http:PATH or exec:LINE' -r -f -a "connect\t''
 notify\t''
 http:/\t''

@@ -4,7 +4,7 @@
 //! `--connect-timeout=`. A dead address delays those behind it. So a few addresses of a name are
 //! also *watched*: a task of its own tries each again and again. Each needs a permit, which all
 //! targets share and for which a descriptor is reserved. An address without one takes its turn
-//! only.
+//! only. All come from the proxy's own address, also with `--source=client`.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -63,7 +63,7 @@ impl<'a> Watched<'a> {
         let attempt = match self.or_watched(connector.addresses()).await {
             Ok(Ok(addresses)) => {
                 self.watch(&addresses).await;
-                self.or_watched(connector.try_each(&addresses, OnFullBacklog::Fail)).await
+                self.or_watched(connector.try_each(&addresses, None, OnFullBacklog::Fail)).await
             }
             Ok(Err(error)) => Ok(Err(error)),
             Err(socket) => Err(socket),
@@ -91,7 +91,7 @@ impl<'a> Watched<'a> {
             self.running.spawn_local(async move {
                 let (_permit, mut backoff) = (permit, PROBE_PAUSES);
                 loop {
-                    match connector.try_address(&address, OnFullBacklog::Fail).await {
+                    match connector.try_address(&address, None, OnFullBacklog::Fail).await {
                         Ok(socket) => return socket,
                         Err(_) => sleep(backoff.next()).await,
                     }

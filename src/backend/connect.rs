@@ -13,6 +13,7 @@ use tokio::task::{JoinSet, yield_now};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::backend::connect_error::{ConnectError, errno_kind};
+use crate::backend::source::{ClientSources, IpFamily, SourceAddress};
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::counters::{ConnectCounters, ConnectErrorKind};
@@ -27,6 +28,11 @@ use crate::socket::{Family, Keepalive, Socket, set_nodelay, set_oobinline};
 #[derive(Clone, Debug)]
 pub struct Connector {
     pub target: Target,
+    /// The family of the clients whose address the backend sees. Other addresses of the target do
+    /// not count.
+    family: Option<IpFamily>,
+    /// With `--source=client`.
+    sources: Option<ClientSources>,
     /// Whether the name of the target may exist only while the backend runs.
     name_may_appear: bool,
     connect_timeout: TimeSpan,
@@ -81,6 +87,7 @@ impl Connector {
     /// `connect_timeout` applies to each address, `keepalive` to TCP backends.
     pub fn new(
         target: Target,
+        sources: Option<ClientSources>,
         name_may_appear: bool,
         connect_timeout: TimeSpan,
         keepalive: Option<Keepalive>,
@@ -88,12 +95,52 @@ impl Connector {
     ) -> Self {
         Self {
             target,
+            family: None,
+            sources,
             name_may_appear,
             connect_timeout,
             keepalive,
             permits,
             backlog_turns: Arc::new(Semaphore::new(BACKLOG_TURNS)),
             counters: Arc::default(),
+        }
+    }
+
+    /// Returns the connectors for clients of IPv4 and IPv6, if the backend is to see their
+    /// addresses. They share everything else.
+    pub fn by_family(&self) -> Option<[Self; 2]> {
+        let connector = |family| Self { family: Some(family), ..self.clone() };
+        self.sources.map(|_| [IpFamily::V4, IpFamily::V6].map(connector))
+    }
+
+    /// Whether the backend sees the addresses of clients.
+    pub fn shows_clients(&self) -> bool {
+        let has_ip = matches!(&self.target, Target::Name(_) | Target::Address(Address::Inet(_)));
+        has_ip && self.sources.is_some()
+    }
+
+    /// Returns the address from which to connect for a client, unless that is the proxy's own.
+    pub fn source_of(&self, client: &Address) -> Option<SourceAddress> {
+        self.sources?.of(client)
+    }
+
+    /// Checks that a target that is an address can see clients of the connector's family. For a
+    /// name, each lookup does.
+    pub fn check_family(&self) -> Result<(), ConnectError> {
+        match &self.target {
+            Target::Address(address) => self.of_family(vec![address.clone()]).map(drop),
+            Target::Name(_) => Ok(()),
+        }
+    }
+
+    /// Returns the addresses to which clients of the connector's family can come.
+    fn of_family(&self, mut addresses: Vec<Address>) -> Result<Vec<Address>, ConnectError> {
+        let Some(family) = self.family else { return Ok(addresses) };
+        let is_of_family = |address: &Address| matches!(address, Address::Inet(address) if IpFamily::of(*address) == family);
+        addresses.retain(is_of_family);
+        match addresses.is_empty() {
+            true => Err(ConnectError::Family(self.target.clone(), family)),
+            false => Ok(addresses),
         }
     }
 
@@ -107,15 +154,21 @@ impl Connector {
         self.backlog_turns.available_permits() < BACKLOG_TURNS
     }
 
-    /// Looks the target up, and tries each of its addresses until one accepts.
-    pub async fn connect(&self, on_full_backlog: OnFullBacklog) -> Result<Socket, ConnectError> {
+    /// Looks the target up, and tries each of its addresses until one accepts. Connects from the
+    /// address `from`, or else from the proxy's own.
+    pub async fn connect(
+        &self,
+        from: Option<&SourceAddress>,
+        on_full_backlog: OnFullBacklog,
+    ) -> Result<Socket, ConnectError> {
         let start = Instant::now();
         let connected = match &self.target {
-            Target::Address(address) => self.try_address(address, on_full_backlog).await,
+            Target::Address(address) => self.try_address(address, from, on_full_backlog).await,
             // Boxed, here and below: thousands of clients may connect at a time.
             Target::Name(name) => {
-                let try_name =
-                    async { self.try_each(&self.look_up(name).await?, on_full_backlog).await };
+                let try_name = async {
+                    self.try_each(&self.look_up(name).await?, from, on_full_backlog).await
+                };
                 Box::pin(try_name).await
             }
         };
@@ -166,18 +219,19 @@ impl Connector {
         let permit = Arc::clone(&self.permits.lookups).acquire_owned().await.ok();
         let addresses = resolve(name, permit, self.name_may_appear).await;
         let addresses = addresses.map_err(ConnectError::Resolve)?;
-        Ok(addresses.into_iter().map(Address::Inet).collect())
+        self.of_family(addresses.into_iter().map(Address::Inet).collect())
     }
 
     /// Tries each of `addresses`, which are not empty, until one accepts.
     pub async fn try_each(
         &self,
         addresses: &[Address],
+        from: Option<&SourceAddress>,
         on_full_backlog: OnFullBacklog,
     ) -> Result<Socket, ConnectError> {
         let mut failed: Option<ConnectError> = None;
         for address in addresses {
-            match self.try_address(address, on_full_backlog).await {
+            match self.try_address(address, from, on_full_backlog).await {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
                     tracing::debug!("{error}, trying the next address.");
@@ -197,11 +251,12 @@ impl Connector {
     pub async fn try_address(
         &self,
         address: &Address,
+        from: Option<&SourceAddress>,
         on_full_backlog: OnFullBacklog,
     ) -> Result<Socket, ConnectError> {
         // The last error that caused a retry says more than ETIMEDOUT.
         let last_error = RefCell::new(None);
-        let attempt = self.connect_when_possible(address, on_full_backlog, &last_error);
+        let attempt = self.connect_when_possible(address, from, on_full_backlog, &last_error);
         // connect(2) on a Unix socket does not wait. Only a full backlog takes longer, or a
         // shortage of descriptors or memory.
         let is_unix = matches!(address, Address::Path(_) | Address::Abstract(_));
@@ -224,6 +279,7 @@ impl Connector {
     async fn connect_when_possible(
         &self,
         address: &Address,
+        from: Option<&SourceAddress>,
         on_full_backlog: OnFullBacklog,
         last_error: &RefCell<Option<io::Error>>,
     ) -> io::Result<Socket> {
@@ -233,7 +289,7 @@ impl Connector {
         let (mut tries, mut backlog_pauses) = (0, BACKLOG_PAUSES);
         let mut resource_pauses = RESOURCE_PAUSES;
         loop {
-            match try_connect(address).await {
+            match try_connect(address, from).await {
                 Err(error) if errno_kind(&error) == ConnectErrorKind::Resources => {
                     rate_limited!(
                         OUT_OF_RESOURCES,
@@ -262,35 +318,43 @@ impl Connector {
     }
 }
 
-async fn try_connect(address: &Address) -> io::Result<Socket> {
-    let (socket, in_progress) = start_connect(address)?;
+/// Connects to one address, from the address `from` or else from one of the proxy's own.
+pub async fn try_connect(address: &Address, from: Option<&SourceAddress>) -> io::Result<Socket> {
+    let (socket, in_progress) = start_connect(address, from)?;
     if in_progress {
         socket.connected().await?;
     }
     if let Address::Inet(target) = address {
-        if matches!(socket.local_address()?, Address::Inet(local) if is_self_connect(*target, local))
-        {
+        let target = from.map_or(*target, |_| SourceAddress::destination(*target));
+        let Address::Inet(local) = socket.local_address()? else { return Ok(socket) };
+        if is_self_connect(target, local) {
             // Dropping the socket resets it, so that no TIME_WAIT blocks the backend's port.
             return Err(Errno::CONNREFUSED.into());
+        }
+        if let Some(from) = from {
+            from.check(local)?;
         }
     }
     Ok(socket)
 }
 
 /// Starts to connect. Returns the socket, and whether connect(2) is still in progress.
-fn start_connect(address: &Address) -> io::Result<(Socket, bool)> {
+fn start_connect(address: &Address, from: Option<&SourceAddress>) -> io::Result<(Socket, bool)> {
     let family = match address {
         Address::Inet(_) => Family::Tcp,
         Address::Path(_) | Address::Abstract(_) | Address::Unnamed => Family::Unix,
         Address::Vsock { .. } => Family::Vsock,
     };
-    let sockaddr = address.to_sockaddr()?;
+    let sockaddr = SourceAddress::sockaddr(from, address)?;
     let domain = Domain::from(i32::from(sockaddr.family()));
     let socket = socket2::Socket::new(domain, Type::STREAM.nonblocking(), None)?;
     if family == Family::Tcp {
         set_nodelay(&socket);
     }
     set_oobinline(&socket);
+    if let Some(from) = from {
+        from.bind(&socket, &sockaddr)?;
+    }
     let in_progress = match socket.connect(&sockaddr) {
         Ok(()) => false,
         Err(error) if Errno::from_io_error(&error) == Some(Errno::INPROGRESS) => true,

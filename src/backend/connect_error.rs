@@ -5,6 +5,8 @@ use std::io;
 
 use rustix::io::Errno;
 
+use crate::backend::source::IpFamily;
+use crate::config::target::Target;
 use crate::counters::ConnectErrorKind;
 use crate::logging::os_message;
 use crate::socket::address::Address;
@@ -17,6 +19,8 @@ pub enum ConnectError {
     Resolve(ResolveError),
     /// No address accepted. This is the last one with a transient error, or else the last one.
     Connect(Address, io::Error),
+    /// The target has no address of the family of the client, whose address it is to see.
+    Family(Target, IpFamily),
 }
 
 /// Why a backend does not answer.
@@ -42,6 +46,7 @@ impl ConnectError {
         match self {
             Self::Resolve(error) => error.to_string(),
             Self::Connect(_, error) => os_message(error),
+            Self::Family(..) => self.to_string(),
         }
     }
 
@@ -49,6 +54,7 @@ impl ConnectError {
         match self {
             Self::Resolve(_) => ConnectErrorKind::Resolve,
             Self::Connect(_, error) => errno_kind(error),
+            Self::Family(..) => ConnectErrorKind::Other,
         }
     }
 
@@ -86,6 +92,7 @@ impl ConnectError {
                         | Errno::NOBUFS
                 )
             ),
+            Self::Family(..) => false,
         }
     }
 }
@@ -98,6 +105,13 @@ impl fmt::Display for ConnectError {
                 let (reason, hint) = (os_message(error), address.hint(error));
                 let backlog = if self.is_full_backlog() { " (its backlog is full)" } else { "" };
                 write!(f, "Failed to connect to remote host: {address}: {reason}{hint}{backlog}")
+            }
+            Self::Family(target, family) => {
+                write!(f, "Failed to connect to remote host: {target}: ")?;
+                write!(
+                    f,
+                    "it cannot be reached from the client's {family} address (--source=client)"
+                )
             }
         }
     }

@@ -65,6 +65,14 @@ impl SharedProber {
         });
     }
 
+    /// Notes that the backend has answered, and closes the connection that showed it.
+    pub fn close_answered(&self, socket: Socket) {
+        let mut state = self.state();
+        state.last_error = None;
+        state.answered = socket.peer_address().ok();
+        socket.close();
+    }
+
     /// Takes the connection on offer, unless the backend has closed it meanwhile.
     pub fn take_connection(&self) -> Option<Socket> {
         let (fd, family) = self.state().connection.take()?;

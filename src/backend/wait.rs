@@ -12,11 +12,16 @@
 //! With `--ready=http:` or `--ready=exec:` a client connects only while the backend is ready
 //! ([`Readiness`]). Otherwise the prober probes until it is, and hands no connection on.
 //!
+//! With `--source=client` it hands none on either: its connection comes from the proxy's own
+//! address. Each family of clients has a [`BackendWait`] and a prober of its own, since a backend
+//! may answer at an address of one family only.
+//!
 //! With several event loops there is still one prober for each target. It runs on the loop that
 //! started it, and the clients of all loops wait for it ([`SharedProber`]).
 
 use std::cell::Cell;
 use std::future::pending;
+use std::mem;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +35,7 @@ use crate::backend::connect::{Connector, OnFullBacklog};
 use crate::backend::connect_error::{CheckError, ConnectError};
 use crate::backend::prober::{ProberRun, SharedProber, closed};
 use crate::backend::readiness::{OpenConnection, Readiness};
+use crate::backend::source::SourceAddress;
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::{RateLimit, rate_limited};
@@ -72,7 +78,11 @@ impl BackendWait {
     ///
     /// # Errors
     /// Permanent errors.
-    pub async fn connect(self: &Rc<Self>) -> Result<Socket, ConnectError> {
+    pub async fn connect(
+        self: &Rc<Self>,
+        from: Option<&SourceAddress>,
+    ) -> Result<Socket, ConnectError> {
+        let mut has_failed = false;
         loop {
             if let Some(socket) = self.take_connection() {
                 return Ok(socket);
@@ -83,8 +93,11 @@ impl BackendWait {
             } else if let Some(readiness) = self.unready() {
                 let error = readiness.describe("no answer yet");
                 closed(self.start_prober(Some(error))).await;
-            } else if let Some(connected) = Box::pin(self.attempt()).await {
+            } else if let Some(connected) = Box::pin(self.attempt(from)).await {
                 return connected;
+            } else if from.is_some() && mem::replace(&mut has_failed, true) {
+                // The prober connects, but the client's address does not.
+                Box::pin(sleep(SOURCE_PAUSE)).await;
             }
             self.take_turn().await;
         }
@@ -94,7 +107,10 @@ impl BackendWait {
     ///
     /// # Errors
     /// Permanent errors, and `None` if the backend cannot be reached for now.
-    pub async fn connect_passively(&self) -> Result<Socket, Option<ConnectError>> {
+    pub async fn connect_passively(
+        &self,
+        from: Option<&SourceAddress>,
+    ) -> Result<Socket, Option<ConnectError>> {
         loop {
             // A passive client may cause a probe, but does not start the prober.
             let is_ready = match self.unready() {
@@ -102,7 +118,7 @@ impl BackendWait {
                 None => true,
             };
             if is_ready {
-                match self.connector.connect(OnFullBacklog::Wait).await {
+                match self.connector.connect(from, OnFullBacklog::Wait).await {
                     Err(error) if error.is_transient() => self.reset_readiness(),
                     connected => return connected.map_err(Some),
                 }
@@ -114,14 +130,19 @@ impl BackendWait {
 
     /// Makes a client's own attempt. Returns `None` if the caller is to try again: the attempt
     /// failed for now and the prober has ended, or the backend is not ready any more.
-    async fn attempt(self: &Rc<Self>) -> Option<Result<Socket, ConnectError>> {
+    async fn attempt(
+        self: &Rc<Self>,
+        from: Option<&SourceAddress>,
+    ) -> Option<Result<Socket, ConnectError>> {
         tokio::select! {
             biased;
-            connected = self.connect_in_turn() => {
+            connected = self.connect_in_turn(from) => {
                 match &connected {
                     // The attempt took long, and the backend may have been restarted.
                     Ok(_) if self.unready().is_some() => return None,
                     Ok(socket) => self.prober.state().end(socket),
+                    // That says nothing about the backend.
+                    Err(ConnectError::Family(..)) => {}
                     Err(error) => {
                         self.reset_readiness();
                         if error.is_transient() {
@@ -132,7 +153,7 @@ impl BackendWait {
                 }
                 Some(connected)
             }
-            socket = self.probe_beside() => Some(Ok(socket)),
+            socket = self.probe_beside(from) => Some(Ok(socket)),
         }
     }
 
@@ -140,7 +161,7 @@ impl BackendWait {
     ///
     /// One client gets the prober's connection. The others connect to the address that answered:
     /// their own attempts may hang at another one.
-    async fn probe_beside(self: &Rc<Self>) -> Socket {
+    async fn probe_beside(self: &Rc<Self>, from: Option<&SourceAddress>) -> Socket {
         if self.connector.is_instant() {
             return pending().await;
         }
@@ -152,7 +173,7 @@ impl BackendWait {
             if let Some(socket) = self.take_connection() {
                 return socket;
             }
-            if let Some(socket) = self.connect_to_answered().await {
+            if let Some(socket) = self.connect_to_answered(from).await {
                 return socket;
             }
             pause = PROBE_AGAIN;
@@ -161,11 +182,11 @@ impl BackendWait {
 
     /// Connects to the address that has answered. The client's own attempt uses the descriptor that
     /// is reserved for it, so this needs a permit.
-    async fn connect_to_answered(&self) -> Option<Socket> {
+    async fn connect_to_answered(&self, from: Option<&SourceAddress>) -> Option<Socket> {
         let _permit = self.connector.permits.beside.acquire().await;
         let address = self.prober.state().answered.clone().filter(|_| self.unready().is_none())?;
         let start = Instant::now();
-        let connected = self.connector.try_address(&address, OnFullBacklog::Fail).await;
+        let connected = self.connector.try_address(&address, from, OnFullBacklog::Fail).await;
         self.connector.count(start, &connected);
         if connected.is_err() {
             // The others need not try it, too.
@@ -183,9 +204,9 @@ impl BackendWait {
 
     /// Connects, or waits for room in a full backlog. A full backlog does not start the prober: its
     /// success would let all clients go on, though there is room for one.
-    async fn connect_in_turn(&self) -> Result<Socket, ConnectError> {
+    async fn connect_in_turn(&self, from: Option<&SourceAddress>) -> Result<Socket, ConnectError> {
         if !self.connector.has_queue() {
-            match self.connector.connect(OnFullBacklog::Fail).await {
+            match self.connector.connect(from, OnFullBacklog::Fail).await {
                 Err(error) if error.is_full_backlog() => {
                     self.log_waiting(&error.to_string());
                     self.prober.state().last_error = Some(error.to_string());
@@ -193,7 +214,7 @@ impl BackendWait {
                 connected => return connected,
             }
         }
-        self.connector.connect(OnFullBacklog::WaitForever).await
+        self.connector.connect(from, OnFullBacklog::WaitForever).await
     }
 
     /// Returns why the backend could not be reached in time: the prober's last error, or else a
@@ -230,9 +251,13 @@ impl BackendWait {
     }
 
     /// Offers a fresh connection to the first caller of [`BackendWait::connect`], on any event
-    /// loop. After a moment the connection is reset.
+    /// loop. After a moment the connection is reset. If the backend is to see the client's address,
+    /// the connection is closed.
     pub fn offer(&self, socket: Socket) {
-        self.prober.offer(socket);
+        match self.connector.shows_clients() {
+            true => self.prober.close_answered(socket),
+            false => self.prober.offer(socket),
+        }
     }
 
     /// Starts the prober, unless another client has started it meanwhile. `last_error` is `None`
@@ -296,7 +321,10 @@ impl BackendWait {
     ///
     /// # Errors
     /// Permanent errors.
-    pub async fn connect_if_up(self: &Rc<Self>) -> Result<Option<Socket>, ConnectError> {
+    pub async fn connect_if_up(
+        self: &Rc<Self>,
+        from: Option<&SourceAddress>,
+    ) -> Result<Option<Socket>, ConnectError> {
         if let Some(socket) = self.take_connection() {
             return Ok(Some(socket));
         }
@@ -305,14 +333,14 @@ impl BackendWait {
         }
         tokio::select! {
             biased;
-            connected = self.connect_in_turn() => match connected {
+            connected = self.connect_in_turn(from) => match connected {
                 Err(error) if error.is_transient() => {
                     self.reset_readiness();
                     Ok(None)
                 }
                 connected => connected.map(Some),
             },
-            socket = self.probe_beside() => Ok(Some(socket)),
+            socket = self.probe_beside(from) => Ok(Some(socket)),
         }
     }
 
@@ -388,6 +416,9 @@ const ATTEMPT_HANGS: Duration = Duration::from_millis(500);
 
 /// The pause before the prober starts again beside the same attempt.
 const PROBE_AGAIN: Duration = Duration::from_millis(5);
+
+/// The pause of a client from whose address no connection succeeds while the prober's do.
+const SOURCE_PAUSE: Duration = Duration::from_millis(100);
 
 /// How often the prober looks whether a client waits.
 const CLIENTS_CHECK: Duration = Duration::from_millis(100);

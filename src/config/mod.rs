@@ -21,10 +21,12 @@ use crate::config::command::{CommandLine, find_program};
 use crate::config::options::Arguments;
 use crate::config::parser::Request;
 use crate::config::selector::Targets;
+use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
-use crate::config::values::{BusyMode, HandoverMode, ReadyMode};
+use crate::config::values::{BusyMode, HandoverMode, ReadyMode, SourceMode};
 use crate::logging::LogLevel;
 use crate::socket::Keepalive;
+use crate::socket::address::Address;
 
 /// Everything the command line says, parsed and checked.
 #[derive(Debug)]
@@ -114,6 +116,15 @@ pub fn check(arguments: &Arguments) -> Result<Targets, String> {
     }
     if arguments.start_command.is_some() && targets.iter().count() > 1 {
         return Err("--start-command= serves one TARGET. (Run a proxy for each.)".into());
+    }
+    let has_ip =
+        |target: &Target| matches!(target, Target::Name(_) | Target::Address(Address::Inet(_)));
+    if arguments.source == SourceMode::Client && !targets.iter().any(has_ip) {
+        return Err(
+            "--source=client needs a TARGET with an IP address or a host name: over Unix and \
+                    vsock sockets a backend sees no IP address."
+                .into(),
+        );
     }
     Ok(targets)
 }
@@ -242,6 +253,7 @@ mod tests {
     fn refused_values_are_named_with_their_option() {
         for (option, value, why) in [
             ("--overflow <refuse|wait>", "maybe", " [possible values: refuse, wait]"),
+            ("--source <proxy|client>", "yes", " [possible values: proxy, client]"),
             ("--proxy-protocol <v1|v2>", "v3", " [possible values: v1, v2]"),
             (
                 "--handover <never|restart|crash>",
@@ -355,6 +367,11 @@ mod tests {
             (
                 &["--ready=http:/", "--backend-wait=0", "a"],
                 "--ready= needs a COMMAND, a --start-command=, or a --backend-wait= above 0.",
+            ),
+            (
+                &["--source=client", "a=/a", "b=vsock:3:80"],
+                "--source=client needs a TARGET with an IP address or a host name: over Unix and vsock \
+                 sockets a backend sees no IP address.",
             ),
             (&["--foo", "x"], "unexpected argument '--foo' found"),
             (&["-x"], "unexpected argument '-x' found"),

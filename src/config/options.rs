@@ -13,7 +13,9 @@ use crate::config::command::CommandLine;
 use crate::config::listen_address::{ListenAddress, MetricsAddress};
 use crate::config::parser::{InfoOptions, Request, parse};
 use crate::config::timespan::TimeSpan;
-use crate::config::values::{self, BusyMode, HandoverMode, Overflow, ReadyMode, WakeOn};
+use crate::config::values::{
+    self, BusyMode, HandoverMode, Overflow, ReadyMode, SourceMode, WakeOn,
+};
 use crate::logging::LogLevel;
 use crate::socket::proxy_protocol::ProxyProtocol;
 
@@ -102,6 +104,9 @@ pub struct Arguments {
     // In systemd-socket-proxyd `--p` is unambiguous.
     #[arg(long, value_name = "v1|v2", help_heading = "Backend", alias = "p")]
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// Choose whose IP address TARGET sees
+    #[arg(long, value_name = "proxy|client", default_value = "proxy", help_heading = "Backend")]
+    pub source: SourceMode,
     /// Ready on connect (the default), notify, http:PATH or exec:LINE
     #[arg(long, value_name = "MODE", value_parser = values::ReadyParser, help_heading = "Backend")]
     pub ready: Option<ReadyMode>,

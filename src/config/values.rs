@@ -97,6 +97,15 @@ pub enum HandoverMode {
     Crash,
 }
 
+/// The address that connections and sessions come to the backend from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SourceMode {
+    /// The proxy's.
+    Proxy,
+    /// The client's IP address.
+    Client,
+}
+
 /// How COMMAND says that it is busy without a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BusyMode {

@@ -50,6 +50,8 @@ pub struct BackendSetup {
     pub connector: Connector,
     /// The prober of `--backend-wait=`, common to all event loops.
     pub prober: SharedProber,
+    /// Those for clients with an IP address that the backend sees, IPv4 first.
+    pub probers_by_family: [SharedProber; 2],
     /// Whether the backend is ready, with `--ready=http:` or `--ready=exec:`.
     pub readiness: Option<Arc<Readiness>>,
     /// What sessions notify when they find the backend up, if only datagrams lead to it.
@@ -78,10 +80,17 @@ impl LoopContext {
         let LoopCounters { bytes, pipes } = settings.loops.add(settings.backends.len());
         let wait = settings.backend_wait;
         let backend = |setup: &BackendSetup| {
-            let BackendSetup { connector, prober, readiness, datagrams_only, .. } = setup.clone();
-            let backend_wait = BackendWait::new(connector, wait, prober, readiness, datagrams_only);
-            let backend_wait = Rc::new(backend_wait);
-            Backend { backend_wait, lifecycle: settings.lifecycle.clone() }
+            let BackendSetup { connector, prober, probers_by_family, .. } = setup.clone();
+            let backend_wait = |connector: Connector, prober: SharedProber| {
+                let BackendSetup { readiness, datagrams_only, .. } = setup.clone();
+                Rc::new(BackendWait::new(connector, wait, prober, readiness, datagrams_only))
+            };
+            let by_family = connector.by_family().map(|[ipv4, ipv6]| {
+                let [prober4, prober6] = probers_by_family;
+                [backend_wait(ipv4, prober4), backend_wait(ipv6, prober6)]
+            });
+            let lifecycle = settings.lifecycle.clone();
+            Backend { backend_wait: backend_wait(connector, prober), by_family, lifecycle }
         };
         Self {
             backends: settings.backends.iter().map(backend).collect(),

@@ -197,13 +197,14 @@ async fn connect(
     log: &LogContext<'_>,
 ) -> ConnectOutcome {
     let report = || log.report_state("There is no backend yet");
+    let waiting = &log.listener.counts.waiting;
     tokio::select! {
         biased;
         request = registration.end_requested(report) => match request {
             EndRequest::Detach => ConnectOutcome::Detach,
             EndRequest::End => ConnectOutcome::NotInUse,
         },
-        connected = backend.connect(&log.listener.counts.waiting, is_passive) => match connected {
+        connected = backend.connect(waiting, log.client, is_passive) => match connected {
             Ok(socket) => ConnectOutcome::Connected(socket),
             Err(Some(error)) => ConnectOutcome::Failed(error),
             Err(None) => ConnectOutcome::NotReady,

@@ -12,6 +12,7 @@ use crate::backend::connect::Connector;
 use crate::backend::connect_error::errno_kind;
 use crate::backend::lifecycle::Lifecycle;
 use crate::backend::readiness::Readiness;
+use crate::backend::source::{IpFamily, SourceAddress};
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::connection::{BackendSetup, Settings};
@@ -19,11 +20,13 @@ use crate::counters::ConnectErrorKind;
 use crate::datagram::table::SessionId;
 use crate::socket::address::Address;
 
-/// The last probe that failed: when, of which session, and its error.
+/// The last probe that failed: when, of which session, of which family if that matters, and its
+/// error.
 #[derive(Clone, Copy, Debug)]
 pub struct FailedProbe {
     pub at: Instant,
     pub id: SessionId,
+    pub family: Option<IpFamily>,
     pub errno: Errno,
 }
 
@@ -31,6 +34,8 @@ pub struct FailedProbe {
 #[derive(Debug)]
 pub struct DatagramBackend {
     pub connector: Connector,
+    /// Those for clients with an IP address that the backend sees, IPv4 first.
+    by_family: Option<[Connector; 2]>,
     /// `--backend-wait=`; zero means no wait.
     pub wait: TimeSpan,
     /// `Some` if the proxy starts the backend.
@@ -52,6 +57,7 @@ impl DatagramBackend {
     pub fn new(setup: &BackendSetup, settings: &Settings) -> Self {
         let BackendSetup { connector, readiness, datagrams_only, found_up, .. } = setup.clone();
         Self {
+            by_family: connector.by_family(),
             connector,
             wait: settings.backend_wait,
             lifecycle: settings.lifecycle.clone(),
@@ -62,6 +68,11 @@ impl DatagramBackend {
             has_only_datagrams: datagrams_only.is_some(),
             wait_reason: RefCell::default(),
         }
+    }
+
+    /// Returns the connector that finds addresses for sessions from `from`.
+    pub fn connector_for(&self, from: Option<&SourceAddress>) -> &Connector {
+        SourceAddress::choose(from, self.by_family.as_ref(), &self.connector)
     }
 
     /// Returns the address to which a new session can connect at once.

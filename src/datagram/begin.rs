@@ -68,6 +68,20 @@ impl Relay {
         } else if self.limits.is_passive(&address) && !backend.is_up() {
             return Err(DropReason::Passive);
         }
+        let from = backend.connector.source_of(&address);
+        let from = from.as_ref();
+        if let Err(error) = backend.connector_for(from).check_family() {
+            rate_limited!(
+                OTHER_FAMILY,
+                warn,
+                client = address,
+                listener = route.listener,
+                backend = backend.connector.target,
+                message_id = message_id::BACKEND_UNREACHABLE,
+                "{error}"
+            );
+            return Err(DropReason::Unreachable);
+        }
         let slot = self.acquire(state, listener, &address).inspect_err(|reason| {
             let limit = match reason {
                 DropReason::SourceLimit => "connection limit for one source",
@@ -87,7 +101,7 @@ impl Relay {
         let is_one_way = session.is_one_way();
         let id = self.insert(state, key, session, Life::new(now));
         let address = backend.address_now();
-        match address.map(|address| BackendSocket::connect(&address, is_one_way)) {
+        match address.map(|address| BackendSocket::connect(&address, from, is_one_way)) {
             Some(Ok(socket)) => self.open(state, id, socket),
             Some(Err(error)) if is_refusal(&error) => backend.set_down(),
             Some(Err(error)) => {
@@ -224,4 +238,5 @@ fn can_be_answered(client: &Address) -> bool {
 /// A listener (4), a local address (16) and its interface (4), and the longest `sockaddr`.
 pub const KEY_MAX: usize = 24 + size_of::<socket2::SockAddrStorage>();
 
+static OTHER_FAMILY: RateLimit = RateLimit::new(5, Duration::from_secs(10));
 static REFUSED: RateLimit = RateLimit::new(5, Duration::from_secs(10));

@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::backend::connect_error::ConnectError;
 use crate::backend::lifecycle::Lifecycle;
+use crate::backend::source::SourceAddress;
 use crate::backend::state::BackendState;
 use crate::counters::DropReason;
 use crate::datagram::backend::{DatagramBackend, FailedProbe, is_refusal};
@@ -172,27 +173,30 @@ impl Relay {
         id: SessionId,
         backend: &DatagramBackend,
     ) -> Result<BackendSocket, ConnectError> {
-        let addresses = self.addresses(id, backend).await?;
+        let from = self.source(id, backend);
+        let from = from.as_ref();
+        let addresses = self.addresses(id, backend, from).await?;
         let needs_probe = addresses.len() > 1 || !backend.wait.is_zero();
         if !needs_probe {
             let address = &addresses[0];
-            let connected = BackendSocket::connect(address, self.is_one_way(id));
+            let connected = BackendSocket::connect(address, from, self.is_one_way(id));
             return connected.map_err(|error| self.failed(backend, address, error));
         }
+        let family = from.map(SourceAddress::family);
         let mut last = backend.probing.lock().await;
         let up_at = backend.up_at.borrow().clone().filter(|address| addresses.contains(address));
         if let Some(address) = up_at {
-            let connected = BackendSocket::connect(&address, self.is_one_way(id));
+            let connected = BackendSocket::connect(&address, from, self.is_one_way(id));
             return connected.map_err(|error| self.failed(backend, &address, error));
         }
-        if let Some(FailedProbe { at, id: other, errno }) = *last {
-            if other != id && at.elapsed() < SHARED {
+        if let Some(FailedProbe { at, id: other, family: probed, errno }) = *last {
+            if other != id && probed == family && at.elapsed() < SHARED {
                 return Err(ConnectError::Connect(addresses[0].clone(), errno.into()));
             }
         }
         let (mut failed, mut unsendable) = (None, None);
         for address in &addresses {
-            match self.probe(id, address).await {
+            match self.probe(id, address, from).await {
                 Ok(socket) => {
                     backend.up_at.replace(Some(address.clone()));
                     *last = None;
@@ -204,7 +208,7 @@ impl Relay {
                 Err(ProbeError::Failed(error)) => {
                     if let Some(errno) = Errno::from_io_error(&error).filter(|_| is_refusal(&error))
                     {
-                        *last = Some(FailedProbe { at: Instant::now(), id, errno });
+                        *last = Some(FailedProbe { at: Instant::now(), id, family, errno });
                     }
                     failed = Some(self.failed(backend, address, error));
                 }
@@ -223,8 +227,9 @@ impl Relay {
         &self,
         id: SessionId,
         backend: &DatagramBackend,
+        from: Option<&SourceAddress>,
     ) -> Result<Vec<Address>, ConnectError> {
-        let mut addresses = backend.connector.addresses().await?;
+        let mut addresses = backend.connector_for(from).addresses().await?;
         let first = addresses[0].clone();
         let state = &*self.state.borrow();
         if let Some(session) = state.table.get(id) {
@@ -254,8 +259,13 @@ impl Relay {
 
     /// Connects to an address, and sends the session's first datagram. Waits until the backend
     /// answers or has not refused it in time.
-    async fn probe(&self, id: SessionId, address: &Address) -> Result<BackendSocket, ProbeError> {
-        let mut socket = BackendSocket::connect(address, self.is_one_way(id))?;
+    async fn probe(
+        &self,
+        id: SessionId,
+        address: &Address,
+        from: Option<&SourceAddress>,
+    ) -> Result<BackendSocket, ProbeError> {
+        let mut socket = BackendSocket::connect(address, from, self.is_one_way(id))?;
         if socket.is_unix() {
             // connect(2) has said that a process listens.
             return Ok(socket);
@@ -310,6 +320,12 @@ impl Relay {
             session.datagrams[0] += tally.deliver([message].into_iter());
             held.pop(id);
         }
+    }
+
+    /// Returns the address from which a session sends, unless that is the proxy's own.
+    fn source(&self, id: SessionId, backend: &DatagramBackend) -> Option<SourceAddress> {
+        let client = self.state.borrow().table.get(id)?.client();
+        backend.connector.source_of(&client)
     }
 
     fn is_one_way(&self, id: SessionId) -> bool {

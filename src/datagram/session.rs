@@ -12,6 +12,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::AbortHandle;
 
 use crate::backend::readiness::OpenConnection;
+use crate::backend::source::SourceAddress;
 use crate::counters::GaugeGuard;
 use crate::datagram::sender::Sink;
 use crate::handover::journal::JournalEntry;
@@ -102,23 +103,36 @@ pub struct BackendSocket {
 }
 
 impl BackendSocket {
-    /// Connects a datagram socket, which waits for nothing. A Unix socket gets a name, so that the
-    /// backend can answer, unless the client cannot be answered.
+    /// Connects a datagram socket, which waits for nothing, from the address `from` or else from
+    /// one of the proxy's own. A Unix socket gets a name, so that the backend can answer, unless
+    /// the client cannot be answered.
     ///
     /// # Errors
-    /// Those of socket(2) and connect(2). UDP reports a missing backend only after a datagram.
-    pub fn connect(address: &Address, is_one_way: bool) -> io::Result<Self> {
-        let sockaddr = address.to_sockaddr()?;
+    /// Those of socket(2), bind(2) and connect(2). UDP reports a missing backend only after a
+    /// datagram.
+    pub fn connect(
+        address: &Address,
+        from: Option<&SourceAddress>,
+        is_one_way: bool,
+    ) -> io::Result<Self> {
+        let sockaddr = SourceAddress::sockaddr(from, address)?;
         let socket = Socket::new(sockaddr.domain(), Type::DGRAM.nonblocking(), None)?;
         let is_inet = matches!(address, Address::Inet(_));
         if !is_inet && !is_one_way {
             bind(&socket, &SocketAddrUnix::new_unnamed())?;
         }
+        if let Some(from) = from {
+            from.bind(&socket, &sockaddr)?;
+        }
         socket.connect(&sockaddr)?;
         if is_inet {
-            if Some(&sockaddr) == socket.local_addr().ok().as_ref() {
+            let local = socket.local_addr().ok();
+            if Some(&sockaddr) == local.as_ref() {
                 // The kernel has picked the port on which no backend listens.
                 return Err(Errno::CONNREFUSED.into());
+            }
+            if let (Some(from), Some(local)) = (from, local.and_then(|local| local.as_socket())) {
+                from.check(local)?;
             }
             mmsg::set_options(&socket, sockaddr.domain() == Domain::IPV6, false);
         }

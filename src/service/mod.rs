@@ -26,6 +26,7 @@ use crate::service::signals::Signals;
 /// One line on why the server did not start, or what broke.
 pub fn run(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
     startup::forbid_new_privileges(&config);
+    startup::drop_ambient_capabilities(&config)?;
     let runtime = event_loop()
         .map_err(|error| format!("Failed to start the event loop: {}.", os_message(&error)))?;
     let result = runtime.block_on(start_and_serve(config, passed));

@@ -4,19 +4,21 @@ use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use rustix::thread::set_no_new_privs;
+use rustix::thread::{clear_ambient_capability_set, set_no_new_privs};
 use tokio::sync::Notify;
 
 use crate::backend::command::Supervisor;
 use crate::backend::connect::{ConnectPermits, Connector};
 use crate::backend::prober::SharedProber;
 use crate::backend::readiness::Readiness;
+use crate::backend::source::ClientSources;
+use crate::backend::source_trial::try_sources;
 use crate::backend::start_command::StartCommand;
 use crate::backend::starter::Starter;
 use crate::config::Config;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
-use crate::config::values::{Overflow, ReadyMode};
+use crate::config::values::{Overflow, ReadyMode, SourceMode};
 use crate::connection::event_loop::EventLoops;
 use crate::connection::{BackendSetup, Settings};
 use crate::counters::Loops;
@@ -52,6 +54,19 @@ pub fn forbid_new_privileges(config: &Config) {
     }
 }
 
+/// Keeps the capability of `--source=client` to the proxy: no program that it starts inherits an
+/// ambient capability. Each thread has an ambient set of its own, so none may run yet.
+///
+/// # Errors
+/// One line on prctl(2).
+pub fn drop_ambient_capabilities(config: &Config) -> Result<(), String> {
+    if config.args.source == SourceMode::Proxy {
+        return Ok(());
+    }
+    clear_ambient_capability_set()
+        .map_err(|error| format!("Failed to drop the ambient capabilities: {error}."))
+}
+
 /// Takes the sockets that were passed and stored, opens the others, builds the server, and serves
 /// its metrics. No client is accepted yet, and the connections of the previous process are not
 /// restored yet.
@@ -68,6 +83,10 @@ pub async fn start(
         // First, because the stored connections may need many descriptors.
         raise_limit();
     }
+    let sources = match config.args.source {
+        SourceMode::Proxy => None,
+        SourceMode::Client => Some(try_sources(config.targets.iter()).await?),
+    };
     // Before the listeners, because --metrics=fd:NAME takes its socket out of those that were
     // passed.
     let mut exporter = match &config.args.metrics {
@@ -83,7 +102,7 @@ pub async fn start(
     let has_connections = !leftovers.connections.is_empty();
     let stored = &mut leftovers.listeners;
     let sockets = ClientSockets::open(&config.args.listen, passed, stored, has_connections).await?;
-    let server = build(config, sockets, handover, &leftovers)?;
+    let server = build(config, sockets, sources, handover, &leftovers)?;
     if let Some(exporter) = &mut exporter {
         exporter.serve(server.metrics()).map_err(|error| {
             format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
@@ -95,6 +114,7 @@ pub async fn start(
 fn build(
     config: Config,
     sockets: ClientSockets,
+    sources: Option<ClientSources>,
     handover: Option<Arc<Handover>>,
     leftovers: &Leftovers,
 ) -> Result<Server, String> {
@@ -109,7 +129,7 @@ fn build(
         let leads_there = listeners.iter().any(|(_, backend)| *backend == index);
         leads_there || connection.is_some() || datagrams.is_empty()
     };
-    let backends = backend_setups(&config, fds, has_streams);
+    let backends = backend_setups(&config, sources, fds, has_streams);
     let has_opened = !config.args.listen.is_empty();
     let routes = || {
         let streams = listeners.iter().map(|(it, backend)| (&it.label, *backend));
@@ -301,6 +321,7 @@ fn check_datagrams(config: &Config, datagrams: &[(DatagramListener, usize)]) -> 
 /// lead to a target.
 fn backend_setups(
     config: &Config,
+    sources: Option<ClientSources>,
     fds: FdPlan,
     has_streams: impl Fn(usize) -> bool,
 ) -> Vec<BackendSetup> {
@@ -308,6 +329,7 @@ fn backend_setups(
     let setup = |(index, target): (usize, &Target)| {
         let connector = Connector::new(
             target.clone(),
+            sources,
             config.args.start_command.is_some(),
             config.args.connect_timeout,
             config.keepalive,
@@ -317,8 +339,14 @@ fn backend_setups(
         let datagrams_only: Option<Arc<Notify>> = (!has_streams(index)).then(Arc::default);
         let shows_ready = config.command.is_some() && config.ready == ReadyMode::Connect;
         let found_up = datagrams_only.clone().filter(|_| shows_ready);
-        let prober = SharedProber::default();
-        BackendSetup { connector, prober, readiness, datagrams_only, found_up }
+        BackendSetup {
+            connector,
+            prober: SharedProber::default(),
+            probers_by_family: Default::default(),
+            readiness,
+            datagrams_only,
+            found_up,
+        }
     };
     config.targets.iter().enumerate().map(setup).collect()
 }

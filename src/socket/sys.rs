@@ -93,16 +93,20 @@ pub fn outq_len(fd: impl AsFd) -> usize {
 ///
 /// Each such receive advances the offset (`SO_PEEK_OFF` in socket(7)).
 pub fn set_peek_offset(fd: impl AsFd, offset: u32) -> io::Result<()> {
-    // SAFETY: setsockopt(2) reads an int.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEEK_OFF,
-            (&raw const offset).cast(),
-            size_of_val(&offset) as libc::socklen_t,
-        )
-    };
+    setsockopt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset as i32)
+}
+
+/// Leaves the port of a socket that is bound to port 0 to connect(2) (`IP_BIND_ADDRESS_NO_PORT` in
+/// ip(7)). Sockets of IPv6 have the option as well.
+pub fn set_bind_address_no_port(fd: impl AsFd) -> io::Result<()> {
+    setsockopt(fd, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+/// Sets an option that is an int.
+fn setsockopt(fd: impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
+    let (fd, length) = (fd.as_fd().as_raw_fd(), size_of_val(&value) as libc::socklen_t);
+    // SAFETY: setsockopt(2) reads `length` bytes of `value`, which is that long.
+    let result = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -194,7 +194,7 @@ mod tests {
     fn readiness(mode: &str) -> Option<Arc<Readiness>> {
         let target = Target::parse("/run/app".as_ref()).unwrap();
         let permits = ConnectPermits::new(1, 1, 1);
-        let connector = Connector::new(target, false, TimeSpan::INFINITY, None, permits);
+        let connector = Connector::new(target, None, false, TimeSpan::INFINITY, None, permits);
         Readiness::new(&mode.parse().unwrap(), None, &connector)
     }
 
