@@ -14,8 +14,8 @@ use tokio::time::Instant;
 
 use crate::Cases;
 use crate::Expected::OnlyOurs;
+use crate::echoes_after;
 use crate::support::*;
-use crate::{echoes_after, executable_by_all};
 
 pub(crate) fn register(cases: &mut Cases) {
     let unknown = OnlyOurs("unrecognized option");

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::Expected::{FailsOn, OnlyOurs};
 use crate::support::*;
-use crate::{Cases, Subject, executable_by_all};
+use crate::{Cases, Subject};
 
 pub(crate) fn register(cases: &mut Cases) {
     let one_more = FailsOn(&[Subject::Old], "was served above the limit");

@@ -211,13 +211,3 @@ fn front_is_served(front: &Endpoint) -> bool {
 fn unique_name() -> String {
     format!("{}-{}", std::process::id(), free_port())
 }
-
-/// A copy of the program where an unprivileged user may execute it.
-fn executable_by_all(program: &Path, directory: &TempDir) -> PathBuf {
-    let mode = || PermissionsExt::from_mode(0o755);
-    let copy = directory.path().join("program");
-    fs::copy(program, &copy).unwrap();
-    fs::set_permissions(&copy, mode()).unwrap();
-    fs::set_permissions(directory.path(), mode()).unwrap();
-    copy
-}

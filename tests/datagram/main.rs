@@ -12,5 +12,6 @@ mod limits;
 mod programs;
 mod quic;
 mod sessions;
+mod source;
 mod start;
 mod traffic;

@@ -22,6 +22,7 @@ mod passive;
 mod proxy_protocol;
 mod ready;
 mod selectors;
+mod source;
 mod sources;
 mod start_command;
 mod syscalls;

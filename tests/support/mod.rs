@@ -12,8 +12,8 @@ pub mod urgent;
 mod wait;
 
 pub use fake_systemd::FakeSystemd;
-pub use network::{NetworkNamespace, inside};
-pub use process::{Launch, Lines, Running, raise_descriptor_limit, run};
+pub use network::{CLIENTS, ClientNetwork, NetworkNamespace, inside};
+pub use process::{Launch, Lines, Running, executable_by_all, raise_descriptor_limit, run};
 pub use sockets::*;
 pub use trials::{Trials, is_root_for, skip};
 pub use wait::*;

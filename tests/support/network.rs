@@ -1,11 +1,13 @@
 //! Network namespaces.
 
 use std::fs::{self, File};
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use socket2::{Domain, Socket, Type};
 use tokio::time::Instant;
 
 use super::{TIMEOUT, poll_until};
@@ -55,6 +57,77 @@ impl Drop for NetworkNamespace {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
+    }
+}
+
+/// The addresses of clients, IPv4 first.
+pub const CLIENTS: [&str; 2] = ["203.0.113.7", "2001:db8:1::7"];
+
+/// Clients with addresses that the machine of the proxy and its backend does not have.
+pub struct ClientNetwork {
+    pub clients: NetworkNamespace,
+    /// Where the proxy and the backend run.
+    pub host: NetworkNamespace,
+    /// The addresses that clients connect to.
+    front: [&'static str; 2],
+    is_isolated: bool,
+}
+
+impl ClientNetwork {
+    /// The host has only lo. The listening sockets are the clients' side's, as with systemd.
+    pub fn isolated() -> Self {
+        let [clients, host] = [(); 2].map(|()| NetworkNamespace::new());
+        clients.run("ip link set lo up");
+        clients.run(&format!("ip address add {}/32 dev lo", CLIENTS[0]));
+        clients.run(&format!("ip address add {}/128 dev lo nodad", CLIENTS[1]));
+        host.run("ip link set lo up");
+        Self { clients, host, front: ["127.0.0.1", "::1"], is_isolated: true }
+    }
+
+    /// Makes every address local to the isolated host.
+    pub fn add_any_ip(&self) {
+        self.host.run("ip route add local 0.0.0.0/0 dev lo");
+        self.host.run("ip -6 route add local ::/0 dev lo");
+    }
+
+    /// A cable joins the clients and the host, which has its own listening sockets.
+    pub fn joined() -> Self {
+        let [clients, host] = [(); 2].map(|()| NetworkNamespace::new());
+        host.run(&format!("ip link add cable type veth peer name cable netns {}", clients.pid()));
+        let addresses = [CLIENTS, ["203.0.113.1", "2001:db8:1::1"]];
+        for (namespace, [ipv4, ipv6]) in [&clients, &host].into_iter().zip(addresses) {
+            namespace.run("ip link set lo up");
+            namespace.run(&format!("ip address add {ipv4}/24 dev cable"));
+            namespace.run(&format!("ip address add {ipv6}/64 dev cable nodad"));
+            namespace.run("ip link set cable up");
+        }
+        Self { clients, host, front: addresses[1], is_isolated: false }
+    }
+
+    /// Leads the answers of loopback addresses back to the host.
+    pub fn add_rules(&self) {
+        self.host.run("ip rule add from 127.0.0.0/8 iif lo table 123");
+        self.host.run("ip route add local 0.0.0.0/0 dev lo table 123");
+        self.host.run("ip -6 rule add from ::1 iif lo table 123");
+        self.host.run("ip -6 route add local ::/0 dev lo table 123");
+    }
+
+    /// Runs `work` where the listening sockets are.
+    pub fn at_front<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        if self.is_isolated { self.clients.inside(work) } else { self.host.inside(work) }
+    }
+
+    /// Connects a socket from one of [`CLIENTS`] to this port of the proxy's.
+    pub fn client(&self, kind: Type, from: usize, port: u16) -> Socket {
+        let address = |ip: &str, port| SocketAddr::new(ip.parse().unwrap(), port);
+        self.clients.inside(|| {
+            let to = address(self.front[from], port);
+            let socket = Socket::new(Domain::for_address(to), kind, None).unwrap();
+            socket.bind(&address(CLIENTS[from], 0).into()).unwrap();
+            socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+            socket.connect(&to.into()).unwrap();
+            socket
+        })
     }
 }
 

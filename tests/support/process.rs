@@ -3,13 +3,15 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
+use tempfile::TempDir;
 use tokio::time::Instant;
 
 use super::{Endpoint, FakeSystemd, TIMEOUT, poll_until};
@@ -115,6 +117,14 @@ impl Launch {
     /// Runs the program as a user without privileges, and without a name; needs root.
     pub fn user(mut self, id: u32) -> Self {
         self.exec = format!("exec setpriv --reuid {id} --regid {id} --clear-groups");
+        self
+    }
+
+    /// Runs the program as nobody, with CAP_NET_RAW as AmbientCapabilities= gives it; needs root.
+    pub fn with_net_raw(mut self) -> Self {
+        self.exec = "exec setpriv --reuid 65534 --regid 65534 --clear-groups \
+                     --inh-caps=-all,+net_raw --ambient-caps=-all,+net_raw"
+            .into();
         self
     }
 
@@ -280,6 +290,16 @@ pub fn run(program: &PathBuf, args: &[&str]) -> (Option<i32>, String, String) {
     let mut stdout = String::new();
     running.child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
     (status.code(), stdout, running.lines.all())
+}
+
+/// A copy of the program where an unprivileged user may execute it.
+pub fn executable_by_all(program: &Path, directory: &TempDir) -> PathBuf {
+    let mode = || PermissionsExt::from_mode(0o755);
+    let copy = directory.path().join("program");
+    fs::copy(program, &copy).unwrap();
+    fs::set_permissions(&copy, mode()).unwrap();
+    fs::set_permissions(directory.path(), mode()).unwrap();
+    copy
 }
 
 /// Lines that a program has written to standard error.
