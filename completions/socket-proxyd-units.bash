@@ -23,7 +23,7 @@ _socket__proxyd__units() {
 
     case "${cmd}" in
         socket__proxyd__units)
-            opts="-h --listen --target --service --start-command --stop-command --ready --freeze-idle-time --idle --busy --min-run-time --user --group --metrics --wake-on --passive-from --connections-max-per-source --write --force --help --version"
+            opts="-h --listen --target --service --start-command --stop-command --ready --freeze-idle-time --idle --busy --min-run-time --user --group --isolate --metrics --wake-on --passive-from --connections-max-per-source --source --write --force --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -123,6 +123,10 @@ _socket__proxyd__units() {
                     return 0
                     ;;
                 --connections-max-per-source)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --source)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -14,7 +14,9 @@ complete -c socket-proxyd-units -l metrics -d 'Answer Prometheus at ADDRESS, fro
 complete -c socket-proxyd-units -l wake-on -d 'Serve at once, or from the first byte on [default: connect]' -r
 complete -c socket-proxyd-units -l passive-from -d 'Clients that start and postpone nothing: 10.0.0.0/8, unix' -r
 complete -c socket-proxyd-units -l connections-max-per-source -d 'Serve up to N connections from one IPv4 address or IPv6 /64' -r
+complete -c socket-proxyd-units -l source -d 'Whose IP address the backend sees [default: proxy]' -r
 complete -c socket-proxyd-units -l write -d 'Write to DIR instead of printing [default: /etc/systemd/system]' -r -f -a "(__fish_complete_directories)"
+complete -c socket-proxyd-units -l isolate -d 'Run the backend in a network namespace that only the proxy reaches'
 complete -c socket-proxyd-units -l force -d 'Replace files that were edited or that this program did not write'
 complete -c socket-proxyd-units -s h -l help -d 'Show this help'
 complete -c socket-proxyd-units -l version -d 'Show the version'

@@ -10,6 +10,7 @@
 //!                       stamp, escape
 //! ```
 
+mod addresses;
 mod options;
 mod escape;
 mod files;

@@ -76,6 +76,9 @@ pub struct UnitArguments {
     /// Add the proxy to GROUP, for the target's Unix socket or a command
     #[arg(long, value_parser = account, help_heading = "The proxy")]
     pub group: Option<String>,
+    /// Run the backend in a network namespace that only the proxy reaches
+    #[arg(long, help_heading = "The proxy")]
+    pub isolate: bool,
     /// Answer Prometheus at ADDRESS, from a socket unit of its own
     #[arg(long, value_name = "ADDRESS", value_parser = metrics, help_heading = "The proxy",
         value_hint = ValueHint::FilePath, conflicts_with = "service")]
@@ -90,6 +93,9 @@ pub struct UnitArguments {
     /// Serve up to N connections from one IPv4 address or IPv6 /64
     #[arg(long, value_name = "N", help_heading = "Clients")]
     pub connections_max_per_source: Option<String>,
+    /// Whose IP address the backend sees [default: proxy]
+    #[arg(long, value_name = "proxy|client", help_heading = "Clients")]
+    pub source: Option<String>,
 
     /// Write to DIR instead of printing [default: /etc/systemd/system]
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true,
@@ -133,7 +139,9 @@ impl UnitArguments {
             ("group", self.group.as_deref()),
             ("metrics", metrics.as_deref()),
         ];
-        words.extend(given(options).into_iter().chain(self.passed_options()).map(OsString::from));
+        words.extend(given(options).into_iter().map(OsString::from));
+        words.extend(self.isolate.then(|| "--isolate".into()));
+        words.extend(self.passed_options().into_iter().map(OsString::from));
         words.extend(self.names.iter().map(OsString::from));
         if let Some(command) = &self.command {
             words.push("--".into());
@@ -181,6 +189,7 @@ impl UnitArguments {
             ("wake-on", self.wake_on.as_deref()),
             ("passive-from", self.passive_from.as_deref()),
             ("connections-max-per-source", self.connections_max_per_source.as_deref()),
+            ("source", self.source.as_deref()),
         ])
     }
 }

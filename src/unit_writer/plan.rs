@@ -6,16 +6,15 @@ use std::iter;
 use std::path::Path;
 
 use crate::config::check;
-use crate::config::listen_address::ListenAddress;
 use crate::config::options::Arguments;
 use crate::config::parser::Request;
-use crate::config::selector::Targets;
 use crate::config::target::Target;
-use crate::socket::address::{Address, SocketKind, SocketLabel};
+use crate::config::values::SourceMode;
+use crate::unit_writer::addresses::{check_addresses, check_isolated};
 use crate::unit_writer::escape::unit_name;
 use crate::unit_writer::options::UnitArguments;
 use crate::unit_writer::values::{
-    TEMPORARY, address, check_program, check_socket, is_below, refuse_if, socket_path,
+    TEMPORARY, check_program, check_socket, is_below, refuse_if, socket_path,
 };
 
 /// Checked arguments, and what follows from them.
@@ -63,10 +62,22 @@ impl Plan {
                 "--passive-from= cannot be combined with --service=: systemd starts the proxy, and with \
                  it the service, for passive clients as well. (Write --start-command= instead.)",
             ),
+            (
+                arguments.isolate && arguments.service.is_none() && arguments.command.is_none(),
+                "--isolate needs a --service= or a COMMAND, which shares the proxy's network.",
+            ),
         ])?;
         let proxy = proxy(&arguments)?;
+        refuse_if(&[(
+            proxy.source == SourceMode::Client && !arguments.isolate,
+            "--source=client needs --isolate. (For a backend with the network of the host, copy the units of \
+             the set source-client.)",
+        )])?;
         let targets = check(&proxy)?;
         check_addresses(&arguments, &targets, &unit)?;
+        if arguments.isolate {
+            targets.iter().try_for_each(check_isolated)?;
+        }
         for (origin, words) in proxy.programs() {
             check_program(origin, words)?;
         }
@@ -104,6 +115,11 @@ impl Plan {
         iter::once(self.socket()).chain(metrics).collect()
     }
 
+    /// Whether the backend sees the addresses of clients.
+    pub fn shows_clients(&self) -> bool {
+        self.proxy.source == SourceMode::Client
+    }
+
     /// Returns the directory below /run in which COMMAND creates its socket, and which systemd
     /// creates and removes with the unit.
     pub fn runtime_directory(&self) -> Option<&Path> {
@@ -127,62 +143,6 @@ fn proxy(arguments: &UnitArguments) -> Result<Arguments, String> {
         Request::Run(proxy) => Ok(proxy),
         Request::Print(text) => Err(text),
     }
-}
-
-/// Checks that each socket leads to one target, and that no target leads back to a socket.
-fn check_addresses(arguments: &UnitArguments, targets: &Targets, unit: &str) -> Result<(), String> {
-    let all: Vec<_> = arguments.listen.iter().chain(&arguments.metrics).collect();
-    if let Some(at) = (1..all.len()).find(|&at| all[..at].contains(&all[at])) {
-        return Err(format!("The address {} is given twice.", all[at]));
-    }
-    for (at, listen) in arguments.listen.iter().enumerate() {
-        let overlaps = |other: &&ListenAddress| {
-            other.kind == listen.kind && overlap(&address(listen), &address(other))
-        };
-        if let Some(other) = arguments.listen[..at].iter().find(overlaps) {
-            return Err(format!("--listen={listen} overlaps with --listen={other}."));
-        }
-    }
-    let name = Some(format!("{unit}.socket"));
-    let label = |listen: &ListenAddress| SocketLabel {
-        name: name.clone(),
-        kind: listen.kind,
-        address: address(listen),
-    };
-    let labels: Vec<_> = arguments.listen.iter().map(label).collect();
-    // The proxy checks this at its start, in the same words.
-    let assigned = targets.assign(&labels.iter().collect::<Vec<_>>())?;
-    let targets: Vec<_> = targets.iter().collect();
-    let clients = arguments.listen.iter().zip(assigned.iter().map(|&index| targets[index]));
-    let clients = clients.map(|(listen, target)| ("listen", listen, target));
-    let metrics = arguments.metrics.iter();
-    let scrapes = metrics.flat_map(|listen| targets.iter().map(move |it| ("metrics", listen, *it)));
-    for (option, listen, target) in clients.chain(scrapes) {
-        if matches!(target, Target::Address(target) if address(listen).accepts(target)) {
-            return Err(format!(
-                "--{option}={listen} is the address of --target={target}; let the backend listen on \
-                 another address."
-            ));
-        }
-        let is_vsock = matches!(target, Target::Address(Address::Vsock { .. }));
-        if is_vsock && listen.kind == SocketKind::Datagram {
-            return Err(format!(
-                "--{option}={listen} cannot lead to {target}: vsock has streams only."
-            ));
-        }
-    }
-    if let Some(metrics) = &arguments.metrics {
-        let (at, mut listeners) = (address(metrics), labels.iter());
-        if listeners.any(|it| it.kind == SocketKind::Stream && overlap(&it.address, &at)) {
-            return Err(format!("--metrics={metrics} overlaps with a --listen= address."));
-        }
-    }
-    Ok(())
-}
-
-/// Whether systemd cannot listen on both.
-fn overlap(one: &Address, other: &Address) -> bool {
-    one.accepts(other) || other.accepts(one)
 }
 
 const MANY_NAMES: &str = "There is more than one NAME. (Put -- in front of a COMMAND, and write a \
@@ -377,6 +337,22 @@ mod tests {
             (
                 "--listen=1 --target=/a --service=b --passive-from=unix app",
                 "--passive-from= cannot be combined with --service=: systemd starts the proxy, and with it the service, for passive clients as well. (Write --start-command= instead.)",
+            ),
+            (
+                "--listen=1 --target=127.0.0.1:2 --isolate app",
+                "--isolate needs a --service= or a COMMAND, which shares the proxy's network.",
+            ),
+            (
+                "--listen=1 --target=127.0.0.1:2 --service=b --source=client app",
+                "--source=client needs --isolate. (For a backend with the network of the host, copy the units of the set source-client.)",
+            ),
+            (
+                "--listen=1 --target=192.0.2.1:2 --service=b --isolate app",
+                "--isolate: the target 192.0.2.1:2 is outside the namespace. (Write 127.0.0.1, ::1, localhost or a Unix socket.)",
+            ),
+            (
+                "--listen=1 --target=db.example:2 --service=b --isolate app",
+                "--isolate: the target db.example:2 is outside the namespace. (Write 127.0.0.1, ::1, localhost or a Unix socket.)",
             ),
             (
                 "--listen=1 --target=/a --start-command=x app -- /bin/b",

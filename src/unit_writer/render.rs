@@ -4,7 +4,6 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
@@ -18,7 +17,7 @@ use crate::unit_writer::escape::{exec_word, exec_words, shell_word, value};
 use crate::unit_writer::options::UnitArguments;
 use crate::unit_writer::plan::Plan;
 use crate::unit_writer::stamp::stamp;
-use crate::unit_writer::values::{HOMES, TEMPORARY, is_below, socket_path};
+use crate::unit_writer::values::{HOMES, LOCALHOST, TEMPORARY, is_below, is_local, socket_path};
 
 /// A generated file; its path is relative to the directory of the units.
 #[derive(Debug, PartialEq, Eq)]
@@ -102,6 +101,8 @@ fn context(plan: &Plan, program: &Path) -> Value {
         targets => exec_words(&arguments.targets),
         command => command.as_ref().map(|words| exec_words(words).join(" ")),
         starts => start_command.is_some(),
+        is_isolated => arguments.isolate,
+        shows_clients => plan.shows_clients(),
         stop_command => stop_command.as_ref().map(|line| exec_words(&line.words).join(" ")),
         is_ready_set => ready.is_some(),
         has_programs => plan.proxy.programs().next().is_some(),
@@ -141,12 +142,6 @@ fn ip_address(target: &Target) -> Option<String> {
     };
     Some(if is_local(ip) { LOCALHOST.into() } else { ip.to_string() })
 }
-
-fn is_local(ip: IpAddr) -> bool {
-    ip.is_loopback() || ip.is_unspecified()
-}
-
-const LOCALHOST: &str = "localhost";
 
 const SOCKET: &str = include_str!("templates/socket.unit");
 const METRICS: &str = include_str!("templates/metrics.unit");

@@ -1,7 +1,7 @@
 //! Parsers for option values, and checks of what systemd and the hardened units allow.
 
 use std::ffi::OsString;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -170,6 +170,12 @@ pub fn address(listen: &ListenAddress) -> Address {
     }
 }
 
+/// Whether an IP address is of this machine only.
+pub fn is_local(ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    ip.is_loopback() || ip.is_unspecified()
+}
+
 /// Returns the path of a target that is a Unix socket in the file system.
 pub fn socket_path(target: &Target) -> Option<&Path> {
     match target {
@@ -186,6 +192,9 @@ pub fn is_hidden(path: &Path) -> bool {
 pub fn is_below(path: &Path, directories: &[&str]) -> bool {
     directories.iter().any(|directory| path.starts_with(directory))
 }
+
+/// The name of the loopback addresses.
+pub const LOCALHOST: &str = "localhost";
 
 /// Directories in which systemd looks for an administrator's units.
 pub const UNIT_DIRECTORIES: [&str; 2] = ["/etc/systemd/system", "/run/systemd/system"];
