@@ -12,7 +12,7 @@ pub mod urgent;
 mod wait;
 
 pub use fake_systemd::FakeSystemd;
-pub use network::{CLIENTS, ClientNetwork, NetworkNamespace, inside};
+pub use network::{CLIENTS, ClientNetwork, HOST, NetworkNamespace, clients_of, inside};
 pub use process::{Launch, Lines, Running, executable_by_all, raise_descriptor_limit, run};
 pub use sockets::*;
 pub use trials::{Trials, is_root_for, skip};

@@ -42,9 +42,7 @@ impl NetworkNamespace {
 
     /// Runs a command in the namespace.
     pub fn run(&self, words: &str) {
-        let mut command = Command::new("nsenter");
-        command.args(["--net", "--target", &self.pid().to_string()]).args(words.split(' '));
-        assert!(command.status().unwrap().success(), "{words}");
+        run_beside(self.pid(), words);
     }
 
     /// Runs `work` on a thread in the namespace.
@@ -60,8 +58,31 @@ impl Drop for NetworkNamespace {
     }
 }
 
+/// Runs a command in the network namespace of a process.
+fn run_beside(pid: u32, words: &str) {
+    let mut command = Command::new("nsenter");
+    command.args(["--net", "--target", &pid.to_string()]).args(words.split(' '));
+    assert!(command.status().unwrap().success(), "{words}");
+}
+
 /// The addresses of clients, IPv4 first.
 pub const CLIENTS: [&str; 2] = ["203.0.113.7", "2001:db8:1::7"];
+
+/// The addresses at which clients with a cable reach the host.
+pub const HOST: [&str; 2] = ["203.0.113.1", "2001:db8:1::1"];
+
+/// Makes a network namespace for clients. A cable joins it to that of a process, which is the host.
+pub fn clients_of(host: u32) -> NetworkNamespace {
+    let clients = NetworkNamespace::new();
+    clients.run(&format!("ip link add cable type veth peer name cable netns {host}"));
+    for (pid, [ipv4, ipv6]) in [(clients.pid(), CLIENTS), (host, HOST)] {
+        run_beside(pid, "ip link set lo up");
+        run_beside(pid, &format!("ip address add {ipv4}/24 dev cable"));
+        run_beside(pid, &format!("ip address add {ipv6}/64 dev cable nodad"));
+        run_beside(pid, "ip link set cable up");
+    }
+    clients
+}
 
 /// Clients with addresses that the machine of the proxy and its backend does not have.
 pub struct ClientNetwork {
@@ -92,16 +113,9 @@ impl ClientNetwork {
 
     /// A cable joins the clients and the host, which has its own listening sockets.
     pub fn joined() -> Self {
-        let [clients, host] = [(); 2].map(|()| NetworkNamespace::new());
-        host.run(&format!("ip link add cable type veth peer name cable netns {}", clients.pid()));
-        let addresses = [CLIENTS, ["203.0.113.1", "2001:db8:1::1"]];
-        for (namespace, [ipv4, ipv6]) in [&clients, &host].into_iter().zip(addresses) {
-            namespace.run("ip link set lo up");
-            namespace.run(&format!("ip address add {ipv4}/24 dev cable"));
-            namespace.run(&format!("ip address add {ipv6}/64 dev cable nodad"));
-            namespace.run("ip link set cable up");
-        }
-        Self { clients, host, front: addresses[1], is_isolated: false }
+        let host = NetworkNamespace::new();
+        let clients = clients_of(host.pid());
+        Self { clients, host, front: HOST, is_isolated: false }
     }
 
     /// Leads the answers of loopback addresses back to the host.

@@ -379,6 +379,11 @@ impl Container {
         }
     }
 
+    /// Makes a network namespace for clients, which a cable joins to the container's.
+    pub(crate) fn clients(&self) -> NetworkNamespace {
+        clients_of(self.leader)
+    }
+
     /// Runs `work` on a thread whose sockets are the container's.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         inside(self.leader, work)

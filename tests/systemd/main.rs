@@ -1,5 +1,5 @@
 //! A real systemd in a container: units written for systemd-socket-proxyd, `--handover=`, the shipped
-//! units, the manuals' examples, the README, the recipes and the packages.
+//! units, `--source=`, the manuals' examples, the README, the recipes and the packages.
 //!
 //! Needs root, systemd-nspawn and the packages that `make test` installs. What is missing is named, and in
 //! CI it is a failure.
@@ -12,6 +12,7 @@ mod markdown;
 mod package;
 mod readme;
 mod recipes;
+mod source;
 #[path = "../support/mod.rs"]
 mod support;
 mod units;
@@ -32,15 +33,19 @@ fn main() -> ExitCode {
         Suite::new(manuals::boot),
         // Units of the same names.
         Suite::new(readme::boot),
+        // The shipped units, with other applications.
+        Suite::new(source::boot),
         // Another root, a small Debian.
         Suite::new(package::boot),
     ];
-    let [shared, manuals, documents, package] = &suites;
+    let [shared, manuals, documents, source, package] = &suites;
     drop_in::register(shared, &mut trials);
     handover::register(shared, &mut trials);
     units::register(shared, &mut trials);
     manuals::register(manuals, &mut trials);
     readme::register(documents, &mut trials);
+    source::register(source, &mut trials);
+    // The recipes name tests of those above.
     recipes::register(documents, &mut trials);
     package::register(package, &mut trials);
     let status = container::run(trials);

@@ -75,7 +75,15 @@ fn address(port: u16) -> socket2::SockAddr {
 
 /// What the units do is tested in units.rs; this is the way there.
 fn shipped(container: &Container) {
-    for title in ["### aptly", "### webhook", "### Radicale", "### yaq", "### A script"] {
+    for title in [
+        "### aptly",
+        "### webhook",
+        "### Radicale",
+        "### yaq",
+        "### A script",
+        "### An isolated application",
+        "### The client's address on a host",
+    ] {
         let recipe = recipe(title);
         container.output(&["userdel", "aptly"]);
         recipe.run(container);
