@@ -10,7 +10,7 @@ use crate::{End, Proxy};
 pub fn register(trials: &mut Trials) {
     for is_swapped in [false, true] {
         let side = if is_swapped { "backend" } else { "client" };
-        trials.add(format!("descriptors of a {side} wait for the next process"), move || {
+        trials.add(format!("descriptors wait for the next process, of a {side}"), move || {
             descriptors_wait_for_the_next_process(is_swapped);
         });
     }
