@@ -3,8 +3,12 @@
 use crate::comparison::{Comparison, Entry, Section};
 use crate::table::{Table, grouped};
 
-const PAIRS: [(&str, &str); 3] =
-    [("tcp-tcp", "TCP to TCP"), ("tcp-unix", "TCP to Unix"), ("unix-tcp", "Unix to TCP")];
+const PAIRS: [(&str, &str); 4] = [
+    ("tcp-tcp", "TCP to TCP"),
+    ("tcp-unix", "TCP to Unix"),
+    ("unix-tcp", "Unix to TCP"),
+    ("unix-unix", "Unix to Unix"),
+];
 
 /// Returns the tables for which the run has figures.
 pub(crate) fn tables(comparison: &Comparison) -> Vec<Table> {

@@ -208,7 +208,10 @@ impl Row {
     /// The pairs of families that it runs on.
     pub(crate) fn pairs(&self) -> &'static [(Family, Family)] {
         use Family::{Tcp, Udp, Unix};
-        if self.is_datagrams() { &[(Udp, Udp)] } else { &[(Tcp, Tcp), (Tcp, Unix), (Unix, Tcp)] }
+        match self.is_datagrams() {
+            true => &[(Udp, Udp)],
+            false => &[(Tcp, Tcp), (Tcp, Unix), (Unix, Tcp), (Unix, Unix)],
+        }
     }
 
     fn is_datagrams(&self) -> bool {
