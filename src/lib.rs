@@ -46,8 +46,9 @@
 //!   task is spawned, a connection stays on its event loop.
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a
 //!   signal or a panic must not look complete to its peers.
-//! - Unsafe code is confined to [`socket::sys`], [`socket::mmsg`], [`listen::activation`] and
-//!   [`runtime::dispositions`], and to one call in `main`, which [`service::program`] passes on.
+//! - Unsafe code is confined to [`socket::sys`], [`socket::mmsg`], `socket::passed_fds`,
+//!   [`listen::activation`] and [`runtime::dispositions`], and to one call in `main`, which
+//!   [`service::program`] passes on.
 
 #![deny(unsafe_code)]
 

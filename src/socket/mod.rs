@@ -19,7 +19,6 @@ pub mod sys;
 pub mod mmsg;
 #[expect(unsafe_code, reason = "recvmsg(2) with descriptors")]
 mod passed_fds;
-#[expect(unsafe_code, reason = "it copies headers of control messages")]
 mod control;
 
 use std::cell::Cell;

@@ -1,7 +1,7 @@
 //! System calls on sockets that the safe crates lack, or make in a way that fails with some peers.
 //!
 //! A leaf: it knows nothing of the product. Unsafe code also stands in `socket::mmsg`,
-//! `listen::activation`, `runtime::dispositions` and one call in `main`.
+//! `socket::passed_fds`, `listen::activation`, `runtime::dispositions` and one call in `main`.
 
 use std::io;
 use std::mem;
