@@ -162,7 +162,7 @@ impl Forwarding {
             runtime.block_on(async {
                 let carried = Arc::<proxy::ByteCounters>::default();
                 let pipes = Gauge::default();
-                let passed = PassedRoom::new(PassedLimits { message: 16, all: 64 });
+                let passed = PassedRoom::new(PassedLimits { message: 16, all: 64, threads: 1 });
                 let shared = Rc::new(LoopBuffers::new(limits, pipes.clone(), passed));
                 let (near, far) = (ours(near_inner, near), ours(far_inner, far));
                 let (client, backend) = if swapped { (far, near) } else { (near, far) };

@@ -22,13 +22,16 @@ impl Flow {
         shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
         let mut buffer = shared.buffer.borrow_mut();
-        let (mut most, mut _room) = (buffer.len(), None);
-        if shared.passed.is_scarce() {
+        // The room is held until the descriptors are counted in `Passing`.
+        let (most, _room) = if shared.passed.is_scarce() {
             match self.take_room(source, sink, shared, &mut buffer) {
-                ControlFlow::Continue((bytes, room)) => (most, _room) = (bytes, room),
+                ControlFlow::Continue(taken) => taken,
                 ControlFlow::Break(step) => return Ok(step),
             }
-        }
+        } else {
+            self.pause = Pause::default();
+            (buffer.len(), None)
+        };
         let mut descriptors = Vec::new();
         let received = source.socket.receive_passed(&mut buffer[..most], &mut descriptors);
         let received = match self.account_received(received, buffer.len(), source) {
@@ -50,12 +53,12 @@ impl Flow {
         self.send_buffered(sink, shared)
     }
 
-    /// Takes room for the descriptors of a message, or none if no descriptors come. Returns how
-    /// many bytes may be received. Breaks if the flow has to wait.
+    /// Takes room for a message with descriptors. Where there is none, returns how many bytes come
+    /// without descriptors. Breaks if the flow has to wait.
     #[inline(never)]
     fn take_room<'a>(
         &mut self,
-        source: &Endpoint,
+        source: &mut Endpoint,
         sink: &mut Endpoint,
         shared: &'a LoopBuffers,
         buffer: &mut [u8],
@@ -76,8 +79,14 @@ impl Flow {
                     self.pause.begin();
                     return ControlFlow::Break(Step::Blocked);
                 }
+                // 0 is the end, which the receive has to find.
                 Ok((bytes, false)) => most = bytes.max(1),
-                // The receive returns it again.
+                Err(Errno::AGAIN) => {
+                    source.readable = false;
+                    self.pause = Pause::default();
+                    return ControlFlow::Break(Step::Blocked);
+                }
+                // The receive returns the error.
                 Err(_) => {}
             }
         }

@@ -55,16 +55,16 @@
 //!
 //! A Unix peer can pass descriptors (`SCM_RIGHTS` in unix(7)). Between two Unix sockets they go on
 //! with the first byte of the receive that returned them: never later than their own byte, perhaps
-//! with bytes that were sent before it. So a flow between Unix sockets always copies. Descriptors
-//! that the sink does not accept at once are buffered with their bytes, and nothing behind them is
-//! read.
+//! with bytes that were sent before it. So a flow between Unix sockets copies. (In crash mode it
+//! peeks, and splices only what comes without descriptors.) Descriptors that the sink does not
+//! accept at once are buffered with their bytes, and nothing behind them is read.
 //!
-//! `limits::passed` bounds the descriptors that are open here. While more than half of that room is
-//! taken, a flow reads only if its sink has room, so the descriptors of a slow peer do not take the
-//! rest. When all of it is taken, a flow looks first, and leaves descriptors in the kernel. The
-//! kernel refuses to send them while too many of the user are in flight. Then the flow tries again,
-//! for a second. Descriptors that cannot be passed on end the connection by a reset. On the way
-//! from a Unix socket to any other they are closed.
+//! `limits::passed` has room for the descriptors that are open here. Once half of it may be taken,
+//! a flow receives only while its sink accepts bytes, so the descriptors of slow peers do not take
+//! the rest. Once no whole message fits, a flow peeks, and leaves a message with descriptors in the
+//! kernel. The kernel refuses to send descriptors while too many of the user are in flight. Then
+//! the flow tries again, for a second. If descriptors cannot be passed on, the connection ends on
+//! both sides. On the way from a Unix socket to any other socket they are closed.
 //!
 //! ## How a flow ends
 //!

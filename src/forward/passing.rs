@@ -18,19 +18,19 @@ use crate::socket::{RoomFor, receive_passed, send_passed};
 #[derive(Debug)]
 pub struct Passing {
     bytes: Vec<u8>,
-    /// Of the bytes.
+    /// How many of the bytes were sent.
     sent: usize,
     /// They go with the first byte.
     descriptors: Vec<OwnedFd>,
     room: Option<RoomGuard>,
 }
 
-/// Why descriptors could not be passed on. The connection is reset.
+/// Why descriptors could not be passed on, which ends the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PassingError {
     /// A message had more than the proxy passes on.
     TooMany,
-    /// The table of descriptors is full.
+    /// The kernel could not open all of them, because the table of descriptors is full.
     TableFull,
     /// `ETOOMANYREFS` for too long.
     TooManyInFlight,
@@ -58,7 +58,7 @@ impl fmt::Display for PassingError {
     }
 }
 
-/// A wait for the clock, now and then.
+/// A wait between two attempts, where no event tells when to try again.
 #[derive(Debug, Default)]
 pub struct Pause(Option<Box<PauseState>>);
 
@@ -87,7 +87,7 @@ impl Pause {
         self.until().is_some_and(|until| Instant::now() < until)
     }
 
-    /// Whether this wait, with those that it goes on from, has lasted for `time`.
+    /// Whether it is so long since the first attempt of this series.
     pub fn has_lasted(&self, time: Duration) -> bool {
         self.0.as_ref().is_some_and(|state| state.since.elapsed() >= time)
     }
@@ -160,5 +160,5 @@ impl Passing {
     }
 }
 
-/// The pauses between attempts. Nothing reports that other descriptors have arrived.
+/// The pauses between attempts. No event tells when descriptors in flight have been received.
 const PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(50));

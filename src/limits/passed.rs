@@ -19,14 +19,16 @@ pub struct PassedLimits {
     pub message: usize,
     /// Of all messages together.
     pub all: usize,
+    /// Event loops.
+    pub threads: usize,
 }
 
 impl PassedLimits {
     /// Returns the limits of a process with `limit` descriptors and so many event loops: a quarter
-    /// of the descriptors, if that is not more than any use.
+    /// of the descriptors, and at most four of the longest messages for each event loop.
     pub fn new(limit: usize, threads: usize) -> Self {
-        let quarter = limit / 4;
-        Self { message: quarter.min(PASSED_MAX), all: quarter.min(4 * PASSED_MAX * threads) }
+        let (quarter, most) = (limit / 4, 4 * PASSED_MAX * threads);
+        Self { message: quarter.min(PASSED_MAX), all: quarter.min(most), threads }
     }
 }
 
@@ -35,7 +37,7 @@ impl PassedLimits {
 pub struct PassedRoom {
     pub limits: PassedLimits,
     taken: Arc<AtomicUsize>,
-    /// From so many taken on, one message more takes more than half of the room.
+    /// From so many taken on, a message more on each event loop would not leave half of the room.
     scarce_from: usize,
     /// Messages whose descriptors were closed, because their receiver is no Unix socket.
     pub dropped: Counter,
@@ -43,12 +45,13 @@ pub struct PassedRoom {
 
 impl PassedRoom {
     pub fn new(limits: PassedLimits) -> Self {
-        let scarce_from = (limits.all / 2 + 1).saturating_sub(limits.message);
+        let PassedLimits { message, all, threads } = limits;
+        let scarce_from = (all / 2 + 1).saturating_sub(message * threads);
         Self { limits, taken: Arc::default(), scarce_from, dropped: Counter::default() }
     }
 
-    /// Whether one message more could take more than half of the room. Otherwise each event loop
-    /// can receive one without taking room for it first.
+    /// Whether half of the room may be taken. Otherwise each event loop can receive a message
+    /// without taking room for it first.
     pub fn is_scarce(&self) -> bool {
         self.taken.load(Ordering::Relaxed) >= self.scarce_from
     }
@@ -110,7 +113,7 @@ mod tests {
     #[test]
     fn a_quarter_of_the_descriptors_can_be_passed_on() {
         let limits = |limit, threads| {
-            let PassedLimits { message, all } = PassedLimits::new(limit, threads);
+            let PassedLimits { message, all, .. } = PassedLimits::new(limit, threads);
             (message, all)
         };
         assert_eq!(limits(64, 1), (16, 16));
@@ -120,7 +123,7 @@ mod tests {
 
     #[test]
     fn what_waits_takes_room_until_it_is_sent() {
-        let room = PassedRoom::new(PassedLimits { message: 16, all: 40 });
+        let room = PassedRoom::new(PassedLimits { message: 16, all: 40, threads: 1 });
         assert!(!room.is_scarce());
         let first = room.take().unwrap();
         let waiting = room.take_unchecked(10);

@@ -2,16 +2,17 @@
 //!
 //! Kernel facts this rests on:
 //!
-//! - Descriptors belong to the bytes of their sendmsg(2). A receive that reaches such a message
-//!   returns its descriptors, after the bytes of earlier messages if those are still queued, and
-//!   ends in or behind the message. Further receives of the same message return bytes only.
+//! - Descriptors belong to the first byte of their sendmsg(2). One receive may return the bytes of
+//!   earlier messages and then bytes of a message with descriptors, together with these
+//!   descriptors. It never goes on into the message after that. Further receives of the same
+//!   message return bytes only.
 //! - Without room for them the kernel closes descriptors, and sets MSG_CTRUNC. In a full table of
 //!   descriptors it opens as many as fit, and sets MSG_CTRUNC, too.
 //! - MSG_PEEK reads until the first message with descriptors, too, and opens them a second time.
 //! - A send that accepts at least one byte has sent the descriptors.
 //!
 //! A Unix listener that was passed may have SO_PASSCRED, SO_PASSSEC or SO_PASSPIDFD, which its
-//! connections inherit. Then each receive has control messages, and the last is a descriptor.
+//! connections inherit. Then each receive has control messages. A pidfd among them must be closed.
 
 use std::io::{self, IoSlice};
 use std::mem::{self, MaybeUninit};
@@ -25,7 +26,7 @@ use crate::socket::control;
 /// Descriptors of one message at most: `SCM_MAX_FD` in the kernel.
 pub const PASSED_MAX: usize = 253;
 
-/// RoomFor for the other control messages: credentials, a label, a descriptor of a process.
+/// Room for the other control messages: credentials, a security label, a pidfd.
 const FOR_OTHERS: usize = 768;
 
 /// The longest control messages that are received.
@@ -66,7 +67,7 @@ pub fn receive(
     is_peek: bool,
     descriptors: &mut Vec<OwnedFd>,
 ) -> Result<PassedMessage, Errno> {
-    // As the header of a control message is aligned.
+    // A usize has the alignment of a header.
     let mut control = [MaybeUninit::<usize>::uninit(); CONTROL_MAX / size_of::<usize>()];
     let mut iovec = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // SAFETY: the structure consists of integers and pointers, for which all-zero is valid.
@@ -80,7 +81,7 @@ pub fn receive(
     };
     let peek = if is_peek { libc::MSG_PEEK } else { 0 };
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC | peek;
-    // Not by the C library's function: as a cancellation point it costs 50 instructions more.
+    // recvmsg(3) of glibc is a cancellation point, which costs 50 instructions more.
     //
     // SAFETY: the header points to memory of the given lengths, which lives until the call returns.
     let bytes =
@@ -99,13 +100,13 @@ pub fn receive(
     Ok(PassedMessage { bytes, is_truncated, has_control })
 }
 
-/// Takes the descriptors out of control messages that were just received. Closes that of a process.
+/// Takes the descriptors out of control messages that were just received. Closes a pidfd.
 fn take_descriptors(mut control: &[u8], descriptors: &mut Vec<OwnedFd>) {
     while let Some((kind, data, rest)) = control::next(control) {
         if matches!(kind, (libc::SOL_SOCKET, libc::SCM_RIGHTS | SCM_PIDFD)) {
             let numbers = data.chunks_exact(size_of::<i32>()).filter_map(<[u8]>::first_chunk);
             let numbers = numbers.map(|number| i32::from_ne_bytes(*number));
-            // In the place of the descriptor of a process there may be an error.
+            // In place of a pidfd there may be an error.
             let opened = numbers.filter(|number| *number >= 0);
             // SAFETY: the kernel has opened these descriptors for this receive. Nothing else owns
             // them.
@@ -138,5 +139,5 @@ pub fn send_passed(
     rustix::net::sendmsg(fd, bytes, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
 }
 
-/// The type of a control message with a descriptor of the sender's process (Linux 6.5).
+/// The type of a control message with a pidfd of the sender (Linux 6.5).
 const SCM_PIDFD: i32 = 4;

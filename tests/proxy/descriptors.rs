@@ -247,6 +247,43 @@ fn descriptors_that_stay_in_flight_end_the_connection() {
 }
 
 #[test]
+fn a_wait_for_others_ends_with_them_and_uses_no_time() {
+    if !is_root_for("a_wait_for_others_ends_with_them_and_uses_no_time") {
+        return;
+    }
+    // The last message is refused, since too many are in flight.
+    for (limit, most, messages) in [(64, 16, 6), (2048, 253, 10)] {
+        let pair = Pair::start(|launch| launch.descriptors(limit).user(64_003));
+        let (first, first_served) = pair.connect(false);
+        let others = [true, false, true].map(|is_swapped| pair.connect(is_swapped));
+        for _ in 0..messages {
+            pass(&first, b"x", &files(most)).unwrap();
+        }
+        let used = || {
+            let before = pair.proxy.cpu();
+            pause(Duration::from_millis(300));
+            pair.proxy.cpu() - before
+        };
+        // They wait in the kernel, while those before them take all the room.
+        let sent = files(most);
+        for (from, _) in &others {
+            assert_eq!(pass(from, b"y", &sent), Ok(1));
+        }
+        let while_waiting = used();
+        for _ in 0..messages {
+            assert_eq!(receive_passed(&first_served, 1).unwrap().1.len(), most);
+        }
+        for (_, to) in &others {
+            assert_eq!(inodes(&receive_passed(to, 1).unwrap().1), inodes(&sent));
+        }
+        let when_idle = used();
+        let most = while_waiting.max(when_idle);
+        assert!(most < Duration::from_millis(60), "{while_waiting:?}, then {when_idle:?}");
+        assert_eq!(pair.proxy.lines.count("resetting"), 0);
+    }
+}
+
+#[test]
 fn a_message_with_too_many_descriptors_ends_its_connection() {
     let pair = Pair::start(|launch| launch.descriptors(64));
     let (other, other_served) = pair.connect(false);
