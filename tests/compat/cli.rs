@@ -14,6 +14,9 @@ pub(crate) fn register(cases: &mut Cases) {
     cases.add("prints help and version", Shared, help_and_version);
     cases.add("accepts numbers and time spans", Shared, accepted_values);
     cases.add("the last of repeated options counts", Shared, repeated_options);
+    // 252 names the value as well.
+    let unknown = OnlyOurs("systemd-socket-proxyd: unrecognized option '--source");
+    cases.add("knows --source=client", unknown, source_client);
     cases.add("refuses invalid targets at the start", OnlyOurs("started"), wrong_at_start);
 }
 
@@ -70,6 +73,13 @@ fn help_and_version(program: &Path) {
     for version in ["--version", "--vers"] {
         assert_eq!(run(&program.into(), &[version]).0, Some(0), "{version}");
     }
+}
+
+fn source_client(program: &Path) {
+    let (code, _, stderr) = run(&program.into(), &["--source=client", "--help"]);
+    // As after every wrong command line.
+    assert!(matches!(code, Some(0 | 1)), "{code:?}");
+    assert!(code == Some(0), "{stderr}");
 }
 
 fn accepted_values(program: &Path) {

@@ -39,6 +39,12 @@ pub(crate) fn register(cases: &mut Cases) {
     let cut = FailsOn(&[Subject::Old], "of 60000");
     cases.add("delivers 60 KB before a close with the upload unread", cut, early_answer);
     cases.add("forwards urgent data", OnlyOurs("was lost"), urgent_data);
+    for (name, is_swapped) in [("the backend", false), ("the client", true)] {
+        let name = format!("passes descriptors between Unix sockets, to {name}");
+        cases.add(name, OnlyOurs("0 of 3 descriptors came"), move |program| {
+            descriptors(program, is_swapped)
+        });
+    }
     cases.add("a flood of one-byte messages delays no other client", Shared, |program| {
         floods(program, false)
     });
@@ -199,6 +205,31 @@ fn urgent_data(program: &Path) {
     let _proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
     let failures = urgent::carry(&front, &backend, true, 0..20);
     assert!(failures.is_empty(), "urgent data was lost: {failures:?}");
+}
+
+fn descriptors(program: &Path, is_swapped: bool) {
+    let [front, backend] = [Family::Unix, Family::Unix].map(Endpoint::new);
+    let proxy = Launch::new(program).arg(&backend.target).listener(&front).start();
+    let (client, served) = (front.connect(), backend.accept());
+    let (mut from, mut to) = if is_swapped { (served, client) } else { (client, served) };
+    // With the pipes that a program has for a connection.
+    assert_forwards(&mut from, &mut to);
+    assert_forwards(&mut to, &mut from);
+    let open = proxy.descriptors();
+    let files = descriptors::files(3);
+    assert_eq!(descriptors::pass(&from, b"bytes", &files), Ok(5));
+    let (bytes, passed) = descriptors::receive_passed(&to, 100).unwrap();
+    // The bytes come whatever becomes of the descriptors, and none stays open in between.
+    assert_eq!(&bytes, b"bytes");
+    assert_forwards(&mut to, &mut from);
+    assert_forwards(&mut from, &mut to);
+    assert_eq!(proxy.descriptors(), open);
+    let came = passed.len();
+    assert_eq!(
+        descriptors::inodes(&passed),
+        descriptors::inodes(&files),
+        "{came} of 3 descriptors came"
+    );
 }
 
 /// A client's answer comes at once beside two that flood, from either side. (Within 0.1 s: it took 0.5
