@@ -1,7 +1,6 @@
 //! Real programs over the proxy: dnsmasq, dig, dnsperf, unbound, logger.
 
 use std::fs;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
@@ -9,13 +8,6 @@ use tokio::time::Instant;
 
 use crate::peers::*;
 use crate::support::*;
-
-/// Whether all of these are installed; otherwise says that `test` is skipped.
-fn has(test: &str, programs: &[&str]) -> bool {
-    let missing = programs.iter().find(|program| !Path::new(program).exists());
-    missing.iter().for_each(|program| skip(test, program));
-    missing.is_none()
-}
 
 /// A program that ends with the test.
 struct Server(Child);
@@ -49,7 +41,7 @@ const DNSPERF: &str = "/usr/bin/dnsperf";
 #[test]
 fn dnsmasq_starts_for_the_first_query_and_answers_over_udp_and_tcp() {
     const TEST: &str = "dnsmasq_starts_for_the_first_query_and_answers_over_udp_and_tcp";
-    if !has(TEST, &[DNSMASQ, DIG, DNSPERF]) {
+    if !are_installed_for(TEST, &[DNSMASQ, DIG, DNSPERF]) {
         return;
     }
     let (front, stream) = Peer::udp_and_tcp("127.0.0.1");
@@ -91,7 +83,7 @@ fn dnsmasq_starts_for_the_first_query_and_answers_over_udp_and_tcp() {
 #[test]
 fn unbound_sees_the_client_by_the_proxy_protocol() {
     const UNBOUND: &str = "/usr/sbin/unbound";
-    if !has("unbound_sees_the_client_by_the_proxy_protocol", &[UNBOUND, DIG]) {
+    if !are_installed_for("unbound_sees_the_client_by_the_proxy_protocol", &[UNBOUND, DIG]) {
         return;
     }
     let (directory, own) = (TempDir::new().unwrap(), unused_address());
@@ -140,7 +132,7 @@ fn unbound_sees_the_client_by_the_proxy_protocol() {
 #[test]
 fn logger_reaches_a_syslog_server() {
     const LOGGER: &str = "/usr/bin/logger";
-    if !has("logger_reaches_a_syslog_server", &[LOGGER]) {
+    if !are_installed_for("logger_reaches_a_syslog_server", &[LOGGER]) {
         return;
     }
     for back in KINDS {

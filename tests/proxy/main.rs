@@ -19,6 +19,7 @@ mod logging;
 mod metrics;
 mod notifications;
 mod passive;
+mod programs;
 mod proxy_protocol;
 mod ready;
 mod selectors;

@@ -15,7 +15,7 @@ pub use fake_systemd::FakeSystemd;
 pub use network::{CLIENTS, ClientNetwork, HOST, NetworkNamespace, clients_of, inside};
 pub use process::{Launch, Lines, Running, executable_by_all, raise_descriptor_limit, run};
 pub use sockets::*;
-pub use trials::{Trials, is_root_for, skip};
+pub use trials::{Trials, are_installed_for, is_root_for, skip};
 pub use wait::*;
 
 /// The program under test.

@@ -1,6 +1,7 @@
 //! Tests with a name for each combination, so that one can be run alone.
 
 use std::env;
+use std::path::Path;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -65,4 +66,11 @@ pub fn is_root_for(test: &str) -> bool {
         skip(test, "root");
     }
     is_root
+}
+
+/// Whether all of these files are there; otherwise says that `test` is skipped.
+pub fn are_installed_for(test: &str, files: &[&str]) -> bool {
+    let missing = files.iter().find(|file| !Path::new(file).exists());
+    missing.iter().for_each(|file| skip(test, file));
+    missing.is_none()
 }
