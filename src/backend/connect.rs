@@ -127,17 +127,18 @@ impl Connector {
     /// Checks that a target that is an address can see clients of the connector's family. For a
     /// name, each lookup does.
     pub fn check_family(&self) -> Result<(), ConnectError> {
-        match &self.target {
-            Target::Address(address) => self.of_family(vec![address.clone()]).map(drop),
-            Target::Name(_) => Ok(()),
+        match (&self.target, self.family) {
+            (Target::Address(address), Some(family)) if !family.has(address) => {
+                Err(ConnectError::Family(self.target.clone(), family))
+            }
+            _ => Ok(()),
         }
     }
 
     /// Returns the addresses to which clients of the connector's family can come.
     fn of_family(&self, mut addresses: Vec<Address>) -> Result<Vec<Address>, ConnectError> {
         let Some(family) = self.family else { return Ok(addresses) };
-        let is_of_family = |address: &Address| matches!(address, Address::Inet(address) if IpFamily::of(*address) == family);
-        addresses.retain(is_of_family);
+        addresses.retain(|address| family.has(address));
         match addresses.is_empty() {
             true => Err(ConnectError::Family(self.target.clone(), family)),
             false => Ok(addresses),

@@ -34,6 +34,11 @@ impl IpFamily {
     pub fn of(address: SocketAddr) -> Self {
         if canonical(address).is_ipv4() { Self::V4 } else { Self::V6 }
     }
+
+    /// Whether an address belongs to the family.
+    pub fn has(self, address: &Address) -> bool {
+        matches!(address, Address::Inet(address) if Self::of(*address) == self)
+    }
 }
 
 impl fmt::Display for IpFamily {
