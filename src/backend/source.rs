@@ -7,11 +7,12 @@
 //!   bind(2) succeeds, but connect(2) fails with ENETUNREACH.
 //! - **IPv6**: IPV6_FREEBIND, which needs no capability, is enough for bind(2), connect(2) and the
 //!   answers. Without it, and without IPV6_TRANSPARENT, bind(2) fails with EADDRNOTAVAIL.
-//! - A route of type local makes its addresses local (`ip route add local 0.0.0.0/0 dev lo`). IPv4
-//!   then needs neither option; IPv6 still needs one of them.
+//! - A route of type local in the table `local` makes its addresses local (`ip route add local
+//!   0.0.0.0/0 dev lo`). IPv4 then needs neither option; IPv6 still needs one of them.
 //! - If no route leads the answers back, TCP times out, and UDP answers are lost.
-//! - With IP_BIND_ADDRESS_NO_PORT, connect(2) picks the port. It must be unused only between these
-//!   two addresses, so one client may have as many connections as there are ports.
+//! - With IP_BIND_ADDRESS_NO_PORT, connect(2) picks the port. For TCP it must be unused only for
+//!   this pair of addresses: one client may have as many connections to a backend as
+//!   `net.ipv4.ip_local_port_range` has ports.
 
 use std::fmt;
 use std::io;
@@ -81,8 +82,8 @@ impl SourceAddress {
         IpFamily::of(self.address)
     }
 
-    /// Returns what serves a client: one of `by_family`, IPv4 first, for a client whose address the
-    /// backend sees, or else `any`.
+    /// Returns the entry of `by_family`, for IPv4 and for IPv6, that belongs to the family of
+    /// `from`, or `any` for a client without an IP address.
     pub fn choose<'a, T>(from: Option<&Self>, by_family: Option<&'a [T; 2]>, any: &'a T) -> &'a T {
         match (by_family, from.map(Self::family)) {
             (Some([ipv4, _]), Some(IpFamily::V4)) => ipv4,
@@ -104,8 +105,9 @@ impl SourceAddress {
 
     /// Returns the address by which a bound socket reaches `target`.
     ///
-    /// To a socket that is bound, the unspecified address is not the loopback address but the one
-    /// that it is bound to. `::ffff:a.b.c.d` belongs to a socket of IPv6.
+    /// From a bound socket, connect(2) to 0.0.0.0 or :: goes to the address that it is bound to,
+    /// here the client's. So the loopback address is given instead. An IPv4-mapped address becomes
+    /// one of IPv4, as the client's is.
     pub fn destination(target: SocketAddr) -> SocketAddr {
         let mut target = canonical(target);
         match target.ip() {

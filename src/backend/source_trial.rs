@@ -1,7 +1,7 @@
 //! What `--source=client` needs of the machine, tried once at the start.
 //!
-//! Only for a backend at a loopback address does the proxy know which socket answers: one of its
-//! own. So only there it tries whether answers come back.
+//! Answers can be tried only where the proxy can listen at the backend's address. It does so for
+//! loopback addresses.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -126,7 +126,7 @@ impl Trial {
         connected.map_or_else(|_| Err(Errno::TIMEDOUT.into()), |connected| connected.map(drop))
     }
 
-    /// Returns what a trial that failed has lacked.
+    /// Returns the message for a failed trial: what is missing.
     fn missing(self, sources: ClientSources) -> String {
         let Self { family, .. } = self;
         // IPv6 needs no capability.
@@ -176,5 +176,5 @@ fn has_only_loopback() -> bool {
 const FALLBACK_TUNNELS: [&str; 9] =
     ["tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0", "ip6gre0"];
 
-/// How long an answer to this machine takes at most.
+/// How long a trial waits for an answer.
 const TRIAL_TIME: Duration = Duration::from_secs(1);
