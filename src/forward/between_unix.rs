@@ -42,14 +42,15 @@ impl Flow {
         if descriptors.is_empty() && !received.lost_descriptors {
             return self.send_received(bytes, sink);
         }
+        let are_too_many = descriptors.len() > shared.passed.limits.message;
+        let descriptors = shared.passed.hold(descriptors);
         if received.lost_descriptors {
             return Err(Fault::Passing(PassingError::TableFull));
         }
-        if descriptors.len() > shared.passed.limits.message {
+        if are_too_many {
             return Err(Fault::Passing(PassingError::TooMany));
         }
-        let passing = Passing::new(bytes.to_vec(), descriptors, &shared.passed);
-        self.buffered = Buffered::Passing(passing);
+        self.buffered = Buffered::Passing(Passing::new(bytes.to_vec(), descriptors));
         self.send_buffered(sink, shared)
     }
 
@@ -74,7 +75,7 @@ impl Flow {
         let room = shared.passed.take();
         let mut most = buffer.len();
         if room.is_none() {
-            match source.socket.peek_passed(buffer) {
+            match peek(source, buffer, shared) {
                 Ok((_, true)) => {
                     self.pause.begin();
                     return ControlFlow::Break(Step::Blocked);
@@ -104,8 +105,7 @@ impl Flow {
         size: usize,
         shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
-        let peeked = source.socket.peek_passed(&mut shared.buffer.borrow_mut());
-        let most = match peeked {
+        let most = match peek(source, &mut shared.buffer.borrow_mut(), shared) {
             Ok((_, true)) => return Err(Fault::Passing(PassingError::Stored)),
             Ok((bytes @ 1.., false)) => bytes,
             Err(Errno::AGAIN) => {
@@ -117,4 +117,17 @@ impl Flow {
         };
         self.splice(source, sink, size.min(most), shared)
     }
+}
+
+/// Returns how many bytes a Unix socket has, up to the end of the first message with descriptors,
+/// and whether there is such a message.
+fn peek(
+    source: &Endpoint,
+    buffer: &mut [u8],
+    shared: &LoopBuffers,
+) -> Result<(usize, bool), Errno> {
+    let mut descriptors = Vec::new();
+    let peeked = source.socket.peek_passed(buffer, &mut descriptors);
+    drop(shared.passed.hold(descriptors));
+    peeked
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -10,7 +10,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::time::Instant;
 
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef};
-use crate::limits::passed::{PassedRoom, RoomGuard};
+use crate::limits::passed::{PassedFds, PassedRoom};
 use crate::runtime::backoff::Backoff;
 use crate::socket::{RoomFor, receive_passed, send_passed};
 
@@ -21,8 +21,7 @@ pub struct Passing {
     /// How many of the bytes were sent.
     sent: usize,
     /// They go with the first byte.
-    descriptors: Vec<OwnedFd>,
-    room: Option<RoomGuard>,
+    descriptors: Option<PassedFds>,
 }
 
 /// Why descriptors could not be passed on, which ends the connection.
@@ -94,9 +93,8 @@ impl Pause {
 }
 
 impl Passing {
-    pub fn new(bytes: Vec<u8>, descriptors: Vec<OwnedFd>, room: &PassedRoom) -> Box<Self> {
-        let room = Some(room.take_unchecked(descriptors.len()));
-        Box::new(Self { bytes, sent: 0, descriptors, room })
+    pub fn new(bytes: Vec<u8>, descriptors: PassedFds) -> Box<Self> {
+        Box::new(Self { bytes, sent: 0, descriptors: Some(descriptors) })
     }
 
     /// Sends what the sink accepts, and closes the descriptors that were sent.
@@ -106,13 +104,12 @@ impl Passing {
     pub fn send(&mut self, to: impl AsFd) -> Result<usize, Errno> {
         let sent = self.send_rest(to)?;
         self.sent += sent;
-        self.descriptors.clear();
-        self.room = None;
+        self.descriptors = None;
         Ok(sent)
     }
 
     fn send_rest(&self, to: impl AsFd) -> Result<usize, Errno> {
-        let descriptors: Vec<BorrowedFd<'_>> = self.descriptors.iter().map(AsFd::as_fd).collect();
+        let descriptors = self.descriptors.as_ref().map(PassedFds::as_fds).unwrap_or_default();
         send_passed(to, &self.bytes[self.sent..], &descriptors)
     }
 
@@ -156,7 +153,7 @@ impl Passing {
         if bytes.is_empty() {
             return Err(Errno::INVAL.into());
         }
-        Ok(Self::new(bytes, descriptors, room))
+        Ok(Self::new(bytes, room.hold(descriptors)))
     }
 }
 

@@ -5,8 +5,12 @@
 //! beside that of connections ([`descriptors`](crate::limits::descriptors)), so no new connection
 //! uses it up.
 
-use std::sync::Arc;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{SendError, Sender, channel};
+use std::sync::{Arc, OnceLock};
+use std::thread;
 
 use prometheus_client::metrics::counter::Counter;
 
@@ -37,6 +41,8 @@ impl PassedLimits {
 pub struct PassedRoom {
     pub limits: PassedLimits,
     taken: Arc<AtomicUsize>,
+    /// The thread that closes them, once it is needed; `None` if the system refuses one.
+    closer: Arc<OnceLock<Option<Sender<Vec<OwnedFd>>>>>,
     /// From so many taken on, a message more on each event loop would not leave half of the room.
     scarce_from: usize,
     /// Messages whose descriptors were closed, because their receiver is no Unix socket.
@@ -47,7 +53,13 @@ impl PassedRoom {
     pub fn new(limits: PassedLimits) -> Self {
         let PassedLimits { message, all, threads } = limits;
         let scarce_from = (all / 2 + 1).saturating_sub(message * threads);
-        Self { limits, taken: Arc::default(), scarce_from, dropped: Counter::default() }
+        Self {
+            limits,
+            taken: Arc::default(),
+            closer: Arc::default(),
+            scarce_from,
+            dropped: Counter::default(),
+        }
     }
 
     /// Whether half of the room may be taken. Otherwise each event loop can receive a message
@@ -75,10 +87,61 @@ impl PassedRoom {
         }
     }
 
-    /// Counts descriptors that are open already.
-    pub fn take_unchecked(&self, descriptors: usize) -> RoomGuard {
-        self.taken.fetch_add(descriptors, Ordering::Relaxed);
-        RoomGuard { taken: Arc::clone(&self.taken), descriptors }
+    /// Counts descriptors that were received.
+    pub fn hold(&self, fds: Vec<OwnedFd>) -> PassedFds {
+        self.taken.fetch_add(fds.len(), Ordering::Relaxed);
+        PassedFds { fds, room: self.clone() }
+    }
+
+    /// Closes descriptors on a thread of its own, and returns their room.
+    fn close(&self, fds: Vec<OwnedFd>) {
+        let closer = self.closer.get_or_init(|| start_closer(Arc::clone(&self.taken)));
+        let unsent = match closer {
+            Some(closer) => closer.send(fds).err().map(|SendError(fds)| fds),
+            None => Some(fds),
+        };
+        if let Some(fds) = unsent {
+            close_now(fds, &self.taken);
+        }
+    }
+}
+
+/// Starts a thread that closes descriptors, unless the system refuses one.
+fn start_closer(taken: Arc<AtomicUsize>) -> Option<Sender<Vec<OwnedFd>>> {
+    let (sender, receiver) = channel();
+    let close_all = move || receiver.into_iter().for_each(|fds| close_now(fds, &taken));
+    let thread = thread::Builder::new().name("proxyd-closer".into()).spawn(close_all);
+    thread.ok().map(|_| sender)
+}
+
+fn close_now(fds: Vec<OwnedFd>, taken: &AtomicUsize) {
+    let count = fds.len();
+    drop(fds);
+    taken.fetch_sub(count, Ordering::Relaxed);
+}
+
+/// Descriptors that a peer has passed. They take room until they are closed.
+///
+/// Dropping this never waits. close(2) may: a file system in user space (FUSE) answers when it
+/// likes, and SO_LINGER makes a socket wait for its peer.
+#[derive(Debug)]
+pub struct PassedFds {
+    fds: Vec<OwnedFd>,
+    room: PassedRoom,
+}
+
+impl PassedFds {
+    /// Returns the descriptors in their order.
+    pub fn as_fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.fds.iter().map(AsFd::as_fd).collect()
+    }
+}
+
+impl Drop for PassedFds {
+    fn drop(&mut self) {
+        if !self.fds.is_empty() {
+            self.room.close(mem::take(&mut self.fds));
+        }
     }
 }
 
@@ -90,19 +153,6 @@ impl Drop for MessageRoom<'_> {
     fn drop(&mut self) {
         let Self(room) = self;
         room.taken.fetch_sub(room.limits.message, Ordering::Relaxed);
-    }
-}
-
-/// Room for descriptors that wait, until this is dropped.
-#[derive(Debug)]
-pub struct RoomGuard {
-    taken: Arc<AtomicUsize>,
-    descriptors: usize,
-}
-
-impl Drop for RoomGuard {
-    fn drop(&mut self) {
-        self.taken.fetch_sub(self.descriptors, Ordering::Relaxed);
     }
 }
 
@@ -126,15 +176,18 @@ mod tests {
         let room = PassedRoom::new(PassedLimits { message: 16, all: 40, threads: 1 });
         assert!(!room.is_scarce());
         let first = room.take().unwrap();
-        let waiting = room.take_unchecked(10);
+        let fds = |count| (0..count).map(|_| tempfile::tempfile().unwrap().into()).collect();
+        let waiting = room.hold(fds(10));
         assert_eq!(room.taken.load(Ordering::Relaxed), 26);
         drop(first);
         assert!(room.is_scarce());
         drop(room.take().unwrap());
-        let more = room.take_unchecked(15);
+        let more = room.hold(fds(15));
         assert!(room.take().is_none());
         assert_eq!(room.taken.load(Ordering::Relaxed), 25);
         drop((waiting, more));
-        assert_eq!(room.taken.load(Ordering::Relaxed), 0);
+        while room.taken.load(Ordering::Relaxed) > 0 {
+            thread::yield_now();
+        }
     }
 }

@@ -174,9 +174,8 @@ impl Socket {
     /// that a Unix peer passes.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
         if self.family == Family::Unix {
-            let mut descriptors = Vec::new();
-            let received = self.receive_message(buffer, RoomFor::Credentials, &mut descriptors)?;
-            let lost_descriptors = received.lost_descriptors || !descriptors.is_empty();
+            let received = self.receive_message(buffer, RoomFor::Nothing, &mut Vec::new())?;
+            let lost_descriptors = received.lost_descriptors && !sys::adds_credentials(&self.io);
             return Ok(Received { lost_descriptors, ..received });
         }
         let len = buffer.len();
@@ -211,10 +210,19 @@ impl Socket {
 
     /// Returns how many bytes there are on a Unix socket, up to `buffer.len()` or to the end of the
     /// first message with descriptors, and whether there is such a message. All stays unread.
-    pub fn peek_passed(&self, buffer: &mut [u8]) -> Result<(usize, bool), Errno> {
-        let mut descriptors = Vec::new();
-        let message =
-            passed_fds::receive(&self.io, buffer, RoomFor::Credentials, true, &mut descriptors)?;
+    ///
+    /// Adds second references to `descriptors` where only that tells whether there are any.
+    pub fn peek_passed(
+        &self,
+        buffer: &mut [u8],
+        descriptors: &mut Vec<OwnedFd>,
+    ) -> Result<(usize, bool), Errno> {
+        let mut message =
+            passed_fds::receive(&self.io, buffer, RoomFor::Nothing, true, descriptors)?;
+        if message.is_truncated && sys::adds_credentials(&self.io) {
+            message =
+                passed_fds::receive(&self.io, buffer, RoomFor::Descriptors, true, descriptors)?;
+        }
         Ok((message.bytes, message.is_truncated || !descriptors.is_empty()))
     }
 

@@ -48,9 +48,8 @@ pub struct PassedMessage {
 pub enum RoomFor {
     /// For as many as a message can have.
     Descriptors,
-    /// Only for the credentials that SO_PASSCRED adds. The kernel closes descriptors, but for those
-    /// that fit into the place of the credentials.
-    Credentials,
+    /// For none. The kernel closes them, and sets MSG_CTRUNC.
+    Nothing,
 }
 
 /// Receives without waiting. Adds the descriptors, close-on-exec, to `descriptors`.
@@ -77,7 +76,7 @@ pub fn receive(
     // The type of the length differs between C libraries.
     header.msg_controllen = match room {
         RoomFor::Descriptors => size_of_val(&control) as _,
-        RoomFor::Credentials => control::space(size_of::<libc::ucred>()) as _,
+        RoomFor::Nothing => 0,
     };
     let peek = if is_peek { libc::MSG_PEEK } else { 0 };
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC | peek;

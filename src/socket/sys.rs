@@ -110,6 +110,18 @@ fn setsockopt(fd: impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Returns whether a Unix socket adds control messages of its own to what is received: those of
+/// SO_PASSCRED, SO_PASSSEC and SO_PASSPIDFD, which it may have inherited from its listener.
+pub fn adds_credentials(fd: impl AsFd) -> bool {
+    const SO_PASSPIDFD: i32 = 76;
+    [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD].into_iter().any(|option| {
+        let mut is_on = 0_i32;
+        // SAFETY: these options are ints.
+        let result = unsafe { getsockopt(&fd, libc::SOL_SOCKET, option, &mut is_on) };
+        result.is_ok() && is_on != 0
+    })
+}
+
 /// Reads an option into `value`.
 ///
 /// # Safety

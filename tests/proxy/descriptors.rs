@@ -2,7 +2,7 @@
 
 use std::fs::{self, Permissions};
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Mutex;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use socket2::Socket;
 use tokio::time::Instant;
 
@@ -407,7 +407,7 @@ fn credentials_are_not_passed_on_and_leave_nothing_open() {
         pass(&client, b"y", &[]).unwrap();
         assert_eq!(receive_passed(&served, 10).unwrap().0, b"y");
     }
-    assert_eq!(pair.proxy.descriptors(), open);
+    pair.wait_for_descriptors(open);
 }
 
 fn set_option(socket: &Socket, option: i32) {
@@ -418,4 +418,31 @@ fn set_option(socket: &Socket, option: i32) {
         libc::setsockopt(fd, libc::SOL_SOCKET, option, (&raw const on).cast(), length)
     };
     assert_eq!(result, 0);
+}
+
+/// The last close of a socket that lingers takes as long as its peer does not read.
+#[test]
+fn a_close_that_takes_long_delays_no_other_client() {
+    let pair = Pair::start(|launch| launch.descriptors(64));
+    let ((other, other_served), (client, served)) = (pair.connect(false), pair.connect(false));
+    let listener = Endpoint::new(Family::Tcp);
+    let lingering = || {
+        let socket = listener.connect();
+        socket.set_linger(Some(Duration::from_secs(60))).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        while socket.send(&[0; 65_536]).is_ok() {}
+        OwnedFd::from(socket)
+    };
+    let lingering: Vec<_> = (0..17).map(|_| lingering()).collect();
+    pair.proxy.signal(Signal::STOP);
+    pass(&client, b"x", &lingering).unwrap();
+    // From now on only the message has them.
+    drop(lingering);
+    pair.proxy.signal(Signal::CONT);
+    pair.proxy.lines.wait_for("resetting the connection: there are more of them in a message");
+    assert!(ends(&client) && ends(&served));
+    for _ in 0..3 {
+        assert_eq!(pass(&other, b"plain", &[]), Ok(5));
+        assert_eq!(receive_passed(&other_served, 10).unwrap().0, b"plain");
+    }
 }
