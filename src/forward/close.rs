@@ -21,14 +21,19 @@ impl Forwarder {
         self.registration.as_ref().is_some_and(|it| it.activity().is_expired())
     }
 
-    /// Whether nothing can happen before a receiver accepts bytes.
+    /// Whether an edge may not be enough to go on: one direction waits, and the other has ended, or
+    /// there is a time to try again.
     pub(super) fn is_stalled(&self) -> bool {
-        let waits = self.flows.iter().any(Flow::waits_for_sink);
-        waits && !self.flows.iter().all(Flow::is_open)
+        let waits = self.flows.iter().any(Flow::is_waiting);
+        waits && (self.retry_at().is_some() || !self.flows.iter().all(Flow::is_open))
     }
 
-    /// Waits until a turn can do something. Once the sender is gone, a receiver that accepts
-    /// nothing for [`LINGER`] is given up. Returns whether the connection goes on.
+    fn retry_at(&self) -> Option<Instant> {
+        self.flows.iter().filter_map(Flow::retry_at).min()
+    }
+
+    /// Waits until a turn can do something, or is to try again. Once the sender is gone, a receiver
+    /// that accepts nothing for [`LINGER`] is given up. Returns whether the connection goes on.
     ///
     /// In this state the sender is not read from, and EPOLLHUP would not tell its reset from two
     /// FINs.
@@ -36,6 +41,14 @@ impl Forwarder {
         &mut self,
         report: &impl Fn(Progress),
     ) -> io::Result<bool> {
+        if let Some(at) = self.retry_at() {
+            if let Ok(waited) = timeout_at(at, self.wait()).await {
+                if !waited? {
+                    self.report_if_requested(report);
+                }
+            }
+            return Ok(true);
+        }
         let mut before = self.unacked_bytes();
         let mut deadline = Instant::now() + LINGER;
         loop {

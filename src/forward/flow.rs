@@ -433,9 +433,9 @@ impl Flow {
         self.pause.until()
     }
 
-    /// Whether nothing can happen before the sink accepts bytes.
-    pub fn waits_for_sink(&self) -> bool {
-        self.lacks_space.is_some() || !self.buffered.is_empty()
+    /// Whether the flow does not read: it waits for the sink to accept bytes, or for the clock.
+    pub fn is_waiting(&self) -> bool {
+        self.lacks_space.is_some() || !self.buffered.is_empty() || self.retry_at().is_some()
     }
 
     /// Ends an open flow because its sink accepts no more bytes. What is buffered is discarded,

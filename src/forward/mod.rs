@@ -114,7 +114,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use tokio::time::timeout_at;
 
 use crate::counters::ByteCounters;
 use crate::forward::endpoint::Endpoint;
@@ -245,11 +244,6 @@ impl Forwarder {
                     Turn::Blocked if self.is_over() || self.is_idle() => break,
                     _ if self.is_detach_requested() => return Ok(self.detached()),
                     // Boxed, here and below: what few connections need is not part of every future.
-                    Turn::Blocked if self.flows.iter().any(|flow| flow.retry_at().is_some()) => {
-                        if !Box::pin(self.wait_until_retry()).await? {
-                            self.report_if_requested(&report);
-                        }
-                    }
                     Turn::Blocked if self.is_stalled() => {
                         if !Box::pin(self.wait_while_stalled(&report)).await? {
                             break;
@@ -433,18 +427,10 @@ impl Forwarder {
         .await
     }
 
-    /// Waits as [`Forwarder::wait`] does, but at most until a flow is to try again.
-    async fn wait_until_retry(&mut self) -> io::Result<bool> {
-        match self.flows.iter().filter_map(Flow::retry_at).min() {
-            Some(at) => timeout_at(at, self.wait()).await.unwrap_or(Ok(true)),
-            None => self.wait().await,
-        }
-    }
-
     fn poll_edges(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let [client, backend] = &mut self.endpoints;
         let [from_client, from_backend] = &mut self.flows;
-        let waits = [from_client.waits_for_sink(), from_backend.waits_for_sink()];
+        let waits = [from_client.is_waiting(), from_backend.is_waiting()];
         let client_edge = poll_edge(client, from_client, from_backend, waits, cx)?;
         let waits = [waits[1], waits[0]];
         let backend_edge = poll_edge(backend, from_backend, from_client, waits, cx)?;
@@ -478,7 +464,9 @@ fn poll_edge(
         edge = true;
     }
     if to_waits {
-        if end.socket.poll_writable(cx)?.is_ready() {
+        // While the flow waits for the clock, no edge helps, and the end of a peer would be one
+        // again and again.
+        if to.retry_at().is_none() && end.socket.poll_writable(cx)?.is_ready() {
             end.writable = true;
             edge = true;
         }

@@ -319,7 +319,13 @@ fn missing_parts(container: &Container) {
         drop_in(container, changed, &format!("[Service]\n{setting}\n"));
         let words = ["systemctl", "start", service];
         assert!(!container.output(&words).status.success(), "{changed}: {setting}");
-        wait_for_line(container, service, message, setting);
+        // Without -u: the process may be gone before journald looks for its unit.
+        let is_logged = || {
+            let journal = container.run(&["journalctl", "--no-pager", "-o", "cat"]);
+            journal.contains(message).then_some(())
+        };
+        let logged = poll_until(Instant::now() + TIMEOUT, is_logged);
+        assert!(logged.is_some(), "no {message:?} with {setting}");
         remove_drop_ins(container);
         container.run(&["systemctl", "reset-failed", service]);
     }
