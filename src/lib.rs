@@ -43,7 +43,8 @@
 //!   to close, and everything that waits for connections to end watches the count.
 //! - [`metrics`] has the names of all metrics; `metrics::exporter` is the HTTP server.
 //! - The main thread accepts and serves. With `--threads=` other threads serve as well. Once its
-//!   task is spawned, a connection stays on its event loop.
+//!   task is spawned, a connection stays on its event loop. One more thread closes descriptors
+//!   that were passed ([`limits::passed`]).
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a
 //!   signal or a panic must not look complete to its peers.
 //! - Unsafe code is confined to [`socket::sys`], [`socket::mmsg`], `socket::passed_fds`,

@@ -15,6 +15,7 @@ pub fn register(trials: &mut Trials) {
         });
     }
     trials.add("a stored connection carries no descriptors", stored_connections_carry_none);
+    trials.add("credentials are no descriptors of a stored connection", credentials_are_none);
 }
 
 fn assert_forwards_plain(from: &Socket, to: &Socket) {
@@ -85,4 +86,17 @@ fn stored_connections_carry_none() {
     proxy.replace(End::Killed);
     assert_forwards_plain(&other, &other_served);
     proxy.wait_until_stored(1);
+}
+
+/// A listener may have the kernel add control messages to everything.
+fn credentials_are_none() {
+    let (front, backend) = (Endpoint::new(Family::Unix), Endpoint::new(Family::Unix));
+    add_credentials(&front.socket);
+    let mut proxy = Proxy::start(&front, &["--handover=crash", &backend.target]);
+    let (client, served) = connect(&front, &backend, false);
+    assert_forwards_plain(&client, &served);
+    proxy.replace(End::Killed);
+    assert_forwards_plain(&client, &served);
+    assert_eq!(pass(&client, b"x", &files(1)), Ok(1));
+    proxy.running.lines.wait_for("of the client, resetting the connection");
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, Permissions};
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Mutex;
@@ -394,12 +394,8 @@ fn to_other_sockets_descriptors_are_closed_and_counted() {
 
 #[test]
 fn credentials_are_not_passed_on_and_leave_nothing_open() {
-    const SO_PASSPIDFD: i32 = 76;
     let pair = Pair::start(|launch| launch);
-    for option in [libc::SO_PASSCRED, SO_PASSPIDFD] {
-        // The connections of a listener have its options.
-        set_option(&pair.front.socket, option);
-    }
+    add_credentials(&pair.front.socket);
     let (client, served) = pair.connect(false);
     let open = pair.proxy.descriptors();
     for _ in 0..3 {
@@ -410,16 +406,6 @@ fn credentials_are_not_passed_on_and_leave_nothing_open() {
         assert_eq!(receive_passed(&served, 10).unwrap().0, b"y");
     }
     pair.wait_for_descriptors(open);
-}
-
-fn set_option(socket: &Socket, option: i32) {
-    let on = 1_i32;
-    // SAFETY: setsockopt(2) reads an int.
-    let result = unsafe {
-        let (fd, length) = (socket.as_raw_fd(), size_of_val(&on) as libc::socklen_t);
-        libc::setsockopt(fd, libc::SOL_SOCKET, option, (&raw const on).cast(), length)
-    };
-    assert_eq!(result, 0);
 }
 
 /// The last close of a socket that lingers takes as long as its peer does not read.

@@ -2,7 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use rustix::io::Errno;
@@ -46,4 +46,19 @@ pub fn receive_passed(socket: impl AsFd, most: usize) -> Result<(Vec<u8>, Vec<Ow
         }
     }
     Ok((bytes, files))
+}
+
+/// Lets the kernel add credentials, a label and a pidfd to what a socket receives, and to what the
+/// connections of a listener receive.
+pub fn add_credentials(socket: &impl AsRawFd) {
+    const SO_PASSPIDFD: i32 = 76;
+    for option in [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD] {
+        let on = 1_i32;
+        // SAFETY: setsockopt(2) reads an int.
+        let result = unsafe {
+            let (fd, length) = (socket.as_raw_fd(), size_of_val(&on) as libc::socklen_t);
+            libc::setsockopt(fd, libc::SOL_SOCKET, option, (&raw const on).cast(), length)
+        };
+        assert_eq!(result, 0);
+    }
 }
