@@ -1,9 +1,8 @@
 //! Room for the descriptors that Unix peers pass to each other through the proxy.
 //!
-//! Most are sent on and closed in the turn in which they were received. Those that their receiver
-//! does not take at once wait in the proxy, and take room until they are sent. The room is reserved
-//! beside that of connections ([`descriptors`](crate::limits::descriptors)), so no new connection
-//! uses it up.
+//! Most are sent on in the turn in which they were received. Those that their receiver does not take
+//! at once wait in the proxy. All take room until they are closed. The room is reserved beside that
+//! of connections ([`descriptors`](crate::limits::descriptors)), so no new connection uses it up.
 
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -77,7 +76,7 @@ impl PassedRoom {
         (before + message <= self.limits.all).then_some(room)
     }
 
-    /// Counts a message whose descriptors were closed.
+    /// Counts a message whose descriptors the kernel has closed.
     pub fn drop_message(&self) {
         if self.dropped.inc() == 0 {
             tracing::warn!(
