@@ -86,7 +86,7 @@ pub mod testing {
     //! What the tests of the forwarder and of the journal look into.
     pub use crate::config::timespan::TimeSpan;
     pub use crate::counters::{ByteCounters, Gauge};
-    pub use crate::forward::flow::LoopBuffers;
+    pub use crate::forward::loop_buffers::LoopBuffers;
     pub use crate::forward::pipe::PipeLimits;
     pub use crate::forward::{CloseReason, Forwarder, Outcome, Summary};
     pub use crate::handover::encoding::{Record, RecordBody, encode_message, record_ids};

@@ -115,8 +115,7 @@ impl Connector {
 
     /// Whether the backend sees the addresses of clients.
     pub fn shows_clients(&self) -> bool {
-        let has_ip = matches!(&self.target, Target::Name(_) | Target::Address(Address::Inet(_)));
-        has_ip && self.sources.is_some()
+        self.sources.is_some() && self.target.has_ip()
     }
 
     /// Returns the address from which to connect for a client, unless that is the proxy's own.

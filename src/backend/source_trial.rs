@@ -168,9 +168,9 @@ impl Trial {
 fn has_only_loopback() -> bool {
     // Not /sys/class/net, which shows the namespace of the mount.
     let Ok(devices) = fs::read_to_string("/proc/self/net/dev") else { return false };
-    let names =
+    let mut names =
         devices.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim());
-    names.into_iter().all(|name| name == "lo" || FALLBACK_TUNNELS.contains(&name))
+    names.all(|name| name == "lo" || FALLBACK_TUNNELS.contains(&name))
 }
 
 const FALLBACK_TUNNELS: [&str; 9] =

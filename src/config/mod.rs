@@ -26,7 +26,6 @@ use crate::config::timespan::TimeSpan;
 use crate::config::values::{BusyMode, HandoverMode, ReadyMode, SourceMode};
 use crate::logging::LogLevel;
 use crate::socket::Keepalive;
-use crate::socket::address::Address;
 
 /// Everything the command line says, parsed and checked.
 #[derive(Debug)]
@@ -117,9 +116,7 @@ pub fn check(arguments: &Arguments) -> Result<Targets, String> {
     if arguments.start_command.is_some() && targets.iter().count() > 1 {
         return Err("--start-command= serves one TARGET. (Run a proxy for each.)".into());
     }
-    let has_ip =
-        |target: &Target| matches!(target, Target::Name(_) | Target::Address(Address::Inet(_)));
-    if arguments.source == SourceMode::Client && !targets.iter().any(has_ip) {
+    if arguments.source == SourceMode::Client && !targets.iter().any(Target::has_ip) {
         return Err(
             "--source=client needs a TARGET with an IP address or a host name: over Unix and \
                     vsock sockets a backend sees no IP address."

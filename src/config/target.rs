@@ -22,6 +22,11 @@ pub enum Target {
 }
 
 impl Target {
+    /// Whether connections go to an IP address.
+    pub fn has_ip(&self) -> bool {
+        matches!(self, Self::Name(_) | Self::Address(Address::Inet(_)))
+    }
+
     /// Parses a TARGET argument.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use crate::backend::readiness::Readiness;
 use crate::backend::wait::BackendWait;
 use crate::config::timespan::TimeSpan;
 use crate::counters::{ByteCounters, LoopCounters, Loops};
-use crate::forward::flow::LoopBuffers;
+use crate::forward::loop_buffers::LoopBuffers;
 use crate::forward::pipe::PipeLimits;
 use crate::forward::registry::Registry;
 use crate::handover::{Detached, Handover};

@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 use rustix::io::Errno;
 
 use crate::forward::endpoint::Endpoint;
-use crate::forward::flow::{Buffered, Fault, Flow, LoopBuffers, Step};
+use crate::forward::flow::{Buffered, Fault, Flow, Step};
+use crate::forward::loop_buffers::LoopBuffers;
 use crate::forward::passing::{Passing, PassingError, Pause};
 use crate::limits::passed::MessageRoom;
 

@@ -1,21 +1,72 @@
-//! How a connection ends: which receivers are waited for, and which ends are closed or reset.
+//! How flows and their connection end: which receivers are waited for, and which ends are closed or
+//! reset.
 //!
 //! "How a flow ends" in `forward` has the rules.
 
 use std::io;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::forward::endpoint::Endpoint;
 use crate::forward::flow::Flow;
 use crate::forward::registry::Registration;
 use crate::forward::snapshot::{FlowState, SIDES, Side};
-use crate::forward::{CloseReason, Forwarder, Progress, Summary};
+use crate::forward::{CloseReason, Forwarder, PassingError, Progress, Summary};
 use crate::runtime::backoff::Backoff;
 use crate::socket::{Family, Socket};
 
 impl Forwarder {
+    /// Ends the flow from `side`, and passes its FIN on.
+    pub(super) fn end(&mut self, side: Side) {
+        let (from, to) = (side as usize, side.other() as usize);
+        if self.endpoints[from].reset || self.is_expired() {
+            self.flows[from].state = FlowState::SourceReset;
+            return;
+        }
+        self.flows[from].state = FlowState::Ended;
+        // When the other flow has ended too, close() sends the FIN.
+        if !matches!(self.flows[to].state, FlowState::Ended) {
+            // Fails only where the sink was reset, which its own flow will see.
+            let _ = self.endpoints[to].socket.shutdown_write();
+        }
+    }
+
+    pub(super) fn fail_source(&mut self, side: Side, errno: Errno) {
+        self.fault.get_or_insert((side, errno));
+        let source = &mut self.endpoints[side as usize];
+        source.reset = true;
+        source.gone = true;
+        self.flows[side as usize].state = FlowState::SourceReset;
+        self.flows[side.other() as usize].close_sink(true);
+        // The kernel reported the error to this process and will not report it to the next.
+        self.update_journal();
+    }
+
+    /// Ends both flows: descriptors from `side` cannot be passed on, and without them its bytes are
+    /// not complete.
+    pub(super) fn fail_passing(&mut self, side: Side, error: PassingError) {
+        self.passing_error = Some((side, error));
+        self.flows[side as usize].state = FlowState::SourceReset;
+        self.flows[side.other() as usize].close_sink(true);
+        self.update_journal();
+    }
+
+    /// Ends the flow from `side`, whose sink failed.
+    ///
+    /// EPIPE: a FIN was sent to the peer, or a Unix peer shut down reading. The sink's own bytes
+    /// can still be read. The kernel has reported any other error for the last time: a later
+    /// recv(2) would see a FIN. So the endpoint notes the reset.
+    pub(super) fn fail_sink(&mut self, side: Side, errno: Errno) {
+        self.fault.get_or_insert_with(|| (side.other(), errno));
+        let sink = &mut self.endpoints[side.other() as usize];
+        sink.reset |= errno != Errno::PIPE;
+        sink.gone |= sink.reset || sink.socket.family() != Family::Unix;
+        self.flows[side as usize].close_sink(true);
+        self.update_journal();
+    }
+
     /// Whether the connection is to end because it is not in use.
     pub(super) fn is_expired(&self) -> bool {
         self.registration.as_ref().is_some_and(|it| it.activity().is_expired())

@@ -2,46 +2,19 @@
 //!
 //! The theory of operation is at the top of `forward`.
 
-use std::cell::RefCell;
 use std::mem;
 use std::ops::ControlFlow;
-use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::time::Instant;
 
-use crate::counters::{Gauge, GaugeGuard};
+use crate::counters::GaugeGuard;
 use crate::forward::endpoint::Endpoint;
+use crate::forward::loop_buffers::LoopBuffers;
 use crate::forward::passing::{Passing, PassingError, Pause};
-use crate::forward::pipe::{Pipe, PipeLimits, PipePool};
+use crate::forward::pipe::Pipe;
 use crate::forward::snapshot::{COPY_SIZE, FlowState};
-use crate::forward::turns::Turns;
-use crate::limits::passed::PassedRoom;
 use crate::socket::{Family, Received, Socket};
-
-/// What the connections of one event loop share.
-#[derive(Debug)]
-pub struct LoopBuffers {
-    pub(super) buffer: RefCell<Box<[u8]>>,
-    pub(super) pipes: PipePool,
-    /// Flows that wait for room in their sinks.
-    stalled: Gauge,
-    pub(super) passed: PassedRoom,
-    pub turns: Turns,
-}
-
-impl LoopBuffers {
-    /// `limits` bounds the pipes, which are counted in `pipes`. `passed` is common to all loops.
-    pub fn new(limits: PipeLimits, pipes: Gauge, passed: PassedRoom) -> Self {
-        Self {
-            buffer: RefCell::new(vec![0; COPY_SIZE].into()),
-            pipes: PipePool::new(limits, pipes),
-            stalled: Gauge::default(),
-            passed,
-            turns: Turns::default(),
-        }
-    }
-}
 
 /// One direction.
 #[derive(Debug, Default)]
@@ -171,7 +144,7 @@ impl Flow {
 
     /// Splices through a pipe of the pool, or copies where there is little room or no pipe.
     ///
-    /// Not inlined, as the next three are not: the way of a message stays short.
+    /// Not inlined, nor are others below that a small message does not need: its way stays short.
     #[inline(never)]
     fn splice_bulk(
         &mut self,
@@ -358,22 +331,9 @@ impl Flow {
             Buffered::Piped(pipe) => pipe.drain(&sink.socket),
             Buffered::StoredPipe(pipe) => pipe.drain(&sink.socket),
             Buffered::Passing(passing) => {
-                if self.pause.is_running() {
-                    return Ok(Step::Blocked);
-                }
-                match passing.send(&sink.socket) {
-                    Err(Errno::TOOMANYREFS) if self.pause.has_lasted(REFUSED_MAX) => {
-                        return Err(Fault::Passing(PassingError::TooManyInFlight));
-                    }
-                    Err(Errno::TOOMANYREFS) => {
-                        self.pause.begin();
-                        return Ok(Step::Blocked);
-                    }
-                    sent => {
-                        self.pause = Pause::default();
-                        sent
-                    }
-                }
+                let sent = passing.send(&sink.socket, &mut self.pause).map_err(Fault::Passing)?;
+                let Some(sent) = sent else { return Ok(Step::Blocked) };
+                sent
             }
         };
         self.account(result, sink)?;
@@ -472,9 +432,6 @@ fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
         _ => false,
     }
 }
-
-/// How long the kernel may refuse descriptors in flight.
-const REFUSED_MAX: Duration = Duration::from_secs(1);
 
 /// A splicing flow that moves fewer bytes than this between two empty reads, twice in a row, goes
 /// back to copying. (A message of 33 to 64 KiB may come in two parts.)

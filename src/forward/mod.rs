@@ -97,7 +97,8 @@
 mod close;
 mod persist;
 mod between_unix;
-pub mod flow;
+mod flow;
+pub mod loop_buffers;
 mod passing;
 mod endpoint;
 pub mod pipe;
@@ -117,9 +118,10 @@ use rustix::io::Errno;
 
 use crate::counters::ByteCounters;
 use crate::forward::endpoint::Endpoint;
-use crate::forward::flow::{Fault, Flow, LoopBuffers, Step};
+use crate::forward::flow::{Fault, Flow, Step};
+use crate::forward::loop_buffers::LoopBuffers;
 use crate::forward::registry::{EndRequest, Registration};
-use crate::forward::snapshot::{FlowState, Side, SnapshotStore};
+use crate::forward::snapshot::{Side, SnapshotStore};
 use crate::socket::{Family, Socket};
 
 pub use crate::forward::passing::PassingError;
@@ -366,55 +368,6 @@ impl Forwarder {
             }
         }
         turn
-    }
-
-    /// Ends the flow from `side`, and passes its FIN on.
-    fn end(&mut self, side: Side) {
-        let (from, to) = (side as usize, side.other() as usize);
-        if self.endpoints[from].reset || self.is_expired() {
-            self.flows[from].state = FlowState::SourceReset;
-            return;
-        }
-        self.flows[from].state = FlowState::Ended;
-        // When the other flow has ended too, close() sends the FIN.
-        if !matches!(self.flows[to].state, FlowState::Ended) {
-            // Fails only where the sink was reset, which its own flow will see.
-            let _ = self.endpoints[to].socket.shutdown_write();
-        }
-    }
-
-    fn fail_source(&mut self, side: Side, errno: Errno) {
-        self.fault.get_or_insert((side, errno));
-        let source = &mut self.endpoints[side as usize];
-        source.reset = true;
-        source.gone = true;
-        self.flows[side as usize].state = FlowState::SourceReset;
-        self.flows[side.other() as usize].close_sink(true);
-        // The kernel reported the error to this process and will not report it to the next.
-        self.update_journal();
-    }
-
-    /// Ends both flows: descriptors from `side` cannot be passed on, and without them its bytes are
-    /// not complete.
-    fn fail_passing(&mut self, side: Side, error: PassingError) {
-        self.passing_error = Some((side, error));
-        self.flows[side as usize].state = FlowState::SourceReset;
-        self.flows[side.other() as usize].close_sink(true);
-        self.update_journal();
-    }
-
-    /// Ends the flow from `side`, whose sink failed.
-    ///
-    /// EPIPE: a FIN was sent to the peer, or a Unix peer shut down reading. The sink's own bytes
-    /// can still be read. The kernel has reported any other error for the last time: a later
-    /// recv(2) would see a FIN. So the endpoint notes the reset.
-    fn fail_sink(&mut self, side: Side, errno: Errno) {
-        self.fault.get_or_insert_with(|| (side.other(), errno));
-        let sink = &mut self.endpoints[side.other() as usize];
-        sink.reset |= errno != Errno::PIPE;
-        sink.gone |= sink.reset || sink.socket.family() != Family::Unix;
-        self.flows[side as usize].close_sink(true);
-        self.update_journal();
     }
 
     /// Waits for an edge, for the idle time, or for a request to detach or to report. Returns

@@ -97,15 +97,36 @@ impl Passing {
         Box::new(Self { bytes, sent: 0, descriptors: Some(descriptors) })
     }
 
-    /// Sends what the sink accepts, and closes the descriptors that were sent.
+    /// Sends what the sink accepts, and closes the descriptors that were sent. Returns the result
+    /// of sendmsg(2), or `None` during a pause, which begins when too many descriptors are in
+    /// flight.
     ///
     /// # Errors
-    /// Those of sendmsg(2): `ETOOMANYREFS` while too many descriptors are in flight.
-    pub fn send(&mut self, to: impl AsFd) -> Result<usize, Errno> {
-        let sent = self.send_rest(to)?;
-        self.sent += sent;
-        self.descriptors = None;
-        Ok(sent)
+    /// When too many are in flight for [`REFUSED_MAX`].
+    pub fn send(
+        &mut self,
+        to: impl AsFd,
+        pause: &mut Pause,
+    ) -> Result<Option<Result<usize, Errno>>, PassingError> {
+        if pause.is_running() {
+            return Ok(None);
+        }
+        let sent = match self.send_rest(to) {
+            Err(Errno::TOOMANYREFS) if pause.has_lasted(REFUSED_MAX) => {
+                return Err(PassingError::TooManyInFlight);
+            }
+            Err(Errno::TOOMANYREFS) => {
+                pause.begin();
+                return Ok(None);
+            }
+            sent => sent,
+        };
+        *pause = Pause::default();
+        if let Ok(bytes) = sent {
+            self.sent += bytes;
+            self.descriptors = None;
+        }
+        Ok(Some(sent))
     }
 
     fn send_rest(&self, to: impl AsFd) -> Result<usize, Errno> {
@@ -156,6 +177,9 @@ impl Passing {
         Ok(Self::new(bytes, room.hold(descriptors)))
     }
 }
+
+/// How long the kernel may refuse descriptors in flight.
+const REFUSED_MAX: Duration = Duration::from_secs(1);
 
 /// The pauses between attempts. No event tells when descriptors in flight have been received.
 const PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(50));

@@ -16,7 +16,8 @@ use socket2::SockRef;
 use crate::counters::ByteCounters;
 use crate::forward::Forwarder;
 use crate::forward::endpoint::Endpoint;
-use crate::forward::flow::{Buffered, Flow, LoopBuffers};
+use crate::forward::flow::{Buffered, Flow};
+use crate::forward::loop_buffers::LoopBuffers;
 use crate::forward::passing::Passing;
 use crate::forward::registry::Registration;
 use crate::forward::snapshot::{

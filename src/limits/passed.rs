@@ -1,8 +1,9 @@
 //! Room for the descriptors that Unix peers pass to each other through the proxy.
 //!
-//! Most are sent on in the turn in which they were received. Those that their receiver does not take
-//! at once wait in the proxy. All take room until they are closed. The room is reserved beside that
-//! of connections ([`descriptors`](crate::limits::descriptors)), so no new connection uses it up.
+//! Most are sent on in the turn in which they were received. Those that their receiver does not
+//! take at once wait in the proxy. All take room until they are closed. The room is reserved beside
+//! that of connections ([`descriptors`](crate::limits::descriptors)), so no new connection uses it
+//! up.
 
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -44,7 +45,7 @@ pub struct PassedRoom {
     closer: Arc<OnceLock<Option<Sender<Vec<OwnedFd>>>>>,
     /// From so many taken on, a message more on each event loop would not leave half of the room.
     scarce_from: usize,
-    /// Messages whose descriptors were closed, because their receiver is no Unix socket.
+    /// Messages whose descriptors were closed, because their receiver is not a Unix socket.
     pub dropped: Counter,
 }
 
@@ -80,8 +81,8 @@ impl PassedRoom {
     pub fn drop_message(&self) {
         if self.dropped.inc() == 0 {
             tracing::warn!(
-                "A Unix peer has passed descriptors, and the other side is no Unix socket, closing \
-                 them. (This is logged once.)"
+                "A Unix peer has passed descriptors, and the other side is not a Unix socket, \
+                 closing them. (This is logged once.)"
             );
         }
     }

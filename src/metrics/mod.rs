@@ -81,8 +81,7 @@ impl Collector for MetricsSources {
         self.encode_backends(&mut encoder)?;
         let pipes = [([("", ""); 0], self.loops.pipes() as u64)];
         encode(&mut encoder, Gauge, "pipes", "Open pipes for splice(2).", pipes)?;
-        let help =
-            "Messages whose descriptors were closed, on the way from a Unix socket to another.";
+        let help = "Messages from Unix sockets to other sockets whose descriptors were closed.";
         let dropped = [([("", ""); 0], self.descriptors_dropped.get())];
         encode(&mut encoder, Counter, "descriptors_dropped", help, dropped)
     }

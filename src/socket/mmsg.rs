@@ -4,7 +4,6 @@
 //! What the kernel received as one buffer of equal
 //! segments (UDP_GRO) stays one buffer, and can be sent as one (UDP_SEGMENT).
 
-use std::io;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
@@ -15,6 +14,7 @@ use rustix::io::Errno;
 use socket2::SockAddr;
 
 use crate::socket::control::{self, Control, ControlKind};
+use crate::socket::sys::{last_errno, setsockopt};
 
 /// Messages of one system call.
 pub const BATCH: usize = 32;
@@ -74,7 +74,7 @@ pub struct Outgoing<'a> {
 /// address is unspecified.
 pub fn set_options(fd: impl AsFd, is_ipv6: bool, wants_local: bool) {
     // What the kernel does not have is not passed on.
-    let set = |level, name| drop(set_option(&fd, level, name, 1));
+    let set = |level, name| drop(setsockopt(&fd, level, name, 1));
     set(libc::SOL_UDP, libc::UDP_GRO);
     // An IPv6 socket may receive IPv4 datagrams.
     set(libc::IPPROTO_IP, libc::IP_RECVTOS);
@@ -90,16 +90,7 @@ pub fn set_options(fd: impl AsFd, is_ipv6: bool, wants_local: bool) {
 
 /// Decides whether a UDP socket receives several datagrams in one buffer.
 pub fn set_gro(fd: impl AsFd, is_on: bool) {
-    let _ = set_option(fd, libc::SOL_UDP, libc::UDP_GRO, i32::from(is_on));
-}
-
-fn set_option(fd: impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
-    let fd = fd.as_fd().as_raw_fd();
-    // SAFETY: setsockopt(2) reads an int.
-    let result = unsafe {
-        libc::setsockopt(fd, level, name, (&raw const value).cast(), size_of::<i32>() as u32)
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let _ = setsockopt(fd, libc::SOL_UDP, libc::UDP_GRO, i32::from(is_on));
 }
 
 /// Returns an address that the kernel wrote.
@@ -378,8 +369,4 @@ impl Outgoing<'_> {
         }
         len
     }
-}
-
-fn last_errno() -> Errno {
-    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

@@ -59,6 +59,8 @@ pub struct Socket {
     was_reset: Cell<bool>,
     /// Whether a stored descriptor keeps the connection open when this one is closed.
     is_shared: Cell<bool>,
+    /// The result of [`Socket::adds_credentials`], once it is known.
+    adds_credentials: Cell<Option<bool>>,
     /// Whether dropping the socket must not reset the connection.
     closes_cleanly: bool,
 }
@@ -83,6 +85,7 @@ impl Socket {
             has_urgent_data: Cell::new(false),
             was_reset: Cell::new(false),
             is_shared: Cell::new(false),
+            adds_credentials: Cell::new(None),
             closes_cleanly: false,
         })
     }
@@ -175,7 +178,7 @@ impl Socket {
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
         if self.family == Family::Unix {
             let received = self.receive_message(buffer, RoomFor::Nothing, &mut Vec::new())?;
-            let lost_descriptors = received.lost_descriptors && !sys::adds_credentials(&self.io);
+            let lost_descriptors = received.lost_descriptors && !self.adds_credentials();
             return Ok(Received { lost_descriptors, ..received });
         }
         let len = buffer.len();
@@ -219,11 +222,19 @@ impl Socket {
     ) -> Result<(usize, bool), Errno> {
         let mut message =
             passed_fds::receive(&self.io, buffer, RoomFor::Nothing, true, descriptors)?;
-        if message.is_truncated && sys::adds_credentials(&self.io) {
+        if message.is_truncated && self.adds_credentials() {
             message =
                 passed_fds::receive(&self.io, buffer, RoomFor::Descriptors, true, descriptors)?;
         }
         Ok((message.bytes, message.is_truncated || !descriptors.is_empty()))
+    }
+
+    /// Whether the kernel adds control messages to what is received. Asked once.
+    fn adds_credentials(&self) -> bool {
+        let known = self.adds_credentials.get();
+        let adds = known.unwrap_or_else(|| sys::adds_credentials(&self.io));
+        self.adds_credentials.set(Some(adds));
+        adds
     }
 
     /// Returns whether the peer ever sent urgent data (EPOLLPRI; tcp(7), "Sockets API").

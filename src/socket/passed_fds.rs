@@ -14,7 +14,7 @@
 //! A Unix listener that was passed may have SO_PASSCRED, SO_PASSSEC or SO_PASSPIDFD, which its
 //! connections inherit. Then each receive has control messages. A pidfd among them must be closed.
 
-use std::io::{self, IoSlice};
+use std::io::IoSlice;
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::socket::control;
+use crate::socket::sys::last_errno;
 
 /// Descriptors of one message at most: `SCM_MAX_FD` in the kernel.
 pub const PASSED_MAX: usize = 253;
@@ -85,8 +86,7 @@ pub fn receive(
     // SAFETY: the header points to memory of the given lengths, which lives until the call returns.
     let bytes =
         unsafe { libc::syscall(libc::SYS_recvmsg, fd.as_fd().as_raw_fd(), &raw mut header, flags) };
-    let bytes = usize::try_from(bytes)
-        .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))?;
+    let bytes = usize::try_from(bytes).map_err(|_| last_errno())?;
     let is_truncated = header.msg_flags & libc::MSG_CTRUNC != 0;
     #[allow(clippy::unnecessary_cast, reason = "the type differs between C libraries")]
     let len = (header.msg_controllen as usize).min(size_of_val(&control));

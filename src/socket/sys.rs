@@ -8,6 +8,7 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode};
 use socket2::SockAddr;
 use tokio::io::Interest;
@@ -103,7 +104,7 @@ pub fn set_bind_address_no_port(fd: impl AsFd) -> io::Result<()> {
 }
 
 /// Sets an option that is an int.
-fn setsockopt(fd: impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
+pub fn setsockopt(fd: impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
     let (fd, length) = (fd.as_fd().as_raw_fd(), size_of_val(&value) as libc::socklen_t);
     // SAFETY: setsockopt(2) reads `length` bytes of `value`, which is that long.
     let result = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) };
@@ -120,6 +121,11 @@ pub fn adds_credentials(fd: impl AsFd) -> bool {
         let result = unsafe { getsockopt(&fd, libc::SOL_SOCKET, option, &mut is_on) };
         result.is_ok() && is_on != 0
     })
+}
+
+/// Returns the error of the system call that has just failed.
+pub fn last_errno() -> Errno {
+    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
 /// Reads an option into `value`.

@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
+use std::iter;
 use std::mem::MaybeUninit;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -119,16 +120,21 @@ impl Peer {
     }
 }
 
-/// An address that no other test has. Its port is below those that the kernel gives out.
+/// An address that no other test has, with a port that is free for UDP and TCP.
 pub fn unused_address() -> SocketAddr {
     static USED: AtomicU8 = AtomicU8::new(0);
-    SocketAddr::from(([127, 0, 1, USED.fetch_add(1, Ordering::Relaxed)], 5300))
+    let ip = format!("127.0.1.{}", USED.fetch_add(1, Ordering::Relaxed));
+    let (socket, _stream) = Peer::udp_and_tcp(&ip);
+    socket.address.as_socket().unwrap()
 }
 
-/// A port that no other test has, like those of [`unused_address`].
+/// A UDP port that is free on all addresses, and that no other test has: it is below those that
+/// the kernel gives out.
 pub fn unused_port() -> u16 {
-    static USED: AtomicU16 = AtomicU16::new(5301);
-    USED.fetch_add(1, Ordering::Relaxed)
+    static NEXT: AtomicU16 = AtomicU16::new(5301);
+    let is_free = |port: &u16| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, *port)).is_ok();
+    let mut ports = iter::repeat_with(|| NEXT.fetch_add(1, Ordering::Relaxed));
+    ports.find(is_free).unwrap()
 }
 
 /// A socket of the family of an address.
@@ -181,7 +187,7 @@ pub fn answer(socket: &Socket, answer: impl Fn(Vec<u8>) -> Vec<u8> + Send + 'sta
 
 /// Answers datagrams of which `is_answered` is true with themselves, and fast.
 pub fn answer_some(socket: &Socket, is_answered: impl Fn(&[u8]) -> bool + Send + 'static) {
-    let socket = std::net::UdpSocket::from(socket.try_clone().unwrap());
+    let socket = UdpSocket::from(socket.try_clone().unwrap());
     socket.set_read_timeout(None).unwrap();
     thread::spawn(move || {
         let mut buffer = [0; 2048];

@@ -382,7 +382,7 @@ fn to_other_sockets_descriptors_are_closed_and_counted() {
     assert_eq!(proxy.descriptors(), open);
     proxy
         .lines
-        .wait_for("A Unix peer has passed descriptors, and the other side is no Unix socket");
+        .wait_for("A Unix peer has passed descriptors, and the other side is not a Unix socket");
     assert_eq!(proxy.lines.count("has passed descriptors"), 1);
     let line = proxy.lines.wait_for("Serving metrics on ");
     let address = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap();
