@@ -113,6 +113,16 @@ impl Connector {
         self.sources.map(|_| [IpFamily::V4, IpFamily::V6].map(connector))
     }
 
+    /// Whether this is the connector for clients of one family.
+    pub fn has_family(&self) -> bool {
+        self.family.is_some()
+    }
+
+    /// Returns the connector for the proxy itself.
+    pub fn of_any_family(&self) -> Self {
+        Self { family: None, ..self.clone() }
+    }
+
     /// Whether the backend sees the addresses of clients.
     pub fn shows_clients(&self) -> bool {
         self.sources.is_some() && self.target.has_ip()

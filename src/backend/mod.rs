@@ -17,9 +17,8 @@ mod process_group;
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tokio::time::{sleep, timeout_at};
+use tokio::time::timeout_at;
 
 use crate::backend::connect::OnFullBacklog;
 use crate::backend::connect_error::ConnectError;
@@ -135,10 +134,6 @@ impl Backend {
             // The starter looks at the backend, and changes the state.
             lifecycle.report_lost();
             let _ = state.changed().await;
-            if from.is_some() {
-                // It may find the backend up, by an address that this client cannot use.
-                sleep(OTHER_FAMILY).await;
-            }
         }
     }
 }
@@ -161,6 +156,3 @@ impl Client<'_> {
         }
     }
 }
-
-/// The pause before a client tries a backend again that is up, but perhaps not for its family.
-const OTHER_FAMILY: Duration = Duration::from_millis(100);

@@ -14,14 +14,14 @@
 //!
 //! With `--source=client` it hands none on either: its connection comes from the proxy's own
 //! address. Each family of clients has a [`BackendWait`] and a prober of its own, since a backend
-//! may answer at an address of one family only.
+//! may answer at an address of one family only. Whether it is ready concerns all: a client that
+//! cannot connect has the backend looked at again only if the proxy cannot reach it, either.
 //!
 //! With several event loops there is still one prober for each target. It runs on the loop that
 //! started it, and the clients of all loops wait for it ([`SharedProber`]).
 
 use std::cell::Cell;
 use std::future::pending;
-use std::mem;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,6 +39,7 @@ use crate::backend::source::SourceAddress;
 use crate::config::timespan::TimeSpan;
 use crate::counters::ConnectErrorKind;
 use crate::logging::{RateLimit, rate_limited};
+use crate::runtime::backoff::Backoff;
 use crate::socket::Socket;
 
 /// The wait for one backend, for the clients of one event loop.
@@ -82,7 +83,7 @@ impl BackendWait {
         self: &Rc<Self>,
         from: Option<&SourceAddress>,
     ) -> Result<Socket, ConnectError> {
-        let mut has_failed = false;
+        let mut pauses = SOURCE_PAUSES;
         loop {
             if let Some(socket) = self.take_connection() {
                 return Ok(socket);
@@ -95,9 +96,9 @@ impl BackendWait {
                 closed(self.start_prober(Some(error))).await;
             } else if let Some(connected) = Box::pin(self.attempt(from)).await {
                 return connected;
-            } else if from.is_some() && mem::replace(&mut has_failed, true) {
-                // The prober connects, but the client's address does not.
-                Box::pin(sleep(SOURCE_PAUSE)).await;
+            } else if from.is_some() {
+                // The prober may connect where the client's address cannot.
+                Box::pin(sleep(pauses.next())).await;
             }
             self.take_turn().await;
         }
@@ -119,7 +120,7 @@ impl BackendWait {
             };
             if is_ready {
                 match self.connector.connect(from, OnFullBacklog::Wait).await {
-                    Err(error) if error.is_transient() => self.reset_readiness(),
+                    Err(error) if error.is_transient() => drop(self.is_lost(from).await),
                     connected => return connected.map_err(Some),
                 }
             }
@@ -143,13 +144,14 @@ impl BackendWait {
                     Ok(socket) => self.prober.state().end(socket),
                     // That says nothing about the backend.
                     Err(ConnectError::Family(..)) => {}
-                    Err(error) => {
-                        self.reset_readiness();
-                        if error.is_transient() {
-                            closed(self.start_prober(Some(error.to_string()))).await;
-                            return None;
+                    Err(error) if error.is_transient() => {
+                        if self.readiness.is_some() {
+                            Box::pin(self.is_lost(from)).await;
                         }
+                        closed(self.start_prober(Some(error.to_string()))).await;
+                        return None;
                     }
+                    Err(_) => self.reset_readiness(),
                 }
                 Some(connected)
             }
@@ -305,7 +307,8 @@ impl BackendWait {
         if !self.has_streams() {
             return Err(CheckError::NotYet("only datagrams go there".into()));
         }
-        match timeout(CHECK_TIMEOUT, connect_once(&self.connector)).await {
+        let connector = self.connector.of_any_family();
+        match timeout(CHECK_TIMEOUT, connect_once(&connector)).await {
             Ok(Ok(socket)) => {
                 socket.close();
                 Ok(())
@@ -317,7 +320,18 @@ impl BackendWait {
         }
     }
 
-    /// Connects to a backend that was ready. Returns `None` if it cannot be reached any more.
+    /// Looks whether a connect that failed for now means that the backend is gone. If so, the next
+    /// client causes a probe. The address `from` or its family may be all that the backend lacks.
+    async fn is_lost(&self, from: Option<&SourceAddress>) -> bool {
+        let is_lost = from.is_none() || self.answers().await.is_err();
+        if is_lost {
+            self.reset_readiness();
+        }
+        is_lost
+    }
+
+    /// Connects to a backend that was ready. Returns `None` if it cannot be reached any more. Tries
+    /// again while only this client cannot reach it.
     ///
     /// # Errors
     /// Permanent errors.
@@ -325,22 +339,27 @@ impl BackendWait {
         self: &Rc<Self>,
         from: Option<&SourceAddress>,
     ) -> Result<Option<Socket>, ConnectError> {
-        if let Some(socket) = self.take_connection() {
-            return Ok(Some(socket));
-        }
-        if self.unready().is_some() {
-            return Ok(None);
-        }
-        tokio::select! {
-            biased;
-            connected = self.connect_in_turn(from) => match connected {
-                Err(error) if error.is_transient() => {
-                    self.reset_readiness();
-                    Ok(None)
-                }
-                connected => connected.map(Some),
-            },
-            socket = self.probe_beside(from) => Ok(Some(socket)),
+        let mut pauses = SOURCE_PAUSES;
+        loop {
+            if let Some(socket) = self.take_connection() {
+                return Ok(Some(socket));
+            }
+            if self.unready().is_some() {
+                return Ok(None);
+            }
+            tokio::select! {
+                biased;
+                connected = self.connect_in_turn(from) => match connected {
+                    Err(error) if error.is_transient() => {
+                        if Box::pin(self.is_lost(from)).await {
+                            return Ok(None);
+                        }
+                    }
+                    connected => return connected.map(Some),
+                },
+                socket = self.probe_beside(from) => return Ok(Some(socket)),
+            }
+            Box::pin(sleep(pauses.next())).await;
         }
     }
 
@@ -361,7 +380,10 @@ impl BackendWait {
             return Ok(None);
         }
         let failed = |error: &ConnectError| {
-            self.reset_readiness();
+            // The addresses of one family do not tell whether the backend is gone.
+            if !self.connector.has_family() {
+                self.reset_readiness();
+            }
             failed(error.to_string());
         };
         connect_when_up(&self.connector, failed).await.map(Some)
@@ -417,8 +439,8 @@ const ATTEMPT_HANGS: Duration = Duration::from_millis(500);
 /// The pause before the prober starts again beside the same attempt.
 const PROBE_AGAIN: Duration = Duration::from_millis(5);
 
-/// The pause of a client from whose address no connection succeeds while the prober's do.
-const SOURCE_PAUSE: Duration = Duration::from_millis(100);
+/// The pauses of a client that cannot connect to a backend that answers others.
+const SOURCE_PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
 
 /// How often the prober looks whether a client waits.
 const CLIENTS_CHECK: Duration = Duration::from_millis(100);

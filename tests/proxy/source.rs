@@ -1,7 +1,8 @@
 //! --source=client: the backend sees the client's IP address.
 
 use std::fs;
-use std::io::Write;
+use std::io::ErrorKind::WouldBlock;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 
 use socket2::{Socket, Type};
@@ -205,6 +206,38 @@ fn name_is_tried_at_addresses_of_the_clients_family() {
     let ipv4 = network.host.inside(|| Endpoint::tcp("127.0.0.1:4000", 16));
     serve(&ipv4, tell_peer);
     assert_eq!(ask(&network, 0, &front), CLIENTS[0]);
+}
+
+#[test]
+fn client_that_cannot_connect_delays_no_other() {
+    if !is_root_for("a name with addresses of both families") {
+        return;
+    }
+    let network = ClientNetwork::isolated();
+    network.add_any_ip();
+    let directory = TempDir::new().unwrap();
+    let (hosts, probes) = (directory.path().join("hosts"), directory.path().join("probes"));
+    fs::write(&hosts, "127.0.0.1 both.example\n::1 both.example\n").unwrap();
+    let ready = format!("--ready=exec:/bin/sh -c 'echo >>{}'", probes.display());
+    let backend = network.host.inside(|| Endpoint::tcp("127.0.0.1:4000", 64));
+    serve(&backend, tell_peer);
+    for start in [&[][..], &["--start-command=/bin/true"]] {
+        fs::write(&probes, "").unwrap();
+        let front = network.at_front(|| Endpoint::tcp("[::]:0", 16));
+        let launch = Launch::new(OURS).hosts(hosts.clone()).listener(&front).args(start);
+        let launch = launch.args(["--source=client", "--backend-wait=2s", &ready]);
+        let proxy = network.host.inside(|| launch.arg("both.example:4000").start());
+        assert_eq!(ask(&network, 0, &front), CLIENTS[0]);
+        // Nothing listens at the address of this client's family.
+        let mut refused = network.client(Type::STREAM, 1, front.port());
+        refused.set_nonblocking(true).unwrap();
+        let mut byte = [0];
+        while matches!(refused.read(&mut byte), Err(error) if error.kind() == WouldBlock) {
+            assert_eq!(ask(&network, 0, &front), CLIENTS[0]);
+        }
+        proxy.lines.wait_for("(--backend-wait=2s is over.)");
+        assert_eq!(fs::read_to_string(&probes).unwrap().lines().count(), 1, "{start:?}");
+    }
 }
 
 #[test]
