@@ -74,6 +74,14 @@ fn main() -> ExitCode {
         }
     }
     t.add("forwards urgent data that comes first", urgent_data_first);
+    for far in [Family::Tcp, Family::Unix] {
+        for swapped in [false, true] {
+            let ends = ends(Family::Tcp, far, swapped);
+            t.add(format!("delivers urgent data before a reset, {ends}"), move || {
+                urgent_data_before_reset(far, swapped)
+            });
+        }
+    }
     t.add(
         "notices a reset while its bytes wait and the other direction has ended",
         reset_behind_waiting_bytes,
@@ -208,15 +216,6 @@ fn wait_until_read(socket: &Socket) {
     let deadline = Instant::now() + TIMEOUT;
     let empty = || (unsent(socket) == 0).then_some(());
     poll_until(deadline, empty).expect("the forwarder takes what was sent");
-}
-
-/// SIOCOUTQ: on TCP what the peer's kernel has not got, on Unix what its program has not.
-fn unsent(socket: &Socket) -> i32 {
-    // SAFETY: the request writes one int.
-    unsafe {
-        let request = rustix::ioctl::Getter::<0x5411, i32>::new();
-        rustix::ioctl::ioctl(socket, request).unwrap()
-    }
 }
 
 /// Adds a trial for every pair of families, each end being the client once.
@@ -604,6 +603,27 @@ fn urgent_data_first() {
     assert_eq!(&received, b"!world");
     drop((near, pair.near, pair.far));
     pair.forwarder.join().unwrap();
+}
+
+/// The forwarder splices when it reaches the urgent data, which splice(2) does not pass.
+fn urgent_data_before_reset(far: Family, swapped: bool) {
+    let pairs = [socket_pair(Family::Tcp), socket_pair(far)];
+    let mut near = pairs[0].0.try_clone().unwrap();
+    let message = random_bytes(7, 40_000);
+    near.write_all(&message).unwrap();
+    near.send_out_of_band(b"!").unwrap();
+    wait_until_read(&near);
+    reset(near);
+    let [(near, near_inner), far_pair] = pairs;
+    drop(near);
+    // The socket of this side is reset.
+    let pairs = [(socket_pair(Family::Unix).0, near_inner), far_pair];
+    let mut pair = Forwarding::join((Family::Tcp, far), pairs, swapped, 8, Vec::new());
+    let (received, end) = read_all(&mut pair.far);
+    assert!(received == [&message[..], b"!"].concat(), "{} bytes", received.len());
+    assert!(is_reset(&end) || far == Family::Unix, "{end:?}");
+    let summary = pair.forwarder.join().unwrap().closed;
+    assert!(matches!(summary.reason, CloseReason::Fault(..)), "{summary:?}");
 }
 
 fn reset_behind_waiting_bytes() {

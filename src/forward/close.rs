@@ -15,7 +15,7 @@ use crate::forward::registry::Registration;
 use crate::forward::snapshot::{FlowState, SIDES, Side};
 use crate::forward::{CloseReason, Forwarder, PassingError, Progress, Summary};
 use crate::runtime::backoff::Backoff;
-use crate::socket::{Family, Socket};
+use crate::socket::{Family, FirstByte, Socket, first_byte};
 
 impl Forwarder {
     /// Ends the flow from `side`, and passes its FIN on.
@@ -38,8 +38,14 @@ impl Forwarder {
         let source = &mut self.endpoints[side as usize];
         source.reset = true;
         source.gone = true;
-        self.flows[side as usize].state = FlowState::SourceReset;
         self.flows[side.other() as usize].close_sink(true);
+        // In front of urgent data, splice(2) reports a reset though recv(2) still returns bytes.
+        if first_byte(&source.socket) == FirstByte::There
+            && self.flows[side as usize].begin_copying()
+        {
+            return self.drop_journal(None);
+        }
+        self.flows[side as usize].state = FlowState::SourceReset;
         // The kernel reported the error to this process and will not report it to the next.
         self.update_journal();
     }

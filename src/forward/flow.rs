@@ -375,6 +375,14 @@ impl Flow {
         };
     }
 
+    /// Stops splicing for good. Returns whether the flow was splicing.
+    pub fn begin_copying(&mut self) -> bool {
+        let is_stored = matches!(self.buffered, Buffered::StoredPipe(_));
+        let was_splicing = is_stored || matches!(self.mode, Mode::Splice { .. });
+        self.mode = Mode::CopyOnly;
+        was_splicing
+    }
+
     /// Whether bytes may come.
     pub fn is_open(&self) -> bool {
         matches!(self.state, FlowState::Open)

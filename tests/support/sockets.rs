@@ -238,6 +238,15 @@ pub fn reset(socket: Socket) {
     socket.set_linger(Some(Duration::ZERO)).unwrap();
 }
 
+/// SIOCOUTQ: on TCP what the peer's kernel has not got, on Unix what its program has not.
+pub fn unsent(socket: &Socket) -> i32 {
+    // SAFETY: the request writes one int.
+    unsafe {
+        let request = rustix::ioctl::Getter::<0x5411, i32>::new();
+        rustix::ioctl::ioctl(socket, request).unwrap()
+    }
+}
+
 /// Bytes that don't repeat soon, the same for the same seed.
 pub fn random_bytes(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2).wrapping_add(1);
