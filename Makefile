@@ -13,7 +13,7 @@ NEWEST = $(CURDIR)/target/newest-original
 YAQ = $(CURDIR)/target/yaq
 FRESH = $(CURDIR)/target/fresh-debian.tar
 
-.PHONY: build demo quick test check bench fmt clippy doc man deny install deb rpm clean
+.PHONY: build demo quick test sim check bench fmt clippy doc man deny install deb rpm clean
 
 build:
 	$(CARGO) build --release --locked
@@ -33,6 +33,10 @@ test:
 	tests/prepare $(NEWEST) $(YAQ) $(FRESH)
 	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd RUST_TEST_THREADS=4 \
 	    $(CARGO) test --locked --no-fail-fast
+
+# A million seeds of each simulation; SEED=N replays one.
+sim:
+	SEEDS=$(or $(SEEDS),1000000) $(CARGO) test --release --locked --test simulation
 
 check: fmt clippy doc man deny bench
 

@@ -1,0 +1,204 @@
+//! The forwarder between two peers. The invariants: bytes and descriptors come in order, nothing is
+//! lost before a clean end, no end is clean after a cut, and nothing waits without a reason.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket_proxyd::testing::{
+    self as proxy, CloseReason, Forwarder, Gauge, LoopBuffers, Outcome, PassedLimits, PassedRoom,
+    PipeLimits, Queue, Record, RecordBody, Registry, Summary, encode_message, replay,
+};
+use tokio::task::{JoinHandle, spawn_local, yield_now};
+use tokio::time::sleep;
+
+use crate::dice::Dice;
+use crate::peer::{End, PASSED_AT_MOST, Peer};
+use crate::support::Family;
+
+/// Simulates one connection.
+pub async fn simulate(seed: u64, families: [Family; 2]) {
+    let mut dice = Dice::new(seed);
+    let (client, to_client) = Peer::new(families[0], &mut dice);
+    let (backend, to_backend) = Peer::new(families[1], &mut dice);
+    let mut peers = [client, backend];
+    let sockets = [(to_client, families[0]), (to_backend, families[1])].map(|(socket, family)| {
+        let family = match family {
+            Family::Tcp => proxy::Family::Tcp,
+            Family::Unix => proxy::Family::Unix,
+        };
+        proxy::Socket::register(socket.into(), family).unwrap()
+    });
+    let mut middle = Middle::new(sockets, &mut dice);
+    let mut pipes = Vec::new();
+    for _ in 0..dice.choose(&[5, 20, 60]) {
+        match dice.below(20) {
+            0 => middle.hand_over().await,
+            // Another connection takes a pipe, or returns all.
+            1 => pipes.extend(middle.shared.pipes.acquire()),
+            2 => pipes.clear(),
+            _ => {
+                let which = dice.below(2);
+                let (peer, other) = pair(&mut peers, which);
+                peer.act(other, &mut dice);
+            }
+        }
+        for _ in 0..dice.below(4) {
+            yield_now().await;
+        }
+    }
+    drop(pipes);
+    finish(&mut peers, &mut middle, &mut dice).await;
+    let was_cut = peers.iter().any(|peer| peer.passed_too_many);
+    for which in 0..2 {
+        let (peer, other) = pair(&mut peers, which);
+        peer.check_end(other, was_cut);
+    }
+    let Some(summary) = middle.task.await.unwrap() else { return };
+    let [client, backend] = &peers;
+    let (from_client, from_backend) = (summary.from_client, summary.from_backend);
+    assert!(from_client >= backend.received && from_client <= client.sent, "{summary:?}");
+    assert!(from_backend >= client.received && from_backend <= backend.sent, "{summary:?}");
+    if !was_cut && [client, backend].iter().all(|peer| peer.end == Some(End::Clean)) {
+        let is_regular = matches!(summary.reason, CloseReason::Closed);
+        assert!(is_regular || peers.iter().any(Peer::is_gone), "{summary:?}");
+    }
+}
+
+fn pair(peers: &mut [Peer; 2], which: usize) -> (&mut Peer, &Peer) {
+    let [client, backend] = peers;
+    if which == 0 { (client, backend) } else { (backend, client) }
+}
+
+/// Has each peer that is still there end its bytes, and receive until the end.
+async fn finish(peers: &mut [Peer; 2], middle: &mut Middle, dice: &mut Dice) {
+    peers.iter_mut().filter(|_| !dice.once_in(20)).for_each(Peer::shut_down);
+    let mut idle_rounds = 0;
+    while !middle.task.is_finished() || peers.iter().any(|it| !it.is_gone() && it.end.is_none()) {
+        let mut has_moved = false;
+        for which in 0..2 {
+            let (peer, other) = pair(peers, which);
+            while peer.receive(other, 1_000_000) {
+                has_moved = true;
+            }
+            if peer.end.is_some() {
+                peer.shut_down();
+            }
+        }
+        idle_rounds = if has_moved { 0 } else { idle_rounds + 1 };
+        if idle_rounds < 4 {
+            yield_now().await;
+        } else if idle_rounds < REAL_ROUNDS {
+            // The kernel acknowledges late, and sends again after 200 ms what the socket of a peer
+            // that has closed did not acknowledge. Its clock is the real one.
+            wait_for_bytes(peers);
+            sleep(Duration::from_millis(1)).await;
+        } else if idle_rounds < REAL_ROUNDS + 20 {
+            sleep(Duration::from_secs(10)).await;
+        } else {
+            // A peer that did not shut down waits for the other, which waits for it.
+            let silent = peers.iter_mut().filter(|peer| !peer.is_gone() && !peer.has_ended);
+            let silent: Vec<_> = silent.collect();
+            assert!(!silent.is_empty(), "the connection does not end");
+            silent.into_iter().for_each(Peer::shut_down);
+            idle_rounds = 0;
+        }
+    }
+}
+
+/// Waits up to a millisecond until a peer has something to receive.
+fn wait_for_bytes(peers: &[Peer]) {
+    let waiting = peers.iter().filter(|peer| !peer.is_gone() && peer.end.is_none());
+    let mut waiting: Vec<_> = waiting.map(|peer| PollFd::new(peer, PollFlags::IN)).collect();
+    let millisecond = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+    poll(&mut waiting, Some(&millisecond)).unwrap();
+}
+
+/// The forwarder, and what it shares with other connections of its event loop.
+struct Middle {
+    shared: Rc<LoopBuffers>,
+    counters: Arc<proxy::ByteCounters>,
+    registry: Rc<Registry>,
+    /// Returns `None` if the connection was over when it was handed over.
+    task: JoinHandle<Option<Summary>>,
+    /// The forwarder that was asked to detach.
+    detached: Rc<RefCell<Option<Box<Forwarder>>>>,
+}
+
+impl Middle {
+    fn new([client, backend]: [proxy::Socket; 2], dice: &mut Dice) -> Self {
+        let max = dice.choose(&[0, 1, 2, 8]);
+        let limits = PipeLimits { max, held: dice.choose(&[0, 1, 8]).min(max) };
+        let all = dice.choose(&[16, 24, 64]);
+        let passed = PassedLimits { message: PASSED_AT_MOST, all, threads: 1 };
+        let shared = Rc::new(LoopBuffers::new(limits, Gauge::default(), PassedRoom::new(passed)));
+        let counters = Arc::<proxy::ByteCounters>::default();
+        let registry = Rc::new(Registry::default());
+        let forwarder = Forwarder::new(
+            client,
+            backend,
+            Vec::new(),
+            Rc::clone(&shared),
+            Arc::clone(&counters),
+            Some(registry.register(false)),
+            None,
+        );
+        let detached = Rc::default();
+        let task = spawn(forwarder, &detached);
+        Self { shared, counters, registry, task, detached }
+    }
+
+    /// Detaches the connection, stores it, and restores it.
+    async fn hand_over(&mut self) {
+        self.registry.detach_all().await;
+        let Some(forwarder) = self.detached.take() else { return };
+        let queue = Queue::new().unwrap();
+        {
+            let snapshot = Box::new(forwarder.snapshot().unwrap());
+            let records =
+                [Record { id: 1, start: 0, body: RecordBody::Forwarder(snapshot) }.seal()];
+            let (bytes, descriptors) = encode_message(&records);
+            queue.append(&bytes, &descriptors).unwrap();
+        }
+        forwarder.detach();
+        self.registry = Rc::new(Registry::default());
+        let replayed = replay(&queue.payloads().unwrap(), queue.messages()).unwrap();
+        assert_eq!(replayed.refused, 0);
+        self.task.abort();
+        let record = replayed.records.into_iter().next();
+        let Some(Record { body: RecordBody::Forwarder(snapshot), .. }) = record else {
+            self.task = spawn_local(async { None });
+            return;
+        };
+        let forwarder = Forwarder::restore(
+            *snapshot,
+            Rc::clone(&self.shared),
+            Arc::clone(&self.counters),
+            Some(self.registry.register(false)),
+            None,
+        );
+        self.task = spawn(forwarder.unwrap(), &self.detached);
+    }
+}
+
+fn spawn(
+    forwarder: Forwarder,
+    detached: &Rc<RefCell<Option<Box<Forwarder>>>>,
+) -> JoinHandle<Option<Summary>> {
+    let detached = Rc::clone(detached);
+    spawn_local(async move {
+        match forwarder.run(|_| {}).await.unwrap() {
+            Outcome::Closed(summary) => Some(summary),
+            Outcome::Detached(forwarder) => {
+                *detached.borrow_mut() = Some(forwarder);
+                // The caller waits for the next task instead.
+                std::future::pending().await
+            }
+        }
+    })
+}
+
+/// Rounds without progress that take real time.
+const REAL_ROUNDS: u32 = 1_000;
