@@ -76,7 +76,7 @@ impl Flow {
         let room = shared.passed.take();
         let mut most = buffer.len();
         if room.is_none() {
-            match peek(source, buffer, shared) {
+            match source.socket.peek_passed(buffer) {
                 Ok((_, true)) => {
                     self.pause.begin();
                     return ControlFlow::Break(Step::Blocked);
@@ -106,7 +106,7 @@ impl Flow {
         size: usize,
         shared: &LoopBuffers,
     ) -> Result<Step, Fault> {
-        let most = match peek(source, &mut shared.buffer.borrow_mut(), shared) {
+        let most = match source.socket.peek_passed(&mut shared.buffer.borrow_mut()) {
             Ok((_, true)) => return Err(Fault::Passing(PassingError::Stored)),
             Ok((bytes @ 1.., false)) => bytes,
             Err(Errno::AGAIN) => {
@@ -118,17 +118,4 @@ impl Flow {
         };
         self.splice(source, sink, size.min(most), shared)
     }
-}
-
-/// Returns how many bytes a Unix socket has, up to the end of the first message with descriptors,
-/// and whether there is such a message.
-fn peek(
-    source: &Endpoint,
-    buffer: &mut [u8],
-    shared: &LoopBuffers,
-) -> Result<(usize, bool), Errno> {
-    let mut descriptors = Vec::new();
-    let peeked = source.socket.peek_passed(buffer, &mut descriptors);
-    drop(shared.passed.hold(descriptors));
-    peeked
 }

@@ -24,7 +24,9 @@ use crate::listen::stored::SocketFile;
 use crate::logging::{RateLimit, message_id, os_message, rate_limited};
 use crate::socket::address::{Address, SocketKind, SocketLabel};
 use crate::socket::sys::{accept, register};
-use crate::socket::{Family, Keepalive, polls, set_nodelay, set_oobinline};
+use crate::socket::{
+    Family, Keepalive, add_no_credentials, adds_credentials, polls, set_nodelay, set_oobinline,
+};
 
 /// A listening stream socket.
 #[derive(Debug)]
@@ -38,6 +40,8 @@ pub struct Listener {
     /// A TCP connection inherits them when its handshake completes. Connections that were queued
     /// before the options were set do not have them.
     options_inherited: Cell<bool>,
+    /// Whether accepted sockets inherit that they add credentials to what they receive.
+    adds_credentials: bool,
     keepalive: Cell<Option<Keepalive>>,
     /// Clients accepted since the accept loop last let other tasks run.
     accepted_since_yield: Cell<u32>,
@@ -66,6 +70,7 @@ impl Listener {
     ) -> io::Result<Self> {
         // Accepted sockets inherit the options, which saves setting them for each connection.
         let (family, address) = configure(&fd)?;
+        let adds_credentials = family == Family::Unix && adds_credentials(&fd);
         let label = SocketLabel { name, kind: SocketKind::Stream, address };
         Ok(Self {
             io: register(fd, Interest::READABLE)?,
@@ -73,6 +78,7 @@ impl Listener {
             info: ListenerInfo::new(&label),
             label,
             options_inherited: Cell::new(false),
+            adds_credentials,
             keepalive: Cell::new(None),
             accepted_since_yield: Cell::new(0),
             file,
@@ -153,6 +159,9 @@ impl Listener {
             if let Some(keepalive) = self.keepalive.get() {
                 keepalive.set(&socket);
             }
+        }
+        if self.adds_credentials {
+            add_no_credentials(&socket);
         }
         let listener = Arc::clone(&self.info);
         let slot = Slot::new(listener.count_open(), permit);

@@ -11,7 +11,7 @@ use crate::listen::accepted::{Accepted, ListenerInfo};
 use crate::listen::activation::{PassedFd, STDIN};
 use crate::listen::listener::{configure, passed_error};
 use crate::socket::address::{Address, SocketKind, SocketLabel};
-use crate::socket::{Family, Keepalive};
+use crate::socket::{Family, Keepalive, add_no_credentials};
 
 /// A stream socket that is connected to a client.
 #[derive(Debug)]
@@ -49,6 +49,9 @@ impl PassedConnection {
     pub fn from_passed(passed: PassedFd) -> Result<Self, String> {
         let PassedFd { fd, name } = passed;
         let (family, address) = configure(&fd).map_err(|error| passed_error(&name, &error))?;
+        if family == Family::Unix {
+            add_no_credentials(&fd);
+        }
         let peer = SockRef::from(&fd).peer_addr().ok();
         let peer = peer.map(|address| Address::from_sockaddr(&address));
         let label = SocketLabel { name: Some(name), kind: SocketKind::Stream, address };

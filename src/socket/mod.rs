@@ -47,6 +47,7 @@ pub use crate::socket::fd::{
 };
 pub use crate::socket::options::{Keepalive, set_nodelay, set_oobinline, set_reset_on_close};
 pub use crate::socket::passed_fds::{PASSED_MAX, RoomFor, receive as receive_passed, send_passed};
+pub use crate::socket::sys::{add_no_credentials, adds_credentials};
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -59,8 +60,6 @@ pub struct Socket {
     was_reset: Cell<bool>,
     /// Whether a stored descriptor keeps the connection open when this one is closed.
     is_shared: Cell<bool>,
-    /// The result of [`Socket::adds_credentials`], once it is known.
-    adds_credentials: Cell<Option<bool>>,
     /// Whether dropping the socket must not reset the connection.
     closes_cleanly: bool,
 }
@@ -85,7 +84,6 @@ impl Socket {
             has_urgent_data: Cell::new(false),
             was_reset: Cell::new(false),
             is_shared: Cell::new(false),
-            adds_credentials: Cell::new(None),
             closes_cleanly: false,
         })
     }
@@ -177,9 +175,7 @@ impl Socket {
     /// that a Unix peer passes.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
         if self.family == Family::Unix {
-            let received = self.receive_message(buffer, RoomFor::Nothing, &mut Vec::new())?;
-            let lost_descriptors = received.lost_descriptors && !self.adds_credentials();
-            return Ok(Received { lost_descriptors, ..received });
+            return self.receive_message(buffer, RoomFor::Nothing, &mut Vec::new());
         }
         let len = buffer.len();
         let bytes = rustix::net::recv(&self.io, buffer, RecvFlags::empty())?.0;
@@ -205,36 +201,17 @@ impl Socket {
         let len = buffer.len();
         let message = passed_fds::receive(&self.io, buffer, room, false, descriptors)?;
         let PassedMessage { bytes, is_truncated, has_control } = message;
-        // A receive ends after a message with descriptors or credentials, even if more bytes
-        // follow.
+        // A receive ends after a message with descriptors, even if more bytes follow.
         let drained = bytes < len && !has_control && !self.has_urgent_data();
         Ok(Received { bytes, drained, lost_descriptors: is_truncated })
     }
 
     /// Returns how many bytes there are on a Unix socket, up to `buffer.len()` or to the end of the
     /// first message with descriptors, and whether there is such a message. All stays unread.
-    ///
-    /// Adds second references to `descriptors` where only that tells whether there are any.
-    pub fn peek_passed(
-        &self,
-        buffer: &mut [u8],
-        descriptors: &mut Vec<OwnedFd>,
-    ) -> Result<(usize, bool), Errno> {
-        let mut message =
-            passed_fds::receive(&self.io, buffer, RoomFor::Nothing, true, descriptors)?;
-        if message.is_truncated && self.adds_credentials() {
-            message =
-                passed_fds::receive(&self.io, buffer, RoomFor::Descriptors, true, descriptors)?;
-        }
-        Ok((message.bytes, message.is_truncated || !descriptors.is_empty()))
-    }
-
-    /// Whether the kernel adds control messages to what is received. Asked once.
-    fn adds_credentials(&self) -> bool {
-        let known = self.adds_credentials.get();
-        let adds = known.unwrap_or_else(|| sys::adds_credentials(&self.io));
-        self.adds_credentials.set(Some(adds));
-        adds
+    pub fn peek_passed(&self, buffer: &mut [u8]) -> Result<(usize, bool), Errno> {
+        let message =
+            passed_fds::receive(&self.io, buffer, RoomFor::Nothing, true, &mut Vec::new())?;
+        Ok((message.bytes, message.is_truncated))
     }
 
     /// Returns whether the peer ever sent urgent data (EPOLLPRI; tcp(7), "Sockets API").

@@ -11,8 +11,8 @@
 //! - MSG_PEEK reads until the first message with descriptors, too, and opens them a second time.
 //! - A send that accepts at least one byte has sent the descriptors.
 //!
-//! A Unix listener that was passed may have SO_PASSCRED, SO_PASSSEC or SO_PASSPIDFD, which its
-//! connections inherit. Then each receive has control messages. A pidfd among them must be closed.
+//! A Unix socket with SO_PASSCRED, SO_PASSSEC or SO_PASSPIDFD has other control messages, too. The
+//! listener turns these options off.
 
 use std::io::IoSlice;
 use std::mem::{self, MaybeUninit};
@@ -27,18 +27,15 @@ use crate::socket::sys::last_errno;
 /// Descriptors of one message at most: `SCM_MAX_FD` in the kernel.
 pub const PASSED_MAX: usize = 253;
 
-/// Room for the other control messages: credentials, a security label, a pidfd.
-const FOR_OTHERS: usize = 768;
-
-/// The longest control messages that are received.
-const CONTROL_MAX: usize = control::space(PASSED_MAX * size_of::<i32>()) + FOR_OTHERS;
+/// The longest control message that is received.
+const CONTROL_MAX: usize = control::space(PASSED_MAX * size_of::<i32>());
 
 /// The result of a receive.
 #[derive(Clone, Copy, Debug)]
 pub struct PassedMessage {
     /// The number of bytes; 0 is the end of the peer's bytes.
     pub bytes: usize,
-    /// Descriptors, or other control messages, were lost.
+    /// Descriptors were lost.
     pub is_truncated: bool,
     /// There were control messages. More bytes may be queued, though the receive was short.
     pub has_control: bool,
@@ -99,21 +96,15 @@ pub fn receive(
     Ok(PassedMessage { bytes, is_truncated, has_control })
 }
 
-/// Takes the descriptors out of control messages that were just received. Closes a pidfd.
+/// Takes the descriptors out of control messages that were just received.
 fn take_descriptors(mut control: &[u8], descriptors: &mut Vec<OwnedFd>) {
     while let Some((kind, data, rest)) = control::next(control) {
-        if matches!(kind, (libc::SOL_SOCKET, libc::SCM_RIGHTS | SCM_PIDFD)) {
+        if kind == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             let numbers = data.chunks_exact(size_of::<i32>()).filter_map(<[u8]>::first_chunk);
             let numbers = numbers.map(|number| i32::from_ne_bytes(*number));
-            // In place of a pidfd there may be an error.
-            let opened = numbers.filter(|number| *number >= 0);
             // SAFETY: the kernel has opened these descriptors for this receive. Nothing else owns
             // them.
-            let opened = opened.map(|number| unsafe { OwnedFd::from_raw_fd(number) });
-            match kind {
-                (_, libc::SCM_RIGHTS) => descriptors.extend(opened),
-                _ => opened.for_each(drop),
-            }
+            descriptors.extend(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
         control = rest;
     }
@@ -137,6 +128,3 @@ pub fn send_passed(
     let bytes = &[IoSlice::new(bytes)];
     rustix::net::sendmsg(fd, bytes, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
 }
-
-/// The type of a control message with a pidfd of the sender (Linux 6.5).
-const SCM_PIDFD: i32 = 4;

@@ -111,17 +111,27 @@ pub fn setsockopt(fd: impl AsFd, level: i32, name: i32, value: i32) -> io::Resul
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Returns whether a Unix socket adds control messages of its own to what is received: those of
-/// SO_PASSCRED, SO_PASSSEC and SO_PASSPIDFD, which it may have inherited from its listener.
+/// Returns whether a Unix socket adds control messages of its own to what is received: the sender's
+/// credentials, security label or pidfd. An accepted socket inherits this from its listener.
 pub fn adds_credentials(fd: impl AsFd) -> bool {
-    const SO_PASSPIDFD: i32 = 76;
-    [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD].into_iter().any(|option| {
+    ADD_CREDENTIALS.into_iter().any(|option| {
         let mut is_on = 0_i32;
         // SAFETY: these options are ints.
         let result = unsafe { getsockopt(&fd, libc::SOL_SOCKET, option, &mut is_on) };
         result.is_ok() && is_on != 0
     })
 }
+
+/// Has a Unix socket add no control messages of its own.
+pub fn add_no_credentials(fd: impl AsFd) {
+    for option in ADD_CREDENTIALS {
+        // Fails only where the kernel does not know the option.
+        let _ = setsockopt(&fd, libc::SOL_SOCKET, option, 0);
+    }
+}
+
+/// The third is SO_PASSPIDFD (Linux 6.5).
+const ADD_CREDENTIALS: [i32; 3] = [libc::SO_PASSCRED, libc::SO_PASSSEC, 76];
 
 /// Returns the error of the system call that has just failed.
 pub fn last_errno() -> Errno {

@@ -26,7 +26,11 @@ struct Pair {
 
 impl Pair {
     fn start(launch: impl FnOnce(Launch) -> Launch) -> Self {
-        let (front, backend) = (Endpoint::new(Family::Unix), Endpoint::new(Family::Unix));
+        Self::behind(Endpoint::new(Family::Unix), launch)
+    }
+
+    fn behind(front: Endpoint, launch: impl FnOnce(Launch) -> Launch) -> Self {
+        let backend = Endpoint::new(Family::Unix);
         // An unprivileged proxy can connect as well.
         let path = Path::new(&backend.target);
         for (path, mode) in [(path.parent().unwrap(), 0o755), (path, 0o777)] {
@@ -394,16 +398,21 @@ fn to_other_sockets_descriptors_are_closed_and_counted() {
 
 #[test]
 fn credentials_are_not_passed_on_and_leave_nothing_open() {
-    let pair = Pair::start(|launch| launch);
-    add_credentials(&pair.front.socket);
-    let (client, served) = pair.connect(false);
+    let front = Endpoint::new(Family::Unix);
+    add_credentials(&front.socket);
+    // The kernel gives a client that is queued at the start its options earlier.
+    let queued = front.connect();
+    let pair = Pair::behind(front, |launch| launch);
+    let connections = [(queued, pair.backend.accept()), pair.connect(false)];
     let open = pair.proxy.descriptors();
-    for _ in 0..3 {
-        let sent = files(2);
-        pass(&client, b"x", &sent).unwrap();
-        assert_eq!(inodes(&receive_passed(&served, 10).unwrap().1), inodes(&sent));
-        pass(&client, b"y", &[]).unwrap();
-        assert_eq!(receive_passed(&served, 10).unwrap().0, b"y");
+    for (client, served) in &connections {
+        for _ in 0..3 {
+            let sent = files(2);
+            pass(client, b"x", &sent).unwrap();
+            assert_eq!(inodes(&receive_passed(served, 10).unwrap().1), inodes(&sent));
+            pass(client, b"y", &[]).unwrap();
+            assert_eq!(receive_passed(served, 10).unwrap().0, b"y");
+        }
     }
     pair.wait_for_descriptors(open);
 }
