@@ -88,26 +88,30 @@ pub fn receive(
     #[allow(clippy::unnecessary_cast, reason = "the type differs between C libraries")]
     let len = (header.msg_controllen as usize).min(size_of_val(&control));
     let has_control = len > 0 || is_truncated;
-    if len > 0 {
-        // SAFETY: the kernel has written `len` bytes of control messages.
-        let control = unsafe { std::slice::from_raw_parts(control.as_ptr().cast(), len) };
-        take_descriptors(control, descriptors);
+    let mut at = 0;
+    while at < len {
+        let message = &control[at / size_of::<usize>()..];
+        // SAFETY: the kernel has written a message here. It begins with its length, and what pads
+        // it is not written.
+        let message = unsafe {
+            let written = message[0].assume_init().min(len - at);
+            std::slice::from_raw_parts(message.as_ptr().cast(), written)
+        };
+        take_descriptors(message, descriptors);
+        at += message.len().max(1).next_multiple_of(size_of::<usize>());
     }
     Ok(PassedMessage { bytes, is_truncated, has_control })
 }
 
-/// Takes the descriptors out of control messages that were just received.
-fn take_descriptors(mut control: &[u8], descriptors: &mut Vec<OwnedFd>) {
-    while let Some((kind, data, rest)) = control::next(control) {
-        if kind == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            let numbers = data.chunks_exact(size_of::<i32>()).filter_map(<[u8]>::first_chunk);
-            let numbers = numbers.map(|number| i32::from_ne_bytes(*number));
-            // SAFETY: the kernel has opened these descriptors for this receive. Nothing else owns
-            // them.
-            descriptors.extend(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
-        }
-        control = rest;
-    }
+/// Takes the descriptors out of a control message that was just received.
+fn take_descriptors(message: &[u8], descriptors: &mut Vec<OwnedFd>) {
+    let Some(((libc::SOL_SOCKET, libc::SCM_RIGHTS), data, _)) = control::next(message) else {
+        return;
+    };
+    let numbers = data.chunks_exact(size_of::<i32>()).filter_map(<[u8]>::first_chunk);
+    let numbers = numbers.map(|number| i32::from_ne_bytes(*number));
+    // SAFETY: the kernel has opened these descriptors for this receive. Nothing else owns them.
+    descriptors.extend(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
 }
 
 /// Sends bytes, of which there is at least one, and descriptors with the first of them.
