@@ -4,6 +4,7 @@
 //! "How a flow ends" in `forward` has the rules.
 
 use std::io;
+use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -99,7 +100,15 @@ impl Forwarder {
         report: &impl Fn(Progress),
     ) -> io::Result<bool> {
         if let Some(at) = self.retry_at() {
-            if let Ok(waited) = timeout_at(at, self.wait()).await {
+            let shared = Rc::clone(&self.shared);
+            let waited = tokio::select! {
+                waited = timeout_at(at, self.wait()) => waited,
+                () = shared.passed.freed() => {
+                    self.flows.iter_mut().for_each(|flow| flow.pause.cut_short());
+                    return Ok(true);
+                }
+            };
+            if let Ok(waited) = waited {
                 if !waited? {
                     self.report_if_requested(report);
                 }

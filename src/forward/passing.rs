@@ -85,6 +85,13 @@ impl Pause {
     pub fn is_running(&self) -> bool {
         self.until().is_some_and(|until| Instant::now() < until)
     }
+    /// Ends the present pause, but not the series.
+    pub fn cut_short(&mut self) {
+        if let Some(state) = &mut self.0 {
+            state.until = Instant::now();
+        }
+    }
+
 
     /// Whether it is so long since the first attempt of this series.
     pub fn has_lasted(&self, time: Duration) -> bool {

@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use prometheus_client::metrics::counter::Counter;
+use tokio::sync::Notify;
 
 use crate::socket::PASSED_MAX;
 
@@ -40,13 +41,30 @@ impl PassedLimits {
 #[derive(Clone, Debug)]
 pub struct PassedRoom {
     pub limits: PassedLimits,
-    taken: Arc<AtomicUsize>,
-    /// The thread that closes them, once it is needed; `None` if the system refuses one.
-    closer: Arc<OnceLock<Option<Sender<Vec<OwnedFd>>>>>,
+    taken: Arc<Taken>,
+    /// The thread that closes them, once it is needed.
+    closer: Arc<OnceLock<Sender<Vec<OwnedFd>>>>,
     /// From so many taken on, a message more on each event loop would not leave half of the room.
     scarce_from: usize,
     /// Messages whose descriptors were closed, because their receiver is not a Unix socket.
     pub dropped: Counter,
+}
+
+/// The room that is taken.
+#[derive(Debug, Default)]
+struct Taken {
+    descriptors: AtomicUsize,
+    freed: Notify,
+}
+
+impl Taken {
+    /// Closes descriptors, and returns their room.
+    fn close(&self, fds: Vec<OwnedFd>) {
+        let count = fds.len();
+        drop(fds);
+        self.descriptors.fetch_sub(count, Ordering::Relaxed);
+        self.freed.notify_waiters();
+    }
 }
 
 impl PassedRoom {
@@ -65,13 +83,18 @@ impl PassedRoom {
     /// Whether half of the room may be taken. Otherwise each event loop can receive a message
     /// without taking room for it first.
     pub fn is_scarce(&self) -> bool {
-        self.taken.load(Ordering::Relaxed) >= self.scarce_from
+        self.taken.descriptors.load(Ordering::Relaxed) >= self.scarce_from
+    }
+
+    /// Waits until descriptors are closed, from this call on.
+    pub fn freed(&self) -> impl Future<Output = ()> {
+        self.taken.freed.notified()
     }
 
     /// Takes room for one message, if there is so much.
     pub fn take(&self) -> Option<MessageRoom<'_>> {
         let message = self.limits.message;
-        let before = self.taken.fetch_add(message, Ordering::Relaxed);
+        let before = self.taken.descriptors.fetch_add(message, Ordering::Relaxed);
         // Otherwise dropping it returns the room.
         let room = MessageRoom(self);
         (before + message <= self.limits.all).then_some(room)
@@ -89,35 +112,33 @@ impl PassedRoom {
 
     /// Counts descriptors that were received.
     pub fn hold(&self, fds: Vec<OwnedFd>) -> PassedFds {
-        self.taken.fetch_add(fds.len(), Ordering::Relaxed);
+        self.taken.descriptors.fetch_add(fds.len(), Ordering::Relaxed);
         PassedFds { fds, room: self.clone() }
     }
 
     /// Closes descriptors on a thread of its own, and returns their room.
     fn close(&self, fds: Vec<OwnedFd>) {
-        let closer = self.closer.get_or_init(|| start_closer(Arc::clone(&self.taken)));
-        let unsent = match closer {
+        let unsent = match self.closer() {
             Some(closer) => closer.send(fds).err().map(|SendError(fds)| fds),
             None => Some(fds),
         };
         if let Some(fds) = unsent {
-            close_now(fds, &self.taken);
+            self.taken.close(fds);
         }
     }
-}
 
-/// Starts a thread that closes descriptors, unless the system refuses one.
-fn start_closer(taken: Arc<AtomicUsize>) -> Option<Sender<Vec<OwnedFd>>> {
-    let (sender, receiver) = channel();
-    let close_all = move || receiver.into_iter().for_each(|fds| close_now(fds, &taken));
-    let thread = thread::Builder::new().name("proxyd-closer".into()).spawn(close_all);
-    thread.ok().map(|_| sender)
-}
-
-fn close_now(fds: Vec<OwnedFd>, taken: &AtomicUsize) {
-    let count = fds.len();
-    drop(fds);
-    taken.fetch_sub(count, Ordering::Relaxed);
+    /// Returns the way to the thread, which is started now if it does not run yet; `None` while the
+    /// system refuses one.
+    fn closer(&self) -> Option<&Sender<Vec<OwnedFd>>> {
+        if self.closer.get().is_none() {
+            let ((sender, receiver), taken) = (channel(), Arc::clone(&self.taken));
+            let close_all = move || receiver.into_iter().for_each(|fds| taken.close(fds));
+            thread::Builder::new().name("proxyd-closer".into()).spawn(close_all).ok()?;
+            // A thread that loses a race ends: its channel is closed.
+            let _ = self.closer.set(sender);
+        }
+        self.closer.get()
+    }
 }
 
 /// Descriptors that a peer has passed. They take room until they are closed.
@@ -152,7 +173,7 @@ pub struct MessageRoom<'a>(&'a PassedRoom);
 impl Drop for MessageRoom<'_> {
     fn drop(&mut self) {
         let Self(room) = self;
-        room.taken.fetch_sub(room.limits.message, Ordering::Relaxed);
+        room.taken.descriptors.fetch_sub(room.limits.message, Ordering::Relaxed);
     }
 }
 
@@ -178,15 +199,15 @@ mod tests {
         let first = room.take().unwrap();
         let fds = |count| (0..count).map(|_| tempfile::tempfile().unwrap().into()).collect();
         let waiting = room.hold(fds(10));
-        assert_eq!(room.taken.load(Ordering::Relaxed), 26);
+        assert_eq!(room.taken.descriptors.load(Ordering::Relaxed), 26);
         drop(first);
         assert!(room.is_scarce());
         drop(room.take().unwrap());
         let more = room.hold(fds(15));
         assert!(room.take().is_none());
-        assert_eq!(room.taken.load(Ordering::Relaxed), 25);
+        assert_eq!(room.taken.descriptors.load(Ordering::Relaxed), 25);
         drop((waiting, more));
-        while room.taken.load(Ordering::Relaxed) > 0 {
+        while room.taken.descriptors.load(Ordering::Relaxed) > 0 {
             thread::yield_now();
         }
     }
