@@ -10,6 +10,7 @@ use crate::forward::flow::{Buffered, Fault, Flow, Step};
 use crate::forward::loop_buffers::LoopBuffers;
 use crate::forward::passing::{Passing, PassingError, Pause};
 use crate::limits::passed::MessageRoom;
+use crate::socket::has_hung_up;
 
 impl Flow {
     /// Receives into the shared buffer and sends from there, the descriptors with the first byte.
@@ -27,7 +28,7 @@ impl Flow {
         let (most, _room) = if shared.passed.is_scarce() {
             match self.take_room(source, sink, shared, &mut buffer) {
                 ControlFlow::Continue(taken) => taken,
-                ControlFlow::Break(step) => return Ok(step),
+                ControlFlow::Break(result) => return result,
             }
         } else {
             self.pause = Pause::default();
@@ -64,32 +65,37 @@ impl Flow {
         sink: &mut Endpoint,
         shared: &'a LoopBuffers,
         buffer: &mut [u8],
-    ) -> ControlFlow<Step, (usize, Option<MessageRoom<'a>>)> {
+    ) -> ControlFlow<Result<Step, Fault>, (usize, Option<MessageRoom<'a>>)> {
         if self.pause.is_running() {
-            return ControlFlow::Break(Step::Blocked);
+            return ControlFlow::Break(Ok(Step::Blocked));
         }
         // Descriptors that are received now must not wait for a slow peer.
         if sink.socket.send_space().is_none() {
             self.pause = Pause::default();
-            return ControlFlow::Break(self.wait_for_space(sink, shared));
+            return ControlFlow::Break(Ok(self.wait_for_space(sink, shared)));
         }
         let room = shared.passed.take();
         let mut most = buffer.len();
         if room.is_none() {
             match source.socket.peek_passed(buffer) {
+                // No edge tells it during the pause.
+                Ok((_, true)) if has_hung_up(&sink.socket) => {
+                    return ControlFlow::Break(Err(Fault::Sink(Errno::PIPE)));
+                }
                 Ok((_, true)) => {
                     self.pause.begin();
-                    return ControlFlow::Break(Step::Blocked);
+                    return ControlFlow::Break(Ok(Step::Blocked));
                 }
                 // 0 is the end, which the receive has to find.
                 Ok((bytes, false)) => most = bytes.max(1),
                 Err(Errno::AGAIN) => {
                     source.readable = false;
                     self.pause = Pause::default();
-                    return ControlFlow::Break(Step::Blocked);
+                    return ControlFlow::Break(Ok(Step::Blocked));
                 }
-                // The receive returns the error.
-                Err(_) => {}
+                Err(Errno::INTR) => return ControlFlow::Break(Ok(Step::Moved)),
+                // The kernel reports an error once, here to the look.
+                Err(errno) => return ControlFlow::Break(Err(Fault::Source(errno))),
             }
         }
         self.pause = Pause::default();
@@ -113,8 +119,10 @@ impl Flow {
                 source.readable = false;
                 return Ok(Step::Blocked);
             }
-            // splice(2) returns the end or the error.
-            Ok(_) | Err(_) => usize::MAX,
+            // splice(2) returns the end.
+            Ok(_) => usize::MAX,
+            Err(Errno::INTR) => return Ok(Step::Moved),
+            Err(errno) => return Err(Fault::Source(errno)),
         };
         self.splice(source, sink, size.min(most), shared)
     }

@@ -33,6 +33,8 @@ pub enum PassingError {
     TableFull,
     /// `ETOOMANYREFS` for too long.
     TooManyInFlight,
+    /// The receiver takes none: SO_PASSRIGHTS in unix(7), Linux 6.16.
+    Refused,
     /// The connection is stored (crash mode), and its bytes never leave the kernel.
     Stored,
 }
@@ -49,6 +51,7 @@ impl fmt::Display for PassingError {
                 "too many descriptors of this user are in flight. (See ETOOMANYREFS in unix(7), \
                  and raise LimitNOFILE=.)"
             }
+            Self::Refused => "the receiver takes none (SO_PASSRIGHTS).",
             Self::Stored => {
                 "stored connections carry none. (Write --handover=restart instead of \
                  --handover=crash.)"
@@ -82,9 +85,6 @@ impl Pause {
         self.0.as_ref().map(|state| state.until)
     }
 
-    pub fn is_running(&self) -> bool {
-        self.until().is_some_and(|until| Instant::now() < until)
-    }
     /// Ends the present pause, but not the series.
     pub fn cut_short(&mut self) {
         if let Some(state) = &mut self.0 {
@@ -92,6 +92,9 @@ impl Pause {
         }
     }
 
+    pub fn is_running(&self) -> bool {
+        self.until().is_some_and(|until| Instant::now() < until)
+    }
 
     /// Whether it is so long since the first attempt of this series.
     pub fn has_lasted(&self, time: Duration) -> bool {
@@ -109,7 +112,7 @@ impl Passing {
     /// flight.
     ///
     /// # Errors
-    /// When too many are in flight for [`REFUSED_MAX`].
+    /// When too many are in flight for [`REFUSED_MAX`], or the receiver refuses them.
     pub fn send(
         &mut self,
         to: impl AsFd,
@@ -126,6 +129,7 @@ impl Passing {
                 pause.begin();
                 return Ok(None);
             }
+            Err(Errno::PERM) if self.descriptors.is_some() => return Err(PassingError::Refused),
             sent => sent,
         };
         *pause = Pause::default();

@@ -290,6 +290,20 @@ fn a_wait_for_others_ends_with_them_and_uses_no_time() {
 }
 
 #[test]
+fn a_receiver_that_takes_no_descriptors_ends_the_connection() {
+    let pair = Pair::start(|launch| launch);
+    for is_swapped in [false, true] {
+        let (from, to) = pair.connect(is_swapped);
+        if refuse_descriptors(&to).is_err() {
+            return skip("a receiver that takes no descriptors", "Linux 6.16");
+        }
+        assert_eq!(pass(&from, b"x", &files(1)), Ok(1));
+        assert!(ends(&to) && ends(&from));
+    }
+    pair.proxy.lines.wait_for("resetting the connection: the receiver takes none");
+}
+
+#[test]
 fn a_message_with_too_many_descriptors_ends_its_connection() {
     let pair = Pair::start(|launch| launch.descriptors(64));
     let (other, other_served) = pair.connect(false);
@@ -417,11 +431,10 @@ fn credentials_are_not_passed_on_and_leave_nothing_open() {
     pair.wait_for_descriptors(open);
 }
 
-/// The last close of a socket that lingers takes as long as its peer does not read.
-#[test]
-fn a_close_that_takes_long_delays_no_other_client() {
-    let pair = Pair::start(|launch| launch.descriptors(64));
-    let ((other, other_served), (client, served)) = (pair.connect(false), pair.connect(false));
+/// Has the proxy close sockets that linger. The last close takes as long as their peer does not
+/// read.
+fn hold_the_closer(pair: &Pair) -> Endpoint {
+    let (client, served) = pair.connect(false);
     let listener = Endpoint::new(Family::Tcp);
     let lingering = || {
         let socket = listener.connect();
@@ -438,8 +451,27 @@ fn a_close_that_takes_long_delays_no_other_client() {
     pair.proxy.signal(Signal::CONT);
     pair.proxy.lines.wait_for("resetting the connection: there are more of them in a message");
     assert!(ends(&client) && ends(&served));
+    listener
+}
+
+#[test]
+fn a_close_that_takes_long_delays_no_other_client() {
+    let pair = Pair::start(|launch| launch.descriptors(64));
+    let (other, other_served) = pair.connect(false);
+    let _listener = hold_the_closer(&pair);
     for _ in 0..3 {
         assert_eq!(pass(&other, b"plain", &[]), Ok(5));
         assert_eq!(receive_passed(&other_served, 10).unwrap().0, b"plain");
     }
+}
+
+#[test]
+fn a_connection_that_waits_for_room_ends_with_its_peers() {
+    let pair = Pair::start(|launch| launch.descriptors(64));
+    let _listener = hold_the_closer(&pair);
+    let (client, served) = pair.connect(false);
+    let open = pair.proxy.descriptors();
+    assert_eq!(pass(&client, b"x", &files(1)), Ok(1));
+    drop((client, served));
+    pair.wait_for_descriptors(open - 2);
 }

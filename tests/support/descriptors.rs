@@ -48,17 +48,26 @@ pub fn receive_passed(socket: impl AsFd, most: usize) -> Result<(Vec<u8>, Vec<Ow
     Ok((bytes, files))
 }
 
+/// Has the kernel refuse descriptors for a socket: SO_PASSRIGHTS, Linux 6.16.
+pub fn refuse_descriptors(socket: &impl AsRawFd) -> std::io::Result<()> {
+    const SO_PASSRIGHTS: i32 = 83;
+    set_socket_option(socket, SO_PASSRIGHTS, 0)
+}
+
 /// Lets the kernel add credentials, a label and a pidfd to what a socket receives, and to what the
 /// connections of a listener receive.
 pub fn add_credentials(socket: &impl AsRawFd) {
     const SO_PASSPIDFD: i32 = 76;
     for option in [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD] {
-        let on = 1_i32;
-        // SAFETY: setsockopt(2) reads an int.
-        let result = unsafe {
-            let (fd, length) = (socket.as_raw_fd(), size_of_val(&on) as libc::socklen_t);
-            libc::setsockopt(fd, libc::SOL_SOCKET, option, (&raw const on).cast(), length)
-        };
-        assert_eq!(result, 0);
+        set_socket_option(socket, option, 1).unwrap();
     }
+}
+
+fn set_socket_option(socket: &impl AsRawFd, option: i32, value: i32) -> std::io::Result<()> {
+    // SAFETY: setsockopt(2) reads an int.
+    let result = unsafe {
+        let (fd, length) = (socket.as_raw_fd(), size_of_val(&value) as libc::socklen_t);
+        libc::setsockopt(fd, libc::SOL_SOCKET, option, (&raw const value).cast(), length)
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
