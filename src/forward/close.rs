@@ -182,8 +182,19 @@ impl Forwarder {
             (None, None) => CloseReason::Closed,
         };
         let resets = SIDES.map(|side| is_idle || self.is_to_be_reset(side));
-        for (end, reset) in self.endpoints.into_iter().zip(resets) {
-            if reset { end.socket.reset() } else { end.socket.close() }
+        let states = self.flows.each_ref().map(|flow| flow.state);
+        for ((end, reset), state) in self.endpoints.into_iter().zip(resets).zip(states) {
+            match end.socket.family() {
+                // Unread messages may have descriptors. The peer must see the end by close(2), which
+                // makes it a reset.
+                Family::Unix if state != FlowState::Ended && end.socket.closes_unread() => {
+                    if let Ok(fd) = end.socket.release() {
+                        drop(self.shared.passed.hold(vec![fd]));
+                    }
+                }
+                _ if reset => end.socket.reset(),
+                _ => end.socket.close(),
+            }
         }
         Summary { from_client, from_backend, reason }
     }

@@ -22,8 +22,6 @@ pub struct Flow {
     pub state: FlowState,
     /// Bytes the sink accepted.
     pub delivered: u64,
-    /// Bytes that were spliced since the other direction moved any.
-    pub unanswered: u32,
     pub(super) buffered: Buffered,
     mode: Mode,
     /// Held while the flow does not read because its sink has no room. Counts it as stalled.
@@ -59,8 +57,7 @@ enum Mode {
         /// Whether the previous burst was smaller than [`BULK_MIN`].
         was_little: bool,
     },
-    /// The source cannot be spliced from, or sends urgent data, or is a Unix socket that sends
-    /// bulk.
+    /// The source cannot be spliced from, or sends urgent data.
     CopyOnly,
 }
 
@@ -130,13 +127,15 @@ impl Flow {
         if !source.readable || self.lacks_space.is_some() {
             return Ok(Step::Blocked);
         }
-        let are_unix = [&source, &sink].map(|end| end.socket.family()) == [Family::Unix; 2];
+        let is_from_unix = source.socket.family() == Family::Unix;
         match (&self.buffered, &self.mode) {
-            (Buffered::StoredPipe(_), _) if are_unix => {
+            (Buffered::StoredPipe(_), _)
+                if is_from_unix && sink.socket.family() == Family::Unix =>
+            {
                 self.splice_between_unix(source, sink, size, shared)
             }
             (Buffered::StoredPipe(_), _) => self.splice(source, sink, size, shared),
-            _ if are_unix => self.pass(source, sink, shared),
+            _ if is_from_unix => self.pass(source, sink, shared),
             (_, Mode::Splice { .. }) => self.splice_bulk(source, sink, size, shared),
             _ => self.copy(source, sink, shared),
         }
@@ -198,9 +197,6 @@ impl Flow {
             ControlFlow::Continue(received) => received,
             ControlFlow::Break(result) => return result,
         };
-        if received.lost_descriptors {
-            shared.passed.drop_message();
-        }
         self.send_received(&buffer[..received.bytes], sink)
     }
 
@@ -278,12 +274,8 @@ impl Flow {
         if let Ok(bytes @ 1..) = filled {
             // A pipe has at most 1 MiB.
             let bytes = bytes as u32;
-            self.unanswered = self.unanswered.saturating_add(bytes);
             if let Mode::Splice { bytes: sum, .. } = &mut self.mode {
                 *sum = sum.saturating_add(bytes);
-                if source.socket.family() == Family::Unix && self.unanswered > UNIX_BULK {
-                    self.mode = Mode::CopyOnly;
-                }
             }
             return self.send_buffered(sink, shared);
         }
@@ -444,10 +436,6 @@ fn is_at_urgent_data(filled: Result<usize, Errno>, source: &Socket) -> bool {
 /// A splicing flow that moves fewer bytes than this between two empty reads, twice in a row, goes
 /// back to copying. (A message of 33 to 64 KiB may come in two parts.)
 const BULK_MIN: usize = 32 * 1024;
-
-/// A Unix source that sends more bytes than this without an answer is copied: see "How bytes move"
-/// in `forward`.
-const UNIX_BULK: u32 = 128 * 1024;
 
 /// The size of a stored pipe that has grown, which it does only for bulk.
 const BULK_PIPE: usize = 128 * 1024;

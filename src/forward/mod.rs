@@ -22,9 +22,8 @@
 //!   the CPU of copying. Its pipe comes from the event loop's pool and returns when it is empty.
 //!   Once it carries only small messages, it goes back to copying. So does a flow that finds no
 //!   pipe.
-//! - A Unix source is spliced to a TCP sink until it has sent 128 KiB without an answer, and then
-//!   copied. In bulk its many small buffers cost more to splice than to copy. Messages that fit
-//!   into its socket cost less.
+//! - A Unix source is copied. In bulk its many small buffers cost more to splice than to copy, and
+//!   splice(2) closes the descriptors that come with them.
 //! - With `--handover=crash` each flow has a *stored* pipe, which systemd keeps as well. All of its
 //!   bytes are spliced through that pipe, so none is ever in the memory of the process.
 //!
@@ -55,16 +54,18 @@
 //!
 //! A Unix peer can pass descriptors (`SCM_RIGHTS` in unix(7)). Between two Unix sockets they go on
 //! with the first byte of the receive that returned them: never later than their own byte, perhaps
-//! with bytes that were sent before it. So a flow between Unix sockets copies. (In crash mode it
-//! peeks, and splices only what comes without descriptors.) Descriptors that the sink does not
-//! accept at once are buffered with their bytes, and nothing behind them is read.
+//! with bytes that were sent before it. (In crash mode a flow between Unix sockets peeks, and
+//! splices only what comes without descriptors.) Descriptors that the sink does not accept at once
+//! are buffered with their bytes, and nothing behind them is read.
 //!
 //! `limits::passed` has room for the descriptors that are open here. Once half of it may be taken,
 //! a flow receives only while its sink accepts bytes, so the descriptors of slow peers do not take
 //! the rest. Once no whole message fits, a flow peeks, and leaves a message with descriptors in the
 //! kernel. The kernel refuses to send descriptors while too many of the user are in flight. Then
 //! the flow tries again, for a second. If descriptors cannot be passed on, the connection ends on
-//! both sides. On the way from a Unix socket to any other socket they are closed.
+//! both sides. On the way from a Unix socket to any other socket they are closed, by a thread of
+//! its own: a close may wait for the client (SO_LINGER). Only what splice(2) closes in crash mode
+//! is closed on the event loop.
 //!
 //! ## How a flow ends
 //!
@@ -96,7 +97,7 @@
 
 mod close;
 mod persist;
-mod between_unix;
+mod from_unix;
 mod flow;
 pub mod loop_buffers;
 mod passing;
@@ -361,7 +362,6 @@ impl Forwarder {
         }
         let delivered = self.flows[side as usize].delivered - before;
         if delivered > 0 {
-            self.flows[side.other() as usize].unanswered = 0;
             self.counters.add(side as usize, delivered);
             if let Some(registration) = &self.registration {
                 registration.activity().touch();

@@ -171,12 +171,9 @@ impl Socket {
         }
     }
 
-    /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet. Closes descriptors
-    /// that a Unix peer passes.
+    /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet. The kernel closes
+    /// descriptors that a Unix peer passes.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
-        if self.family == Family::Unix {
-            return self.receive_message(buffer, RoomFor::Nothing, &mut Vec::new());
-        }
         let len = buffer.len();
         let bytes = rustix::net::recv(&self.io, buffer, RecvFlags::empty())?.0;
         let drained = bytes < len && !self.has_urgent_data();
@@ -189,16 +186,7 @@ impl Socket {
         buffer: &mut [u8],
         descriptors: &mut Vec<OwnedFd>,
     ) -> Result<Received, Errno> {
-        self.receive_message(buffer, RoomFor::Descriptors, descriptors)
-    }
-
-    fn receive_message(
-        &self,
-        buffer: &mut [u8],
-        room: RoomFor,
-        descriptors: &mut Vec<OwnedFd>,
-    ) -> Result<Received, Errno> {
-        let len = buffer.len();
+        let (len, room) = (buffer.len(), RoomFor::Descriptors);
         let message = passed_fds::receive(&self.io, buffer, room, false, descriptors)?;
         let PassedMessage { bytes, is_truncated, has_control } = message;
         // A receive ends after a message with descriptors, even if more bytes follow.
@@ -294,6 +282,11 @@ impl Socket {
         sys::outq_len(&self.io)
     }
 
+    /// Whether the kernel closes this socket with bytes that were not received.
+    pub fn closes_unread(&self) -> bool {
+        !self.is_shared.get() && rustix::io::ioctl_fionread(&self.io).is_ok_and(|unread| unread > 0)
+    }
+
     /// Returns how long a TCP socket has neither sent nor received data.
     pub fn idle(&self) -> Option<Duration> {
         (self.family == Family::Tcp).then(|| sys::tcp_idle(&self.io).ok())?
@@ -359,7 +352,7 @@ impl Socket {
         self.closes_cleanly = true;
     }
 
-    /// Returns a descriptor for another event loop.
+    /// Returns a descriptor for another thread.
     pub fn release(mut self) -> io::Result<OwnedFd> {
         self.closes_cleanly = true;
         self.io.get_ref().try_clone()

@@ -1,7 +1,7 @@
-//! How a flow moves bytes and descriptors from one Unix socket to another: "Descriptors" in
-//! `forward`.
+//! How a flow moves bytes and descriptors from a Unix socket: "Descriptors" in `forward`.
 
 use std::ops::ControlFlow;
+use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
@@ -10,12 +10,13 @@ use crate::forward::flow::{Buffered, Fault, Flow, Step};
 use crate::forward::loop_buffers::LoopBuffers;
 use crate::forward::passing::{Passing, PassingError, Pause};
 use crate::limits::passed::MessageRoom;
-use crate::socket::has_hung_up;
+use crate::socket::{Family, has_hung_up};
 
 impl Flow {
-    /// Receives into the shared buffer and sends from there, the descriptors with the first byte.
+    /// Receives into the shared buffer and sends from there, to another Unix socket with the
+    /// descriptors.
     ///
-    /// Not inlined: flows between other sockets need none of it.
+    /// Not inlined: flows from other sockets need none of it.
     #[inline(never)]
     pub fn pass(
         &mut self,
@@ -44,9 +45,27 @@ impl Flow {
         if descriptors.is_empty() && !received.lost_descriptors {
             return self.send_received(bytes, sink);
         }
+        self.pass_on(bytes, descriptors, received.lost_descriptors, sink, shared)
+    }
+
+    /// Sends bytes with the descriptors that came with them, some of which may be `lost`.
+    #[inline(never)]
+    fn pass_on(
+        &mut self,
+        bytes: &[u8],
+        descriptors: Vec<OwnedFd>,
+        lost: bool,
+        sink: &mut Endpoint,
+        shared: &LoopBuffers,
+    ) -> Result<Step, Fault> {
+        if sink.socket.family() != Family::Unix {
+            shared.passed.drop_message();
+            drop(shared.passed.hold(descriptors));
+            return self.send_received(bytes, sink);
+        }
         let are_too_many = descriptors.len() > shared.passed.limits.message;
         let descriptors = shared.passed.hold(descriptors);
-        if received.lost_descriptors {
+        if lost {
             return Err(Fault::Passing(PassingError::TableFull));
         }
         if are_too_many {
