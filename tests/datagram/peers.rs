@@ -1,10 +1,10 @@
 //! Datagram sockets, echo backends, and the proxy between them.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io;
 use std::iter;
 use std::mem::MaybeUninit;
-use std::net::{Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -229,9 +229,7 @@ impl Proxy {
     pub fn start_at(front: Peer, words: &[&str], launch: impl FnOnce(Launch) -> Launch) -> Self {
         let first = Launch::new(OURS).socket(&front.socket).arg("--metrics=127.0.0.1:0");
         let running = launch(first).args(words).start();
-        let line = running.lines.wait_for("Serving metrics on ");
-        let address = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap();
-        Self { running, metrics: address.parse().unwrap(), front, namespace: None }
+        Self { metrics: metrics_address(&running), running, front, namespace: None }
     }
 
     /// Starts in a network namespace.
@@ -246,17 +244,9 @@ impl Proxy {
 
     fn text(&self) -> String {
         match self.namespace {
-            Some(pid) => inside(pid, || self.scrape()),
-            None => self.scrape(),
+            Some(pid) => inside(pid, || scrape(self.metrics)),
+            None => scrape(self.metrics),
         }
-    }
-
-    fn scrape(&self) -> String {
-        let mut stream = TcpStream::connect(self.metrics).unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        text
     }
 
     /// The sum of the series that begin with this name and have these labels.

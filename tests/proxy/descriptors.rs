@@ -1,7 +1,6 @@
 //! Descriptors that Unix peers pass to each other through the proxy.
 
 use std::fs::{self, Permissions};
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -406,11 +405,7 @@ fn to_other_sockets_descriptors_are_closed_and_counted() {
         .lines
         .wait_for("A Unix peer has passed descriptors, and the other side is not a Unix socket");
     assert_eq!(proxy.lines.count("has passed descriptors"), 1);
-    let line = proxy.lines.wait_for("Serving metrics on ");
-    let address = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap();
-    let mut scraper = std::net::TcpStream::connect(address).unwrap();
-    scraper.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
-    let metrics = String::from_utf8(read_all(&mut Socket::from(scraper)).0).unwrap();
+    let metrics = scrape(metrics_address(&proxy));
     assert!(metrics.contains("\nsocket_proxyd_descriptors_dropped_total 3\n"), "{metrics}");
 }
 

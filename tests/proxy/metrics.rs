@@ -28,12 +28,8 @@ impl Scraped {
         Self::of(launch.arg("--metrics=127.0.0.1:0").start())
     }
 
-    /// Reads the address from the log.
     fn of(proxy: Running) -> Self {
-        let line = proxy.lines.wait_for("Serving metrics on ");
-        let address = line.trim().trim_end_matches('.').rsplit(' ').next().unwrap();
-        let metrics = address.parse().unwrap();
-        Self { proxy, metrics }
+        Self { metrics: metrics_address(&proxy), proxy }
     }
 
     fn stream(&self) -> TcpStream {

@@ -4,6 +4,7 @@
 pub mod descriptors;
 mod fake_systemd;
 pub mod floods;
+mod metrics;
 mod network;
 mod process;
 mod sockets;
@@ -12,6 +13,7 @@ pub mod urgent;
 mod wait;
 
 pub use fake_systemd::FakeSystemd;
+pub use metrics::{metrics_address, scrape};
 pub use network::{CLIENTS, ClientNetwork, HOST, NetworkNamespace, clients_of, inside};
 pub use process::{Launch, Lines, Running, executable_by_all, raise_descriptor_limit, run};
 pub use sockets::*;
