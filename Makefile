@@ -13,7 +13,7 @@ NEWEST = $(CURDIR)/target/newest-original
 YAQ = $(CURDIR)/target/yaq
 FRESH = $(CURDIR)/target/fresh-debian.tar
 
-.PHONY: build demo quick test sim check bench fmt clippy doc man deny install deb rpm clean
+.PHONY: build demo quick test sim soak check bench fmt clippy doc man deny install deb rpm clean
 
 build:
 	$(CARGO) build --release --locked
@@ -37,6 +37,12 @@ test:
 # A million seeds of each simulation; SEED=N replays one.
 sim:
 	SEEDS=$(or $(SEEDS),1000000) $(CARGO) test --release --locked --test simulation
+
+# Each mode for 20 minutes under traffic of which every byte is checked; SOAK_SECONDS= is another time.
+# The last lines are a table of figures. One mode: make soak MODE=crash.
+soak:
+	SOAK_SECONDS=$${SOAK_SECONDS:-1200} \
+	    $(CARGO) test --locked --release --test soak -- $(MODE)
 
 check: fmt clippy doc man deny bench
 
