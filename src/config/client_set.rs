@@ -34,9 +34,9 @@ impl FromStr for ClientSet {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut set = Self::default();
         for word in text.split(',') {
-            let address = || word.parse().ok().map(|ip: IpAddr| IpNet::from(ip.to_canonical()));
+            let address = || word.parse().ok().map(|ip: IpAddr| IpNet::from(ip));
             match word.parse().ok().or_else(address) {
-                Some(network) => set.networks.push(network),
+                Some(network) => set.networks.push(canonical_network(network)),
                 None if word == "unix" => set.has_unix = true,
                 None => {
                     return Err(format!(
@@ -46,6 +46,17 @@ impl FromStr for ClientSet {
             }
         }
         Ok(set)
+    }
+}
+
+/// Converts a network of `::ffff:a.b.c.d` addresses to one of IPv4, as clients are compared.
+fn canonical_network(network: IpNet) -> IpNet {
+    let v4_prefix = network.prefix_len().checked_sub(96);
+    match (network.addr().to_canonical(), v4_prefix) {
+        (IpAddr::V4(ip), Some(prefix)) if network.addr().is_ipv6() => {
+            IpNet::new(IpAddr::V4(ip), prefix).unwrap_or(network)
+        }
+        _ => network,
     }
 }
 
@@ -69,6 +80,18 @@ mod tests {
         assert!(set.contains(&Address::Unnamed));
         assert!(!set.contains(&Address::Vsock { cid: 2, port: 1 }));
         assert!(!"10.0.0.0/8".parse::<ClientSet>().unwrap().contains(&Address::Unnamed));
+    }
+
+    #[test]
+    fn a_network_of_mapped_addresses_is_one_of_ipv4() {
+        let client = |text: &str| Address::Inet(text.parse::<SocketAddr>().unwrap());
+        let set: ClientSet = "::ffff:10.0.0.0/104,::ffff:192.0.2.1".parse().unwrap();
+        for inside in ["10.1.2.3:1", "[::ffff:10.1.2.3]:1", "192.0.2.1:1"] {
+            assert!(set.contains(&client(inside)), "{inside}");
+        }
+        assert!(!set.contains(&client("11.0.0.1:1")));
+        let all: ClientSet = "::ffff:0:0/96".parse().unwrap();
+        assert!(all.contains(&client("11.0.0.1:1")) && !all.contains(&client("[::1]:1")));
     }
 
     #[test]
