@@ -97,8 +97,8 @@ fn parse_port(text: &str) -> Result<String, String> {
 
 /// Returns whether `host` is an IPv6 address, perhaps with a scope (`fe80::1%eth0`).
 ///
-/// Only getaddrinfo(3) can read the scope.
+/// Only getaddrinfo(3) can read the scope. A `]` would end the address in `[V6]:PORT`.
 fn is_ipv6(host: &str) -> bool {
-    let address = host.split_once('%').map_or(host, |(address, _)| address);
-    address.parse::<Ipv6Addr>().is_ok()
+    let (address, scope) = host.split_once('%').unwrap_or((host, ""));
+    address.parse::<Ipv6Addr>().is_ok() && !scope.contains(']')
 }
