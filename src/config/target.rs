@@ -5,6 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::os::unix::ffi::OsStringExt;
 
 use crate::socket::address::{Address, SocketKind};
 use crate::socket::host_port::HostPort;
@@ -61,10 +62,11 @@ impl Target {
         })
     }
 
-    /// Returns the text of the target, with the bytes of a path as they are.
+    /// Returns the text of the target, with the bytes of a Unix socket's name as they are.
     pub fn to_os_string(&self) -> OsString {
         match self {
             Self::Address(Address::Path(path)) => path.clone().into(),
+            Self::Address(Address::Abstract(name)) => OsString::from_vec([b"@", &**name].concat()),
             other => other.to_string().into(),
         }
     }
@@ -90,9 +92,10 @@ mod tests {
     }
 
     #[test]
-    fn text_keeps_the_bytes_of_a_path() {
-        let path = OsStr::from_bytes(b"/run/\xff.sock");
-        assert_eq!(Target::parse(path).unwrap().to_os_string(), path);
+    fn text_keeps_the_bytes_of_a_name() {
+        for name in [&b"/run/\xff.sock"[..], b"@\xff"].map(OsStr::from_bytes) {
+            assert_eq!(Target::parse(name).unwrap().to_os_string(), name);
+        }
         assert_eq!(parse("LocalHost:http").unwrap().to_os_string(), "LocalHost:http");
     }
 
