@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::{ioctl_fionbio, ioctl_fionread};
 use rustix::net::{SocketType, sockopt};
-use socket2::SockRef;
+use socket2::{SockAddrStorage, SockRef};
 
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FlowState};
 use crate::handover::encoding::{Record, RecordBody, SealedRecord, decode, record_ids};
@@ -114,6 +114,9 @@ pub fn replay(
     Ok(out)
 }
 
+/// The longest address of a client, `sockaddr_storage`.
+const CLIENT_MAX: usize = size_of::<SockAddrStorage>();
+
 /// Returns a record that is as this program writes it, and its sockets, pipes and files.
 fn verified(record: SealedRecord<OwnedFd>) -> Option<(Record<OwnedFd>, HashSet<FileId>)> {
     let record = record.open()?;
@@ -124,6 +127,7 @@ fn verified(record: SealedRecord<OwnedFd>) -> Option<(Record<OwnedFd>, HashSet<F
             files.push(check_datagram_socket(fd).or_else(|| check_socket(fd, true))?);
         }
         RecordBody::Client(fd) => files.push(check_socket(fd, false)?),
+        RecordBody::Session(session) if session.client.len() > CLIENT_MAX => return None,
         RecordBody::Session(session) => files.push(check_datagram_socket(&session.socket)?),
         RecordBody::Forwarder(snapshot) => {
             for end in &snapshot.endpoints {
@@ -229,7 +233,7 @@ mod tests {
 
     use super::*;
     use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side, Snapshot};
-    use crate::handover::encoding::{RECORDS_MAX, encode_message};
+    use crate::handover::encoding::{RECORDS_MAX, SessionRecord, encode_message};
 
     /// The same for the same seed; and the peers of the sockets, which say nothing.
     struct Dice(u64, Vec<OwnedFd>);
@@ -356,6 +360,26 @@ mod tests {
             spoil(&mut messages[1]);
             let out = sorted(messages);
             assert_eq!((out.refused, out.records.len()), (1, 0));
+        }
+    }
+
+    #[test]
+    fn a_session_whose_client_has_no_address_of_the_kernel_is_refused() {
+        for (len, is_read) in [(CLIENT_MAX, true), (CLIENT_MAX + 1, false)] {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
+            let session = SessionRecord {
+                socket,
+                listener: FileId::default(),
+                client: vec![1; len],
+                local: None,
+                is_answered: true,
+                is_confirmed: true,
+                is_stream: false,
+            };
+            let body = RecordBody::Session(Box::new(session));
+            let record = Record { id: 1, start: 0, body };
+            let out = sorted(messages(&[seal(&record)], &mut Dice(1, Vec::new())));
+            assert_eq!((out.records.len(), out.refused), (is_read.into(), (!is_read).into()));
         }
     }
 
