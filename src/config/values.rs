@@ -50,7 +50,7 @@ pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
 /// Parses a number as systemd's `safe_atou` does: with leading white space, a plus sign, and the
 /// base that `0x`, `0o`, `0b` or a leading zero names.
 fn parse_unsigned(text: &str) -> Option<u32> {
-    let text = text.trim_start_matches([' ', '\t', '\n', '\r']);
+    let text = text.trim_start_matches([' ', '\t', '\n', '\r', '\x0b', '\x0c']);
     let (negative, text) = match text.strip_prefix('-') {
         Some(rest) => (true, rest),
         None => (false, text.strip_prefix('+').unwrap_or(text)),
@@ -202,6 +202,7 @@ mod tests {
             ("0b101", Some(5)),
             ("+5", Some(5)),
             (" 5", Some(5)),
+            ("\n\x0c5", Some(5)),
             ("4294967295", Some(u32::MAX)),
             ("4294967296", None),
             ("-1", None),
