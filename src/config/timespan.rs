@@ -157,7 +157,9 @@ fn parse_micros(text: &str) -> Option<u64> {
 
 /// Parses one number with its fraction and unit. Returns the microseconds and the rest of the text.
 fn parse_part(text: &str) -> Option<(u64, &str)> {
-    let (whole, rest) = digits(text.strip_prefix('+').unwrap_or(text));
+    // strtoll(3), which systemd calls, skips more white space than systemd itself.
+    let number = text.trim_start_matches([' ', '\t', '\n', '\r', '\x0b', '\x0c']);
+    let (whole, rest) = digits(number.strip_prefix('+').unwrap_or(number));
     let (fraction, rest) = rest.strip_prefix('.').map_or(("0", rest), digits);
     // systemd reads `.5`, but neither `+.5` nor `3.`.
     if fraction.is_empty() || (whole.is_empty() && !text.starts_with('.')) {
@@ -239,6 +241,7 @@ mod tests {
             ("0", 0),
             ("9223372036854775807us", i64::MAX as u128),
             (" infinity ", u128::MAX),
+            ("5s\n\x0c3s", 8_000_000),
         ] {
             assert_eq!(micros(text), Some(expected), "{text:?}");
         }
@@ -253,6 +256,7 @@ mod tests {
             "3.",
             "12.34.56",
             "+.5",
+            "\x0c.5",
             "5mins",
             "infinity 3s",
             "3s infinity",
