@@ -107,14 +107,18 @@ impl Notifier {
     /// Sends `WATCHDOG=1` at twice the rate that `WatchdogSec=` requires. systemd stops its
     /// watchdog at `STOPPING=1`.
     pub async fn feed_watchdog(&self) -> Infallible {
-        let Some(limit) = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()) else {
-            return pending().await;
-        };
+        let Some(interval) = watchdog_interval() else { return pending().await };
         loop {
             self.send(&[NotifyState::Watchdog]).await;
-            sleep(limit / 2).await;
+            sleep(interval).await;
         }
     }
+}
+
+/// Returns half of `$WATCHDOG_USEC`, if the watchdog is for this process.
+pub fn watchdog_interval() -> Option<Duration> {
+    let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
+    limit.map(|limit| limit / 2)
 }
 
 fn open(name: &OsStr) -> io::Result<(UnixDatagram, SocketAddrUnix)> {

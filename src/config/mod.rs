@@ -64,12 +64,17 @@ impl Config {
     /// # Errors
     /// One line for standard error that names the option and the value.
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Request<Self>, String> {
-        let mut args = match Arguments::read(args)? {
+        let args = match Arguments::read(args)? {
             Request::Run(args) => args,
             Request::Print(text) => return Ok(Request::Print(text)),
         };
         let targets = check(&args)?;
         find_programs(&args)?;
+        Ok(Request::Run(Self::new(args, targets)))
+    }
+
+    /// Sets the defaults, of arguments that were checked.
+    pub fn new(mut args: Arguments, targets: Targets) -> Self {
         let default_wait = if starts(&args) { START_WAIT } else { Duration::ZERO };
         let command = args.command.take().map(|words| CommandLine { words });
         let times = CommandTimes {
@@ -77,7 +82,7 @@ impl Config {
             stop_idle: args.stop_idle_time.unwrap_or(TimeSpan::INFINITY),
             min_run: args.min_run_time.unwrap_or(TimeSpan::ZERO),
         };
-        Ok(Request::Run(Self {
+        Self {
             targets,
             command,
             passive_from: args.passive_from.take().unwrap_or_default(),
@@ -88,7 +93,7 @@ impl Config {
             times,
             log_level: args.log_level.unwrap_or_else(LogLevel::from_environment),
             args,
-        }))
+        }
     }
 
     /// Whether the proxy starts the backend.

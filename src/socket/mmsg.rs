@@ -190,16 +190,20 @@ impl ReceiveBuffer {
         };
         #[allow(clippy::unnecessary_cast, reason = "the type differs between C libraries")]
         let control_len = (header.msg_hdr.msg_controllen as usize).min(CONTROL_MAX);
-        let mut control = &self.controls[slot].0[..control_len];
-        while let Some((kind, data, rest)) = control::next(control) {
-            received.read_control(kind, data);
-            control = rest;
-        }
+        received.read_controls(&self.controls[slot].0[..control_len]);
         received
     }
 }
 
 impl ReceivedMessage<'_> {
+    /// Reads control messages, each with a header.
+    pub fn read_controls(&mut self, mut control: &[u8]) {
+        while let Some((kind, data, rest)) = control::next(control) {
+            self.read_control(kind, data);
+            control = rest;
+        }
+    }
+
     fn read_control(&mut self, kind: ControlKind, data: &[u8]) {
         let int = || data.first_chunk().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
         match kind {

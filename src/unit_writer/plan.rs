@@ -129,9 +129,9 @@ impl Plan {
     }
 }
 
-/// Reads the command line of the proxy as the proxy does.
-fn proxy(arguments: &UnitArguments) -> Result<Arguments, String> {
-    let mut words = vec![OsString::from("socket-proxyd")];
+/// Returns the command line of the proxy, without the program.
+pub fn proxy_words(arguments: &UnitArguments) -> Vec<OsString> {
+    let mut words = Vec::new();
     words.extend(arguments.derived_options().into_iter().map(OsString::from));
     words.extend(arguments.passed_options().into_iter().map(OsString::from));
     words.extend(arguments.targets.iter().map(OsString::from));
@@ -139,6 +139,12 @@ fn proxy(arguments: &UnitArguments) -> Result<Arguments, String> {
         words.push("--".into());
         words.extend_from_slice(command);
     }
+    words
+}
+
+/// Reads the command line of the proxy as the proxy does.
+fn proxy(arguments: &UnitArguments) -> Result<Arguments, String> {
+    let words = iter::once(OsString::from("socket-proxyd")).chain(proxy_words(arguments));
     match Arguments::read(words)? {
         Request::Run(proxy) => Ok(proxy),
         Request::Print(text) => Err(text),

@@ -179,14 +179,10 @@ impl Receiver {
                 _ => {}
             }
         }
-        let lines = || text[..received.bytes].split(|&byte| byte == b'\n');
-        let is_ready = !*self.ready.borrow() && lines().any(|line| line == b"READY=1");
-        let busy = lines().filter_map(|line| line.strip_prefix(BUSY)).next_back();
-        let busy = match (&self.clock, busy) {
-            (Some(_), Some(b"1")) if self.busy.is_none() => Some(true),
-            (Some(_), Some(b"0")) if self.busy.is_some() => Some(false),
-            _ => None,
-        };
+        let notification = Notification::parse(&text[..received.bytes]);
+        let is_ready = !*self.ready.borrow() && notification.is_ready;
+        let changes = self.clock.is_some() && notification.busy != Some(self.busy.is_some());
+        let busy = notification.busy.filter(|_| changes);
         let sender = sender.filter(|_| is_ready || busy.is_some());
         if !sender.is_some_and(|sender| lookups.look_up(sender.pid, sender.uid, self.tree)) {
             return Ok(());
@@ -198,6 +194,27 @@ impl Receiver {
             self.busy = self.clock.as_ref().filter(|_| is_busy).map(IdleClock::begin_work);
         }
         Ok(())
+    }
+}
+
+/// What a message says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Notification {
+    /// It has the line `READY=1`.
+    pub is_ready: bool,
+    /// Whether COMMAND is busy, by the last line that says so.
+    pub busy: Option<bool>,
+}
+
+impl Notification {
+    pub fn parse(text: &[u8]) -> Self {
+        let lines = || text.split(|&byte| byte == b'\n');
+        let busy = match lines().filter_map(|line| line.strip_prefix(BUSY)).next_back() {
+            Some(b"1") => Some(true),
+            Some(b"0") => Some(false),
+            _ => None,
+        };
+        Self { is_ready: lines().any(|line| line == b"READY=1"), busy }
     }
 }
 
@@ -257,7 +274,7 @@ impl Lookups {
 }
 
 /// COMMAND is busy, with the value 1, or no longer, with 0. systemd ignores names of this form.
-const BUSY: &[u8] = b"X_SOCKET_PROXYD_BUSY=";
+pub const BUSY: &[u8] = b"X_SOCKET_PROXYD_BUSY=";
 
 /// The bytes of a message that are read. COMMAND's notifications are shorter.
 const MESSAGE_MAX: usize = 4096;

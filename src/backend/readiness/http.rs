@@ -8,7 +8,7 @@ use hyper::client::conn::http1;
 use hyper::header::{CONNECTION, HOST};
 use hyper::{Request, Uri};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, join};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, join};
 use tokio::net::TcpStream;
 
 use crate::config::target::Target;
@@ -31,18 +31,28 @@ pub async fn probe(
         // No other address is valid in a URL.
         Target::Address(_) => "localhost".into(),
     };
-    let request = Request::get(path).header(HOST, host).header(CONNECTION, "close");
-    let request = request.body(String::new()).map_err(|error| error.to_string())?;
     // tokio's TcpStream makes the same system calls for other stream sockets.
     let open = || TcpStream::from_std(socket.release()?.into());
     let mut stream = open().map_err(|error| os_message(&error))?;
     stream.write_all(header).await.map_err(|error| os_message(&error))?;
     let (reader, writer) = stream.split();
-    let reader = reader.take(ANSWER_MAX as u64);
+    ask(join(reader.take(ANSWER_MAX as u64), writer), host, path).await
+}
+
+/// Sends the request, and reads the answer.
+///
+/// # Errors
+/// As those of [`probe`].
+pub async fn ask(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    host: String,
+    path: &Uri,
+) -> Result<(), String> {
+    let request = Request::get(path).header(HOST, host).header(CONNECTION, "close");
+    let request = request.body(String::new()).map_err(|error| error.to_string())?;
     let mut http = http1::Builder::new();
     http.max_buf_size(ANSWER_MAX).max_headers(HEADERS_MAX).title_case_headers(true);
-    let (mut sender, connection) =
-        http.handshake(TokioIo::new(join(reader, writer))).await.map_err(reason)?;
+    let (mut sender, connection) = http.handshake(TokioIo::new(stream)).await.map_err(reason)?;
     let mut answer = pin!(sender.send_request(request));
     let answer = tokio::select! {
         biased;
