@@ -47,6 +47,7 @@
 //!   that were passed ([`limits::passed`]).
 //! - A [`socket::Socket`] that is dropped instead of closed is reset: a connection cut short by a
 //!   signal or a panic must not look complete to its peers.
+//! - `fuzz` has a target for each reader of foreign bytes. It is not part of the programs.
 //! - Unsafe code is confined to [`socket::sys`], [`socket::mmsg`], `socket::passed_fds`,
 //!   [`listen::activation`] and [`runtime::dispositions`], and to one call in `main`, which
 //!   [`service::program`] passes on.
@@ -55,6 +56,10 @@
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("socket-proxyd needs Linux: splice(2), epoll(7) and systemd");
+
+// Fuzz targets, which neither program contains.
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 
 // The two programs.
 mod service;
@@ -80,6 +85,13 @@ mod logging;
 
 pub use service::program::run;
 pub use unit_writer::run as write_units;
+
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    //! What `fuzz/` runs.
+    pub use crate::fuzz::*;
+    pub use crate::notify::watchdog_interval;
+}
 
 #[doc(hidden)]
 pub mod testing {

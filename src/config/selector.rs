@@ -80,6 +80,15 @@ impl Targets {
         one.into_iter().chain(selected.iter().map(|selection| &selection.target))
     }
 
+    /// Returns the words that [`Targets::parse`] reads as these targets.
+    #[cfg(any(test, fuzzing))]
+    pub fn to_words(&self) -> Vec<OsString> {
+        match self {
+            Self::One(target) => vec![target.to_os_string()],
+            Self::Selected(selections) => selections.iter().map(Selection::to_os_string).collect(),
+        }
+    }
+
     /// Returns the single TARGET if it begins with the address of a socket and a `=`: perhaps
     /// SELECTOR=TARGET was meant.
     pub fn resembles_selector(&self, sockets: &[&SocketLabel]) -> Option<&Target> {
@@ -168,6 +177,25 @@ impl Selection {
         let selector = Selector::parse(selector)
             .map_err(|error| format!("Invalid selector in {argument:?}: {error}."))?;
         Ok(Self { selector, target })
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+impl Selection {
+    fn to_os_string(&self) -> OsString {
+        let mut text = match &self.selector.by {
+            Criterion::Address(address @ Address::Path(path)) => {
+                let prefix = self.selector.to_string();
+                let prefix = prefix.strip_suffix(&address.to_string()).unwrap_or_default();
+                let mut text = OsString::from(prefix);
+                text.push(path);
+                text
+            }
+            _ => self.selector.to_string().into(),
+        };
+        text.push("=");
+        text.push(self.target.to_os_string());
+        text
     }
 }
 

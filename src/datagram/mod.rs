@@ -25,12 +25,12 @@
 
 mod turn;
 pub mod relay;
-mod begin;
+pub mod begin;
 mod to_backends;
 mod to_clients;
 mod opening;
 mod backend;
-mod session;
+pub mod session;
 mod stored;
 mod sender;
 mod held;

@@ -165,6 +165,12 @@ impl<Fd> SealedRecord<Fd> {
         self.record.id
     }
 
+    /// Returns the record, whether or not it has its checksum.
+    #[cfg(any(test, fuzzing))]
+    pub fn unverified(&self) -> &Record<Fd> {
+        &self.record
+    }
+
     fn map_fds<'a, T>(&'a self, map: impl FnMut(&'a Fd) -> T) -> SealedRecord<T> {
         SealedRecord { record: self.record.map_fds(map), checksum: self.checksum }
     }

@@ -24,7 +24,7 @@ use hyper_util::rt::TokioIo;
 use prometheus_client::encoding::{prometheus_text, text};
 use prometheus_client::registry::Registry;
 use socket2::SockRef;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::{AbortHandle, JoinSet, spawn_local};
 use tokio::time::{sleep, timeout};
@@ -170,14 +170,22 @@ impl Scrapers {
         let mut stream = TcpStream::from_std(socket.into())?;
         // hyper allocates its buffers when it is first polled; a silent scraper needs none.
         stream.readable().await?;
+        if let Err(error) = self.answer(&mut stream).await {
+            tracing::debug!("Failed to serve a scraper: {error}.");
+        }
+        drain(&mut stream).await
+    }
+
+    /// Reads a request and writes the response.
+    async fn answer(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+    ) -> Result<(), hyper::Error> {
         let mut http = http1::Builder::new();
         // A scraper that half-closes after its request still waits for the response.
         http.keep_alive(false).half_close(true).max_buf_size(REQUEST_MAX);
         let service = service_fn(|request| ready(Ok::<_, Infallible>(self.respond(&request))));
-        if let Err(error) = http.serve_connection(TokioIo::new(&mut stream), service).await {
-            tracing::debug!("Failed to serve a scraper: {error}.");
-        }
-        drain(&mut stream).await
+        http.serve_connection(TokioIo::new(stream), service).await
     }
 
     fn respond(&self, request: &Request<Incoming>) -> Response<String> {
@@ -206,6 +214,12 @@ impl Scrapers {
         }
         response
     }
+}
+
+/// Answers one request as the server does.
+#[cfg(any(test, fuzzing))]
+pub async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin) -> Result<(), hyper::Error> {
+    Scrapers { registry: Registry::default(), requests: RefCell::default() }.answer(stream).await
 }
 
 /// Waits until the scraper's kernel has acknowledged the response.

@@ -19,7 +19,7 @@ pub mod sys;
 pub mod mmsg;
 #[expect(unsafe_code, reason = "recvmsg(2) with descriptors")]
 mod passed_fds;
-mod control;
+pub mod control;
 
 use std::cell::Cell;
 use std::fs;

@@ -11,13 +11,13 @@
 //! ```
 
 mod addresses;
-mod options;
-mod escape;
+pub mod options;
+pub mod escape;
 mod files;
-mod plan;
-mod render;
-mod stamp;
-mod values;
+pub mod plan;
+pub mod render;
+pub mod stamp;
+pub mod values;
 
 use std::env;
 use std::ffi::OsString;

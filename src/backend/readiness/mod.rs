@@ -6,7 +6,7 @@
 //! connection: it may have been restarted.
 
 mod exec;
-mod http;
+pub mod http;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
