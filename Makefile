@@ -13,7 +13,7 @@ NEWEST = $(CURDIR)/target/newest-original
 YAQ = $(CURDIR)/target/yaq
 FRESH = $(CURDIR)/target/fresh-debian.tar
 
-.PHONY: build demo quick test sim soak check bench fmt clippy doc man deny install deb rpm clean
+.PHONY: build demo quick test sim soak check bench fmt clippy doc man deny fuzz install deb rpm clean
 
 build:
 	$(CARGO) build --release --locked
@@ -72,6 +72,22 @@ man:
 deny:
 	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --locked --log-level error check bans licenses sources
+
+# Runs each fuzz target for FUZZ_SECONDS, one after another, until one fails. What they find stays in
+# fuzz/corpus-found. Needs the nightly toolchain, and for some targets systemd 252. FUZZ_SANITIZER=address
+# takes longer, and looks into the unsafe code.
+FUZZ_SECONDS ?= 3600
+FUZZ_SANITIZER ?= none
+FUZZ_TARGETS ?= $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+
+fuzz:
+	command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
+	cd fuzz && $(CARGO) +nightly fuzz build -s $(FUZZ_SANITIZER)
+	for target in $(FUZZ_TARGETS); do \
+	    mkdir -p fuzz/corpus-found/$$target && \
+	    (cd fuzz && $(CARGO) +nightly fuzz run -s $(FUZZ_SANITIZER) $$target corpus-found/$$target corpus/$$target -- \
+	        -max_total_time=$(FUZZ_SECONDS) -timeout=10 -print_final_stats=1) || exit 1; \
+	done
 
 # The drawings of docs/architecture.md; needs Graphviz.
 docs/%.svg: docs/%.dot

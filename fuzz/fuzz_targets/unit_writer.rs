@@ -1,0 +1,6 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| socket_proxyd::fuzzing::unit_writer(
+    bytes,
+    &systemd::UNITS
+));
