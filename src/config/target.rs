@@ -147,6 +147,8 @@ mod tests {
             "localhost:99999",
             "localhost:0",
             "localhost:+80",
+            "localhost:+80000",
+            "localhost:-1",
             " localhost:80",
             "localhost: 80",
             "::1",

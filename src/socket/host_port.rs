@@ -84,13 +84,15 @@ impl fmt::Display for HostPort {
 }
 
 fn parse_port(text: &str) -> Result<String, String> {
-    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_signed = text.strip_prefix(['+', '-']).is_some_and(is_number);
     match text.parse::<u16>() {
-        Ok(number) if is_number => Ok(number.to_string()),
-        Ok(_) => Err(format!("port {text} is neither a number nor a name")),
+        // getaddrinfo(3) would read +80000 as 14464.
+        _ if is_signed => Err(format!("port {text} is neither a number nor a name")),
+        Ok(number) => Ok(number.to_string()),
         Err(_) if text.is_empty() => Err("the port is empty".into()),
         Err(_) if text.contains('/') => Err("a port has no slash; a path begins with one".into()),
-        Err(_) if is_number => Err(format!("port {text} is above 65535")),
+        Err(_) if is_number(text) => Err(format!("port {text} is above 65535")),
         Err(_) => Ok(text.into()),
     }
 }
