@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use socket_proxyd::fuzzing::time_span;
+use socket_proxyd::fuzzing::{LONGEST, time_span};
 use socket_proxyd::testing::TimeSpan;
 
 // systemd reads the same, and each reads what the other prints.
@@ -19,7 +19,9 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let ours = span.map(|span| span.finite().map_or(u64::MAX, micros));
     assert_eq!(ours, systemd::time_span(text));
     if let (Some(span), Some(micros)) = (span, ours) {
-        assert_eq!(systemd::time_span(&span.to_string()), Some(micros));
-        assert_eq!(systemd::printed_time_span(micros).parse(), Ok(span));
+        if span.finite().is_none_or(|time| time < LONGEST) {
+            assert_eq!(systemd::time_span(&span.to_string()), Some(micros));
+            assert_eq!(systemd::printed_time_span(micros).parse(), Ok(span));
+        }
     }
 });

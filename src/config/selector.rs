@@ -183,16 +183,14 @@ impl Selection {
 #[cfg(any(test, fuzzing))]
 impl Selection {
     fn to_os_string(&self) -> OsString {
-        let mut text = match &self.selector.by {
-            Criterion::Address(address @ Address::Path(path)) => {
-                let prefix = self.selector.to_string();
-                let prefix = prefix.strip_suffix(&address.to_string()).unwrap_or_default();
-                let mut text = OsString::from(prefix);
-                text.push(path);
-                text
+        let mut text = OsString::from(self.selector.prefix());
+        match &self.selector.by {
+            Criterion::Address(address) => {
+                text.push(Target::Address(address.clone()).to_os_string());
             }
-            _ => self.selector.to_string().into(),
-        };
+            Criterion::Name(name) => text.push(name),
+            Criterion::Port(port) => text.push(format!(":{port}")),
+        }
         text.push("=");
         text.push(self.target.to_os_string());
         text
@@ -215,6 +213,11 @@ impl Selector {
         }
     }
 
+    fn prefix(&self) -> &'static str {
+        let kind = self.kind.map_or(SocketKind::Stream, |_| SocketKind::Datagram);
+        kind.prefix(self.kind == Some(DatagramKind::Unix))
+    }
+
     fn selects(&self, socket: &SocketLabel) -> bool {
         let is_inet = matches!(socket.address, Address::Inet(_));
         let is_kind = match self.kind {
@@ -228,8 +231,7 @@ impl Selector {
 
 impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = self.kind.map_or(SocketKind::Stream, |_| SocketKind::Datagram);
-        f.write_str(kind.prefix(self.kind == Some(DatagramKind::Unix)))?;
+        f.write_str(self.prefix())?;
         match &self.by {
             Criterion::Name(name) => f.write_str(name),
             Criterion::Port(port) => write!(f, ":{port}"),

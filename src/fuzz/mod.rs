@@ -20,7 +20,7 @@ pub use http::{backend_answer, metrics_request};
 pub use notifications::notification;
 pub use sockets::{addresses, control_messages, session_keys, socket_address};
 #[cfg(fuzzing)]
-pub use spans::connections;
+pub use spans::{LONGEST, connections};
 pub use spans::{number, time_span};
 pub use stored::{stored_message, stored_queue};
 #[cfg(fuzzing)]
@@ -37,7 +37,7 @@ fn words(bytes: &[u8]) -> Vec<OsString> {
     bytes.split(|byte| *byte == separator).map(|word| OsString::from_vec(word.into())).collect()
 }
 
-/// Asserts that a message is one line for a log.
+/// Asserts that a message says something.
 fn assert_is_message(message: &str) {
     assert!(!message.trim().is_empty(), "{message:?}");
 }
