@@ -185,8 +185,8 @@ impl Forwarder {
         let states = self.flows.each_ref().map(|flow| flow.state);
         for ((end, reset), state) in self.endpoints.into_iter().zip(resets).zip(states) {
             match end.socket.family() {
-                // Unread messages may have descriptors. The peer must see the end by close(2), which
-                // makes it a reset.
+                // Unread messages may have descriptors. Only close(2) makes this a reset, so
+                // nothing shuts the socket down before.
                 Family::Unix if state != FlowState::Ended && end.socket.closes_unread() => {
                     if let Ok(fd) = end.socket.release() {
                         drop(self.shared.passed.hold(vec![fd]));

@@ -23,6 +23,7 @@ pub struct Held {
     pub pipes: usize,
     /// Files that peers pass.
     pub passed: usize,
+    /// Without the one that closes descriptors, which starts when it is first needed.
     pub threads: usize,
     pub children: usize,
     /// Descriptors that systemd stores.
@@ -46,12 +47,17 @@ impl Figures {
             sockets: count("socket:"),
             pipes: count("pipe:"),
             passed: count("/memfd:passed"),
-            threads: entries("task").count(),
+            threads: entries("task").filter(|task| !is_closer(task)).count(),
             children: children.map(|line| line.split_whitespace().count()).sum(),
             stored,
         };
         Self { memory, held }
     }
+}
+
+fn is_closer(task: &std::io::Result<fs::DirEntry>) -> bool {
+    let name = task.as_ref().map(|task| fs::read_to_string(task.path().join("comm")));
+    name.is_ok_and(|name| name.is_ok_and(|name| name == "proxyd-closer\n"))
 }
 
 /// A mode's line of the table.
