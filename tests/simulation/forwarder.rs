@@ -14,15 +14,16 @@ use socket_proxyd::testing::{
 use tokio::task::{JoinHandle, spawn_local, yield_now};
 use tokio::time::sleep;
 
-use crate::dice::Dice;
 use crate::peer::{End, PASSED_AT_MOST, Peer};
 use crate::support::Family;
+use crate::support::stream::Random;
 
 /// Simulates one connection.
 pub async fn simulate(seed: u64, families: [Family; 2]) {
-    let mut dice = Dice::new(seed);
-    let (client, to_client) = Peer::new(families[0], &mut dice);
-    let (backend, to_backend) = Peer::new(families[1], &mut dice);
+    let mut random = Random::new(seed);
+    let seeds = [random.next(), random.next()];
+    let (client, to_client) = Peer::new(families[0], seeds, &mut random);
+    let (backend, to_backend) = Peer::new(families[1], [seeds[1], seeds[0]], &mut random);
     let mut peers = [client, backend];
     let sockets = [(to_client, families[0]), (to_backend, families[1])].map(|(socket, family)| {
         let family = match family {
@@ -31,26 +32,26 @@ pub async fn simulate(seed: u64, families: [Family; 2]) {
         };
         proxy::Socket::register(socket.into(), family).unwrap()
     });
-    let mut middle = Middle::new(sockets, &mut dice);
+    let mut middle = Middle::new(sockets, &mut random);
     let mut pipes = Vec::new();
-    for _ in 0..dice.choose(&[5, 20, 60]) {
-        match dice.below(20) {
+    for _ in 0..random.choose(&[5, 20, 60]) {
+        match random.below(20) {
             0 => middle.hand_over().await,
             // Another connection takes a pipe, or returns all.
             1 => pipes.extend(middle.shared.pipes.acquire()),
             2 => pipes.clear(),
             _ => {
-                let which = dice.below(2);
+                let which = random.below(2) as usize;
                 let (peer, other) = pair(&mut peers, which);
-                peer.act(other, &mut dice);
+                peer.act(other, &mut random);
             }
         }
-        for _ in 0..dice.below(4) {
+        for _ in 0..random.below(4) {
             yield_now().await;
         }
     }
     drop(pipes);
-    finish(&mut peers, &mut middle, &mut dice).await;
+    finish(&mut peers, &mut middle, &mut random).await;
     let was_cut = peers.iter().any(|peer| peer.passed_too_many);
     for which in 0..2 {
         let (peer, other) = pair(&mut peers, which);
@@ -59,8 +60,8 @@ pub async fn simulate(seed: u64, families: [Family; 2]) {
     let Some(summary) = middle.task.await.unwrap() else { return };
     let [client, backend] = &peers;
     let (from_client, from_backend) = (summary.from_client, summary.from_backend);
-    assert!(from_client >= backend.received && from_client <= client.sent, "{summary:?}");
-    assert!(from_backend >= client.received && from_backend <= backend.sent, "{summary:?}");
+    assert!(from_client >= backend.received() && from_client <= client.sent(), "{summary:?}");
+    assert!(from_backend >= client.received() && from_backend <= backend.sent(), "{summary:?}");
     if !was_cut && [client, backend].iter().all(|peer| peer.end == Some(End::Clean)) {
         let is_regular = matches!(summary.reason, CloseReason::Closed);
         assert!(is_regular || peers.iter().any(Peer::is_gone), "{summary:?}");
@@ -73,8 +74,8 @@ fn pair(peers: &mut [Peer; 2], which: usize) -> (&mut Peer, &Peer) {
 }
 
 /// Has each peer that is still there end its bytes, and receive until the end.
-async fn finish(peers: &mut [Peer; 2], middle: &mut Middle, dice: &mut Dice) {
-    peers.iter_mut().filter(|_| !dice.once_in(20)).for_each(Peer::shut_down);
+async fn finish(peers: &mut [Peer; 2], middle: &mut Middle, random: &mut Random) {
+    peers.iter_mut().filter(|_| !random.is_one_of(20)).for_each(Peer::shut_down);
     let mut idle_rounds = 0;
     while !middle.task.is_finished() || peers.iter().any(|it| !it.is_gone() && it.end.is_none()) {
         let mut has_moved = false;
@@ -128,10 +129,10 @@ struct Middle {
 }
 
 impl Middle {
-    fn new([client, backend]: [proxy::Socket; 2], dice: &mut Dice) -> Self {
-        let max = dice.choose(&[0, 1, 2, 8]);
-        let limits = PipeLimits { max, held: dice.choose(&[0, 1, 8]).min(max) };
-        let all = dice.choose(&[16, 24, 64]);
+    fn new([client, backend]: [proxy::Socket; 2], random: &mut Random) -> Self {
+        let max = random.choose(&[0, 1, 2, 8]);
+        let limits = PipeLimits { max, held: random.choose(&[0, 1, 8]).min(max) };
+        let all = random.choose(&[16, 24, 64]);
         let passed = PassedLimits { message: PASSED_AT_MOST, all, threads: 1 };
         let shared = Rc::new(LoopBuffers::new(limits, Gauge::default(), PassedRoom::new(passed)));
         let counters = Arc::<proxy::ByteCounters>::default();

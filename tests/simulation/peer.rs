@@ -8,9 +8,8 @@ use std::time::Duration;
 use rustix::io::{Errno, ioctl_fionread};
 use socket2::Socket;
 
-use crate::dice::Dice;
-use crate::stream::Stream;
 use crate::support::descriptors::{files, inodes, pass, receive_passed};
+use crate::support::stream::{Random, Stream};
 use crate::support::{Endpoint, Family, socket_pair, unsent};
 
 /// How a peer saw the other's bytes end.
@@ -24,9 +23,10 @@ pub enum End {
 pub struct Peer {
     family: Family,
     socket: Option<Socket>,
+    /// Where it goes on sending.
     stream: Stream,
-    /// Bytes that its kernel has accepted.
-    pub sent: u64,
+    /// Where it goes on receiving, in the other peer's stream.
+    expected: Stream,
     /// Its FIN is behind them.
     pub has_ended: bool,
     /// Of the bytes sent, those that the other peer must get though the connection was cut.
@@ -37,14 +37,14 @@ pub struct Peer {
     pub passed_too_many: bool,
     /// Sending has failed.
     is_refused: bool,
-    pub received: u64,
     received_descriptors: usize,
     pub end: Option<End>,
 }
 
 impl Peer {
-    /// Returns a peer, and the proxy's socket to it.
-    pub fn new(family: Family, dice: &mut Dice) -> (Self, Socket) {
+    /// Returns a peer, and the proxy's socket to it. The seeds are those of the bytes it sends and
+    /// of those it receives.
+    pub fn new(family: Family, [own, other]: [u64; 2], random: &mut Random) -> (Self, Socket) {
         let (socket, inner) = match family {
             Family::Tcp => LISTENER.with(|listener| (listener.connect(), listener.accept())),
             Family::Unix => socket_pair(family),
@@ -53,7 +53,7 @@ impl Peer {
         inner.set_nonblocking(true).unwrap();
         // As the listener and the connector set it.
         inner.set_out_of_band_inline(true).unwrap();
-        let size = dice.choose(&[0, 0, 16 * 1024, 128 * 1024]);
+        let size = random.choose(&[0, 0, 16 * 1024, 128 * 1024]);
         if size > 0 {
             socket.set_send_buffer_size(size).unwrap();
             inner.set_send_buffer_size(size).unwrap();
@@ -61,14 +61,13 @@ impl Peer {
         let peer = Self {
             family,
             socket: Some(socket),
-            stream: Stream::new(dice.next()),
-            sent: 0,
+            stream: Stream::new(own),
+            expected: Stream::new(other),
             has_ended: false,
             safe: 0,
             passed: Vec::new(),
             passed_too_many: false,
             is_refused: false,
-            received: 0,
             received_descriptors: 0,
             end: None,
         };
@@ -80,21 +79,30 @@ impl Peer {
         self.socket.is_none()
     }
 
+    /// Bytes that its kernel has accepted.
+    pub fn sent(&self) -> u64 {
+        self.stream.position()
+    }
+
+    pub fn received(&self) -> u64 {
+        self.expected.position()
+    }
+
     /// Does something at random with the socket.
-    pub fn act(&mut self, other: &Self, dice: &mut Dice) {
-        match dice.below(100) {
+    pub fn act(&mut self, other: &Self, random: &mut Random) {
+        match random.below(100) {
             0..35 => {
-                let length = dice.choose(&[1, 64, 5_000, 64 * 1024, 300_000]);
-                self.send(1 + dice.below(length));
+                let length = random.choose(&[1, 64, 5_000, 64 * 1024, 300_000]);
+                self.send(1 + random.below(length) as usize);
             }
             35..75 => {
-                let most = dice.choose(&[1, 100, 10_000, 1_000_000]);
+                let most = random.choose(&[1, 100, 10_000, 1_000_000]);
                 self.receive(other, most);
             }
             75..80 if self.family == Family::Tcp => self.send_urgent(),
             75..83 if self.family == Family::Unix => {
-                let count = if dice.once_in(40) { 17 } else { 1 + dice.below(4) };
-                self.pass(1 + dice.below(3_000), count);
+                let count = if random.is_one_of(40) { 17 } else { 1 + random.below(4) as usize };
+                self.pass(1 + random.below(3_000) as usize, count);
             }
             90..93 => self.shut_down(),
             93 => self.close(),
@@ -112,9 +120,9 @@ impl Peer {
     }
 
     fn pass(&mut self, length: usize, count: usize) {
-        let (files, place) = (files(count), self.sent);
+        let (files, place) = (files(count), self.sent());
         self.send_with(|socket, bytes| pass(socket, bytes, &files).map_err(Into::into), length);
-        if self.sent > place {
+        if self.sent() > place {
             self.passed.extend(inodes(&files).into_iter().map(|inode| (place, inode)));
             self.passed_too_many |= count > PASSED_AT_MOST;
         }
@@ -129,8 +137,10 @@ impl Peer {
         if self.has_ended || self.is_refused {
             return;
         }
-        match send(socket, self.stream.bytes(self.sent, length)) {
-            Ok(sent) => self.sent += sent as u64,
+        let mut bytes = vec![0; length];
+        self.stream.clone().fill(&mut bytes);
+        match send(socket, &bytes) {
+            Ok(sent) => self.stream.skip(sent as u64),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => {
                 assert!(matches!(
@@ -173,15 +183,10 @@ impl Peer {
         true
     }
 
-    fn check(&mut self, other: &Self, mut bytes: &[u8], descriptors: &[OwnedFd]) {
-        while !bytes.is_empty() {
-            let expected = other.stream.bytes(self.received, bytes.len());
-            let (piece, rest) = bytes.split_at(expected.len());
-            assert!(piece == expected, "other bytes than were sent, at {}", self.received);
-            self.received += piece.len() as u64;
-            bytes = rest;
-        }
-        assert!(self.received <= other.sent, "{} of {} bytes", self.received, other.sent);
+    fn check(&mut self, other: &Self, bytes: &[u8], descriptors: &[OwnedFd]) {
+        self.expected.check(bytes).unwrap();
+        let received = self.received();
+        assert!(received <= other.sent(), "{received} of {} bytes", other.sent());
         let passed = &other.passed[self.received_descriptors..];
         let came = inodes(descriptors);
         let expected: Vec<u64> = passed.iter().take(came.len()).map(|(_, inode)| *inode).collect();
@@ -189,10 +194,7 @@ impl Peer {
         self.received_descriptors += came.len();
         if self.family == Family::Unix && other.family == Family::Unix {
             let late = other.passed.get(self.received_descriptors);
-            assert!(
-                late.is_none_or(|(place, _)| *place >= self.received),
-                "without its descriptor"
-            );
+            assert!(late.is_none_or(|(place, _)| *place >= received), "without its descriptor");
         }
     }
 
@@ -220,15 +222,15 @@ impl Peer {
     /// Returns how many of the bytes sent have reached the proxy's kernel.
     fn acknowledged(&self, socket: &Socket) -> u64 {
         match self.family {
-            Family::Tcp => self.sent.saturating_sub(unsent(socket) as u64),
-            Family::Unix => self.sent,
+            Family::Tcp => self.sent().saturating_sub(unsent(socket) as u64),
+            Family::Unix => self.sent(),
         }
     }
 
     /// Checks what this peer has seen of the other, after both are done.
     pub fn check_end(&self, other: &Self, was_cut: bool) {
         let Some(end) = self.end else { return };
-        let (received, sent) = (self.received, other.sent);
+        let (received, sent) = (self.received(), other.sent());
         match end {
             // A Unix socket shows a cut as an end.
             End::Clean if self.family == Family::Tcp || !other.is_gone() && !was_cut => {

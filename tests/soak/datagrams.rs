@@ -16,8 +16,8 @@ use tokio::time::Instant;
 use crate::load::{Failures, Load, Totals};
 use crate::peers::{Kind, Peer, receive_from};
 use crate::stop::Stop;
-use crate::stream::{Random, Stream, mix};
 use crate::support::pause;
+use crate::support::stream::{Random, Stream, mix};
 
 pub struct Sessions {
     stop: Stop,

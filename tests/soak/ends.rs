@@ -6,7 +6,7 @@ use std::net::Shutdown;
 
 use socket2::Socket;
 
-use crate::stream::Stream;
+use crate::support::stream::Stream;
 
 /// What goes wrong at one end.
 #[derive(Debug)]

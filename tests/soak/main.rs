@@ -14,7 +14,6 @@ mod scraper;
 mod script;
 mod served;
 mod stop;
-mod stream;
 mod subjects;
 mod traffic;
 
@@ -33,6 +32,7 @@ use std::sync::{Arc, Mutex};
 
 use measures::{Row, table};
 use modes::Course;
+use support::stream::finds_what_is_wrong;
 use support::*;
 
 type Mode = fn(Course) -> Row;
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
             rows.lock().unwrap().push(row);
         });
     }
-    trials.add("a lost, doubled or foreign byte is found", stream::finds_what_is_wrong);
+    trials.add("a lost, doubled or foreign byte is found", finds_what_is_wrong);
     let code = trials.run_on(2);
     println!("{}", table(&rows.lock().unwrap()));
     code

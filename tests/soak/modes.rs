@@ -14,8 +14,8 @@ use crate::measures::{Figures, Held, Row};
 use crate::scraper::{self, Scraped};
 use crate::script::Kind;
 use crate::served;
-use crate::stream::Random;
 use crate::subjects::{Ending, OnDemand, Processes, Subject};
+use crate::support::stream::Random;
 use crate::support::*;
 use crate::traffic::{Cuts, LASTING_OF_EACH, PATIENCE, Route, Traffic};
 

@@ -8,9 +8,9 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::ends::{Fault, Receiver, Sender};
-use crate::stream::{Random, mix};
 use crate::support::descriptors::{files, pass, receive_passed};
 use crate::support::pause;
+use crate::support::stream::{Random, mix};
 
 /// Messages of a seed: each with its bytes, and how many descriptors come with its first.
 fn messages(seed: u64) -> Vec<(u64, u64)> {

@@ -8,7 +8,7 @@ use socket2::Socket;
 use crate::ends::{Fault, Receiver, Sender};
 use crate::passing;
 use crate::stop::Stop;
-use crate::stream::{Random, Stream, mix};
+use crate::support::stream::{Random, Stream, mix};
 use crate::support::{Family, pause};
 use crate::traffic::PATIENCE;
 

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crate::application::Service;
 use crate::stop::Stop;
-use crate::stream::Random;
 use crate::support::pause;
+use crate::support::stream::Random;
 use crate::traffic::{Cuts, Traffic};
 
 /// The first argument.

@@ -14,7 +14,7 @@ use crate::application::{Service, wait_for_end};
 use crate::measures::Figures;
 use crate::modes::POOLED;
 use crate::served;
-use crate::stream::Random;
+use crate::support::stream::Random;
 use crate::support::*;
 use crate::traffic::{PATIENCE, Traffic};
 

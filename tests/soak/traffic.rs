@@ -14,7 +14,7 @@ use crate::ends::{Fault, Receiver, Sender};
 use crate::load::{Failures, Load, Totals};
 use crate::script::{Kind, Script, Side};
 use crate::stop::Stop;
-use crate::stream::Random;
+use crate::support::stream::Random;
 use crate::support::*;
 
 /// A listener of the proxy, with the families of its clients and its backend.

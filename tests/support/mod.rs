@@ -8,6 +8,7 @@ mod metrics;
 mod network;
 mod process;
 mod sockets;
+pub mod stream;
 mod trials;
 pub mod urgent;
 mod wait;

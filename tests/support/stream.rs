@@ -21,10 +21,15 @@ impl Random {
     pub fn is_one_of(&mut self, bound: u64) -> bool {
         self.below(bound) == 0
     }
+
+    pub fn choose<T: Copy>(&mut self, among: &[T]) -> T {
+        among[self.below(among.len() as u64) as usize]
+    }
 }
 
 /// One direction of a connection. Each position has a byte of its own, so a byte that is lost, doubled
 /// or of another stream is found at its place.
+#[derive(Clone)]
 pub struct Stream {
     seed: u64,
     position: u64,
@@ -72,7 +77,7 @@ impl Stream {
     }
 }
 
-/// The soak's own test.
+/// A test of this module.
 pub fn finds_what_is_wrong() {
     let mut sent = vec![0; 1000];
     Stream::new(1).fill(&mut sent);
