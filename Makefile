@@ -13,7 +13,7 @@ NEWEST = $(CURDIR)/target/newest-original
 YAQ = $(CURDIR)/target/yaq
 FRESH = $(CURDIR)/target/fresh-debian.tar
 
-.PHONY: build demo quick test sim soak check bench fmt clippy doc man deny fuzz install deb rpm clean
+.PHONY: build demo quick test sim soak portability check bench fmt clippy doc man deny fuzz install deb rpm clean
 
 build:
 	$(CARGO) build --release --locked
@@ -43,6 +43,10 @@ sim:
 soak:
 	SOAK_SECONDS=$${SOAK_SECONDS:-1200} \
 	    $(CARGO) test --locked --release --test soak -- $(MODE)
+
+# The unit tests on other architectures, with musl, the oldest Rust and the oldest dependencies.
+portability:
+	tests/portability
 
 check: fmt clippy doc man deny bench
 
