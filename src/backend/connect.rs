@@ -1,9 +1,11 @@
 //! From a target to a connected socket: each address in turn, each with its own time limit.
 
 use std::cell::RefCell;
+use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::ops::RangeInclusive;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -335,6 +337,9 @@ pub async fn try_connect(address: &Address, from: Option<&SourceAddress>) -> io:
         socket.connected().await?;
     }
     if let Address::Inet(target) = address {
+        if from.is_none() && !LOCAL_PORTS.contains(&target.port()) {
+            return Ok(socket);
+        }
         let target = from.map_or(*target, |_| SourceAddress::destination(*target));
         let Address::Inet(local) = socket.local_address()? else { return Ok(socket) };
         if is_self_connect(target, local) {
@@ -382,6 +387,14 @@ fn is_self_connect(target: SocketAddr, local: SocketAddr) -> bool {
     let (to, from) = (target.ip().to_canonical(), local.ip().to_canonical());
     target.port() == local.port() && (to == from || to.is_unspecified())
 }
+
+/// The ports that connect(2) picks (`ip_local_port_range` in ip(7)), as they were at the first
+/// connect.
+static LOCAL_PORTS: LazyLock<RangeInclusive<u16>> = LazyLock::new(|| {
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut ports = range.split_whitespace().filter_map(|port| port.parse().ok());
+    ports.next().unwrap_or(0)..=ports.next().unwrap_or(u16::MAX)
+});
 
 /// The pauses between attempts while descriptors or memory are short.
 const RESOURCE_PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(100));

@@ -43,8 +43,9 @@
 //! - A small message and its answer: two receives, two sends, and their share of `epoll_wait`.
 //! - A connection of one such message: two `accept4` (the second finds no further client),
 //!   `socket`, `connect`, four `epoll_ctl`, four receives, two sends, `shutdown`, two `close`. A
-//!   TCP backend adds two `setsockopt` and one `getsockname` (has the socket connected to itself?).
-//!   Each Unix socket adds one `setsockopt` (SO_OOBINLINE, which it does not inherit).
+//!   TCP backend adds two `setsockopt`, and a `getsockname` if its port is one that connect(2)
+//!   picks (has the socket connected to itself?). Each Unix socket adds one `setsockopt`
+//!   (SO_OOBINLINE, which it does not inherit).
 //! - Bulk from a TCP socket: two `splice` for up to 1 MiB, and one `setsockopt` after the first 128
 //!   KiB to a TCP sink. With many stalled flows a `poll` and a `getsockopt` more.
 //!
