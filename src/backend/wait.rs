@@ -120,7 +120,9 @@ impl BackendWait {
             };
             if is_ready {
                 match self.connector.connect(from, OnFullBacklog::Wait).await {
-                    Err(error) if error.is_transient() => drop(self.is_lost(from).await),
+                    Err(error) if error.is_transient() => {
+                        self.is_lost(from).await;
+                    }
                     connected => return connected.map_err(Some),
                 }
             }

@@ -80,9 +80,8 @@
 //! Each flow ends by itself. After a failed write the other direction drains. After a FIN the other
 //! direction lives on until it ends, too. When both flows are over, each socket is closed, or
 //! *reset* if the other socket was reset or bytes received from it were not delivered. A reset
-//! overtakes
-//! bytes in flight, so it waits until the peer's kernel has acknowledged them all: an answer
-//! followed by a reset arrives whole. After a reset, a receiver that makes no progress for
+//! overtakes bytes in flight, so it waits until the peer's kernel has acknowledged them all: an
+//! answer followed by a reset arrives whole. After a reset, a receiver that makes no progress for
 //! `LINGER`, or for the idle time if that is shorter, is given up.
 //!
 //! A socket that no flow reads from (its flow has ended, or waits for a stalled receiver) is

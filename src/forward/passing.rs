@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FdRef};
 use crate::limits::passed::{PassedFds, PassedRoom};
 use crate::runtime::backoff::Backoff;
-use crate::socket::{RoomFor, receive_passed, send_passed};
+use crate::socket::{receive_passed, send_passed};
 
 /// Bytes and descriptors that the sink has not accepted.
 #[derive(Debug)]
@@ -171,8 +171,7 @@ impl Passing {
         let (mut bytes, mut filled, mut descriptors) = (vec![0; COPY_SIZE], 0, Vec::new());
         while filled < COPY_SIZE {
             let rest = &mut bytes[filled..];
-            let message =
-                receive_passed(socket, rest, RoomFor::Descriptors, false, &mut descriptors)?;
+            let message = receive_passed(socket, rest, Some(&mut descriptors))?;
             if message.is_truncated {
                 return Err(Errno::MFILE.into());
             }

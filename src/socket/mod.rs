@@ -46,7 +46,7 @@ pub use crate::socket::fd::{
     Family, FirstByte, abort, first_byte, has_hung_up, has_hung_up_reading, has_unread, polls,
 };
 pub use crate::socket::options::{Keepalive, set_nodelay, set_oobinline, set_reset_on_close};
-pub use crate::socket::passed_fds::{PASSED_MAX, RoomFor, receive as receive_passed, send_passed};
+pub use crate::socket::passed_fds::{PASSED_MAX, receive as receive_passed, send_passed};
 pub use crate::socket::sys::{add_no_credentials, adds_credentials};
 
 /// A connected stream socket.
@@ -71,7 +71,7 @@ pub struct Received {
     pub bytes: usize,
     /// Whether the socket is empty, so that the next readiness comes with an edge.
     pub drained: bool,
-    /// Descriptors that a Unix peer has passed were closed, or some of them.
+    /// Some of the descriptors that a Unix peer has passed could not be opened.
     pub lost_descriptors: bool,
 }
 
@@ -171,8 +171,8 @@ impl Socket {
         }
     }
 
-    /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet. The kernel closes
-    /// descriptors that a Unix peer passes.
+    /// Receives up to `buffer.len()` bytes; `EAGAIN` when there are none yet. Not for Unix sockets,
+    /// whose peers may pass descriptors.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received, Errno> {
         let len = buffer.len();
         let bytes = rustix::net::recv(&self.io, buffer, RecvFlags::empty())?.0;
@@ -186,8 +186,8 @@ impl Socket {
         buffer: &mut [u8],
         descriptors: &mut Vec<OwnedFd>,
     ) -> Result<Received, Errno> {
-        let (len, room) = (buffer.len(), RoomFor::Descriptors);
-        let message = passed_fds::receive(&self.io, buffer, room, false, descriptors)?;
+        let len = buffer.len();
+        let message = passed_fds::receive(&self.io, buffer, Some(descriptors))?;
         let PassedMessage { bytes, is_truncated, has_control } = message;
         // A receive ends after a message with descriptors, even if more bytes follow.
         let drained = bytes < len && !has_control && !self.has_urgent_data();
@@ -197,8 +197,7 @@ impl Socket {
     /// Returns how many bytes there are on a Unix socket, up to `buffer.len()` or to the end of the
     /// first message with descriptors, and whether there is such a message. All stays unread.
     pub fn peek_passed(&self, buffer: &mut [u8]) -> Result<(usize, bool), Errno> {
-        let message =
-            passed_fds::receive(&self.io, buffer, RoomFor::Nothing, true, &mut Vec::new())?;
+        let message = passed_fds::receive(&self.io, buffer, None)?;
         Ok((message.bytes, message.is_truncated))
     }
 

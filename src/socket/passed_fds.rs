@@ -41,16 +41,8 @@ pub struct PassedMessage {
     pub has_control: bool,
 }
 
-/// Whether a receive leaves room for descriptors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RoomFor {
-    /// For as many as a message can have.
-    Descriptors,
-    /// For none. The kernel closes them, and sets MSG_CTRUNC.
-    Nothing,
-}
-
-/// Receives without waiting. Adds the descriptors, close-on-exec, to `descriptors`.
+/// Receives without waiting. Adds the descriptors, close-on-exec, to `descriptors`. Without them
+/// all stays unread, and descriptors count as lost.
 ///
 /// Not inlined: other sockets need no room for control messages.
 ///
@@ -60,9 +52,7 @@ pub enum RoomFor {
 pub fn receive(
     fd: impl AsFd,
     buffer: &mut [u8],
-    room: RoomFor,
-    is_peek: bool,
-    descriptors: &mut Vec<OwnedFd>,
+    descriptors: Option<&mut Vec<OwnedFd>>,
 ) -> Result<PassedMessage, Errno> {
     // A usize has the alignment of a header.
     let mut control = [MaybeUninit::<usize>::uninit(); CONTROL_MAX / size_of::<usize>()];
@@ -71,12 +61,12 @@ pub fn receive(
     let mut header: libc::msghdr = unsafe { mem::zeroed() };
     (header.msg_iov, header.msg_iovlen) = (&raw mut iovec, 1);
     header.msg_control = control.as_mut_ptr().cast();
-    // The type of the length differs between C libraries.
-    header.msg_controllen = match room {
-        RoomFor::Descriptors => size_of_val(&control) as _,
-        RoomFor::Nothing => 0,
+    let (room, peek) = match &descriptors {
+        Some(_) => (size_of_val(&control), 0),
+        None => (0, libc::MSG_PEEK),
     };
-    let peek = if is_peek { libc::MSG_PEEK } else { 0 };
+    // The type of the length differs between C libraries.
+    header.msg_controllen = room as _;
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC | peek;
     // recvmsg(3) of glibc is a cancellation point, which costs 50 instructions more.
     //
@@ -88,6 +78,9 @@ pub fn receive(
     #[allow(clippy::unnecessary_cast, reason = "the type differs between C libraries")]
     let len = (header.msg_controllen as usize).min(size_of_val(&control));
     let has_control = len > 0 || is_truncated;
+    let Some(descriptors) = descriptors else {
+        return Ok(PassedMessage { bytes, is_truncated, has_control });
+    };
     let mut at = 0;
     while at < len {
         let message = &control[at / size_of::<usize>()..];

@@ -176,18 +176,24 @@ fn probes_come_from_the_proxy_and_reach_no_client() {
     }
 }
 
+/// A network, and a directory with a file of hosts: both.example has an address of each family.
+fn both_families() -> (ClientNetwork, TempDir) {
+    let network = ClientNetwork::isolated();
+    network.add_any_ip();
+    let directory = TempDir::new().unwrap();
+    let hosts = "127.0.0.1 both.example\n::1 both.example\n";
+    fs::write(directory.path().join("hosts"), hosts).unwrap();
+    (network, directory)
+}
+
 #[test]
 fn name_is_tried_at_addresses_of_the_clients_family() {
     if !is_root_for("a name with addresses of both families") {
         return;
     }
-    let network = ClientNetwork::isolated();
-    network.add_any_ip();
-    let directory = TempDir::new().unwrap();
-    let hosts = directory.path().join("hosts");
-    fs::write(&hosts, "127.0.0.1 both.example\n::1 both.example\n").unwrap();
+    let (network, directory) = both_families();
     let front = network.at_front(|| Endpoint::tcp("[::]:0", 16));
-    let launch = Launch::new(OURS).hosts(hosts).listener(&front);
+    let launch = Launch::new(OURS).hosts(directory.path().join("hosts")).listener(&front);
     let launch = launch.args(["--source=client", "--backend-wait=1s", "both.example:4000"]);
     let proxy = network.host.inside(|| launch.start());
     let ipv6 = network.host.inside(|| Endpoint::tcp("[::1]:4000", 16));
@@ -213,11 +219,8 @@ fn client_that_cannot_connect_delays_no_other() {
     if !is_root_for("a name with addresses of both families") {
         return;
     }
-    let network = ClientNetwork::isolated();
-    network.add_any_ip();
-    let directory = TempDir::new().unwrap();
-    let (hosts, probes) = (directory.path().join("hosts"), directory.path().join("probes"));
-    fs::write(&hosts, "127.0.0.1 both.example\n::1 both.example\n").unwrap();
+    let (network, directory) = both_families();
+    let [hosts, probes] = ["hosts", "probes"].map(|name| directory.path().join(name));
     let ready = format!("--ready=exec:/bin/sh -c 'echo >>{}'", probes.display());
     let backend = network.host.inside(|| Endpoint::tcp("127.0.0.1:4000", 64));
     serve(&backend, tell_peer);

@@ -111,7 +111,7 @@ impl Peer {
         }
     }
 
-    pub fn send(&mut self, length: usize) {
+    fn send(&mut self, length: usize) {
         self.send_with(|socket, bytes| socket.send(bytes), length);
     }
 
@@ -205,7 +205,7 @@ impl Peer {
         }
     }
 
-    pub fn close(&mut self) {
+    fn close(&mut self) {
         let Some(socket) = self.socket.take() else { return };
         // The kernel makes it a reset if something is unread.
         let is_clean = ioctl_fionread(&socket).is_ok_and(|unread| unread == 0);
