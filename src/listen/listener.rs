@@ -23,7 +23,7 @@ use crate::listen::activation::PassedFd;
 use crate::listen::stored::SocketFile;
 use crate::logging::{RateLimit, message_id, os_message, rate_limited};
 use crate::socket::address::{Address, SocketKind, SocketLabel};
-use crate::socket::sys::{accept, register};
+use crate::socket::sys::{accept, accept_queue_len, register};
 use crate::socket::{
     Family, Keepalive, add_no_credentials, adds_credentials, polls, set_nodelay, set_oobinline,
 };
@@ -35,11 +35,12 @@ pub struct Listener {
     family: Family,
     pub label: SocketLabel,
     pub info: Arc<ListenerInfo>,
-    /// Whether accepted TCP sockets have the options of the listener.
+    /// How many of the next accepted TCP sockets lack the listener's options; not known before the
+    /// first is accepted.
     ///
-    /// A TCP connection inherits them when its handshake completes. Connections that were queued
-    /// before the options were set do not have them.
-    options_inherited: Cell<bool>,
+    /// A TCP connection inherits the options when its handshake completes. Connections that were
+    /// queued before the options were set do not have them.
+    without_options: Cell<Option<u32>>,
     /// Whether accepted sockets inherit that they add credentials to what they receive.
     adds_credentials: bool,
     keepalive: Cell<Option<Keepalive>>,
@@ -77,7 +78,7 @@ impl Listener {
             family,
             info: ListenerInfo::new(&label),
             label,
-            options_inherited: Cell::new(false),
+            without_options: Cell::new(None),
             adds_credentials,
             keepalive: Cell::new(None),
             accepted_since_yield: Cell::new(0),
@@ -129,7 +130,7 @@ impl Listener {
             match Errno::from_io_error(&error) {
                 Some(Errno::AGAIN) => {
                     self.accepted_since_yield.set(0);
-                    self.options_inherited.set(true);
+                    self.without_options.set(Some(0));
                     ready.clear_ready();
                 }
                 Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::FAULT) => {
@@ -154,7 +155,7 @@ impl Listener {
 
     fn make_accepted(&self, socket: OwnedFd, address: &SockAddr, permit: FdPermit) -> Accepted {
         self.accepted_since_yield.set(self.accepted_since_yield.get() + 1);
-        if !self.options_inherited.get() || self.family == Family::Unix {
+        if !self.inherits_options() {
             set_options(&socket, self.family);
             if let Some(keepalive) = self.keepalive.get() {
                 keepalive.set(&socket);
@@ -167,6 +168,16 @@ impl Listener {
         let slot = Slot::new(listener.count_open(), permit);
         let client = Address::from_sockaddr(address);
         Accepted { socket, family: self.family, client, listener, slot }
+    }
+
+    /// Returns whether the socket accepted last has the options of the listener.
+    fn inherits_options(&self) -> bool {
+        // What came before the options were set is the first one accepted, or still in the queue.
+        let left = self.without_options.get().unwrap_or_else(|| {
+            accept_queue_len(&self.io).map_or(u32::MAX, |queued| queued.saturating_add(1))
+        });
+        self.without_options.set(Some(left.saturating_sub(1)));
+        left == 0 && self.family != Family::Unix
     }
 
     /// Logs why clients wait in the kernel's backlog.
@@ -269,3 +280,32 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 static OUT_OF_DESCRIPTORS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static AT_LIMIT: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use rustix::net::sockopt::{socket_oobinline, tcp_nodelay};
+
+    use super::*;
+
+    /// A steady stream of clients never empties the queue.
+    #[tokio::test]
+    async fn only_clients_from_before_the_options_are_given_them() {
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let connect = || TcpStream::connect(address).unwrap();
+        let _earlier = [connect(), connect()];
+        let listener = Listener::from_fd(socket.into(), None, None).unwrap();
+        let _later = [connect(), connect()];
+        let inherits = std::array::from_fn(|_| {
+            let _more = connect();
+            let (accepted, _) = accept(&listener).unwrap();
+            let inherits = listener.inherits_options();
+            let has_options = tcp_nodelay(&accepted).unwrap() && socket_oobinline(&accepted).unwrap();
+            assert!(has_options || !inherits, "an option is missing");
+            inherits
+        });
+        assert_eq!(inherits, [false, false, false, false, false, true, true]);
+    }
+}

@@ -72,12 +72,23 @@ pub fn send_memory(fd: impl AsFd) -> io::Result<SendMemory> {
 
 /// Returns how long a TCP socket has neither sent nor received data (`TCP_INFO` in tcp(7)).
 pub fn tcp_idle(fd: impl AsFd) -> io::Result<Duration> {
+    let info = tcp_info(fd)?;
+    let last = info.tcpi_last_data_sent.min(info.tcpi_last_data_recv);
+    Ok(Duration::from_millis(last.into()))
+}
+
+/// Returns how many clients wait to be accepted on a TCP listener: there, TCP_INFO has this number
+/// as `tcpi_unacked`, and ss(8) shows it as Recv-Q.
+pub fn accept_queue_len(fd: impl AsFd) -> io::Result<u32> {
+    Ok(tcp_info(fd)?.tcpi_unacked)
+}
+
+fn tcp_info(fd: impl AsFd) -> io::Result<libc::tcp_info> {
     // SAFETY: the structure consists of integers, for which all-zero is valid.
     let mut info: libc::tcp_info = unsafe { mem::zeroed() };
     // SAFETY: TCP_INFO is a `tcp_info`, of which the kernel writes as much as it knows.
     unsafe { getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info) }?;
-    let last = info.tcpi_last_data_sent.min(info.tcpi_last_data_recv);
-    Ok(Duration::from_millis(last.into()))
+    Ok(info)
 }
 
 /// Returns the bytes sent that are still on this side (`SIOCOUTQ`).
