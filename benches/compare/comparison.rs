@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use crate::contender::{Contender, Family};
 use crate::machine::Machine;
 use crate::process::Holdings;
-use crate::work::{Row, Sample, Unit};
+use crate::rows::{Row, Unit};
+use crate::stage::Sample;
 
 /// All samples of a run, as the JSON has them.
 #[derive(Deserialize, Serialize)]

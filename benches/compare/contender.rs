@@ -5,9 +5,10 @@ use std::io::Read;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU16};
 
 use command_fds::{CommandFdExt, FdMapping};
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -17,7 +18,9 @@ use crate::clock;
 use crate::datagrams;
 use crate::fake_systemd::FakeSystemd;
 use crate::load::{Load, Role};
+use crate::peers::{self, HAPROXY, NGINX, SOCAT, newest, with_version};
 use crate::scrapers::Scrapers;
+use crate::splice_loop;
 
 /// The families on both sides of the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +50,8 @@ pub(crate) enum Kind {
         half_close: bool,
     },
     Socat,
+    /// [`splice_loop`].
+    SpliceLoop,
 }
 
 /// One that takes part.
@@ -78,8 +83,14 @@ const METRICS: &str = "--metrics=";
 /// Where a connection's end is a large part of it.
 const ENDING: &[&str] = &["short"];
 
+/// Where the floor is measured.
+const ONE_STREAM: &[&str] = &["bulk-1-up", "bulk-1-down"];
+
 /// The contender that is this project's program, with default options.
 pub(crate) const OURS: &str = "socket-proxyd";
+
+/// The contender that is no proxy: the least that carries a stream.
+pub(crate) const FLOOR: &str = "splice loop";
 
 /// Returns the programs that are installed, ours first.
 pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
@@ -121,41 +132,11 @@ pub(crate) fn installed(peers: &[(String, Vec<String>)]) -> Vec<Contender> {
     if is_installed(SOCAT) {
         all.push(new(&versioned("socat", SOCAT, "-V"), Kind::Socat));
     }
+    all.push(Contender { rows: ONE_STREAM, ..new(FLOOR, Kind::SpliceLoop) });
     for (name, words) in peers {
         all.push(new(name, Kind::Activated(words.clone())));
     }
     all
-}
-
-const HAPROXY: &str = "/usr/sbin/haproxy";
-const NGINX: &str = "/usr/sbin/nginx";
-const SOCAT: &str = "/usr/bin/socat";
-
-/// Appends the version that a program prints, of two parts at most.
-fn with_version(name: &str, words: &[String], flag: &str) -> String {
-    let output = Command::new(&words[0]).args(&words[1..]).arg(flag).output();
-    let printed = output.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
-    let printed = String::from_utf8_lossy(&printed);
-    let mut parts = printed.split(|c: char| c.is_whitespace() || c == '/');
-    match parts.find(|part| part.starts_with(|c: char| c.is_ascii_digit())) {
-        Some(version) => {
-            let parts: Vec<_> = version.split('.').take(2).collect();
-            format!("{name} {}", parts.join("."))
-        }
-        None => name.into(),
-    }
-}
-
-/// The newest systemd-socket-proxyd, where `make test` has put it: what its wrapper runs, so that no
-/// shell is measured.
-fn newest() -> Option<Vec<String>> {
-    let default =
-        concat!(env!("CARGO_MANIFEST_DIR"), "/target/newest-original/systemd-socket-proxyd");
-    let path = std::env::var_os("NEWEST_ORIGINAL").unwrap_or_else(|| default.into());
-    let wrapper = fs::read_to_string(path).ok()?;
-    let (_, words) = wrapper.split_once("exec ")?;
-    let words = words.split_whitespace().filter(|word| *word != "\\" && *word != "\"$@\"");
-    Some(words.map(String::from).collect())
 }
 
 /// A contender at work; ended when it is dropped.
@@ -200,17 +181,23 @@ impl Drop for Running {
     }
 }
 
-/// A listening socket of a family.
+/// A listening socket of a family. Its port is one of servers, which connect(2) does not pick by
+/// default.
 pub(crate) fn listener(family: Family, directory: &Path) -> (Socket, SockAddr) {
-    let (domain, address) = match family {
-        Family::Tcp | Family::Udp => (Domain::IPV4, SocketAddr::from(([127, 0, 0, 1], 0)).into()),
-        Family::Unix => {
-            let path = directory.join("socket");
-            (Domain::UNIX, SockAddr::unix(path).expect("a short path"))
-        }
+    static PORTS: AtomicU16 = AtomicU16::new(0);
+    let (domain, socket_type) = match family {
+        Family::Tcp | Family::Udp => (Domain::IPV4, family.socket_type()),
+        Family::Unix => (Domain::UNIX, Type::STREAM),
     };
-    let socket = Socket::new(domain, family.socket_type(), None).expect("a socket");
-    socket.bind(&address).expect("a free address");
+    let socket = Socket::new(domain, socket_type, None).expect("a socket");
+    if family == Family::Unix {
+        let address = SockAddr::unix(directory.join("socket")).expect("a short path");
+        socket.bind(&address).expect("a free address");
+    } else {
+        let mut ports = (0..10_000).map(|_| 20_000 + PORTS.fetch_add(1, Relaxed) % 10_000);
+        let bind = |port| socket.bind(&SocketAddr::from(([127, 0, 0, 1], port)).into()).ok();
+        ports.find_map(bind).expect("a free port");
+    }
     if family != Family::Udp {
         socket.listen(4096).expect("a listener");
     }
@@ -241,9 +228,9 @@ impl Contender {
         if let Kind::Activated(words) = &mut contender.kind {
             words.push(option.into());
         }
-        let program = std::env::current_exe().expect("this program").display().to_string();
         let name = if family == Family::Udp { DATAGRAM_APPLICATION } else { APPLICATION };
-        contender.command = ["--", &program, name, &written(target)].map(String::from).into();
+        contender.command =
+            ["--", &this_program(), name, &written(target)].map(String::from).into();
         contender
     }
 
@@ -299,9 +286,14 @@ impl Contender {
                     _directory: directory,
                 };
             }
-            Kind::Haproxy => haproxy(front, target, path),
-            Kind::Nginx { half_close } => nginx(front, target, path, *half_close),
-            Kind::Socat => socat(front, target, path),
+            Kind::Haproxy => peers::haproxy(front, target, path),
+            Kind::Nginx { half_close } => peers::nginx(front, target, path, *half_close),
+            Kind::Socat => peers::socat(front, target, path),
+            Kind::SpliceLoop => {
+                let front = free_address(front, path);
+                let words = [written(&front), written(target)];
+                ([vec![this_program(), SPLICE_LOOP.into()], words.to_vec()].concat(), front)
+            }
         };
         let ((words, front), front_family) = (words, front);
         let mut command = Command::new(&words[0]);
@@ -392,29 +384,44 @@ pub(crate) fn launch() -> Option<std::io::Error> {
 const APPLICATION: &str = "bench-application";
 const DATAGRAM_APPLICATION: &str = "bench-datagram-application";
 
-/// Echoes at the address of its argument until the process is ended, if this is COMMAND.
+/// The same, where it is the floor.
+const SPLICE_LOOP: &str = "bench-splice-loop";
+
+fn this_program() -> String {
+    std::env::current_exe().expect("this program").display().to_string()
+}
+
+/// Runs until the process is ended, if this is COMMAND or the floor. Its arguments are addresses.
 pub(crate) fn serve_as_command() {
-    let mut args = std::env::args_os().skip(1);
-    let is_datagram = match args.next() {
-        Some(word) if word == DATAGRAM_APPLICATION => true,
-        Some(word) if word == APPLICATION => false,
-        _ => return,
-    };
-    let address = args.next().and_then(|word| word.into_string().ok()).expect("an address");
-    if is_datagram {
-        let socket = UdpSocket::bind(address).expect("a free address");
-        return datagrams::echo(&socket, &AtomicBool::new(false));
-    }
-    let address = match address.parse::<SocketAddr>() {
-        Ok(address) => address.into(),
-        Err(_) => {
-            let _ = fs::remove_file(&address);
-            SockAddr::unix(address).expect("a short path")
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [DATAGRAM_APPLICATION, address] => {
+            let socket = UdpSocket::bind(address).expect("a free address");
+            datagrams::echo(&socket, &AtomicBool::new(false));
         }
-    };
+        [APPLICATION, address] => echo(&read_address(address)),
+        [SPLICE_LOOP, front, target] => {
+            let ended = splice_loop::serve(&read_address(front), &read_address(target));
+            ended.expect("a listener");
+        }
+        _ => {}
+    }
+}
+
+fn read_address(text: &str) -> SockAddr {
+    match text.parse::<SocketAddr>() {
+        Ok(address) => address.into(),
+        Err(_) => SockAddr::unix(text).expect("a short path"),
+    }
+}
+
+fn echo(address: &SockAddr) {
+    if let Some(path) = address.as_pathname() {
+        let _ = fs::remove_file(path);
+    }
     let socket = Socket::new(address.domain(), Type::STREAM, None).expect("a socket");
     socket.set_reuse_address(true).expect("a socket");
-    socket.bind(&address).expect("a free address");
+    socket.bind(address).expect("a free address");
     socket.listen(128).expect("a listener");
     let mut load = Load::new(64);
     load.listen(socket, Role::Echo);
@@ -429,82 +436,4 @@ pub(crate) fn free_address(family: Family, directory: &Path) -> SockAddr {
         let _ = fs::remove_file(directory.join("socket"));
     }
     address
-}
-
-type Words = (Vec<String>, SockAddr);
-
-fn haproxy(front: Family, target: &SockAddr, directory: &Path) -> Words {
-    let front_address = free_address(front, directory);
-    let server = match target.as_socket() {
-        Some(address) => address.to_string(),
-        None => format!("unix@{}", written(target)),
-    };
-    let text = format!(
-        "global\n  maxconn 4500\n  nbthread 1\n\
-         defaults\n  mode tcp\n  option splice-auto\n  timeout connect 10s\n  timeout client 1h\n  \
-         timeout server 1h\n\
-         listen bench\n  bind {}\n  maxconn 4500\n  server target {server} maxconn 4500\n",
-        match front {
-            Family::Tcp | Family::Udp => written(&front_address),
-            Family::Unix => format!("unix@{}", written(&front_address)),
-        }
-    );
-    let file = configuration(directory, "haproxy.cfg", &text);
-    ([HAPROXY, "-db", "-f", &file].map(String::from).to_vec(), front_address)
-}
-
-fn nginx(front: Family, target: &SockAddr, directory: &Path, half_close: bool) -> Words {
-    let front_address = free_address(front, directory);
-    let prefix = |family: Family, address: &SockAddr| match family {
-        Family::Tcp | Family::Udp => written(address),
-        Family::Unix => format!("unix:{}", written(address)),
-    };
-    let options = match front {
-        Family::Udp => "udp".into(),
-        _ => {
-            let half_close = if half_close { "on" } else { "off" };
-            format!("backlog=4096; tcp_nodelay on; proxy_half_close {half_close}")
-        }
-    };
-    let target_family = if target.as_socket().is_some() { Family::Tcp } else { Family::Unix };
-    let user = if rustix::process::geteuid().is_root() { "user root;\n" } else { "" };
-    let text = format!(
-        "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n{user}\
-         daemon off;\nworker_processes 1;\nworker_rlimit_nofile 20000;\n\
-         pid {directory}/pid;\nerror_log /dev/null crit;\n\
-         events {{ worker_connections {}; }}\n\
-         stream {{ server {{ listen {} {options}; proxy_timeout 1h; proxy_pass {}; }} }}\n",
-        if front == Family::Udp { 19_000 } else { 10_000 },
-        prefix(front, &front_address),
-        prefix(target_family, target),
-        directory = directory.display(),
-    );
-    let file = configuration(directory, "nginx.conf", &text);
-    let words = [NGINX, "-c", &file, "-e", "/dev/null"].map(String::from);
-    (words.to_vec(), front_address)
-}
-
-fn socat(front: Family, target: &SockAddr, directory: &Path) -> Words {
-    let front_address = free_address(front, directory);
-    let listen = match front_address.as_socket() {
-        Some(address) if front == Family::Udp => {
-            format!("UDP4-LISTEN:{},bind=127.0.0.1,fork,reuseaddr", address.port())
-        }
-        Some(address) => {
-            format!("TCP4-LISTEN:{},bind=127.0.0.1,fork,nodelay,backlog=4096", address.port())
-        }
-        None => format!("UNIX-LISTEN:{},fork,backlog=4096", written(&front_address)),
-    };
-    let connect = match target.as_socket() {
-        Some(address) if front == Family::Udp => format!("UDP4:{address}"),
-        Some(address) => format!("TCP4:{address},nodelay"),
-        None => format!("UNIX-CONNECT:{}", written(target)),
-    };
-    ([SOCAT, &listen, &connect].map(String::from).to_vec(), front_address)
-}
-
-fn configuration(directory: &Path, name: &str, text: &str) -> String {
-    let path: PathBuf = directory.join(name);
-    fs::write(&path, text).expect("a directory of our own");
-    path.display().to_string()
 }

@@ -9,19 +9,24 @@
 mod clock;
 mod comparison;
 mod contender;
+mod datagram_stage;
 mod datagrams;
 #[path = "../../tests/support/fake_systemd.rs"]
 #[allow(dead_code, unreachable_pub, reason = "the tests use the rest")]
 mod fake_systemd;
 mod load;
+mod goals;
 mod machine;
+mod peers;
 mod plot;
 mod process;
 mod report;
+mod rows;
 mod scrapers;
+mod splice_loop;
+mod stage;
 mod summary;
 mod table;
-mod work;
 
 use std::error::Error;
 use std::fs;
@@ -32,7 +37,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use comparison::Comparison;
 use contender::Contender;
-use work::{Effort, ROWS};
+use rows::ROWS;
+use stage::Effort;
 
 /// The command line of the benchmark.
 #[derive(Debug, Parser)]
@@ -88,12 +94,24 @@ fn main() -> ExitCode {
     match compare(&arguments) {
         // Short samples of a busy machine may be poor, but socket-proxyd fails no client.
         Ok(comparison) if comparison.our_failures() > 0 => ExitCode::FAILURE,
+        Ok(comparison) if arguments.is_full() && has_missed(&comparison) => ExitCode::from(2),
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE
         }
     }
+}
+
+impl Arguments {
+    /// Whether the run is long enough, and has all rows, so that it is judged by the goals.
+    fn is_full(&self) -> bool {
+        !self.quick && self.filters.is_empty() && self.from.is_none()
+    }
+}
+
+fn has_missed(comparison: &Comparison) -> bool {
+    goals::verdicts(comparison).iter().any(|verdict| !verdict.is_met)
 }
 
 fn compare(arguments: &Arguments) -> Result<Comparison, Box<dyn Error>> {

@@ -4,14 +4,29 @@ use std::error::Error;
 use std::fmt::Write;
 
 use crate::comparison::{Comparison, Entry, Section};
+use crate::goals::{to_the_best, verdicts};
 use crate::plot;
+use crate::rows::Unit;
 use crate::table::{Table, grouped};
-use crate::work::Unit;
 
 /// Returns everything, for the terminal.
 pub(crate) fn terminal(comparison: &Comparison) -> String {
-    let text = |section: &Section| format!("\n{}\n{}", section.title(), section.table().text());
-    comparison.sections.iter().map(text).collect()
+    let mut text = String::new();
+    for section in &comparison.sections {
+        text.push_str(&format!("\n{}\n{}", section.title(), section.table().text()));
+        if let Some(quotients) = to_the_best(section) {
+            text.push_str(&format!("  {quotients}\n"));
+        }
+    }
+    text.push_str("\nGoals\n");
+    for verdict in verdicts(comparison) {
+        let word = if verdict.is_met { "met" } else { "MISSED" };
+        text.push_str(&format!(
+            "  {} on {}: {:.2} of {}, {word}\n",
+            verdict.row, verdict.pair, verdict.quotient, verdict.than
+        ));
+    }
+    text
 }
 
 /// Returns everything as one page, which loads no other file.

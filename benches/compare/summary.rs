@@ -1,6 +1,7 @@
 //! The tables of BENCHMARKS.md, each found again on the page by its title.
 
 use crate::comparison::{Comparison, Entry, Section};
+use crate::goals::verdicts;
 use crate::table::{Table, grouped};
 
 const PAIRS: [(&str, &str); 4] = [
@@ -15,11 +16,13 @@ pub(crate) fn tables(comparison: &Comparison) -> Vec<Table> {
     let mut tables = vec![machine(comparison)];
     tables.extend(PAIRS.map(|pair| costs(comparison, pair)));
     tables.extend([
+        one_stream(comparison),
         datagrams(comparison),
         rates(comparison),
         beside_bulk(comparison),
         idle(comparison),
         options(comparison),
+        goals(comparison),
     ]);
     tables.retain(|table| !table.is_empty());
     tables
@@ -36,8 +39,9 @@ fn machine(comparison: &Comparison) -> Table {
 fn costs(comparison: &Comparison, (pair, words): (&str, &str)) -> Table {
     let mut table = Table::new(words);
     for section in comparison.sections.iter().filter(|section| section.pair == pair) {
+        let is_elsewhere = ["beside", "bulk-1-"].iter().any(|it| section.row.starts_with(it));
         let is_shown = pair == "tcp-tcp" || BESIDES_TCP.contains(&&*section.row);
-        if is_shown && !section.row.starts_with("beside") {
+        if is_shown && !is_elsewhere {
             let (row, symbol) = (&section.row, section.unit.symbol());
             table.add(
                 format!("{row}, {symbol}"),
@@ -55,6 +59,36 @@ fn costs(comparison: &Comparison, (pair, words): (&str, &str)) -> Table {
                 table.add(format!("{row}, half-close, {symbol}"), cells);
             }
         }
+    }
+    table
+}
+
+/// CPU and rate of one connection, beside the floor.
+fn one_stream(comparison: &Comparison) -> Table {
+    let mut table = Table::new("One stream");
+    for row in ["bulk-1-up", "bulk-1-down"] {
+        for (section, words) in pairs_of(comparison, row) {
+            let cell = |entry: &Entry| {
+                Some(format!("{}; {:.2}", section.cost(entry)?, entry.rate()?.median))
+            };
+            table.add(format!("{row}, {words}"), section.cells(is_compared, cell));
+        }
+    }
+    table
+}
+
+/// The quotient of each goal on each pair of families; stars are missed.
+fn goals(comparison: &Comparison) -> Table {
+    let mut table = Table::new("Goal");
+    let verdicts = verdicts(comparison);
+    for group in verdicts.chunk_by(|one, other| one.row == other.row) {
+        let cells = group.iter().map(|verdict| {
+            let star = if verdict.is_met { "" } else { " *" };
+            let words = PAIRS.iter().find(|(pair, _)| *pair == verdict.pair);
+            let words = words.map_or(verdict.pair, |(_, words)| words);
+            (words.into(), format!("{:.2}{star}", verdict.quotient))
+        });
+        table.add(&group[0].row, cells);
     }
     table
 }
