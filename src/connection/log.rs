@@ -99,6 +99,10 @@ impl LogContext<'_> {
     }
 
     fn ended(&self, outcome: &str, [from_client, from_backend]: [u64; 2], reason: &str) {
+        // Without the message no clock is read.
+        if !tracing::event_enabled!(tracing::Level::DEBUG) {
+            return;
+        }
         let Self { start, client, listener, backend } = self;
         let duration = start.elapsed();
         let time = TimeSpan::rounded(duration);

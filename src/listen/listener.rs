@@ -302,7 +302,8 @@ mod tests {
             let _more = connect();
             let (accepted, _) = accept(&listener).unwrap();
             let inherits = listener.inherits_options();
-            let has_options = tcp_nodelay(&accepted).unwrap() && socket_oobinline(&accepted).unwrap();
+            let has_options =
+                tcp_nodelay(&accepted).unwrap() && socket_oobinline(&accepted).unwrap();
             assert!(has_options || !inherits, "an option is missing");
             inherits
         });

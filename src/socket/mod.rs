@@ -54,8 +54,9 @@ pub use crate::socket::sys::{add_no_credentials, adds_credentials};
 pub struct Socket {
     io: AsyncFd<OwnedFd>,
     family: Family,
-    /// The result of [`Socket::has_urgent_data`], once it is true.
     has_urgent_data: Cell<bool>,
+    /// Whether [`Socket::has_urgent_data`] keeps its result.
+    urgent_data_is_known: Cell<bool>,
     /// Whether [`Socket::connected`] took the peer's reset from the socket.
     was_reset: Cell<bool>,
     /// Whether a stored descriptor keeps the connection open when this one is closed.
@@ -82,6 +83,7 @@ impl Socket {
             io: register(fd, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)?,
             family,
             has_urgent_data: Cell::new(false),
+            urgent_data_is_known: Cell::new(false),
             was_reset: Cell::new(false),
             is_shared: Cell::new(false),
             closes_cleanly: false,
@@ -207,12 +209,13 @@ impl Socket {
     /// past it, not even to a FIN. So from then on only receiving works, and a short receive says
     /// nothing. The urgent byte itself is an ordinary byte ([`set_oobinline`]).
     pub fn has_urgent_data(&self) -> bool {
-        // try_io costs one load, but takes the end of the stream for urgent data.
-        if !self.has_urgent_data.get()
+        // try_io costs one load, but takes the end of the stream for urgent data. The event with
+        // that end also tells whether there is any, and none comes later.
+        if !self.urgent_data_is_known.get()
             && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
-            && self.has_priority_event()
         {
-            self.has_urgent_data.set(true);
+            self.urgent_data_is_known.set(true);
+            self.has_urgent_data.set(self.has_urgent_data.get() || self.has_priority_event());
         }
         self.has_urgent_data.get()
     }
