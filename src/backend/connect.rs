@@ -5,6 +5,8 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -337,7 +339,7 @@ pub async fn try_connect(address: &Address, from: Option<&SourceAddress>) -> io:
         socket.connected().await?;
     }
     if let Address::Inet(target) = address {
-        if from.is_none() && !LOCAL_PORTS.contains(&target.port()) {
+        if from.is_none() && !may_be_local(target.port()) {
             return Ok(socket);
         }
         let target = from.map_or(*target, |_| SourceAddress::destination(*target));
@@ -388,7 +390,16 @@ fn is_self_connect(target: SocketAddr, local: SocketAddr) -> bool {
     target.port() == local.port() && (to == from || to.is_unspecified())
 }
 
-/// The ports that connect(2) picks (`ip_local_port_range` in ip(7)), as they were at the first
+/// Whether connect(2) may pick this port for a socket that has none.
+///
+/// The first answer is yes: a process that has just been started serves its first client sooner
+/// without reading a file.
+fn may_be_local(port: u16) -> bool {
+    static HAS_CONNECTED: AtomicBool = AtomicBool::new(false);
+    !HAS_CONNECTED.swap(true, Relaxed) || LOCAL_PORTS.contains(&port)
+}
+
+/// The ports that connect(2) picks (`ip_local_port_range` in ip(7)), as they were at the second
 /// connect.
 static LOCAL_PORTS: LazyLock<RangeInclusive<u16>> = LazyLock::new(|| {
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
