@@ -9,11 +9,12 @@ INSTALL ?= install
 ZSHDIR ?= $(PREFIX)/share/zsh/$(if $(filter /usr,$(PREFIX)),vendor-completions,site-functions)
 
 TARGET = $(or $(CARGO_TARGET_DIR),target)
-NEWEST = $(CURDIR)/target/newest-original
-YAQ = $(CURDIR)/target/yaq
-FRESH = $(CURDIR)/target/fresh-debian.tar
+# The Debian in which the tests run, as new as this one.
+RELEASE ?= $(or $(shell . /etc/os-release && echo $$VERSION_CODENAME),trixie)
+IN_ROOT = $(CURDIR)/tests/root run $(RELEASE)
+BY_CARGO = --config "target.'cfg(unix)'.runner = '$(IN_ROOT)'"
 
-.PHONY: build demo quick test sim soak portability check bench fmt clippy doc man deny fuzz install deb rpm clean
+.PHONY: build demo quick test root sim soak portability check bench fmt clippy doc man deny fuzz install deb rpm clean
 
 build:
 	$(CARGO) build --release --locked
@@ -27,12 +28,13 @@ quick:
 	$(CARGO) test --locked --lib --test activation --test attacks --test documents --test forward --test layout --test packaging
 	$(CARGO) test --locked --test proxy -- accept_yes:: drain:: notifications:: selectors::
 
-# Installs what the tests need (as root, or by sudo) and runs them all, whichever fail. Most tests
-# wait: four at a time take half a core.
-test:
-	tests/prepare $(NEWEST) $(YAQ) $(FRESH)
-	NEWEST_ORIGINAL=$(NEWEST)/systemd-socket-proxyd RUST_TEST_THREADS=4 \
-	    $(CARGO) test --locked --no-fail-fast
+# Makes a Debian with what the tests need (as root, or by sudo) and runs them all in it, whichever fail.
+# Most tests wait: four at a time take half a core.
+test: root deb rpm
+	RUST_TEST_THREADS=4 $(CARGO) test $(BY_CARGO) --locked --no-fail-fast
+
+root:
+	tests/root make $(RELEASE)
 
 # A million seeds, a quarter on each pair of families; SEED=N replays one.
 sim:
@@ -44,15 +46,18 @@ soak:
 	SOAK_SECONDS=$${SOAK_SECONDS:-1200} \
 	    $(CARGO) test --locked --release --test soak -- $(MODE)
 
-# The unit tests on other architectures, with musl, the oldest Rust and the oldest dependencies.
+# On other architectures, with musl, the oldest Rust, the oldest dependencies, and other Debians' systemd.
+# Only some Debians: make portability RELEASES="bullseye sid"
 portability:
-	tests/portability
+	tests/portability $(RELEASES)
 
 check: fmt clippy doc man deny bench
 
-# Once and short, so that it can't rot; in full: cargo bench.
-bench:
-	$(CARGO) bench --locked -- --quick --markdown=target/bench/tables.md
+# Once and short, so that it can't rot; in full: make bench BENCH=
+BENCH ?= --quick --markdown=target/bench/tables.md
+
+bench: root
+	$(CARGO) bench $(BY_CARGO) --locked -- $(BENCH)
 
 fmt:
 	$(CARGO) fmt --check
@@ -65,10 +70,10 @@ doc:
 	    $(CARGO) doc --locked --no-deps --document-private-items
 
 # The pages render without a word.
-man:
+man: root
 	@for page in man/*.8; do \
-	    words=$$(groff -man -ww -Tutf8 -z $$page 2>&1; \
-	        MANWIDTH=80 man --warnings=w --local-file $$page 2>&1 >/dev/null); \
+	    words=$$($(IN_ROOT) groff -man -ww -Tutf8 -z $$page 2>&1; \
+	        MANWIDTH=80 $(IN_ROOT) man --warnings=w --local-file $$page 2>&1 >/dev/null); \
 	    test -z "$$words" || { echo "$$words"; exit 1; }; \
 	done
 
@@ -133,4 +138,5 @@ rpm: build
 	@$(CARGO) generate-rpm && ls $(TARGET)/generate-rpm/*.rpm
 
 clean:
+	[ ! -d target/roots ] || tests/root remove
 	$(CARGO) clean

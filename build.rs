@@ -27,5 +27,6 @@ fn main() {
     if let Some(directory) = Path::new(answer.trim()).parent().filter(|it| it.is_absolute()) {
         println!("cargo:rustc-link-search=native={}", directory.display());
         println!("cargo:rustc-link-lib=static:-bundle=gcc_eh");
+        println!("cargo:rustc-env=UNWINDER_IS_LINKED_IN=");
     }
 }

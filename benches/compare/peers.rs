@@ -27,11 +27,10 @@ pub(crate) fn with_version(name: &str, words: &[String], flag: &str) -> String {
     }
 }
 
-/// The newest systemd-socket-proxyd, where `make test` has put it: what its wrapper runs, so that no
+/// The newest systemd-socket-proxyd, where tests/root puts it: what its wrapper runs, so that no
 /// shell is measured.
 pub(crate) fn newest() -> Option<Vec<String>> {
-    let default =
-        concat!(env!("CARGO_MANIFEST_DIR"), "/target/newest-original/systemd-socket-proxyd");
+    let default = "/opt/newest-original/systemd-socket-proxyd";
     let path = std::env::var_os("NEWEST_ORIGINAL").unwrap_or_else(|| default.into());
     let wrapper = fs::read_to_string(path).ok()?;
     let (_, words) = wrapper.split_once("exec ")?;

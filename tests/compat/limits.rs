@@ -10,12 +10,12 @@ use socket2::Socket;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::Expected::{FailsOn, OnlyOurs};
+use crate::Cases;
+use crate::Expected::{FailsBefore, OnlyOurs};
 use crate::support::*;
-use crate::{Cases, Subject};
 
 pub(crate) fn register(cases: &mut Cases) {
-    let one_more = FailsOn(&[Subject::Old], "was served above the limit");
+    let one_more = FailsBefore(258, "was served above the limit");
     cases.add("the connection limit is exact", one_more, exact_limit);
     let six_each = OnlyOurs("the echo backend answers");
     cases.add(
@@ -34,7 +34,7 @@ pub(crate) fn register(cases: &mut Cases) {
         idle_clients,
     );
     cases.add("serves 60 clients with 40 descriptors", OnlyOurs("dropped"), few_descriptors);
-    let not_raised = FailsOn(&[Subject::Old], "the echo backend answers");
+    let not_raised = FailsBefore(258, "the echo backend answers");
     cases.add("raises the soft limit of descriptors", not_raised, soft_limit);
     cases.add("an idle connection has two descriptors", OnlyOurs("and not 2"), idle_descriptors);
     cases.add("idle connections hold no pipes", OnlyOurs("held by 20 idle"), idle_after_bulk);

@@ -1,7 +1,7 @@
 //! One suite for every program that does this job: ours and the originals, side by side.
 //!
 //! Each case runs against ours, against the installed systemd-socket-proxyd, and against the newest
-//! one where `make test` has put it. A case that an original fails says so, with the words in which
+//! one where tests/root has put it. A case that an original fails says so, with the words in which
 //! it fails. A case that passes there after all, or fails otherwise, fails the suite.
 //!
 //! `PROXY_UNDER_TEST=/path/to/program` runs the cases against that program alone.
@@ -25,7 +25,7 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
 use libtest_mimic::Failed;
@@ -33,33 +33,38 @@ use socket2::Socket;
 use support::*;
 use tempfile::TempDir;
 
+const INSTALLED_ORIGINAL: &str = "/lib/systemd/systemd-socket-proxyd";
+
 /// A program under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Subject {
     Ours,
     /// The same, with three event loops.
     Threads,
-    /// Debian 12's.
-    Old,
-    /// 262 or later.
-    New,
+    /// The installed one, of this version of systemd.
+    Installed(u32),
+    /// The newest one, of this version.
+    Newest(u32),
     /// `$PROXY_UNDER_TEST`, expected to pass everything.
     Named,
 }
 
 impl Subject {
-    const fn name(self) -> &'static str {
+    fn name(self) -> String {
         match self {
-            Self::Ours => "ours",
-            Self::Threads => "ours-3-threads",
-            Self::Old => "systemd-252",
-            Self::New => "systemd-262",
-            Self::Named => "named",
+            Self::Ours => "ours".into(),
+            Self::Threads => "ours-3-threads".into(),
+            Self::Installed(version) | Self::Newest(version) => format!("systemd-{version}"),
+            Self::Named => "named".into(),
         }
     }
 
-    const fn is_original(self) -> bool {
-        matches!(self, Self::Old | Self::New)
+    /// An original's.
+    const fn version(self) -> Option<u32> {
+        match self {
+            Self::Installed(version) | Self::Newest(version) => Some(version),
+            Self::Ours | Self::Threads | Self::Named => None,
+        }
     }
 
     /// The program; `directory` is for one that is made here.
@@ -76,12 +81,33 @@ impl Subject {
                 fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
                 path
             }
-            Self::Old => "/lib/systemd/systemd-socket-proxyd".into(),
-            Self::New => env::var_os("NEWEST_ORIGINAL")?.into(),
+            Self::Installed(_) => INSTALLED_ORIGINAL.into(),
+            Self::Newest(_) => NEWEST_ORIGINAL.into(),
             Self::Named => env::var_os("PROXY_UNDER_TEST")?.into(),
         };
         path.exists().then_some(path)
     }
+}
+
+/// The originals that are there. The newest one may also be the installed one.
+fn originals(trials: &mut Trials) -> Vec<Subject> {
+    let mut find = |path, original: fn(u32) -> Subject| {
+        let version = version(path);
+        if version.is_none() {
+            trials.skip(&format!("all cases of {path}"), path);
+        }
+        version.map(original)
+    };
+    let installed = find(INSTALLED_ORIGINAL, Subject::Installed);
+    let newest = find(NEWEST_ORIGINAL, Subject::Newest);
+    let newest = newest.filter(|it| it.version() != installed.and_then(Subject::version));
+    installed.into_iter().chain(newest).collect()
+}
+
+/// The version of an original, from "systemd 252 (252.39-1)".
+fn version(path: &str) -> Option<u32> {
+    let output = Command::new(path).arg("--version").output().ok()?;
+    std::str::from_utf8(&output.stdout).ok()?.split(' ').nth(1)?.parse().ok()
 }
 
 /// What a case expects of the originals.
@@ -89,8 +115,8 @@ impl Subject {
 enum Expected {
     /// Every program passes.
     Shared,
-    /// These fail, with these words in the failure.
-    FailsOn(&'static [Subject], &'static str),
+    /// Originals before this version fail, with these words in the failure.
+    FailsBefore(u32, &'static str),
     /// Only ours has what the case is about; the originals fail, with these words.
     OnlyOurs(&'static str),
     /// The originals are not asked: whether they pass depends on how busy the machine is.
@@ -144,19 +170,16 @@ fn main() -> ExitCode {
     let directory = TempDir::new().unwrap();
     // Some cases run as another user.
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
-    let subjects = match Subject::Named.path(directory.path()) {
-        Some(_) => vec![Subject::Named],
-        None => vec![Subject::Ours, Subject::Threads, Subject::Old, Subject::New],
-    };
     let is_root = rustix::process::geteuid().is_root();
     let mut trials = Trials::default();
+    let subjects = match Subject::Named.path(directory.path()) {
+        Some(_) => vec![Subject::Named],
+        None => [vec![Subject::Ours, Subject::Threads], originals(&mut trials)].concat(),
+    };
     for subject in subjects {
-        let Some(path) = subject.path(directory.path()) else {
-            trials.skip(&format!("{}: all cases", subject.name()), subject.name());
-            continue;
-        };
+        let Some(path) = subject.path(directory.path()) else { continue };
         for case in &cases.0 {
-            if subject.is_original() && matches!(case.expected, Expected::OursAlone) {
+            if subject.version().is_some() && matches!(case.expected, Expected::OursAlone) {
                 continue;
             }
             let name = format!("{}: {}", subject.name(), case.name);
@@ -179,8 +202,10 @@ fn judge(subject: Subject, path: &Path, expected: Expected, test: &Test) -> Resu
             .unwrap_or_default()
     });
     let expected = match expected {
-        Expected::FailsOn(subjects, words) if subjects.contains(&subject) => Some(words),
-        Expected::OnlyOurs(words) if subject.is_original() => Some(words),
+        Expected::FailsBefore(first, words) if subject.version().is_some_and(|it| it < first) => {
+            Some(words)
+        }
+        Expected::OnlyOurs(words) if subject.version().is_some() => Some(words),
         _ => None,
     };
     match (failure, expected) {

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::Expected::{FailsOn, OnlyOurs, Shared};
+use crate::Cases;
+use crate::Expected::{FailsBefore, OnlyOurs, Shared};
 use crate::support::*;
-use crate::{Cases, Subject};
 
 pub(crate) fn register(cases: &mut Cases) {
-    let silent = FailsOn(&[Subject::Old], "a notification comes");
+    let silent = FailsBefore(257, "a notification comes");
     cases.add("sends READY=1, STATUS= and STOPPING=1", silent, notifications);
     cases.add("sends WATCHDOG=1", Shared, watchdog);
     cases.add("sends STATUS= once a second at most", OnlyOurs("a notification comes"), status_rate);

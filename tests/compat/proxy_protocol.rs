@@ -9,12 +9,12 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::Expected::{FailsOn, OnlyOurs, Shared};
+use crate::Cases;
+use crate::Expected::{FailsBefore, OnlyOurs, Shared};
 use crate::support::*;
-use crate::{Cases, Subject};
 
 pub(crate) fn register(cases: &mut Cases) {
-    let unknown = FailsOn(&[Subject::Old], "the option is unknown");
+    let unknown = FailsBefore(258, "the option is unknown");
     cases.add("sends a PROXY v1 header", unknown, proxy_v1);
     let as_ipv6 = OnlyOurs("instead of TCP4");
     cases.add("sends a PROXY v1 header for a dual-stack client", as_ipv6, proxy_v1_dual_stack);

@@ -171,9 +171,8 @@ fn full_backlog(program: &Path) {
     let mut client = front.connect();
     client.write_all(b"patience").unwrap();
     // The proxy has met the full backlog once it has accepted the client and slept over it.
-    let busy =
-        poll_until(Instant::now() + TIMEOUT, || (proxy.cpu() > Duration::ZERO).then_some(()));
-    busy.unwrap();
+    let sleeps = || (proxy.cpu() > Duration::ZERO && proxy.is_asleep()).then_some(());
+    poll_until(Instant::now() + TIMEOUT, sleeps).expect("the proxy sleeps");
     pause(Duration::from_millis(300));
     serve(&backend, echo);
     echoes_after(&mut client, b"patience");

@@ -130,7 +130,7 @@ fn receive_tos(socket: &Socket) -> u8 {
         header.msg_iov = (&raw mut iovec).cast();
         header.msg_iovlen = 1;
         header.msg_control = control.as_mut_ptr().cast();
-        header.msg_controllen = size_of_val(&control);
+        header.msg_controllen = size_of_val(&control) as _;
         assert!(libc::recvmsg(fd, &raw mut header, 0) >= 0, "{}", std::io::Error::last_os_error());
         let first = libc::CMSG_FIRSTHDR(&raw const header);
         assert!(!first.is_null(), "there is no type of service");

@@ -48,9 +48,11 @@ fn each_answer_goes_to_its_client_from_the_address_it_has_asked() {
                     _ => [0, 1, 1472, largest][random.below(4) as usize],
                 };
                 let mut bytes = random_bytes(number << 32 | round, size as usize);
-                // A queue may be full now and then. UDP promises no more.
-                client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+                // A queue may be full now and then. UDP promises no more. Each try waits for longer: on a busy
+                // machine, answers come later than the next tries would.
+                let mut wait = Duration::from_millis(200);
                 loop {
+                    client.set_read_timeout(Some(wait)).unwrap();
                     client.send(&bytes).unwrap();
                     match receive_from(&client) {
                         Ok((mut answer, _)) => {
@@ -61,7 +63,10 @@ fn each_answer_goes_to_its_client_from_the_address_it_has_asked() {
                             // The answer of an earlier try, which was late.
                             assert!(round > 0 || answer.is_empty(), "a stranger's answer");
                         }
-                        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+                        Err(error) => {
+                            assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+                            wait *= 2;
+                        }
                     }
                 }
                 bytes.clear();

@@ -30,5 +30,9 @@ pub const UNIT_WRITER: &str = env!("CARGO_BIN_EXE_socket-proxyd-units");
 /// The checkout.
 pub const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
+/// What tests/root puts into its root: the newest systemd-socket-proxyd, and a small Debian.
+pub const NEWEST_ORIGINAL: &str = "/opt/newest-original/systemd-socket-proxyd";
+pub const FRESH_DEBIAN: &str = "/opt/fresh-debian.tar";
+
 /// An application for COMMAND; says what it takes.
 pub const APP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/app.pl");

@@ -179,6 +179,8 @@ pub fn serve_on(listener: Socket, handler: impl Fn(Socket) + Send + Sync + 'stat
 
 /// Sends back what is received, and the end.
 pub fn echo(mut socket: Socket) {
+    // Clients may be silent for longer than they wait for an answer.
+    socket.set_read_timeout(None).unwrap();
     let mut buffer = vec![0; 64 * 1024];
     loop {
         match socket.read(&mut buffer) {

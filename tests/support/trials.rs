@@ -27,7 +27,7 @@ impl Trials {
 
     /// Adds a test that stands for tests that can't run. It is ignored, and fails in CI.
     pub fn skip(&mut self, tests: &str, missing: &str) {
-        eprintln!("SKIPPED: {tests}: needs {missing}; `make test` installs it");
+        eprintln!("SKIPPED: {tests}: needs {missing}; `make test` has it");
         let failure = format!("needs {missing}");
         let trial = Trial::test(tests, move || Err(failure.into()));
         self.0.push(trial.with_ignored_flag(env::var_os("CI").is_none()));

@@ -21,6 +21,7 @@ pub(crate) struct Container {
     outermost: Child,
     /// The container's first process, as this namespace counts it.
     leader: u32,
+    cgroup: PathBuf,
     reloading: Mutex<()>,
     _directory: TempDir,
     _root: Option<TempDir>,
@@ -156,6 +157,12 @@ while [ $# -gt 0 ]; do
     cp -a --remove-destination "$1" "$base/root$2"
     shift 2
 done
+# Each container has a part of the unified hierarchy, where the machine has only that.
+if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
+    export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
+    mkdir "/sys/fs/cgroup/$name"
+    echo 0 >"/sys/fs/cgroup/$name/cgroup.procs"
+fi
 exec systemd-nspawn -q -D "$base/root" -b --register=no --keep-unit --console=pipe -M "$name" \
     --private-network --tmpfs=/tmp --link-journal=no
 "#;
@@ -186,6 +193,7 @@ impl Container {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("socket-proxyd-{}-{number}", std::process::id());
+        let cgroup = Path::new("/sys/fs/cgroup").join(&name);
         // Killing nspawn leaves the container behind. So both are in a PID namespace, whose end is
         // the end of all in it: when this thread dies, so does unshare, and with it its child, the
         // namespace's first process.
@@ -203,6 +211,7 @@ impl Container {
         let mut this = Self {
             outermost: command.spawn().unwrap(),
             leader: 0,
+            cgroup,
             reloading: Mutex::default(),
             _directory: directory,
             _root: kept,
@@ -401,6 +410,13 @@ impl Drop for Container {
     fn drop(&mut self) {
         let _ = self.outermost.kill();
         let _ = self.outermost.wait();
+        // Only empty once all processes have ended.
+        let remove = || {
+            let words = ["-depth", "-type", "d", "-exec", "rmdir", "{}", ";"];
+            let _ = Command::new("find").arg(&self.cgroup).args(words).output();
+            (!self.cgroup.exists()).then_some(())
+        };
+        poll_until(Instant::now() + TIMEOUT, remove);
     }
 }
 

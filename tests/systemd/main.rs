@@ -1,7 +1,7 @@
 //! A real systemd in a container: units written for systemd-socket-proxyd, `--handover=`, the shipped
 //! units, `--source=`, the manuals' examples, the README, the recipes and the packages.
 //!
-//! Needs root, systemd-nspawn and the packages that `make test` installs. What is missing is named, and in
+//! Needs root, systemd-nspawn and the packages that tests/root installs. What is missing is named, and in
 //! CI it is a failure.
 
 mod container;

@@ -2,6 +2,7 @@
 //! of the README as they are printed there.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -12,12 +13,11 @@ use crate::support::*;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-/// Where `make test` puts a small Debian.
-const FRESH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/fresh-debian.tar");
-
 pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
-    let fresh = (!Path::new(FRESH).exists()).then_some("a small Debian");
-    if let Some(missing) = Container::missing().or(fresh) {
+    let fresh = (!Path::new(FRESH_DEBIAN).exists()).then_some("a small Debian");
+    let made = ["deb", "rpm"].iter().all(|kind| package(kind).is_some());
+    let packages = (!made).then_some("`make deb rpm`");
+    if let Some(missing) = Container::missing().or(fresh).or(packages) {
         return trials.skip("systemd: the packages", missing);
     }
     suite.in_turn(
@@ -31,19 +31,20 @@ pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
 }
 
 pub(crate) fn boot() -> Container {
-    let package = make("deb");
+    let package = package("deb").unwrap();
     let name = package.file_name().unwrap().to_str().unwrap();
     let root = TempDir::new_in("/var/tmp").unwrap();
-    lines("tar", &["-C", root.path().to_str().unwrap(), "-xf", FRESH]);
+    lines("tar", &["-C", root.path().to_str().unwrap(), "-xf", FRESH_DEBIAN]);
     Container::boot_in(root, &[(package.clone(), format!("/root/{name}"))])
 }
 
-/// Makes a package of the release build.
-fn make(kind: &str) -> PathBuf {
-    let output = Command::new("make").args(["-s", "-C", ROOT, kind]).output().unwrap();
-    let printed = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
-    Path::new(ROOT).join(printed.lines().last().expect("it says where the package is"))
+/// The package that `make test` has made last.
+fn package(kind: &str) -> Option<PathBuf> {
+    let target = Path::new(OURS).ancestors().nth(2)?;
+    let directory = target.join(if kind == "deb" { "debian" } else { "generate-rpm" });
+    let paths = fs::read_dir(directory).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let packages = paths.filter(|path| path.extension().is_some_and(|it| it == kind));
+    packages.max_by_key(|path| path.metadata().and_then(|it| it.modified()).ok())
 }
 
 /// What a program prints, line by line.
@@ -64,7 +65,7 @@ fn contents(_: &Container) {
 
     // Unpacked, since permissions in its list are words.
     let unpacked = TempDir::new().unwrap();
-    let (deb, path) = (make("deb"), unpacked.path().to_str().unwrap());
+    let (deb, path) = (package("deb").unwrap(), unpacked.path().to_str().unwrap());
     lines("dpkg-deb", &["-x", deb.to_str().unwrap(), path]);
     let in_deb = lines("find", &[path, "-type", "f", "-printf", "%m /%P\n"]);
     // Debian compresses manuals and has one file for the licence.
@@ -72,7 +73,7 @@ fn contents(_: &Container) {
     let in_deb: BTreeSet<_> = in_deb.filter(|line| !line.ends_with("/copyright")).collect();
     assert_eq!(in_deb, installed);
 
-    let rpm = make("rpm");
+    let rpm = package("rpm").unwrap();
     let words = ["-qp", "--queryformat", "[%{FILEMODES:octal} %{FILENAMES}\\n]"];
     let in_rpm = lines("rpm", &[&words[..], &[rpm.to_str().unwrap()]].concat());
     // The paths of other distributions.
