@@ -60,7 +60,7 @@ fn nginx_logs_the_client_address() {
     );
     fs::write(&configuration, text).unwrap();
     let target = SocketAddr::from(([127, 0, 0, 1], port));
-    let _nginx = start_server(nginx, &["-e", "/dev/null", "-c"], &configuration, target);
+    let _nginx = start_server(nginx, &["-c"], &configuration, target);
     for version in ["v1", "v2"] {
         for address in ["127.0.0.1", "::1"] {
             let address: IpAddr = address.parse().unwrap();

@@ -25,6 +25,11 @@ impl Section {
         Self { text: text.split("\n### ").next().unwrap().into() }
     }
 
+    /// Returns the section with other words.
+    pub(crate) fn replacing(&self, from: &str, to: &str) -> Self {
+        Self { text: self.text.replace(from, to) }
+    }
+
     /// Returns the headings below the title.
     pub(crate) fn headings(&self) -> Vec<String> {
         let lines = self.text.lines();

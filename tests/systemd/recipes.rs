@@ -99,11 +99,17 @@ fn shipped(container: &Container) {
 
 fn postgresql(container: &Container) {
     let user = "until pg_isready -qh /run/postgresql; do sleep 0.1; done; createuser app && psql -qc \
-        \"alter user app password 'secret'\" && createdb -O app app";
+        \"set password_encryption = 'scram-sha-256'; alter user app password 'secret'\" && createdb -O app app";
     container.run(&["systemctl", "start", "postgresql.service"]);
     container.run(&["runuser", "-u", "postgres", "--", "sh", "-ec", user]);
-    let recipe = set_up(container, "## PostgreSQL");
-    container.wait_for("postgresql@15-main.service", "ActiveState", "inactive");
+    // The recipe's version is Debian 12's.
+    let version = container.run(&["ls", "/usr/lib/postgresql"]);
+    let recipe = recipe("## PostgreSQL").replacing("@15-", &format!("@{}-", version.trim()));
+    let recipe = recipe.replacing("/15/", &format!("/{}/", version.trim()));
+    recipe.write(container);
+    recipe.run(container);
+    let server = format!("postgresql@{}-main.service", version.trim());
+    container.wait_for(&server, "ActiveState", "inactive");
     let address = "postgresql://app:secret@127.0.0.1/app";
     let ask = |query: &str| container.run(&["psql", "-Atc", query, address]).trim().to_string();
     assert_eq!(ask("create table kept as select 1 as one"), "SELECT 1");
@@ -116,11 +122,11 @@ fn postgresql(container: &Container) {
         "-c",
         &format!("sleep 600 | psql {address}"),
     ]);
-    container.wait_for("postgresql@15-main.service", "ActiveState", "inactive");
+    container.wait_for(&server, "ActiveState", "inactive");
     container.run(&["systemctl", "stop", "pool.service"]);
     assert_eq!(ask("select one from kept"), "1");
     tear_down(container, &recipe);
-    container.run(&["systemctl", "stop", "postgresql@15-main.service"]);
+    container.run(&["systemctl", "stop", &server]);
 }
 
 fn redis(container: &Container) {

@@ -61,7 +61,7 @@ struct Server {
 const SERVERS: [Server; 3] = [
     Server {
         settings: "DynamicUser=yes\nRuntimeDirectory=server\n\
-                   ExecStart=/usr/sbin/nginx -e stderr -c /etc/server-PORT.conf\n",
+                   ExecStart=/usr/sbin/nginx -c /etc/server-PORT.conf\n",
         client: "curl -sS --max-time 20 http://HOST:PORT/",
         line: "ADDRESS - - [",
     },
@@ -87,6 +87,7 @@ const SERVERS: [Server; 3] = [
 const NGINX: &str = "\
 daemon off;
 pid /run/server/pid;
+error_log stderr;
 events {}
 http {
     access_log syslog:server=unix:/dev/log,nohostname;
