@@ -348,6 +348,8 @@ fn answers_a_scraper_with_the_longest_name() {
 fn rejects_invalid_and_used_addresses() {
     let taken = Endpoint::new(Family::Tcp);
     let metrics = format!("--metrics={}", taken.target);
+    let in_use =
+        if cfg!(target_env = "musl") { "Address in use" } else { "Address already in use" };
     for (option, line) in [
         (
             "--metrics=fd:",
@@ -361,10 +363,7 @@ fn rejects_invalid_and_used_addresses() {
             "--metrics=99999",
             "invalid value '99999' for '--metrics <ADDRESS>': port 99999 is above 65535",
         ),
-        (
-            &metrics,
-            &format!("{metrics}: Failed to listen on {}: Address already in use.", taken.target),
-        ),
+        (&metrics, &format!("{metrics}: Failed to listen on {}: {in_use}.", taken.target)),
     ] {
         let (code, _, stderr) = run(&OURS.into(), &[option, "--listen=127.0.0.1:0", "/nowhere"]);
         assert_eq!((code, stderr.trim_end()), (Some(1), line));

@@ -29,6 +29,10 @@ fn counted(process: u32, work: impl FnOnce()) -> Option<BTreeMap<String, usize>>
 
 /// The names of the system calls that a process makes during `work`, in order; `None` without strace.
 fn traced(process: u32, work: impl FnOnce()) -> Option<Vec<String>> {
+    if cfg!(target_env = "musl") {
+        skip("system calls", "glibc: musl waits by epoll_pwait, and returns memory by munmap");
+        return None;
+    }
     let directory = TempDir::new().unwrap();
     let log = directory.path().join("log");
     let mut strace = Command::new(STRACE);

@@ -196,7 +196,12 @@ fn docker(container: &Container) {
 
 fn rootless(container: &Container) {
     container.run(&["useradd", "--create-home", "anna"]);
-    container.run(&["loginctl", "enable-linger", "anna"]);
+    // systemd-logind 262 answers only processes of its container's cgroups.
+    let loginctl = |verb| {
+        let words = ["systemd-run", "--quiet", "--wait", "--pipe", "loginctl", verb, "anna"];
+        container.run(&words);
+    };
+    loginctl("enable-linger");
     let uid = container.run(&["id", "-u", "anna"]).trim().to_string();
     container.wait_for(&format!("user@{uid}.service"), "ActiveState", "active");
     let recipe = recipe("## Without root");
@@ -216,8 +221,8 @@ fn rootless(container: &Container) {
     });
     stopped.expect("the application stops when it is idle");
     wait_for_page(container, &["http://127.0.0.1:8080/"], "Directory listing");
-    container.run(&["loginctl", "terminate-user", "anna"]);
-    container.run(&["loginctl", "disable-linger", "anna"]);
+    loginctl("terminate-user");
+    loginctl("disable-linger");
 }
 
 /// Answers at once, but is healthy only after 2 seconds.

@@ -270,7 +270,8 @@ fn radicale(container: &Container) {
         container,
         socket: "radicale-proxy.socket",
         proxy: "radicale-proxy.service",
-        application: "/usr/bin/python3 /usr/bin/radicale",
+        // Debian 11 runs the module.
+        application: "(/usr/bin/)?python3 (/usr/bin/|-m )radicale",
     };
     let ask = |method: &str, path: &str, more: &[&str]| {
         let url = format!("http://127.0.0.1:8082/anna/{path}");
