@@ -96,6 +96,8 @@ pub mod fuzzing {
 #[doc(hidden)]
 pub mod testing {
     //! What the tests of the forwarder and of the journal look into.
+    pub use crate::config::Config;
+    pub use crate::config::parser::Request;
     pub use crate::config::timespan::TimeSpan;
     pub use crate::counters::{ByteCounters, Gauge};
     pub use crate::forward::loop_buffers::LoopBuffers;
@@ -106,6 +108,8 @@ pub mod testing {
     pub use crate::handover::queue::Queue;
     pub use crate::handover::replay::replay;
     pub use crate::limits::passed::{PassedLimits, PassedRoom};
-    pub use crate::listen::activation::take_passed_fds;
+    pub use crate::listen::activation::{PassedFd, take_passed_fds};
+    pub use crate::notify::Notifier;
+    pub use crate::service::{Signals, start_and_serve};
     pub use crate::socket::{Family, Socket};
 }

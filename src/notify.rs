@@ -33,15 +33,29 @@ impl Notifier {
     /// is logged and ignored.
     pub fn from_environment() -> Self {
         let name = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
-        Self(name.and_then(|name| {
-            let opened = open(&name).inspect_err(|error| {
+        let opened = name.map(|name| {
+            Self::to(&name).inspect_err(|error| {
                 tracing::warn!(
                     "Failed to use NOTIFY_SOCKET={name:?}, ignoring: {error}. (With Type=notify the start \
                      will time out. RestrictAddressFamilies= must allow AF_UNIX.)"
                 );
-            });
-            opened.ok()
-        }))
+            })
+        });
+        opened.and_then(Result::ok).unwrap_or(Self(None))
+    }
+
+    /// Opens a socket to a path or an abstract name (`@`).
+    ///
+    /// # Errors
+    /// socket(2)'s, or a name that is too long.
+    pub fn to(name: &OsStr) -> io::Result<Self> {
+        let address = match name.as_bytes() {
+            [b'@', name @ ..] => SocketAddrUnix::new_abstract_name(name)?,
+            _ => SocketAddrUnix::new(name)?,
+        };
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        Ok(Self(Some((socket, address))))
     }
 
     pub fn has_manager(&self) -> bool {
@@ -119,16 +133,6 @@ impl Notifier {
 pub fn watchdog_interval() -> Option<Duration> {
     let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero());
     limit.map(|limit| limit / 2)
-}
-
-fn open(name: &OsStr) -> io::Result<(UnixDatagram, SocketAddrUnix)> {
-    let address = match name.as_bytes() {
-        [b'@', name @ ..] => SocketAddrUnix::new_abstract_name(name)?,
-        _ => SocketAddrUnix::new(name)?,
-    };
-    let socket = UnixDatagram::unbound()?;
-    socket.set_nonblocking(true)?;
-    Ok((socket, address))
 }
 
 /// The pause between two attempts while systemd's queue is full.

@@ -18,7 +18,7 @@ use crate::listen::activation::PassedFd;
 use crate::logging::os_message;
 use crate::notify::Notifier;
 use crate::runtime::event_loop;
-use crate::service::signals::Signals;
+pub use crate::service::signals::Signals;
 
 /// Serves until a signal or the idle exit.
 ///
@@ -29,16 +29,26 @@ pub fn run(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
     startup::drop_ambient_capabilities(&config)?;
     let runtime = event_loop()
         .map_err(|error| format!("Failed to start the event loop: {}.", os_message(&error)))?;
-    let result = runtime.block_on(start_and_serve(config, passed));
+    let result = runtime.block_on(async {
+        let signals = Signals::catch()?;
+        start_and_serve(config, passed, signals, Notifier::from_environment()).await
+    });
     // Dropping the remaining connections resets them. Lookups that still run are left behind.
     runtime.shutdown_background();
     result
 }
 
-async fn start_and_serve(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
-    let mut signals = Signals::catch()?;
+/// The life of the process inside its event loop.
+///
+/// # Errors
+/// As [`run`].
+pub async fn start_and_serve(
+    config: Config,
+    passed: Vec<PassedFd>,
+    mut signals: Signals,
+    notifier: Notifier,
+) -> Result<(), String> {
     let mut report_signal = signals::catch(SignalKind::user_defined1())?;
-    let notifier = Notifier::from_environment();
     let drain_time = config.args.drain_time;
 
     // systemd and the lookups of --listen= may be slow. A signal ends the wait for them.

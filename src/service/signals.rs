@@ -1,6 +1,7 @@
 //! The signals that stop the process.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::logging::os_message;
 use crate::runtime::dispositions::was_ignored;
@@ -11,12 +12,34 @@ use crate::runtime::dispositions::was_ignored;
 /// shell ignores SIGINT for what a script starts with `&`.
 #[derive(Debug)]
 pub struct Signals {
-    terminate: Signal,
+    terminate: Terminate,
     interrupt: Option<Signal>,
     hangup: Option<Signal>,
 }
 
+/// Where SIGTERM comes from.
+#[derive(Debug)]
+enum Terminate {
+    Caught(Signal),
+    /// Of one proxy among several in a process, in a simulation.
+    Simulated(UnboundedReceiver<()>),
+}
+
+impl Terminate {
+    async fn recv(&mut self) -> Option<()> {
+        match self {
+            Self::Caught(signal) => signal.recv().await,
+            Self::Simulated(receiver) => receiver.recv().await,
+        }
+    }
+}
+
 impl Signals {
+    /// Takes each message for a SIGTERM.
+    pub fn simulated(receiver: UnboundedReceiver<()>) -> Self {
+        Self { terminate: Terminate::Simulated(receiver), interrupt: None, hangup: None }
+    }
+
     /// Catches the signals: from now on they do not kill the process.
     ///
     /// # Errors
@@ -28,7 +51,7 @@ impl Signals {
         // Where SIGCHLD is ignored, the kernel reaps children, and their status is lost.
         let _ = catch(SignalKind::child())?;
         Ok(Self {
-            terminate: catch(SignalKind::terminate())?,
+            terminate: Terminate::Caught(catch(SignalKind::terminate())?),
             interrupt: catch_unless_ignored(SignalKind::interrupt())?,
             hangup: catch_unless_ignored(SignalKind::hangup())?,
         })
