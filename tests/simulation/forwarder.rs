@@ -6,7 +6,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket_proxyd::testing::{
     self as proxy, CloseReason, Forwarder, Gauge, LoopBuffers, Outcome, PassedLimits, PassedRoom,
     PipeLimits, Queue, Record, RecordBody, Registry, Summary, encode_message, replay,
@@ -14,12 +13,28 @@ use socket_proxyd::testing::{
 use tokio::task::{JoinHandle, spawn_local, yield_now};
 use tokio::time::sleep;
 
-use crate::peer::{End, PASSED_AT_MOST, Peer};
+use crate::peer::{End, PASSED_AT_MOST, Peer, wait_for_bytes};
+use crate::process::event_loop;
 use crate::support::Family;
 use crate::support::stream::Random;
+use crate::syscalls::Faults;
 
-/// Simulates one connection.
-pub async fn simulate(seed: u64, families: [Family; 2]) {
+/// Returns what simulates one connection for each seed.
+pub fn simulation(families: [Family; 2]) -> impl FnMut(u64) {
+    let runtime = event_loop();
+    // What the first connection opens for all stays open.
+    for family in families {
+        drop(Peer::new(family, [0; 2], &mut Random::new(0)));
+    }
+    move |seed| {
+        let mut faults = Faults::new(seed);
+        faults.one_of = [5, 0, 0, 0][(seed % 4) as usize];
+        // The peers' sends come short as well, which they account for.
+        faults.apply(|| runtime.block_on(simulate(seed, families)));
+    }
+}
+
+async fn simulate(seed: u64, families: [Family; 2]) {
     let mut random = Random::new(seed);
     let seeds = [random.next(), random.next()];
     let (client, to_client) = Peer::new(families[0], seeds, &mut random);
@@ -94,7 +109,7 @@ async fn finish(peers: &mut [Peer; 2], middle: &mut Middle, random: &mut Random)
         } else if idle_rounds < REAL_ROUNDS {
             // The kernel acknowledges late, and sends again after 200 ms what the socket of a peer
             // that has closed did not acknowledge. Its clock is the real one.
-            wait_for_bytes(peers);
+            wait_for_bytes(&*peers);
             sleep(Duration::from_millis(1)).await;
         } else if idle_rounds < REAL_ROUNDS + 20 {
             sleep(Duration::from_secs(10)).await;
@@ -107,14 +122,6 @@ async fn finish(peers: &mut [Peer; 2], middle: &mut Middle, random: &mut Random)
             idle_rounds = 0;
         }
     }
-}
-
-/// Waits up to a millisecond until a peer has something to receive.
-fn wait_for_bytes(peers: &[Peer]) {
-    let waiting = peers.iter().filter(|peer| !peer.is_gone() && peer.end.is_none());
-    let mut waiting: Vec<_> = waiting.map(|peer| PollFd::new(peer, PollFlags::IN)).collect();
-    let millisecond = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
-    poll(&mut waiting, Some(&millisecond)).unwrap();
 }
 
 /// The forwarder, and what it shares with other connections of its event loop.

@@ -1,25 +1,35 @@
-//! Schedules that a seed decides: what two peers do to a forwarder, step by step, against a model.
+//! Schedules that a seed decides, step by step, against a model: what two peers do to a forwarder,
+//! and what peers, kills and systemd do to the whole program.
 //!
-//! Each pair of families takes `SEEDS` seeds, 2,000 by default and 250,000 in `make sim`. A failure
-//! prints its seed, and `SEED=` replays that one alone.
+//! Each simulation takes `SEEDS` seeds, 2,000 by default and 170,000 in `make sim`. A failure prints
+//! its seed, and `SEED=` replays that one alone.
 
+mod crash;
+mod descriptors;
+#[cfg(target_arch = "x86_64")]
+mod dispatch;
 mod forwarder;
 mod peer;
+mod process;
 mod seeds;
 #[path = "../support/mod.rs"]
 mod support;
+mod syscalls;
+mod systemd;
 
 use std::process::ExitCode;
 
 use support::*;
 
 fn main() -> ExitCode {
+    descriptors::prepare();
     let mut trials = Trials::default();
     for (near, far) in PAIRS {
         trials.add(format!("forwarder, {near} to {far}"), move || {
-            seeds::run(|seed| forwarder::simulate(seed, [near, far]));
+            seeds::run(|| forwarder::simulation([near, far]));
         });
     }
+    trials.add("crash", || seeds::run(crash::simulation));
     // Each keeps all processors busy.
     trials.run_on(1)
 }

@@ -5,9 +5,11 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionread};
 use socket2::Socket;
 
+use crate::descriptors::above;
 use crate::support::descriptors::{files, inodes, pass, receive_passed};
 use crate::support::stream::{Random, Stream};
 use crate::support::{Endpoint, Family, socket_pair, unsent};
@@ -21,7 +23,7 @@ pub enum End {
 
 /// One peer, and the model of what the other peer is to see of it.
 pub struct Peer {
-    family: Family,
+    pub family: Family,
     socket: Option<Socket>,
     /// Where it goes on sending.
     stream: Stream,
@@ -33,8 +35,11 @@ pub struct Peer {
     pub safe: u64,
     /// Descriptors passed: the place of the byte that each went with, and its inode.
     passed: Vec<(u64, u64)>,
+    pub has_sent_urgent: bool,
     /// More descriptors went with one byte than the proxy passes on.
     pub passed_too_many: bool,
+    /// It has reset the connection, or has closed it with bytes unread.
+    pub was_reset: bool,
     /// Sending has failed.
     is_refused: bool,
     received_descriptors: usize,
@@ -44,12 +49,11 @@ pub struct Peer {
 impl Peer {
     /// Returns a peer, and the proxy's socket to it. The seeds are those of the bytes it sends and
     /// of those it receives.
-    pub fn new(family: Family, [own, other]: [u64; 2], random: &mut Random) -> (Self, Socket) {
+    pub fn new(family: Family, seeds: [u64; 2], random: &mut Random) -> (Self, Socket) {
         let (socket, inner) = match family {
             Family::Tcp => LISTENER.with(|listener| (listener.connect(), listener.accept())),
             Family::Unix => socket_pair(family),
         };
-        socket.set_nonblocking(true).unwrap();
         inner.set_nonblocking(true).unwrap();
         // As the listener and the connector set it.
         inner.set_out_of_band_inline(true).unwrap();
@@ -58,25 +62,38 @@ impl Peer {
             socket.set_send_buffer_size(size).unwrap();
             inner.set_send_buffer_size(size).unwrap();
         }
-        let peer = Self {
+        (Self::with_socket(family, seeds, Some(socket)), inner)
+    }
+
+    /// Returns a peer with a socket that is connected, or with none.
+    pub fn with_socket(family: Family, [own, other]: [u64; 2], socket: Option<Socket>) -> Self {
+        // Out of the way of the proxy's own descriptors.
+        let socket = socket.map(|socket| Socket::from(above(socket)));
+        socket.iter().for_each(|socket| socket.set_nonblocking(true).unwrap());
+        Self {
             family,
-            socket: Some(socket),
+            socket,
             stream: Stream::new(own),
             expected: Stream::new(other),
             has_ended: false,
             safe: 0,
             passed: Vec::new(),
+            has_sent_urgent: false,
             passed_too_many: false,
+            was_reset: false,
             is_refused: false,
             received_descriptors: 0,
             end: None,
-        };
-        (peer, inner)
+        }
     }
 
     /// Whether its socket is closed.
     pub fn is_gone(&self) -> bool {
         self.socket.is_none()
+    }
+
+    pub fn has_passed(&self) -> bool {
+        !self.passed.is_empty()
     }
 
     /// Bytes that its kernel has accepted.
@@ -116,6 +133,7 @@ impl Peer {
     }
 
     fn send_urgent(&mut self) {
+        self.has_sent_urgent = true;
         self.send_with(|socket, bytes| socket.send_out_of_band(bytes), 1);
     }
 
@@ -210,12 +228,14 @@ impl Peer {
         // The kernel makes it a reset if something is unread.
         let is_clean = ioctl_fionread(&socket).is_ok_and(|unread| unread == 0);
         self.has_ended |= is_clean && !self.is_refused;
+        self.was_reset = !is_clean;
         self.safe = self.acknowledged(&socket);
     }
 
     fn reset(&mut self) {
         let Some(socket) = self.socket.take() else { return };
         self.safe = self.acknowledged(&socket);
+        self.was_reset = true;
         socket.set_linger(Some(Duration::ZERO)).unwrap();
     }
 
@@ -250,6 +270,14 @@ impl AsFd for Peer {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.socket.as_ref().expect("the peer is not gone").as_fd()
     }
+}
+
+/// Waits up to a millisecond until a peer has something to receive.
+pub fn wait_for_bytes<'a>(peers: impl IntoIterator<Item = &'a Peer>) {
+    let waiting = peers.into_iter().filter(|peer| !peer.is_gone() && peer.end.is_none());
+    let mut waiting: Vec<_> = waiting.map(|peer| PollFd::new(peer, PollFlags::IN)).collect();
+    let millisecond = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+    poll(&mut waiting, Some(&millisecond)).unwrap();
 }
 
 thread_local! {

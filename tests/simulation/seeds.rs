@@ -6,8 +6,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-/// Runs a simulation for each seed, or for the one in `SEED`.
-pub fn run<F: Future<Output = ()>>(simulate: impl Fn(u64) -> F + Sync) {
+use tokio::time::Instant;
+
+use crate::descriptors;
+use crate::support::{TIMEOUT, poll_until};
+
+/// Runs a simulation for each seed, or for the one in `SEED`. Each thread has its own, and a table
+/// of descriptors of its own, in which a seed leaves nothing behind.
+pub fn run<S: FnMut(u64)>(simulation: impl Fn() -> S + Sync) {
     let number = |name| env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
     let seeds = match number("SEED") {
         Some(seed) => seed..seed + 1,
@@ -15,18 +21,21 @@ pub fn run<F: Future<Output = ()>>(simulate: impl Fn(u64) -> F + Sync) {
     };
     let (next, failed) = (AtomicU64::new(seeds.start), Mutex::new(Vec::new()));
     let work = || {
-        // With its clock stopped, which goes on to the next timer when nothing else happens.
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .start_paused(true)
-            .build_local(Default::default())
-            .unwrap();
+        descriptors::own_table();
+        let mut simulate = simulation();
+        let before = descriptors::open();
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= seeds.end {
                 break;
             }
-            let simulation = AssertUnwindSafe(|| runtime.block_on(simulate(seed)));
+            let simulation = AssertUnwindSafe(|| {
+                simulate(seed);
+                // The thread that closes passed descriptors takes its time.
+                let deadline = Instant::now() + TIMEOUT;
+                poll_until(deadline, || (descriptors::open() == before).then_some(()));
+                assert_eq!(descriptors::open(), before, "descriptors are left open");
+            });
             if catch_unwind(simulation).is_err() {
                 eprintln!("This was seed {seed}: SEED={seed} replays it.");
                 failed.lock().unwrap().push(seed);
