@@ -96,6 +96,9 @@ pub mod fuzzing {
 #[doc(hidden)]
 pub mod testing {
     //! What the tests of the forwarder and of the journal look into.
+    pub use crate::backend::command::guard_client::{
+        Event, FREEZE, GuardProcess, STOP, StartGuard, THAW, start_guard,
+    };
     pub use crate::config::Config;
     pub use crate::config::parser::Request;
     pub use crate::config::timespan::TimeSpan;

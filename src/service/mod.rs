@@ -13,6 +13,7 @@ mod signals;
 
 use tokio::signal::unix::SignalKind;
 
+use crate::backend::command::guard_client::{StartGuard, start_guard};
 use crate::config::Config;
 use crate::listen::activation::PassedFd;
 use crate::logging::os_message;
@@ -31,7 +32,7 @@ pub fn run(config: Config, passed: Vec<PassedFd>) -> Result<(), String> {
         .map_err(|error| format!("Failed to start the event loop: {}.", os_message(&error)))?;
     let result = runtime.block_on(async {
         let signals = Signals::catch()?;
-        start_and_serve(config, passed, signals, Notifier::from_environment()).await
+        start_and_serve(config, passed, signals, Notifier::from_environment(), start_guard).await
     });
     // Dropping the remaining connections resets them. Lookups that still run are left behind.
     runtime.shutdown_background();
@@ -47,6 +48,7 @@ pub async fn start_and_serve(
     passed: Vec<PassedFd>,
     mut signals: Signals,
     notifier: Notifier,
+    start_guard: StartGuard,
 ) -> Result<(), String> {
     let mut report_signal = signals::catch(SignalKind::user_defined1())?;
     let drain_time = config.args.drain_time;
@@ -54,7 +56,7 @@ pub async fn start_and_serve(
     // systemd and the lookups of --listen= may be slow. A signal ends the wait for them.
     // The exporter removes its socket files when it is dropped, at the end of the process.
     let (mut server, leftovers, _exporter) = tokio::select! {
-        started = startup::start(config, passed, &notifier) => started?,
+        started = startup::start(config, passed, &notifier, start_guard) => started?,
         () = signals.stop() => return Ok(()),
     };
     // Last, because this empties the store: a start that fails leaves the connections stored.

@@ -8,6 +8,7 @@ use rustix::thread::{clear_ambient_capability_set, set_no_new_privs};
 use tokio::sync::Notify;
 
 use crate::backend::command::Supervisor;
+use crate::backend::command::guard_client::StartGuard;
 use crate::backend::connect::{ConnectPermits, Connector};
 use crate::backend::prober::SharedProber;
 use crate::backend::readiness::Readiness;
@@ -78,6 +79,7 @@ pub async fn start(
     config: Config,
     mut passed: Vec<PassedFd>,
     notifier: &Notifier,
+    start_guard: StartGuard,
 ) -> Result<(Server, Leftovers, Option<Exporter>), String> {
     if config.handover.is_some() {
         // First, because the stored connections may need many descriptors.
@@ -102,7 +104,7 @@ pub async fn start(
     let has_connections = !leftovers.connections.is_empty();
     let stored = &mut leftovers.listeners;
     let sockets = ClientSockets::open(&config.args.listen, passed, stored, has_connections).await?;
-    let server = build(config, sockets, sources, handover, &leftovers)?;
+    let server = build(config, sockets, sources, handover, &leftovers, start_guard)?;
     if let Some(exporter) = &mut exporter {
         exporter.serve(server.metrics()).map_err(|error| {
             format!("Failed to start a thread for --metrics=: {}.", os_message(&error))
@@ -117,6 +119,7 @@ fn build(
     sources: Option<ClientSources>,
     handover: Option<Arc<Handover>>,
     leftovers: &Leftovers,
+    start_guard: StartGuard,
 ) -> Result<Server, String> {
     let Routes { listeners, connection, datagrams } = routes(&config, sockets)?;
     let is_journaled = handover.as_ref().is_some_and(|handover| handover.is_crash_mode());
@@ -139,7 +142,7 @@ fn build(
         let target = &backends[backend].connector.target;
         check_no_loop(label, target, config.command.is_some())?;
     }
-    let starter = starter(&config, fds.inherited)?;
+    let starter = starter(&config, fds.inherited, start_guard)?;
     let threads = config.args.threads.get();
     let settings = Settings {
         backends,
@@ -353,7 +356,11 @@ fn backend_setups(
 
 /// Returns what starts the backend, if the proxy does. `fd_limit` is COMMAND's soft limit on
 /// descriptors.
-fn starter(config: &Config, fd_limit: Option<u64>) -> Result<Option<Starter>, String> {
+fn starter(
+    config: &Config,
+    fd_limit: Option<u64>,
+    start_guard: StartGuard,
+) -> Result<Option<Starter>, String> {
     let Some(target) = config.targets.iter().next().cloned() else { return Ok(None) };
     if let Some(command) = &config.command {
         let supervisor = Supervisor::new(
@@ -363,6 +370,7 @@ fn starter(config: &Config, fd_limit: Option<u64>) -> Result<Option<Starter>, St
             config.times,
             target,
             fd_limit,
+            start_guard,
         )?;
         return Ok(Some(Starter::Command(Arc::new(supervisor))));
     }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket_proxyd::testing::Queue;
+use socket_proxyd::testing::{Queue, start_guard};
 use socket2::{Socket, Type};
 
 use crate::descriptors::above;
@@ -110,7 +110,7 @@ impl<'a> World<'a> {
         let sockets = sockets.map(|(number, route)| (number.to_string(), &route.passed));
         let name = self.systemd.name.clone();
         let passed = || self.systemd.pass(sockets);
-        self.process = Some(Process::start(&self.arguments, passed, &name, faults));
+        self.process = Some(Process::start(&self.arguments, passed, &name, start_guard, faults));
     }
 
     fn process(&mut self) -> &mut Process {

@@ -4,6 +4,8 @@
 //! Each simulation takes `SEEDS` seeds, 2,000 by default and 170,000 in `make sim`. A failure prints
 //! its seed, and `SEED=` replays that one alone.
 
+mod application;
+mod command;
 mod crash;
 mod descriptors;
 #[cfg(target_arch = "x86_64")]
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         });
     }
     trials.add("crash", || seeds::run(crash::simulation));
+    trials.add("COMMAND", || seeds::run(command::simulation));
     // Each keeps all processors busy.
     trials.run_on(1)
 }

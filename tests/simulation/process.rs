@@ -4,7 +4,9 @@ use std::ffi::{OsStr, OsString};
 use std::mem::ManuallyDrop;
 use std::time::Duration;
 
-use socket_proxyd::testing::{Config, Notifier, PassedFd, Request, Signals, start_and_serve};
+use socket_proxyd::testing::{
+    Config, Notifier, PassedFd, Request, Signals, StartGuard, start_and_serve,
+};
 use tokio::runtime::{Builder, LocalRuntime};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::{JoinHandle, yield_now};
@@ -27,6 +29,7 @@ impl Process {
         arguments: &[String],
         passed: impl FnOnce() -> Vec<PassedFd>,
         notify: &OsStr,
+        start_guard: StartGuard,
         mut faults: Faults,
     ) -> Self {
         let arguments = std::iter::once("socket-proxyd").chain(arguments.iter().map(|it| &**it));
@@ -37,7 +40,8 @@ impl Process {
         faults.kept = (first()..ABOVE).filter(|fd| is_open(*fd)).collect();
         let (terminate, receiver) = unbounded_channel();
         let (signals, notifier) = (Signals::simulated(receiver), Notifier::to(notify).unwrap());
-        let service = runtime.spawn_local(start_and_serve(config, passed(), signals, notifier));
+        let service =
+            runtime.spawn_local(start_and_serve(config, passed(), signals, notifier, start_guard));
         let runtime = ManuallyDrop::new(runtime);
         Self { runtime, service, terminate, faults }
     }

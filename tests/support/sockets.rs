@@ -42,7 +42,7 @@ pub struct Endpoint {
     pub socket: Socket,
     pub target: String,
     pub address: SockAddr,
-    _directory: Option<TempDir>,
+    pub _directory: Option<TempDir>,
 }
 
 impl Endpoint {

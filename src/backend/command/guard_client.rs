@@ -5,13 +5,17 @@
 //! process of COMMAND is left. When the proxy is gone, the guard reads the end of the stream.
 
 use std::ffi::OsStr;
+use std::fmt;
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
+use std::pin::pin;
 use std::process::{Command, ExitStatus};
+use std::task::{Context, Poll};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
@@ -28,26 +32,57 @@ use crate::config::command::CommandLine;
 #[derive(Debug)]
 pub struct CommandProcess {
     control: UnixStream,
-    guard: Child,
+    guard: Box<dyn GuardProcess>,
     /// Whether the guard has COMMAND's words.
     is_launched: bool,
     group: Option<Pid>,
 }
 
+/// A guard that was started.
+pub trait GuardProcess: fmt::Debug {
+    /// Returns its number, unless it was reaped.
+    fn id(&self) -> Option<u32>;
+
+    /// Waits until it exits.
+    fn poll_exit(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<ExitStatus>>;
+}
+
+impl GuardProcess for Child {
+    fn id(&self) -> Option<u32> {
+        Self::id(self)
+    }
+
+    fn poll_exit(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<ExitStatus>> {
+        pin!(self.wait()).poll(cx)
+    }
+}
+
+/// Starts a guard with this socket to the proxy, and with this `$NOTIFY_SOCKET`: [`start_guard`]
+/// or, in a simulation, another function.
+pub type StartGuard = fn(OwnedFd, Option<&Path>) -> io::Result<Box<dyn GuardProcess>>;
+
+/// Starts a guard, in a process group of its own: signals of a terminal reach the proxy alone. The
+/// guard inherits standard output, standard error, and no other descriptor.
+///
+/// # Errors
+/// Those of fork(2) and execve(2).
+pub fn start_guard(control: OwnedFd, notify: Option<&Path>) -> io::Result<Box<dyn GuardProcess>> {
+    let mut command = Command::new(THIS_PROGRAM);
+    command.arg0(GUARD).stdin(control);
+    isolate(&mut command);
+    command.envs(notify.map(|path| ("NOTIFY_SOCKET", path)));
+    Ok(Box::new(tokio::process::Command::from(command).spawn()?))
+}
+
 impl CommandProcess {
-    /// Starts a guard, in a process group of its own: signals of a terminal reach the proxy alone.
-    /// The guard inherits standard output, standard error, and no other descriptor.
+    /// Starts a guard.
     ///
     /// # Errors
-    /// Those of fork(2) and execve(2).
-    pub fn start(notify: Option<&Path>) -> io::Result<Self> {
+    /// socketpair(2)'s, and those of `start_guard`.
+    pub fn start(start_guard: StartGuard, notify: Option<&Path>) -> io::Result<Self> {
         let (control, guard_side) = StdUnixStream::pair()?;
         control.set_nonblocking(true)?;
-        let mut command = Command::new(THIS_PROGRAM);
-        command.arg0(GUARD).stdin(OwnedFd::from(guard_side));
-        isolate(&mut command);
-        command.envs(notify.map(|path| ("NOTIFY_SOCKET", path)));
-        let guard = tokio::process::Command::from(command).spawn()?;
+        let guard = start_guard(guard_side.into(), notify)?;
         Ok(Self { control: UnixStream::from_std(control)?, guard, is_launched: false, group: None })
     }
 
@@ -113,7 +148,8 @@ impl CommandProcess {
             while self.event().await.is_ok() {}
         }
         drop(self.control);
-        let has_stopped = self.guard.wait().await.is_ok_and(|status| status.success());
+        let has_stopped =
+            poll_fn(|cx| self.guard.poll_exit(cx)).await.is_ok_and(|status| status.success());
         if let (false, Some(group)) = (has_stopped, self.group) {
             kill_group(group).await;
         }

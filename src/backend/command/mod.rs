@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use crate::backend::command::guard_client::CommandProcess;
+use crate::backend::command::guard_client::{CommandProcess, StartGuard};
 use crate::backend::command::notify_socket::{NotifyDirectory, NotifySocket};
 use crate::backend::command::run_result::{RunResult, describe_status};
 use crate::backend::connect_error::CheckError;
@@ -50,6 +50,7 @@ pub struct Supervisor {
     notifies_busy: bool,
     times: CommandTimes,
     fd_limit: Option<u64>,
+    start_guard: StartGuard,
     pub lifecycle: Arc<Lifecycle>,
 }
 
@@ -65,6 +66,7 @@ impl Supervisor {
         times: CommandTimes,
         target: Target,
         fd_limit: Option<u64>,
+        start_guard: StartGuard,
     ) -> Result<Self, String> {
         let (notifies_ready, notifies_busy) =
             (*ready == ReadyMode::Notify, busy == BusyMode::Notify);
@@ -78,6 +80,7 @@ impl Supervisor {
             notifies_busy,
             times,
             fd_limit,
+            start_guard,
         })
     }
 
@@ -201,7 +204,8 @@ impl Supervisor {
         if let Some(directory) = &self.notify {
             *notify = Some(directory.open().map_err(RunResult::Failed)?);
         }
-        let started = CommandProcess::start(notify.as_ref().map(NotifySocket::path));
+        let started =
+            CommandProcess::start(self.start_guard, notify.as_ref().map(NotifySocket::path));
         let process = process.insert(started.map_err(failed)?);
         let tree = process.launch(name, self.fd_limit).await.map_err(failed)?;
         if let Some(notify) = notify {
