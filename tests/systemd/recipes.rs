@@ -146,23 +146,38 @@ fn redis(container: &Container) {
     container.run(&["systemctl", "stop", "redis-server.service"]);
 }
 
+/// Debian has it from 13 on.
+const QUADLET: &str = "/usr/lib/systemd/system-generators/podman-system-generator";
+
 fn podman(container: &Container) {
     let recipe = recipe("## Podman");
     recipe.write(container);
-    // Quadlet's service, as far as the proxy meets it. It takes a while to listen.
-    let service = format!(
-        "[Unit]\nStopWhenUnneeded=yes\n[Service]\nDynamicUser=yes\nExecStart=/bin/sh -c 'sleep 1; {}'\n",
+    // As far as the proxy meets the container. It takes a while to listen.
+    let application = format!(
+        "[Service]\nDynamicUser=yes\nType=exec\nExecStart=\nExecStop=\nExecStopPost=\n\
+        ExecStart=/bin/sh -c 'sleep 1; {}'\n",
         APPLICATION.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap()
     );
-    container.write("/etc/systemd/system/web.service", &service);
+    if Path::new(QUADLET).exists() {
+        let service = container.show("web.service");
+        assert_eq!(service["FragmentPath"], "/run/systemd/generator/web.service");
+        let published = " --publish 127.0.0.1:3000:80 docker.io/library/nginx:1.27 ";
+        assert!(service["ExecStart"].contains(published), "{}", service["ExecStart"]);
+    } else {
+        container.write("/etc/systemd/system/web.service", "[Unit]\nStopWhenUnneeded=yes\n");
+    }
+    container.write("/etc/systemd/system/web.service.d/application.conf", &application);
+    // Its commands reload systemd.
     recipe.run(container);
     for _ in 0..2 {
         wait_for_page(container, &["http://127.0.0.1:8080/"], "Directory listing");
         container.wait_for("web.service", "ActiveState", "inactive");
     }
     assert_eq!(container.show("web-proxy.socket")["ActiveState"], "active");
+    let remove =
+        "systemctl stop web; rm -r /etc/systemd/system/web.service* /etc/containers/systemd";
+    container.run(&["sh", "-c", remove]);
     tear_down(container, &recipe);
-    remove(container, &["web.service"]);
 }
 
 /// What the recipe needs of docker(1): a container whose port answers at once, but is healthy only 2
