@@ -409,10 +409,10 @@ fn sessions_without_room_for_what_they_hold_starve_no_other() {
     let options = ["--ready=connect"];
     let service = Service::start(Kind::Udp, Kind::Udp, &options, &["up=0.5"]);
     let clients: Vec<_> = (0..40).map(|_| service.proxy.client()).collect();
-    for client in &clients {
-        // 40 of them are more than a listener holds.
+    for (client, sessions) in clients.iter().zip(1..) {
+        // 40 of them are more than a listener holds. Its socket's queue is not to be the limit.
         client.send(&[b'x'; 50_000]).unwrap();
-        pause(Duration::from_millis(2));
+        service.proxy.wait_for_sessions(sessions);
     }
     let last = service.proxy.client();
     last.send(b"the last").unwrap();
