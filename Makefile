@@ -14,7 +14,7 @@ RELEASE ?= $(or $(shell . /etc/os-release && echo $$VERSION_CODENAME),trixie)
 IN_ROOT = $(CURDIR)/tests/root run $(RELEASE)
 BY_CARGO = --config "target.'cfg(unix)'.runner = '$(IN_ROOT)'"
 
-.PHONY: build demo quick test root sim soak portability check bench fmt clippy doc man deny fuzz install deb rpm clean
+.PHONY: build demo quick test root sim soak portability vm check bench fmt clippy doc man deny fuzz install deb rpm clean
 
 build:
 	$(CARGO) build --release --locked
@@ -50,6 +50,11 @@ soak:
 # Only some Debians: make portability RELEASES="bullseye sid"
 portability:
 	tests/portability $(RELEASES)
+
+# The suites on Debian's kernels, each under its release's systemd, in a virtual machine: hours without KVM.
+# One of them: make vm RELEASES=bookworm SUITES=proxy.
+vm:
+	SUITES="$(SUITES)" tests/vm $(RELEASES)
 
 check: fmt clippy doc man deny bench
 
