@@ -189,6 +189,10 @@ fn wayland_client_shows_frames() {
     if !are_installed_for("wayland_client_shows_frames", &[WESTON, CLIENT]) {
         return;
     }
+    // Its simple client no longer knows the fullscreen shell, which the headless backend needs.
+    if output(WESTON, &["--version"]).starts_with("weston 14") {
+        return skip("wayland_client_shows_frames", "weston before 14");
+    }
     let front = Front::start();
     let weston = Launch::new(WESTON).args(["--backend=headless-backend.so", "--no-config"]);
     let weston = weston.args(["--socket=backend", "--shell=fullscreen-shell.so", "--idle-time=0"]);
