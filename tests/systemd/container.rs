@@ -200,7 +200,7 @@ impl Container {
         // Killing nspawn leaves the container behind. So both are in a PID namespace, whose end is
         // the end of all in it: when this thread dies, so does unshare, and with it its child, the
         // namespace's first process.
-        let mut command = Command::new("setpriv");
+        let mut command = own_control_group("setpriv");
         command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork"]);
         command.args(["--kill-child", "--mount-proc", "/bin/sh", "-c", BOOT, "sh"]);
         command.arg(directory.path()).arg(name).arg(root);
@@ -434,6 +434,17 @@ impl Drop for Container {
         };
         poll_until(Instant::now() + TIMEOUT, remove);
     }
+}
+
+/// A command for a container that shares its control group with no other, which nspawn takes as it finds it.
+/// Without a systemd there is one only inside the container.
+fn own_control_group(program: &str) -> Command {
+    if !Path::new("/run/systemd/system").exists() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("systemd-run");
+    command.args(["--quiet", "--scope", "--property=Delegate=yes", "--", program]);
+    command
 }
 
 fn child_of(pid: u32) -> Option<u32> {
