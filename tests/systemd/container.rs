@@ -167,8 +167,9 @@ for hierarchy in /sys/fs/cgroup /sys/fs/cgroup/systemd /sys/fs/cgroup/unified; d
     mkdir "$hierarchy/$name"
     echo 0 >"$hierarchy/$name/cgroup.procs"
 done
+# Without --rlimit= the container has the kernel's limits, and systemd 247 raises none for its services.
 exec systemd-nspawn -q -D "$base/root" -b --register=no --keep-unit --console=pipe -M "$name" \
-    --private-network --tmpfs=/tmp --link-journal=no
+    --private-network --tmpfs=/tmp --link-journal=no --rlimit=RLIMIT_NOFILE=1024:524288
 "#;
 
 impl Container {
