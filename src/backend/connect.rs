@@ -339,7 +339,7 @@ pub async fn try_connect(address: &Address, from: Option<&SourceAddress>) -> io:
         socket.connected().await?;
     }
     if let Address::Inet(target) = address {
-        if from.is_none() && !may_be_local(target.port()) {
+        if from.is_none() && !may_be_ephemeral(target.port()) {
             return Ok(socket);
         }
         let target = from.map_or(*target, |_| SourceAddress::destination(*target));
@@ -392,9 +392,9 @@ fn is_self_connect(target: SocketAddr, local: SocketAddr) -> bool {
 
 /// Whether connect(2) may pick this port for a socket that has none.
 ///
-/// The first answer is yes: a process that has just been started serves its first client sooner
-/// without reading a file.
-fn may_be_local(port: u16) -> bool {
+/// True for the first connect: the client for which the process was started does not wait until a
+/// file is read.
+fn may_be_ephemeral(port: u16) -> bool {
     static HAS_CONNECTED: AtomicBool = AtomicBool::new(false);
     !HAS_CONNECTED.swap(true, Relaxed) || LOCAL_PORTS.contains(&port)
 }

@@ -35,13 +35,12 @@ pub struct Listener {
     family: Family,
     pub label: SocketLabel,
     pub info: Arc<ListenerInfo>,
-    /// How many of the next accepted TCP sockets lack the listener's options; not known before the
-    /// first is accepted.
-    ///
-    /// A TCP connection inherits the options when its handshake completes. Connections that were
-    /// queued before the options were set do not have them.
+    /// Whether accepted sockets inherit the listener's options.
+    passes_options: bool,
+    /// How many of the next accepted sockets may have been queued before the options were set;
+    /// `None` before the first accept. A TCP connection inherits when its handshake completes.
     without_options: Cell<Option<u32>>,
-    /// Whether accepted sockets inherit that they add credentials to what they receive.
+    /// Whether accepted sockets inherit SO_PASSCRED or the like.
     adds_credentials: bool,
     keepalive: Cell<Option<Keepalive>>,
     /// Clients accepted since the accept loop last let other tasks run.
@@ -71,6 +70,7 @@ impl Listener {
     ) -> io::Result<Self> {
         // Accepted sockets inherit the options, which saves setting them for each connection.
         let (family, address) = configure(&fd)?;
+        let passes_options = family == Family::Tcp && passes_options(&fd);
         let adds_credentials = family == Family::Unix && adds_credentials(&fd);
         let label = SocketLabel { name, kind: SocketKind::Stream, address };
         Ok(Self {
@@ -78,6 +78,7 @@ impl Listener {
             family,
             info: ListenerInfo::new(&label),
             label,
+            passes_options,
             without_options: Cell::new(None),
             adds_credentials,
             keepalive: Cell::new(None),
@@ -172,12 +173,12 @@ impl Listener {
 
     /// Returns whether the socket accepted last has the options of the listener.
     fn inherits_options(&self) -> bool {
-        // What came before the options were set is the first one accepted, or still in the queue.
+        // Only the first one accepted, and what is queued then, can be older than the options.
         let left = self.without_options.get().unwrap_or_else(|| {
             accept_queue_len(&self.io).map_or(u32::MAX, |queued| queued.saturating_add(1))
         });
         self.without_options.set(Some(left.saturating_sub(1)));
-        left == 0 && self.family != Family::Unix
+        left == 0 && self.passes_options
     }
 
     /// Logs why clients wait in the kernel's backlog.
@@ -247,6 +248,15 @@ fn set_options(fd: &OwnedFd, family: Family) {
     set_oobinline(fd);
 }
 
+/// Returns whether TCP sockets accepted from this listener have the options that were set on it.
+///
+/// MPTCP refuses SO_OOBINLINE, which the sockets of its plain TCP clients can have. With
+/// SO_REUSEPORT, clients of another listener may come here (`tcp_migrate_req` in Linux's
+/// ip-sysctl).
+fn passes_options(fd: &OwnedFd) -> bool {
+    sockopt::socket_oobinline(fd).unwrap_or(false) && !sockopt::socket_reuseport(fd).unwrap_or(true)
+}
+
 pub fn passed_error(name: &str, error: &io::Error) -> String {
     format!("Failed to use passed socket {name}: {}.", os_message(error))
 }
@@ -283,13 +293,14 @@ static ACCEPT_FAILED: RateLimit = RateLimit::new(1, Duration::from_secs(60));
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{SocketAddr, TcpListener, TcpStream};
 
     use rustix::net::sockopt::{socket_oobinline, tcp_nodelay};
+    use socket2::{Domain, Protocol, Socket, Type};
 
     use super::*;
 
-    /// A steady stream of clients never empties the queue.
+    /// New clients keep the queue from ever being empty.
     #[tokio::test]
     async fn only_clients_from_before_the_options_are_given_them() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -308,5 +319,21 @@ mod tests {
             inherits
         });
         assert_eq!(inherits, [false, false, false, false, false, true, true]);
+    }
+
+    #[tokio::test]
+    async fn plain_clients_of_an_mptcp_listener_inherit_no_option() {
+        let Ok(socket) = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)) else {
+            return eprintln!("SKIPPED: an MPTCP listener: the kernel has no MPTCP");
+        };
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        socket.listen(8).unwrap();
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        let listener = Listener::from_fd(socket.into(), None, None).unwrap();
+        // As after the queue was found empty.
+        listener.without_options.set(Some(0));
+        let _client = TcpStream::connect(address).unwrap();
+        let accepted = listener.accept(&FdBudget::new(8, 8), || false).await.unwrap();
+        assert!(socket_oobinline(&accepted.socket).unwrap());
     }
 }

@@ -54,9 +54,10 @@ pub use crate::socket::sys::{add_no_credentials, adds_credentials};
 pub struct Socket {
     io: AsyncFd<OwnedFd>,
     family: Family,
+    /// Whether the peer ever sent urgent data, as far as it is known.
     has_urgent_data: Cell<bool>,
-    /// Whether [`Socket::has_urgent_data`] keeps its result.
-    urgent_data_is_known: Cell<bool>,
+    /// Whether urgent data or the end of the stream was seen: no other answer comes after that.
+    has_checked_priority: Cell<bool>,
     /// Whether [`Socket::connected`] took the peer's reset from the socket.
     was_reset: Cell<bool>,
     /// Whether a stored descriptor keeps the connection open when this one is closed.
@@ -83,7 +84,7 @@ impl Socket {
             io: register(fd, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)?,
             family,
             has_urgent_data: Cell::new(false),
-            urgent_data_is_known: Cell::new(false),
+            has_checked_priority: Cell::new(false),
             was_reset: Cell::new(false),
             is_shared: Cell::new(false),
             closes_cleanly: false,
@@ -209,12 +210,12 @@ impl Socket {
     /// past it, not even to a FIN. So from then on only receiving works, and a short receive says
     /// nothing. The urgent byte itself is an ordinary byte ([`set_oobinline`]).
     pub fn has_urgent_data(&self) -> bool {
-        // try_io costs one load, but takes the end of the stream for urgent data. The event with
-        // that end also tells whether there is any, and none comes later.
-        if !self.urgent_data_is_known.get()
+        // try_io costs one load. It also succeeds at the end of the stream, so its first success is
+        // checked for EPOLLPRI. After the end no urgent data comes.
+        if !self.has_checked_priority.get()
             && self.io.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
         {
-            self.urgent_data_is_known.set(true);
+            self.has_checked_priority.set(true);
             self.has_urgent_data.set(self.has_urgent_data.get() || self.has_priority_event());
         }
         self.has_urgent_data.get()
