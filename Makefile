@@ -1,18 +1,18 @@
-# The front door: see README.md.
+# The commands of README.md and CONTRIBUTING.md.
 
 # The shipped units say /usr/bin.
 PREFIX ?= /usr
 DESTDIR ?=
 CARGO ?= cargo
 INSTALL ?= install
-# Where Debian has them of packages, and everybody else of all.
+# Packages of Debian install completions in vendor-completions, others in site-functions.
 ZSHDIR ?= $(PREFIX)/share/zsh/$(if $(filter /usr,$(PREFIX)),vendor-completions,site-functions)
 
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 # The Debian in which the tests run, as new as this one.
 RELEASE ?= $(or $(shell . /etc/os-release && echo $$VERSION_CODENAME),trixie)
 IN_ROOT = $(CURDIR)/tests/root run $(RELEASE)
-BY_CARGO = --config "target.'cfg(unix)'.runner = '$(IN_ROOT)'"
+BY_CARGO = --config "target.'cfg(unix)'.runner = ['$(CURDIR)/tests/root', 'run', '$(RELEASE)']"
 
 .PHONY: build demo quick test root sim soak portability vm check bench fmt clippy doc man deny fuzz install deb rpm clean
 
@@ -58,7 +58,7 @@ vm:
 
 check: fmt clippy doc man deny bench
 
-# Once and short, so that it can't rot; in full: make bench BENCH=
+# Once and short, so that a broken benchmark is noticed; in full: make bench BENCH=
 BENCH ?= --quick --markdown=target/bench/tables.md
 
 bench: root
@@ -74,7 +74,7 @@ doc:
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" \
 	    $(CARGO) doc --locked --no-deps --document-private-items
 
-# The pages render without a word.
+# The pages render without a warning.
 man: root
 	@for page in man/*.8; do \
 	    words=$$($(IN_ROOT) groff -man -ww -Tutf8 -z $$page 2>&1; \
@@ -82,7 +82,7 @@ man: root
 	    test -z "$$words" || { echo "$$words"; exit 1; }; \
 	done
 
-# Licences, sources and duplicates; the advisories need a network that CI may not have.
+# Licences, sources and duplicates, but no advisories: they need a network that CI may not have.
 deny:
 	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --locked --log-level error check bans licenses sources
