@@ -1,4 +1,5 @@
-//! What each row is to cost, as a quotient to another program, to another row, or to the floor.
+//! Limits on the cost and the rate of rows, as quotients to another program, to another row, or to the
+//! splice loop.
 
 use crate::comparison::{Comparison, Entry, Section};
 use crate::contender::{FLOOR, OURS};
@@ -78,8 +79,8 @@ const GOALS: &[Goal] = {
     ]
 };
 
-/// How far the floor's figure may differ from socket-proxyd's without being better: what two runs
-/// differ by.
+/// How far the floor's figure may differ from socket-proxyd's without being better. Two runs differ
+/// by as much.
 const NOISE: f64 = 0.05;
 
 /// A goal, judged on one pair of families.

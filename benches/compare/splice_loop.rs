@@ -1,6 +1,6 @@
-//! The least that carries a stream: two threads for each connection, each with a pipe and a blocking
-//! splice(2) into it and out of it. It has no event loop, no limit, and no end but that of its
-//! streams. So it is no proxy, but a floor for the rows with one connection.
+//! The least that carries a stream. Each connection has two threads, one for each direction. Each
+//! thread moves bytes by a blocking splice(2) into a pipe, and one out of it. There is no limit, no
+//! time limit and no reset, so this is a floor for the rows with one connection, and not a proxy.
 
 use std::io;
 use std::net::Shutdown;

@@ -1,5 +1,6 @@
-//! Schedules that a seed decides, step by step, against a model: what two peers do to a forwarder,
-//! and what peers, kills and systemd do to the whole program.
+//! Schedules that a seed decides, step by step, against a model. Two peers act on a forwarder. Peers,
+//! kills and systemd act on the program with `--handover=crash`. Clients and an application act on
+//! the program with COMMAND.
 //!
 //! Each simulation takes `SEEDS` seeds, 2,000 by default and 170,000 in `make sim`. A failure prints
 //! its seed, and `SEED=` replays that one alone.
@@ -33,6 +34,6 @@ fn main() -> ExitCode {
     }
     trials.add("crash", || seeds::run(crash::simulation));
     trials.add("COMMAND", || seeds::run(command::simulation));
-    // Each keeps all processors busy.
+    // One at a time: each runs on all processors.
     trials.run_on(1)
 }
