@@ -22,8 +22,8 @@
 //!   the CPU of copying. Its pipe comes from the event loop's pool and returns when it is empty.
 //!   Once it carries only small messages, it goes back to copying. So does a flow that finds no
 //!   pipe.
-//! - A Unix source is copied. In bulk its many small buffers cost more to splice than to copy, and
-//!   splice(2) closes the descriptors that come with them.
+//! - A Unix source is copied: splice(2) closes the descriptors that come with its bytes. In bulk to
+//!   TCP its many small buffers also cost more to splice than to copy.
 //! - With `--handover=crash` each flow has a *stored* pipe, which systemd keeps as well. All of its
 //!   bytes are spliced through that pipe, so none is ever in the memory of the process.
 //!
