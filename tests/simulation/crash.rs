@@ -142,6 +142,12 @@ impl<'a> World<'a> {
     /// Lets the program run for some turns, or until it is killed.
     fn step(&mut self, turns: u64) {
         let queued: Vec<_> = self.routes.iter().map(Route::has_queued).collect();
+        // The next process restores connections until it is ready.
+        if !self.systemd.notifications.iter().any(|line| line == "READY=1") {
+            for connection in self.connections.iter_mut().flatten() {
+                connection.is_unstored |= connection.has_ended_and_reset();
+            }
+        }
         self.process().step(turns);
         if self.process().faults.is_killed {
             self.killed(&queued);
@@ -178,6 +184,7 @@ impl<'a> World<'a> {
             let uses_unstored = connection.has_urgent();
             connection.is_unstored |= was_accepted && (!stores || is_unstored);
             connection.is_unstored |= connection.has_ended_and_reset();
+            connection.is_unstored |= was_accepted && connection.may_lose_its_backend();
             connection.may_be_cut |= was_accepted && uses_unstored;
         }
         self.start(faults);
@@ -316,6 +323,12 @@ impl Connection {
     fn has_ended_and_reset(&self) -> bool {
         let peers = [&self.client, &self.backend];
         peers.iter().any(|peer| peer.has_ended) && peers.iter().any(|peer| peer.was_reset)
+    }
+
+    /// Whether the backend may not be stored yet. It ends with the process then, and the next process
+    /// connects to none for a client that is gone.
+    fn may_lose_its_backend(&self) -> bool {
+        self.client.is_gone() && self.client.received() + self.backend.received() == 0
     }
 
     /// Whether descriptors were passed between Unix sockets. A stored connection carries none.
