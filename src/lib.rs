@@ -95,7 +95,7 @@ pub mod fuzzing {
 
 #[doc(hidden)]
 pub mod testing {
-    //! What the tests of the forwarder and of the journal look into.
+    //! What the tests of the forwarder and of the journal look into, and what simulations run.
     pub use crate::backend::command::guard_client::{
         Event, FREEZE, GuardProcess, STOP, StartGuard, THAW, start_guard,
     };

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::contender::{Contender, Family};
+use crate::addresses::Family;
+use crate::contender::Contender;
 use crate::machine::Machine;
 use crate::process::Holdings;
 use crate::rows::{Row, Unit};

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use socket2::SockAddr;
 
-use crate::contender::{Family, free_address, written};
+use crate::addresses::{Family, free_address, written};
 
 pub(crate) const HAPROXY: &str = "/usr/sbin/haproxy";
 pub(crate) const NGINX: &str = "/usr/sbin/nginx";

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::contender::{Contender, Family, Kind, OURS, User};
+use crate::addresses::Family;
+use crate::contender::{Contender, Kind, OURS, User};
 
 /// A kind of work.
 #[derive(Clone, Copy, Debug)]
@@ -13,7 +14,7 @@ pub(crate) enum Work {
     BulkDown(usize),
     /// Messages of so many bytes, each answered, on so many connections.
     RoundTrips(usize, usize),
-    /// The same beside so many connections of bulk, whose bytes are the work.
+    /// Small messages beside so many connections of bulk, whose bytes are the work.
     Beside(usize),
     /// Bytes from one client to the backend, beside so many receivers that have stopped reading.
     BesideStalled(usize),

@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use socket2::SockAddr;
 use tempfile::TempDir;
 
+use crate::addresses::{Family, free_address, listener};
 use crate::clock;
-use crate::contender::{Contender, Family, Running, User, free_address, listener};
+use crate::contender::{Contender, Running, User};
 use crate::load::{Load, Role, Stats};
 use crate::process::{Holdings, cpu, holdings, is_frozen, tree};
 use crate::rows::{Row, Work};

@@ -396,7 +396,11 @@ fn is_self_connect(target: SocketAddr, local: SocketAddr) -> bool {
 /// file is read.
 fn may_be_ephemeral(port: u16) -> bool {
     static HAS_CONNECTED: AtomicBool = AtomicBool::new(false);
-    !HAS_CONNECTED.swap(true, Relaxed) || LOCAL_PORTS.contains(&port)
+    if !HAS_CONNECTED.load(Relaxed) {
+        HAS_CONNECTED.store(true, Relaxed);
+        return true;
+    }
+    LOCAL_PORTS.contains(&port)
 }
 
 /// The ports that connect(2) picks (`ip_local_port_range` in ip(7)), as they were at the second

@@ -26,7 +26,7 @@ pub enum State {
     /// The guard waits for COMMAND's words.
     Launching,
     Starting,
-    /// It listens, and serves.
+    /// The application listens, and serves.
     Ready,
     Frozen,
     /// COMMAND has exited, and another process of it is left.

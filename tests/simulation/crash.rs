@@ -67,9 +67,9 @@ struct Connection {
     has_backend: bool,
     /// Backends of connections that were not stored when the process was killed.
     abandoned: Vec<Peer>,
-    /// The end of the process cuts it, because it is not stored.
+    /// Whether the end of a process may have cut the connection, which was not stored.
     is_unstored: bool,
-    /// It may have been cut by a reset.
+    /// Whether a reset may have cut the connection.
     may_be_cut: bool,
 }
 

@@ -38,7 +38,7 @@ pub struct Peer {
     pub has_sent_urgent: bool,
     /// More descriptors went with one byte than the proxy passes on.
     pub passed_too_many: bool,
-    /// It has reset the connection, or has closed it with bytes unread.
+    /// Whether this peer has reset the connection, or closed it with bytes unread.
     pub was_reset: bool,
     /// Sending has failed.
     is_refused: bool,

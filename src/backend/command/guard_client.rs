@@ -40,7 +40,7 @@ pub struct CommandProcess {
 
 /// A guard that was started.
 pub trait GuardProcess: fmt::Debug {
-    /// Returns its number, unless it was reaped.
+    /// Returns the process ID, or `None` once it was reaped.
     fn id(&self) -> Option<u32>;
 
     /// Waits until it exits.

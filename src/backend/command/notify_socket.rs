@@ -200,7 +200,7 @@ impl Receiver {
 /// What a message says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Notification {
-    /// It has the line `READY=1`.
+    /// Whether the message has the line `READY=1`.
     pub is_ready: bool,
     /// Whether COMMAND is busy, by the last line that says so.
     pub busy: Option<bool>,
