@@ -95,9 +95,17 @@ pub(crate) struct Verdict {
 
 /// Judges each goal for which the run has both figures.
 pub(crate) fn verdicts(comparison: &Comparison) -> Vec<Verdict> {
-    let on_pairs =
-        |goal: &'static Goal| goal.pairs.iter().filter_map(|pair| goal.verdict(comparison, pair));
-    GOALS.iter().flat_map(on_pairs).collect()
+    on_pairs().filter_map(|(goal, pair)| goal.verdict(comparison, pair)).collect()
+}
+
+/// Returns the goals for which the run lacks a figure: that of a row, or of all peers.
+pub(crate) fn unjudged(comparison: &Comparison) -> Vec<String> {
+    let unjudged = on_pairs().filter(|(goal, pair)| goal.verdict(comparison, pair).is_none());
+    unjudged.map(|(goal, pair)| format!("{} on {pair}", goal.words())).collect()
+}
+
+fn on_pairs() -> impl Iterator<Item = (&'static Goal, &'static str)> {
+    GOALS.iter().flat_map(|goal| goal.pairs.iter().map(move |pair| (goal, *pair)))
 }
 
 /// Returns socket-proxyd's CPU and rate as quotients to the best of the other programs.
@@ -131,15 +139,13 @@ impl Goal {
             is_met |=
                 floor.is_some_and(|floor| self.figure.is_at(ours / floor, self.figure.near()));
         }
+        Some(Verdict { row: self.words(), pair, than, quotient: ours / reference, is_met })
+    }
+
+    fn words(&self) -> String {
         let (word, most) = (self.figure.word(), self.figure.bound_word());
         let option = self.option.map(|option| format!(" ({option})")).unwrap_or_default();
-        Some(Verdict {
-            row: format!("{}{option}, {word} {most} {}", self.row, self.bound),
-            pair,
-            than,
-            quotient: ours / reference,
-            is_met,
-        })
+        format!("{}{option}, {word} {most} {}", self.row, self.bound)
     }
 }
 
