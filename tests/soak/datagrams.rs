@@ -87,7 +87,7 @@ impl Sessions {
             if self.stop.is_stopped() {
                 break;
             }
-            let largest = [100, 1400, 65_000][random.below(3) as usize];
+            let largest = [100, 1400, LARGEST][random.below(3) as usize];
             let size = HEADER as u64 + random.below(largest - HEADER as u64);
             self.ask(&mut client, size as usize)?;
             pause(Duration::from_millis(random.below(5)));
@@ -218,9 +218,17 @@ impl Load for Sessions {
             cuts: self.lost.load(Relaxed),
         }
     }
+
+    /// One receive takes up to 32 datagrams. The longest batch so far decides how many pages of the
+    /// receive buffer are in memory.
+    fn burst_memory(&self) -> u64 {
+        32 * LARGEST.div_ceil(1024)
+    }
 }
 
 const HEADER: usize = 24;
+
+const LARGEST: u64 = 65_000;
 
 /// Questions that are asked again are counted, see [`crate::measures::table`].
 const AGAIN_AFTER: Duration = Duration::from_millis(200);

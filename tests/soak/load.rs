@@ -20,6 +20,11 @@ pub trait Load: Send + Sync {
     fn run_calm_phase(&self, seed: u64);
 
     fn totals(&self) -> Totals;
+
+    /// KiB that the process may keep after a burst that comes late.
+    fn burst_memory(&self) -> u64 {
+        0
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
