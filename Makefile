@@ -133,9 +133,9 @@ install:
 	done
 	chmod -R u=rwX,go=rX $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples
 
-# The packages, from what `make` has built; they say where they are.
+# The packages, from what `make` has built; they say where they are. Rust 1.85 does not build cargo-deb 3.8.
 deb: build
-	@command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
+	@command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb@3.6.0
 	@$(CARGO) deb --locked --no-build
 
 rpm: build
