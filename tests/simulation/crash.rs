@@ -145,7 +145,7 @@ impl<'a> World<'a> {
         // The next process restores connections until it is ready.
         if !self.systemd.notifications.iter().any(|line| line == "READY=1") {
             for connection in self.connections.iter_mut().flatten() {
-                connection.is_unstored |= connection.has_ended_and_reset();
+                connection.is_unstored |= connection.may_lose_a_reset();
             }
         }
         self.process().step(turns);
@@ -183,7 +183,7 @@ impl<'a> World<'a> {
             let was_accepted = !route.has_queued();
             let uses_unstored = connection.has_urgent();
             connection.is_unstored |= was_accepted && (!stores || is_unstored);
-            connection.is_unstored |= connection.has_ended_and_reset();
+            connection.is_unstored |= connection.may_lose_a_reset();
             connection.is_unstored |= was_accepted && connection.may_lose_its_backend();
             connection.may_be_cut |= was_accepted && uses_unstored;
         }
@@ -328,12 +328,13 @@ impl Connection {
         [&self.client, &self.backend].iter().any(|peer| peer.has_sent_urgent)
     }
 
-    /// Whether one side has ended its bytes and the other has reset the connection. The kernel reports
-    /// a reset once. Behind two FINs it can't be told from an end, if the process was killed before
-    /// it has stored what it read.
-    fn has_ended_and_reset(&self) -> bool {
+    /// Whether a reset may be taken for an end. The kernel reports it once, perhaps to a process that
+    /// was killed before it stored what it read. After that a Unix socket shows an end, and so does
+    /// a TCP socket behind two FINs.
+    fn may_lose_a_reset(&self) -> bool {
         let peers = [&self.client, &self.backend];
-        peers.iter().any(|peer| peer.has_ended) && peers.iter().any(|peer| peer.was_reset)
+        let has_ended = peers.iter().any(|peer| peer.has_ended);
+        peers.iter().any(|peer| peer.was_reset && (has_ended || peer.family == Family::Unix))
     }
 
     /// Whether the backend may not be stored yet. It ends with the process then, and the next process
