@@ -133,13 +133,13 @@ install:
 	done
 	chmod -R u=rwX,go=rX $(DESTDIR)$(PREFIX)/share/doc/socket-proxyd/examples
 
-# The packages, from what `make` has built; they say where they are. Rust 1.85 does not build cargo-deb 3.8.
+# The packages, from what `make` has built; they say where they are. Rust 1.85 builds these versions of the tools.
 deb: build
 	@command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb@3.6.0
 	@$(CARGO) deb --locked --no-build
 
 rpm: build
-	@command -v cargo-generate-rpm >/dev/null || $(CARGO) install --locked cargo-generate-rpm
+	@command -v cargo-generate-rpm >/dev/null || $(CARGO) install --locked cargo-generate-rpm@0.20.0
 	@$(CARGO) generate-rpm && ls $(TARGET)/generate-rpm/*.rpm
 
 clean:
