@@ -342,7 +342,7 @@ impl Flow {
         match result {
             Ok(bytes) => {
                 self.delivered += bytes as u64;
-                sink.limit_unsent(self.delivered);
+                sink.account_sent(self.delivered);
                 Ok(bytes)
             }
             Err(Errno::AGAIN) => {

@@ -47,7 +47,8 @@
 //!   picks (has the socket connected to itself?). Each Unix socket adds one `setsockopt`
 //!   (SO_OOBINLINE, which it does not inherit).
 //! - Bulk from a TCP socket: two `splice` for up to 1 MiB, and one `setsockopt` after the first 128
-//!   KiB to a TCP sink. With many stalled flows a `poll` and a `getsockopt` more.
+//!   KiB (to a Unix sink a `getsockopt`, too). With many stalled flows a `poll` and a `getsockopt`
+//!   more.
 //!
 //! `tests/proxy/syscalls.rs` counts them, except those that stalled flows add.
 //!

@@ -33,7 +33,7 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendFlags, sockopt};
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -275,6 +275,16 @@ impl Socket {
         if *system > bytes {
             // A kernel without the option accepts as much as tcp_wmem allows.
             let _ = SockRef::from(&self.io).set_tcp_notsent_lowat(bytes);
+        }
+    }
+
+    /// Doubles what the kernel may hold for the peer, if that is at most `bytes`, and within
+    /// `net.core.wmem_max`.
+    pub fn double_send_buffer(&self, bytes: usize) {
+        let current = sockopt::socket_send_buffer_size(&self.io).unwrap_or(usize::MAX);
+        if current <= bytes {
+            // The kernel doubles the value (SO_SNDBUF in socket(7)).
+            let _ = sockopt::set_socket_send_buffer_size(&self.io, current);
         }
     }
 
