@@ -234,7 +234,7 @@ impl Forwarder {
             poll_fn(|cx| {
                 // An edge may have come while the backend was being connected to.
                 let client = &mut self.endpoints[Side::Client as usize];
-                client.readable = client.socket.poll_readable(cx).is_ready();
+                client.readable |= client.socket.poll_readable(cx).is_ready();
                 if let Some(registration) = &self.registration {
                     registration.set_waker(cx.waker());
                     // Time spent waiting for the backend does not count as idle.

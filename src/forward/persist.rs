@@ -60,6 +60,9 @@ impl Forwarder {
                 set_reset_on_close(&socket, false);
             }
             let mut endpoint = Endpoint::new(socket);
+            // The previous process may have passed on a FIN, which a snapshot does not say. A flow
+            // that reads before it waits knows, and no EPOLLHUP after two FINs misleads it.
+            endpoint.readable = true;
             endpoint.reset = end.reset || was_reset;
             endpoint.gone = end.gone || was_reset;
             Ok(endpoint)

@@ -52,6 +52,9 @@ pub(crate) fn register(trials: &mut Trials) {
         trials.add(format!("bytes sent before a reset arrive, {mode}"), move || {
             bytes_before_a_reset_arrive(mode)
         });
+        trials.add(format!("bytes sent before both ends arrive, {mode}"), move || {
+            bytes_before_both_ends_arrive(mode)
+        });
         trials.add(
             format!("a connection keeps its backend when TARGET changes, {mode}"),
             move || connection_keeps_its_backend(mode),
@@ -219,6 +222,41 @@ fn bytes_before_a_reset_arrive(Mode { handover, end }: Mode) {
     assert!(is_reset(&ended), "{ended:?}");
     assert!(message.starts_with(&first));
 }
+
+/// Both directions of the client's socket have ended, and the kernel still has bytes for it.
+fn bytes_before_both_ends_arrive(Mode { handover, end }: Mode) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Unix));
+    let handover = format!("--handover={handover}");
+    let mut proxy = Proxy::start(&front, &[&handover, &backend.target]);
+    let (mut client, mut served) = established(&front, &backend);
+    let message = random_bytes(5, 200_000);
+    served.write_all(&message).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    let is_delivered = || (unsent(&served) == 0 && proxy.running.is_asleep()).then_some(());
+    poll_until(deadline, is_delivered).expect("the proxy takes all bytes");
+    // What the client has sent is not delivered.
+    proxy.running.signal(Signal::STOP);
+    client.write_all(&random_bytes(6, 20_000)).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    drop(served);
+    proxy.running.signal(Signal::CONT);
+    let has_ended = || has_ended_twice(front.port()).then_some(());
+    poll_until(deadline, has_ended).expect("the backend's end is passed on");
+    proxy.replace(end);
+    let (received, _) = read_all(&mut client);
+    assert!(received == message, "{} of {} bytes", received.len(), message.len());
+}
+
+/// Whether a connection of this port has received an end and sent one, which is not acknowledged.
+fn has_ended_twice(port: u16) -> bool {
+    let local = format!(":{port:04X}");
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let words = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    words.into_iter().any(|words| words[1].ends_with(&local) && words[3] == LAST_ACK)
+}
+
+/// In proc_pid_net(5), as `enum tcp_states` of the kernel numbers it.
+const LAST_ACK: &str = "09";
 
 fn a_stop_for_good_resets(Mode { handover, end }: Mode) {
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
