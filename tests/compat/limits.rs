@@ -3,11 +3,11 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use socket2::Socket;
-use tempfile::TempDir;
 use tokio::time::Instant;
 
 use crate::Cases;
@@ -328,13 +328,14 @@ fn pipes_used_up(program: &Path) {
     // pipe is too small to splice through, so that bytes are copied.
     let spend = "for (1..1100) { pipe($r, $w) or die; push @pipes, $r, $w; undef $r; undef $w } \
                  print STDERR \"spent\\n\"; sleep";
-    let hog = Launch::new("/usr/bin/perl").args(["-e", spend]).descriptors(4096).unprivileged();
+    // The end of another case's process would give its pipes back.
+    static USER: AtomicU32 = AtomicU32::new(64_100);
+    let user = USER.fetch_add(1, Ordering::Relaxed);
+    let hog = Launch::new("/usr/bin/perl").args(["-e", spend]).descriptors(4096).user(user);
     let hog = hog.start();
     hog.lines.wait_for("spent");
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
-    let directory = TempDir::new().unwrap();
-    let copy = executable_by_all(program, &directory);
-    let launch = Launch::new(&copy).arg(&backend.target).listener(&front).unprivileged();
+    let launch = Launch::new(program).arg(&backend.target).listener(&front).user(user);
     let proxy = launch.start();
     let mut client = front.connect();
     let before = proxy.pipes();

@@ -71,7 +71,7 @@ impl Terminal {
         command.args(["--ctty", "--wait"]).args(words).env("TERM", "xterm").env_remove("TMUX");
         command.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap());
         let child = command.stderr(terminal).spawn().unwrap();
-        let program = Running { child, lines: Lines::default(), unread_stderr: None };
+        let program = Running { child, lines: Lines::default(), unread_stderr: None, copy: None };
         Self { master, shown: String::new(), program }
     }
 

@@ -3,28 +3,14 @@
 use std::fs;
 use std::io::ErrorKind::WouldBlock;
 use std::io::{Read, Write};
-use std::path::PathBuf;
 
 use socket2::{Socket, Type};
 use tempfile::TempDir;
 
 use crate::support::*;
 
-/// The program where nobody may execute it.
-struct Program {
-    path: PathBuf,
-    _directory: TempDir,
-}
-
-impl Program {
-    fn new() -> Self {
-        let directory = TempDir::new().unwrap();
-        Self { path: executable_by_all(OURS.as_ref(), &directory), _directory: directory }
-    }
-
-    fn launch(&self) -> Launch {
-        Launch::new(&self.path).arg("--source=client")
-    }
+fn launch() -> Launch {
+    Launch::new(OURS).arg("--source=client")
 }
 
 /// The address of a peer, as text.
@@ -63,9 +49,9 @@ fn needs_no_privilege_in_a_namespace_of_its_own() {
     if !is_root_for("--source=client in a network namespace") {
         return;
     }
-    let (network, program) = (ClientNetwork::isolated(), Program::new());
+    let network = ClientNetwork::isolated();
     network.add_any_ip();
-    backend_sees_clients(&network, || program.launch().unprivileged());
+    backend_sees_clients(&network, || launch().unprivileged());
 }
 
 #[test]
@@ -73,9 +59,9 @@ fn needs_a_capability_and_rules_on_a_host() {
     if !is_root_for("--source=client with rules") {
         return;
     }
-    let (network, program) = (ClientNetwork::joined(), Program::new());
+    let network = ClientNetwork::joined();
     network.add_rules();
-    backend_sees_clients(&network, || program.launch().with_net_raw());
+    backend_sees_clients(&network, || launch().with_net_raw());
 }
 
 #[test]
@@ -83,7 +69,6 @@ fn start_names_what_is_missing() {
     if !is_root_for("--source=client without a capability or a route") {
         return;
     }
-    let program = Program::new();
     let fails = |network: &ClientNetwork, launch: Launch, target: &str, expected: &str| {
         let launch = launch.args(["--listen=127.0.0.1:0", target]);
         let mut proxy = network.host.inside(|| launch.start());
@@ -93,24 +78,24 @@ fn start_names_what_is_missing() {
     };
     let host = ClientNetwork::joined();
     for target in ["127.0.0.1:80", "localhost:80", "203.0.113.7:80", "db.example:80"] {
-        let launch = program.launch().unprivileged();
+        let launch = launch().unprivileged();
         fails(&host, launch, target, "AmbientCapabilities=CAP_NET_RAW");
     }
     for target in ["127.0.0.1:80", "localhost:80", "0.0.0.0:80", "127.0.0.1:http"] {
         let rule = "(Run: ip rule add from 127.0.0.0/8 iif lo table 123; ip route add";
-        fails(&host, program.launch().with_net_raw(), target, rule);
+        fails(&host, launch().with_net_raw(), target, rule);
     }
     // IPv6 needs no capability.
     let rule = "(Run: ip -6 rule add from ::1 iif lo table 123; ip -6 route add local";
-    fails(&host, program.launch().unprivileged(), "[::1]:80", rule);
+    fails(&host, launch().unprivileged(), "[::1]:80", rule);
 
     let isolated = ClientNetwork::isolated();
-    for launch in [program.launch().unprivileged(), program.launch().with_net_raw()] {
+    for launch in [launch().unprivileged(), launch().with_net_raw()] {
         let route = "(Run: ip route add local 0.0.0.0/0 dev lo.)";
         fails(&isolated, launch, "127.0.0.1:80", route);
     }
     let route = "(Run: ip -6 route add local ::/0 dev lo.)";
-    fails(&isolated, program.launch().unprivileged(), "[::1]:80", route);
+    fails(&isolated, launch().unprivileged(), "[::1]:80", route);
 }
 
 #[test]
@@ -248,11 +233,11 @@ fn command_inherits_no_ambient_capability() {
     if !is_root_for("an ambient capability") {
         return;
     }
-    let (network, program) = (ClientNetwork::joined(), Program::new());
+    let network = ClientNetwork::joined();
     network.add_rules();
     for (source, set) in [("client", "0000000000000000"), ("proxy", "0000000000002000")] {
         let front = network.at_front(|| Endpoint::tcp("[::]:0", 16));
-        let launch = Launch::new(&program.path).listener(&front).with_net_raw();
+        let launch = Launch::new(OURS).listener(&front).with_net_raw();
         let launch = launch.arg(format!("--source={source}")).arg("127.0.0.1:4000");
         let show = "grep CapAmb /proc/self/status >&2; exec sleep 60";
         let launch = launch.args(["--", "sh", "-c", show]);

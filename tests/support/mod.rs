@@ -16,7 +16,7 @@ mod wait;
 pub use fake_systemd::FakeSystemd;
 pub use metrics::{metrics_address, scrape};
 pub use network::{CLIENTS, ClientNetwork, HOST, NetworkNamespace, clients_of, inside};
-pub use process::{Launch, Lines, Running, executable_by_all, raise_descriptor_limit, run};
+pub use process::{Launch, Lines, Running, raise_descriptor_limit, run};
 pub use sockets::*;
 pub use trials::{Trials, are_installed_for, is_root_for, skip};
 pub use wait::*;

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -26,6 +26,8 @@ pub struct Launch {
     before_exec: String,
     hosts: Option<PathBuf>,
     exec: String,
+    /// The directory of a copy of the program.
+    copy: Option<TempDir>,
     signals: Vec<&'static str>,
     read_stderr: bool,
 }
@@ -40,6 +42,7 @@ impl Launch {
             before_exec: "export LISTEN_PID=$$".into(),
             hosts: None,
             exec: "exec".into(),
+            copy: None,
             signals: Vec::new(),
             read_stderr: true,
         }
@@ -115,16 +118,25 @@ impl Launch {
     }
 
     /// Runs the program as a user without privileges, and without a name; needs root.
-    pub fn user(mut self, id: u32) -> Self {
-        self.exec = format!("exec setpriv --reuid {id} --regid {id} --clear-groups");
-        self
+    pub fn user(self, id: u32) -> Self {
+        self.user_with(id, "")
     }
 
     /// Runs the program as nobody, with CAP_NET_RAW as AmbientCapabilities= gives it; needs root.
-    pub fn with_net_raw(mut self) -> Self {
-        self.exec = "exec setpriv --reuid 65534 --regid 65534 --clear-groups \
-                     --inh-caps=-all,+net_raw --ambient-caps=-all,+net_raw"
-            .into();
+    pub fn with_net_raw(self) -> Self {
+        self.user_with(65_534, "--inh-caps=-all,+net_raw --ambient-caps=-all,+net_raw")
+    }
+
+    /// Runs a copy of the program: the user may not enter each directory above the checkout.
+    fn user_with(mut self, id: u32, capabilities: &str) -> Self {
+        let directory = TempDir::new().unwrap();
+        let copy = directory.path().join("program");
+        fs::copy(&self.program, &copy).unwrap();
+        for path in [directory.path(), &copy] {
+            fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        (self.program, self.copy) = (copy, Some(directory));
+        self.exec = format!("exec setpriv --reuid {id} --regid {id} --clear-groups {capabilities}");
         self
     }
 
@@ -200,7 +212,7 @@ impl Launch {
         } else {
             Some(stderr)
         };
-        Running { child, lines, unread_stderr: unread }
+        Running { child, lines, unread_stderr: unread, copy: self.copy }
     }
 }
 
@@ -209,6 +221,8 @@ pub struct Running {
     pub child: Child,
     pub lines: Lines,
     pub unread_stderr: Option<ChildStderr>,
+    /// The directory of the program, if it is a copy.
+    pub copy: Option<TempDir>,
 }
 
 impl Running {
@@ -290,16 +304,6 @@ pub fn run(program: &PathBuf, args: &[&str]) -> (Option<i32>, String, String) {
     let mut stdout = String::new();
     running.child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
     (status.code(), stdout, running.lines.all())
-}
-
-/// A copy of the program where an unprivileged user may execute it.
-pub fn executable_by_all(program: &Path, directory: &TempDir) -> PathBuf {
-    let mode = || PermissionsExt::from_mode(0o755);
-    let copy = directory.path().join("program");
-    fs::copy(program, &copy).unwrap();
-    fs::set_permissions(&copy, mode()).unwrap();
-    fs::set_permissions(directory.path(), mode()).unwrap();
-    copy
 }
 
 /// Lines that a program has written to standard error.
