@@ -16,7 +16,7 @@ pub struct Endpoint {
     /// waited for only as long as it moves.
     pub gone: bool,
     /// The options for bulk are set.
-    expects_bulk: bool,
+    is_prepared: bool,
 }
 
 impl Endpoint {
@@ -29,17 +29,17 @@ impl Endpoint {
             writable: true,
             reset: was_reset,
             gone: was_reset,
-            expects_bulk: false,
+            is_prepared: false,
         }
     }
 
     /// Sets the options for bulk, once `delivered` bytes went there: a short connection does not
     /// pay for them.
-    pub fn account_sent(&mut self, delivered: u64) {
-        if delivered < BULK_FROM || self.expects_bulk {
+    pub fn prepare_for_bulk(&mut self, delivered: u64) {
+        if delivered < BULK_FROM || self.is_prepared {
             return;
         }
-        self.expects_bulk = true;
+        self.is_prepared = true;
         match self.socket.family() {
             Family::Tcp => self.socket.limit_unsent(UNSENT_MAX),
             Family::Unix => self.socket.double_send_buffer(UNIX_BUFFER),

@@ -342,7 +342,7 @@ impl Flow {
         match result {
             Ok(bytes) => {
                 self.delivered += bytes as u64;
-                sink.account_sent(self.delivered);
+                sink.prepare_for_bulk(self.delivered);
                 Ok(bytes)
             }
             Err(Errno::AGAIN) => {

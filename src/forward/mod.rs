@@ -36,7 +36,8 @@
 //! which means fewer and larger system calls. When many are held, a flow takes only what its sink
 //! has room for, and copies where that is little. So hundreds of stalled flows do not use up the
 //! user's quota of pipe memory. Nor do they use up the kernel's memory for TCP: a flow that has
-//! delivered 128 KiB limits what its TCP sink holds unsent (`TCP_NOTSENT_LOWAT`).
+//! delivered 128 KiB limits what its TCP sink holds unsent (`TCP_NOTSENT_LOWAT`). What a Unix sink
+//! holds is doubled then (`SO_SNDBUF`), which halves the wake-ups.
 //!
 //! ## What it costs in system calls
 //!

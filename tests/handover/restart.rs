@@ -249,13 +249,10 @@ fn bytes_before_both_ends_arrive(Mode { handover, end }: Mode) {
 
 /// Whether a connection of this port has received an end and sent one, which is not acknowledged.
 fn has_ended_twice(port: u16) -> bool {
-    let local = format!(":{port:04X}");
-    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    let words = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    words.into_iter().any(|words| words[1].ends_with(&local) && words[3] == LAST_ACK)
+    tcp_sockets(port).iter().any(|words| words[3] == LAST_ACK)
 }
 
-/// In proc_pid_net(5), as `enum tcp_states` of the kernel numbers it.
+/// As `enum tcp_states` of the kernel numbers it.
 const LAST_ACK: &str = "09";
 
 fn a_stop_for_good_resets(Mode { handover, end }: Mode) {

@@ -415,15 +415,12 @@ fn counts_restored_connections() {
 
 /// Bytes of answers that the kernel keeps for scrapers, and for how many of them.
 fn untaken(metrics: SocketAddr) -> (usize, usize) {
-    let port = format!(":{:04X}", metrics.port());
-    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    let queues = table.lines().skip(1).filter_map(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        let (local, queues) = (words.next()?, words.nth(2)?);
-        let queued = usize::from_str_radix(queues.split_once(':')?.0, 16).ok()?;
-        (local.ends_with(&port) && queued > 0).then_some(queued)
-    });
-    let queues: Vec<_> = queues.collect();
+    let sockets = tcp_sockets(metrics.port());
+    let queued = |words: &Vec<String>| {
+        let (sent, _) = words[4].split_once(':')?;
+        usize::from_str_radix(sent, 16).ok().filter(|bytes| *bytes > 0)
+    };
+    let queues: Vec<_> = sockets.iter().filter_map(queued).collect();
     (queues.iter().sum(), queues.len())
 }
 

@@ -8,12 +8,13 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket_proxyd::testing::{Queue, start_guard};
 use socket2::{Socket, Type};
+use tokio::time::Instant;
 
 use crate::descriptors::above;
 use crate::peer::{Peer, wait_for_bytes};
 use crate::process::Process;
 use crate::support::stream::Random;
-use crate::support::{Endpoint, Family, PAIRS};
+use crate::support::{Endpoint, Family, PAIRS, poll_until};
 use crate::syscalls::Faults;
 use crate::systemd::Systemd;
 
@@ -284,18 +285,14 @@ impl<'a> World<'a> {
         assert_eq!(self.systemd.names().len(), if reader.is_some() { 2 } else { 0 });
         if let Some((reader, writer)) = reader.zip(writer) {
             let queue = Queue::from_ends(reader, writer).unwrap();
-            let count = || queue.payloads().unwrap().len();
-            for _ in 0..2_000 {
-                if count() == 0 {
-                    break;
-                }
-                // The kernel's timers of TCP are real: the last bytes of a client that has its own
-                // end may still be on their way.
-                wait_for_bytes([]);
+            // The kernel's timers of TCP are real. A client that has seen its end may still send bytes.
+            let is_empty = || {
                 self.settle();
                 self.process().pass(Duration::from_secs(10));
-            }
-            assert_eq!(count(), 0, "records are left");
+                queue.payloads().unwrap().is_empty().then_some(())
+            };
+            let deadline = Instant::now() + Duration::from_secs(2);
+            poll_until(deadline, is_empty).expect("no record is left");
         }
         drop(self.process.take().unwrap().kill());
         self.accept();

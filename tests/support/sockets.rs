@@ -249,6 +249,14 @@ pub fn unsent(socket: &Socket) -> i32 {
     }
 }
 
+/// The TCP sockets of IPv4 with this local port: lines of /proc/net/tcp in words (proc_pid_net(5)).
+pub fn tcp_sockets(port: u16) -> Vec<Vec<String>> {
+    let local = format!(":{port:04X}");
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let sockets = table.lines().map(|line| line.split_whitespace().map(String::from).collect());
+    sockets.filter(|words: &Vec<String>| words[1].ends_with(&local)).collect()
+}
+
 /// Bytes that don't repeat soon, the same for the same seed.
 pub fn random_bytes(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2).wrapping_add(1);
