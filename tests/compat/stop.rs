@@ -60,7 +60,7 @@ fn queued_at_the_deadline(program: &Path) {
     let mut proxy = Launch::new(program).args(args).listener(&front).start();
     assert_echoes(&mut front.connect());
     // Stopped over the deadline, it wakes up to an expired timer and a queued client at once.
-    proxy.signal(Signal::STOP);
+    proxy.suspend();
     pause(Duration::from_millis(500));
     let mut client = front.connect();
     proxy.signal(Signal::CONT);

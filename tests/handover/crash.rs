@@ -102,7 +102,7 @@ fn kill_during_recovery(Mode { handover, end }: Mode, threads: usize) {
             (links.unwrap().count() > 40).then_some(())
         };
         poll_until(Instant::now() + TIMEOUT, is_reading).unwrap();
-        proxy.running.signal(Signal::STOP);
+        proxy.running.suspend();
         if handover == "--handover=restart" && stored(&proxy.systemd) < all.len() {
             // It has read all records and is emptying the store: the recovery is over.
             proxy.running.signal(Signal::CONT);

@@ -96,12 +96,7 @@ impl<'a> Proxy<'a> {
     /// The number of valid records in the store. The process is stopped meanwhile, since readers of the
     /// queue share the read position.
     fn stored(&self) -> usize {
-        self.running.signal(Signal::STOP);
-        let is_stopped = || {
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.running.pid()));
-            stat.unwrap().rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
-        };
-        poll_until(Instant::now() + TIMEOUT, is_stopped).unwrap();
+        self.running.suspend();
         let records = stored(&self.systemd);
         self.running.signal(Signal::CONT);
         records

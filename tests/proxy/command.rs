@@ -124,7 +124,7 @@ fn clients_of_a_dying_command_are_served_by_the_next() {
     let mut dying = service.pid();
     for _ in 0..5 {
         // Dead, and still thought to be ready.
-        service.proxy.signal(Signal::STOP);
+        service.proxy.suspend();
         let mut clients: Vec<_> = (0..10).map(|_| service.connect()).collect();
         kill_process(dying, Signal::KILL).unwrap();
         wait_for_end(dying);
@@ -391,7 +391,7 @@ fn accepts_ready_from_a_process_that_has_exited() {
     client.write_all(b"pid\n").unwrap();
     let app = service.wait_for_pid("started");
     // The proxy reads the message long after its sender was reaped.
-    service.proxy.signal(Signal::STOP);
+    service.proxy.suspend();
     fs::write(service.directory.path().join("log.go"), "").unwrap();
     service.wait_for_pid("sent");
     service.proxy.signal(Signal::CONT);

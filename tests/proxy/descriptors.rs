@@ -444,7 +444,7 @@ fn hold_the_closer(pair: &Pair) -> Endpoint {
     let (client, served) = pair.connect(false);
     let listener = Endpoint::new(Family::Tcp);
     let lingering: Vec<_> = (0..17).map(|_| lingering(&listener)).collect();
-    pair.proxy.signal(Signal::STOP);
+    pair.proxy.suspend();
     pass(&client, b"x", &lingering).unwrap();
     // From now on only the message has them.
     drop(lingering);
@@ -473,7 +473,7 @@ fn a_close_on_the_way_to_another_socket_delays_no_other_client() {
     let (client, mut served) = (front.connect(), backend.accept());
     let listener = Endpoint::new(Family::Tcp);
     let lingering = lingering(&listener);
-    proxy.signal(Signal::STOP);
+    proxy.suspend();
     pass(&client, b"x", &[lingering]).unwrap();
     proxy.signal(Signal::CONT);
     std::io::Read::read_exact(&mut served, &mut [0]).unwrap();

@@ -250,7 +250,7 @@ fn a_queue_of_clients_is_accepted_in_small_turns() {
         let mut client = front.connect();
         assert_echoes(&mut client);
         let names = traced(proxy.pid(), || {
-            proxy.signal(Signal::STOP);
+            proxy.suspend();
             let _queued: Vec<_> = (0..CLIENTS).map(|_| front.connect()).collect();
             client.write_all(b"a message").unwrap();
             proxy.signal(Signal::CONT);

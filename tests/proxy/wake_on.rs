@@ -76,7 +76,7 @@ fn first_byte_wakes_and_arrives() {
                 assert_echoes(client);
             }
             // The byte may be there when the client is accepted.
-            proxy.signal(Signal::STOP);
+            proxy.suspend();
             let mut client = front.connect();
             client.write_all(b"are you there?").unwrap();
             proxy.signal(Signal::CONT);

@@ -235,6 +235,14 @@ impl Running {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
+    /// Stops all threads until SIGCONT. The signal alone may leave one running for a while.
+    pub fn suspend(&self) {
+        self.signal(rustix::process::Signal::STOP);
+        // A traced thread stops as `t`.
+        let is_stopped = || self.are_all("Tt").then_some(());
+        poll_until(Instant::now() + TIMEOUT, is_stopped).expect("the program stops");
+    }
+
     pub fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + TIMEOUT;
         poll_until(deadline, || self.child.try_wait().unwrap()).expect("the program exits")
@@ -265,9 +273,16 @@ impl Running {
 
     /// Whether all threads sleep.
     pub fn is_asleep(&self) -> bool {
-        let is_asleep =
-            |stat: &str| stat.rsplit_once(") ").is_some_and(|(_, it)| it.starts_with('S'));
-        self.tasks("stat").iter().all(|stat| is_asleep(stat))
+        self.are_all("S")
+    }
+
+    /// Whether all threads are in one of these states, which proc_pid_stat(5) names by a letter.
+    fn are_all(&self, states: &str) -> bool {
+        let is_one = |stat: &String| {
+            stat.rsplit_once(") ")
+                .is_some_and(|(_, rest)| rest.starts_with(|it| states.contains(it)))
+        };
+        self.tasks("stat").iter().all(is_one)
     }
 
     /// The number of event loops beside the main thread's.
