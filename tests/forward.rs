@@ -53,6 +53,7 @@ fn main() -> ExitCode {
     );
     everywhere(t, "notices a reset after the sender's half-close", reset_after_own_half_close);
     everywhere(t, "forwards a reset after the reader's half-close", reset_after_peer_half_close);
+    everywhere(t, "a close with bytes unread is a reset after a half-close", close_with_unread);
     everywhere(t, "delivers an answer before a close with the upload unread", early_answer);
     from_family(t, "a failed write lets the other direction drain", Family::Unix, failed_write);
     t.add("a reset that a write has met is not a clean end", reset_met_by_a_write);
@@ -485,6 +486,21 @@ fn reset_after_peer_half_close(mut pair: Forwarding) {
         assert!(read_all(&mut pair.far).0 == message);
     }
     pair.forwarder.join().unwrap();
+}
+
+fn close_with_unread(mut pair: Forwarding) {
+    pair.near.shutdown(Shutdown::Write).unwrap();
+    assert!(read_all(&mut pair.far).0.is_empty());
+    pair.far.write_all(b"never read").unwrap();
+    peek_all(&pair.near, 10);
+    // The forwarder no longer reads from it.
+    drop(pair.near);
+    let reason = pair.forwarder.join().unwrap().closed.reason;
+    assert!(matches!(reason, CloseReason::Fault(..)), "{reason:?}");
+    if pair.families.1 == Family::Tcp {
+        let is_reset = || pair.far.take_error().unwrap();
+        poll_until(Instant::now() + TIMEOUT, is_reset).expect("far is reset");
+    }
 }
 
 fn early_answer(mut pair: Forwarding) {

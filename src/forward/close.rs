@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::sockopt;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::forward::endpoint::Endpoint;
@@ -174,7 +175,7 @@ impl Forwarder {
     /// Closes both sockets, or resets those whose peer must not take its bytes for complete.
     pub(super) fn close(self, is_idle: bool) -> Summary {
         let Progress { from_client, from_backend, .. } = self.delivered();
-        let reason = match (self.passing_error, self.fault) {
+        let reason = match (self.passing_error, self.fault.or_else(|| self.unread_fault())) {
             _ if is_idle && self.is_expired() => CloseReason::NotInUse,
             _ if is_idle => CloseReason::IdleTimeout,
             (Some((side, error)), _) => CloseReason::Passing(side, error),
@@ -197,6 +198,15 @@ impl Forwarder {
             }
         }
         Summary { from_client, from_backend, reason }
+    }
+
+    /// Returns why a peer is gone from which no flow read. The kernel says it once.
+    fn unread_fault(&self) -> Option<(Side, Errno)> {
+        let error = |side: Side| {
+            let Endpoint { socket, gone, .. } = &self.endpoints[side as usize];
+            gone.then(|| sockopt::socket_error(socket).ok()?.err())?
+        };
+        SIDES.into_iter().find_map(|side| Some((side, error(side)?)))
     }
 
     pub(super) fn unacked_bytes(&self) -> [usize; 2] {

@@ -426,8 +426,8 @@ fn poll_edge(
             edge = true;
         }
     } else if !reads && to.is_open() && end.socket.poll_hung_up(cx)?.is_ready() {
-        // A Unix peer may just have closed, after it read all it was sent.
-        end.gone |= end.socket.family() != Family::Unix;
+        // A Unix peer that has read all it was sent just closes. Otherwise the kernel has an error.
+        end.gone |= end.socket.family() != Family::Unix || end.socket.has_failed();
         to.close_sink(end.gone);
         edge = true;
     }
