@@ -11,6 +11,8 @@ use std::convert::Infallible;
 use std::io;
 use std::num::NonZeroUsize;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,7 +22,7 @@ use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep};
 
 use crate::backend::wait::BackendWait;
-use crate::connection::{LoopContext, Restored, Settings, resume, serve};
+use crate::connection::{LoopContext, Restored, Settings, forget, resume, serve};
 use crate::counters::Gauge;
 use crate::handover::Handover;
 use crate::handover::journal::JournalEntry;
@@ -115,7 +117,10 @@ impl EventLoops {
 
     /// Detaches all connections, and stores them.
     pub async fn detach_all(&self, handover: &Handover) {
-        self.threads.take().into_iter().for_each(Thread::end);
+        for thread in self.threads.take() {
+            thread.detaches.store(true, Ordering::Relaxed);
+            thread.end();
+        }
         self.main_loop.detach_all(handover).await;
     }
 
@@ -210,7 +215,7 @@ impl EventLoop {
             LoopMessage::ResetPassive => self.context.registry.reset_passive(),
             LoopMessage::Restored(restored) => drop(spawn_local(resume(*restored, context))),
             LoopMessage::Accepted(accepted, backend, entry) => {
-                let Some(accepted) = accepted.register() else { return };
+                let Some(accepted) = accepted.register() else { return forget(entry) };
                 self.arrived.notify_one();
                 spawn_local(serve(accepted, backend, entry, context));
             }
@@ -242,11 +247,13 @@ struct Thread {
     messages: UnboundedSender<LoopMessage>,
     /// Connections on the thread, and those sent to it.
     load: Gauge,
+    /// Whether the thread stores its connections at its end.
+    detaches: Arc<AtomicBool>,
     handle: JoinHandle<()>,
 }
 
 impl Thread {
-    /// Ends the thread. Without `--handover=` its connections are reset.
+    /// Ends the thread. Its connections are reset, unless it `detaches` them.
     fn end(self) {
         drop(self.messages);
         // A panic was logged.
@@ -257,20 +264,27 @@ impl Thread {
     fn start(settings: Settings) -> io::Result<Self> {
         // Not bounded: the connection limit bounds what is sent.
         let (messages, receiver) = unbounded_channel();
-        let handle = start_thread("proxyd-worker", async move || run(&settings, receiver).await)?;
-        Ok(Self { messages, load: Gauge::default(), handle })
+        let detaches = Arc::new(AtomicBool::new(false));
+        let at_end = Arc::clone(&detaches);
+        let run = async move || run(&settings, receiver, &at_end).await;
+        let handle = start_thread("proxyd-worker", run)?;
+        Ok(Self { messages, load: Gauge::default(), detaches, handle })
     }
 }
 
 /// Runs on a thread until [`Thread::end`].
-async fn run(settings: &Settings, mut messages: UnboundedReceiver<LoopMessage>) {
+async fn run(
+    settings: &Settings,
+    mut messages: UnboundedReceiver<LoopMessage>,
+    detaches: &AtomicBool,
+) {
     let event_loop = EventLoop::start(settings);
     let _abort = settings.handover.as_ref().and_then(|handover| handover.abort_on_panic());
     while let Some(message) = messages.recv().await {
         event_loop.serve(message);
     }
-    // After the idle exit, which hands nothing over, no connection is left.
-    if let Some(handover) = &settings.handover {
+    if let Some(handover) = settings.handover.as_ref().filter(|_| detaches.load(Ordering::Relaxed))
+    {
         event_loop.detach_all(handover).await;
     }
 }

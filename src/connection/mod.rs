@@ -89,6 +89,7 @@ pub fn serve(
                 return log.ended_unserved("Connection closed without a backend");
             }
             ConnectOutcome::NotInUse => {
+                forget(entry);
                 return log.ended_unserved("Connection reset, it was not in use");
             }
             ConnectOutcome::ClientGone => {
@@ -119,12 +120,16 @@ pub fn serve(
 
 /// Closes a client that got no backend.
 pub fn close_unserved(client: Socket, entry: Option<JournalEntry>) {
-    // Forgotten before the close: otherwise the next process would restore the client, and serve
-    // the bytes that it has sent.
+    forget(entry);
+    client.close();
+}
+
+/// Has the next process not restore a client that is about to be closed. It would serve the bytes
+/// that the client has sent.
+pub fn forget(entry: Option<JournalEntry>) {
     if let Some(entry) = entry {
         Box::new(entry).forget();
     }
-    client.close();
 }
 
 /// Goes on with a connection that the previous process stored, until it is over.

@@ -9,8 +9,8 @@ use tokio::task::spawn_local;
 
 use crate::config::Config;
 use crate::config::values::WakeOn;
-use crate::connection::Restored;
 use crate::connection::event_loop::EventLoops;
+use crate::connection::{Restored, forget};
 use crate::counters::RefusalReason;
 use crate::datagram::relay::Relay;
 use crate::handover::Handover;
@@ -102,7 +102,7 @@ impl Dispatcher {
                 return self.event_loops.serve(accepted, backend, entry);
             }
         };
-        let Some(accepted) = accepted.register() else { return };
+        let Some(accepted) = accepted.register() else { return forget(entry) };
         let number = silent.hold(accepted, backend, entry);
         let this = Rc::clone(self);
         let task = spawn_local(async move {
@@ -120,10 +120,9 @@ impl Dispatcher {
         let Accepted { socket, family, client, listener, mut slot } = accepted;
         slot.in_use = self.limits.begin_use(&client);
         // Another event loop may serve it. If there is no descriptor left, the client is reset.
-        if let Ok(socket) = socket.release() {
-            let accepted = Accepted { socket, family, client, listener, slot };
-            self.event_loops.serve(accepted, backend, entry);
-        }
+        let Ok(socket) = socket.release() else { return forget(entry) };
+        let accepted = Accepted { socket, family, client, listener, slot };
+        self.event_loops.serve(accepted, backend, entry);
     }
 
     /// Ends the oldest session that is not confirmed, or else closes the oldest silent client.

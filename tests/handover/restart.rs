@@ -10,7 +10,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::Instant;
 
 use crate::support::*;
-use crate::{End, MODES, Mode, Proxy, established, launch};
+use crate::{End, MODES, Mode, Proxy, established, launch, stored};
 
 pub(crate) fn register(trials: &mut Trials) {
     for mode in MODES {
@@ -47,6 +47,13 @@ pub(crate) fn register(trials: &mut Trials) {
                     "no connection is lost on the way to its event loop, {mode}, {threads} threads"
                 ),
                 move || no_connection_is_lost_on_the_way(mode, threads),
+            );
+        }
+        if mode.end == End::Stopped {
+            let handover = mode.handover;
+            trials.add(
+                format!("an idle exit stores no connection, --handover={handover}"),
+                move || idle_exit_stores_no_connection(handover),
             );
         }
         trials.add(format!("bytes sent before a reset arrive, {mode}"), move || {
@@ -281,6 +288,26 @@ fn a_stop_for_good_resets(Mode { handover, end }: Mode) {
     let (mut client, mut served) = second;
     assert!(is_reset(&read_all(&mut client).1));
     assert!(is_reset(&read_all(&mut served).1));
+}
+
+/// Passive connections, on both event loops, do not keep the process from an idle exit.
+fn idle_exit_stores_no_connection(handover: &str) {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Unix));
+    let handover = format!("--handover={handover}");
+    let mut active = front.connect();
+    let options = ["--threads=2", "--passive-from=127.0.0.9", "--exit-idle-time=100ms"];
+    let arguments: Vec<_> =
+        [&*handover].into_iter().chain(options).chain([&*backend.target]).collect();
+    let mut proxy = Proxy::start(&front, &arguments);
+    assert_echoes(&mut active);
+    let mut passive = [(); 3].map(|()| connect_from("127.0.0.9", &front.address));
+    passive.iter_mut().for_each(assert_echoes);
+    drop(active);
+    assert!(proxy.running.wait().success());
+    assert_eq!(stored(&proxy.systemd), 0);
+    for client in &mut passive {
+        assert!(is_reset(&read_all(client).1));
+    }
 }
 
 fn kill_ends() {

@@ -9,7 +9,6 @@ use tempfile::TempDir;
 use tokio::time::Instant;
 
 use crate::application::{Service, pid, wait_for_end};
-use crate::sources::connect_from;
 use crate::support::*;
 
 /// The address of passive clients.

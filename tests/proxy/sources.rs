@@ -1,22 +1,10 @@
 //! --connections-max-per-source=: as many connections of one client, and no more.
 
-use std::net::SocketAddr;
 use std::thread;
 
-use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::Instant;
 
 use crate::support::*;
-
-/// Connects from an address of this machine.
-pub fn connect_from(source: &str, to: &SockAddr) -> Socket {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-    let source: SocketAddr = format!("{source}:0").parse().unwrap();
-    socket.bind(&source.into()).unwrap();
-    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-    socket.connect(to).unwrap();
-    socket
-}
 
 /// Connections that were served and have ended.
 fn ended(proxy: &Running) -> usize {

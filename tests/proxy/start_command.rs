@@ -13,7 +13,6 @@ use tempfile::TempDir;
 use tokio::time::Instant;
 
 use crate::application::{ask, is_running, pid, wait_for_end};
-use crate::sources::connect_from;
 use crate::support::*;
 
 /// An application that scripts start and stop, and the scripts.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener};
+use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -62,7 +62,7 @@ impl Endpoint {
     }
 
     pub fn tcp(address: &str, backlog: i32) -> Self {
-        let address: std::net::SocketAddr = address.parse().unwrap();
+        let address: SocketAddr = address.parse().unwrap();
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
         if address.is_ipv6() {
             socket.set_only_v6(false).unwrap();
@@ -247,6 +247,16 @@ pub fn unsent(socket: &Socket) -> i32 {
         let request = rustix::ioctl::Getter::<0x5411, i32>::new();
         rustix::ioctl::ioctl(socket, request).unwrap()
     }
+}
+
+/// Connects from an address of this machine.
+pub fn connect_from(source: &str, to: &SockAddr) -> Socket {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let source: SocketAddr = format!("{source}:0").parse().unwrap();
+    socket.bind(&source.into()).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+    socket.connect(to).unwrap();
+    socket
 }
 
 /// The TCP sockets of IPv4 with this local port: lines of /proc/net/tcp in words (proc_pid_net(5)).
