@@ -128,13 +128,13 @@ impl Forwarder {
         if self.endpoints.iter().any(|end| end.socket.family() == Family::Vsock) {
             return self.drop_journal(None);
         }
-        let mut flows = self.flows.iter_mut();
-        if flows.all(|flow| flow.is_storable() || flow.use_stored_pipe(&self.shared).is_ok()) {
-            self.update_journal();
-        } else {
-            self.drop_journal(Some(
+        let mut flows = self.flows.iter_mut().filter(|flow| !flow.is_storable());
+        match flows.try_for_each(|flow| flow.use_stored_pipe(&self.shared)) {
+            Ok(()) => self.update_journal(),
+            Err(Errno::OPNOTSUPP) => self.drop_journal(Some("it passes descriptors on.")),
+            Err(_) => self.drop_journal(Some(
                 "there is no pipe for it. (See pipe-user-pages-soft in pipe(7), and LimitNOFILE=.)",
-            ));
+            )),
         }
     }
 
@@ -163,7 +163,8 @@ impl Forwarder {
         }
     }
 
-    /// Detaches the connection if its stored snapshot is current.
+    /// Detaches the connection if it is stored. What the snapshot lacks, the next process reads
+    /// from the sockets again.
     ///
     /// # Errors
     /// Itself, when it has no journal.
@@ -186,13 +187,14 @@ impl Flow {
     /// Moves the buffered bytes into a pipe that can be stored, and uses it from now on.
     ///
     /// # Errors
-    /// When there is no pipe, or none with enough room. Then nothing has changed.
+    /// When there is no pipe, or none with enough room. EOPNOTSUPP: the flow holds descriptors.
+    /// Then nothing has changed.
     pub fn use_stored_pipe(&mut self, shared: &LoopBuffers) -> Result<(), Errno> {
         let pipe = match mem::take(&mut self.buffered) {
             Buffered::Piped(pipe) => pipe,
             passing @ Buffered::Passing(_) => {
                 self.buffered = passing;
-                return Err(Errno::INVAL);
+                return Err(Errno::OPNOTSUPP);
             }
             buffered => {
                 let pipe = shared.pipes.create_unpooled().and_then(|mut pipe| {
@@ -291,8 +293,9 @@ fn copied_snapshot(
 /// Whether the peer reset a TCP connection, and the previous process read that error but did not
 /// come to store it: the kernel reports it once.
 ///
-/// Both flows are open, so this side has sent no FIN, and FINs alone cannot have closed the socket.
-/// If it is no longer connected, it was reset.
+/// The snapshot may be older than a FIN that was passed on to this side. But that FIN came from
+/// the other side, where EPOLLRDHUP shows it. Without one, FINs alone cannot have closed this
+/// socket: if it is no longer connected, it was reset.
 fn was_reset(snapshot: &Snapshot<OwnedFd>, side: Side) -> bool {
     let (from, to) = (side as usize, 1 - side as usize);
     let socket = &snapshot.endpoints[from].socket;

@@ -21,8 +21,8 @@ use crate::notify::Notifier;
 use crate::socket::sys::register;
 
 /// Names that no socket unit has: by default a socket has the name of its unit.
-const QUEUE: &str = "handover-of-socket-proxyd.queue";
-const SENDER: &str = "handover-of-socket-proxyd.sender";
+const READER: &str = "handover-of-socket-proxyd.queue";
+const WRITER: &str = "handover-of-socket-proxyd.sender";
 const PROBE: &str = "handover-of-socket-proxyd.probe";
 
 /// How long systemd may take to answer.
@@ -30,7 +30,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Takes the descriptors of the store out of all that systemd passed, by their names.
 pub fn take_stored(passed: &mut Vec<PassedFd>) -> Vec<PassedFd> {
-    take_matching(passed, |it| [QUEUE, SENDER, PROBE].contains(&&*it.name))
+    take_matching(passed, |it| [READER, WRITER, PROBE].contains(&&*it.name))
 }
 
 /// Returns the stored queue. What is not part of one is closed, and systemd closes it too.
@@ -43,7 +43,7 @@ pub async fn stored_queue(mut stored: Vec<PassedFd>, notifier: &Notifier) -> Opt
         let index = stored.iter().position(|it| it.name == name)?;
         Some(stored.remove(index).fd)
     };
-    let ends = take(QUEUE).zip(take(SENDER));
+    let ends = take(READER).zip(take(WRITER));
     let queue = ends.and_then(|(reader, writer)| Queue::from_ends(reader, writer));
     if queue.is_some() && stored.is_empty() {
         return queue;
@@ -62,12 +62,12 @@ pub async fn stored_queue(mut stored: Vec<PassedFd>, notifier: &Notifier) -> Opt
 pub async fn discard(stored: Vec<PassedFd>, notifier: &Notifier) {
     // The contents are closed now, and not when systemd gets to it: stored listeners would still
     // hold their addresses.
-    for queue in stored.iter().filter(|it| it.name == QUEUE) {
+    for queue in stored.iter().filter(|it| it.name == READER) {
         while rustix::net::recv(&queue.fd, &mut [0; 1], RecvFlags::DONTWAIT)
             .is_ok_and(|it| it.1 > 0)
         {}
     }
-    for name in [QUEUE, SENDER, PROBE] {
+    for name in [READER, WRITER, PROBE] {
         remove(name, notifier).await;
     }
 }
@@ -94,7 +94,7 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
     let failed = |_| "there are no file descriptors left. (Raise LimitNOFILE=.)";
     let (probe, entry) = pipe_with(flags).map_err(failed)?;
     let [reader, writer] = queue.ends();
-    for (name, fd) in [(QUEUE, reader), (SENDER, writer), (PROBE, entry.as_fd())] {
+    for (name, fd) in [(READER, reader), (WRITER, writer), (PROBE, entry.as_fd())] {
         let name = format!("FDNAME={name}");
         let states = ["FDSTORE=1", "FDPOLL=0", &name].map(NotifyState::Custom);
         notifier.send_with(&states, &[fd]).await;
@@ -113,8 +113,8 @@ pub async fn keep(queue: &Queue, notifier: &Notifier) -> Result<(), &'static str
         return Ok(());
     }
     // systemd may have kept one of them, or may still be reading the messages.
-    remove(QUEUE, notifier).await;
-    remove(SENDER, notifier).await;
+    remove(READER, notifier).await;
+    remove(WRITER, notifier).await;
     Err(if answers {
         "systemd keeps no descriptors. (Set FileDescriptorStoreMax=4.)"
     } else {

@@ -24,8 +24,7 @@ use tokio::time::sleep;
 
 use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
 use crate::handover::encoding::{
-    FDS_PER_RECORD, RECORDS_MAX, Record, RecordBody, SealedRecord, decode, encode_message,
-    record_ids,
+    RECORDS_MAX, Record, RecordBody, SealedRecord, decode, encode_message, record_ids,
 };
 use crate::handover::queue::Queue;
 use crate::logging::{RateLimit, rate_limited};
@@ -66,26 +65,27 @@ struct Index {
     descriptors_max: usize,
 }
 
+/// What is in a message of the queue.
 #[derive(Debug)]
-struct MessageInfo {
-    record_ids: Vec<u64>,
-    descriptors: usize,
+pub struct MessageInfo {
+    pub record_ids: Vec<u64>,
+    pub descriptors: usize,
 }
 
 impl Journal {
     /// Creates a journal over a queue with these messages, of whose records these are `live`.
-    pub fn new(queue: Queue, messages: Vec<Vec<u64>>, live: &HashSet<u64>) -> Arc<Self> {
-        let next_id = messages.iter().flatten().max().map_or(0, |last| last + 1);
+    pub fn new(queue: Queue, messages: Vec<MessageInfo>, live: &HashSet<u64>) -> Arc<Self> {
+        let ids = messages.iter().flat_map(|message| &message.record_ids);
+        let next_id = ids.max().map_or(0, |last| last + 1);
         let limit = getrlimit(Resource::Nofile).current;
         let descriptors_max = limit.map_or(usize::MAX, |limit| limit as usize).max(1);
         let mut index = Index { descriptors_max, ..Index::default() };
-        for record_ids in messages {
+        for message in messages {
             let number = index.next_number();
-            for id in record_ids.iter().filter(|id| live.contains(id)) {
+            for id in message.record_ids.iter().filter(|id| live.contains(id)) {
                 index.live.insert(*id, number);
             }
-            // At most so many: only the ids of the records are known.
-            index.push(MessageInfo { descriptors: record_ids.len() * FDS_PER_RECORD, record_ids });
+            index.push(message);
         }
         let superseded = Notify::new();
         // The messages may have superseded records.
@@ -441,6 +441,7 @@ mod tests {
         let out = replay(&queue.payloads().unwrap(), queue.messages()).unwrap();
         let current: Vec<_> = live.keys().copied().collect();
         let next = Journal::new(second(&queue), out.messages, &current.iter().copied().collect());
+        assert_eq!(lock(&next.index).descriptors, lock(&journal.index).descriptors);
         live.into_values().for_each(|(entry, _)| entry.detach());
         let entry: Vec<_> = current.iter().map(|id| next.entry(*id, 0).own()).collect();
         while next.clean_step(u64::MAX) {}

@@ -11,8 +11,10 @@ use rustix::net::{SocketType, sockopt};
 use socket2::{SockAddrStorage, SockRef};
 
 use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FlowState};
-use crate::handover::encoding::{Record, RecordBody, SealedRecord, decode, record_ids};
-use crate::handover::journal::{Journal, JournalEntry};
+use crate::handover::encoding::{
+    FDS_PER_RECORD, Record, RecordBody, SealedRecord, decode, record_ids,
+};
+use crate::handover::journal::{Journal, JournalEntry, MessageInfo};
 use crate::handover::queue::Message;
 use crate::listen::stored::StoredListener;
 use crate::socket::file_id::FileId;
@@ -62,8 +64,7 @@ impl Leftovers {
 /// The contents of a queue.
 #[derive(Debug, Default)]
 pub struct Replay {
-    /// The ids of the records in each message.
-    pub messages: Vec<Vec<u64>>,
+    pub messages: Vec<MessageInfo>,
     /// The live records, without those of connections that have ended.
     pub records: Vec<Record<OwnedFd>>,
     /// Their sockets, pipes and files.
@@ -90,14 +91,20 @@ pub fn replay(
         out.refused += usize::from(record_ids.is_none());
         let record_ids = record_ids.unwrap_or_default();
         last.extend(record_ids.iter().map(|id| (*id, number)));
-        out.messages.push(record_ids);
+        // At most so many, until the message is read.
+        let descriptors = record_ids.len() * FDS_PER_RECORD;
+        out.messages.push(MessageInfo { record_ids, descriptors });
     }
     for (number, message) in messages.take(payloads.len()).enumerate() {
         let message = message?;
         let is_last = |id: &u64| last.get(id) == Some(&number);
+        let info = &mut out.messages[number];
+        if message.is_whole {
+            info.descriptors = message.fds.len();
+        }
         let records = decode(&message.bytes, message.fds).filter(|_| message.is_whole);
         let Some(records) = records else {
-            out.refused += out.messages[number].iter().filter(|id| is_last(id)).count();
+            out.refused += info.record_ids.iter().filter(|id| is_last(id)).count();
             continue;
         };
         for record in records.into_iter().filter(|record| is_last(&record.id())) {
