@@ -171,7 +171,7 @@ impl Server {
             tasks.accepting.shutdown().await;
             tokio::select! {
                 () = wait_until_ready_sent(&ready) => {}
-                () = signals.second() => {}
+                () = signals.second() => return Ok(StopReason::SecondSignal),
                 never = &mut maintain => match never {},
             }
         }
@@ -263,6 +263,8 @@ pub struct Tasks {
 #[derive(Debug, PartialEq, Eq)]
 pub enum StopReason {
     Signal,
+    /// Another one, before `READY=1` was sent.
+    SecondSignal,
     Idle,
 }
 

@@ -62,8 +62,10 @@ pub async fn stop(
         }
     };
     let second_signal = async {
-        if !is_signal {
-            signals.stop().await;
+        match ended {
+            Ok(StopReason::SecondSignal) => return,
+            Ok(StopReason::Signal) => {}
+            _ => signals.stop().await,
         }
         signals.second().await;
     };

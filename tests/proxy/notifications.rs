@@ -108,3 +108,16 @@ fn stop_does_not_wait_for_the_queue() {
     assert_eq!(proxy.wait().code(), Some(0));
     assert!(start.elapsed() < Duration::from_secs(1), "it took {:?}", start.elapsed());
 }
+
+#[test]
+fn second_signal_ends_a_stop_that_waits_for_ready() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let systemd = FakeSystemd::new();
+    fill(&systemd);
+    let mut proxy = start(&front, &systemd, &["--drain-time=1h", &backend.target]);
+    let mut client = front.connect();
+    assert_echoes(&mut client);
+    proxy.signal(Signal::TERM);
+    proxy.signal(Signal::INT);
+    assert_eq!(proxy.wait().code(), Some(0));
+}
