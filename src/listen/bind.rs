@@ -106,6 +106,9 @@ fn open_inet(
         found == address
     };
     if let Some(stored) = take_stored(kind, stored, is_same) {
+        if kind == SocketKind::Datagram {
+            stored.take_address()?;
+        }
         return Ok(reuse(stored));
     }
     let socket = Socket::new(Domain::for_address(address), socket_type(kind), None)?;
@@ -120,10 +123,19 @@ fn open_inet(
     bind(&socket, &address.into(), || {
         // The previous process may hold another address of the same port.
         while let Some(stored) = take_stored(kind, stored, has_port) {
-            stored.close();
+            match kind {
+                SocketKind::Stream => stored.close(),
+                SocketKind::Datagram => {
+                    stored.share_address()?;
+                    socket.set_reuse_address(true)?;
+                }
+            }
         }
         Ok(())
     })?;
+    if kind == SocketKind::Datagram {
+        socket.set_reuse_address(false)?;
+    }
     listen(kind, socket, None)
 }
 

@@ -3,10 +3,11 @@
 use std::cell::Cell;
 use std::fs;
 use std::io;
-use std::net::Shutdown;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use rustix::net::connect_unspec;
 use socket2::SockRef;
 
 use crate::socket::address::Address;
@@ -39,11 +40,36 @@ impl StoredListener {
         let _ = SockRef::from(&self.fd).shutdown(Shutdown::Both);
     }
 
+    /// Lets a UDP socket have an address of the same port, though the store may keep this one open:
+    /// shutdown(2) does not free its address.
+    pub fn share_address(&self) -> io::Result<()> {
+        let socket = SockRef::from(&self.fd);
+        socket.set_reuse_address(true)?;
+        let Some(mut peer) = socket.local_addr()?.as_socket() else { return Ok(()) };
+        match peer.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => peer.set_ip(Ipv4Addr::LOCALHOST.into()),
+            IpAddr::V6(ip) if ip.is_unspecified() => peer.set_ip(Ipv6Addr::LOCALHOST.into()),
+            _ => {}
+        }
+        peer.set_port(DISCARD);
+        // From now on the kernel gives it only what comes from there.
+        socket.connect(&peer.into())
+    }
+
+    /// Takes [`StoredListener::share_address`] back: the process that called it has not started.
+    pub fn take_address(&self) -> io::Result<()> {
+        connect_unspec(&self.fd)?;
+        SockRef::from(&self.fd).set_reuse_address(false)
+    }
+
     /// Returns the socket file, if it is still at its path.
     pub fn socket_file(&self) -> Option<SocketFile> {
         SocketFile::at(self.address()?.path()?).ok().filter(|found| Some(found.id) == self.file)
     }
 }
+
+/// The port of the discard service (RFC 863), from which nothing is sent.
+const DISCARD: u16 = 9;
 
 /// A socket file of this program.
 #[derive(Debug)]

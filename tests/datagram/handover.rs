@@ -126,6 +126,24 @@ fn sockets_that_the_proxy_opened_outlive_it() {
 }
 
 #[test]
+fn a_socket_that_the_proxy_opened_can_have_another_address_of_its_port() {
+    for mode in ["restart", "crash"] {
+        let systemd = FakeSystemd::with_fd_store(4);
+        let backend = echo_peer(Kind::Udp);
+        let port = Peer::new(Kind::Udp).port();
+        for host in ["127.0.0.1", "0.0.0.0", "127.0.0.1"] {
+            let launch = Launch::new(OURS).arg(format!("--listen=udp:{host}:{port}"));
+            let launch = launch.arg(format!("--handover={mode}")).arg(&backend.target);
+            let mut proxy = launch.stored_by(&systemd).start();
+            systemd.wait_for("READY=1");
+            echoes(&client_of(([127, 0, 0, 1], port).into()), b"one");
+            proxy.signal(if mode == "restart" { Signal::TERM } else { Signal::KILL });
+            proxy.wait();
+        }
+    }
+}
+
+#[test]
 fn a_restored_session_leaves_a_target_that_is_gone() {
     let (old, new) = (echo_peer(Kind::Udp), echo_peer(Kind::Udp));
     let gone = Peer::new(Kind::Udp);
