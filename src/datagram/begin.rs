@@ -102,7 +102,12 @@ impl Relay {
         let id = self.insert(state, key, session, Life::new(now));
         let address = backend.address_now();
         match address.map(|address| BackendSocket::connect(&address, from, is_one_way)) {
-            Some(Ok(socket)) => self.open(state, id, socket),
+            Some(Ok(socket)) => {
+                self.open(state, id, socket);
+                if state.table.get(id).is_none() {
+                    return Err(DropReason::Error);
+                }
+            }
             Some(Err(error)) if is_refusal(&error) => backend.set_down(),
             Some(Err(error)) => {
                 self.fail(state, id, &format!("Failed to open a socket: {}.", os_message(&error)));

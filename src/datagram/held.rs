@@ -1,4 +1,4 @@
-//! The datagrams of one listener that wait for their backend.
+//! The datagrams of one listener that wait for their backend, or for room in its queue.
 //!
 //! A pure structure. A session holds at most [`SESSION_DATAGRAMS`] and [`SESSION_BYTES`], all
 //! sessions of a listener [`LISTENER_BYTES`]. The oldest datagrams are dropped.

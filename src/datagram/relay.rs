@@ -68,7 +68,7 @@ pub struct Route {
 /// What changes with each datagram.
 pub struct RelayState {
     pub table: SessionTable<Session>,
-    /// The datagrams of each listener that wait for their backend.
+    /// The datagrams of each listener that wait for their backend, or for room in its queue.
     pub held: Vec<HeldDatagrams>,
     pub input: ReceiveBuffer,
     pub output: SendBuffer,
@@ -312,6 +312,7 @@ impl Relay {
     /// Ends a session, and drops what it holds.
     pub fn end(&self, state: &mut RelayState, id: SessionId, why: &str) {
         let Some((mut session, life)) = self.remove(state, id) else { return };
+        self.unwatch(&session);
         if let Some(entry) = session.entry.take() {
             // Otherwise the next process could restore it, until the record is cleaned away.
             Box::new(entry).forget();
@@ -324,6 +325,16 @@ impl Relay {
             listener = %route.listener,
             "Session ended after {time}, {there} datagrams to the backend, {back} back: {why}."
         );
+    }
+
+    /// Takes the socket of a session out of the epoll set. Closing it does not do that while a
+    /// record in the store holds it open.
+    pub fn unwatch(&self, session: &Session) {
+        if let SessionBackend::Open(socket) = &session.backend {
+            if session.entry.is_some() {
+                let _ = epoll::delete(&self.poller, socket);
+            }
+        }
     }
 
     /// Takes a session out of the table, and drops what it holds.

@@ -111,7 +111,7 @@ pub fn send_run<'a>(
                 *delivered += tally.deliver((at.message..at.message + sent).map(&message));
                 at.message += sent;
             }
-            Err(Errno::AGAIN | Errno::NOBUFS) => return RunEnd::Full(at),
+            Err(Errno::AGAIN) => return RunEnd::Full(at),
             Err(Errno::INTR) => {}
             // ENOENT: the socket file of a Unix client is gone.
             Err(Errno::CONNREFUSED | Errno::NOTCONN | Errno::NOENT) => {
@@ -125,6 +125,7 @@ pub fn send_run<'a>(
                 *can_segment &= errno != Errno::IO;
                 split = Some(at.message);
             }
+            // Also ENOBUFS: no event says when the kernel has memory again.
             Err(errno) => {
                 let is_long = errno == Errno::MSGSIZE;
                 tally.drop(if is_long { DropReason::TooLong } else { DropReason::Error }, 1);

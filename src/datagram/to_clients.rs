@@ -78,6 +78,7 @@ impl Relay {
     /// they do so at once.
     pub fn lose_backend(self: &Rc<Self>, state: &mut RelayState, id: SessionId) {
         let Some(session) = state.table.get_mut(id) else { return };
+        self.unwatch(session);
         session.backend = SessionBackend::Lost;
         session.open = None;
         if state.held[session.listener].has(id) {
