@@ -64,9 +64,14 @@ pub fn check_addresses(
     Ok(())
 }
 
-/// Whether systemd cannot listen on both.
+/// Whether systemd cannot listen on both. `[::]` is for IPv4 as well.
 fn overlap(one: &Address, other: &Address) -> bool {
-    one.accepts(other) || other.accepts(one)
+    let (Address::Inet(one), Address::Inet(other)) = (one, other) else { return one == other };
+    let (ip, other_ip) = (one.ip().to_canonical(), other.ip().to_canonical());
+    let includes = |ip: IpAddr, other: IpAddr| {
+        ip == other || (ip.is_unspecified() && (ip.is_ipv6() || other.is_ipv4()))
+    };
+    one.port() == other.port() && (includes(ip, other_ip) || includes(other_ip, ip))
 }
 
 /// Checks that a target is in a network namespace that has only lo.

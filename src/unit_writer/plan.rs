@@ -52,7 +52,7 @@ impl Plan {
             ),
             (
                 arguments.metrics.is_some()
-                    && arguments.idle.is_some()
+                    && arguments.idle_time().is_some()
                     && arguments.exits_when_idle(),
                 "--metrics= cannot be combined with --idle= without a COMMAND or a --stop-command=: each \
                  scrape would start the proxy again, with its counters at zero.",
@@ -205,6 +205,14 @@ mod tests {
             (
                 "--listen=8080 --listen=127.0.0.1:8080 --target=/a app",
                 "--listen=127.0.0.1:8080 overlaps with --listen=8080.",
+            ),
+            (
+                "--listen=8080 --listen=192.0.2.1:8080 --target=/a app",
+                "--listen=192.0.2.1:8080 overlaps with --listen=8080.",
+            ),
+            (
+                "--listen=0.0.0.0:8080 --listen=8080 --target=/a app",
+                "--listen=8080 overlaps with --listen=0.0.0.0:8080.",
             ),
             (
                 "--listen=8080 --target=/a /x",

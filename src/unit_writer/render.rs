@@ -89,6 +89,7 @@ fn context(plan: &Plan, program: &Path) -> Value {
         listen => listen.iter().map(address).collect::<Vec<_>>(),
         has_several => listen.len() > 1,
         has_datagrams => listen.iter().any(is_datagram),
+        has_streams => !listen.iter().all(is_datagram),
         may_be_absent => listen.iter().any(may_be_absent),
         metrics => metrics.as_ref().map(address),
         service => service,
