@@ -197,7 +197,8 @@ impl MetricsSources {
         });
         encode(encoder, Counter, "backend_probe_failures", help, failed)?;
 
-        if let Some((starts, [backend])) = self.starts.as_ref().zip(groups.keys().next()) {
+        // The proxy starts no other backend than the first.
+        if let Some((starts, (backend, _))) = self.starts.as_ref().zip(self.backends.first()) {
             let labels = [("backend", backend.as_str())];
             let mut encode =
                 |name, help, count| encode(encoder, Counter, name, help, [(labels, count)]);
