@@ -152,6 +152,9 @@ impl StartCommand {
             Err(CheckError::Permanent(error)) => return Err(StartError::Unreachable(error)),
             Err(CheckError::NotYet(reason)) => reason,
         };
+        if lifecycle.is_stop_requested() {
+            return Err(StartError::Stopped);
+        }
         rate_limited!(
             LIFECYCLE,
             info,

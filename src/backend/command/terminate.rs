@@ -33,7 +33,7 @@ pub struct Processes {
     has_exited: bool,
     /// Whether no process of the group is left. From then on another group may have its number.
     is_group_gone: bool,
-    /// When SIGKILL is due, once SIGTERM was sent.
+    /// When the next SIGKILL is due, once SIGTERM was sent.
     deadline: Option<Instant>,
     kills: u32,
     /// The processes that are frozen. Those that were stopped before are not among them.
@@ -157,9 +157,8 @@ impl Processes {
         }
     }
 
-    /// Sends one SIGKILL a call; the guard calls this every [`POLL_INTERVAL`]. Turns to the
-    /// processes outside the group after [`GROUP_KILLS_MAX`] calls. Returns `false` when that has
-    /// not helped either.
+    /// Sends SIGKILL; the next one is due after [`POLL_INTERVAL`]. Turns to the processes outside
+    /// the group after [`GROUP_KILLS_MAX`] calls. Returns `false` when that has not helped either.
     fn kill(&mut self) -> bool {
         if self.kills == GROUP_KILLS_MAX && !self.is_group_gone {
             // What is left is a zombie whose parent does not reap it. The parent may be outside the
@@ -177,6 +176,7 @@ impl Processes {
             return false;
         }
         self.kills += 1;
+        self.deadline = Some(Instant::now() + POLL_INTERVAL);
         self.signal(Signal::KILL);
         true
     }
