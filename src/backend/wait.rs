@@ -121,7 +121,7 @@ impl BackendWait {
             if is_ready {
                 match self.connector.connect(from, OnFullBacklog::Wait).await {
                     Err(error) if error.is_transient() => {
-                        self.is_lost(from).await;
+                        self.reset_if_lost(from).await;
                     }
                     connected => return connected.map_err(Some),
                 }
@@ -148,7 +148,7 @@ impl BackendWait {
                     Err(ConnectError::Family(..)) => {}
                     Err(error) if error.is_transient() => {
                         if self.readiness.is_some() {
-                            Box::pin(self.is_lost(from)).await;
+                            Box::pin(self.reset_if_lost(from)).await;
                         }
                         closed(self.start_prober(Some(error.to_string()))).await;
                         return None;
@@ -324,7 +324,7 @@ impl BackendWait {
 
     /// Looks whether a connect that failed for now means that the backend is gone. If so, the next
     /// client causes a probe. The address `from` or its family may be all that the backend lacks.
-    async fn is_lost(&self, from: Option<&SourceAddress>) -> bool {
+    async fn reset_if_lost(&self, from: Option<&SourceAddress>) -> bool {
         let is_lost = from.is_none() || self.answers().await.is_err();
         if is_lost {
             self.reset_readiness();
@@ -353,7 +353,7 @@ impl BackendWait {
                 biased;
                 connected = self.connect_in_turn(from) => match connected {
                     Err(error) if error.is_transient() => {
-                        if Box::pin(self.is_lost(from)).await {
+                        if Box::pin(self.reset_if_lost(from)).await {
                             return Ok(None);
                         }
                     }

@@ -229,7 +229,7 @@ impl Flow {
                 self.mode = Mode::Splice { bytes: received.bytes as u32, was_little: false };
             }
             // It was copied for want of a pipe, and the bulk is over.
-            Mode::Splice { .. } if received.drained && received.bytes < BULK_MIN => {
+            Mode::Splice { .. } if received.drained => {
                 self.mode = Mode::Copy;
             }
             _ => {}
@@ -380,7 +380,7 @@ impl Flow {
         matches!(self.state, FlowState::Open)
     }
 
-    /// Whether the flow has moved more at a time than a message.
+    /// Whether the flow carries more at a time than a message, or can only copy.
     pub fn is_bulky(&self) -> bool {
         match &self.buffered {
             Buffered::StoredPipe(pipe) => pipe.size() >= BULK_PIPE,

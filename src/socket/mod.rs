@@ -366,9 +366,13 @@ impl Socket {
     }
 
     /// Returns a descriptor for another thread.
+    ///
+    /// # Errors
+    /// When there is no descriptor left. The connection is reset then.
     pub fn release(mut self) -> io::Result<OwnedFd> {
+        let fd = self.io.get_ref().try_clone()?;
         self.closes_cleanly = true;
-        self.io.get_ref().try_clone()
+        Ok(fd)
     }
 }
 
