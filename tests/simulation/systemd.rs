@@ -9,6 +9,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::fstat;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use socket_proxyd::testing::PassedFd;
@@ -21,10 +22,17 @@ pub struct Systemd {
     pub name: OsString,
     /// `FileDescriptorStoreMax=`.
     max: usize,
-    /// What is stored, the latest first, as systemd passes it on.
-    stored: Vec<(String, OwnedFd)>,
+    /// The latest first, as systemd passes them on.
+    stored: Vec<Stored>,
     /// All assignments since the start of the process.
     pub notifications: Vec<String>,
+}
+
+struct Stored {
+    name: String,
+    fd: OwnedFd,
+    /// Without `FDPOLL=0` systemd removes it once its peer has hung up.
+    is_polled: bool,
 }
 
 impl Systemd {
@@ -41,6 +49,7 @@ impl Systemd {
 
     /// Handles messages that are there, at most so many. Returns whether there was one.
     pub fn handle(&mut self, most: usize) -> bool {
+        self.stored.retain(|stored| !stored.is_polled || !has_hung_up(&stored.fd));
         (0..most).take_while(|_| self.handle_one()).count() > 0
     }
 
@@ -60,35 +69,37 @@ impl Systemd {
         });
         let fds: Vec<_> = fds.flatten().collect();
         if text.contains("FDSTORE=1\n") {
+            let is_polled = !text.contains("FDPOLL=0\n");
             for fd in fds {
-                self.store(name.unwrap_or("stored"), &fd);
+                let name = name.unwrap_or("stored").into();
+                self.store(Stored { name, fd: above(fd), is_polled });
             }
         } else if text.contains("FDSTOREREMOVE=1\n") {
-            self.stored.retain(|(stored, _)| Some(&**stored) != name);
+            self.stored.retain(|stored| Some(&*stored.name) != name);
         }
         self.notifications.extend(text.lines().map(String::from));
         true
     }
 
     /// As service_add_fd_store() of systemd: a file that is stored already is not stored again.
-    fn store(&mut self, name: &str, fd: &OwnedFd) {
+    fn store(&mut self, new: Stored) {
         let inode = |fd: &OwnedFd| fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).unwrap();
         // The two ends of a pipe have one inode, but the proxy never stores both.
-        let is_stored = self.stored.iter().any(|(_, stored)| inode(stored) == inode(fd));
+        let is_stored = self.stored.iter().any(|stored| inode(&stored.fd) == inode(&new.fd));
         if !is_stored && self.stored.len() < self.max {
-            self.stored.insert(0, (name.into(), above(fd)));
+            self.stored.insert(0, new);
         }
     }
 
     /// Another reference to what is stored under a name.
     pub fn get(&self, name: &str) -> Option<OwnedFd> {
-        let (_, fd) = self.stored.iter().find(|(stored, _)| stored.ends_with(name))?;
-        Some(fd.try_clone().unwrap())
+        let stored = self.stored.iter().find(|stored| stored.name.ends_with(name))?;
+        Some(stored.fd.try_clone().unwrap())
     }
 
     /// The names of what is stored.
     pub fn names(&self) -> HashSet<&str> {
-        self.stored.iter().map(|(name, _)| &**name).collect()
+        self.stored.iter().map(|stored| &*stored.name).collect()
     }
 
     /// Handles what the previous process has sent, and passes sockets and the store to the next.
@@ -102,7 +113,12 @@ impl Systemd {
             let fd = rustix::io::fcntl_dupfd_cloexec(fd.as_fd(), 3).unwrap();
             PassedFd { fd, name: name.into() }
         };
-        let stored = self.stored.iter().map(|(name, fd)| passed(name, fd));
+        let stored = self.stored.iter().map(|stored| passed(&stored.name, &stored.fd));
         sockets.map(|(name, fd)| passed(&name, fd)).chain(stored).collect()
     }
+}
+
+fn has_hung_up(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|found| found > 0)
 }
