@@ -1,7 +1,7 @@
 //! The shipped units, each with the system that it is for: cold, warm, stopped when idle, started again,
 //! killed and back. The only change to the units: 10 idle minutes are 2 seconds.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,11 +15,12 @@ pub(crate) fn register(suite: &Arc<Suite>, trials: &mut Trials) {
     if let Some(missing) = Container::missing().or_else(missing) {
         return trials.skip("systemd: the shipped units", missing);
     }
-    let tests: [Test; 13] = [
+    let tests: [Test; 14] = [
         ("systemd-analyze security finds the shipped proxies hardened", hardened),
         ("aptly runs on demand", aptly),
         ("webhook runs on demand", webhook),
         ("Radicale runs on demand", radicale),
+        ("a killed proxy leaves COMMAND to KillMode=", killed_proxy),
         ("two yaq daemons run on demand", yaqd),
         ("two yaq daemons run on demand behind one proxy", several_targets),
         ("one proxy tells two sockets apart by their names", named_sockets),
@@ -517,4 +518,30 @@ fn steady(container: &Container) {
     assert_eq!(container.show("steady.service")["NFileDescriptorStore"], "2");
     container.run(&["systemctl", "stop", "steady.service"]);
     assert!(read_all(&mut client).0.is_empty());
+}
+
+/// systemd.kill(5): with `mixed`, systemd sends SIGKILL to what a main process that has ended leaves behind.
+fn killed_proxy(container: &Container) {
+    for (mode, port, is_asked) in [("control-group", 38_611, true), ("mixed", 38_612, false)] {
+        let (name, asked) = (format!("killed-{mode}"), format!("/run/killed-{mode}.asked"));
+        let backend = port + 100;
+        let command = format!(
+            "trap \"echo >{asked}; exit\" TERM; perl /usr/local/lib/app.pl {backend} /dev/null & wait"
+        );
+        let service = format!(
+            "[Service]\nType=notify\nKillMode={mode}\n\
+             ExecStart=/usr/bin/socket-proxyd 127.0.0.1:{backend} -- /bin/sh -c '{command}'\n"
+        );
+        let [service_name, socket_name] = ["service", "socket"].map(|it| format!("{name}.{it}"));
+        let socket = format!("[Socket]\nListenStream=127.0.0.1:{port}\n");
+        container.start_units(&[(&*service_name, &*service), (&*socket_name, &*socket)]);
+        let address = std::net::SocketAddr::from(([127, 0, 0, 1], port)).into();
+        let mut client = container.inside(|| connect(&address));
+        client.write_all(b"pid\n").unwrap();
+        client.read_exact(&mut [0]).unwrap();
+        container.run(&["systemctl", "kill", "--kill-who=main", "--signal=KILL", &service_name]);
+        container.wait_for(&service_name, "ActiveState", "failed");
+        let was_asked = container.output(&["test", "-e", &asked]).status.success();
+        assert_eq!(was_asked, is_asked, "KillMode={mode}");
+    }
 }
