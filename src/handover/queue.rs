@@ -212,6 +212,11 @@ mod tests {
         assert_eq!(bytes(&Queue::from_ends(reader, writer).unwrap()), [b"first"]);
         let [reader, writer] = ends(&one);
         assert!(Queue::from_ends(writer, reader).is_none(), "the other way round");
+        let flags = SocketFlags::CLOEXEC;
+        let (reader, writer) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        bind(&reader, &SocketAddrUnix::new_unnamed()).unwrap();
+        assert!(Queue::from_ends(reader, writer).is_none(), "a stream");
         let ([reader, _], [_, writer]) = (ends(&one), ends(&other));
         assert!(Queue::from_ends(reader, writer).is_none());
         let file = || OwnedFd::from(tempfile::tempfile().unwrap());
