@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -46,11 +46,6 @@ impl StoredListener {
         let socket = SockRef::from(&self.fd);
         socket.set_reuse_address(true)?;
         let Some(mut peer) = socket.local_addr()?.as_socket() else { return Ok(()) };
-        match peer.ip() {
-            IpAddr::V4(ip) if ip.is_unspecified() => peer.set_ip(Ipv4Addr::LOCALHOST.into()),
-            IpAddr::V6(ip) if ip.is_unspecified() => peer.set_ip(Ipv6Addr::LOCALHOST.into()),
-            _ => {}
-        }
         peer.set_port(DISCARD);
         // From now on the kernel gives it only what comes from there.
         socket.connect(&peer.into())

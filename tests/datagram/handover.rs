@@ -97,48 +97,62 @@ fn a_crash_keeps_confirmed_sessions_only() {
     assert_ne!(ask(&other), second);
 }
 
+/// A proxy that opens its socket, and what it lives through.
+struct Opened {
+    mode: &'static str,
+    systemd: FakeSystemd,
+    backend: Peer,
+    port: u16,
+}
+
+impl Opened {
+    fn new(mode: &'static str) -> Self {
+        let (systemd, backend) = (FakeSystemd::with_fd_store(4), echo_peer(Kind::Udp));
+        Self { mode, systemd, backend, port: Peer::new(Kind::Udp).port() }
+    }
+
+    fn start(&self, host: &str) -> Running {
+        let launch = Launch::new(OURS).arg(format!("--listen=udp:{host}:{}", self.port));
+        let launch = launch.arg(format!("--handover={}", self.mode)).arg(&self.backend.target);
+        let proxy = launch.stored_by(&self.systemd).start();
+        self.systemd.wait_for("READY=1");
+        proxy
+    }
+
+    fn stop(&self, proxy: &mut Running) {
+        proxy.signal(if self.mode == "restart" { Signal::TERM } else { Signal::KILL });
+        proxy.wait();
+    }
+
+    fn client(&self) -> socket2::Socket {
+        client_of(([127, 0, 0, 1], self.port).into())
+    }
+}
+
 #[test]
 fn sockets_that_the_proxy_opened_outlive_it() {
-    for mode in ["restart", "crash"] {
-        let systemd = FakeSystemd::with_fd_store(4);
-        let backend = echo_peer(Kind::Udp);
-        let port = Peer::new(Kind::Udp).port();
-        let start = || {
-            let listen = format!("--listen=udp:127.0.0.1:{port}");
-            let launch = Launch::new(OURS).arg(listen).arg(format!("--handover={mode}"));
-            let proxy = launch.arg(&backend.target).stored_by(&systemd).start();
-            systemd.wait_for("READY=1");
-            proxy
-        };
-        let mut proxy = start();
-        let client = client_of(([127, 0, 0, 1], port).into());
+    for opened in ["restart", "crash"].map(Opened::new) {
+        let mut proxy = opened.start("127.0.0.1");
+        let client = opened.client();
         for _ in 0..3 {
             echoes(&client, b"one");
             echoes(&client, b"two");
-            proxy.signal(if mode == "restart" { Signal::TERM } else { Signal::KILL });
-            proxy.wait();
+            opened.stop(&mut proxy);
             // The kernel keeps it.
             client.send(b"three").unwrap();
-            proxy = start();
-            assert_eq!(receive(&client), b"three", "{mode}");
+            proxy = opened.start("127.0.0.1");
+            assert_eq!(receive(&client), b"three", "{}", opened.mode);
         }
     }
 }
 
 #[test]
 fn a_socket_that_the_proxy_opened_can_have_another_address_of_its_port() {
-    for mode in ["restart", "crash"] {
-        let systemd = FakeSystemd::with_fd_store(4);
-        let backend = echo_peer(Kind::Udp);
-        let port = Peer::new(Kind::Udp).port();
+    for opened in ["restart", "crash"].map(Opened::new) {
         for host in ["127.0.0.1", "0.0.0.0", "127.0.0.1"] {
-            let launch = Launch::new(OURS).arg(format!("--listen=udp:{host}:{port}"));
-            let launch = launch.arg(format!("--handover={mode}")).arg(&backend.target);
-            let mut proxy = launch.stored_by(&systemd).start();
-            systemd.wait_for("READY=1");
-            echoes(&client_of(([127, 0, 0, 1], port).into()), b"one");
-            proxy.signal(if mode == "restart" { Signal::TERM } else { Signal::KILL });
-            proxy.wait();
+            let mut proxy = opened.start(host);
+            echoes(&opened.client(), b"one");
+            opened.stop(&mut proxy);
         }
     }
 }

@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use crate::container::{Container, Suite, Test};
 use crate::support::*;
@@ -520,28 +521,31 @@ fn steady(container: &Container) {
     assert!(read_all(&mut client).0.is_empty());
 }
 
-/// systemd.kill(5): with `mixed`, systemd sends SIGKILL to what a main process that has ended leaves behind.
+/// systemd.kill(5): with `mixed`, systemd kills what a main process that has ended leaves behind. Otherwise
+/// the guard gives COMMAND 3 seconds.
 fn killed_proxy(container: &Container) {
-    for (mode, port, is_asked) in [("control-group", 38_611, true), ("mixed", 38_612, false)] {
-        let (name, asked) = (format!("killed-{mode}"), format!("/run/killed-{mode}.asked"));
-        let backend = port + 100;
-        let command = format!(
-            "trap \"echo >{asked}; exit\" TERM; perl /usr/local/lib/app.pl {backend} /dev/null & wait"
-        );
-        let service = format!(
+    let program =
+        "trap \"\" TERM; perl /usr/local/lib/app.pl {} /dev/null & while :; do sleep 60; done";
+    for (mode, port, has_time) in [("control-group", 38_611, true), ("mixed", 38_612, false)] {
+        let (service, socket) = (format!("killed-{mode}.service"), format!("killed-{mode}.socket"));
+        let backend = (port + 100).to_string();
+        let unit = format!(
             "[Service]\nType=notify\nKillMode={mode}\n\
-             ExecStart=/usr/bin/socket-proxyd 127.0.0.1:{backend} -- /bin/sh -c '{command}'\n"
+             ExecStart=/usr/bin/socket-proxyd 127.0.0.1:{backend} -- /bin/sh -c '{}'\n",
+            program.replace("{}", &backend)
         );
-        let [service_name, socket_name] = ["service", "socket"].map(|it| format!("{name}.{it}"));
-        let socket = format!("[Socket]\nListenStream=127.0.0.1:{port}\n");
-        container.start_units(&[(&*service_name, &*service), (&*socket_name, &*socket)]);
+        let listener = format!("[Socket]\nListenStream=127.0.0.1:{port}\n");
+        container.start_units(&[(&*service, &*unit), (&*socket, &*listener)]);
         let address = std::net::SocketAddr::from(([127, 0, 0, 1], port)).into();
         let mut client = container.inside(|| connect(&address));
         client.write_all(b"pid\n").unwrap();
         client.read_exact(&mut [0]).unwrap();
-        container.run(&["systemctl", "kill", "--kill-who=main", "--signal=KILL", &service_name]);
-        container.wait_for(&service_name, "ActiveState", "failed");
-        let was_asked = container.output(&["test", "-e", &asked]).status.success();
-        assert_eq!(was_asked, is_asked, "KillMode={mode}");
+        container.run(&["systemctl", "kill", "--kill-who=main", "--signal=KILL", &service]);
+        container.wait_for(&service, "ActiveState", "failed");
+        let shown = container.show(&service);
+        let [killed, ended] = ["ActiveExit", "InactiveEnter"]
+            .map(|it| shown[&format!("{it}TimestampMonotonic")].parse::<u64>().unwrap());
+        let time = Duration::from_micros(ended - killed);
+        assert_eq!(time >= Duration::from_millis(2900), has_time, "KillMode={mode}: {time:?}");
     }
 }
