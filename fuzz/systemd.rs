@@ -4,6 +4,7 @@
 //! are those of [`LIBRARY`].
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::iter;
 use std::ptr::{null, null_mut};
 use std::sync::LazyLock;
 
@@ -104,7 +105,8 @@ fn expanded(value: &[u8]) -> Vec<u8> {
     unsafe { taken(printed(value.as_ptr())) }
 }
 
-/// Returns the words that a command of `ExecStart=` is executed with. Variables have a value.
+/// Returns the path of the program and the arguments that a command of `ExecStart=` is executed
+/// with. Variables have a value.
 ///
 /// The order is that of `config_parse_exec()` and `exec_child()`, which the library does not have.
 fn exec_words(value: &[u8]) -> Vec<Vec<u8>> {
@@ -134,11 +136,13 @@ fn exec_words(value: &[u8]) -> Vec<Vec<u8>> {
         }
         words.push(null_mut());
         let variables = [c"HOME=<variable>".as_ptr(), c"A=<variable>".as_ptr(), null()];
-        let replaced = (SYSTEMD.replace_env_argv)(words.as_ptr(), variables.as_ptr());
+        let replaced = (SYSTEMD.replace_env_argv)(words[1..].as_ptr(), variables.as_ptr());
         assert!(!replaced.is_null(), "systemd refuses the variables of {value:?}");
-        words.iter().for_each(|word| libc::free((*word).cast()));
+        words[1..].iter().for_each(|word| libc::free((*word).cast()));
         let count = (0..).find(|at| (*replaced.add(*at)).is_null()).unwrap();
-        let words = (0..count).map(|at| taken(*replaced.add(at))).collect();
+        let arguments = (0..count).map(|at| taken(*replaced.add(at)));
+        // systemd executes the path as it is, without its variables.
+        let words = iter::once(taken(words[0])).chain(arguments).collect();
         libc::free(replaced.cast());
         words
     }

@@ -47,13 +47,12 @@ const PROGRAM: &str = "/usr/bin/socket-proxyd";
 
 /// Words that are escaped are read as the same words.
 pub fn exec_words(bytes: &[u8], reader: &UnitReader) {
-    let words = words(bytes);
-    let line = escape::exec_words(&words).join(" ");
+    let mut words = words(bytes);
+    words.insert(0, "/opt/$HOME/100%/program".into());
+    let line = escape::exec_line(&words);
     assert!(!line.bytes().any(|byte| byte.is_ascii_control()), "{line:?}");
-    let line = format!("{PROGRAM} {line}");
     let read = (reader.exec_words)(line.as_bytes());
-    let given = words.iter().map(|word| word.as_bytes().to_vec());
-    let given: Vec<_> = [PROGRAM.into()].into_iter().chain(given).collect();
+    let given: Vec<_> = words.iter().map(|word| word.as_bytes().to_vec()).collect();
     assert_eq!(read, given, "{line}");
 }
 
@@ -198,5 +197,10 @@ fn unquoted(line: &[u8]) -> Vec<Vec<u8>> {
     }
     assert!(!is_quoted);
     words.extend(word);
-    words.iter().map(|word| single(&single(word, b'%'), b'$')).collect()
+    let read = |(index, word): (usize, &Vec<u8>)| match index {
+        // The path of the program, in which systemd looks for no variable.
+        0 => single(word, b'%'),
+        _ => single(&single(word, b'%'), b'$'),
+    };
+    words.iter().enumerate().map(read).collect()
 }

@@ -3,20 +3,40 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
+/// Escapes a command line whose first word is the path of the program.
+pub fn exec_line(words: &[impl AsRef<OsStr>]) -> String {
+    let Some((program, arguments)) = words.split_first() else { return String::new() };
+    let mut line = vec![exec_program(program)];
+    line.extend(exec_words(arguments));
+    line.join(" ")
+}
+
+/// Escapes the first word of `ExecStart=`. systemd looks for specifiers in the path of a program,
+/// and for no variable.
+pub fn exec_program(path: impl AsRef<OsStr>) -> String {
+    quoted(path.as_ref(), &['%'])
+}
+
 pub fn exec_words(words: &[impl AsRef<OsStr>]) -> Vec<String> {
     words.iter().map(exec_word).collect()
 }
 
-/// Escapes a word of `ExecStart=`: systemd.service(5) finds no quote, variable, specifier or
+/// Escapes a later word of `ExecStart=`: systemd.service(5) finds no quote, variable, specifier or
 /// separator in it.
 pub fn exec_word(word: impl AsRef<OsStr>) -> String {
+    quoted(word.as_ref(), &['%', '$'])
+}
+
+/// Quotes a word where it needs that. A character in `doubled` stands for itself when it is
+/// written twice.
+fn quoted(word: &OsStr, doubled: &[char]) -> String {
     const PLAIN: &[u8] = b"-_./:=@,+[]%$~^!?&|<>(){}*";
-    let word = word.as_ref().as_bytes();
+    let word = word.as_bytes();
     let mut text = String::new();
     for chunk in word.utf8_chunks() {
         for c in chunk.valid().chars() {
             match c {
-                '%' | '$' => text.extend([c, c]),
+                _ if doubled.contains(&c) => text.extend([c, c]),
                 '\\' | '"' => text.extend(['\\', c]),
                 _ if c.is_ascii_control() => text += &hex(c as u8),
                 _ => text.push(c),
@@ -93,6 +113,7 @@ mod tests {
             assert_eq!(exec_word(word), written, "{word:?}");
         }
         assert_eq!(exec_word(OsStr::from_bytes(b"\xff")), r#""\xff""#);
+        assert_eq!(exec_line(&["/opt/100%/$a b", "$HOME"]), "\"/opt/100%%/$a b\" $$HOME");
     }
 
     #[test]

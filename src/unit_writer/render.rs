@@ -13,7 +13,7 @@ use crate::config::listen_address::{ListenAddress, ListenPlace};
 use crate::config::options::Arguments;
 use crate::config::target::Target;
 use crate::socket::address::{Address, SocketKind};
-use crate::unit_writer::escape::{exec_word, exec_words, shell_word, value};
+use crate::unit_writer::escape::{exec_line, exec_program, exec_words, shell_word, value};
 use crate::unit_writer::options::UnitArguments;
 use crate::unit_writer::plan::Plan;
 use crate::unit_writer::stamp::stamp;
@@ -94,7 +94,7 @@ fn context(plan: &Plan, program: &Path) -> Value {
         metrics => metrics.as_ref().map(address),
         service => service,
         service_word => service.as_ref().map(shell_word),
-        program => exec_word(program),
+        program => exec_program(program),
         idle => arguments.idle_time(),
         exits_when_idle => arguments.exits_when_idle(),
         derived_options => exec_words(&arguments.derived_options()),
@@ -104,7 +104,7 @@ fn context(plan: &Plan, program: &Path) -> Value {
         starts => start_command.is_some(),
         is_isolated => arguments.isolate,
         shows_clients => plan.shows_clients(),
-        stop_command => stop_command.as_ref().map(|line| exec_words(&line.words).join(" ")),
+        stop_command => stop_command.as_ref().map(|line| exec_line(&line.words)),
         is_ready_set => ready.is_some(),
         has_programs => plan.proxy.programs().next().is_some(),
         user => user,
