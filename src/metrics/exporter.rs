@@ -32,10 +32,10 @@ use tokio::time::{sleep, timeout};
 use crate::config::listen_address::MetricsAddress;
 use crate::limits::descriptors::{FdBudget, SCRAPERS_MAX};
 use crate::listen::accepted::Accepted;
-use crate::listen::activation::{PassedFd, take_matching};
+use crate::listen::activation::PassedFd;
 use crate::listen::bind;
 use crate::listen::listener::{ACCEPT_PAUSE, Listener};
-use crate::listen::stored::SocketFile;
+use crate::listen::stored::{SocketFile, StoredListener};
 use crate::logging::os_message;
 use crate::runtime::{catch_panic, start_thread};
 use crate::socket::address::{Address, Source};
@@ -49,23 +49,24 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// Opens the sockets, or takes them from those that systemd passed.
+    /// Opens the sockets, or takes those that systemd passed for `address`. A listener of the
+    /// previous process that has the address is taken out of `stored`.
     ///
     /// # Errors
     /// What is wrong, in words that follow the option.
     pub async fn open(
         address: &MetricsAddress,
-        passed: &mut Vec<PassedFd>,
+        passed: Vec<PassedFd>,
+        stored: &mut Vec<StoredListener>,
     ) -> Result<Self, String> {
         let listeners: Vec<Listener> = match address {
             MetricsAddress::Open(address) => {
-                let opened = bind::open(address, &mut Vec::new()).await?.into_iter();
+                let opened = bind::open(address, stored).await?.into_iter();
                 let listeners = opened.map(|(fd, file)| Listener::from_fd(fd, None, file));
                 listeners.collect::<Result<_, _>>().map_err(|error| os_message(&error))?
             }
-            MetricsAddress::Passed(name) => {
-                let sockets = take_matching(passed, |fd| fd.name == *name).into_iter();
-                sockets.map(Listener::from_passed).collect::<Result<_, _>>()?
+            MetricsAddress::Passed(_) => {
+                passed.into_iter().map(Listener::from_passed).collect::<Result<_, _>>()?
             }
         };
         if listeners.is_empty() {

@@ -17,6 +17,7 @@ use crate::backend::source_trial::try_sources;
 use crate::backend::start_command::StartCommand;
 use crate::backend::starter::Starter;
 use crate::config::Config;
+use crate::config::listen_address::MetricsAddress;
 use crate::config::selector::Targets;
 use crate::config::target::Target;
 use crate::config::values::{Overflow, ReadyMode, SourceMode};
@@ -30,7 +31,7 @@ use crate::handover::replay::Leftovers;
 use crate::limits::client_limits::ClientLimits;
 use crate::limits::descriptors::{FdBudget, FdPlan, raise_limit};
 use crate::limits::passed::PassedRoom;
-use crate::listen::activation::{PassedFd, set_cloexec_all};
+use crate::listen::activation::{PassedFd, set_cloexec_all, take_matching};
 use crate::listen::datagram::DatagramListener;
 use crate::listen::listener::Listener;
 use crate::listen::passed_connection::PassedConnection;
@@ -89,14 +90,9 @@ pub async fn start(
         SourceMode::Proxy => None,
         SourceMode::Client => Some(try_sources(config.targets.iter()).await?),
     };
-    // Before the listeners, because --metrics=fd:NAME takes its socket out of those that were
-    // passed.
-    let mut exporter = match &config.args.metrics {
-        Some(address) => {
-            let opened = Exporter::open(address, &mut passed).await;
-            Some(opened.map_err(|error| format!("--metrics={address}: {error}"))?)
-        }
-        None => None,
+    let of_metrics = match &config.args.metrics {
+        Some(MetricsAddress::Passed(name)) => take_matching(&mut passed, |fd| fd.name == *name),
+        _ => Vec::new(),
     };
     let opens = !config.args.listen.is_empty();
     let (handover, mut leftovers) =
@@ -104,6 +100,14 @@ pub async fn start(
     let has_connections = !leftovers.connections.is_empty();
     let stored = &mut leftovers.listeners;
     let sockets = ClientSockets::open(&config.args.listen, passed, stored, has_connections).await?;
+    let mut exporter = match &config.args.metrics {
+        Some(address) => {
+            // A listener that is stored still, and no longer configured, may have the address.
+            let opened = Exporter::open(address, of_metrics, stored).await;
+            Some(opened.map_err(|error| format!("--metrics={address}: {error}"))?)
+        }
+        None => None,
+    };
     let server = build(config, sockets, sources, handover, &leftovers, start_guard)?;
     if let Some(exporter) = &mut exporter {
         exporter.serve(server.metrics()).map_err(|error| {

@@ -49,6 +49,10 @@ pub(crate) fn register(trials: &mut Trials) {
             format!("port 0 does not take the stored listener of another --listen=, {mode}"),
             move || port_0_comes_last(mode),
         );
+        trials.add(
+            format!("--metrics= can have the address of a stored listener, {mode}"),
+            move || metrics_take_the_address(mode),
+        );
     }
     trials.add(
         "an unknown stored descriptor is not taken for a listener",
@@ -286,6 +290,24 @@ fn port_0_comes_last(Mode { handover, end }: Mode) {
     let mut proxy = launch(&[&fixed]);
     stop(&mut proxy, end);
     let _proxy = launch(&["--listen=127.0.0.1:0", &fixed]);
+}
+
+fn metrics_take_the_address(Mode { handover, end }: Mode) {
+    let (systemd, backend) = (FakeSystemd::with_fd_store(8), Endpoint::new(Family::Unix));
+    let (first, second) = (free_port(), free_port());
+    let launch = |options: [String; 2]| {
+        let launch = Launch::new(OURS).arg(format!("--handover={handover}")).args(options);
+        let running = launch.arg(&backend.target).stored_by(&systemd).start();
+        systemd.wait_for("READY=1");
+        running
+    };
+    let listen = |port: u16| format!("--listen=127.0.0.1:{port}");
+    let mut proxy = launch([listen(first), listen(second)]);
+    stop(&mut proxy, end);
+    let _proxy = launch([listen(first), format!("--metrics=127.0.0.1:{second}")]);
+    assert!(scrape(([127, 0, 0, 1], second).into()).contains("socket_proxyd_build_info"));
+    let mut client = connect(&SocketAddr::from(([127, 0, 0, 1], first)).into());
+    assert_forwards(&mut client, &mut backend.accept());
 }
 
 fn link_local_listener_keeps_its_interface(Mode { handover, end }: Mode) {
