@@ -1,15 +1,18 @@
 //! Runs a simulation for each seed, on all processors.
 
-use std::env;
+use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
-
-use tokio::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+use std::{env, process, thread};
 
 use crate::descriptors;
 use crate::support::{TIMEOUT, poll_until};
+
+/// Most take milliseconds.
+const SEED_MAX: Duration = Duration::from_secs(120);
 
 /// Runs a simulation for each seed, or for the one in `SEED`. Each thread has its own, and a table
 /// of descriptors of its own, in which a seed leaves nothing behind.
@@ -20,7 +23,7 @@ pub fn run<S: FnMut(u64)>(simulation: impl Fn() -> S + Sync) {
         None => 0..number("SEEDS").unwrap_or(2_000),
     };
     let (next, failed) = (AtomicU64::new(seeds.start), Mutex::new(Vec::new()));
-    let work = || {
+    let work = |running: &Mutex<Option<(u64, Instant)>>| {
         descriptors::own_table();
         let mut simulate = simulation();
         let before = descriptors::open();
@@ -29,10 +32,11 @@ pub fn run<S: FnMut(u64)>(simulation: impl Fn() -> S + Sync) {
             if seed >= seeds.end {
                 break;
             }
+            *running.lock().unwrap() = Some((seed, Instant::now()));
             let simulation = AssertUnwindSafe(|| {
                 simulate(seed);
                 // The thread that closes passed descriptors takes its time.
-                let deadline = Instant::now() + TIMEOUT;
+                let deadline = tokio::time::Instant::now() + TIMEOUT;
                 poll_until(deadline, || (descriptors::open() == before).then_some(()));
                 assert_eq!(descriptors::open(), before, "descriptors are left open");
             });
@@ -41,12 +45,32 @@ pub fn run<S: FnMut(u64)>(simulation: impl Fn() -> S + Sync) {
                 failed.lock().unwrap().push(seed);
                 next.store(seeds.end, Ordering::Relaxed);
             }
+            *running.lock().unwrap() = None;
         }
     };
+    // Most of the time they wait for the kernel.
+    let threads = 4 * thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.min((seeds.end - seeds.start) as usize);
+    let running: Vec<_> = (0..threads).map(|_| Mutex::new(None)).collect();
+    let (working, all_ended) = mpsc::channel::<Infallible>();
     thread::scope(|scope| {
-        // Most of the time they wait for the kernel.
-        let threads = 4 * thread::available_parallelism().map_or(1, usize::from);
-        (0..threads.min((seeds.end - seeds.start) as usize)).for_each(|_| drop(scope.spawn(work)));
+        for running in &running {
+            let working = working.clone();
+            scope.spawn(move || {
+                let _working = working;
+                work(running);
+            });
+        }
+        drop(working);
+        while all_ended.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
+            for (seed, start) in running.iter().filter_map(|it| *it.lock().unwrap()) {
+                if start.elapsed() > SEED_MAX {
+                    eprintln!("Seed {seed} does not end: SEED={seed} replays it.");
+                    // Nothing else stops a thread that runs in circles.
+                    process::abort();
+                }
+            }
+        }
     });
     let failed = failed.into_inner().unwrap();
     assert!(failed.is_empty(), "failed seeds: {failed:?}");
