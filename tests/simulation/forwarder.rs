@@ -114,11 +114,10 @@ async fn finish(peers: &mut [Peer; 2], middle: &mut Middle, random: &mut Random)
         } else if idle_rounds < REAL_ROUNDS + 20 {
             sleep(Duration::from_secs(10)).await;
         } else {
-            // A peer that did not shut down waits for the other, which waits for it.
-            let silent = peers.iter_mut().filter(|peer| !peer.is_gone() && !peer.has_ended);
-            let silent: Vec<_> = silent.collect();
-            assert!(!silent.is_empty(), "the connection does not end");
-            silent.into_iter().for_each(Peer::shut_down);
+            // Both have not shut down, so each waits for the other's end.
+            let is_silent = |peer: &Peer| !peer.is_gone() && !peer.has_ended;
+            assert!(peers.iter().all(is_silent), "an end is not passed on");
+            peers.iter_mut().for_each(Peer::shut_down);
             idle_rounds = 0;
         }
     }
