@@ -11,12 +11,12 @@ use socket_proxyd::testing::{
     PipeLimits, Queue, Record, RecordBody, Registry, Summary, encode_message, replay,
 };
 use tokio::task::{JoinHandle, spawn_local, yield_now};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::peer::{End, PASSED_AT_MOST, Peer, wait_for_bytes};
 use crate::process::event_loop;
-use crate::support::Family;
 use crate::support::stream::Random;
+use crate::support::{Family, pause};
 use crate::syscalls::Faults;
 
 /// Returns what simulates one connection for each seed.
@@ -66,15 +66,20 @@ async fn simulate(seed: u64, families: [Family; 2]) {
         }
     }
     drop(pipes);
+    let is_left_alone = random.is_one_of(8);
+    if is_left_alone {
+        middle.wait_until_over().await;
+    }
     finish(&mut peers, &mut middle, &mut random).await;
-    let was_cut = peers.iter().any(|peer| peer.passed_too_many);
+    let was_cut = is_left_alone || peers.iter().any(|peer| peer.passed_too_many);
     for which in 0..2 {
         let (peer, other) = pair(&mut peers, which);
         peer.check_end(other, was_cut);
     }
-    let Some(summary) = middle.task.await.unwrap() else { return };
+    let Some(summary) = (&mut middle.task).await.unwrap() else { return };
     let [client, backend] = &peers;
     let (from_client, from_backend) = (summary.from_client, summary.from_backend);
+    assert_eq!(middle.counters.get(), [from_client, from_backend]);
     assert!(from_client >= backend.received() && from_client <= client.sent(), "{summary:?}");
     assert!(from_backend >= client.received() && from_backend <= backend.sent(), "{summary:?}");
     if !was_cut && [client, backend].iter().all(|peer| peer.end == Some(End::Clean)) {
@@ -128,6 +133,8 @@ struct Middle {
     shared: Rc<LoopBuffers>,
     counters: Arc<proxy::ByteCounters>,
     registry: Rc<Registry>,
+    /// Visits the connections of the registry.
+    sweep: JoinHandle<()>,
     /// Returns `None` if the connection was over when it was handed over.
     task: JoinHandle<Option<Summary>>,
     /// The forwarder that was asked to detach.
@@ -142,7 +149,7 @@ impl Middle {
         let passed = PassedLimits { message: PASSED_AT_MOST, all, threads: 1 };
         let shared = Rc::new(LoopBuffers::new(limits, Gauge::default(), PassedRoom::new(passed)));
         let counters = Arc::<proxy::ByteCounters>::default();
-        let registry = Rc::new(Registry::default());
+        let (registry, sweep) = registry();
         let forwarder = Forwarder::new(
             client,
             backend,
@@ -154,7 +161,19 @@ impl Middle {
         );
         let detached = Rc::default();
         let task = spawn(forwarder, &detached);
-        Self { shared, counters, registry, task, detached }
+        Self { shared, counters, registry, sweep, task, detached }
+    }
+
+    /// Waits until a connection whose peers do nothing is over: it is idle, or one has gone and the
+    /// other receives nothing.
+    async fn wait_until_over(&self) {
+        let start = Instant::now();
+        while !self.task.is_finished() {
+            assert!(start.elapsed() < IDLE_TIME * 100, "the connection is idle, and open");
+            sleep(IDLE_TIME / 4).await;
+            // What the kernel still sends by its own clock delays the end.
+            pause(Duration::from_millis(1));
+        }
     }
 
     /// Detaches the connection, stores it, and restores it.
@@ -170,7 +189,8 @@ impl Middle {
             queue.append(&bytes, &descriptors).unwrap();
         }
         forwarder.detach();
-        self.registry = Rc::new(Registry::default());
+        self.sweep.abort();
+        (self.registry, self.sweep) = registry();
         let replayed = replay(&queue.payloads().unwrap(), queue.messages()).unwrap();
         assert_eq!(replayed.refused, 0);
         self.task.abort();
@@ -190,6 +210,17 @@ impl Middle {
     }
 }
 
+impl Drop for Middle {
+    fn drop(&mut self) {
+        self.sweep.abort();
+    }
+}
+
+fn registry() -> (Rc<Registry>, JoinHandle<()>) {
+    let registry = Rc::new(Registry::new(Some(IDLE_TIME)));
+    (Rc::clone(&registry), spawn_local(registry.sweep()))
+}
+
 fn spawn(
     forwarder: Forwarder,
     detached: &Rc<RefCell<Option<Box<Forwarder>>>>,
@@ -206,6 +237,9 @@ fn spawn(
         }
     })
 }
+
+/// Longer than any seed takes by the stopped clock.
+const IDLE_TIME: Duration = Duration::from_secs(24 * 3600);
 
 /// Rounds without progress that take real time.
 const REAL_ROUNDS: u32 = 1_000;
