@@ -66,12 +66,17 @@ async fn simulate(seed: u64, families: [Family; 2]) {
         }
     }
     drop(pipes);
+    let passed_too_many = peers.iter().any(|peer| peer.passed_too_many);
     let is_left_alone = random.is_one_of(8);
+    let is_open = !middle.task.is_finished()
+        && !passed_too_many
+        && !peers.iter().any(Peer::is_gone)
+        && !peers.iter().all(|peer| peer.has_ended);
     if is_left_alone {
         middle.wait_until_over().await;
     }
     finish(&mut peers, &mut middle, &mut random).await;
-    let was_cut = is_left_alone || peers.iter().any(|peer| peer.passed_too_many);
+    let was_cut = is_left_alone || passed_too_many;
     for which in 0..2 {
         let (peer, other) = pair(&mut peers, which);
         peer.check_end(other, was_cut);
@@ -80,6 +85,10 @@ async fn simulate(seed: u64, families: [Family; 2]) {
     let [client, backend] = &peers;
     let (from_client, from_backend) = (summary.from_client, summary.from_backend);
     assert_eq!(middle.counters.get(), [from_client, from_backend]);
+    let is_idle = matches!(summary.reason, CloseReason::IdleTimeout);
+    // Where a peer is gone, or both have ended, it depends on what was received.
+    assert!(!is_idle || is_left_alone, "{summary:?}");
+    assert!(is_idle || !is_left_alone || !is_open, "{summary:?}");
     assert!(from_client >= backend.received() && from_client <= client.sent(), "{summary:?}");
     assert!(from_backend >= client.received() && from_backend <= backend.sent(), "{summary:?}");
     if !was_cut && [client, backend].iter().all(|peer| peer.end == Some(End::Clean)) {
