@@ -106,7 +106,7 @@ pub mod testing {
     pub use crate::forward::loop_buffers::LoopBuffers;
     pub use crate::forward::pipe::PipeLimits;
     pub use crate::forward::registry::Registry;
-    pub use crate::forward::{CloseReason, Forwarder, Outcome, Summary};
+    pub use crate::forward::{CloseReason, Forwarder, Outcome, Progress, Summary};
     pub use crate::handover::encoding::{Record, RecordBody, encode_message, record_ids};
     pub use crate::handover::queue::Queue;
     pub use crate::handover::replay::replay;

@@ -1,14 +1,14 @@
 //! The forwarder between two peers. The invariants: bytes and descriptors come in order, nothing is
 //! lost before a clean end, no end is clean after a cut, and nothing waits without a reason.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use socket_proxyd::testing::{
     self as proxy, CloseReason, Forwarder, Gauge, LoopBuffers, Outcome, PassedLimits, PassedRoom,
-    PipeLimits, Queue, Record, RecordBody, Registry, Summary, encode_message, replay,
+    PipeLimits, Progress, Queue, Record, RecordBody, Registry, Summary, encode_message, replay,
 };
 use tokio::task::{JoinHandle, spawn_local, yield_now};
 use tokio::time::{Instant, sleep};
@@ -55,6 +55,11 @@ async fn simulate(seed: u64, families: [Family; 2]) {
             // Another connection takes a pipe, or returns all.
             1 => pipes.extend(middle.shared.pipes.acquire()),
             2 => pipes.clear(),
+            3 => {
+                middle.request_report().await;
+                let (idle, has_tcp) = (middle.reported_idle.get(), families.contains(&Family::Tcp));
+                assert!(idle.is_none_or(|idle| idle.is_some() == has_tcp), "{idle:?}");
+            }
             _ => {
                 let which = random.below(2) as usize;
                 let (peer, other) = pair(&mut peers, which);
@@ -148,6 +153,8 @@ struct Middle {
     task: JoinHandle<Option<Summary>>,
     /// The forwarder that was asked to detach.
     detached: Rc<RefCell<Option<Box<Forwarder>>>>,
+    /// How long the connection was idle, as the latest report says.
+    reported_idle: Rc<Cell<Option<Option<Duration>>>>,
 }
 
 impl Middle {
@@ -169,8 +176,19 @@ impl Middle {
             None,
         );
         let detached = Rc::default();
-        let task = spawn(forwarder, &detached);
-        Self { shared, counters, registry, sweep, task, detached }
+        let reported_idle = Rc::default();
+        let task = spawn(forwarder, &detached, &reported_idle);
+        Self { shared, counters, registry, sweep, task, detached, reported_idle }
+    }
+
+    /// Asks for a report, which comes at once unless the connection is over.
+    async fn request_report(&self) {
+        self.reported_idle.take();
+        self.registry.request_reports();
+        for _ in 0..8 {
+            yield_now().await;
+        }
+        assert!(self.reported_idle.get().is_some() || self.task.is_finished(), "no report");
     }
 
     /// Waits until a connection whose peers do nothing is over: it is idle, or one has gone and the
@@ -215,7 +233,7 @@ impl Middle {
             Some(self.registry.register(false)),
             None,
         );
-        self.task = spawn(forwarder.unwrap(), &self.detached);
+        self.task = spawn(forwarder.unwrap(), &self.detached, &self.reported_idle);
     }
 }
 
@@ -233,10 +251,12 @@ fn registry() -> (Rc<Registry>, JoinHandle<()>) {
 fn spawn(
     forwarder: Forwarder,
     detached: &Rc<RefCell<Option<Box<Forwarder>>>>,
+    reported_idle: &Rc<Cell<Option<Option<Duration>>>>,
 ) -> JoinHandle<Option<Summary>> {
-    let detached = Rc::clone(detached);
+    let (detached, reported_idle) = (Rc::clone(detached), Rc::clone(reported_idle));
     spawn_local(async move {
-        match forwarder.run(|_| {}).await.unwrap() {
+        let report = |progress: Progress| reported_idle.set(Some(progress.idle));
+        match forwarder.run(report).await.unwrap() {
             Outcome::Closed(summary) => Some(summary),
             Outcome::Detached(forwarder) => {
                 *detached.borrow_mut() = Some(forwarder);
