@@ -2,6 +2,7 @@
 //! lost before a clean end, no end is clean after a cut, and nothing waits without a reason.
 
 use std::cell::{Cell, RefCell};
+use std::mem::discriminant;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +49,51 @@ async fn simulate(seed: u64, families: [Family; 2]) {
         proxy::Socket::register(socket.into(), family).unwrap()
     });
     let mut middle = Middle::new(sockets, &mut random);
+    act(&mut peers, &mut middle, &mut random).await;
+    let passed_too_many = peers.iter().any(|peer| peer.passed_too_many);
+    let is_open = !middle.task.is_finished()
+        && !passed_too_many
+        && !peers.iter().any(Peer::is_gone)
+        && !peers.iter().all(|peer| peer.has_ended);
+    // Why the proxy itself ends the connection.
+    let expected = match random.below(16) {
+        0 | 1 => {
+            middle.wait_until_over().await;
+            Some(CloseReason::IdleTimeout)
+        }
+        2 => {
+            middle.reset_passive().await;
+            middle.is_passive.then_some(CloseReason::NotInUse)
+        }
+        _ => None,
+    };
+    finish(&mut peers, &mut middle, &mut random).await;
+    let was_cut = expected.is_some() || passed_too_many;
+    for which in 0..2 {
+        let (peer, other) = pair(&mut peers, which);
+        peer.check_end(other, was_cut);
+    }
+    let Some(summary) = (&mut middle.task).await.unwrap() else { return };
+    let is_by_proxy =
+        |reason: &CloseReason| matches!(reason, CloseReason::IdleTimeout | CloseReason::NotInUse);
+    let reason = Some(&summary.reason).filter(|reason| is_by_proxy(reason)).map(discriminant);
+    // Where a peer is gone, or both have ended, it depends on what was received.
+    let is_expected = reason == expected.as_ref().map(discriminant);
+    assert!(is_expected || reason.is_none() && !is_open, "{summary:?}, not {expected:?}");
+    let [client, backend] = &peers;
+    let (from_client, from_backend) = (summary.from_client, summary.from_backend);
+    assert_eq!(middle.counters.get(), [from_client, from_backend]);
+    assert!(from_client >= backend.received() && from_client <= client.sent(), "{summary:?}");
+    assert!(from_backend >= client.received() && from_backend <= backend.sent(), "{summary:?}");
+    if !was_cut && [client, backend].iter().all(|peer| peer.end == Some(End::Clean)) {
+        let is_regular = matches!(summary.reason, CloseReason::Closed);
+        assert!(is_regular || peers.iter().any(Peer::is_gone), "{summary:?}");
+    }
+}
+
+/// Has the peers act, and what else comes to a connection, step by step.
+async fn act(peers: &mut [Peer; 2], middle: &mut Middle, random: &mut Random) {
+    let has_tcp = peers.iter().any(|peer| peer.family == Family::Tcp);
     let mut pipes = Vec::new();
     for _ in 0..random.choose(&[5, 20, 60]) {
         match random.below(20) {
@@ -57,48 +103,18 @@ async fn simulate(seed: u64, families: [Family; 2]) {
             2 => pipes.clear(),
             3 => {
                 middle.request_report().await;
-                let (idle, has_tcp) = (middle.reported_idle.get(), families.contains(&Family::Tcp));
+                let idle = middle.reported_idle.get();
                 assert!(idle.is_none_or(|idle| idle.is_some() == has_tcp), "{idle:?}");
             }
             _ => {
                 let which = random.below(2) as usize;
-                let (peer, other) = pair(&mut peers, which);
-                peer.act(other, &mut random);
+                let (peer, other) = pair(peers, which);
+                peer.act(other, random);
             }
         }
         for _ in 0..random.below(4) {
             yield_now().await;
         }
-    }
-    drop(pipes);
-    let passed_too_many = peers.iter().any(|peer| peer.passed_too_many);
-    let is_left_alone = random.is_one_of(8);
-    let is_open = !middle.task.is_finished()
-        && !passed_too_many
-        && !peers.iter().any(Peer::is_gone)
-        && !peers.iter().all(|peer| peer.has_ended);
-    if is_left_alone {
-        middle.wait_until_over().await;
-    }
-    finish(&mut peers, &mut middle, &mut random).await;
-    let was_cut = is_left_alone || passed_too_many;
-    for which in 0..2 {
-        let (peer, other) = pair(&mut peers, which);
-        peer.check_end(other, was_cut);
-    }
-    let Some(summary) = (&mut middle.task).await.unwrap() else { return };
-    let [client, backend] = &peers;
-    let (from_client, from_backend) = (summary.from_client, summary.from_backend);
-    assert_eq!(middle.counters.get(), [from_client, from_backend]);
-    let is_idle = matches!(summary.reason, CloseReason::IdleTimeout);
-    // Where a peer is gone, or both have ended, it depends on what was received.
-    assert!(!is_idle || is_left_alone, "{summary:?}");
-    assert!(is_idle || !is_left_alone || !is_open, "{summary:?}");
-    assert!(from_client >= backend.received() && from_client <= client.sent(), "{summary:?}");
-    assert!(from_backend >= client.received() && from_backend <= backend.sent(), "{summary:?}");
-    if !was_cut && [client, backend].iter().all(|peer| peer.end == Some(End::Clean)) {
-        let is_regular = matches!(summary.reason, CloseReason::Closed);
-        assert!(is_regular || peers.iter().any(Peer::is_gone), "{summary:?}");
     }
 }
 
@@ -147,6 +163,7 @@ struct Middle {
     shared: Rc<LoopBuffers>,
     counters: Arc<proxy::ByteCounters>,
     registry: Rc<Registry>,
+    is_passive: bool,
     /// Visits the connections of the registry.
     sweep: JoinHandle<()>,
     /// Returns `None` if the connection was over when it was handed over.
@@ -166,19 +183,20 @@ impl Middle {
         let shared = Rc::new(LoopBuffers::new(limits, Gauge::default(), PassedRoom::new(passed)));
         let counters = Arc::<proxy::ByteCounters>::default();
         let (registry, sweep) = registry();
+        let is_passive = random.is_one_of(2);
         let forwarder = Forwarder::new(
             client,
             backend,
             Vec::new(),
             Rc::clone(&shared),
             Arc::clone(&counters),
-            Some(registry.register(false)),
+            Some(registry.register(is_passive)),
             None,
         );
         let detached = Rc::default();
         let reported_idle = Rc::default();
         let task = spawn(forwarder, &detached, &reported_idle);
-        Self { shared, counters, registry, sweep, task, detached, reported_idle }
+        Self { shared, counters, registry, is_passive, sweep, task, detached, reported_idle }
     }
 
     /// Asks for a report, which comes at once unless the connection is over.
@@ -201,6 +219,15 @@ impl Middle {
             // What the kernel still sends by its own clock delays the end.
             pause(Duration::from_millis(1));
         }
+    }
+
+    /// Resets a connection that is not in use.
+    async fn reset_passive(&self) {
+        self.registry.reset_passive();
+        for _ in 0..8 {
+            yield_now().await;
+        }
+        assert!(self.task.is_finished() || !self.is_passive, "a passive connection goes on");
     }
 
     /// Detaches the connection, stores it, and restores it.
@@ -230,7 +257,7 @@ impl Middle {
             *snapshot,
             Rc::clone(&self.shared),
             Arc::clone(&self.counters),
-            Some(self.registry.register(false)),
+            Some(self.registry.register(self.is_passive)),
             None,
         );
         self.task = spawn(forwarder.unwrap(), &self.detached, &self.reported_idle);
