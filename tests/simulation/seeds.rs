@@ -5,8 +5,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{env, process, thread};
+
+use tokio::time::Instant;
 
 use crate::descriptors;
 use crate::support::{TIMEOUT, poll_until};
@@ -36,7 +38,7 @@ pub fn run<S: FnMut(u64)>(simulation: impl Fn() -> S + Sync) {
             let simulation = AssertUnwindSafe(|| {
                 simulate(seed);
                 // The thread that closes passed descriptors takes its time.
-                let deadline = tokio::time::Instant::now() + TIMEOUT;
+                let deadline = Instant::now() + TIMEOUT;
                 poll_until(deadline, || (descriptors::open() == before).then_some(()));
                 assert_eq!(descriptors::open(), before, "descriptors are left open");
             });
