@@ -57,6 +57,8 @@ fn main() -> ExitCode {
     everywhere(t, "delivers an answer before a close with the upload unread", early_answer);
     from_family(t, "a failed write lets the other direction drain", Family::Unix, failed_write);
     t.add("a reset that a write has met is not a clean end", reset_met_by_a_write);
+    let name = "a close with all bytes read is an end after a half-close";
+    from_family(t, name, Family::Unix, close_with_all_read);
     from_family(t, "ends after a Unix client has closed", Family::Unix, closed_unix_client);
     for far in [Family::Tcp, Family::Unix] {
         t.add(
@@ -87,6 +89,10 @@ fn main() -> ExitCode {
         "notices a reset while its bytes wait and the other direction has ended",
         reset_behind_waiting_bytes,
     );
+    for near in [Family::Tcp, Family::Unix] {
+        let name = "notices a reset while bytes wait in both directions";
+        from_family(t, name, near, move |far, swapped| reset_of_stalled_peer(near, far, swapped));
+    }
     for far in [Family::Tcp, Family::Unix] {
         t.add(format!("sends the preface first and in one write, to {far}"), move || {
             preface_first(far)
@@ -231,7 +237,12 @@ fn everywhere(trials: &mut Trials, name: &str, test: fn(Forwarding)) {
 }
 
 /// Adds a trial for pairs with one family at the near end.
-fn from_family(trials: &mut Trials, name: &str, near: Family, test: fn(Family, bool)) {
+fn from_family(
+    trials: &mut Trials,
+    name: &str,
+    near: Family,
+    test: impl Fn(Family, bool) + Copy + Send + 'static,
+) {
     for far in [Family::Tcp, Family::Unix] {
         for swapped in [false, true] {
             let ends = ends(near, far, swapped);
@@ -503,6 +514,18 @@ fn close_with_unread(mut pair: Forwarding) {
     }
 }
 
+fn close_with_all_read(far: Family, swapped: bool) {
+    let mut pair = Forwarding::new(Family::Unix, far, swapped);
+    pair.near.shutdown(Shutdown::Write).unwrap();
+    assert!(read_all(&mut pair.far).0.is_empty());
+    pair.far.write_all(b"answer").unwrap();
+    pair.near.read_exact(&mut [0; 6]).unwrap();
+    drop(pair.near);
+    let reason = pair.forwarder.join().unwrap().closed.reason;
+    assert!(reason == CloseReason::Closed, "{reason:?}");
+    assert!(pair.far.take_error().unwrap().is_none(), "far is reset");
+}
+
 fn early_answer(mut pair: Forwarding) {
     let answer = random_bytes(8, 60_000);
     let mut uploader = pair.far.try_clone().unwrap();
@@ -650,6 +673,18 @@ fn reset_behind_waiting_bytes() {
     reset(pair.near);
     // Far never reads; the clock is stopped and jumps.
     pair.forwarder.join().unwrap();
+}
+
+fn reset_of_stalled_peer(near: Family, far: Family, swapped: bool) {
+    let mut pair = Forwarding::with(near, far, swapped, PAUSED, Vec::new());
+    for socket in [&mut pair.near, &mut pair.far] {
+        socket.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+        while socket.write(&[0; 100_000]).is_ok() {}
+    }
+    // The forwarder's write meets it: nothing reads from near.
+    reset(pair.near);
+    let reason = pair.forwarder.join().unwrap().closed.reason;
+    assert!(matches!(reason, CloseReason::Fault(..)), "{reason:?}");
 }
 
 fn preface_first(back: Family) {
