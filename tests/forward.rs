@@ -22,68 +22,57 @@ use tokio::time::Instant;
 
 fn main() -> ExitCode {
     let mut trials = Trials::default();
-    let t = &mut trials;
+    carries_bytes(&mut trials);
+    carries_ends(&mut trials);
+    carries_urgent_data(&mut trials);
+    trials.run()
+}
+
+fn carries_bytes(t: &mut Trials) {
     everywhere(t, "forwards single bytes", single_bytes);
     for (near, far) in PAIRS {
         t.add(
             format!("forwards hundreds of megabytes each way at once, {near} to {far}"),
             move || hundreds_of_megabytes(near, far),
         );
-    }
-    for (near, far) in PAIRS {
         t.add(format!("copies without pipes, {near} to {far}"), move || {
             copies_without_pipes(near, far)
         });
     }
     for far in [Family::Tcp, Family::Unix] {
         t.add(format!("copies to a sink with little room, to {far}"), move || small_sink(far));
+        t.add(format!("sends the preface first and in one write, to {far}"), move || {
+            preface_first(far)
+        });
     }
     t.add("a stalled TCP sink holds little unsent", stalled_sink);
     t.add("a stalled TCP sink of small pieces holds little unsent", stalled_sink_of_small_pieces);
     everywhere(t, "a stalled reader stalls its own direction only", stalled_reader);
+    let name = "forwards the bytes of messages with descriptors";
+    from_family(t, name, Family::Unix, messages_with_descriptors);
+}
+
+fn carries_ends(t: &mut Trials) {
     everywhere(t, "a half-close leaves the other direction open", half_close);
     everywhere(t, "forwards a reset before any byte", reset_before_any_byte);
     everywhere(t, "delivers unread bytes before a reset", reset_after_unread_bytes);
     // A Unix sender whose bytes don't fit can't say that they were taken.
-    from_family(
-        t,
-        "forwards a reset while the reader is stalled",
-        Family::Tcp,
-        reset_to_stalled_reader,
-    );
+    let name = "forwards a reset while the reader is stalled";
+    from_family(t, name, Family::Tcp, reset_to_stalled_reader);
     everywhere(t, "notices a reset after the sender's half-close", reset_after_own_half_close);
     everywhere(t, "forwards a reset after the reader's half-close", reset_after_peer_half_close);
     everywhere(t, "a close with bytes unread is a reset after a half-close", close_with_unread);
+    let name = "a close with all bytes read is an end after a half-close";
+    from_family(t, name, Family::Unix, close_with_all_read);
     everywhere(t, "delivers an answer before a close with the upload unread", early_answer);
     from_family(t, "a failed write lets the other direction drain", Family::Unix, failed_write);
     t.add("a reset that a write has met is not a clean end", reset_met_by_a_write);
-    let name = "a close with all bytes read is an end after a half-close";
-    from_family(t, name, Family::Unix, close_with_all_read);
     from_family(t, "ends after a Unix client has closed", Family::Unix, closed_unix_client);
     for far in [Family::Tcp, Family::Unix] {
         t.add(
             format!("waits a limited time for a stalled reader after a reset, to {far}"),
             move || linger_after_reset(far),
         );
-    }
-    for (far, bulky, kind) in
-        [(Family::Tcp, false, "bytes"), (Family::Unix, false, "bytes"), (Family::Tcp, true, "bulk")]
-    {
-        for swapped in [false, true] {
-            let ends = ends(Family::Tcp, far, swapped);
-            t.add(format!("forwards what is behind urgent data, {kind}, {ends}"), move || {
-                urgent_data(far, bulky, swapped)
-            });
-        }
-    }
-    t.add("forwards urgent data that comes first", urgent_data_first);
-    for far in [Family::Tcp, Family::Unix] {
-        for swapped in [false, true] {
-            let ends = ends(Family::Tcp, far, swapped);
-            t.add(format!("delivers urgent data before a reset, {ends}"), move || {
-                urgent_data_before_reset(far, swapped)
-            });
-        }
     }
     t.add(
         "notices a reset while its bytes wait and the other direction has ended",
@@ -93,18 +82,19 @@ fn main() -> ExitCode {
         let name = "notices a reset while bytes wait in both directions";
         from_family(t, name, near, move |far, swapped| reset_of_stalled_peer(near, far, swapped));
     }
-    for far in [Family::Tcp, Family::Unix] {
-        t.add(format!("sends the preface first and in one write, to {far}"), move || {
-            preface_first(far)
+}
+
+fn carries_urgent_data(t: &mut Trials) {
+    let name = "forwards what is behind urgent data, bytes";
+    from_family(t, name, Family::Tcp, |far, swapped| urgent_data(far, false, swapped));
+    for swapped in [false, true] {
+        let ends = ends(Family::Tcp, Family::Tcp, swapped);
+        t.add(format!("forwards what is behind urgent data, bulk, {ends}"), move || {
+            urgent_data(Family::Tcp, true, swapped)
         });
     }
-    from_family(
-        t,
-        "forwards the bytes of messages with descriptors",
-        Family::Unix,
-        messages_with_descriptors,
-    );
-    trials.run()
+    t.add("forwards urgent data that comes first", urgent_data_first);
+    from_family(t, "delivers urgent data before a reset", Family::Tcp, urgent_data_before_reset);
 }
 
 /// A pair of sockets with the forwarder in between: what `near` sends, `far` receives.
