@@ -1,5 +1,7 @@
 //! The end of the process: connections are handed over, drained, or reset, and COMMAND stops.
 
+use std::convert::Infallible;
+use std::future::pending;
 use std::os::fd::AsFd;
 
 use sd_notify::NotifyState;
@@ -36,7 +38,11 @@ pub async fn stop(
         return hand_over(server, signals, notifier).await;
     }
     drop(server.listeners);
-    let _ = notifier.send_once(&[NotifyState::Stopping]);
+    // Tried until it is sent: it stops systemd's watchdog, which a drain does not feed.
+    let say_stopping = async {
+        notifier.send(&[NotifyState::Stopping]).await;
+        pending::<Infallible>().await
+    };
     let is_signal = *ended == Ok(StopReason::Signal);
     let drain_time = if is_signal { drain_time } else { TimeSpan::ZERO };
     match &server.relay {
@@ -71,6 +77,8 @@ pub async fn stop(
     };
     // A second signal ends the process, and the guard stops COMMAND.
     tokio::select! {
+        biased;
+        never = say_stopping => match never {},
         () = drain_and_stop => {}
         () = second_signal => {}
         never = report_connections(report_signal, &server.dispatcher) => match never {},

@@ -110,6 +110,28 @@ fn stop_does_not_wait_for_the_queue() {
 }
 
 #[test]
+fn drain_says_that_it_stops_once_the_queue_has_room() {
+    let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
+    let systemd = FakeSystemd::new();
+    let mut proxy = start(&front, &systemd, &["--drain-time=1h", &backend.target]);
+    let mut client = front.connect();
+    assert_echoes(&mut client);
+    systemd.wait_for("STATUS=1 of 256 connections");
+    fill(&systemd);
+    proxy.signal(Signal::TERM);
+    proxy.lines.wait_for("waiting up to 1h for open connections to end");
+    // Without STOPPING=1 the watchdog of WatchdogSec= ends a drain. It says each second how long
+    // that goes on.
+    let said: Vec<_> = std::iter::from_fn(|| Some(systemd.next()))
+        .filter(|line| line == "STOPPING=1" || line.starts_with("STATUS=Draining"))
+        .take(3)
+        .collect();
+    assert!(said.iter().any(|line| line == "STOPPING=1"), "{said:?}");
+    drop(client);
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+#[test]
 fn second_signal_ends_a_stop_that_waits_for_ready() {
     let (front, backend) = (Endpoint::new(Family::Tcp), echo_backend(Family::Tcp));
     let systemd = FakeSystemd::new();
