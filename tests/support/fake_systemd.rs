@@ -15,6 +15,7 @@ use std::time::Duration;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use socket2::SockRef;
 use tempfile::TempDir;
+use tokio::time::Instant;
 
 /// Longer than the next notification takes.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -79,11 +80,14 @@ impl FakeSystemd {
 
     /// Skips assignments until one that begins so.
     pub fn wait_for(&self, start: &str) -> String {
+        // Others may go on coming.
+        let deadline = Instant::now() + 3 * TIMEOUT;
         loop {
             let next = self.next();
             if next.starts_with(start) {
                 return next;
             }
+            assert!(Instant::now() < deadline, "{start} does not come");
         }
     }
 }
