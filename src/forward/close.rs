@@ -152,23 +152,11 @@ impl Forwarder {
     pub(super) async fn finish_delivery(&self) {
         let idle_time = self.registration.as_ref().and_then(Registration::idle_time);
         let linger = idle_time.map_or(LINGER, |time| time.min(LINGER));
-        tokio::join!(
-            self.finish_side(Side::Client, linger),
-            self.finish_side(Side::Backend, linger)
-        );
-    }
-
-    async fn finish_side(&self, side: Side, linger: Duration) {
-        let socket = &self.endpoints[side as usize].socket;
-        if self.is_delivering(side) {
-            wait_until_acked(socket, linger).await;
-        }
-        let (from, to) = (&self.flows[side as usize], &self.flows[side.other() as usize]);
-        let peer_has_ended =
-            from.state == FlowState::Ended && matches!(to.state, FlowState::SinkClosed { .. });
-        // If no bytes are on their way to the other side, close() ends both together.
-        if !peer_has_ended && self.is_delivering(side.other()) {
-            if self.is_to_be_reset(side) { socket.abort() } else { socket.shutdown_both() }
+        // At most one: the other peer is gone, or has ended and receives nothing.
+        for side in SIDES {
+            if self.is_delivering(side) {
+                wait_until_acked(&self.endpoints[side as usize].socket, linger).await;
+            }
         }
     }
 

@@ -318,7 +318,7 @@ impl Socket {
     /// Ends the connection as close(2) does, but keeps the socket open.
     ///
     /// The kernel still delivers what was sent. On TCP, bytes that were not read make it a reset.
-    pub fn shutdown_both(&self) {
+    fn shutdown_both(&self) {
         // Not FIONREAD, which counts the FIN of an MPTCP peer as a byte.
         if self.family == Family::Tcp && first_byte(&self.io) == FirstByte::There {
             return self.abort();
@@ -331,7 +331,7 @@ impl Socket {
     }
 
     /// Resets the connection, but keeps the socket open. A Unix socket has no reset, and just ends.
-    pub fn abort(&self) {
+    fn abort(&self) {
         abort(&self.io);
     }
 
