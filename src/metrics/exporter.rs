@@ -29,7 +29,7 @@ use tokio::net::TcpStream;
 use tokio::task::{AbortHandle, JoinSet, spawn_local};
 use tokio::time::{sleep, timeout};
 
-use crate::config::listen_address::MetricsAddress;
+use crate::config::listen_address::ListenAddress;
 use crate::limits::descriptors::{FdBudget, SCRAPERS_MAX};
 use crate::listen::accepted::Accepted;
 use crate::listen::activation::PassedFd;
@@ -49,33 +49,40 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// Opens the sockets, or takes those that systemd passed for `address`. A listener of the
-    /// previous process that has the address is taken out of `stored`.
+    /// Opens the sockets. A listener of the previous process that has the address is taken out of
+    /// `stored`.
     ///
     /// # Errors
     /// What is wrong, in words that follow the option.
     pub async fn open(
-        address: &MetricsAddress,
-        passed: Vec<PassedFd>,
+        address: &ListenAddress,
         stored: &mut Vec<StoredListener>,
     ) -> Result<Self, String> {
-        let listeners: Vec<Listener> = match address {
-            MetricsAddress::Open(address) => {
-                let opened = bind::open(address, stored).await?.into_iter();
-                let listeners = opened.map(|(fd, file)| Listener::from_fd(fd, None, file));
-                listeners.collect::<Result<_, _>>().map_err(|error| os_message(&error))?
-            }
-            MetricsAddress::Passed(_) => {
-                passed.into_iter().map(Listener::from_passed).collect::<Result<_, _>>()?
-            }
-        };
-        if listeners.is_empty() {
+        let mut none = Vec::new();
+        // Port 0 would take any listener, to which clients of the proxy may still come.
+        let stored = if address.has_any_port() { &mut none } else { stored };
+        let opened = bind::open(address, stored).await?.into_iter();
+        let listeners = opened.map(|(fd, file)| Listener::from_fd(fd, None, file));
+        Self::new(listeners.collect::<Result<_, _>>().map_err(|error| os_message(&error))?)
+    }
+
+    /// Uses the sockets that systemd passed under `name`.
+    ///
+    /// # Errors
+    /// What is wrong, in words that follow the option.
+    pub fn from_passed(name: &str, sockets: Vec<PassedFd>) -> Result<Self, String> {
+        if sockets.is_empty() {
             // The proxy works without metrics.
             tracing::warn!(
-                "Failed to serve --metrics={address}: systemd passed no socket of that name. (Its \
+                "Failed to serve --metrics=fd:{name}: systemd passed no socket of that name. (Its \
                  .socket unit must be active and set FileDescriptorName=.)"
             );
         }
+        let listeners = sockets.into_iter().map(Listener::from_passed);
+        Self::new(listeners.collect::<Result<_, _>>()?)
+    }
+
+    fn new(listeners: Vec<Listener>) -> Result<Self, String> {
         let mut exporter = Self::default();
         for listener in listeners {
             if let Address::Vsock { .. } = listener.label.address {
@@ -98,7 +105,10 @@ impl Exporter {
         if sockets.is_empty() {
             return Ok(());
         }
-        start_thread("proxyd-metrics", async move || run(sockets, registry).await).map(drop)
+        start_thread("proxyd-metrics", async move || run(sockets, registry).await)?;
+        // A file of the previous process stays for the next one if the start fails.
+        self.files.iter().for_each(|file| file.unlinks_on_drop.set(true));
+        Ok(())
     }
 }
 

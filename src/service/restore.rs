@@ -43,7 +43,7 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
     // These listeners are no longer configured. They are closed only now, so that a start that
     // fails leaves them open.
     leftovers.listeners.into_iter().for_each(StoredListener::close);
-    // The listeners that are still used have new entries.
+    // The listeners that are still used have new entries, or serve metrics.
     leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
     let mut lost_sessions = 0;
     for (Record { start, body, .. }, entry) in leftovers.connections {

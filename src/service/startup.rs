@@ -101,10 +101,13 @@ pub async fn start(
     let stored = &mut leftovers.listeners;
     let sockets = ClientSockets::open(&config.args.listen, passed, stored, has_connections).await?;
     let mut exporter = match &config.args.metrics {
-        Some(address) => {
-            // A listener that is stored still, and no longer configured, may have the address.
-            let opened = Exporter::open(address, of_metrics, stored).await;
-            Some(opened.map_err(|error| format!("--metrics={address}: {error}"))?)
+        Some(option) => {
+            let exporter = match option {
+                // A listener that is stored, and not configured any more, may have the address.
+                MetricsAddress::Open(address) => Exporter::open(address, stored).await,
+                MetricsAddress::Passed(name) => Exporter::from_passed(name, of_metrics),
+            };
+            Some(exporter.map_err(|error| format!("--metrics={option}: {error}"))?)
         }
         None => None,
     };

@@ -49,10 +49,12 @@ pub(crate) fn register(trials: &mut Trials) {
             format!("port 0 does not take the stored listener of another --listen=, {mode}"),
             move || port_0_comes_last(mode),
         );
-        trials.add(
-            format!("--metrics= can have the address of a stored listener, {mode}"),
-            move || metrics_take_the_address(mode),
-        );
+        for family in [Family::Tcp, Family::Unix] {
+            trials.add(
+                format!("--metrics= can have the address of a stored listener, {mode}, {family}"),
+                move || metrics_take_the_address(mode, family),
+            );
+        }
     }
     trials.add(
         "an unknown stored descriptor is not taken for a listener",
@@ -292,22 +294,30 @@ fn port_0_comes_last(Mode { handover, end }: Mode) {
     let _proxy = launch(&["--listen=127.0.0.1:0", &fixed]);
 }
 
-fn metrics_take_the_address(Mode { handover, end }: Mode) {
+fn metrics_take_the_address(Mode { handover, end }: Mode, family: Family) {
     let (systemd, backend) = (FakeSystemd::with_fd_store(8), Endpoint::new(Family::Unix));
-    let (first, second) = (free_port(), free_port());
-    let launch = |options: [String; 2]| {
+    let directory = tempfile::tempdir().unwrap();
+    let (first, first_address) = free_address(Family::Tcp, &directory);
+    let (second, second_address) = free_address(family, &directory);
+    let launch = |option: &str| {
+        let options = [format!("--listen={first}"), format!("--{option}={second}")];
         let launch = Launch::new(OURS).arg(format!("--handover={handover}")).args(options);
         let running = launch.arg(&backend.target).stored_by(&systemd).start();
         systemd.wait_for("READY=1");
         running
     };
-    let listen = |port: u16| format!("--listen=127.0.0.1:{port}");
-    let mut proxy = launch([listen(first), listen(second)]);
-    stop(&mut proxy, end);
-    let _proxy = launch([listen(first), format!("--metrics=127.0.0.1:{second}")]);
-    assert!(scrape(([127, 0, 0, 1], second).into()).contains("socket_proxyd_build_info"));
-    let mut client = connect(&SocketAddr::from(([127, 0, 0, 1], first)).into());
-    assert_forwards(&mut client, &mut backend.accept());
+    let mut proxy = launch("listen");
+    for _ in 0..2 {
+        stop(&mut proxy, end);
+        proxy = launch("metrics");
+        let mut scraper = connect(&second_address);
+        scraper.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+        let text = read_all(&mut scraper).0;
+        assert!(String::from_utf8_lossy(&text).contains("socket_proxyd_build_info"));
+        assert_forwards(&mut connect(&first_address), &mut backend.accept());
+    }
+    stop(&mut proxy, End::Stopped);
+    assert!(!Path::new(&second).exists());
 }
 
 fn link_local_listener_keeps_its_interface(Mode { handover, end }: Mode) {
