@@ -38,11 +38,6 @@ pub async fn stop(
         return hand_over(server, signals, notifier).await;
     }
     drop(server.listeners);
-    // Tried until it is sent: it stops systemd's watchdog, which a drain does not feed.
-    let say_stopping = async {
-        notifier.send(&[NotifyState::Stopping]).await;
-        pending::<Infallible>().await
-    };
     let is_signal = *ended == Ok(StopReason::Signal);
     let drain_time = if is_signal { drain_time } else { TimeSpan::ZERO };
     match &server.relay {
@@ -78,9 +73,11 @@ pub async fn stop(
     // A second signal ends the process, and the guard stops COMMAND.
     tokio::select! {
         biased;
-        never = say_stopping => match never {},
-        () = drain_and_stop => {}
+        // First, because a drain tells systemd more. After a signal that does not come from systemd
+        // this ends its watchdog, which a drain does not feed.
+        never = say(notifier, NotifyState::Stopping) => match never {},
         () = second_signal => {}
+        () = drain_and_stop => {}
         never = report_connections(report_signal, &server.dispatcher) => match never {},
     }
     let open = server.dispatcher.limits.limit.counts().open;
@@ -105,11 +102,18 @@ async fn hand_over(server: Server, signals: &mut Signals, notifier: &Notifier) {
 
 /// Stops what the proxy has started, and asks systemd to wait for it.
 async fn stop_backend(starter: &Starter, notifier: &Notifier) {
-    if let Some(time) = starter.stop_time() {
-        let extension = NotifyState::ExtendTimeoutUsec(time.as_micros() as u32);
-        let _ = notifier.send_once(&[extension]);
+    let Some(time) = starter.stop_time() else { return starter.stop().await };
+    tokio::select! {
+        biased;
+        never = say(notifier, NotifyState::ExtendTimeoutUsec(time.as_micros() as u32)) => match never {},
+        () = starter.stop() => {}
     }
-    starter.stop().await;
+}
+
+/// Tries to say this to systemd until it is sent, and then does nothing more.
+async fn say(notifier: &Notifier, state: NotifyState<'_>) -> Infallible {
+    notifier.send(&[state]).await;
+    pending().await
 }
 
 /// Stores all open connections for the next process.

@@ -120,8 +120,8 @@ fn drain_says_that_it_stops_once_the_queue_has_room() {
     fill(&systemd);
     proxy.signal(Signal::TERM);
     proxy.lines.wait_for("waiting up to 1h for open connections to end");
-    // Without STOPPING=1 the watchdog of WatchdogSec= ends a drain. It says each second how long
-    // that goes on.
+    // Without STOPPING=1 the watchdog of WatchdogSec= would end the drain. The proxy sends
+    // STATUS=Draining each second.
     let said: Vec<_> = std::iter::from_fn(|| Some(systemd.next()))
         .filter(|line| line == "STOPPING=1" || line.starts_with("STATUS=Draining"))
         .take(3)

@@ -80,7 +80,7 @@ impl FakeSystemd {
 
     /// Skips assignments until one that begins so.
     pub fn wait_for(&self, start: &str) -> String {
-        // Others may go on coming.
+        // Other notifications may go on coming.
         let deadline = Instant::now() + 3 * TIMEOUT;
         loop {
             let next = self.next();
