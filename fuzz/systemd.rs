@@ -134,6 +134,7 @@ fn exec_words(value: &[u8]) -> Vec<Vec<u8>> {
                 break;
             }
         }
+        assert!(!words.is_empty(), "a command has a program");
         words.push(null_mut());
         let variables = [c"HOME=<variable>".as_ptr(), c"A=<variable>".as_ptr(), null()];
         let replaced = (SYSTEMD.replace_env_argv)(words[1..].as_ptr(), variables.as_ptr());

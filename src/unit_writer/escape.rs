@@ -5,14 +5,14 @@ use std::os::unix::ffi::OsStrExt;
 
 /// Escapes a command line whose first word is the path of the program.
 pub fn exec_line(words: &[impl AsRef<OsStr>]) -> String {
-    let Some((program, arguments)) = words.split_first() else { return String::new() };
+    let (program, arguments) = words.split_first().expect("a command line has a program");
     let mut line = vec![exec_program(program)];
     line.extend(exec_words(arguments));
     line.join(" ")
 }
 
 /// Escapes the first word of `ExecStart=`. systemd looks for specifiers in the path of a program,
-/// and for no variable.
+/// and for no variable. (It replaces one in `argv[0]`, which no program here reads.)
 pub fn exec_program(path: impl AsRef<OsStr>) -> String {
     quoted(path.as_ref(), &['%'])
 }
