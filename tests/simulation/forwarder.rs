@@ -51,7 +51,8 @@ async fn simulate(seed: u64, families: [Family; 2]) {
     let mut middle = Middle::new(sockets, &mut random);
     act(&mut peers, &mut middle, &mut random).await;
     let passed_too_many = peers.iter().any(|peer| peer.passed_too_many);
-    let is_open = !middle.task.is_finished()
+    let was_over = middle.task.is_finished();
+    let is_open = !was_over
         && !passed_too_many
         && !peers.iter().any(Peer::is_gone)
         && !peers.iter().all(|peer| peer.has_ended);
@@ -68,7 +69,7 @@ async fn simulate(seed: u64, families: [Family; 2]) {
         _ => None,
     };
     finish(&mut peers, &mut middle, &mut random).await;
-    let was_cut = expected.is_some() || passed_too_many;
+    let was_cut = passed_too_many || expected.is_some() && !was_over;
     for which in 0..2 {
         let (peer, other) = pair(&mut peers, which);
         peer.check_end(other, was_cut);
@@ -149,6 +150,7 @@ async fn finish(peers: &mut [Peer; 2], middle: &mut Middle, random: &mut Random)
         } else if idle_rounds < REAL_ROUNDS + 20 {
             sleep(Duration::from_secs(10)).await;
         } else {
+            assert!(!peers.iter().all(Peer::is_gone), "the connection does not end");
             // Both have not shut down, so each waits for the other's end.
             let is_silent = |peer: &Peer| !peer.is_gone() && !peer.has_ended;
             assert!(peers.iter().all(is_silent), "an end is not passed on");

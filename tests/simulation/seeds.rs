@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::descriptors;
 use crate::support::{TIMEOUT, poll_until};
 
-/// Most take milliseconds.
+/// When a seed counts as endless. Most take milliseconds, and all together wait for two processors.
 const SEED_MAX: Duration = Duration::from_secs(120);
 
 /// Runs a simulation for each seed, or for the one in `SEED`. Each thread has its own, and a table
