@@ -105,14 +105,15 @@ fuzz:
 
 # Changes the forwarder, the handover and COMMAND in each way that cargo-mutants knows, and runs the unit tests and the
 # simulation on each. target/mutants/mutants.out/missed.txt lists the changes that none of them noticed. Takes hours; a
-# second run goes on where the first was stopped.
+# second run goes on where the first was stopped. Other tests: make mutants MUTANT_TESTS="--lib --test=forward".
 MUTANTS ?= src/forward/*.rs src/handover/*.rs src/backend/lifecycle.rs src/backend/starter.rs src/backend/command/*.rs
+MUTANT_TESTS ?= --lib --test=simulation
 
 mutants:
 	command -v cargo-mutants >/dev/null || $(CARGO) install --locked cargo-mutants
 	SEEDS=$(or $(SEEDS),300) CARGO_PROFILE_DEV_DEBUG=0 $(CARGO) mutants --iterate --no-shuffle --timeout 120 \
 	    -o target/mutants $(addprefix -f ,$(wildcard $(MUTANTS))) \
-	    -C=--locked -C=--lib -C=--test=simulation -- -- --skip fuzz
+	    -C=--locked $(addprefix -C=,$(MUTANT_TESTS)) -- -- --skip fuzz
 
 # The drawings of docs/architecture.md; needs Graphviz.
 docs/%.svg: docs/%.dot
