@@ -193,3 +193,25 @@ const REFUSED_MAX: Duration = Duration::from_secs(1);
 
 /// The pauses between attempts. No event tells when descriptors in flight have been received.
 const PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(50));
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_ends_and_its_series_goes_on() {
+        let mut pause = Pause::default();
+        assert!(!pause.is_running() && !pause.has_lasted(Duration::ZERO));
+        pause.begin();
+        let first = pause.until().unwrap() - Instant::now();
+        assert!(pause.is_running() && pause.has_lasted(Duration::ZERO));
+        advance(first).await;
+        assert!(!pause.is_running() && pause.has_lasted(first));
+        pause.begin();
+        assert!(pause.is_running() && pause.until().unwrap() > Instant::now());
+        pause.cut_short();
+        assert!(!pause.is_running() && pause.has_lasted(first) && !pause.has_lasted(first * 2));
+    }
+}

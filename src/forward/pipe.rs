@@ -213,6 +213,34 @@ mod tests {
     }
 
     #[test]
+    fn few_pipes_are_held_or_idle() {
+        let pool = PipePool::new(PipeLimits { max: 4, held: 2 }, Gauge::default());
+        assert!(pool.below_hold_limit());
+        let mut pipes = vec![pool.acquire().unwrap()];
+        assert!(pool.below_hold_limit());
+        pipes.push(pool.acquire().unwrap());
+        assert!(!pool.below_hold_limit());
+        pipes.extend([pool.acquire().unwrap(), pool.acquire().unwrap()]);
+        assert!(!pool.below_hold_limit());
+        // Three, two, one and none are held then. The last finds enough idle ones.
+        for expected in [(false, 4), (false, 4), (true, 4), (true, 3)] {
+            pool.release_if_empty(pipes.pop().unwrap());
+            assert_eq!((pool.below_hold_limit(), pool.open()), expected);
+        }
+    }
+
+    #[test]
+    fn bytes_fit_into_a_pipe_or_are_refused() {
+        let pool = PipePool::new(PipeLimits { max: 1, held: 1 }, Gauge::default());
+        let mut pipe = pool.acquire().unwrap();
+        assert_eq!(pipe.size(), rustix::pipe::fcntl_getpipe_size(&pipe.write).unwrap());
+        pipe.put(b"first").unwrap();
+        pipe.put(b"second").unwrap();
+        assert_eq!(pipe.filled(), 11);
+        assert_eq!(pipe.put(&vec![0; pipe.size()]), Err(Errno::NOSPC));
+    }
+
+    #[test]
     fn a_pipe_returns_only_when_it_is_empty() {
         let pool = PipePool::new(PipeLimits { max: 1, held: 1 }, Gauge::default());
         let mut pipe = pool.acquire().unwrap();
