@@ -91,6 +91,12 @@ mod tests {
         }
         turns.begin_message();
         assert_eq!(turns.begin_bulk(&mut hundreds[0]), TURN_MIN);
+        // The first turn of a connection, when few have had one.
+        let young = Turns::default();
+        young.begin_message();
+        let mut only = 0;
+        assert_eq!(young.begin_bulk(&mut only), TURN_MIN);
+        assert_eq!(young.begin_bulk(&mut only), TURN_MAX);
         // One alone beside messages.
         turns.begin_message();
         assert_eq!(turns.begin_bulk(&mut hundreds[0]), TURN_MAX);
