@@ -152,7 +152,8 @@ impl Forwarder {
     pub(super) async fn finish_delivery(&self) {
         let idle_time = self.registration.as_ref().and_then(Registration::idle_time);
         let linger = idle_time.map_or(LINGER, |time| time.min(LINGER));
-        // At most one: the other peer is gone, or has ended and receives nothing.
+        // At most one peer is waited for. The other is gone, or has ended and receives nothing, so
+        // it need not be told meanwhile.
         for side in SIDES {
             if self.is_delivering(side) {
                 wait_until_acked(&self.endpoints[side as usize].socket, linger).await;
