@@ -205,9 +205,7 @@ impl Middle {
     async fn request_report(&self) {
         self.reported_idle.take();
         self.registry.request_reports();
-        for _ in 0..8 {
-            yield_now().await;
-        }
+        let_it_act().await;
         assert!(self.reported_idle.get().is_some() || self.task.is_finished(), "no report");
     }
 
@@ -226,9 +224,7 @@ impl Middle {
     /// Resets a connection that is not in use.
     async fn reset_passive(&self) {
         self.registry.reset_passive();
-        for _ in 0..8 {
-            yield_now().await;
-        }
+        let_it_act().await;
         assert!(self.task.is_finished() || !self.is_passive, "a passive connection goes on");
     }
 
@@ -269,6 +265,13 @@ impl Middle {
 impl Drop for Middle {
     fn drop(&mut self) {
         self.sweep.abort();
+    }
+}
+
+/// Gives the connection all the turns that it needs for what it does at once.
+async fn let_it_act() {
+    for _ in 0..8 {
+        yield_now().await;
     }
 }
 
