@@ -31,7 +31,7 @@ use files::{Change, remove_leftovers};
 use options::UnitArguments;
 use plan::Plan;
 use render::{UnitFile, render};
-use values::{UNIT_DIRECTORIES, is_hidden};
+use values::{UNIT_DIRECTORIES, is_executable, is_hidden};
 
 use crate::config::find_programs;
 use crate::config::parser::Request;
@@ -104,10 +104,10 @@ fn notes(plan: &Plan) -> String {
     directory.into_iter().chain(missing).map(|note| format!("Note: {note}\n")).collect()
 }
 
-/// Returns the proxy beside this program, if a hardened unit can see it.
+/// Returns the proxy beside this program, if a hardened unit can execute it.
 fn program() -> PathBuf {
     let beside = || Some(env::current_exe().ok()?.parent()?.join("socket-proxyd"));
-    let found = beside().filter(|path| path.exists() && !is_hidden(path));
+    let found = beside().filter(|path| path.exists() && !is_hidden(path) && is_executable(path));
     found.unwrap_or_else(|| "/usr/bin/socket-proxyd".into())
 }
 

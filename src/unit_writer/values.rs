@@ -189,6 +189,13 @@ pub fn is_hidden(path: &Path) -> bool {
     is_below(path, &HOMES) || is_below(path, &TEMPORARY)
 }
 
+/// Whether systemd executes a program with this path: it refuses one with special characters, even
+/// if they are escaped.
+pub fn is_executable(path: &Path) -> bool {
+    let is_special = |byte: &u8| byte.is_ascii_control() || b"\"'\\".contains(byte);
+    !path.as_os_str().as_bytes().iter().any(is_special)
+}
+
 pub fn is_below(path: &Path, directories: &[&str]) -> bool {
     directories.iter().any(|directory| path.starts_with(directory))
 }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use tempfile::TempDir;
+use tempfile::{Builder, TempDir};
 
 use crate::support::*;
 
@@ -141,14 +141,18 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
 }
 
 #[test]
-fn exec_start_is_the_program_beside_this_one_if_a_service_can_see_it() {
-    let directory = TempDir::new_in("/tmp").unwrap();
-    let hidden = directory.path().join("socket-proxyd-units");
-    fs::copy(UNIT_WRITER, &hidden).unwrap();
-    fs::copy(OURS, directory.path().join("socket-proxyd")).unwrap();
-    let output = Command::new(hidden).args(["--listen=1", "--target=/a", "app"]).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("\nExecStart=/usr/bin/socket-proxyd "), "{text}");
+fn exec_start_is_the_program_beside_this_one_if_a_service_can_execute_it() {
+    let hidden = TempDir::new_in("/tmp").unwrap();
+    let special = Builder::new().prefix("it's").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for directory in [hidden.path(), special.path()] {
+        let unit_writer = directory.join("socket-proxyd-units");
+        fs::copy(UNIT_WRITER, &unit_writer).unwrap();
+        fs::copy(OURS, directory.join("socket-proxyd")).unwrap();
+        let arguments = ["--listen=1", "--target=/a", "app"];
+        let output = Command::new(unit_writer).args(arguments).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("\nExecStart=/usr/bin/socket-proxyd "), "{text}");
+    }
 }
 
 /// The section REMOVING THE UNITS is about a NAME and a service `app`.
