@@ -115,6 +115,28 @@ mod tests {
 
     const TIME: Duration = Duration::from_secs(60);
 
+    #[test]
+    fn a_visit_wakes_a_connection_from_the_second_one_on_until_all_is_acknowledged() {
+        let activity = Activity::default();
+        let woken = |unacked_bytes| {
+            activity.touch();
+            let wakes = |_: &u8| {
+                activity.visit() && {
+                    activity.report_unacked(|| unacked_bytes);
+                    true
+                }
+            };
+            (1..=6).filter(wakes).collect::<Vec<u8>>()
+        };
+        assert_eq!(woken([9, 0]), [2, 3, 4, 5, 6]);
+        assert!(activity.is_idle());
+        // Fewer than before the delivery.
+        assert_eq!(woken([7, 0]), [2, 3, 4, 5, 6]);
+        assert!(activity.is_idle());
+        assert_eq!(woken([0, 0]), [2, 6]);
+        assert!(activity.is_idle());
+    }
+
     async fn wait_until_idle(connection: &Registration) {
         wait_until_idle_with(connection, || [7, 0]).await;
     }
