@@ -38,7 +38,9 @@ fn quoted(word: &OsStr, doubled: &[char]) -> String {
             match c {
                 _ if doubled.contains(&c) => text.extend([c, c]),
                 '\\' | '"' => text.extend(['\\', c]),
-                _ if c.is_ascii_control() => text += &hex(c as u8),
+                _ if c.is_ascii_control() || is_noncharacter(c) => {
+                    text.extend(c.encode_utf8(&mut [0; 4]).bytes().map(hex));
+                }
                 _ => text.push(c),
             }
         }
@@ -46,6 +48,12 @@ fn quoted(word: &OsStr, doubled: &[char]) -> String {
     }
     let is_plain = word.iter().all(|byte| byte.is_ascii_alphanumeric() || PLAIN.contains(byte));
     if is_plain && !word.is_empty() { text } else { format!("\"{text}\"") }
+}
+
+/// Whether systemd refuses a unit with this character outside of comments: it takes U+FFFE, U+FFFF,
+/// their like on the other planes, and U+FDD0 to U+FDEF for invalid UTF-8.
+pub fn is_noncharacter(c: char) -> bool {
+    matches!(u32::from(c), 0xfdd0..=0xfdef) || u32::from(c) & 0xfffe == 0xfffe
 }
 
 /// Escapes the value of a setting that knows no quotes: nothing in it is a specifier.
@@ -109,6 +117,8 @@ mod tests {
             (";", r#"";""#),
             ("a\nb\tc", r#""a\x0ab\x09c""#),
             ("\u{e4}", "\"\u{e4}\""),
+            ("\u{fdcf}\u{fdd0}", "\"\u{fdcf}\\xef\\xb7\\x90\""),
+            ("\u{fffff}", r#""\xf3\xbf\xbf\xbf""#),
         ] {
             assert_eq!(exec_word(word), written, "{word:?}");
         }

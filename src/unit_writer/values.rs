@@ -9,7 +9,7 @@ use crate::config::listen_address::{ListenAddress, ListenPlace};
 use crate::config::target::Target;
 use crate::config::timespan::TimeSpan;
 use crate::socket::address::{Address, SocketKind};
-use crate::unit_writer::escape::unit_name;
+use crate::unit_writer::escape::{is_noncharacter, unit_name};
 
 /// Parses NAME.
 pub fn name(text: &str) -> Result<String, String> {
@@ -151,6 +151,10 @@ pub fn check_value(text: &str) -> Result<(), String> {
     let is_changed = text.trim() != text || text.ends_with('\\');
     refuse_if(&[
         (text.chars().any(char::is_control), "control characters are not allowed"),
+        (
+            text.chars().any(is_noncharacter),
+            "noncharacters of Unicode, such as U+FFFF, are not allowed",
+        ),
         (is_changed, "white space around it and a backslash at its end are not allowed"),
     ])
 }
@@ -231,7 +235,7 @@ mod tests {
     #[test]
     fn values_survive_without_quotes() {
         assert_eq!(check_value("/run/with space, 100%"), Ok(()));
-        for text in ["a\nb", " a", "a ", "a\\"] {
+        for text in ["a\nb", " a", "a ", "a\\", "a\u{ffff}b"] {
             assert!(check_value(text).is_err(), "{text:?}");
         }
     }
