@@ -39,7 +39,7 @@ impl Drop for AllowLater {
 
 /// Has the kernel dispatch the calls of this thread, except for those of the handler.
 fn dispatch_this_thread() {
-    if IS_DISPATCHED.replace(true) {
+    if DISPATCHED.with(|dispatched| dispatched.0.replace(true)) {
         return;
     }
     static HANDLER: Once = Once::new();
@@ -53,11 +53,27 @@ fn dispatch_this_thread() {
     });
     let start = simulation_call as *const () as usize;
     let length = simulation_end as *const () as usize - start;
-    // SAFETY: the selector lives as long as the thread.
+    // SAFETY: the selector lives until the thread ends, and is not read after `DISPATCHED` is dropped.
     let result = SELECTOR.with(|selector| unsafe {
-        libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 1, start, length, selector.as_ptr())
+        libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 1_usize, start, length, selector.as_ptr())
     });
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Whether the kernel dispatches the calls of this thread.
+struct Dispatched(Cell<bool>);
+
+/// A thread of musl unmaps its memory before its last system call, and the kernel would look for the
+/// selector there.
+impl Drop for Dispatched {
+    fn drop(&mut self) {
+        if self.0.get() {
+            // SAFETY: this ends what `dispatch_this_thread` began, and touches no memory.
+            unsafe {
+                libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 0_usize, 0_usize, 0_usize, 0_usize)
+            };
+        }
+    }
 }
 
 extern "C" fn on_call(_signal: c_int, _info: *mut libc::siginfo_t, context: *mut c_void) {
@@ -117,7 +133,7 @@ unsafe extern "C" {
 thread_local! {
     static SELECTOR: Cell<u8> = const { Cell::new(ALLOW) };
     static CURRENT: Cell<*mut Faults> = const { Cell::new(ptr::null_mut()) };
-    static IS_DISPATCHED: Cell<bool> = const { Cell::new(false) };
+    static DISPATCHED: Dispatched = const { Dispatched(Cell::new(false)) };
 }
 
 const PR_SET_SYSCALL_USER_DISPATCH: c_int = 59;
