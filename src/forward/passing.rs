@@ -196,9 +196,13 @@ const PAUSES: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_mi
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, memfd_create};
+    use rustix::io::{FdFlags, fcntl_getfd};
     use tokio::time::advance;
 
     use super::*;
+    use crate::limits::passed::PassedLimits;
+    use crate::socket::file_id::FileId;
 
     #[tokio::test(start_paused = true)]
     async fn a_pause_ends_and_its_series_goes_on() {
@@ -213,5 +217,30 @@ mod tests {
         assert!(pause.is_running() && pause.until().unwrap() > Instant::now());
         pause.cut_short();
         assert!(!pause.is_running() && pause.has_lasted(first) && !pause.has_lasted(first * 2));
+    }
+
+    #[test]
+    fn a_message_is_restored_with_its_descriptors() {
+        let room = PassedRoom::new(PassedLimits { message: 8, all: 16, threads: 1 });
+        let ids = |fds: &PassedFds| -> Vec<_> {
+            fds.as_fds().into_iter().map(|fd| FileId::of(fd).unwrap()).collect()
+        };
+        let all: Vec<_> = (0..COPY_SIZE).map(|at| at as u8).collect();
+        for sent in [0, 100] {
+            let files = (0..2).map(|_| memfd_create(c"", MemfdFlags::CLOEXEC).unwrap()).collect();
+            let fds = room.hold(files);
+            let before = ids(&fds);
+            let passing = Passing { bytes: all.clone(), sent, descriptors: Some(fds) };
+            let Ok(BufferedSnapshot::Passing(FdRef::Owned(socket))) = passing.snapshot() else {
+                panic!("no snapshot");
+            };
+            assert_eq!(fcntl_getfd(&socket).unwrap(), FdFlags::CLOEXEC);
+            assert!(fcntl_getfl(&socket).unwrap().contains(OFlags::NONBLOCK));
+            drop(passing);
+            let restored = Passing::restore(&socket, &room).unwrap();
+            assert!(restored.bytes == all[sent..] && !restored.is_sent());
+            assert_eq!(restored.descriptors.as_ref().map(ids), Some(before));
+            assert!(Passing::restore(&socket, &room).is_err());
+        }
     }
 }
