@@ -95,9 +95,9 @@ pub fn service(text: &str) -> Result<String, String> {
 /// Parses a time span, which is kept as written but for white space and a missing unit.
 pub fn idle(text: &str) -> Result<String, String> {
     let span: TimeSpan = text.parse()?;
-    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
-    let words: Vec<_> = text.split_whitespace().collect();
-    Ok(if is_number { span.to_string() } else { words.join(" ") })
+    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let is_number = words.bytes().all(|byte| byte.is_ascii_digit());
+    Ok(if is_number { span.to_string() } else { words })
 }
 
 /// Parses the name of a user or a group.
@@ -231,6 +231,15 @@ const ABSTRACT_MAX: usize = 107;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_idle_time_is_written_with_a_unit() {
+        for (text, written) in
+            [("5", "5s"), (" 5\r", "5s"), ("1min \t 5", "1min 5"), ("infinity", "infinity")]
+        {
+            assert_eq!(idle(text).as_deref(), Ok(written), "{text:?}");
+        }
+    }
 
     #[test]
     fn values_survive_without_quotes() {
