@@ -363,19 +363,37 @@ mod tests {
         let listener = RecordBody::Listener(file(), Some(file_id));
         let (bytes, _) = message([Record { id: 0, start: u64::MAX, body: listener }]);
         assert!(bytes.len() <= HEADER_LEN + FORM_MAX);
-        let session = SessionRecord {
-            socket: file(),
-            listener: file_id,
-            client: vec![7; 111],
-            local: Some(([u16::MAX; 8].into(), u32::MAX)),
-            is_answered: true,
-            is_confirmed: true,
-            is_stream: true,
+        let session = |id| {
+            let session = SessionRecord {
+                socket: file(),
+                listener: file_id,
+                client: vec![7; 111],
+                local: Some(([u16::MAX; 8].into(), u32::MAX)),
+                is_answered: true,
+                is_confirmed: true,
+                is_stream: true,
+            };
+            Record { id, start: u64::MAX, body: RecordBody::Session(Box::new(session)) }
         };
-        let session = RecordBody::Session(Box::new(session));
-        let (bytes, fds) = message([Record { id: 0, start: u64::MAX, body: session }]);
+        let (bytes, fds) = message([session(0)]);
         assert!(opens(&bytes, &fds));
         assert_eq!(bytes.len(), HEADER_LEN + FORM_MAX);
+        let (bytes, _) = message((0..2 * RECORDS_MAX as u64).map(session));
+        assert_eq!(bytes.len(), MESSAGE_MAX);
+    }
+
+    #[test]
+    fn descriptors_of_superseded_records_count_only_in_their_message() {
+        let three = [client(1, 0), client(2, 0), client(3, 0)];
+        let messages = [message(three).0, message([forwarder(0, 0), client(1, 0)]).0];
+        // Six descriptors of the forwarder, and three clients.
+        assert_eq!(descriptors_of(&messages), (9, 7));
+    }
+
+    #[test]
+    fn an_id_is_less_than_its_limit() {
+        assert!(record_ids(&message([client(ID_MAX - 1, 0)]).0).is_some());
+        assert!(record_ids(&message([client(ID_MAX, 0)]).0).is_none());
     }
 
     #[test]

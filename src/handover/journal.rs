@@ -343,7 +343,7 @@ impl Index {
 /// Returns CLOCK_MONOTONIC in microseconds, as records have it.
 pub fn monotonic_micros() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_micros() as u64
 }
 
 /// Superseded records below which compaction is not worth it.
@@ -371,6 +371,8 @@ static IS_FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
 mod tests {
     use std::collections::BTreeMap;
     use std::os::fd::BorrowedFd;
+
+    use rustix::net::sockopt::set_socket_send_buffer_size;
 
     use super::*;
     use crate::handover::replay::replay;
@@ -467,5 +469,72 @@ mod tests {
         assert!(!read(&queue).contains_key(&id));
         while journal.clean_step(u64::MAX) {}
         assert_eq!(read(&queue).len(), 1);
+    }
+
+    #[test]
+    fn a_queue_that_fills_has_many_records_in_a_message() {
+        let queue = Queue::new().unwrap();
+        set_socket_send_buffer_size(queue.ends()[1], 32 * 1024).unwrap();
+        let journal = Journal::new(second(&queue), Vec::new(), &HashSet::new());
+        let fd = listener();
+        let keep = || journal.keep(0, RecordBody::Client(&fd));
+        let mut entries: Vec<_> = std::iter::from_fn(keep).collect();
+        assert_eq!(journal.live(), entries.len());
+        let messages = queue.payloads().unwrap().len();
+        assert!(entries.len() > 4 * messages, "{} in {messages} messages", entries.len());
+        // There is room for listeners, and for changes of what is stored.
+        let listener = journal.keep(0, RecordBody::Listener(&fd, None));
+        assert!(listener.is_some());
+        for entry in &entries {
+            assert!(entry.write(RecordBody::Client(&fd), REFUSE_UPDATES_AT));
+        }
+        assert!(Box::new(entries.pop().unwrap()).forget());
+        entries.truncate(entries.len() / 2);
+        assert!(keep().is_some());
+    }
+
+    #[test]
+    fn descriptors_in_flight_limit_what_is_stored() {
+        let journal = Journal::new(Queue::new().unwrap(), Vec::new(), &HashSet::new());
+        lock(&journal.index).descriptors_max = 40;
+        let fd = listener();
+        let keep = || journal.keep(0, RecordBody::Client(&fd));
+        let entries: Vec<_> = std::iter::from_fn(keep).collect();
+        assert_eq!(entries.len(), 40 * REFUSE_NEW_AT / 100);
+        journal.clear();
+        assert_eq!(journal.live(), 0);
+        assert!(keep().is_some());
+    }
+
+    #[test]
+    fn a_message_that_cannot_be_read_stays_while_it_has_a_live_record() {
+        let fd = listener();
+        let record = Record { id: 5, start: 0, body: RecordBody::Client(&fd) }.seal();
+        let (bytes, _) = encode_message(&[record]);
+        for live in [[].into(), [5].into()] {
+            let queue = Queue::new().unwrap();
+            // Without its descriptor.
+            queue.append(&bytes, &[]).unwrap();
+            let message = MessageInfo { record_ids: vec![5], descriptors: 1 };
+            let journal = Journal::new(second(&queue), vec![message], &live);
+            let is_dropped = lock(&journal.index).compact(&journal.queue);
+            assert_eq!(is_dropped, live.is_empty());
+            assert_eq!(queue.payloads().unwrap().is_empty(), is_dropped);
+        }
+    }
+
+    #[test]
+    fn no_message_grows_too_long_to_be_read() {
+        let (fd, queue) = (listener(), Queue::new().unwrap());
+        let journal = Journal::new(second(&queue), Vec::new(), &HashSet::new());
+        let append = |count| {
+            let contents = (0..count).map(|_| (0, RecordBody::Client(&fd)));
+            journal.append(contents.collect()).unwrap();
+        };
+        (1..RECORDS_MAX).for_each(|_| append(1));
+        append(2 * RECORDS_MAX - 1);
+        assert!(lock(&journal.index).compact(&journal.queue));
+        let lens: Vec<_> = queue.messages().map(|it| it.unwrap().fds.len()).collect();
+        assert_eq!(lens, [2 * RECORDS_MAX - 1, RECORDS_MAX - 1]);
     }
 }

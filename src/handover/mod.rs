@@ -7,6 +7,7 @@
 //! cannot be spliced. A [`Journal`] keeps the queue current.
 
 pub mod replay;
+mod verify;
 mod detached;
 pub mod journal;
 mod fdstore;
@@ -289,5 +290,121 @@ async fn close_unknown_fds(passed: &mut Vec<PassedFd>, opens: bool, notifier: &N
     );
     for unknown_fd in &unknown {
         fdstore::remove(&unknown_fd.name, notifier).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::env;
+    use std::net::TcpListener;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+    use std::time::Duration;
+
+    use rustix::process::Signal;
+
+    use super::*;
+
+    fn handover(mode: HandoverMode, fds_max: usize) -> Handover {
+        of_queue(mode, fds_max, Queue::new().unwrap())
+    }
+
+    fn of_queue(mode: HandoverMode, fds_max: usize, queue: Queue) -> Handover {
+        Handover {
+            mode,
+            journal: Journal::new(queue, Vec::new(), &HashSet::new()),
+            fds_max,
+            stored_fds: AtomicUsize::default(),
+            largest_message: AtomicUsize::default(),
+            lost: AtomicUsize::default(),
+        }
+    }
+
+    fn socket() -> OwnedFd {
+        UnixStream::pair().unwrap().0.into()
+    }
+
+    #[test]
+    fn room_is_for_all_that_is_stored_and_a_message_twice() {
+        let mut handover = handover(HandoverMode::Restart, 10);
+        assert!(handover.has_room(5));
+        assert!(!handover.has_room(6));
+        handover.stored_fds = 2.into();
+        handover.largest_message = 5.into();
+        assert!(handover.has_room(3));
+        assert!(!handover.has_room(4));
+    }
+
+    #[test]
+    fn what_the_process_cannot_open_stays_stored() {
+        let (queue, socket) = (Queue::new().unwrap(), socket());
+        let records = [1, 2].map(|id| {
+            let body = RecordBody::Client(&socket);
+            encoding::Record { id, start: 0, body }.seal()
+        });
+        let (bytes, fds) = encoding::encode_message(&records);
+        queue.append(&bytes, &fds).unwrap();
+        // Two descriptors, and once more those of the message.
+        assert!(read(&queue, 3).is_err());
+        assert!(read(&queue, 4).is_ok());
+    }
+
+    #[test]
+    fn a_record_has_the_moment_at_which_its_connection_began() {
+        let start = Instant::now() - Duration::from_secs(1);
+        let before = monotonic_micros() - start.elapsed().as_micros() as u64;
+        let stored = micros_at(start);
+        let after = monotonic_micros() - start.elapsed().as_micros() as u64;
+        assert!((before - 1000..=after + 1000).contains(&stored), "{before} {stored} {after}");
+    }
+
+    #[test]
+    fn a_panic_of_a_thread_with_connections_ends_the_process() {
+        const NAME: &str = "handover::tests::a_panic_of_a_thread_with_connections_ends_the_process";
+        if env::var_os("PANICS").is_some() {
+            let _abort = handover(HandoverMode::Crash, 10).abort_on_panic();
+            panic!("on purpose");
+        }
+        let mut again = Command::new(env::current_exe().unwrap());
+        let ended = again.args(["--exact", NAME]).env("PANICS", "").output().unwrap();
+        assert_eq!(ended.status.signal(), Some(Signal::ABORT.as_raw()), "{ended:?}");
+    }
+
+    #[test]
+    fn nothing_is_lost_before_it_is_stored() {
+        assert_eq!(handover(HandoverMode::Crash, 10).stored_and_lost(), [0, 0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn superseded_records_are_dropped_in_time() {
+        let (queue, socket) = (Queue::new().unwrap(), socket());
+        let [reader, writer] = queue.ends().map(|end| end.try_clone_to_owned().unwrap());
+        let copy = Queue::from_ends(reader, writer).unwrap();
+        let handover = of_queue(HandoverMode::Crash, 10, copy);
+        let _first = handover.keep_client(&socket).unwrap();
+        // Behind one that lives, where it cannot be taken out.
+        drop(handover.keep_client(&socket).unwrap());
+        assert_eq!(queue.payloads().unwrap().len(), 2);
+        let cleaned = tokio::time::timeout(Duration::from_secs(60), handover.clean());
+        assert!(cleaned.await.is_err(), "it goes on");
+        assert_eq!(queue.payloads().unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn descriptors_that_are_no_listeners_are_closed() {
+        let notifier = Notifier::from_environment();
+        let passed = |fd, name: &str| PassedFd { fd, name: name.into() };
+        let listener = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+        for (has_listener, opens, left) in
+            [(true, false, 1), (true, true, 1), (false, true, 0), (false, false, 1)]
+        {
+            let mut all = vec![passed(socket(), "connection")];
+            all.extend(has_listener.then(|| passed(listener(), "listener")));
+            close_unknown_fds(&mut all, opens, &notifier).await;
+            assert_eq!(all.len(), left, "{has_listener} {opens}");
+            assert!(!has_listener || all[0].name == "listener");
+        }
     }
 }

@@ -1,25 +1,16 @@
-//! Reads and verifies what the previous process left in the queue.
+//! Reads what the previous process left in the queue.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
-use rustix::io::{ioctl_fionbio, ioctl_fionread};
-use rustix::net::{SocketType, sockopt};
-use socket2::{SockAddrStorage, SockRef};
-
-use crate::forward::snapshot::{BufferedSnapshot, COPY_SIZE, FlowState};
-use crate::handover::encoding::{
-    FDS_PER_RECORD, Record, RecordBody, SealedRecord, decode, record_ids,
-};
+use crate::handover::encoding::{FDS_PER_RECORD, Record, RecordBody, decode, record_ids};
 use crate::handover::journal::{Journal, JournalEntry, MessageInfo};
 use crate::handover::queue::Message;
+use crate::handover::verify::{is_over, verified};
 use crate::listen::stored::StoredListener;
 use crate::socket::file_id::FileId;
-use crate::socket::sys::outq_len;
-use crate::socket::{Family, has_hung_up, has_unread};
 
 /// What the previous process left.
 #[derive(Debug, Default)]
@@ -121,114 +112,6 @@ pub fn replay(
     Ok(out)
 }
 
-/// The longest address of a client, `sockaddr_storage`.
-const CLIENT_MAX: usize = size_of::<SockAddrStorage>();
-
-/// Returns a record that is as this program writes it, and its sockets, pipes and files.
-fn verified(record: SealedRecord<OwnedFd>) -> Option<(Record<OwnedFd>, HashSet<FileId>)> {
-    let record = record.open()?;
-    let mut files = Vec::new();
-    match &record.body {
-        RecordBody::Nothing => {}
-        RecordBody::Listener(fd, _) => {
-            files.push(check_datagram_socket(fd).or_else(|| check_socket(fd, true))?);
-        }
-        RecordBody::Client(fd) => files.push(check_socket(fd, false)?),
-        RecordBody::Session(session) if session.client.len() > CLIENT_MAX => return None,
-        RecordBody::Session(session) => files.push(check_datagram_socket(&session.socket)?),
-        RecordBody::Forwarder(snapshot) => {
-            for end in &snapshot.endpoints {
-                files.push(check_socket(&end.socket, false)?);
-            }
-            for flow in &snapshot.flows {
-                match &flow.buffered {
-                    BufferedSnapshot::Nothing => {}
-                    BufferedSnapshot::Copied(_) if flow.state != FlowState::Open => return None,
-                    BufferedSnapshot::Copied(file) => files.push(check_file(file)?),
-                    BufferedSnapshot::Piped { read, write } => files.push(check_pipe(read, write)?),
-                    BufferedSnapshot::Passing(_) if flow.state != FlowState::Open => return None,
-                    BufferedSnapshot::Passing(socket) => files.push(check_socket(socket, false)?),
-                }
-            }
-            if snapshot.fault.is_some_and(|(_, errno)| !(1..4096).contains(&errno)) {
-                return None;
-            }
-        }
-    }
-    let distinct: HashSet<_> = files.iter().copied().collect();
-    (distinct.len() == files.len()).then_some((record, distinct))
-}
-
-/// Requires a stream socket of a known family, and makes it never block.
-///
-/// systemd makes a connection that it has accepted blocking again before it passes it to the next
-/// process. A blocking socket would hold up all connections of an event loop.
-fn check_socket(fd: &OwnedFd, listens: bool) -> Option<FileId> {
-    ioctl_fionbio(fd, true).ok()?;
-    let is_stream = sockopt::socket_type(fd).ok()? == SocketType::STREAM;
-    let is_known = Family::of(fd).ok()?.is_some();
-    let is_valid = is_stream && is_known && sockopt::socket_acceptconn(fd).ok()? == listens;
-    is_valid.then(|| FileId::of(fd).ok())?
-}
-
-/// Requires a datagram socket of a known family, and makes it never block.
-fn check_datagram_socket(fd: &OwnedFd) -> Option<FileId> {
-    ioctl_fionbio(fd, true).ok()?;
-    let is_known = matches!(Family::of(fd), Ok(Some(Family::Tcp | Family::Unix)));
-    let is_datagram = sockopt::socket_type(fd).ok()? == SocketType::DGRAM;
-    (is_datagram && is_known).then(|| FileId::of(fd).ok())?
-}
-
-/// Requires a file that has at most as many bytes as a flow copies at a time.
-fn check_file(fd: &OwnedFd) -> Option<FileId> {
-    let stat = fstat(fd).ok()?;
-    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    let has_bytes = (1..=COPY_SIZE as i64).contains(&stat.st_size);
-    (is_file && has_bytes).then(|| FileId::from_stat(&stat))
-}
-
-/// Requires the two ends of one pipe, and makes them never block.
-fn check_pipe(read: &OwnedFd, write: &OwnedFd) -> Option<FileId> {
-    let end = |fd: &OwnedFd, mode: OFlags| -> Option<FileId> {
-        ioctl_fionbio(fd, true).ok()?;
-        let stat = fstat(fd).ok()?;
-        let is_pipe = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
-        let has_mode = fcntl_getfl(fd).ok()? & OFlags::RWMODE == mode;
-        (is_pipe && has_mode).then(|| FileId::from_stat(&stat))
-    };
-    let file = end(read, OFlags::RDONLY)?;
-    (end(write, OFlags::WRONLY)? == file).then_some(file)
-}
-
-/// Whether the connection has ended, and its record is a leftover.
-fn is_over(body: &RecordBody<OwnedFd>) -> bool {
-    match body {
-        RecordBody::Nothing => true,
-        RecordBody::Listener(..) | RecordBody::Session(_) => false,
-        // What a Unix client sent before it closed is still to be delivered.
-        RecordBody::Client(socket) => has_hung_up(socket) && !has_unread(socket),
-        RecordBody::Forwarder(snapshot) => {
-            let mut sockets = snapshot.endpoints.iter().map(|end| &end.socket);
-            sockets.all(|socket| has_hung_up(socket) && !is_delivering(socket))
-                && snapshot.flows.iter().all(|flow| is_empty(&flow.buffered))
-        }
-    }
-}
-
-fn is_empty(buffered: &BufferedSnapshot<OwnedFd>) -> bool {
-    match buffered {
-        BufferedSnapshot::Nothing => true,
-        BufferedSnapshot::Copied(_) | BufferedSnapshot::Passing(_) => false,
-        BufferedSnapshot::Piped { read, .. } => ioctl_fionread(read) == Ok(0),
-    }
-}
-
-/// Whether the peer's kernel has yet to acknowledge bytes. (A socket that was reset has no peer,
-/// and the kernel counts more bytes than it has.)
-fn is_delivering(socket: &OwnedFd) -> bool {
-    SockRef::from(socket).peer_addr().is_ok() && outq_len(socket) > 0
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -239,8 +122,10 @@ mod tests {
     use rustix::pipe::{PipeFlags, pipe_with};
 
     use super::*;
-    use crate::forward::snapshot::{EndpointSnapshot, FlowSnapshot, FlowState, Side, Snapshot};
-    use crate::handover::encoding::{RECORDS_MAX, SessionRecord, encode_message};
+    use crate::forward::snapshot::{
+        BufferedSnapshot, EndpointSnapshot, FlowSnapshot, FlowState, Side, Snapshot,
+    };
+    use crate::handover::encoding::{RECORDS_MAX, SealedRecord, encode_message};
 
     /// The same for the same seed; and the peers of the sockets, which say nothing.
     struct Dice(u64, Vec<OwnedFd>);
@@ -367,26 +252,6 @@ mod tests {
             spoil(&mut messages[1]);
             let out = sorted(messages);
             assert_eq!((out.refused, out.records.len()), (1, 0));
-        }
-    }
-
-    #[test]
-    fn a_session_whose_client_has_no_address_of_the_kernel_is_refused() {
-        for (len, is_read) in [(CLIENT_MAX, true), (CLIENT_MAX + 1, false)] {
-            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
-            let session = SessionRecord {
-                socket,
-                listener: FileId::default(),
-                client: vec![1; len],
-                local: None,
-                is_answered: true,
-                is_confirmed: true,
-                is_stream: false,
-            };
-            let body = RecordBody::Session(Box::new(session));
-            let record = Record { id: 1, start: 0, body };
-            let out = sorted(messages(&[seal(&record)], &mut Dice(1, Vec::new())));
-            assert_eq!((out.records.len(), out.refused), (is_read.into(), (!is_read).into()));
         }
     }
 
