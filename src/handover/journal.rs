@@ -2,13 +2,10 @@
 //! is written when the process stops. With `--handover=crash` it is current at every moment.
 //!
 //! The queue is an append-only log: each change appends a new record, and the last record of an id
-//! wins. Superseded records at the head are dropped. When more than half of the records are
-//! superseded, or the queue is half full, the live ones are appended again, many to a message, and
-//! the head is dropped. So the queue holds at most twice the live records, and a little more.
-//!
-//! The index says what is in the queue, message by message. Compaction checks it against the queue.
+//! wins. Superseded records at the head are dropped. Those behind are dropped by compaction, for
+//! which the [`Index`] says what is in the queue.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,16 +13,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
 use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
-use crate::handover::encoding::{
-    RECORDS_MAX, Record, RecordBody, SealedRecord, decode, encode_message, record_ids,
-};
+use crate::handover::encoding::{Record, RecordBody};
+use crate::handover::index::{Index, MessageInfo};
 use crate::handover::queue::Queue;
 use crate::logging::{RateLimit, rate_limited};
 use crate::runtime::lock;
@@ -50,43 +45,12 @@ pub struct JournalEntry {
     stays: bool,
 }
 
-#[derive(Debug, Default)]
-struct Index {
-    /// The messages of the queue.
-    messages: VecDeque<MessageInfo>,
-    /// The number of the first message in the queue: so many were dropped.
-    first: u64,
-    /// The number of the message that holds the live record of each id.
-    live: HashMap<u64, u64>,
-    /// Records in the queue. A message without records counts for one.
-    records: usize,
-    /// Descriptors in the queue.
-    descriptors: usize,
-    descriptors_max: usize,
-}
-
-/// What is in a message of the queue.
-#[derive(Debug)]
-pub struct MessageInfo {
-    pub record_ids: Vec<u64>,
-    pub descriptors: usize,
-}
-
 impl Journal {
     /// Creates a journal over a queue with these messages, of whose records these are `live`.
     pub fn new(queue: Queue, messages: Vec<MessageInfo>, live: &HashSet<u64>) -> Arc<Self> {
         let ids = messages.iter().flat_map(|message| &message.record_ids);
         let next_id = ids.max().map_or(0, |last| last + 1);
-        let limit = getrlimit(Resource::Nofile).current;
-        let descriptors_max = limit.map_or(usize::MAX, |limit| limit as usize).max(1);
-        let mut index = Index { descriptors_max, ..Index::default() };
-        for message in messages {
-            let number = index.next_number();
-            for id in message.record_ids.iter().filter(|id| live.contains(id)) {
-                index.live.insert(*id, number);
-            }
-            index.push(message);
-        }
+        let index = Index::new(messages, live);
         let superseded = Notify::new();
         // The messages may have superseded records.
         superseded.notify_one();
@@ -120,8 +84,9 @@ impl Journal {
         JournalEntry { journal: Arc::clone(self), id, start, stays: true }
     }
 
-    /// Appends at most [`RECORDS_MAX`] records in one message, each with the start of its
-    /// connection. They stay when the process is gone.
+    /// Appends records in one message, each with the start of its connection: at most
+    /// [`RECORDS_MAX`](crate::handover::encoding::RECORDS_MAX). They stay when the process is
+    /// gone.
     ///
     /// # Errors
     /// When there is no room; then none of them is in the queue.
@@ -158,7 +123,7 @@ impl Journal {
     pub fn clear(&self) {
         let mut index = lock(&self.index);
         while self.queue.pop() {}
-        *index = Index { descriptors_max: index.descriptors_max, ..Index::default() };
+        *index = Index::new(Vec::new(), &HashSet::new());
     }
 
     /// Returns the number of live records.
@@ -230,124 +195,11 @@ impl Drop for JournalEntry {
     }
 }
 
-impl Index {
-    fn next_number(&self) -> u64 {
-        self.first + self.messages.len() as u64
-    }
-
-    fn append<Fd: AsFd>(
-        &mut self,
-        queue: &Queue,
-        records: &[SealedRecord<Fd>],
-    ) -> Result<(), Errno> {
-        let (bytes, fds) = encode_message(records);
-        queue.append(&bytes, &fds)?;
-        let number = self.next_number();
-        let record_ids: Vec<_> = records.iter().map(SealedRecord::id).collect();
-        self.live.extend(record_ids.iter().map(|id| (*id, number)));
-        self.push(MessageInfo { record_ids, descriptors: fds.len() });
-        Ok(())
-    }
-
-    fn push(&mut self, message: MessageInfo) {
-        self.records += message.record_ids.len().max(1);
-        self.descriptors += message.descriptors;
-        self.messages.push_back(message);
-    }
-
-    fn pop(&mut self, queue: &Queue) -> bool {
-        if !queue.pop() {
-            return false;
-        }
-        if let Some(message) = self.messages.pop_front() {
-            self.first += 1;
-            self.records -= message.record_ids.len().max(1);
-            self.descriptors -= message.descriptors;
-        }
-        true
-    }
-
-    /// Returns how full the queue is, in percent of its bytes or of the descriptors that may be in
-    /// flight.
-    fn fullness(&self, queue: &Queue) -> usize {
-        queue.fullness().max(self.descriptors * 100 / self.descriptors_max)
-    }
-
-    fn has_superseded(&self) -> bool {
-        self.records > self.live.len()
-    }
-
-    /// Whether compaction drops superseded records, or puts the live ones into fewer messages.
-    fn is_worth_compacting(&self) -> bool {
-        let messages = self.live.len().div_ceil(RECORDS_MAX) * 2 + 1;
-        self.has_superseded() || self.messages.len() > messages
-    }
-
-    /// Drops superseded messages at the head. Compacts where more than half of the records are
-    /// superseded.
-    fn drop_superseded(&mut self, queue: &Queue) {
-        if self.records > 2 * self.live.len() + SLACK {
-            self.compact(queue);
-        }
-        let is_first_superseded = |index: &Self| {
-            index.messages.front().is_some_and(|message| index.is_superseded(message, index.first))
-        };
-        while is_first_superseded(self) && self.pop(queue) {}
-    }
-
-    /// Whether all records of the message with this number are superseded.
-    fn is_superseded(&self, message: &MessageInfo, number: u64) -> bool {
-        !message.record_ids.iter().any(|id| self.live.get(id) == Some(&number))
-    }
-
-    /// Appends the live records of the first messages in one message, and drops those messages.
-    /// Returns whether that succeeded.
-    fn compact(&mut self, queue: &Queue) -> bool {
-        let mut messages = queue.messages();
-        let mut live = Vec::new();
-        let mut seen = 0;
-        for (number, info) in (self.first..).zip(&self.messages) {
-            let records = live.len() + info.record_ids.len();
-            if live.len() >= RECORDS_MAX || records > 2 * RECORDS_MAX {
-                break;
-            }
-            let Some(Ok(message)) = messages.next() else { return false };
-            if record_ids(&message.bytes).unwrap_or_default() != info.record_ids {
-                rate_limited!(
-                    DIFFERS,
-                    error,
-                    "Failed to compact the descriptor store: another process has changed it. \
-                     (Restart the service to read it again.)"
-                );
-                return false;
-            }
-            match decode(&message.bytes, message.fds) {
-                Some(records) if message.is_whole => {
-                    let is_live = |it: &SealedRecord<_>| self.live.get(&it.id()) == Some(&number);
-                    live.extend(records.into_iter().filter(is_live));
-                }
-                // There may be no descriptors left for a moment.
-                _ if !self.is_superseded(info, number) => return false,
-                _ => {}
-            }
-            seen += 1;
-        }
-        // Appended first, so that each record is in the queue at every moment.
-        if !live.is_empty() && self.append(queue, &live).is_err() {
-            return false;
-        }
-        seen > 0 && (0..seen).all(|_| self.pop(queue))
-    }
-}
-
 /// Returns CLOCK_MONOTONIC in microseconds, as records have it.
 pub fn monotonic_micros() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_micros() as u64
 }
-
-/// Superseded records below which compaction is not worth it.
-const SLACK: usize = 32;
 
 /// From this fullness on, in percent, each append compacts first.
 const COMPACT_AT: usize = 50;
@@ -364,7 +216,6 @@ const COMPACT_STEPS: usize = 4;
 /// The delay before superseded records are dropped.
 const CLEANED_AFTER: Duration = Duration::from_secs(5);
 
-static DIFFERS: RateLimit = RateLimit::new(1, Duration::from_secs(600));
 static IS_FULL: RateLimit = RateLimit::new(1, Duration::from_secs(600));
 
 #[cfg(test)]
@@ -375,6 +226,7 @@ mod tests {
     use rustix::net::sockopt::set_socket_send_buffer_size;
 
     use super::*;
+    use crate::handover::index::SLACK;
     use crate::handover::replay::replay;
 
     fn listener() -> OwnedFd {
@@ -504,37 +356,5 @@ mod tests {
         journal.clear();
         assert_eq!(journal.live(), 0);
         assert!(keep().is_some());
-    }
-
-    #[test]
-    fn a_message_that_cannot_be_read_stays_while_it_has_a_live_record() {
-        let fd = listener();
-        let record = Record { id: 5, start: 0, body: RecordBody::Client(&fd) }.seal();
-        let (bytes, _) = encode_message(&[record]);
-        for live in [[].into(), [5].into()] {
-            let queue = Queue::new().unwrap();
-            // Without its descriptor.
-            queue.append(&bytes, &[]).unwrap();
-            let message = MessageInfo { record_ids: vec![5], descriptors: 1 };
-            let journal = Journal::new(second(&queue), vec![message], &live);
-            let is_dropped = lock(&journal.index).compact(&journal.queue);
-            assert_eq!(is_dropped, live.is_empty());
-            assert_eq!(queue.payloads().unwrap().is_empty(), is_dropped);
-        }
-    }
-
-    #[test]
-    fn no_message_grows_too_long_to_be_read() {
-        let (fd, queue) = (listener(), Queue::new().unwrap());
-        let journal = Journal::new(second(&queue), Vec::new(), &HashSet::new());
-        let append = |count| {
-            let contents = (0..count).map(|_| (0, RecordBody::Client(&fd)));
-            journal.append(contents.collect()).unwrap();
-        };
-        (1..RECORDS_MAX).for_each(|_| append(1));
-        append(2 * RECORDS_MAX - 1);
-        assert!(lock(&journal.index).compact(&journal.queue));
-        let lens: Vec<_> = queue.messages().map(|it| it.unwrap().fds.len()).collect();
-        assert_eq!(lens, [2 * RECORDS_MAX - 1, RECORDS_MAX - 1]);
     }
 }

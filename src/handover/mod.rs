@@ -10,6 +10,7 @@ pub mod replay;
 mod verify;
 mod detached;
 pub mod journal;
+mod index;
 mod fdstore;
 pub mod queue;
 pub mod encoding;

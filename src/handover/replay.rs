@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::handover::encoding::{FDS_PER_RECORD, Record, RecordBody, decode, record_ids};
-use crate::handover::journal::{Journal, JournalEntry, MessageInfo};
+use crate::handover::index::MessageInfo;
+use crate::handover::journal::{Journal, JournalEntry};
 use crate::handover::queue::Message;
 use crate::handover::verify::{is_over, verified};
 use crate::listen::stored::StoredListener;
