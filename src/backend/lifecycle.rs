@@ -153,11 +153,6 @@ impl Lifecycle {
         let _ = self.stop_requested.subscribe().wait_for(|stop| *stop).await;
     }
 
-    /// Waits until starts are allowed.
-    pub async fn start_allowed(&self) {
-        let _ = self.stop_requested.subscribe().wait_for(|stop| !*stop).await;
-    }
-
     pub fn allow_start(&self) {
         self.stop_requested.send_replace(false);
     }
@@ -244,7 +239,31 @@ static OBSTACLES: RateLimit = RateLimit::new(1, Duration::from_secs(10));
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_passive_client_waits_for_a_start_or_beside_another_client() {
+        const MINUTE: Duration = Duration::from_secs(60);
+        let lifecycle = Lifecycle::new("app".into(), true);
+        // Whether it can connect; `None` while it waits.
+        let started =
+            async || timeout(MINUTE, lifecycle.started()).await.ok().map(|state| state.is_some());
+        for (state, alone, beside) in [
+            (BackendState::Stopped, Some(false), None),
+            (BackendState::Starting, None, None),
+            (BackendState::Ready, Some(true), Some(true)),
+            (BackendState::Frozen, Some(false), None),
+            (BackendState::Stopping, Some(false), None),
+            (BackendState::Failed(1), Some(false), None),
+        ] {
+            lifecycle.set_state(state);
+            assert_eq!(started().await, alone, "{state:?}");
+            let _other = Counted::new(&lifecycle.demand);
+            assert_eq!(started().await, beside, "{state:?}, beside another");
+        }
+    }
 
     #[test]
     fn pauses_grow_from_100_ms_to_10_s() {

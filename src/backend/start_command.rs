@@ -192,9 +192,8 @@ impl StartCommand {
     /// Runs the stop command. Returns whether the backend still answers.
     async fn shut_down(&self, wait: &BackendWait, clock: &IdleClock) -> bool {
         let Self { stop: Some(stop), target, lifecycle, times, .. } = self else { return true };
+        // The proxy exits, unless a client comes.
         if lifecycle.is_stop_requested() {
-            // The proxy exits, unless a client comes.
-            lifecycle.start_allowed().await;
             return true;
         }
         rate_limited!(
@@ -307,6 +306,26 @@ static FAILURES: RateLimit = RateLimit::new(10, Duration::from_secs(10));
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::connect::{ConnectPermits, Connector};
+    use crate::backend::prober::SharedProber;
+
+    #[tokio::test]
+    async fn no_command_runs_once_a_stop_is_requested() {
+        const NEVER: TimeSpan = TimeSpan::INFINITY;
+        let directory = tempfile::TempDir::new().unwrap();
+        let (path, ran) = (directory.path().join("app"), directory.path().join("ran"));
+        let line = CommandLine::split(&format!("touch {}", ran.display())).unwrap();
+        let target = Target::parse(path.as_os_str()).unwrap();
+        let permits = ConnectPermits::new(1, 1, 1);
+        let connector = Connector::new(target.clone(), None, false, NEVER, None, permits);
+        let wait = BackendWait::new(connector, NEVER, SharedProber::default(), None, None);
+        let times = CommandTimes { freeze_idle: NEVER, stop_idle: NEVER, min_run: TimeSpan::ZERO };
+        let commands = StartCommand::new(line.clone(), Some(line), target, times);
+        commands.lifecycle.request_stop();
+        assert!(matches!(commands.bring_up(&wait).await, Err(StartError::Stopped)));
+        assert!(commands.shut_down(&wait, &IdleClock::new()).await, "nothing was stopped");
+        assert!(!ran.exists());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn commands_have_a_limited_time() {
