@@ -350,3 +350,39 @@ const SLOW: Duration = Duration::from_secs(10);
 
 static LIFECYCLE: RateLimit = RateLimit::new(20, Duration::from_secs(10));
 static ENDS: RateLimit = RateLimit::new(10, Duration::from_secs(10));
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use tempfile::TempDir;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::backend::command::guard_client::start_guard;
+    use crate::backend::connect::{ConnectPermits, Connector};
+    use crate::backend::prober::SharedProber;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_target_is_tried_only_while_a_client_waits() {
+        const NEVER: TimeSpan = TimeSpan::INFINITY;
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("app");
+        let _application = UnixListener::bind(&path).unwrap();
+        let target = Target::parse(path.as_os_str()).unwrap();
+        let permits = ConnectPermits::new(1, 1, 1);
+        let connector = Connector::new(target.clone(), None, false, NEVER, None, permits);
+        let wait = BackendWait::new(connector, NEVER, SharedProber::default(), None, None);
+        let times = CommandTimes { freeze_idle: NEVER, stop_idle: NEVER, min_run: TimeSpan::ZERO };
+        let (command, ready) = (CommandLine::split("app").unwrap(), ReadyMode::Connect);
+        let supervisor =
+            Supervisor::new(command, &ready, BusyMode::No, times, target, None, start_guard)
+                .unwrap();
+        let unwanted = supervisor.wait_until_ready(None, &wait);
+        assert!(timeout(Duration::from_secs(60), unwanted).await.is_err(), "no client waits");
+        tokio::select! {
+            up = supervisor.wait_until_ready(None, &wait) => assert!(matches!(up, Ok(Some(_)))),
+            _ = supervisor.lifecycle.ready() => unreachable!("nothing sets the state"),
+        }
+    }
+}

@@ -290,3 +290,38 @@ const LOOKUPS_MAX: usize = 10;
 const KNOWN_MAX: usize = 64;
 
 static STRANGERS: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{geteuid, getpid};
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_causes_few_lookups_and_command_is_heard() {
+        // COMMAND is of our user. Linux has no process with such a number, as if it had ended.
+        let tree = ProcessTree { group: getpid(), guard: getpid() };
+        let ended = |number| Pid::from_raw(i32::MAX - number).unwrap();
+        let stranger = |number| Uid::from_raw(geteuid().as_raw() + 1 + number);
+        let (mut lookups, mut processes) = (Lookups::default(), (0..).map(ended));
+        for user in 0..20 {
+            for process in processes.by_ref().take(2 * LOOKUPS_MAX) {
+                assert!(!lookups.look_up(process, stranger(user), tree));
+            }
+        }
+        assert_eq!(lookups.users.len(), USERS_MAX);
+        assert!(lookups.users.values().all(|count| *count == LOOKUPS_MAX));
+        assert_eq!((lookups.other_users, lookups.known.len()), (LOOKUPS_MAX, KNOWN_MAX));
+        for process in processes.by_ref().take(2 * LOOKUPS_MAX) {
+            assert!(lookups.look_up(process, geteuid(), tree), "COMMAND's own are not limited");
+        }
+        assert_eq!(lookups.users[&geteuid()], 0);
+
+        advance(Duration::from_secs(1)).await;
+        for _ in 0..3 {
+            assert!(!lookups.look_up(ended(0), stranger(0), tree));
+        }
+        assert_eq!((lookups.users[&stranger(0)], lookups.known.len()), (1, 1), "looked up once");
+    }
+}

@@ -60,10 +60,7 @@ impl Processes {
         for _ in 0..FREEZE_PASSES_MAX {
             let mut is_done = true;
             for process in descendants() {
-                let states = thread_states(process);
-                // A traced process rests only while its tracer looks at it.
-                let is_traced = states.contains('t') && !self.frozen.contains(&process);
-                if is_traced || !are_stopped(&states) {
+                if runs_on(&thread_states(process), self.frozen.contains(&process)) {
                     let _ = kill_process(process, Signal::STOP);
                     self.frozen.insert(process);
                     is_done = false;
@@ -223,6 +220,12 @@ fn thread_states(process: Pid) -> String {
     stats.filter_map(|stat| stat.rsplit_once(") ")?.1.chars().next()).collect()
 }
 
+/// Whether a process with these threads has yet to be stopped. A traced one that was not sent
+/// SIGSTOP rests only while its tracer looks at it.
+fn runs_on(states: &str, is_frozen: bool) -> bool {
+    !are_stopped(states) || (states.contains('t') && !is_frozen)
+}
+
 /// Whether all threads are stopped, by a signal or a tracer, or have ended.
 fn are_stopped(states: &str) -> bool {
     states.chars().all(|state| ['T', 't', 'Z', 'X'].contains(&state))
@@ -268,3 +271,38 @@ const GROUP_KILLS_MAX: u32 = 10;
 const KILLS_MAX: u32 = 100;
 
 static NOT_FROZEN: RateLimit = RateLimit::new(1, Duration::from_secs(60));
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::{CommandExt, ExitStatusExt};
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_traced_process_is_stopped_once() {
+        // Before it was sent SIGSTOP, and after.
+        for (states, expected) in [
+            ("S", [true, true]),
+            ("TR", [true, true]),
+            ("T", [false, false]),
+            ("ZT", [false, false]),
+            ("t", [true, false]),
+            ("Tt", [true, false]),
+            ("", [false, false]),
+        ] {
+            assert_eq!([false, true].map(|is_frozen| runs_on(states, is_frozen)), expected);
+        }
+    }
+
+    #[test]
+    fn each_sigkill_counts() {
+        let mut cat = Command::new("cat");
+        let mut child = cat.stdin(Stdio::piped()).process_group(0).spawn().unwrap();
+        let mut processes = Processes::new("cat".into(), Pid::from_child(&child));
+        // One more would turn to the children of this process.
+        assert!((0..GROUP_KILLS_MAX).all(|_| processes.kill()));
+        assert_eq!(processes.kills, GROUP_KILLS_MAX);
+        assert_eq!(child.wait().unwrap().signal(), Some(Signal::KILL.as_raw()));
+    }
+}
