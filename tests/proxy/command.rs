@@ -166,6 +166,7 @@ fn connections_last_until_command_has_stopped() {
     assert_eq!(pid(&mut client), app, "it can finish its work");
     assert_eq!(read_all(&mut client).0, b"");
     assert_eq!(service.proxy.wait().code(), Some(0));
+    service.proxy.lines.wait_for("Stopping perl.");
 }
 
 #[test]

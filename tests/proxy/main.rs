@@ -12,6 +12,7 @@ mod descriptors;
 mod diagnostics;
 mod drain;
 mod freeze;
+mod guard;
 mod idle_time;
 mod keepalive;
 mod listen;

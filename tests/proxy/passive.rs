@@ -87,10 +87,13 @@ fn passive_client_is_held_while_another_has_command_start() {
 
 #[test]
 fn passive_client_is_served_after_the_client_that_started_command_has_left() {
-    let service = Service::start(Family::Tcp, &[OPTION, "--backend-wait=20s"], &["up=1"]);
+    let options = [OPTION, "--backend-wait=20s", "--log-level=debug"];
+    let service = Service::start(Family::Tcp, &options, &["up=2"]);
     let client = service.connect();
     let app = service.wait_for_pid("started");
-    drop(client);
+    // A FIN alone would leave it waiting.
+    reset(client);
+    service.proxy.lines.wait_for("Connection ended by the client before it had a backend");
     assert_eq!(served(&mut monitor(&service)), app);
 }
 

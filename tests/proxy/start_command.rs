@@ -182,6 +182,8 @@ fn client_of_a_command_that_hangs_is_closed_in_time() {
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.wait().code(), Some(0));
     assert!(ended.exists(), "the command got SIGTERM");
+    let log = proxy.lines.all();
+    assert!(!log.contains("Failure"), "a stop is no failure: {log}");
 }
 
 #[test]

@@ -226,6 +226,7 @@ pub fn read_all(socket: &mut Socket) -> (Vec<u8>, std::io::Result<()>) {
         match socket.read(&mut buffer) {
             Ok(0) => return (bytes, Ok(())),
             Ok(more) => bytes.extend_from_slice(&buffer[..more]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => panic!("no end in {TIMEOUT:?}"),
             Err(error) => return (bytes, Err(error)),
         }
     }
