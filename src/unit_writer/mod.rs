@@ -31,7 +31,7 @@ use files::{Change, remove_leftovers};
 use options::UnitArguments;
 use plan::Plan;
 use render::{UnitFile, render};
-use values::{UNIT_DIRECTORIES, is_executable, is_hidden};
+use values::{UNIT_DIRECTORIES, can_be_in_exec_start, is_hidden};
 
 use crate::config::find_programs;
 use crate::config::parser::Request;
@@ -104,10 +104,11 @@ fn notes(plan: &Plan) -> String {
     directory.into_iter().chain(missing).map(|note| format!("Note: {note}\n")).collect()
 }
 
-/// Returns the proxy beside this program, if a hardened unit can execute it.
+/// Returns the proxy beside this program, if a hardened unit may execute it.
 fn program() -> PathBuf {
     let beside = || Some(env::current_exe().ok()?.parent()?.join("socket-proxyd"));
-    let found = beside().filter(|path| path.exists() && !is_hidden(path) && is_executable(path));
+    let may_execute = |path: &Path| !is_hidden(path) && can_be_in_exec_start(path.as_os_str());
+    let found = beside().filter(|path| path.exists() && may_execute(path));
     found.unwrap_or_else(|| "/usr/bin/socket-proxyd".into())
 }
 

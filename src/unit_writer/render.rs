@@ -17,7 +17,9 @@ use crate::unit_writer::escape::{exec_line, exec_program, exec_words, shell_word
 use crate::unit_writer::options::UnitArguments;
 use crate::unit_writer::plan::Plan;
 use crate::unit_writer::stamp::stamp;
-use crate::unit_writer::values::{HOMES, LOCALHOST, TEMPORARY, is_below, is_local, socket_path};
+use crate::unit_writer::values::{
+    HOMES, LOCALHOST, TEMPORARY, can_be_in_exec_start, is_below, is_local, socket_path,
+};
 
 /// A generated file; its path is relative to the directory of the units.
 #[derive(Debug, PartialEq, Eq)]
@@ -75,6 +77,8 @@ fn context(plan: &Plan, program: &Path) -> Value {
             may_be_absent => may_be_absent(listen),
         }
     };
+    let stop_line =
+        stop_command.as_ref().filter(|line| can_be_in_exec_start(line.words[0].as_ref()));
     let any = |is: fn(&Target) -> bool| targets.iter().any(is);
     let is_proxy_below = |directories: &[&str]| {
         let mut paths = targets.iter().filter_map(socket_path);
@@ -104,7 +108,8 @@ fn context(plan: &Plan, program: &Path) -> Value {
         starts => start_command.is_some(),
         is_isolated => arguments.isolate,
         shows_clients => plan.shows_clients(),
-        stop_command => stop_command.as_ref().map(|line| exec_line(&line.words)),
+        has_stop_command => stop_command.is_some(),
+        stop_line => stop_line.map(|line| exec_line(&line.words)),
         is_ready_set => ready.is_some(),
         has_programs => plan.proxy.programs().next().is_some(),
         user => user,

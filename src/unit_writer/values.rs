@@ -1,6 +1,6 @@
 //! Parsers for option values, and checks of what systemd and the hardened units allow.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -92,7 +92,7 @@ pub fn service(text: &str) -> Result<String, String> {
     Ok(format!("{stem}.service"))
 }
 
-/// Parses a time span, which is kept as written but for white space and a missing unit.
+/// Parses a time span. A bare number gets a unit. Of other spans only the white space changes.
 pub fn idle(text: &str) -> Result<String, String> {
     let span: TimeSpan = text.parse()?;
     let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -193,11 +193,13 @@ pub fn is_hidden(path: &Path) -> bool {
     is_below(path, &HOMES) || is_below(path, &TEMPORARY)
 }
 
-/// Whether systemd executes a program with this path: it refuses one with special characters, even
-/// if they are escaped.
-pub fn is_executable(path: &Path) -> bool {
-    let is_special = |byte: &u8| byte.is_ascii_control() || b"\"'\\".contains(byte);
-    !path.as_os_str().as_bytes().iter().any(is_special)
+/// Whether systemd loads a unit that executes a program with this path. It refuses special
+/// characters even if they are escaped. Since systemd 262 those of patterns are among them, and
+/// bytes that are not UTF-8. At the beginning some characters are prefixes (systemd.service(5)).
+pub fn can_be_in_exec_start(program: &OsStr) -> bool {
+    let is_special = |c: char| c.is_ascii_control() || is_noncharacter(c) || "\"'\\*?[".contains(c);
+    let is_prefix = |c: char| "@-:+!|".contains(c);
+    program.to_str().is_some_and(|it| !it.contains(is_special) && !it.starts_with(is_prefix))
 }
 
 pub fn is_below(path: &Path, directories: &[&str]) -> bool {
@@ -233,7 +235,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_idle_time_is_written_with_a_unit() {
+    fn programs_that_systemd_refuses() {
+        for allowed in ["/usr/bin/a", "/a b/50%/$HOME/\u{e4}", "name"] {
+            assert!(can_be_in_exec_start(allowed.as_ref()), "{allowed}");
+        }
+        for refused in ["'", "\"", "\\", "\n", "\x7f", "*", "?", "[", "\u{ffff}"] {
+            assert!(!can_be_in_exec_start(format!("/opt/{refused}/a").as_ref()), "{refused:?}");
+        }
+        assert!(!can_be_in_exec_start(OsStr::from_bytes(b"/opt/\xff")));
+        assert!(!can_be_in_exec_start("-name".as_ref()));
+    }
+
+    #[test]
+    fn a_bare_number_gets_a_unit_whatever_white_space_is_around_it() {
         for (text, written) in
             [("5", "5s"), (" 5\r", "5s"), ("1min \t 5", "1min 5"), ("infinity", "infinity")]
         {

@@ -142,16 +142,25 @@ fn reports_what_it_wrote_and_refuses_foreign_files() {
 
 #[test]
 fn exec_start_is_the_program_beside_this_one_if_a_service_can_execute_it() {
+    let visible = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let is_hidden = ["/home", "/root", "/tmp", "/var/tmp"].iter().any(|it| visible.starts_with(it));
+    let visible = if is_hidden { Path::new("/dev/shm") } else { visible };
+    let plain = TempDir::new_in(visible).unwrap();
+    let special = Builder::new().prefix("it's").tempdir_in(visible).unwrap();
     let hidden = TempDir::new_in("/tmp").unwrap();
-    let special = Builder::new().prefix("it's").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    for directory in [hidden.path(), special.path()] {
+    let beside = format!("{}/socket-proxyd", plain.path().display());
+    for (directory, program) in [
+        (plain.path(), &*beside),
+        (special.path(), "/usr/bin/socket-proxyd"),
+        (hidden.path(), "/usr/bin/socket-proxyd"),
+    ] {
         let unit_writer = directory.join("socket-proxyd-units");
         fs::copy(UNIT_WRITER, &unit_writer).unwrap();
         fs::copy(OURS, directory.join("socket-proxyd")).unwrap();
         let arguments = ["--listen=1", "--target=/a", "app"];
         let output = Command::new(unit_writer).args(arguments).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
-        assert!(text.contains("\nExecStart=/usr/bin/socket-proxyd "), "{text}");
+        assert!(text.contains(&format!("\nExecStart={program} ")), "{text}");
     }
 }
 
