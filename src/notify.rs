@@ -44,6 +44,12 @@ impl Notifier {
         opened.and_then(Result::ok).unwrap_or(Self(None))
     }
 
+    /// Returns a notifier without a service manager.
+    #[cfg(test)]
+    pub fn none() -> Self {
+        Self(None)
+    }
+
     /// Opens a socket to a path or an abstract name (`@`).
     ///
     /// # Errors

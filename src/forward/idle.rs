@@ -130,7 +130,7 @@ mod tests {
         };
         assert_eq!(woken([9, 0]), [2, 3, 4, 5, 6]);
         assert!(activity.is_idle());
-        // Fewer than before the delivery.
+        // A report after a delivery is not compared with one before it.
         assert_eq!(woken([7, 0]), [2, 3, 4, 5, 6]);
         assert!(activity.is_idle());
         assert_eq!(woken([0, 0]), [2, 6]);

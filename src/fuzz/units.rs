@@ -150,6 +150,7 @@ fn settings(text: &str) -> UnitSettings {
     let mut settings = Vec::new();
     let text = text.replace("\\\n", " ");
     for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with(['#', '['])) {
+        assert!(!line.contains(escape::is_noncharacter), "systemd refuses {line}");
         let (name, value) = line.split_once('=').expect(line);
         settings.push((name.into(), value.trim_matches([' ', '\t']).into()));
     }

@@ -26,8 +26,9 @@ pub struct Index {
     pub live: HashMap<u64, u64>,
     /// Records in the queue. A message without records counts for one.
     pub records: usize,
-    /// Descriptors in the queue, and the most that may be in flight.
+    /// Descriptors in the queue.
     pub descriptors: usize,
+    /// The most descriptors that may be in flight: `RLIMIT_NOFILE` (unix(7)).
     pub descriptors_max: usize,
 }
 

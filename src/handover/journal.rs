@@ -2,8 +2,8 @@
 //! is written when the process stops. With `--handover=crash` it is current at every moment.
 //!
 //! The queue is an append-only log: each change appends a new record, and the last record of an id
-//! wins. Superseded records at the head are dropped. Those behind are dropped by compaction, for
-//! which the [`Index`] says what is in the queue.
+//! wins. Superseded records at the head are dropped. Compaction drops the others: the [`Index`]
+//! tells it what is in the queue.
 
 use std::collections::HashSet;
 use std::convert::Infallible;

@@ -63,16 +63,15 @@ fn dispatch_this_thread() {
 /// Whether the kernel dispatches the calls of this thread.
 struct Dispatched(Cell<bool>);
 
-/// A thread of musl unmaps its memory before its last system call, and the kernel would look for the
-/// selector there.
+/// A detached thread of musl unmaps its stack and its thread-local memory before its last system
+/// call, for which the kernel would read the selector.
 impl Drop for Dispatched {
     fn drop(&mut self) {
-        if self.0.get() {
-            // SAFETY: this ends what `dispatch_this_thread` began, and touches no memory.
-            unsafe {
-                libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 0_usize, 0_usize, 0_usize, 0_usize)
-            };
-        }
+        // SAFETY: this ends what `dispatch_this_thread` began, and touches no memory.
+        let result = unsafe {
+            libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, 0_usize, 0_usize, 0_usize, 0_usize)
+        };
+        debug_assert_eq!(result, 0);
     }
 }
 
