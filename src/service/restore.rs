@@ -8,7 +8,7 @@ use std::time::Duration;
 use socket2::{SockAddr, SockRef};
 use tokio::time::Instant;
 
-use crate::connection::Restored;
+use crate::connection::{Restored, forget};
 use crate::forward::snapshot::Snapshot;
 use crate::handover::encoding::{Record, RecordBody};
 use crate::handover::journal::{JournalEntry, monotonic_micros};
@@ -43,8 +43,10 @@ pub fn restore(server: &Server, leftovers: Leftovers) {
     // These listeners are no longer configured. They are closed only now, so that a start that
     // fails leaves them open.
     leftovers.listeners.into_iter().for_each(StoredListener::close);
-    // The listeners that are still used have new entries, or serve metrics.
-    leftovers.listener_entries.into_iter().for_each(|entry| drop(entry.own()));
+    // The listeners that are still used have new entries, or serve metrics. Behind a live record
+    // the old ones stay in the queue for some seconds, and would be refused if they were not
+    // superseded.
+    leftovers.listener_entries.into_iter().for_each(|entry| forget(Some(entry)));
     let mut lost_sessions = 0;
     for (Record { start, body, .. }, entry) in leftovers.connections {
         match body {

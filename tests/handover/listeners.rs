@@ -142,6 +142,8 @@ fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Fami
             End::Killed => proxy.signal(Signal::KILL),
         }
         proxy.wait();
+        let log = proxy.lines.all();
+        assert!(!log.contains("Failed to restore"), "{log}");
         let mut new_client = connect(&address);
         new_client.write_all(b"hello").unwrap();
         proxy = launch();
@@ -153,6 +155,8 @@ fn new_clients_wait_between_processes(Mode { handover, end }: Mode, family: Fami
     assert_eq!(systemd.fd_store.names().len(), 2, "nothing but the queue");
     proxy.signal(Signal::TERM);
     proxy.wait();
+    let log = proxy.lines.all();
+    assert!(!log.contains("Failed to restore"), "{log}");
     // The service is stopped, and started again later: until then the socket file stays.
     systemd.fd_store.clear();
     assert!(address.as_pathname().is_none_or(Path::exists));
