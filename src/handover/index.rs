@@ -166,7 +166,7 @@ impl Index {
         if !live.is_empty() && self.append(queue, &live).is_err() {
             return false;
         }
-        seen > 0 && (0..seen).all(|_| self.pop(queue))
+        (0..seen).all(|_| self.pop(queue))
     }
 }
 
@@ -201,18 +201,59 @@ mod tests {
     }
 
     #[test]
-    fn no_message_grows_too_long_to_be_read() {
+    fn compaction_is_worth_it_for_many_messages_or_a_superseded_record() {
+        let ids: Vec<_> = (0..3 * RECORDS_MAX as u64).collect();
+        let mut live: HashSet<_> = ids.iter().copied().collect();
+        let is_worth = |in_a_message: usize, live: &HashSet<u64>| {
+            let message = |ids: &[u64]| MessageInfo { record_ids: ids.to_vec(), descriptors: 0 };
+            Index::new(ids.chunks(in_a_message).map(message).collect(), live).is_worth_compacting()
+        };
+        // Seven messages and nine, where three would do.
+        assert!(!is_worth(6, &live));
+        assert!(is_worth(5, &live));
+        live.remove(&0);
+        assert!(is_worth(RECORDS_MAX, &live));
+    }
+
+    #[test]
+    fn more_superseded_records_than_live_ones_are_compacted() {
         let (fd, queue) = (listener(), Queue::new().unwrap());
         let mut index = Index::new(Vec::new(), &HashSet::new());
-        let ids: Vec<_> = (1..3 * RECORDS_MAX as u64 - 1).collect();
-        let (singles, rest) = ids.split_at(RECORDS_MAX - 1);
-        for message in singles.chunks(1).chain([rest]) {
-            let record =
-                |id: &u64| Record { id: *id, start: 0, body: RecordBody::Client(&fd) }.seal();
-            index.append(&queue, &message.iter().map(record).collect::<Vec<_>>()).unwrap();
+        let append = |index: &mut Index, id: u64| {
+            let record = Record { id, start: 0, body: RecordBody::Client(&fd) }.seal();
+            index.append(&queue, &[record]).unwrap();
+            index.drop_superseded(&queue);
+        };
+        // The first stays live, so that nothing is dropped at the head.
+        (1..=3).for_each(|id| append(&mut index, id));
+        while index.records < 2 * 3 + SLACK {
+            append(&mut index, 3);
         }
-        assert!(index.compact(&queue));
-        let lens: Vec<_> = queue.messages().map(|it| it.unwrap().fds.len()).collect();
-        assert_eq!(lens, [2 * RECORDS_MAX - 1, RECORDS_MAX - 1]);
+        assert_eq!(index.first, 0);
+        append(&mut index, 3);
+        assert!(index.first > 0);
+    }
+
+    #[test]
+    fn no_message_grows_too_long_to_be_read() {
+        let fd = listener();
+        // Messages of one record, and a last one of so many.
+        for (last, lens) in [
+            (RECORDS_MAX + 1, vec![2 * RECORDS_MAX]),
+            (RECORDS_MAX + 2, vec![RECORDS_MAX + 2, RECORDS_MAX - 1]),
+        ] {
+            let queue = Queue::new().unwrap();
+            let mut index = Index::new(Vec::new(), &HashSet::new());
+            let ids: Vec<_> = (0..(RECORDS_MAX - 1 + last) as u64).collect();
+            let (singles, rest) = ids.split_at(RECORDS_MAX - 1);
+            for message in singles.chunks(1).chain([rest]) {
+                let record =
+                    |id: &u64| Record { id: *id, start: 0, body: RecordBody::Client(&fd) }.seal();
+                index.append(&queue, &message.iter().map(record).collect::<Vec<_>>()).unwrap();
+            }
+            assert!(index.compact(&queue));
+            let found: Vec<_> = queue.messages().map(|it| it.unwrap().fds.len()).collect();
+            assert_eq!(found, lens);
+        }
     }
 }

@@ -226,6 +226,7 @@ mod tests {
     use rustix::net::sockopt::set_socket_send_buffer_size;
 
     use super::*;
+    use crate::handover::encoding::RECORDS_MAX;
     use crate::handover::index::SLACK;
     use crate::handover::replay::replay;
 
@@ -319,8 +320,24 @@ mod tests {
         assert!(!read(&queue).contains_key(&id));
         drop(first);
         assert!(!read(&queue).contains_key(&id));
+        let first = lock(&journal.index).first;
+        assert!(!journal.clean_step(first), "the round is over");
         while journal.clean_step(u64::MAX) {}
         assert_eq!(read(&queue).len(), 1);
+    }
+
+    #[test]
+    fn a_record_that_changes_often_is_written_beside_full_messages() {
+        let queue = Queue::new().unwrap();
+        set_socket_send_buffer_size(queue.ends()[1], 32 * 1024).unwrap();
+        let journal = Journal::new(second(&queue), Vec::new(), &HashSet::new());
+        // Without descriptors: those in flight are limited for all tests together.
+        let body = || RecordBody::<OwnedFd>::Nothing;
+        while lock(&journal.index).fullness(&journal.queue) < COMPACT_AT {
+            journal.append((0..RECORDS_MAX).map(|_| (0, body())).collect()).unwrap();
+        }
+        let entry = journal.entry(0, 0);
+        assert!((0..200).all(|_| entry.write(body(), REFUSE_UPDATES_AT)));
     }
 
     #[test]

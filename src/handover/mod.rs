@@ -161,7 +161,7 @@ impl Handover {
     /// than the next process can open. Those that it could not open are not stored.
     pub fn store(&self, mut detached: Vec<Detached>) {
         while !detached.is_empty() {
-            let (mut bodies, mut fds) = (Vec::new(), 0);
+            let (mut bodies, mut fds, mut failure) = (Vec::new(), 0, None);
             for connection in detached.iter().rev().take(RECORDS_MAX) {
                 match connection.body() {
                     Ok(body) if self.has_room(fds + body.fds().len()) => {
@@ -170,15 +170,17 @@ impl Handover {
                     }
                     Ok(_) => break,
                     // Out of descriptors: storing the others first frees theirs.
-                    Err(_) if !bodies.is_empty() => break,
                     Err(error) => {
-                        tracing::error!("Failed to store a connection: {}.", os_message(&error));
+                        failure = Some(error);
                         break;
                     }
                 }
             }
             let count = bodies.len();
             if count == 0 {
+                if let Some(error) = failure {
+                    tracing::error!("Failed to store a connection: {}.", os_message(&error));
+                }
                 detached.pop();
                 self.lost.fetch_add(1, Ordering::Relaxed);
                 continue;
@@ -307,6 +309,9 @@ mod tests {
     use rustix::process::{Resource, Rlimit, Signal, setrlimit};
 
     use super::*;
+    use crate::counters::Gauge;
+    use crate::limits::descriptors::FdBudget;
+    use crate::limits::slot::Slot;
 
     fn handover(mode: HandoverMode, fds_max: usize) -> Handover {
         of_queue(mode, fds_max, Queue::new().unwrap())
@@ -339,17 +344,38 @@ mod tests {
     }
 
     #[test]
+    fn no_more_is_stored_than_the_next_process_can_open() {
+        let (handover, budget) = (handover(HandoverMode::Restart, 10), FdBudget::new(0, 0));
+        let detached = |_| {
+            let session = SessionRecord {
+                socket: socket(),
+                listener: FileId::default(),
+                client: Vec::new(),
+                local: None,
+                is_answered: true,
+                is_confirmed: true,
+                is_stream: false,
+            };
+            let slot = Slot::new(Gauge::default().take(), budget.reserve_unchecked());
+            Detached { start: Instant::now(), state: DetachedState::Session(session), _slot: slot }
+        };
+        handover.store((0..20).map(detached).collect());
+        // Five, and once more as many.
+        assert_eq!(handover.stored_and_lost(), [5, 15]);
+    }
+
+    #[test]
     fn what_the_process_cannot_open_stays_stored() {
         let (queue, socket) = (Queue::new().unwrap(), socket());
-        let records = [1, 2].map(|id| {
+        let records = [1, 2, 3].map(|id| {
             let body = RecordBody::Client(&socket);
             encoding::Record { id, start: 0, body }.seal()
         });
         let (bytes, fds) = encoding::encode_message(&records);
         queue.append(&bytes, &fds).unwrap();
-        // Two descriptors, and once more those of the message.
-        assert!(read(&queue, 3).is_err());
-        assert!(read(&queue, 4).is_ok());
+        // Three descriptors, and once more those of the message.
+        assert!(read(&queue, 5).is_err());
+        assert!(read(&queue, 6).is_ok());
     }
 
     #[test]

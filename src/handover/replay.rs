@@ -254,6 +254,31 @@ mod tests {
             let out = sorted(messages);
             assert_eq!((out.refused, out.records.len()), (1, 0));
         }
+        let mut unread = message(&first);
+        unread.is_whole = false;
+        assert_eq!(sorted(vec![unread]).messages[0].descriptors, FDS_PER_RECORD);
+    }
+
+    #[test]
+    fn listeners_do_not_count_as_connections() {
+        let mut dice = Dice(5, Vec::new());
+        let records = [
+            RecordBody::Client(socket(&mut dice)),
+            RecordBody::Listener(socket(&mut dice), None),
+            RecordBody::Client(socket(&mut dice)),
+        ]
+        .map(|body| Record { id: 1, start: 0, body });
+        let leftovers = Leftovers::new(records.into(), 0, None);
+        assert_eq!((leftovers.listeners.len(), leftovers.descriptors()), (1, 2));
+    }
+
+    #[test]
+    fn a_socket_belongs_to_one_record() {
+        let mut dice = Dice(6, Vec::new());
+        let shared = socket(&mut dice);
+        let client = |id| Record { id, start: 0, body: RecordBody::Client(shared.as_fd()) }.seal();
+        let out = sorted(messages(&[1, 2].map(client), &mut dice));
+        assert_eq!((out.records.len(), out.refused), (1, 1));
     }
 
     #[test]
