@@ -337,7 +337,7 @@ mod tests {
             journal.append((0..RECORDS_MAX).map(|_| (0, body())).collect()).unwrap();
         }
         let entry = journal.entry(0, 0);
-        assert!((0..200).all(|_| entry.write(body(), REFUSE_UPDATES_AT)));
+        assert!((0..200).all(|_| entry.write(body(), REFUSE_NEW_AT)));
     }
 
     #[test]
