@@ -243,3 +243,27 @@ async fn wait_until_acked(socket: &Socket, linger: Duration) {
 /// How long a receiver may make no progress once its sender is gone. Also the interval at which a
 /// stalled connection is checked.
 const LINGER: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_acknowledges_nothing_is_waited_for_only_so_long() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut stream = listener.accept().unwrap().0;
+        stream.set_nonblocking(true).unwrap();
+        // Until the peer's window is full.
+        while stream.write(&[0; 65536]).is_ok() {}
+        let socket = Socket::register(stream.into(), Family::Tcp).unwrap();
+        let acked = wait_until_acked(&socket, Duration::from_secs(1));
+        timeout(Duration::from_secs(60), acked).await.expect("it ends");
+        assert!(socket.unacked() > 0);
+    }
+}

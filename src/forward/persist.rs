@@ -305,3 +305,54 @@ fn was_reset(snapshot: &Snapshot<OwnedFd>, side: Side) -> bool {
         && !has_hung_up_reading(&snapshot.endpoints[to].socket)
         && SockRef::from(socket).peer_addr().is_err()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn tcp_pair() -> [TcpStream; 2] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        [listener.accept().unwrap().0, peer]
+    }
+
+    /// A socket whose peer has sent a reset, which was read.
+    fn reset_socket() -> OwnedFd {
+        let [mut socket, peer] = tcp_pair();
+        SockRef::from(&peer).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(peer);
+        assert!(socket.read(&mut [0]).is_err());
+        socket.into()
+    }
+
+    fn snapshot(sockets: [OwnedFd; 2], state: FlowState) -> Snapshot<OwnedFd> {
+        let flow =
+            |state| FlowSnapshot { state, delivered: 0, buffered: BufferedSnapshot::Nothing };
+        Snapshot {
+            endpoints: sockets.map(|socket| EndpointSnapshot { socket, reset: false, gone: false }),
+            flows: [flow(state), flow(FlowState::Open)],
+            header_len: 0,
+            fault: None,
+        }
+    }
+
+    #[test]
+    fn a_reset_that_was_read_and_not_stored_is_known() {
+        let was_reset = |sockets, state| {
+            let snapshot = snapshot(sockets, state);
+            SIDES.map(|side| was_reset(&snapshot, side))
+        };
+        let ([open, _peer], (unix, _unix_peer)) = (tcp_pair(), UnixStream::pair().unwrap());
+        let open = || open.try_clone().unwrap().into();
+        let unix = || unix.try_clone().unwrap().into();
+        assert_eq!(was_reset([reset_socket(), open()], FlowState::Open), [true, false]);
+        assert_eq!(was_reset([unix(), reset_socket()], FlowState::Open), [false, true]);
+        // The other side's FIN may have been passed on, and both FINs end a connection as well.
+        let ended = UnixStream::pair().unwrap().0.into();
+        assert_eq!(was_reset([reset_socket(), ended], FlowState::Open), [false, false]);
+        assert_eq!(was_reset([reset_socket(), open()], FlowState::Ended), [false, false]);
+    }
+}
