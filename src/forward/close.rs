@@ -246,12 +246,124 @@ const LINGER: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-    use std::net::{TcpListener, TcpStream};
+    use std::io::{Read, Write};
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
 
     use tokio::time::timeout;
 
     use super::*;
+    use crate::counters::Gauge;
+    use crate::forward::loop_buffers::LoopBuffers;
+    use crate::forward::pipe::PipeLimits;
+    use crate::forward::registry::Registry;
+    use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
+    use crate::limits::passed::{PassedLimits, PassedRoom};
+    use crate::socket::sys::outq_len;
+
+    fn register(stream: UnixStream) -> Socket {
+        stream.set_nonblocking(true).unwrap();
+        Socket::register(stream.into(), Family::Unix).unwrap()
+    }
+
+    fn join(
+        [client, backend]: [Socket; 2],
+        registration: Option<Registration>,
+        journal: Option<Box<dyn SnapshotStore>>,
+    ) -> Forwarder {
+        let passed = PassedRoom::new(PassedLimits { message: 16, all: 64, threads: 1 });
+        let limits = PipeLimits { max: 1, held: 1 };
+        let shared = Rc::new(LoopBuffers::new(limits, Gauge::default(), passed));
+        let counters = Arc::default();
+        Forwarder::new(client, backend, Vec::new(), shared, counters, registration, journal)
+    }
+
+    /// Has room for everything.
+    #[derive(Debug)]
+    struct RoomyStore;
+
+    impl SnapshotStore for RoomyStore {
+        fn update(&self, _: Snapshot<FdRef<'_>>) -> bool {
+            true
+        }
+        fn forget(self: Box<Self>) -> bool {
+            true
+        }
+        fn detach(self: Box<Self>) {}
+    }
+
+    #[tokio::test]
+    async fn a_stored_unix_socket_ends_although_another_descriptor_refers_to_it() {
+        let [(client, near), (backend, far)] = [(); 2].map(|()| UnixStream::pair().unwrap());
+        let _stored = [&near, &far].map(|socket| socket.try_clone().unwrap());
+        drop(client);
+        join([near, far].map(register), None, Some(Box::new(RoomyStore)))
+            .run(|_| {})
+            .await
+            .unwrap();
+        assert!((&backend).write(b"x").is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_unix_receiver_that_reads_nothing_is_not_waited_for() {
+        let [(client, near), (_backend, far)] = [(); 2].map(|()| UnixStream::pair().unwrap());
+        // A close with bytes unread is a reset.
+        (&near).write_all(b"never read").unwrap();
+        (&client).write_all(b"a request").unwrap();
+        drop(client);
+        let start = Instant::now();
+        join([near, far].map(register), None, None).run(|_| {}).await.unwrap();
+        assert_eq!(start.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_receiver_that_takes_little_is_waited_for() {
+        let [(client, near), (mut backend, far)] = [(); 2].map(|()| UnixStream::pair().unwrap());
+        backend.shutdown(Shutdown::Write).unwrap();
+        (&near).write_all(b"never read").unwrap();
+        client.set_nonblocking(true).unwrap();
+        let sink = far.try_clone().unwrap();
+        let peers = async move {
+            // Until nothing more is taken.
+            for _ in 0..100 {
+                while (&client).write(&[0; 32 * 1024]).is_ok() {}
+                sleep(Duration::from_millis(1)).await;
+            }
+            drop(client);
+            for _ in 0..6 {
+                sleep(LINGER * 9 / 10).await;
+                // One buffer of the kernel's, too little for an edge.
+                let before = outq_len(&sink);
+                while outq_len(&sink) == before {
+                    backend.read_exact(&mut [0; 1024]).unwrap();
+                }
+            }
+        };
+        let forwarding = join([near, far].map(register), None, None).run(|_| {});
+        tokio::select! {
+            _ = forwarding => panic!("the receiver is given up"),
+            () = peers => {}
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_receiver_is_waited_for_no_longer_than_the_idle_time() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut far = listener.accept().unwrap().0;
+        far.set_nonblocking(true).unwrap();
+        while far.write(&[0; 65536]).is_ok() {}
+        let (client, near) = UnixStream::pair().unwrap();
+        (&near).write_all(b"never read").unwrap();
+        drop(client);
+        let registry = Rc::new(Registry::new(Some(Duration::from_secs(1))));
+        let sockets = [register(near), Socket::register(far.into(), Family::Tcp).unwrap()];
+        let start = Instant::now();
+        join(sockets, Some(registry.register(false)), None).run(|_| {}).await.unwrap();
+        let took = start.elapsed();
+        assert!(took >= Duration::from_secs(1) && took < LINGER, "{took:?}");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_acknowledges_nothing_is_waited_for_only_so_long() {

@@ -61,3 +61,26 @@ const UNIX_BUFFER: usize = 212_992;
 /// drops segments of the flows that move. A smaller limit costs bulk on hundreds of connections
 /// CPU.
 const UNSENT_MAX: u32 = 896 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use rustix::net::sockopt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_options_for_bulk_are_set_once_and_for_bulk_alone() {
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        // The kernel doubles it.
+        sockopt::set_socket_send_buffer_size(&socket, 50_000).unwrap();
+        let mut end = Endpoint::new(Socket::register(socket.into(), Family::Unix).unwrap());
+        for (delivered, size) in
+            [(1, 100_000), (BULK_FROM - 1, 100_000), (BULK_FROM, 200_000), (u64::MAX, 200_000)]
+        {
+            end.prepare_for_bulk(delivered);
+            assert_eq!(sockopt::socket_send_buffer_size(&end.socket), Ok(size), "{delivered}");
+        }
+    }
+}

@@ -452,3 +452,6 @@ const STEP_BESIDE_STALLED: usize = 24 * 1024;
 /// The least that a step takes from the budget, in bytes. It bounds the system calls of a turn,
 /// whatever a peer sends. It is less than the copy buffer, so bulk is charged its true bytes.
 const STEP_MIN: usize = 16 * 1024;
+
+#[cfg(test)]
+mod tests;

@@ -308,10 +308,68 @@ fn was_reset(snapshot: &Snapshot<OwnedFd>, side: Side) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::counters::Gauge;
+    use crate::forward::pipe::PipeLimits;
+    use crate::limits::passed::{PassedLimits, PassedRoom};
+
+    /// Counts the snapshots.
+    #[derive(Debug)]
+    struct CountingStore(Rc<Cell<usize>>);
+
+    impl SnapshotStore for CountingStore {
+        fn update(&self, _: Snapshot<FdRef<'_>>) -> bool {
+            self.0.set(self.0.get() + 1);
+            true
+        }
+        fn forget(self: Box<Self>) -> bool {
+            true
+        }
+        fn detach(self: Box<Self>) {}
+    }
+
+    fn restore(stored: Snapshot<OwnedFd>, journal: Option<Box<dyn SnapshotStore>>) -> Forwarder {
+        let passed = PassedRoom::new(PassedLimits { message: 16, all: 64, threads: 1 });
+        let limits = PipeLimits { max: 1, held: 1 };
+        let shared = Rc::new(LoopBuffers::new(limits, Gauge::default(), passed));
+        Forwarder::restore(stored, shared, Arc::default(), None, journal).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_side_that_was_reset_or_is_gone_stays_so() {
+        for (reset, gone) in [(false, false), (false, true), (true, true)] {
+            let [(near, _client), (far, _backend)] = [(); 2].map(|()| UnixStream::pair().unwrap());
+            let mut stored = snapshot([near.into(), far.into()], FlowState::Open);
+            (stored.endpoints[1].reset, stored.endpoints[1].gone) = (reset, gone);
+            let restored = restore(stored, None);
+            let ends = restored.snapshot().unwrap().endpoints.map(|end| (end.reset, end.gone));
+            assert_eq!(ends, [(false, false), (reset, gone)]);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_has_stored_pipes_is_not_stored_again() {
+        for (state, has_pipes, expected) in
+            [(FlowState::Open, true, 0), (FlowState::Open, false, 1), (FlowState::Ended, true, 0)]
+        {
+            let [(near, _client), (far, _backend)] = [(); 2].map(|()| UnixStream::pair().unwrap());
+            let mut stored = snapshot([near.into(), far.into()], state);
+            for flow in stored.flows.iter_mut().filter(|_| has_pipes) {
+                let (read, write) = rustix::pipe::pipe().unwrap();
+                flow.buffered = BufferedSnapshot::Piped { read, write };
+            }
+            let updates = Rc::<Cell<usize>>::default();
+            let restored = restore(stored, Some(Box::new(CountingStore(Rc::clone(&updates)))));
+            assert!(restored.flows.iter().all(Flow::is_storable));
+            assert_eq!(updates.get(), expected);
+            let has_pipe = !matches!(restored.flows[0].buffered, Buffered::Nothing);
+            assert_eq!(has_pipe, state == FlowState::Open);
+        }
+    }
 
     fn tcp_pair() -> [TcpStream; 2] {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

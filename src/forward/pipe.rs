@@ -126,8 +126,13 @@ impl PipePool {
             return None;
         }
         let pipe = self.create();
-        self.retry_at.set(pipe.is_none().then(|| Instant::now() + RETRY_AFTER));
+        self.note(pipe.is_some());
         pipe
+    }
+
+    /// Notes whether the kernel has made a pipe.
+    fn note(&self, is_made: bool) {
+        self.retry_at.set((!is_made).then(|| Instant::now() + RETRY_AFTER));
     }
 
     /// Whether one more pipe may be filled beyond what its sink accepts now.
@@ -251,5 +256,29 @@ mod tests {
         pipe.filled = 0;
         assert!(pool.release_if_empty(pipe).is_none());
         assert!(pool.acquire().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_kernel_is_asked_again_a_second_after_it_refused() {
+        let pool = PipePool::new(PipeLimits { max: 1, held: 1 }, Gauge::default());
+        pool.note(false);
+        assert!(pool.acquire().is_none());
+        tokio::time::advance(RETRY_AFTER - Duration::from_millis(1)).await;
+        assert!(pool.acquire().is_none());
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(pool.acquire().is_some());
+    }
+
+    #[test]
+    fn a_pipe_grows_once() {
+        let pool = PipePool::new(PipeLimits { max: 1, held: 1 }, Gauge::default());
+        let mut pipe = pool.create_unpooled().unwrap();
+        pipe.grow();
+        assert!(PIPE_SIZES.contains(&pipe.size()), "{}", pipe.size());
+        // The largest is let alone, whatever has become of it.
+        pipe.size = PIPE_SIZES[0];
+        rustix::pipe::fcntl_setpipe_size(&pipe.write, SMALLEST_USEFUL).unwrap();
+        pipe.grow();
+        assert_eq!(rustix::pipe::fcntl_getpipe_size(&pipe.write), Ok(SMALLEST_USEFUL));
     }
 }
