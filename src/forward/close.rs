@@ -254,12 +254,9 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::counters::Gauge;
     use crate::forward::loop_buffers::LoopBuffers;
-    use crate::forward::pipe::PipeLimits;
     use crate::forward::registry::Registry;
     use crate::forward::snapshot::{FdRef, Snapshot, SnapshotStore};
-    use crate::limits::passed::{PassedLimits, PassedRoom};
     use crate::socket::sys::outq_len;
 
     fn register(stream: UnixStream) -> Socket {
@@ -272,11 +269,18 @@ mod tests {
         registration: Option<Registration>,
         journal: Option<Box<dyn SnapshotStore>>,
     ) -> Forwarder {
-        let passed = PassedRoom::new(PassedLimits { message: 16, all: 64, threads: 1 });
-        let limits = PipeLimits { max: 1, held: 1 };
-        let shared = Rc::new(LoopBuffers::new(limits, Gauge::default(), passed));
-        let counters = Arc::default();
+        let (shared, counters) = (Rc::new(LoopBuffers::for_tests(1)), Arc::default());
         Forwarder::new(client, backend, Vec::new(), shared, counters, registration, journal)
+    }
+
+    /// A TCP socket with a peer that reads nothing, whose window is full.
+    fn full_tcp() -> (TcpStream, Socket) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut stream = listener.accept().unwrap().0;
+        stream.set_nonblocking(true).unwrap();
+        while stream.write(&[0; 65536]).is_ok() {}
+        (peer, Socket::register(stream.into(), Family::Tcp).unwrap())
     }
 
     /// Has room for everything.
@@ -349,31 +353,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_receiver_is_waited_for_no_longer_than_the_idle_time() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let _peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let mut far = listener.accept().unwrap().0;
-        far.set_nonblocking(true).unwrap();
-        while far.write(&[0; 65536]).is_ok() {}
+        let (_peer, far) = full_tcp();
         let (client, near) = UnixStream::pair().unwrap();
         (&near).write_all(b"never read").unwrap();
         drop(client);
         let registry = Rc::new(Registry::new(Some(Duration::from_secs(1))));
-        let sockets = [register(near), Socket::register(far.into(), Family::Tcp).unwrap()];
         let start = Instant::now();
-        join(sockets, Some(registry.register(false)), None).run(|_| {}).await.unwrap();
+        join([register(near), far], Some(registry.register(false)), None)
+            .run(|_| {})
+            .await
+            .unwrap();
         let took = start.elapsed();
         assert!(took >= Duration::from_secs(1) && took < LINGER, "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_acknowledges_nothing_is_waited_for_only_so_long() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let _peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let mut stream = listener.accept().unwrap().0;
-        stream.set_nonblocking(true).unwrap();
-        // Until the peer's window is full.
-        while stream.write(&[0; 65536]).is_ok() {}
-        let socket = Socket::register(stream.into(), Family::Tcp).unwrap();
+        let (_peer, socket) = full_tcp();
         let acked = wait_until_acked(&socket, Duration::from_secs(1));
         timeout(Duration::from_secs(60), acked).await.expect("it ends");
         assert!(socket.unacked() > 0);

@@ -21,6 +21,14 @@ pub struct LoopBuffers {
 }
 
 impl LoopBuffers {
+    /// Returns those of a test, in which one pipe may be open, and `held` for slow sinks.
+    #[cfg(test)]
+    pub fn for_tests(held: usize) -> Self {
+        use crate::limits::passed::PassedLimits;
+        let passed = PassedRoom::new(PassedLimits { message: 16, all: 64, threads: 1 });
+        Self::new(PipeLimits { max: 1, held }, Gauge::default(), passed)
+    }
+
     /// `limits` bounds the pipes, which are counted in `pipes`. `passed` is common to all loops.
     pub fn new(limits: PipeLimits, pipes: Gauge, passed: PassedRoom) -> Self {
         Self {

@@ -313,9 +313,6 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::counters::Gauge;
-    use crate::forward::pipe::PipeLimits;
-    use crate::limits::passed::{PassedLimits, PassedRoom};
 
     /// Counts the snapshots.
     #[derive(Debug)]
@@ -333,9 +330,7 @@ mod tests {
     }
 
     fn restore(stored: Snapshot<OwnedFd>, journal: Option<Box<dyn SnapshotStore>>) -> Forwarder {
-        let passed = PassedRoom::new(PassedLimits { message: 16, all: 64, threads: 1 });
-        let limits = PipeLimits { max: 1, held: 1 };
-        let shared = Rc::new(LoopBuffers::new(limits, Gauge::default(), passed));
+        let shared = Rc::new(LoopBuffers::for_tests(1));
         Forwarder::restore(stored, shared, Arc::default(), None, journal).unwrap()
     }
 

@@ -9,14 +9,6 @@ use rustix::io::{ioctl_fionbio, ioctl_fionread};
 use rustix::net::{RecvFlags, sockopt};
 
 use super::*;
-use crate::counters::Gauge;
-use crate::forward::pipe::PipeLimits;
-use crate::limits::passed::{PassedLimits, PassedRoom};
-
-fn shared(held: usize) -> LoopBuffers {
-    let passed = PassedRoom::new(PassedLimits { message: 16, all: 64, threads: 1 });
-    LoopBuffers::new(PipeLimits { max: 1, held }, Gauge::default(), passed)
-}
 
 fn tcp_pair() -> [TcpStream; 2] {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -58,7 +50,7 @@ async fn a_turn_ends_with_its_budget() {
     let mut source = endpoint(near, Family::Unix);
     let mut sink = endpoint(far, Family::Unix);
     let (mut flow, mut budget) = (Flow::default(), 3 * COPY_SIZE);
-    let step = flow.drive(&mut source, &mut sink, &mut budget, &shared(1));
+    let step = flow.drive(&mut source, &mut sink, &mut budget, &LoopBuffers::for_tests(1));
     assert!(matches!(step, Ok(Step::Moved)));
     assert_eq!((budget, flow.delivered), (0, 3 * COPY_SIZE as u64));
 }
@@ -72,7 +64,7 @@ async fn beside_many_stalled_flows_tcp_takes_small_steps() {
         (Family::Tcp, 64, 1, ALL),
         (Family::Unix, 64, 0, ALL),
     ] {
-        let shared = shared(held);
+        let shared = LoopBuffers::for_tests(held);
         let _stalled: Vec<_> = (0..stalled).map(|_| shared.stalled.take()).collect();
         let (_peer, far): (OwnedFd, OwnedFd) = match family {
             Family::Tcp => tcp_pair().map(OwnedFd::from).into(),
@@ -115,7 +107,7 @@ async fn a_flow_splices_from_a_full_buffer_until_two_little_bursts() {
     let ([client, near], (far, mut backend)) = (tcp_pair(), UnixStream::pair().unwrap());
     let source = endpoint(near.try_clone().unwrap(), Family::Tcp);
     let mut ends = [source, endpoint(far, Family::Unix)];
-    let (mut flow, shared) = (Flow::default(), shared(1));
+    let (mut flow, shared) = (Flow::default(), LoopBuffers::for_tests(1));
     for (number, (bytes, is_bulky)) in [
         (10, false),
         (40_000, true),
@@ -141,7 +133,7 @@ async fn a_stored_pipe_grows_only_for_bulk() {
     let ([client, near], (far, _backend)) = (tcp_pair(), UnixStream::pair().unwrap());
     let source = endpoint(near.try_clone().unwrap(), Family::Tcp);
     let mut ends = [source, endpoint(far, Family::Unix)];
-    let (mut flow, shared) = (Flow::default(), shared(1));
+    let (mut flow, shared) = (Flow::default(), LoopBuffers::for_tests(1));
     flow.use_stored_pipe(&shared).unwrap();
     arrive(&client, &near, 10);
     assert_eq!(drive(&mut flow, &mut ends, &shared), 10);
