@@ -9,9 +9,16 @@ use tokio::time::Instant;
 
 /// Fills the manager's queue (net.unix.max_dgram_qlen).
 fn fill(systemd: &FakeSystemd) {
-    let socket = UnixDatagram::unbound().unwrap();
-    socket.set_nonblocking(true).unwrap();
-    while socket.send_to(b"FULL=1", &systemd.path).is_ok() {}
+    // The buffer of a sender may be full before the queue is: systemd makes it 512 messages long.
+    loop {
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.set_nonblocking(true).unwrap();
+        let send = || sender.send_to(b"FULL=1", &systemd.path).is_ok();
+        if !send() {
+            return;
+        }
+        while send() {}
+    }
 }
 
 fn start(front: &Endpoint, systemd: &FakeSystemd, args: &[&str]) -> Running {
