@@ -54,12 +54,16 @@ pub fn refuse_descriptors(socket: &impl AsRawFd) -> std::io::Result<()> {
     set_socket_option(socket, SO_PASSRIGHTS, 0)
 }
 
-/// Lets the kernel add credentials, a label and a pidfd to what a socket receives, and to what the
-/// connections of a listener receive.
+/// Lets the kernel add credentials, a label and since Linux 6.5 a pidfd to what a socket receives, and
+/// to what the connections of a listener receive.
 pub fn add_credentials(socket: &impl AsRawFd) {
     const SO_PASSPIDFD: i32 = 76;
-    for option in [libc::SO_PASSCRED, libc::SO_PASSSEC, SO_PASSPIDFD] {
+    for option in [libc::SO_PASSCRED, libc::SO_PASSSEC] {
         set_socket_option(socket, option, 1).unwrap();
+    }
+    match set_socket_option(socket, SO_PASSPIDFD, 1) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
+        result => result.unwrap(),
     }
 }
 
