@@ -73,8 +73,11 @@ fn refused_stays_refused(backend_wait: &str, end: End) {
     // An older connection, so that the record of the next is not the first in the queue.
     let (_client, _served) = established(&front, &backend);
     std::fs::remove_file(&backend.target).unwrap();
+    // It has sent its request before it is refused.
+    proxy.running.suspend();
     let mut refused = front.connect();
     refused.write_all(b"POST /pay").unwrap();
+    proxy.running.signal(Signal::CONT);
     assert_eq!(read_all(&mut refused).0, b"", "there is no backend");
     let again = Endpoint::unix(backend.target.as_ref(), 16);
     proxy.replace(end);

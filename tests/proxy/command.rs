@@ -564,10 +564,7 @@ fn logs_what_clients_wait_for() {
     let silent = Service::start(Family::Tcp, &["--ready=notify", "--backend-wait=1s"], &[]);
     assert_eq!(read_all(&mut silent.connect()).0, b"");
     silent.proxy.lines.wait_for("perl runs, but has not sent READY=1 (client 127.0.0.1:");
-    assert!(
-        is_running(silent.logged_pids("started")[0]),
-        "one that is never ready is left running"
-    );
+    assert!(is_running(silent.wait_for_pid("started")), "one that is never ready is left running");
 
     let options = ["--stop-idle-time=100ms", "--backend-wait=1s"];
     let slow = Service::start(Family::Tcp, &options, &["down=4"]);
