@@ -13,7 +13,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::sleep;
@@ -24,6 +23,7 @@ use crate::handover::index::{Index, MessageInfo};
 use crate::handover::queue::Queue;
 use crate::logging::{RateLimit, rate_limited};
 use crate::runtime::lock;
+use crate::socket::sys::monotonic;
 
 /// The queue, and the index of what is in it.
 #[derive(Debug)]
@@ -197,8 +197,7 @@ impl Drop for JournalEntry {
 
 /// Returns CLOCK_MONOTONIC in microseconds, as records have it.
 pub fn monotonic_micros() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_micros() as u64
+    monotonic().as_micros() as u64
 }
 
 /// From this fullness on, in percent, each append compacts first.

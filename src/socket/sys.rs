@@ -1,4 +1,4 @@
-//! System calls on sockets that the safe crates lack, or make in a way that fails with some peers.
+//! System calls that the safe crates lack, or make in a way that fails with some peers or kernels.
 //!
 //! A leaf: it knows nothing of the product. Unsafe code also stands in `socket::mmsg`,
 //! `socket::passed_fds`, `listen::activation`, `runtime::dispositions` and one call in `main`.
@@ -143,6 +143,18 @@ pub fn add_no_credentials(fd: impl AsFd) {
 
 /// The third is SO_PASSPIDFD (Linux 6.5).
 const ADD_CREDENTIALS: [i32; 3] = [libc::SO_PASSCRED, libc::SO_PASSSEC, 76];
+
+/// Returns CLOCK_MONOTONIC, which all processes since the boot share.
+///
+/// rustix asks the vDSO, and panics where that has no `__vdso_getcpu`: Linux 7 has none as User
+/// Mode Linux.
+pub fn monotonic() -> Duration {
+    // SAFETY: a timespec is integers.
+    let mut now: libc::timespec = unsafe { mem::zeroed() };
+    // SAFETY: clock_gettime(2) writes a timespec, and knows this clock on every kernel.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
 
 /// Returns the error of the system call that has just failed.
 pub fn last_errno() -> Errno {
