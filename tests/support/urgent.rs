@@ -1,11 +1,11 @@
 //! Transfers with urgent data at random places.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::sync::Mutex;
 use std::thread;
 
-use socket2::Socket;
+use socket2::{Domain, Socket, Type};
 
 use crate::support::*;
 
@@ -24,17 +24,23 @@ fn pieces(seed: u64) -> Vec<(Vec<u8>, bool)> {
     (0..2 + dice[63] as usize % 5).map(piece).collect()
 }
 
-fn send(mut socket: &Socket, pieces: &[(Vec<u8>, bool)]) {
+fn send(mut socket: &Socket, pieces: &[(Vec<u8>, bool)]) -> io::Result<()> {
     for (bytes, is_urgent) in pieces {
         if *is_urgent {
             let (last, rest) = bytes.split_last().unwrap();
-            socket.write_all(rest).unwrap();
-            socket.send_out_of_band(&[*last]).unwrap();
+            socket.write_all(rest)?;
+            socket.send_out_of_band(&[*last])?;
         } else {
-            socket.write_all(bytes).unwrap();
+            socket.write_all(bytes)?;
         }
     }
-    socket.shutdown(Shutdown::Write).unwrap();
+    socket.shutdown(Shutdown::Write)
+}
+
+/// Whether a Unix socket has urgent data (Linux 5.15).
+pub fn unix_has_urgent_data() -> bool {
+    let (one, _other) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+    one.send_out_of_band(b"!").is_ok()
 }
 
 /// How received bytes differ from those sent.
@@ -61,7 +67,11 @@ pub fn carry(
         let transfers: Vec<_> = (0..AT_A_TIME).map(transfer).collect();
         thread::scope(|scope| {
             for (from, to, pieces) in &transfers {
-                scope.spawn(|| send(from, pieces));
+                scope.spawn(|| {
+                    if let Err(error) = send(from, pieces) {
+                        failures.lock().unwrap().push(format!("sending fails: {error}"));
+                    }
+                });
                 scope.spawn(|| {
                     let (received, end) = read_all(&mut to.try_clone().unwrap());
                     let sent: Vec<u8> =
