@@ -4,6 +4,7 @@
 //! its log.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::io::Write;
 use std::net::{SocketAddr, UdpSocket};
 use std::process::{Command, Stdio};
@@ -114,7 +115,10 @@ struct Certificate {
 impl Certificate {
     fn new() -> Self {
         let directory = TempDir::new().unwrap();
-        let words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 \
+        // Debian 11's own configuration would add a second basicConstraints.
+        let own = "[req]\ndistinguished_name = name\n[name]\n";
+        fs::write(directory.path().join("req.cnf"), own).unwrap();
+        let words = "req -config req.cnf -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 \
                      -subj /CN=localhost -addext subjectAltName=DNS:localhost \
                      -addext basicConstraints=critical,CA:FALSE -keyout key.pem -out cert.pem";
         let mut command = Command::new("openssl");
