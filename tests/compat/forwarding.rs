@@ -1,7 +1,7 @@
 //! Bytes, ends and resets, both ways.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::path::Path;
 use std::thread;
@@ -172,9 +172,13 @@ fn answer_and_reset_at_once(program: &Path) {
     let mut clean = 0;
     for _ in 0..100 {
         // Several at a time, so that the proxy is late.
-        let mut clients: Vec<_> = (0..20).map(|_| front.connect()).collect();
-        for client in &mut clients {
-            let (bytes, end) = read_all(client);
+        let clients: Vec<_> = (0..20).map(|_| front.try_connect()).collect();
+        for client in clients {
+            // With one processor the reset may come before connect(2) returns.
+            if client.as_ref().is_err_and(|it| it.kind() == ErrorKind::ConnectionReset) {
+                continue;
+            }
+            let (bytes, end) = read_all(&mut client.unwrap());
             clean += usize::from(!is_reset(&end));
             assert!(bytes.is_empty() || bytes.len() == 100, "{} bytes", bytes.len());
         }

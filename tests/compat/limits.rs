@@ -11,16 +11,15 @@ use socket2::Socket;
 use tokio::time::Instant;
 
 use crate::Cases;
-use crate::Expected::{FailsBefore, OnlyOurs};
+use crate::Expected::{FailsBefore, OnlyOurs, OursAlone};
 use crate::support::*;
 
 pub(crate) fn register(cases: &mut Cases) {
     let one_more = FailsBefore(258, "was served above the limit");
     cases.add("the connection limit is exact", one_more, exact_limit);
-    let six_each = OnlyOurs("the echo backend answers");
     cases.add(
         "reaches the connection limit before that of descriptors",
-        six_each,
+        OursAlone,
         limit_with_few_descriptors,
     );
     cases.add(

@@ -1,7 +1,7 @@
 //! Sockets of either family, and backends.
 
 use std::fmt;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
@@ -89,6 +89,10 @@ impl Endpoint {
         connect(&self.address)
     }
 
+    pub fn try_connect(&self) -> io::Result<Socket> {
+        try_connect(&self.address)
+    }
+
     pub fn accept(&self) -> Socket {
         self.socket.set_read_timeout(Some(TIMEOUT)).unwrap();
         let (socket, _) = self.socket.accept().expect("a connection to the backend comes");
@@ -118,9 +122,13 @@ impl SilentAddress {
 }
 
 pub fn connect(address: &SockAddr) -> Socket {
+    try_connect(address).expect("the listener has a backlog")
+}
+
+fn try_connect(address: &SockAddr) -> io::Result<Socket> {
     let socket = Socket::new(address.domain(), Type::STREAM, None).unwrap();
-    socket.connect(address).expect("the listener has a backlog");
-    with_timeouts(socket)
+    socket.connect(address)?;
+    Ok(with_timeouts(socket))
 }
 
 fn with_timeouts(socket: Socket) -> Socket {
@@ -199,7 +207,7 @@ pub fn echo_backend(family: Family) -> Endpoint {
 }
 
 /// Sends and reads back the same number of bytes.
-pub fn exchange(socket: &mut Socket, message: &[u8]) -> std::io::Result<Vec<u8>> {
+pub fn exchange(socket: &mut Socket, message: &[u8]) -> io::Result<Vec<u8>> {
     socket.write_all(message)?;
     let mut answer = vec![0; message.len()];
     socket.read_exact(&mut answer)?;
@@ -219,7 +227,7 @@ pub fn assert_forwards(from: &mut Socket, to: &mut Socket) {
 }
 
 /// Reads until the end: the bytes, and whether the end was a clean one.
-pub fn read_all(socket: &mut Socket) -> (Vec<u8>, std::io::Result<()>) {
+pub fn read_all(socket: &mut Socket) -> (Vec<u8>, io::Result<()>) {
     let mut bytes = Vec::new();
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -232,7 +240,7 @@ pub fn read_all(socket: &mut Socket) -> (Vec<u8>, std::io::Result<()>) {
     }
 }
 
-pub fn is_reset(end: &std::io::Result<()>) -> bool {
+pub fn is_reset(end: &io::Result<()>) -> bool {
     matches!(end, Err(error) if error.kind() == ErrorKind::ConnectionReset)
 }
 
