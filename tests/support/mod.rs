@@ -18,7 +18,7 @@ pub use metrics::{metrics_address, scrape};
 pub use network::{CLIENTS, ClientNetwork, HOST, NetworkNamespace, clients_of, inside};
 pub use process::{Launch, Lines, Running, raise_descriptor_limit, run};
 pub use sockets::*;
-pub use trials::{Trials, are_installed_for, is_root_for, skip};
+pub use trials::{Trials, are_installed_for, is_root_for, linux_is_before, skip};
 pub use wait::*;
 
 /// The program under test.

@@ -1,6 +1,7 @@
 //! Tests with a name for each combination, so that one can be run alone.
 
 use std::env;
+use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -57,6 +58,13 @@ impl Trials {
 pub fn skip(test: &str, missing: &str) {
     eprintln!("SKIPPED: {test}: needs {missing}");
     assert!(env::var_os("CI").is_none(), "{test}: needs {missing}");
+}
+
+/// Whether the kernel is older than this version.
+pub fn linux_is_before(version: (u32, u32)) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap());
+    (numbers.next().unwrap(), numbers.next().unwrap()) < version
 }
 
 /// Whether the tests run as root; otherwise says that `test` is skipped.
