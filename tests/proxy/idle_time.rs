@@ -108,9 +108,9 @@ fn slow_reader_is_not_idle() {
             scope.spawn(move || {
                 let (front, backend) = (Endpoint::new(front), Endpoint::new(back));
                 let _proxy = start(&front, &backend);
+                let message = random_bytes(2, 15 * step);
                 let (mut client, mut served) = (front.connect(), backend.accept());
                 // The sender has sent everything and closed before the client reads.
-                let message = random_bytes(2, 15 * step);
                 let sent = message.clone();
                 scope.spawn(move || served.write_all(&sent).unwrap());
                 let mut received = vec![0; message.len()];
