@@ -231,7 +231,9 @@ impl Container {
             let state = String::from_utf8(state.ok()?.stdout).ok()?;
             ["running", "degraded"].contains(&state.trim()).then_some(leader)
         });
-        this.leader = booted.expect("systemd boots");
+        this.leader = booted.unwrap_or_else(|| {
+            panic!("systemd does not boot: {}", fs::read_to_string(&log).unwrap_or_default())
+        });
         // Units listen on ports of the ephemeral range; no client gets them as its local port.
         this.inside(|| fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", "38000-39999"))
             .expect("ports can be reserved");
