@@ -130,9 +130,10 @@ fn unread_bytes_of_a_reset_wait_no_longer() {
     let _turn = measuring();
     let (front, backend) = (Endpoint::new(Family::Tcp), Endpoint::new(Family::Tcp));
     let proxy = start(&front, &backend);
-    let (mut client, _served) = (front.connect(), backend.accept());
     // More than the backend's side takes, which waits to be received when the sender is reset.
-    client.write_all(&random_bytes(3, 4_000_000)).unwrap();
+    let message = random_bytes(3, 4_000_000);
+    let (mut client, _served) = (front.connect(), backend.accept());
+    client.write_all(&message).unwrap();
     // Its pipe may come later, and stays for the next.
     let without_pipes = || proxy.descriptors() - proxy.pipes();
     let before = without_pipes();
