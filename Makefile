@@ -51,7 +51,7 @@ soak:
 portability:
 	tests/portability $(RELEASES)
 
-# The suites on Debian's kernels, each under its release's systemd, in a virtual machine: hours without KVM.
+# The suites on Debian's kernels, each under its release's systemd, in a virtual machine: an hour each.
 # One of them: make vm RELEASES=bookworm SUITES=proxy.
 vm:
 	SUITES="$(SUITES)" tests/vm $(RELEASES)
