@@ -66,13 +66,14 @@ pub fn carry(
         };
         let transfers: Vec<_> = (0..AT_A_TIME).map(transfer).collect();
         thread::scope(|scope| {
+            let mut receivers = Vec::new();
             for (from, to, pieces) in &transfers {
                 scope.spawn(|| {
                     if let Err(error) = send(from, pieces) {
                         failures.lock().unwrap().push(format!("sending fails: {error}"));
                     }
                 });
-                scope.spawn(|| {
+                receivers.push(scope.spawn(|| {
                     let (received, end) = read_all(&mut to.try_clone().unwrap());
                     let sent: Vec<u8> =
                         pieces.iter().flat_map(|(bytes, _)| bytes).copied().collect();
@@ -80,7 +81,13 @@ pub fn carry(
                         let difference = difference(&sent, &received);
                         failures.lock().unwrap().push(format!("{difference}, {end:?}"));
                     }
-                });
+                }));
+            }
+            // Those panic to which no end comes in time.
+            for ended in receivers.into_iter().map(|receiver| receiver.join()) {
+                if ended.is_err() {
+                    failures.lock().unwrap().push("no end came".into());
+                }
             }
         });
         if !failures.lock().unwrap().is_empty() {
